@@ -1,0 +1,52 @@
+"""Access to the diffusion Fisher of pretrained diffusers checkpoints, without differentiating the denoiser.
+
+Wang et al., Efficiently Access Diffusion Fisher: Within the Outer Product Span Space, ICML 2025, arXiv 2505.23264.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    ".checkpoints": ("EMBEDDED_CLASSES", "embedded_checkpoint", "embedded_prompt", "embedded_test_images"),
+    ".denoiser": ("PipelineDenoiser",),
+    ".errors": (
+        "CheckpointError", "FisherError", "InputError", "NumericalError", "TrajectoryError", "UnsupportedError",
+    ),
+    ".fisher": (
+        "AutodiffFisher", "DirectFisher", "EndpointFisher", "FiniteDifferenceFisher", "FisherEstimator",
+        "FisherOperator", "TraceEstimate",
+    ),
+    ".guidance": ("ClassifierReward", "GuidanceOutput", "LinearReward"),
+    ".likelihood": ("LikelihoodOutput",),
+    ".noise": ("NoiseLevel", "noise_level"),
+    ".pipelines": ("FisherPipelineMixin", "StableDiffusionFisherPipeline"),
+    ".schedulers": ("FisherSchedulerMixin", "Trajectory", "fisher_scheduler"),
+    ".schedulers.catalog": (
+        "FisherDDIMInverseScheduler", "FisherDDIMScheduler", "FisherDDPMScheduler", "FisherDEISMultistepScheduler",
+        "FisherDPMSolverMultistepInverseScheduler", "FisherDPMSolverMultistepScheduler",
+        "FisherDPMSolverSinglestepScheduler", "FisherEDMEulerScheduler", "FisherEulerAncestralDiscreteScheduler",
+        "FisherEulerDiscreteScheduler", "FisherFlowMatchEulerDiscreteScheduler",
+        "FisherFlowMatchHeunDiscreteScheduler", "FisherHeunDiscreteScheduler", "FisherKDPM2DiscreteScheduler",
+        "FisherLCMScheduler", "FisherLMSDiscreteScheduler", "FisherPNDMScheduler", "FisherSASolverScheduler",
+        "FisherTCDScheduler", "FisherUniPCMultistepScheduler",
+    ),
+    ".state": ("DenoisingState",),
+    "diffusers": ("ModelMixin", "SchedulerMixin"),  # diffusers' loader asks a component's module for these names
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(name for name, home in _HOME_OF.items() if home != "diffusers")
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: `import diffusers_fisher` loads neither diffusers' models nor transformers."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'; it has: {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOME_OF[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME_OF])

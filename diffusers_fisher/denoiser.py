@@ -1,0 +1,163 @@
+"""A pipeline as a function: `(x, t) -> epsilon` through any unmodified diffusers pipeline."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .errors import InputError, NumericalError, UnsupportedError
+from .noise import NoiseLevel, input_scale, noise_level, prediction_of
+from .state import DenoisingState
+
+
+@contextlib.contextmanager
+def borrowed(pipe: Any, **attributes: Any) -> Iterator[None]:
+    """Sets instance attributes of `pipe` for the block, then puts back everything the block changed on it.
+
+    Writes past the pipeline's `__setattr__`, which would otherwise note the change in its config.
+    """
+    saved = dict(vars(pipe))
+    vars(pipe).update(attributes)
+    try:
+        yield
+    finally:
+        vars(pipe).clear()
+        vars(pipe).update(saved)
+
+
+class _EchoScheduler:
+    """A scheduler of one step that hands the model output back."""
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    def __init__(self, scheduler: Any, timestep: Any):
+        self.config = scheduler.config
+        self.timesteps = torch.as_tensor(timestep).reshape(1)
+        self.sigmas = torch.ones(2)
+
+    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None):
+        self.timesteps = self.timesteps.to(device)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        pass
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        return sample
+
+    def step(self, model_output, timestep, sample, return_dict: bool = True, generator=None, eta=None):
+        return (model_output, model_output)
+
+
+class PipelineDenoiser:
+    """Calls a pipeline for one step and returns the (guided) model output.
+
+    The pipeline is left exactly as it was after every call: scheduler, config, attributes, grad mode. Prompts are
+    encoded once, at the first call. Samples are in the model's own input coordinates (variance preserving for
+    k-diffusion style schedulers), in the pipeline's latent layout: (B, C, H, W), or packed (B, N, C) with `height` and
+    `width` given.
+
+    Limits: step-indexed conditioning (ControlNet's start and end) sees step 0 of 1; Flux casts the timestep to the
+    latents' dtype.
+
+    Args:
+        pipe: a diffusers pipeline whose call takes `latents`.
+        guidance_scale: classifier-free guidance; 1.0 is none. With guidance the output is no score of any density.
+        **call_arguments: passed to every call: `prompt`, `negative_prompt`, `prompt_embeds`, `height`, ...
+
+    Attributes:
+        num_calls: evaluations so far (with classifier-free guidance each runs the network on twice the batch).
+
+    Raises:
+        UnsupportedError: a pipeline whose call takes no `latents`, or a scheduler whose levels are not known.
+    """
+
+    def __init__(self, pipe: Any, guidance_scale: float = 1.0, **call_arguments: Any):
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        if "latents" not in parameters:
+            raise UnsupportedError(
+                f"{type(pipe).__name__} takes no `latents`, so it can't be evaluated at a given sample; supported: "
+                "pipelines whose call has `latents`, such as StableDiffusionPipeline."
+            )
+        unknown = sorted(set(call_arguments) - set(parameters))
+        if unknown:
+            raise InputError(f"{type(pipe).__name__} does not take {unknown}; it takes {sorted(parameters)}.")
+        self.pipe = pipe
+        self.prediction = prediction_of(pipe.scheduler)
+        self.guidance_scale = guidance_scale
+        self.num_calls = 0
+        if "guidance_scale" in parameters:
+            call_arguments = {"guidance_scale": guidance_scale, **call_arguments}
+        if getattr(pipe, "do_classifier_free_guidance", None) is not None and guidance_scale <= 1.0:
+            call_arguments.pop("negative_prompt", None)
+        self._arguments = call_arguments
+        self._encoded: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes."""
+        return self.pipe._execution_device
+
+    def __call__(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
+        """Predicted noise at `x`, (B, ...). Cost: one evaluation."""
+        return self.state(x, timestep).epsilon
+
+    def state(self, x: torch.Tensor, timestep: Any) -> DenoisingState:
+        """The denoising state at model input `x` and (possibly fractional) `timestep`. Cost: one evaluation."""
+        output = self.model_output(x, timestep)
+        return DenoisingState(x, output.to(x.dtype), self.level(timestep), self.prediction, timestep)
+
+    def level(self, timestep: Any) -> NoiseLevel:
+        """Noise level of the model's input at `timestep`."""
+        carried = noise_level(self.pipe.scheduler, timestep)
+        return carried.scaled(input_scale(self.pipe.scheduler, carried))
+
+    def model_output(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
+        """Raw (guided) model output at model input `x`. Builds a graph only where `x` asks for one.
+
+        Raises:
+            InputError: what the pipeline refuses, in its own words.
+            NumericalError: the output is not finite.
+        """
+        with_graph = torch.is_grad_enabled() and x.requires_grad
+        call = inspect.unwrap(type(self.pipe).__call__) if with_graph else type(self.pipe).__call__
+        attributes: dict[str, Any] = {
+            "scheduler": _EchoScheduler(self.pipe.scheduler, timestep),
+            "_progress_bar_config": {"disable": True},
+        }
+        if hasattr(self.pipe, "encode_prompt"):
+            attributes["encode_prompt"] = self._encode_prompt
+        arguments = {**self._size_arguments(x), **self._arguments}
+        latents = x.to(self._latents_dtype())
+        with borrowed(self.pipe, **attributes):
+            result = call(
+                self.pipe, latents=latents, num_inference_steps=1, output_type="latent", return_dict=False, **arguments
+            )
+        self.num_calls += 1
+        output = result[0]
+        if not torch.isfinite(output).all():
+            raise NumericalError(
+                f"The denoiser's output at timestep {timestep} is not finite. Half-precision weights or inputs far "
+                "outside the noise level's range are the usual causes."
+            )
+        return output
+
+    def _latents_dtype(self) -> torch.dtype:
+        network = getattr(self.pipe, "unet", None) or getattr(self.pipe, "transformer", None)
+        return network.dtype if network is not None else self.pipe.dtype
+
+    def _size_arguments(self, x: torch.Tensor) -> dict[str, int]:
+        factor = getattr(self.pipe, "vae_scale_factor", None)
+        parameters = inspect.signature(type(self.pipe).__call__).parameters
+        if x.ndim != 4 or factor is None or "height" not in parameters:
+            return {}
+        return {"height": x.shape[-2] * factor, "width": x.shape[-1] * factor}
+
+    def _encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the pipeline's own: encodes at the first call, without a graph, and remembers."""
+        if self._encoded is None:
+            with torch.no_grad():
+                self._encoded = type(self.pipe).encode_prompt(self.pipe, *args, **kwargs)
+        return self._encoded

@@ -1,0 +1,46 @@
+"""The cheapest estimator: the model output is held constant in the backward pass."""
+
+import torch
+
+from ..noise import expand
+from ..state import DenoisingState
+from .operator import FisherOperator
+
+
+class DirectFisher:
+    """Holds the raw model output constant: its Jacobian is zero, and a reward's gradient passes straight to the noise.
+
+    For epsilon prediction this is F = 0, i.e. C = (sigma/alpha)^2 I. For models that predict x_0, holding the output
+    itself would make the gradient vanish at the last step (C = 0), so there the velocity is held instead.
+
+    Cost: nothing beyond the run itself.
+    """
+
+    def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> "DirectOperator":
+        return DirectOperator(state)
+
+
+class DirectOperator(FisherOperator):
+    """See `DirectFisher`. Everything is a multiple of the identity."""
+
+    def original_factor(self) -> torch.Tensor:
+        """j with d x_0/d x_t = j I, from x_0 = a x + b output with the output (or the velocity) held."""
+        level = self.state.level
+        if self.state.prediction.kind == "sample":
+            return level.alpha / level.norm**2
+        return self.state.prediction.original_coefficients(level)[0]
+
+    def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
+        return expand(self.original_factor(), v) * v
+
+    def epsilon_jacobian(self, v: torch.Tensor) -> torch.Tensor:
+        if self.state.prediction.kind == "sample":
+            return super().epsilon_jacobian(v)
+        return expand(self.state.prediction.epsilon_coefficients(self.state.level)[0], v) * v
+
+    def output_jacobian(self, v: torch.Tensor) -> torch.Tensor:
+        return self.original_jacobian(v) if self.state.prediction.kind == "sample" else torch.zeros_like(v)
+
+    def covariance(self, v: torch.Tensor) -> torch.Tensor:
+        level = self.state.level
+        return expand(level.sigma**2 / level.alpha, v) * self.original_jacobian(v)

@@ -1,0 +1,77 @@
+"""What makes any diffusers scheduler differentiable."""
+
+import functools
+from contextlib import AbstractContextManager
+from typing import Any
+
+from ..errors import UnsupportedError
+from ..fisher.operator import FisherEstimator
+from .trajectory import Trajectory, recording
+
+
+class FisherSchedulerMixin:
+    """Adds `differentiable` to a diffusers scheduler: `class MyFisherScheduler(FisherSchedulerMixin, MyScheduler)`.
+
+    Outside a `differentiable` block the class is its parent, bit for bit.
+    """
+
+    _trajectory: Trajectory | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Pipelines inspect the signature of `step`: a bare *args would silently drop `generator` and `eta`.
+        parent_step = super(FisherSchedulerMixin, cls).step
+
+        @functools.wraps(parent_step)
+        def step(self, model_output, timestep, sample, *args, **kwargs):
+            if self._trajectory is None:
+                return parent_step(self, model_output, timestep, sample, *args, **kwargs)
+            bound = functools.partial(parent_step, self)
+            return self._trajectory.step(bound, self, model_output, timestep, sample, *args, **kwargs)
+
+        cls.step = step
+
+    def differentiable(
+        self, estimator: FisherEstimator, changed_latents: str = "refuse"
+    ) -> AbstractContextManager[Trajectory]:
+        """Records the run inside the block so that it can be differentiated without a graph in the denoiser.
+
+        Args:
+            estimator: what stands in for the denoiser's Jacobian in the backward pass, such as `DirectFisher()`.
+            changed_latents: what to do when something between two steps changes the latents: "refuse", or "additive"
+                to go on as though a constant had been added.
+
+        Yields:
+            The `Trajectory`, whose `gradient(loss)` is d loss / d latents.
+
+        Raises:
+            TrajectoryError: nested blocks; inside the run: inference mode, learned variance, changed latents.
+            UnsupportedError: inside the run: a scheduler or prediction type whose noise level is not known.
+        """
+        return recording(self, Trajectory(estimator, changed_latents))
+
+
+@functools.cache
+def fisher_scheduler(cls: type) -> type:
+    """The Fisher version of any diffusers scheduler class: `fisher_scheduler(DDIMScheduler)`.
+
+    Classes of the catalog are returned from there, others are made. A class that is one already is returned as it is.
+
+    Raises:
+        UnsupportedError: `cls` is no diffusers scheduler class with a `step`.
+    """
+    from diffusers import SchedulerMixin
+
+    from . import catalog
+
+    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin) and hasattr(cls, "step")):
+        raise UnsupportedError(
+            f"fisher_scheduler takes a diffusers scheduler class, got {cls!r}. Pass the class, such as "
+            "type(pipe.scheduler); Flax and transformer-specific schedulers are not supported."
+        )
+    if issubclass(cls, FisherSchedulerMixin):
+        return cls
+    made = getattr(catalog, f"Fisher{cls.__name__}", None)
+    if made is not None and issubclass(made, cls):
+        return made
+    return type(f"Fisher{cls.__name__}", (FisherSchedulerMixin, cls), {"__module__": cls.__module__})

@@ -1,0 +1,205 @@
+"""The discrete adjoint of a sampling run: a graph of scheduler steps, with the denoiser attached by its Jacobian.
+
+Every diffusers `step` is differentiable in (model_output, sample) at negligible cost. The denoiser, evaluated without
+a graph, is attached by a custom autograd function whose backward multiplies by the transposed Jacobian of the raw
+model output, as an estimator of the diffusion Fisher gives it. Discretise-then-optimise: with the true Jacobian the
+gradient is that of full back-propagation. Memory is O(steps x latent), whatever the denoiser.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..errors import InputError, NumericalError, TrajectoryError
+from ..fisher.operator import FisherEstimator, FisherOperator
+from ..state import DenoisingState, state_of
+
+CHANGED_LATENTS = ("refuse", "additive")
+
+
+class Trajectory:
+    """One differentiable sampling run, recorded. Made by `scheduler.differentiable(estimator)`.
+
+    Attributes:
+        states: one `DenoisingState` a denoiser evaluation (samples in the scheduler's coordinates, detached).
+        initial_sample: the graph's leaf: the first sample in the scheduler's coordinates, float32 or wider.
+        final_sample: what the last step returned, with its graph, float32 or wider.
+    """
+
+    def __init__(self, estimator: FisherEstimator, changed_latents: str = "refuse"):
+        if changed_latents not in CHANGED_LATENTS:
+            raise InputError(f"`changed_latents` is '{changed_latents}'; allowed: {', '.join(CHANGED_LATENTS)}.")
+        if not callable(estimator):
+            raise InputError(
+                f"The estimator is {estimator!r}; pass a Fisher estimator such as DirectFisher() or "
+                "AutodiffFisher(denoiser)."
+            )
+        self.estimator = estimator
+        self.changed_latents = changed_latents
+        self.states: list[DenoisingState] = []
+        self.initial_sample: torch.Tensor | None = None
+        self.final_sample: torch.Tensor | None = None
+        self._returned: torch.Tensor | None = None
+        self._noise_scale = 1.0
+
+    def gradient(self, loss: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
+        """Gradient of a scalar `loss` of the run's result with respect to the pipeline's `latents` argument.
+
+        Includes the factor `init_noise_sigma` by which pipelines multiply their `latents`. Cost: one product of the
+        estimator a step. dtype: float32 or wider.
+
+        Raises:
+            TrajectoryError: no step was recorded, or the loss does not depend on the run.
+            NumericalError: the gradient is not finite.
+        """
+        if self.initial_sample is None:
+            raise TrajectoryError(
+                "No step was recorded: run the pipeline inside the `with scheduler.differentiable(...)` block, with "
+                "that scheduler as its scheduler."
+            )
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise TrajectoryError(
+                f"The loss must be a scalar tensor that depends on the run's result, got {_describe(loss)}. Ask the "
+                'pipeline for `output_type="latent"` and decode outside of torch.no_grad.'
+            )
+        (gradient,) = torch.autograd.grad(loss, self.initial_sample, retain_graph=retain_graph, allow_unused=True)
+        if gradient is None:
+            raise TrajectoryError("The loss does not depend on this run's result; compute it from what the run gave.")
+        gradient = gradient * self._noise_scale
+        if not torch.isfinite(gradient).all():
+            raise NumericalError(
+                f"The gradient through {len(self.states)} steps is not finite with {type(self.estimator).__name__}. "
+                "The uncentred endpoint form grows exponentially in the number of steps: use fewer steps, "
+                "EndpointFisher(centred=True) or DirectFisher()."
+            )
+        return gradient
+
+    def operator(self, index: int) -> FisherOperator:
+        """The estimator's operator at the run's state `index`. Raises `TrajectoryError` before the run."""
+        if self.final_sample is None:
+            raise TrajectoryError("The run has no steps yet; ask for operators after the pipeline has run.")
+        return self.estimator(self.states[index], endpoint=self.final_sample.detach())
+
+    def step(
+        self, parent_step: Callable, scheduler: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor,
+        *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Records one step and runs the scheduler's own `parent_step` with a graph."""
+        self._check(scheduler, model_output, sample)
+        with torch.enable_grad():
+            current = self._enter(scheduler, sample)
+            if getattr(scheduler, "step_index", None) is None and hasattr(scheduler, "_init_step_index"):
+                scheduler._init_step_index(timestep)
+            output = model_output.detach().to(current.dtype)
+            state = state_of(scheduler, current.detach(), output, timestep, _step_index(scheduler))
+            self.states.append(state)
+            attached = _AttachJacobian.apply(current, output, self._product(len(self.states) - 1, sample.device))
+            result = parent_step(attached, timestep, current, *args, **kwargs)
+            following = result[0] if isinstance(result, tuple) else result.prev_sample
+            self.final_sample = following
+            self._returned = following.to(sample.dtype)
+        if isinstance(result, tuple):
+            return (self._returned, *result[1:])
+        result.prev_sample = self._returned
+        return result
+
+    def _check(self, scheduler: Any, model_output: torch.Tensor, sample: torch.Tensor) -> None:
+        if torch.is_inference_mode_enabled() or sample.is_inference():
+            raise TrajectoryError(
+                "A differentiable run can't record under torch.inference_mode, whose tensors autograd refuses; use "
+                "torch.no_grad instead (pipelines do so themselves)."
+            )
+        if model_output.shape != sample.shape:
+            raise TrajectoryError(
+                f"The model output has shape {tuple(model_output.shape)}, the sample {tuple(sample.shape)}: models "
+                "with learned variance are not supported in a differentiable run. Use a scheduler with "
+                "variance_type='fixed_small' and a model (or pipeline) that gives the mean alone."
+            )
+        config = scheduler.config
+        if config.get("thresholding", False) and sample.dtype == torch.float16:
+            raise TrajectoryError("Dynamic thresholding has no float16 kernel on every device; use float32 latents.")
+
+    def _enter(self, scheduler: Any, sample: torch.Tensor) -> torch.Tensor:
+        """The chain's own tensor for the incoming `sample`, float32 or wider."""
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        if self._returned is None:
+            self.initial_sample = sample.detach().to(dtype, copy=True).requires_grad_()
+            self._noise_scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
+            return self.initial_sample
+        assert_chain = self.final_sample
+        if sample is self._returned or _same(sample, self._returned):
+            return assert_chain
+        if self.changed_latents == "additive" and sample.shape == self._returned.shape:
+            return assert_chain + (sample - self._returned).detach().to(dtype)
+        raise TrajectoryError(
+            f"Step {len(self.states)} received other latents than step {len(self.states) - 1} returned: a callback or "
+            "an inpainting blend changed them, or a second run began. A change that does not depend on the latents "
+            "(added guidance, say) can be followed with differentiable(estimator, changed_latents='additive'); "
+            "anything else has no known gradient. One `differentiable` block holds one run."
+        )
+
+    def _product(self, index: int, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The backward of step `index`. CUDA runs backward in another thread, so its modes are set inside."""
+        kind = device.type
+        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+        def product(gradient: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad(), torch.autocast(kind, dtype=autocast[1], enabled=autocast[0]):
+                return self.operator(index).output_jacobian(gradient)
+
+        return product
+
+
+class _AttachJacobian(torch.autograd.Function):
+    """The model output, held; its backward is `product`, the transposed Jacobian with respect to the sample."""
+
+    @staticmethod
+    def forward(ctx, sample, model_output, product):  # noqa: ANN001 - autograd's own signature
+        ctx.product = product
+        return model_output.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):  # noqa: ANN001
+        return ctx.product(gradient), None, None
+
+
+@contextlib.contextmanager
+def recording(scheduler: Any, trajectory: Trajectory) -> Iterator[Trajectory]:
+    """Sets `trajectory` on `scheduler` for the block; leaves no graph in the scheduler's own buffers afterwards."""
+    if scheduler._trajectory is not None:
+        raise TrajectoryError("This scheduler is already inside a `differentiable` block; they don't nest.")
+    scheduler._trajectory = trajectory
+    try:
+        yield trajectory
+    finally:
+        scheduler._trajectory = None
+        for name, value in vars(scheduler).items():
+            setattr(scheduler, name, _detached(value))
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach() if value.requires_grad else value
+    if type(value) in (list, tuple):
+        return type(value)(_detached(entry) for entry in value)
+    return value
+
+
+def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.shape == right.shape and left.dtype == right.dtype and torch.equal(left, right)
+
+
+def _step_index(scheduler: Any) -> int:
+    """The run's own step; schedulers that look their level up by timestep have none and need none."""
+    index = getattr(scheduler, "step_index", None)
+    return 0 if index is None else int(index)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)} with requires_grad={value.requires_grad}"
+    return f"a {type(value).__name__}"

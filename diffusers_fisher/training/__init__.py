@@ -1,0 +1,1 @@
+"""Training utilities: configuration files, resumable training state."""

@@ -1,0 +1,69 @@
+"""Resumable training state in safetensors: parameters, optimizer moments, moving averages and the step.
+
+Randomness needs no saving: training code draws from `step_generator`, which depends only on the seed and the step.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from ..errors import CheckpointError
+from ..files import load_tensors, save_tensors
+
+
+def step_generator(seed: int, *keys: int | str) -> torch.Generator:
+    """A CPU generator determined by `seed` and `keys`, so that a resumed run draws what an unbroken one would."""
+    import hashlib
+
+    digest = hashlib.sha256(repr((seed, *keys)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def save_training_state(
+    path: str | os.PathLike,
+    modules: dict[str, torch.nn.Module],
+    optimizer: torch.optim.Optimizer,
+    averages: list[torch.Tensor],
+    step: int,
+) -> None:
+    """Writes the whole state after `step` completed steps to one safetensors file, atomically."""
+    tensors = {f"module.{name}.{key}": value for name, m in modules.items() for key, value in m.state_dict().items()}
+    tensors |= {f"average.{index}": value for index, value in enumerate(averages)}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    save_tensors(path, tensors, metadata={"step": str(step)})
+
+
+def load_training_state(
+    path: str | os.PathLike,
+    modules: dict[str, torch.nn.Module],
+    optimizer: torch.optim.Optimizer,
+    averages: list[torch.Tensor],
+) -> int:
+    """Restores what `save_training_state` wrote, in place; returns the number of completed steps (0 without a file).
+
+    Raises:
+        CheckpointError: the file is damaged or belongs to other modules.
+    """
+    if not Path(path).exists():
+        return 0
+    tensors, metadata = load_tensors(path)
+    try:
+        for name, module in modules.items():
+            prefix = f"module.{name}."
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        for index, average in enumerate(averages):
+            average.copy_(tensors[f"average.{index}"])
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, entry = key.split(".", 2)
+                moments.setdefault(int(index), {})[entry] = value
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        return int(metadata["step"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"Training state '{path}' does not fit this configuration: {error}. "
+            "Resume with the configuration it was made with, or choose another output folder."
+        ) from error

@@ -1,0 +1,282 @@
+"""Trains the checkpoint that diffusers_fisher ships: a small Stable Diffusion on Fashion-MNIST, and a classifier.
+
+    accelerate launch --cpu examples/train_embedded_checkpoint.py --config configs/embedded_checkpoint.yaml
+
+Three stages (classifier, autoencoder, diffusion), each resumed where it was killed: the state is one safetensors file
+a stage, and every random draw depends only on the seed and the step. The finished folder is read by stock
+`StableDiffusionPipeline.from_pretrained`.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import fashion_mnist
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from embedded_models import (
+    make_autoencoder,
+    make_classifier,
+    make_text_encoder,
+    make_tokenizer,
+    make_unet,
+    save_image_processor,
+)
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageClassification, CLIPTextModel, CLIPTokenizer
+
+from diffusers_fisher.checkpoints import EMBEDDED_CLASSES, embedded_prompt
+from diffusers_fisher.files import load_tensors, save_tensors, write_json
+from diffusers_fisher.training.config import load_config
+from diffusers_fisher.training.state import load_training_state, save_training_state, step_generator
+
+
+@dataclasses.dataclass
+class Stage:
+    steps: int
+    batch_size: int  # over all processes
+    learning_rate: float
+    weight_decay: float
+    warmup_steps: int
+    ema_decay: float  # 0: no moving average
+    save_every: int
+
+
+@dataclasses.dataclass
+class Config:
+    seed: int
+    data: str
+    output: str
+    mixed_precision: str
+    caption_dropout: float
+    kl_weight: float
+    classifier: Stage
+    autoencoder: Stage
+    diffusion: Stage
+
+
+def learning_rate(stage: Stage, step: int) -> float:
+    """Linear warm-up, then half a cosine down to zero."""
+    if step < stage.warmup_steps:
+        return stage.learning_rate * (step + 1) / stage.warmup_steps
+    progress = (step - stage.warmup_steps) / max(1, stage.steps - stage.warmup_steps)
+    return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def batch_indices(count: int, stage: Stage, step: int, seed: int) -> torch.Tensor:
+    """Indices of the global batch of `step`: consecutive pieces of one permutation an epoch."""
+    per_epoch = count // stage.batch_size
+    epoch, position = divmod(step, per_epoch)
+    order = torch.randperm(count, generator=step_generator(seed, "order", epoch))
+    return order[position * stage.batch_size : (position + 1) * stage.batch_size]
+
+
+def train(
+    name: str,
+    modules: dict[str, torch.nn.Module],
+    loss_of: Callable[[dict[str, torch.nn.Module], torch.Tensor, torch.Generator, slice], torch.Tensor],
+    count: int,
+    stage: Stage,
+    config: Config,
+    accelerator: Accelerator,
+) -> None:
+    """Trains `modules` in place. `loss_of(modules, indices, generator, mine)` gives the mean loss over the slice
+    `mine` of the global batch; whatever it draws, it draws for the whole batch, so that the number of processes
+    changes nothing."""
+    path = Path(config.output) / f"{name}_state.safetensors"
+    for module in modules.values():
+        module.train().to(accelerator.device, memory_format=torch.channels_last)
+    parameters = [p for module in modules.values() for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=stage.learning_rate, weight_decay=stage.weight_decay, fused=True)
+    average = EMAModel(parameters, decay=stage.ema_decay) if stage.ema_decay else None
+    shadow = average.shadow_params if average else []
+    start = load_training_state(path, modules, optimizer, shadow)
+    if average:
+        average.optimization_step = start
+    wrapped = dict(zip(modules, accelerator.prepare(*modules.values()), strict=True)) if len(modules) > 1 else {
+        key: accelerator.prepare(module) for key, module in modules.items()
+    }
+    optimizer = accelerator.prepare(optimizer)
+    share = stage.batch_size // accelerator.num_processes
+    mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    log = Path(config.output) / f"{name}_loss.jsonl"
+    progress = tqdm(range(start, stage.steps), name, stage.steps, initial=start, disable=not accelerator.is_main_process)
+    running = 0.0
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(stage, step)
+        indices = batch_indices(count, stage, step, config.seed)
+        with accelerator.autocast():
+            loss = loss_of(wrapped, indices, step_generator(config.seed, name, step), mine)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if average:
+            average.step(parameters)
+        running += loss.item()
+        if not math.isfinite(running):
+            raise RuntimeError(f"{name}: loss is not finite at step {step}; the last good state is '{path}'.")
+        if (step + 1) % 100 == 0 and accelerator.is_main_process:
+            progress.set_postfix(loss=f"{running / 100:.4f}")
+            with log.open("a") as file:
+                file.write(json.dumps({"step": step + 1, "loss": running / 100}) + "\n")
+            running = 0.0
+        if ((step + 1) % stage.save_every == 0 or step + 1 == stage.steps) and accelerator.is_main_process:
+            save_training_state(path, modules, optimizer.optimizer, shadow, step + 1)
+    if average:
+        average.copy_to(parameters)
+    for module in modules.values():
+        module.eval()
+
+
+def train_classifier(config: Config, accelerator: Accelerator, folder: Path) -> None:
+    images, labels = fashion_mnist.load("train", config.data)
+
+    def loss_of(modules, indices, generator, mine):
+        pixels = fashion_mnist.to_rgb(images[indices])
+        flip = torch.rand(len(indices), generator=generator) < 0.5
+        pixels = torch.where(flip[:, None, None, None], pixels.flip(-1), pixels)
+        row, column = torch.randint(-2, 3, (2,), generator=generator).tolist()
+        pixels = pixels.roll((row, column), (-2, -1))[mine]
+        logits = modules["classifier"](pixel_values=pixels.to(accelerator.device)).logits
+        return F.cross_entropy(logits, labels[indices][mine].to(accelerator.device), label_smoothing=0.05)
+
+    torch.manual_seed(config.seed)
+    model = make_classifier()
+    train("classifier", {"classifier": model}, loss_of, len(images), config.classifier, config, accelerator)
+    if accelerator.is_main_process:
+        model.save_pretrained(folder / "classifier")
+        save_image_processor(folder / "classifier")
+
+
+def train_autoencoder(config: Config, accelerator: Accelerator, folder: Path) -> None:
+    images, _ = fashion_mnist.load("train", config.data)
+
+    def loss_of(modules, indices, generator, mine):
+        pixels = fashion_mnist.to_rgb(images[indices][mine]).to(accelerator.device)
+        noise = torch.randn(len(indices), 4, 8, 8, generator=generator)[mine].to(accelerator.device)
+        # Not DDP's forward: encode and decode are two calls with the noise in between, so gradients are averaged here.
+        model = accelerator.unwrap_model(modules["autoencoder"])
+        posterior = model.encode(pixels).latent_dist
+        decoded = model.decode(posterior.mean + posterior.std * noise).sample
+        return F.mse_loss(decoded.float(), pixels) + config.kl_weight * posterior.kl().mean()
+
+    torch.manual_seed(config.seed + 1)
+    model = make_autoencoder()
+    train("autoencoder", {"autoencoder": model}, loss_of, len(images), config.autoencoder, config, accelerator)
+    if not accelerator.is_main_process:
+        return
+    moments = encode(model, images, accelerator.device)
+    latents = moments.chunk(2, dim=1)[0]
+    model.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 6))
+    model.save_pretrained(folder / "vae")
+    save_tensors(Path(config.output) / "latents.safetensors", {"moments": moments}, {"scaled": "no"})
+
+
+@torch.no_grad()
+def encode(model: AutoencoderKL, images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Posterior mean and log variance (N, 8, 8, 8) of every image, before scaling."""
+    pieces = []
+    for piece in tqdm(images.split(500), "encode"):
+        pieces.append(model.encode(fashion_mnist.to_rgb(piece).to(device)).latent_dist.parameters.cpu())
+    return torch.cat(pieces)
+
+
+def train_diffusion(config: Config, accelerator: Accelerator, folder: Path) -> None:
+    _, labels = fashion_mnist.load("train", config.data)
+    moments = load_tensors(Path(config.output) / "latents.safetensors")[0]["moments"]
+    mean, log_variance = moments.chunk(2, dim=1)
+    scale = json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"]
+    tokenizer = make_tokenizer()
+    prompts = [embedded_prompt(label) for label in range(len(EMBEDDED_CLASSES))] + [""]  # the last one stands for a dropped caption
+    tokens = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+    scheduler = make_scheduler()
+    abar = scheduler.alphas_cumprod
+
+    def loss_of(modules, indices, generator, mine):
+        shape = (len(indices), 4, 8, 8)
+        posterior_noise, noise = torch.randn(2, *shape, generator=generator)
+        # One stratum of the noise range for each sample: the loss varies mostly with t.
+        uniform = (torch.randperm(len(indices), generator=generator) + torch.rand(len(indices), generator=generator))
+        timesteps = (uniform * len(abar) / len(indices)).long().clamp(max=len(abar) - 1)
+        dropped = torch.rand(len(indices), generator=generator) < config.caption_dropout
+        classes = torch.where(dropped, len(EMBEDDED_CLASSES), labels[indices])
+        latents = scale * (mean[indices] + (0.5 * log_variance[indices]).exp() * posterior_noise)
+        level = abar[timesteps][:, None, None, None]
+        noisy = level.sqrt() * latents + (1 - level).sqrt() * noise
+        embeds = modules["text_encoder"](tokens.input_ids.to(accelerator.device)).last_hidden_state
+        noisy = noisy[mine].to(accelerator.device, memory_format=torch.channels_last)
+        predicted = modules["unet"](noisy, timesteps[mine].to(noisy.device), embeds[classes[mine]]).sample
+        return F.mse_loss(predicted.float(), noise[mine].to(noisy.device))
+
+    torch.manual_seed(config.seed + 2)
+    modules = {"unet": make_unet(), "text_encoder": make_text_encoder(tokenizer)}
+    train("diffusion", modules, loss_of, len(moments), config.diffusion, config, accelerator)
+    if not accelerator.is_main_process:
+        return
+    modules["unet"].save_pretrained(folder / "unet")
+    modules["text_encoder"].save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    scheduler.save_pretrained(folder / "scheduler")
+
+
+def make_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's schedule."""
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def assemble(config: Config, folder: Path) -> None:
+    """Writes the pipeline index, the latents' mean and variance, and 64 test images (7 or 6 of each class)."""
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(folder / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
+        scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder)
+    AutoModelForImageClassification.from_pretrained(folder / "classifier")  # must be readable by itself
+    moments = load_tensors(Path(config.output) / "latents.safetensors")[0]["moments"].double()
+    mean, log_variance = moments.chunk(2, dim=1)
+    scale = pipe.vae.config.scaling_factor
+    total_variance = mean.var(dim=0) + log_variance.exp().mean(dim=0)
+    statistics = {"mean": (scale * mean.mean(dim=0)).float(), "variance": (scale**2 * total_variance).float()}
+    description = "mean and variance (4, 8, 8) of scaled latents over the 60,000 training images"
+    save_tensors(folder / "latent_statistics.safetensors", statistics, {"description": description})
+    images, labels = fashion_mnist.load("test", config.data)
+    chosen = torch.cat([(labels == label).nonzero()[: 7 if label < 4 else 6, 0] for label in range(10)])
+    held_out = {"images": images[chosen], "labels": labels[chosen], "indices": chosen}
+    save_tensors(folder / "test_images.safetensors", held_out, {"description": "Fashion-MNIST test images, 32x32 uint8"})
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    write_json(Path(config.output) / "assembled.json", {"bytes": size, "config": dataclasses.asdict(config)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/embedded_checkpoint.yaml")
+    config = load_config(parser.parse_args().config, Config)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    folder = Path(config.output) / "checkpoint"
+    folder.mkdir(parents=True, exist_ok=True)
+    for done, stage in (("vae", train_autoencoder), ("classifier", train_classifier), ("scheduler", train_diffusion)):
+        if not (folder / done).exists():
+            stage(config, accelerator, folder)
+        accelerator.wait_for_everyone()
+        accelerator.free_memory()
+    if accelerator.is_main_process:
+        assemble(config, folder)
+
+
+if __name__ == "__main__":
+    main()

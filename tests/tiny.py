@@ -1,0 +1,126 @@
+"""Tiny random pipelines of the real classes."""
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+
+def scheduler(**changes):
+    config = {
+        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
+        "set_alpha_to_one": False, "steps_offset": 1,
+    }  # fmt: skip
+    return DDIMScheduler(**{**config, **changes})
+
+
+def tokenizer():
+    characters = [chr(code) for code in range(97, 123)]
+    vocabulary = characters + [character + "</w>" for character in characters] + ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: index for index, token in enumerate(vocabulary)}, merges=[], model_max_length=8)
+
+
+def text_config(words, projection_dim=16):
+    return CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=words.model_max_length, projection_dim=projection_dim,
+        bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+
+
+def vae(latent_channels=4, **changes):
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=4, sample_size=16,
+        latent_channels=latent_channels, **changes,
+    )  # fmt: skip
+
+
+def unet(**changes):
+    config = {
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 16, "attention_head_dim": 2, "norm_num_groups": 4,
+    }  # fmt: skip
+    return UNet2DConditionModel(**{**config, **changes})
+
+
+def stable_diffusion(cls=StableDiffusionPipeline, **components):
+    torch.manual_seed(0)
+    words = tokenizer()
+    parts = {
+        "vae": vae(), "text_encoder": CLIPTextModel(text_config(words)), "tokenizer": words, "unet": unet(),
+        "scheduler": scheduler(), "safety_checker": None, "feature_extractor": None,
+    }  # fmt: skip
+    return quiet(cls(**{**parts, **components}, requires_safety_checker=False))
+
+
+def stable_diffusion_xl():
+    torch.manual_seed(0)
+    words = tokenizer()
+    net = unet(
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16,
+        cross_attention_dim=32,
+    )  # fmt: skip
+    return quiet(
+        StableDiffusionXLPipeline(
+            vae=vae(), unet=net, tokenizer=words, tokenizer_2=words, text_encoder=CLIPTextModel(text_config(words)),
+            text_encoder_2=CLIPTextModelWithProjection(text_config(words)),
+            scheduler=EulerDiscreteScheduler.from_config(scheduler().config), add_watermarker=False,
+        )
+    )  # fmt: skip
+
+
+def stable_diffusion_3():
+    torch.manual_seed(0)
+    net = SD3Transformer2DModel(
+        sample_size=8, patch_size=1, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
+    )  # fmt: skip
+    return quiet(
+        StableDiffusion3Pipeline(
+            transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(shift_factor=0.06),
+            text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None,
+            tokenizer_3=None,
+        )
+    )  # fmt: skip
+
+
+def flux():
+    torch.manual_seed(0)
+    net = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    return quiet(
+        FluxPipeline(
+            transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=vae(),
+            text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
+        )
+    )  # fmt: skip
+
+
+def embeds(batch, pooled=True, length=8):
+    """Call arguments that stand for prompts in pipelines without text encoders."""
+    generator = torch.Generator().manual_seed(7)
+    result = {"prompt_embeds": torch.randn(batch, length, 16, generator=generator)}
+    if pooled:
+        result["pooled_prompt_embeds"] = torch.randn(batch, 16, generator=generator)
+    return result
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
