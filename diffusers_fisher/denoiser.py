@@ -1,5 +1,6 @@
 """A pipeline as a function: `(x, t) -> epsilon` through any unmodified diffusers pipeline."""
 
+import abc
 import contextlib
 import inspect
 from collections.abc import Iterator
@@ -51,7 +52,41 @@ class _EchoScheduler:
         return (model_output, model_output)
 
 
-class PipelineDenoiser:
+class Denoiser(abc.ABC):
+    """A denoising network as a function of its own input (variance preserving for k-diffusion style schedulers).
+
+    Args:
+        scheduler: the diffusers scheduler whose timesteps, noise levels and prediction type the network uses.
+
+    Attributes:
+        num_calls: evaluations so far.
+    """
+
+    def __init__(self, scheduler: Any):
+        self.scheduler = scheduler
+        self.prediction = prediction_of(scheduler)
+        self.num_calls = 0
+
+    @abc.abstractmethod
+    def model_output(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
+        """Raw model output at model input `x`, (B, ...). Builds a graph only where `x` asks for one."""
+
+    def __call__(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
+        """Predicted noise at `x`, (B, ...). Cost: one evaluation."""
+        return self.state(x, timestep).epsilon
+
+    def state(self, x: torch.Tensor, timestep: Any) -> DenoisingState:
+        """The denoising state at model input `x` and (possibly fractional) `timestep`. Cost: one evaluation."""
+        output = self.model_output(x, timestep)
+        return DenoisingState(x, output.to(x.dtype), self.level(timestep), self.prediction, timestep)
+
+    def level(self, timestep: Any) -> NoiseLevel:
+        """Noise level of the model's input at `timestep`."""
+        carried = noise_level(self.scheduler, timestep)
+        return carried.scaled(input_scale(self.scheduler, carried))
+
+
+class PipelineDenoiser(Denoiser):
     """Calls a pipeline for one step and returns the (guided) model output.
 
     The pipeline is left exactly as it was after every call: scheduler, config, attributes, grad mode. Prompts are
@@ -84,10 +119,9 @@ class PipelineDenoiser:
         unknown = sorted(set(call_arguments) - set(parameters))
         if unknown:
             raise InputError(f"{type(pipe).__name__} does not take {unknown}; it takes {sorted(parameters)}.")
+        super().__init__(pipe.scheduler)
         self.pipe = pipe
-        self.prediction = prediction_of(pipe.scheduler)
         self.guidance_scale = guidance_scale
-        self.num_calls = 0
         if "guidance_scale" in parameters:
             call_arguments = {"guidance_scale": guidance_scale, **call_arguments}
         if getattr(pipe, "do_classifier_free_guidance", None) is not None and guidance_scale <= 1.0:
@@ -100,20 +134,6 @@ class PipelineDenoiser:
         """Where the pipeline computes."""
         return self.pipe._execution_device
 
-    def __call__(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
-        """Predicted noise at `x`, (B, ...). Cost: one evaluation."""
-        return self.state(x, timestep).epsilon
-
-    def state(self, x: torch.Tensor, timestep: Any) -> DenoisingState:
-        """The denoising state at model input `x` and (possibly fractional) `timestep`. Cost: one evaluation."""
-        output = self.model_output(x, timestep)
-        return DenoisingState(x, output.to(x.dtype), self.level(timestep), self.prediction, timestep)
-
-    def level(self, timestep: Any) -> NoiseLevel:
-        """Noise level of the model's input at `timestep`."""
-        carried = noise_level(self.pipe.scheduler, timestep)
-        return carried.scaled(input_scale(self.pipe.scheduler, carried))
-
     def model_output(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
         """Raw (guided) model output at model input `x`. Builds a graph only where `x` asks for one.
 
@@ -124,11 +144,11 @@ class PipelineDenoiser:
         with_graph = torch.is_grad_enabled() and x.requires_grad
         call = inspect.unwrap(type(self.pipe).__call__) if with_graph else type(self.pipe).__call__
         attributes: dict[str, Any] = {
-            "scheduler": _EchoScheduler(self.pipe.scheduler, timestep),
+            "scheduler": _EchoScheduler(self.scheduler, timestep),
             "_progress_bar_config": {"disable": True},
         }
         if hasattr(self.pipe, "encode_prompt"):
-            attributes["encode_prompt"] = self._encode_prompt
+            attributes["encode_prompt"] = self.encode_prompt
         arguments = {**self._size_arguments(x), **self._arguments}
         latents = x.to(self._latents_dtype())
         with borrowed(self.pipe, **attributes):
@@ -155,7 +175,7 @@ class PipelineDenoiser:
             return {}
         return {"height": x.shape[-2] * factor, "width": x.shape[-1] * factor}
 
-    def _encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the pipeline's own: encodes at the first call, without a graph, and remembers."""
         if self._encoded is None:
             with torch.no_grad():

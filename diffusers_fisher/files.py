@@ -4,8 +4,9 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,9 +59,28 @@ def load_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
         raise CheckpointError(f"Checkpoint file '{path}' does not exist.")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except SafetensorError as error:
         raise CheckpointError(
             f"Checkpoint file '{path}' ({path.stat().st_size} bytes) can't be read as safetensors: {error}. "
             "It may be truncated; write or download it again."
+        ) from error
+
+
+def check_safetensors(path: str | os.PathLike) -> None:
+    """Reads the header of a safetensors file and compares it with the file's length.
+
+    Raises:
+        CheckpointError: missing, truncated or not safetensors.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        size = f"{path.stat().st_size} bytes" if path.exists() else "missing"
+        raise CheckpointError(
+            f"Checkpoint file '{path}' ({size}) can't be read as safetensors: {error}. It may be truncated; write or "
+            "download it again."
         ) from error

@@ -284,6 +284,23 @@ def log_noise_to_signal_at(scheduler: Any, timestep: Any) -> torch.Tensor:
     return torch.where(fraction == 0, table[low], between)  # 0 * inf would be NaN at zero terminal SNR
 
 
+def log_noise_to_signal_range(scheduler: Any) -> tuple[float, float]:
+    """log(sigma/alpha) at the clean and at the noisy end of what the model was trained on, both finite.
+
+    Flow matching and zero terminal SNR end in pure noise, where the ratio is infinite: there the range stops at
+    sigma = 0.999 of the whole.
+    """
+    family = scheduler_family(scheduler)
+    limit = math.log(0.999 / 0.001)
+    if family is SchedulerFamily.EDM:
+        return math.log(scheduler.config.sigma_min), math.log(scheduler.config.sigma_max)
+    if family is SchedulerFamily.FLOW or scheduler.config.get("use_flow_sigmas", False):
+        return -math.log(scheduler.config.num_train_timesteps - 1), limit
+    table = log_noise_to_signal_table(scheduler)
+    last = table[-1] if torch.isfinite(table[-1]) and table[-1] < limit else table[table < limit][-1]
+    return float(table[0]), float(last)
+
+
 def timestep_at(scheduler: Any, log_s: torch.Tensor) -> torch.Tensor:
     """The (fractional) timestep, float64, of noise levels log(sigma/alpha); inverse of `log_noise_to_signal_at`.
 

@@ -32,8 +32,8 @@ class DenoisingState:
     def __post_init__(self) -> None:
         if self.model_output.shape != self.sample.shape:
             raise InputError(
-                f"Model output has shape {tuple(self.model_output.shape)}, the sample {tuple(self.sample.shape)}; they "
-                "must agree. Models with learned variance give two halves: pass the mean half alone."
+                f"Model output has shape {tuple(self.model_output.shape)}, the sample {tuple(self.sample.shape)}; "
+                "they must agree. Models with learned variance give two halves: pass the mean half alone."
             )
 
     @property

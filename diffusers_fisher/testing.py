@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from .denoiser import Denoiser
 from .errors import InputError
-from .noise import NoiseLevel, expand, input_scale, noise_level, prediction_of
+from .noise import NoiseLevel, expand
 
 
 class MixtureOracle:
@@ -120,22 +121,15 @@ class MixtureOracle:
         return level.alpha.to(self.means.dtype), level.sigma.to(self.means.dtype)
 
 
-class OracleDenoiser:
+class OracleDenoiser(Denoiser):
     """A perfect denoiser for a scheduler: `model_output(model_input, timestep)` in its prediction type.
 
     Differentiable, so it serves as reference for every estimator.
     """
 
     def __init__(self, oracle: MixtureOracle, scheduler: Any):
+        super().__init__(scheduler)
         self.oracle = oracle
-        self.scheduler = scheduler
-        self.prediction = prediction_of(scheduler)
-        self.num_calls = 0
-
-    def level(self, timestep: Any) -> NoiseLevel:
-        """Noise level of the model's input at `timestep`."""
-        carried = noise_level(self.scheduler, timestep)
-        return carried.scaled(input_scale(self.scheduler, carried))
 
     def model_output(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
         """The raw output that an ideal model would give at model input `x`."""
@@ -143,4 +137,3 @@ class OracleDenoiser:
         level = self.level(timestep)
         noise, original, identity = (expand(c, x) for c in self.prediction.output_coefficients(level))
         return noise * self.oracle.epsilon(x, level) + original * self.oracle.posterior_mean(x, level) + identity * x
-

@@ -8,6 +8,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, RegNetCon
 from diffusers_fisher.checkpoints import EMBEDDED_CLASSES, embedded_prompt
 from diffusers_fisher.files import write_json
 
+
 def make_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-level BPE with just enough merges that each word of the captions is one token."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -63,7 +64,8 @@ def make_classifier() -> RegNetForImageClassification:
         RegNetConfig(
             num_channels=3, embedding_size=32, hidden_sizes=[48, 96, 160], depths=[1, 2, 1], groups_width=16,
             layer_type="x", downsample_in_first_stage=False,
-            id2label=dict(enumerate(EMBEDDED_CLASSES)), label2id={name: index for index, name in enumerate(EMBEDDED_CLASSES)},
+            id2label=dict(enumerate(EMBEDDED_CLASSES)),
+            label2id={name: index for index, name in enumerate(EMBEDDED_CLASSES)},
         )
     )  # fmt: skip
 

@@ -26,8 +26,8 @@ def load(split: str, folder: str | os.PathLike = DEFAULT_FOLDER) -> tuple[torch.
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"No folder '{folder}'. On Debian or Ubuntu: apt-get install dataset-fashion-mnist; elsewhere put the four "
-            "IDX files of Fashion-MNIST in a folder and name it."
+            f"No folder '{folder}'. On Debian or Ubuntu: apt-get install dataset-fashion-mnist; elsewhere put the "
+            "four IDX files of Fashion-MNIST in a folder and name it."
         )
     images = read_idx(folder / f"{PREFIXES[split]}-images-idx3-ubyte.gz")
     labels = read_idx(folder / f"{PREFIXES[split]}-labels-idx1-ubyte.gz")

@@ -99,14 +99,13 @@ def train(
     start = load_training_state(path, modules, optimizer, shadow)
     if average:
         average.optimization_step = start
-    wrapped = dict(zip(modules, accelerator.prepare(*modules.values()), strict=True)) if len(modules) > 1 else {
-        key: accelerator.prepare(module) for key, module in modules.items()
-    }
+    wrapped = {key: accelerator.prepare(module) for key, module in modules.items()}
     optimizer = accelerator.prepare(optimizer)
     share = stage.batch_size // accelerator.num_processes
     mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
     log = Path(config.output) / f"{name}_loss.jsonl"
-    progress = tqdm(range(start, stage.steps), name, stage.steps, initial=start, disable=not accelerator.is_main_process)
+    quiet = not accelerator.is_main_process
+    progress = tqdm(range(start, stage.steps), name, stage.steps, initial=start, disable=quiet)
     running = 0.0
     for step in progress:
         for group in optimizer.param_groups:
@@ -195,7 +194,8 @@ def train_diffusion(config: Config, accelerator: Accelerator, folder: Path) -> N
     mean, log_variance = moments.chunk(2, dim=1)
     scale = json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"]
     tokenizer = make_tokenizer()
-    prompts = [embedded_prompt(label) for label in range(len(EMBEDDED_CLASSES))] + [""]  # the last one stands for a dropped caption
+    prompts = [embedded_prompt(label) for label in range(len(EMBEDDED_CLASSES))]
+    prompts.append("")  # stands for a dropped caption
     tokens = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
     scheduler = make_scheduler()
     abar = scheduler.alphas_cumprod
@@ -204,7 +204,7 @@ def train_diffusion(config: Config, accelerator: Accelerator, folder: Path) -> N
         shape = (len(indices), 4, 8, 8)
         posterior_noise, noise = torch.randn(2, *shape, generator=generator)
         # One stratum of the noise range for each sample: the loss varies mostly with t.
-        uniform = (torch.randperm(len(indices), generator=generator) + torch.rand(len(indices), generator=generator))
+        uniform = torch.randperm(len(indices), generator=generator) + torch.rand(len(indices), generator=generator)
         timesteps = (uniform * len(abar) / len(indices)).long().clamp(max=len(abar) - 1)
         dropped = torch.rand(len(indices), generator=generator) < config.caption_dropout
         classes = torch.where(dropped, len(EMBEDDED_CLASSES), labels[indices])
@@ -230,7 +230,11 @@ def train_diffusion(config: Config, accelerator: Accelerator, folder: Path) -> N
 def make_scheduler() -> DDIMScheduler:
     """Stable Diffusion's schedule."""
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
         steps_offset=1,
     )
 
@@ -243,7 +247,9 @@ def assemble(config: Config, folder: Path) -> None:
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
         scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipe.save_pretrained(folder)
     AutoModelForImageClassification.from_pretrained(folder / "classifier")  # must be readable by itself
@@ -257,7 +263,7 @@ def assemble(config: Config, folder: Path) -> None:
     images, labels = fashion_mnist.load("test", config.data)
     chosen = torch.cat([(labels == label).nonzero()[: 7 if label < 4 else 6, 0] for label in range(10)])
     held_out = {"images": images[chosen], "labels": labels[chosen], "indices": chosen}
-    save_tensors(folder / "test_images.safetensors", held_out, {"description": "Fashion-MNIST test images, 32x32 uint8"})
+    save_tensors(folder / "test_images.safetensors", held_out, {"description": "Fashion-MNIST test images, uint8"})
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     write_json(Path(config.output) / "assembled.json", {"bytes": size, "config": dataclasses.asdict(config)})
 

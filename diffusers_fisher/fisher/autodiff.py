@@ -14,10 +14,14 @@ class AutodiffFisher:
     Cost: one forward evaluation with a graph a state, then one backward pass a product; memory is the denoiser's
     activations.
 
+    A state whose output already carries a graph to its sample is used as it is, without another evaluation.
+
     Args:
         denoiser: `PipelineDenoiser`, or any callable `(model_input, timestep) -> raw model output` that autograd can
             differentiate. None: a pipeline's `guide` or `log_likelihood` puts in its own.
     """
+
+    needs_graph = True  # callers that evaluate the state themselves may do so with a graph
 
     def __init__(self, denoiser=None):
         self.denoiser = denoiser
@@ -27,18 +31,19 @@ class AutodiffFisher:
         return self if self.denoiser is not None else AutodiffFisher(denoiser)
 
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> "AutodiffOperator":
+        if state.sample.requires_grad and state.model_output.requires_grad:
+            return AutodiffOperator(state, None)
         return AutodiffOperator(state, model_output_function(self.denoiser))
 
 
 class AutodiffOperator(ModelFisherOperator):
     """See `AutodiffFisher`. The graph is built at the first product and lives as long as the operator."""
 
-    calls_per_state = 1
-
     def __init__(self, state: DenoisingState, function):
         super().__init__(state)
         self._function = function
-        self._graph: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._graph = (state.sample, state.model_output) if function is None else None
+        self.calls_per_state = 0 if function is None else 1
 
     def output_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         self._check(v)

@@ -10,9 +10,9 @@ from .operator import FisherOperator
 class EndpointFisher:
     """Posterior covariance from the run's endpoint x_0 (Wang et al., ICML 2025, section 4, DF-EA).
 
-    `centred=False` is the paper's form, C v = x_0 <x_0, v> - m <m, v> with m = E[x_0|x_t] of the model. It is indefinite,
-    with eigenvalues +-|x_0||x_0 - m| in the span of x_0 and m, so its products through a whole run grow exponentially
-    in the number of steps: use only the direction of the resulting gradient.
+    `centred=False` is the paper's form, C v = x_0 <x_0, v> - m <m, v> with m = E[x_0|x_t] of the model. It is
+    indefinite, with eigenvalues +-|x_0||x_0 - m| in the span of x_0 and m, so its products through a whole run grow
+    exponentially in the number of steps: use only the direction of the resulting gradient.
     `centred=True` is C v = (x_0 - m) <x_0 - m, v>: the same expectation, positive, far smaller variance.
 
     Cost: nothing beyond the run itself.

@@ -39,9 +39,7 @@ class FiniteDifferenceFisher:
         return FiniteDifferenceFisher(denoiser, self.relative_step, self.central)
 
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> "FiniteDifferenceOperator":
-        return FiniteDifferenceOperator(
-            state, model_output_function(self.denoiser), self.relative_step, self.central
-        )
+        return FiniteDifferenceOperator(state, model_output_function(self.denoiser), self.relative_step, self.central)
 
 
 class FiniteDifferenceOperator(ModelFisherOperator):

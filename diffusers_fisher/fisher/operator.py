@@ -7,7 +7,6 @@ F = I/sigma^2 - (alpha^2/sigma^4) C. The Jacobian of the predicted noise is sigm
 
 import abc
 import dataclasses
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -24,14 +23,19 @@ class TraceEstimate:
     Args:
         value: (B,) float64.
         standard_error: (B,) float64; zero for exact traces, infinite for a single probe.
-        num_probes: probes averaged; 0 for an exact trace.
+        per_probe: (k, B) float64, each probe's own estimate; (0, B) for an exact trace.
         num_denoiser_calls: forward evaluations of the denoiser spent on it.
     """
 
     value: torch.Tensor
     standard_error: torch.Tensor
-    num_probes: int
+    per_probe: torch.Tensor
     num_denoiser_calls: int
+
+    @property
+    def num_probes(self) -> int:
+        """Probes averaged; 0 for an exact trace."""
+        return len(self.per_probe)
 
 
 class FisherOperator(abc.ABC):
@@ -99,10 +103,23 @@ class FisherOperator(abc.ABC):
         """
         if probes is None:
             diagonal = self.dense().diagonal(dim1=-2, dim2=-1).double()
-            value, error, products = diagonal.sum(-1), torch.zeros_like(diagonal[:, 0]), diagonal.shape[-1]
-            return TraceEstimate(value, error, 0, self.calls_per_state + products * self.calls_per_product)
-        value, error = hutchinson(self.matvec, probes, self.state.sample)
-        return TraceEstimate(value, error, len(probes), self.calls_per_state + len(probes) * self.calls_per_product)
+            calls = self.calls_per_state + diagonal.shape[-1] * self.calls_per_product
+            error, per_probe = torch.zeros_like(diagonal[:, 0]), diagonal.new_empty(0, len(diagonal))
+            return TraceEstimate(diagonal.sum(-1), error, per_probe, calls)
+        values = self._quadratic_forms(probes)
+        count = len(values)
+        error = values.std(0) / count**0.5 if count > 1 else torch.full_like(values[0], float("inf"))
+        calls = self.calls_per_state + count * self.calls_per_product
+        return TraceEstimate(values.mean(0), error, values, calls)
+
+    def _quadratic_forms(self, probes: torch.Tensor) -> torch.Tensor:
+        """v^T F v for every probe, (k, B) float64: Hutchinson's estimates (Hutchinson, 1990)."""
+        shape = self.state.sample.shape
+        if probes.ndim != len(shape) + 1 or len(probes) == 0 or probes.shape[1:] != shape:
+            raise InputError(
+                f"Probes have shape {tuple(probes.shape)}; allowed: (k, {', '.join(map(str, shape))}) with k >= 1."
+            )
+        return torch.stack([(probe * self.matvec(probe)).double().flatten(1).sum(1) for probe in probes])
 
     def _check(self, v: torch.Tensor) -> None:
         if v.shape != self.state.sample.shape:
@@ -115,7 +132,8 @@ class FisherOperator(abc.ABC):
 class ModelFisherOperator(FisherOperator):
     """An operator whose subclasses give products with the model's own (transposed) Jacobian, `output_jacobian`.
 
-    A learned Jacobian is not symmetric, so `matvec` is the product with the transposed F; with a true score they agree.
+    A learned Jacobian is not symmetric: `matvec` is the product with the transposed F, and with a true score the two
+    agree.
     """
 
     @abc.abstractmethod
@@ -139,20 +157,6 @@ class FisherEstimator(Protocol):
     """Anything that makes a `FisherOperator` of a state; `endpoint` is the clean end of the run, where known."""
 
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> FisherOperator: ...
-
-
-def hutchinson(
-    matvec: Callable[[torch.Tensor], torch.Tensor], probes: torch.Tensor, like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hutchinson's estimate (B,) of the trace behind `matvec`, and its standard error over the probes, float64."""
-    if probes.ndim != like.ndim + 1 or len(probes) == 0 or probes.shape[1:] != like.shape:
-        raise InputError(
-            f"Probes have shape {tuple(probes.shape)}; allowed: (k, {', '.join(map(str, like.shape))}) with k >= 1."
-        )
-    products = torch.stack([(probe * matvec(probe)).double().flatten(1).sum(1) for probe in probes])
-    count = len(products)
-    error = products.std(0) / count**0.5 if count > 1 else torch.full_like(products[0], float("inf"))
-    return products.mean(0), error
 
 
 def rademacher(

@@ -20,7 +20,7 @@ class FisherSchedulerMixin:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # Pipelines inspect the signature of `step`: a bare *args would silently drop `generator` and `eta`.
-        parent_step = super(FisherSchedulerMixin, cls).step
+        parent_step = super().step  # type: ignore[misc]
 
         @functools.wraps(parent_step)
         def step(self, model_output, timestep, sample, *args, **kwargs):
@@ -29,7 +29,7 @@ class FisherSchedulerMixin:
             bound = functools.partial(parent_step, self)
             return self._trajectory.step(bound, self, model_output, timestep, sample, *args, **kwargs)
 
-        cls.step = step
+        cls.step = step  # type: ignore[attr-defined]
 
     def differentiable(
         self, estimator: FisherEstimator, changed_latents: str = "refuse"
@@ -51,8 +51,10 @@ class FisherSchedulerMixin:
         return recording(self, Trajectory(estimator, changed_latents))
 
 
-@functools.cache
-def fisher_scheduler(cls: type) -> type:
+_MADE: dict[type, type] = {}  # classes outside the catalog are made once, so that `isinstance` works
+
+
+def fisher_scheduler(cls: Any) -> Any:
     """The Fisher version of any diffusers scheduler class: `fisher_scheduler(DDIMScheduler)`.
 
     Classes of the catalog are returned from there, others are made. A class that is one already is returned as it is.
@@ -74,4 +76,6 @@ def fisher_scheduler(cls: type) -> type:
     made = getattr(catalog, f"Fisher{cls.__name__}", None)
     if made is not None and issubclass(made, cls):
         return made
-    return type(f"Fisher{cls.__name__}", (FisherSchedulerMixin, cls), {"__module__": cls.__module__})
+    if cls not in _MADE:
+        _MADE[cls] = type(f"Fisher{cls.__name__}", (FisherSchedulerMixin, cls), {"__module__": cls.__module__})
+    return _MADE[cls]

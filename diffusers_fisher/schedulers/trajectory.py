@@ -125,15 +125,15 @@ class Trajectory:
     def _enter(self, scheduler: Any, sample: torch.Tensor) -> torch.Tensor:
         """The chain's own tensor for the incoming `sample`, float32 or wider."""
         dtype = torch.promote_types(sample.dtype, torch.float32)
-        if self._returned is None:
+        chain = self.final_sample
+        if self._returned is None or chain is None:
             self.initial_sample = sample.detach().to(dtype, copy=True).requires_grad_()
             self._noise_scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
             return self.initial_sample
-        assert_chain = self.final_sample
         if sample is self._returned or _same(sample, self._returned):
-            return assert_chain
+            return chain
         if self.changed_latents == "additive" and sample.shape == self._returned.shape:
-            return assert_chain + (sample - self._returned).detach().to(dtype)
+            return chain + (sample - self._returned).detach().to(dtype)
         raise TrajectoryError(
             f"Step {len(self.states)} received other latents than step {len(self.states) - 1} returned: a callback or "
             "an inpainting blend changed them, or a second run began. A change that does not depend on the latents "
@@ -157,13 +157,13 @@ class _AttachJacobian(torch.autograd.Function):
     """The model output, held; its backward is `product`, the transposed Jacobian with respect to the sample."""
 
     @staticmethod
-    def forward(ctx, sample, model_output, product):  # noqa: ANN001 - autograd's own signature
+    def forward(ctx, sample, model_output, product):
         ctx.product = product
         return model_output.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):  # noqa: ANN001
+    def backward(ctx, gradient):
         return ctx.product(gradient), None, None
 
 

@@ -30,8 +30,8 @@ def save_training_state(
     """Writes the whole state after `step` completed steps to one safetensors file, atomically."""
     tensors = {f"module.{name}.{key}": value for name, m in modules.items() for key, value in m.state_dict().items()}
     tensors |= {f"average.{index}": value for index, value in enumerate(averages)}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{key}": torch.as_tensor(value) for key, value in state.items()}
     save_tensors(path, tensors, metadata={"step": str(step)})
 
 
@@ -58,8 +58,8 @@ def load_training_state(
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("optimizer."):
-                _, index, entry = key.split(".", 2)
-                moments.setdefault(int(index), {})[entry] = value
+                _, position, entry = key.split(".", 2)
+                moments.setdefault(int(position), {})[entry] = value
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         return int(metadata["step"])
     except (KeyError, RuntimeError, ValueError) as error:

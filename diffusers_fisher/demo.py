@@ -1,0 +1,201 @@
+"""The demonstration behind `diffusers-fisher demo`: the main job on the embedded checkpoint, with pictures."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from .checkpoints import EMBEDDED_CLASSES, embedded_checkpoint, embedded_prompt, embedded_test_images
+from .errors import InputError
+from .files import atomic_path, write_json
+from .fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDifferenceFisher
+from .guidance import ClassifierReward, GuidanceOutput
+from .likelihood import LikelihoodOutput
+from .pipelines import StableDiffusionFisherPipeline
+
+PROMPT_CLASS = EMBEDDED_CLASSES.index("sneaker")
+TARGET = "ankle boot"
+NUM_IMAGES = 8
+SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 2.0}
+
+ESTIMATORS: dict[str, Callable[[], Any]] = {
+    "direct (default)": DirectFisher,
+    "finite difference": FiniteDifferenceFisher,
+    "exact (autodiff)": AutodiffFisher,
+    "endpoint, centred": lambda: EndpointFisher(centred=True),
+    "endpoint, paper": EndpointFisher,
+}
+
+
+def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
+    """Runs the demonstration, prints its tables and writes `output`; returns the content of report.json.
+
+    Raises:
+        InputError: a folder that can't be written. CheckpointError: a damaged installation.
+    """
+    check_writable(output)
+    begin = time.perf_counter()
+    pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
+    images, labels = embedded_test_images()
+    print("How likely are images under the checkpoint? (64 test images, bits/dim of the latent)", flush=True)
+    likelihoods = {name: _likelihood(pipe, version, labels, seed) for name, version in _versions(images, seed).items()}
+    _print_likelihoods(likelihoods)
+    print(f"\nSteering '{embedded_prompt(PROMPT_CLASS)}' toward '{TARGET}' ({NUM_IMAGES} images)", flush=True)
+    reward = ClassifierReward.from_pretrained(Path(embedded_checkpoint()) / "classifier", target=TARGET)
+    guided = {name: _guide(pipe, reward, make(), seed) for name, make in ESTIMATORS.items()}
+    _print_guidance(guided)
+    report = {
+        "likelihood": {name: _likelihood_report(out) for name, out in likelihoods.items()},
+        "guidance": {name: _guidance_report(out) for name, out in guided.items()},
+        "seconds": round(time.perf_counter() - begin, 1),
+        "versions": versions(),
+    }
+    _write(output, report, likelihoods, guided, pipe, seed)
+    print(f"\nImages, plots and report.json are in {output.resolve()} ({report['seconds']} s in all).")
+    return report
+
+
+def check_writable(folder: Path) -> None:
+    """Makes `folder` and tries to write there, before any long work.
+
+    Raises:
+        InputError: it can't be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / ".writable") as temporary:
+            temporary.write_text("")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise InputError(f"The folder '{folder}' can't be written: {error}. Name another one.") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    from importlib.metadata import version
+
+    names = ("diffusers_fisher", "diffusers", "transformers", "torch")
+    return {name: version(name) for name in names} | {"threads": str(torch.get_num_threads())}
+
+
+def _versions(images: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    return {"real": images, "inverted": 1 - images, "noise-corrupted": (images + 0.2 * noise).clamp(0, 1)}
+
+
+def _likelihood(
+    pipe: StableDiffusionFisherPipeline, images: torch.Tensor, labels: torch.Tensor, seed: int
+) -> LikelihoodOutput:
+    prompts = [embedded_prompt(int(label)) for label in labels]
+    generator = torch.Generator().manual_seed(seed)
+    return pipe.log_likelihood(images, prompt=prompts, num_inference_steps=20, num_probes=2, generator=generator)
+
+
+def _guide(pipe: StableDiffusionFisherPipeline, reward: ClassifierReward, estimator: Any, seed: int) -> GuidanceOutput:
+    prompts = [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES
+    generator = torch.Generator().manual_seed(seed)
+    out = pipe.guide(prompts, reward, estimator=estimator, generator=generator, output_type="pt", **SAMPLING)
+    return cast(GuidanceOutput, out)
+
+
+def _likelihood_report(out: LikelihoodOutput) -> dict[str, Any]:
+    scale = out.log_prob / out.bits_per_dim  # nats of one bit/dim, with its sign
+    bits = out.bits_per_dim
+    return {
+        "bits_per_dim": [round(float(value), 4) for value in bits],
+        "mean": float(bits.mean()),
+        "standard_deviation": float(bits.std()),
+        "probe_standard_error": float((out.standard_error / scale).abs().mean()),
+        "discretisation_error": float((out.discretisation_error / scale).abs().mean()),
+        "num_denoiser_calls": out.num_denoiser_calls,
+        "space": out.space,
+        "prior": out.prior,
+        "density": out.density,
+        "trace": out.trace,
+    }
+
+
+def _guidance_report(out: GuidanceOutput) -> dict[str, Any]:
+    return {
+        "reward_before": float(out.rewards[0].mean()),
+        "reward_after": float(out.best_rewards.mean()),
+        "rewards": [round(float(value), 4) for value in out.rewards.mean(1)],
+        "seconds": float(out.seconds.sum()),
+        "num_denoiser_calls": out.num_denoiser_calls,
+    }
+
+
+def _print_likelihoods(likelihoods: dict[str, LikelihoodOutput]) -> None:
+    print(f"  {'images':<18}{'bits/dim':>10}{'std':>8}{'probe s.e.':>12}{'step error':>12}{'calls':>7}")
+    for name, out in likelihoods.items():
+        row = _likelihood_report(out)
+        print(
+            f"  {name:<18}{row['mean']:>10.3f}{row['standard_deviation']:>8.3f}{row['probe_standard_error']:>12.3f}"
+            f"{row['discretisation_error']:>12.3f}{row['num_denoiser_calls']:>7}"
+        )
+
+
+def _print_guidance(guided: dict[str, GuidanceOutput]) -> None:
+    print(f"  {'estimator':<20}{'reward before':>14}{'after':>9}{'seconds':>9}{'calls':>7}")
+    for name, out in guided.items():
+        row = _guidance_report(out)
+        print(
+            f"  {name:<20}{row['reward_before']:>14.3f}{row['reward_after']:>9.3f}{row['seconds']:>9.1f}"
+            f"{row['num_denoiser_calls']:>7}"
+        )
+
+
+def _write(
+    output: Path,
+    report: dict[str, Any],
+    likelihoods: dict[str, LikelihoodOutput],
+    guided: dict[str, GuidanceOutput],
+    pipe: StableDiffusionFisherPipeline,
+    seed: int,
+) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, out in likelihoods.items():
+        left.hist(out.bits_per_dim.numpy(), bins=20, alpha=0.6, label=name)
+        mean, spread = out.r.mean(1), out.r.std(1)
+        right.plot(out.noise_to_signal, mean, label=name)
+        right.fill_between(out.noise_to_signal, mean - spread, mean + spread, alpha=0.2)
+    left.set(xlabel="bits/dim of the latent (lower is likelier)", ylabel="images", title="Likelihood")
+    right.set(xlabel="noise to signal", ylabel="r = tr Cov[noise]/d", xscale="log", title="Trace of the Fisher")
+    left.legend()
+    save_figure(figure, output / "likelihood.png")
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, run in guided.items():
+        axes.plot(run.seconds.cumsum(0), run.rewards.mean(1), marker=".", label=name)
+    axes.set(xlabel="seconds", ylabel=f"log-probability of '{TARGET}'", title="Reward against time")
+    axes.legend()
+    save_figure(figure, output / "guidance.png")
+
+    plain = pipe(
+        [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES, generator=torch.Generator().manual_seed(seed), output_type="pt",
+        **SAMPLING,
+    ).images  # fmt: skip
+    rows = {"before": plain, **{name: run.images for name, run in guided.items()}}
+    figure, grid = plt.subplots(len(rows), 1, figsize=(8, 1.35 * len(rows)), layout="constrained")
+    for axes, (name, pictures) in zip(grid, rows.items(), strict=True):
+        axes.imshow(torch.cat(list(pictures), dim=-1).permute(1, 2, 0))
+        axes.set_title(name, fontsize=9, loc="left")
+        axes.set_axis_off()
+    save_figure(figure, output / "gallery.png")
+    write_json(output / "report.json", report)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a matplotlib figure atomically and closes it."""
+    import matplotlib.pyplot as plt
+
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    plt.close(figure)

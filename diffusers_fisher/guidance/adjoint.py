@@ -1,0 +1,167 @@
+"""Generation steered by a differentiable reward: ascent on the initial noise, through the whole sampling run."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers.utils import BaseOutput
+
+from ..errors import InputError, NumericalError
+from ..fisher.operator import FisherEstimator
+
+Reward = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
+"""`reward(images, prompts) -> rewards`: images (B, 3, H, W) in [0, 1] with a graph, rewards (B,), higher is better."""
+
+
+@dataclasses.dataclass
+class GuidanceOutput(BaseOutput):
+    """The best image of every sample, and how it was reached.
+
+    Args:
+        images: PIL images, array or tensor, by `output_type`.
+        rewards: (guidance steps + 1, B) float64, of the image that each step started from; the last row is the end.
+        best_rewards: (B,) float64, the largest of each column.
+        latents: (B, ...) float32 initial noise of the best images; pass it as `latents` to get them again.
+        gradient_norms: (guidance steps, B) float64, norm of d reward / d noise.
+        seconds: (guidance steps + 1,) float64, wall time of each sampling run with its gradient.
+        num_denoiser_calls: evaluations of the denoiser by the sampling runs and the estimator together.
+        nsfw_content_detected: per image, where the pipeline has a safety checker; empty otherwise.
+    """
+
+    images: Any
+    rewards: torch.Tensor
+    best_rewards: torch.Tensor
+    latents: torch.Tensor
+    gradient_norms: torch.Tensor
+    seconds: torch.Tensor
+    num_denoiser_calls: int
+    nsfw_content_detected: list[bool] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class NoiseAscent:
+    """The best found so far, and the history. Filled by `ascend_noise`."""
+
+    best_images: torch.Tensor
+    best_noise: torch.Tensor
+    best_rewards: torch.Tensor
+    rewards: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    gradient_norms: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    num_sampling_calls: int = 0
+
+    def record(self, noise: torch.Tensor, images: torch.Tensor, rewards: torch.Tensor) -> None:
+        """Notes one run's rewards and keeps, sample by sample, the better of old and new."""
+        rewards = rewards.detach().double().cpu()
+        self.rewards.append(rewards)
+        better = rewards > self.best_rewards
+        chosen = better.to(images.device)
+        self.best_rewards = torch.where(better, rewards, self.best_rewards)
+        if len(self.rewards) == 1:
+            self.best_images = images.detach().clone()
+        self.best_images[chosen] = images.detach()[chosen]
+        self.best_noise[chosen] = noise[chosen]
+
+
+def ascend_noise(
+    sample: Callable[[torch.Tensor], torch.Tensor],
+    decode: Callable[[torch.Tensor], torch.Tensor],
+    reward: Reward,
+    noise: torch.Tensor,
+    prompts: Sequence[str],
+    scheduler: Any,
+    estimator: FisherEstimator,
+    num_guidance_steps: int,
+    step_size: float,
+    on_step: Callable[[torch.Tensor], None] = lambda rewards: None,
+) -> NoiseAscent:
+    """Normalised gradient ascent of the reward on the noise's sphere.
+
+    Each step moves every sample by `step_size` times its norm along its own gradient and projects back to the norm it
+    had, which keeps Gaussian noise typical.
+
+    Args:
+        sample: noise (B, ...) to final latents, one run of `scheduler`.
+        decode: latents to images (B, 3, H, W) in [0, 1], differentiable.
+        noise: (B, ...) float32 initial noise.
+        scheduler: the differentiable scheduler that `sample` runs on.
+        on_step: called with the rewards (B,) after each of the `num_guidance_steps + 1` runs.
+
+    Cost: `num_guidance_steps + 1` sampling runs and decodes, `num_guidance_steps` decoder and reward gradients, and
+    the estimator's products. The denoiser never builds a graph, unless the estimator does.
+
+    Raises:
+        InputError: a reward of the wrong kind. NumericalError: a reward or gradient that is not finite.
+    """
+    nothing = torch.full((len(noise),), -torch.inf, dtype=torch.float64)
+    ascent = NoiseAscent(best_images=noise.new_empty(0), best_noise=noise.clone(), best_rewards=nothing)
+    norms = _norms(noise)
+    for step in range(num_guidance_steps + 1):
+        begin = time.perf_counter()
+        with scheduler.differentiable(estimator) as trajectory:
+            latents = sample(noise)
+        ascent.num_sampling_calls += len(trajectory.states)
+        with torch.set_grad_enabled(step < num_guidance_steps):
+            images = decode(latents)
+            rewards = checked_reward(reward, images, prompts)
+        ascent.record(noise, images, rewards)
+        if step < num_guidance_steps:
+            gradient = trajectory.gradient(rewards.sum())
+            length = _norms(gradient)
+            ascent.gradient_norms.append(length.flatten().double().cpu())
+            direction = torch.where(length > 0, gradient / length.clamp_min(torch.finfo(length.dtype).tiny), 0)
+            moved = noise + step_size * norms * direction
+            noise = (moved * norms / _norms(moved)).detach()
+        ascent.seconds.append(time.perf_counter() - begin)
+        on_step(ascent.rewards[-1])
+    return ascent
+
+
+def checked_reward(reward: Reward, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    """Calls the reward and checks its shape and values.
+
+    Raises:
+        InputError: not a tensor of shape (B,). NumericalError: not finite.
+    """
+    values = reward(images, prompts)
+    if not isinstance(values, torch.Tensor) or values.shape != (len(images),):
+        got = f"shape {tuple(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
+        raise InputError(
+            f"The reward {name_of(reward)} returned {got} for {len(images)} images; it must return a tensor of shape "
+            f"({len(images)},), one number an image, higher is better."
+        )
+    if not torch.isfinite(values).all():
+        raise NumericalError(f"The reward {name_of(reward)} is not finite: {values.detach().cpu().tolist()}.")
+    return values
+
+
+def check_differentiable(reward: Reward, shape: Sequence[int], prompts: Sequence[str], device: torch.device) -> None:
+    """Tries the reward on grey images before any sampling.
+
+    Raises:
+        InputError: autograd finds no way from the images to the reward.
+    """
+    with torch.enable_grad():
+        images = torch.full(tuple(shape), 0.5, device=device, requires_grad=True)
+        values = checked_reward(reward, images, prompts)
+        connected = values.requires_grad and (
+            torch.autograd.grad(values.sum(), images, allow_unused=True)[0] is not None
+        )
+    if not connected:
+        raise InputError(
+            f"The reward {name_of(reward)} is not differentiable with respect to the images: it returned a tensor "
+            "without a graph to them. Keep to torch operations on the tensor; processors that go through PIL or "
+            "numpy, `.item()`, `.detach()`, argmax and torch.no_grad cut gradients."
+        )
+
+
+def name_of(reward: Any) -> str:
+    """The reward's name for messages."""
+    return f"'{getattr(reward, '__name__', type(reward).__name__)}'"
+
+
+def _norms(x: torch.Tensor) -> torch.Tensor:
+    """Norm of every sample, (B, 1, ...)."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1).reshape(-1, *[1] * (x.ndim - 1))

@@ -1,0 +1,6 @@
+"""Pipelines with likelihood and guidance."""
+
+from .mixin import FisherPipelineMixin
+from .stable_diffusion_fisher import StableDiffusionFisherPipeline
+
+__all__ = ["FisherPipelineMixin", "StableDiffusionFisherPipeline"]

@@ -1,0 +1,34 @@
+"""Settings of the whole suite: no network, one thread, and no test may leave a global setting changed."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from diffusers.utils import logging
+
+torch.set_num_threads(1)  # the tensors are tiny: threads only cost
+logging.set_verbosity_error()
+
+WARNINGS_OF_DIFFUSERS = (
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",  # its sigma tables go by numpy
+    "ignore:__array_wrap__ must accept context and return_scalar arguments:DeprecationWarning",
+    "ignore:`algorithm_types dpmsolver and sde-dpmsolver` is deprecated:FutureWarning",  # supported until 1.0
+)
+
+
+def pytest_configure(config):
+    for line in WARNINGS_OF_DIFFUSERS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(autouse=True)
+def global_settings():
+    """Fails the test that leaves grad mode or the default dtype changed, and restores both for the next one."""
+    before = torch.is_grad_enabled(), torch.get_default_dtype()
+    yield
+    after = torch.is_grad_enabled(), torch.get_default_dtype()
+    torch.set_grad_enabled(before[0])
+    torch.set_default_dtype(before[1])
+    assert after == before
