@@ -190,4 +190,5 @@ ORACLES = _oracles()
 
 def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
     """Norm of the difference relative to the reference's."""
-    return float((value.double() - reference.double()).norm() / reference.double().norm())
+    value, reference = value.detach().double(), reference.detach().double()
+    return float((value - reference).norm() / reference.norm())

@@ -11,15 +11,16 @@ from diffusers.utils import logging
 torch.set_num_threads(1)  # the tensors are tiny: threads only cost
 logging.set_verbosity_error()
 
-WARNINGS_OF_DIFFUSERS = (
+WARNINGS_OF_OTHERS = (
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",  # its sigma tables go by numpy
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning",  # torch.func.hessian's own imports use it
     "ignore:__array_wrap__ must accept context and return_scalar arguments:DeprecationWarning",
     "ignore:`algorithm_types dpmsolver and sde-dpmsolver` is deprecated:FutureWarning",  # supported until 1.0
 )
 
 
 def pytest_configure(config):
-    for line in WARNINGS_OF_DIFFUSERS:
+    for line in WARNINGS_OF_OTHERS:
         config.addinivalue_line("filterwarnings", line)
 
 

@@ -44,3 +44,8 @@ class DirectOperator(FisherOperator):
     def covariance(self, v: torch.Tensor) -> torch.Tensor:
         level = self.state.level
         return expand(level.sigma**2 / level.alpha, v) * self.original_jacobian(v)
+
+    def _exact_trace(self) -> tuple[torch.Tensor, int]:
+        level, sample = self.state.level, self.state.sample
+        fisher = (1 - level.alpha * self.original_factor()) / level.sigma**2
+        return (sample[0].numel() * fisher).to(sample.device).expand(len(sample)), 0

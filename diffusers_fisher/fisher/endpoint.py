@@ -49,6 +49,10 @@ class EndpointOperator(FisherOperator):
         products = [sign * vector * _inner(vector, v) for sign, vector in self._terms]
         return torch.stack(products).sum(0)
 
+    def _exact_trace(self) -> tuple[torch.Tensor, int]:
+        squares = [sign * vector.double().flatten(1).square().sum(1) for sign, vector in self._terms]
+        return self._trace_of_covariance(torch.stack(squares).sum(0)), 0
+
 
 def _inner(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return (left * right).flatten(1).sum(1).reshape(-1, *[1] * (left.ndim - 1))

@@ -7,6 +7,7 @@ F = I/sigma^2 - (alpha^2/sigma^4) C. The Jacobian of the predicted noise is sigm
 
 import abc
 import dataclasses
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -82,14 +83,7 @@ class FisherOperator(abc.ABC):
 
     def dense(self) -> torch.Tensor:
         """F as a matrix a sample, (B, d, d), with `dense() @ v == matvec(v)`. Cost: d products."""
-        sample = self.state.sample
-        dimensions = sample[0].numel()
-        columns = []
-        for index in range(dimensions):
-            basis = torch.zeros_like(sample).flatten(1)
-            basis[:, index] = 1
-            columns.append(self.matvec(basis.view_as(sample)).flatten(1))
-        return torch.stack(columns, dim=-1)
+        return torch.stack([column for _, column in self._columns()], dim=-1)
 
     def trace(self, probes: torch.Tensor | None = None) -> TraceEstimate:
         """The trace of F, a sample.
@@ -102,15 +96,33 @@ class FisherOperator(abc.ABC):
             InputError: no probe, or probes of another shape.
         """
         if probes is None:
-            diagonal = self.dense().diagonal(dim1=-2, dim2=-1).double()
-            calls = self.calls_per_state + diagonal.shape[-1] * self.calls_per_product
-            error, per_probe = torch.zeros_like(diagonal[:, 0]), diagonal.new_empty(0, len(diagonal))
-            return TraceEstimate(diagonal.sum(-1), error, per_probe, calls)
+            value, products = self._exact_trace()
+            calls = self.calls_per_state + products * self.calls_per_product
+            return TraceEstimate(value, torch.zeros_like(value), value.new_empty(0, len(value)), calls)
         values = self._quadratic_forms(probes)
         count = len(values)
         error = values.std(0) / count**0.5 if count > 1 else torch.full_like(values[0], float("inf"))
         calls = self.calls_per_state + count * self.calls_per_product
         return TraceEstimate(values.mean(0), error, values, calls)
+
+    def _exact_trace(self) -> tuple[torch.Tensor, int]:
+        """tr F (B,) float64, and the products spent on it; closed forms know it without any."""
+        diagonal = [column[:, index].double() for index, column in self._columns()]
+        return torch.stack(diagonal).sum(0), len(diagonal)
+
+    def _columns(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Every column of F with its index, (B, d)."""
+        sample = self.state.sample
+        for index in range(sample[0].numel()):
+            basis = torch.zeros_like(sample).flatten(1)
+            basis[:, index] = 1
+            yield index, self.matvec(basis.view_as(sample)).flatten(1)
+
+    def _trace_of_covariance(self, trace: torch.Tensor) -> torch.Tensor:
+        """tr F = d/sigma^2 - (alpha^2/sigma^4) tr C from tr C (B,), float64."""
+        level = self.state.level
+        alpha, sigma = level.alpha.to(trace.device), level.sigma.to(trace.device)
+        return self.state.sample[0].numel() / sigma**2 - alpha**2 / sigma**4 * trace.double()
 
     def _quadratic_forms(self, probes: torch.Tensor) -> torch.Tensor:
         """v^T F v for every probe, (k, B) float64: Hutchinson's estimates (Hutchinson, 1990)."""

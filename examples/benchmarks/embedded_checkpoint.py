@@ -1,0 +1,98 @@
+"""How good the embedded checkpoint is: reconstruction, classification and variety of its samples.
+
+    python examples/benchmarks/embedded_checkpoint.py
+
+Needs Fashion-MNIST (Debian's dataset-fashion-mnist). Writes embedded_checkpoint.json. About ten minutes on two cores.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from common import save
+from diffusers import StableDiffusionPipeline
+from tqdm.auto import tqdm
+
+from diffusers_fisher import ClassifierReward, embedded_checkpoint, embedded_prompt
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import fashion_mnist
+
+CENTRE = (slice(None), slice(None), slice(2, -2), slice(2, -2))
+
+
+@torch.no_grad()
+def reconstruction(pipe: StableDiffusionPipeline, classifier: ClassifierReward, images, labels) -> dict[str, float]:
+    """PSNR on the central 28x28 (data range 1) and how often reconstructions are classified right."""
+    errors, right, right_real = [], 0, 0
+    for batch, truth in tqdm(list(zip(images.split(250), labels.split(250), strict=True)), "reconstruct"):
+        pixels = fashion_mnist.to_rgb(batch)
+        decoded = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+        errors.append((((decoded - pixels) / 2)[CENTRE] ** 2).mean((1, 2, 3)))
+        right += int((classifier.logits(decoded / 2 + 0.5).argmax(1) == truth).sum())
+        right_real += int((classifier.logits(pixels / 2 + 0.5).argmax(1) == truth).sum())
+    error = torch.cat(errors)
+    return {
+        "psnr_of_mean_error_db": float(-10 * error.mean().log10()),
+        "mean_psnr_db": float(-10 * error.log10().mean()),
+        "reconstructions_classified_right": right / len(images),
+        "images_classified_right": right_real / len(images),
+    }
+
+
+def sample(pipe: StableDiffusionPipeline, guidance_scale: float, count: int) -> torch.Tensor:
+    """`count` images (10, count / 10, 3, 32, 32) in [0, 1], equally many of each class: DDIM, 25 steps."""
+    generator = torch.Generator().manual_seed(0)
+    classes = []
+    for label in tqdm(range(10), f"guidance scale {guidance_scale}"):
+        prompts = [embedded_prompt(label)] * (count // 10)
+        arguments = {"num_inference_steps": 25, "guidance_scale": guidance_scale, "output_type": "pt"}
+        classes.append(pipe(prompts, generator=generator, **arguments).images)
+    return torch.stack(classes)
+
+
+@torch.no_grad()
+def generation(pipe, classifier: ClassifierReward, guidance_scale: float, count: int, real_spread) -> dict:
+    """How often samples are classified as prompted, and their spread within a class relative to real images."""
+    images = sample(pipe, guidance_scale, count)
+    predicted = torch.stack([classifier.logits(group).argmax(1) for group in images])
+    right = (predicted == torch.arange(10)[:, None]).float().mean(1)
+    spread = torch.stack([group[CENTRE].mean(1).std(0).mean() for group in images])
+    return {
+        "count": count,
+        "classified_as_prompted": float(right.mean()),
+        "by_class": [round(float(value), 3) for value in right],
+        "spread_relative_to_real": float(spread.mean() / real_spread.mean()),
+        "spread_by_class": [round(float(value), 3) for value in spread / real_spread],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=None, help="another folder than the embedded one")
+    parser.add_argument("--data", default=fashion_mnist.DEFAULT_FOLDER)
+    parser.add_argument("--count", type=int, default=1000)
+    arguments = parser.parse_args()
+    folder = Path(arguments.checkpoint or embedded_checkpoint())
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    classifier = ClassifierReward.from_pretrained(folder / "classifier", target=0)
+    images, labels = fashion_mnist.load("test", arguments.data)
+    centre = (images.float() / 255)[CENTRE][:, 0]
+    real_spread = torch.stack([centre[labels == label].std(0).mean() for label in range(10)])
+    result = {
+        "unet_parameters": sum(parameter.numel() for parameter in pipe.unet.parameters()),
+        "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        "reconstruction": reconstruction(pipe, classifier, images, labels),
+        "generation": {
+            str(scale): generation(pipe, classifier, scale, arguments.count, real_spread) for scale in (1.0, 2.0, 4.0)
+        },
+    }
+    print(result)
+    if arguments.checkpoint is None:
+        save("embedded_checkpoint", result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Hutchinson's trace estimate and its error, random probes, and what estimators refuse."""
+
+import pytest
+import torch
+from cases import Network, latents, relative
+
+from diffusers_fisher import (
+    AutodiffFisher,
+    DenoisingState,
+    EndpointFisher,
+    FiniteDifferenceFisher,
+    FisherOperator,
+    InputError,
+    NoiseLevel,
+)
+from diffusers_fisher.fisher import rademacher
+from diffusers_fisher.noise import Prediction
+
+
+def state_of_network(network=None, dtype=torch.float64):
+    network = network or Network(dtype=dtype)
+    level = NoiseLevel(torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.6, dtype=torch.float64))
+    x = latents(dtype)
+    return DenoisingState(x, network(x, 300), level, Prediction("epsilon"), 300)
+
+
+class MatrixOperator(FisherOperator):
+    """A Fisher given as a symmetric matrix a sample, with eigenvalues of both signs."""
+
+    def __init__(self, state):
+        super().__init__(state)
+        matrix = torch.randn(2, 12, 12, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        self.matrix = matrix + matrix.mT + torch.eye(12, dtype=torch.float64)
+
+    def covariance(self, v):
+        alpha, sigma = self.state.level.alpha, self.state.level.sigma
+        product = torch.einsum("bde,be->bd", self.matrix, v.flatten(1)).view_as(v)
+        return (v / sigma**2 - product) * sigma**4 / alpha**2
+
+
+@pytest.mark.parametrize("count", [50, 2000])
+def test_hutchinson_is_unbiased_with_the_right_standard_error(count):
+    operator = MatrixOperator(state_of_network())
+    probes = rademacher(count, operator.state.sample, torch.Generator().manual_seed(0))
+    estimate = operator.trace(probes)
+    off_diagonal = operator.matrix.square().sum((1, 2)) - operator.matrix.diagonal(dim1=1, dim2=2).square().sum(1)
+    true_error = (2 * off_diagonal / count).sqrt()  # of random signs and a symmetric matrix, exactly
+    exact = operator.matrix.diagonal(dim1=1, dim2=2).sum(1)
+    assert bool(((estimate.value - exact).abs() < 4 * true_error).all())
+    assert bool(((estimate.value - exact).abs() > 0).all())
+    # The sample's own standard deviation scatters by 1/sqrt(2 count): five of these, at most 50%.
+    scatter = 5 / (2 * count) ** 0.5
+    assert bool(((estimate.standard_error / true_error - 1).abs() < scatter).all())
+    assert estimate.num_probes == count
+
+
+def test_hutchinson_error_falls_with_the_root_of_the_probes():
+    operator = MatrixOperator(state_of_network())
+    probes = rademacher(2000, operator.state.sample, torch.Generator().manual_seed(0))
+    few, many = operator.trace(probes[:500]), operator.trace(probes)
+    assert relative(many.standard_error * 2, few.standard_error) < 0.2  # each scatters by some per cent
+
+
+def test_per_probe_values_average_to_the_estimate():
+    operator = MatrixOperator(state_of_network())
+    estimate = operator.trace(rademacher(7, operator.state.sample, torch.Generator().manual_seed(0)))
+    assert estimate.per_probe.shape == (7, 2)
+    assert relative(estimate.per_probe.mean(0), estimate.value) < 1e-14  # one float64 sum
+    assert operator.trace().per_probe.shape == (0, 2)
+
+
+def test_single_probe_has_no_finite_standard_error():
+    operator = MatrixOperator(state_of_network())
+    estimate = operator.trace(rademacher(1, operator.state.sample, torch.Generator().manual_seed(0)))
+    assert bool(torch.isinf(estimate.standard_error).all())
+
+
+@pytest.mark.parametrize(
+    ("estimator", "calls"), [(AutodiffFisher, 1), (FiniteDifferenceFisher, 5)], ids=["autodiff", "finite differences"]
+)
+def test_probes_cost_the_calls_that_are_reported(estimator, calls):
+    network, counted = Network(), []
+
+    def counting(x, t):
+        counted.append(t)
+        return network(x, t)
+
+    operator = estimator(counting)(state_of_network(network))
+    estimate = operator.trace(rademacher(5, operator.state.sample, torch.Generator().manual_seed(0)))
+    assert estimate.num_denoiser_calls == len(counted) == calls
+
+
+def test_autodiff_uses_the_graph_a_state_brings():
+    network, x = Network(), latents().requires_grad_()
+    plain = state_of_network(network)
+    with_graph = DenoisingState(x, network(x, 300), plain.level, plain.prediction, 300)
+    v = latents(seed=2)
+    operator = AutodiffFisher()(with_graph)  # no denoiser needed
+    assert torch.equal(operator.matvec(v), AutodiffFisher(network)(plain).matvec(v))
+    assert operator.trace().num_denoiser_calls == 0
+
+
+@pytest.mark.parametrize("central", [True, False], ids=["central", "forward"])
+def test_finite_differences_evaluate_the_denoiser_without_a_graph(central):
+    network, modes = Network(), []
+    state = state_of_network(network)
+
+    def watched(x, t):
+        modes.append(torch.is_grad_enabled())
+        return network(x, t)
+
+    FiniteDifferenceFisher(watched, central=central)(state).matvec(latents(seed=2))
+    assert modes == [False] * (2 if central else 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "tolerance"),
+    [
+        (AutodiffFisher, 0.01),  # bfloat16 has eight bits
+        (lambda network: FiniteDifferenceFisher(network, relative_step=0.05, central=True), 0.1),  # and loses four here
+    ],
+    ids=["autodiff", "finite differences"],
+)
+def test_half_precision_networks_give_products_in_the_samples_dtype(make, tolerance):
+    def half(x, t):
+        return Network(dtype=torch.bfloat16)(x.to(torch.bfloat16), t)
+
+    reference, v = state_of_network(dtype=torch.float32), latents(torch.float32, seed=2)
+    state = DenoisingState(reference.sample, half(reference.sample, 300), reference.level, reference.prediction, 300)
+    product = make(half)(state).matvec(v)
+    assert product.dtype is torch.float32
+    assert 0 < relative(product, make(Network(dtype=torch.float32))(reference).matvec(v)) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rademacher_draws_signs_of_mean_zero_from_its_generator_alone(dtype):
+    like = latents(dtype)
+    probes, again, other = (rademacher(500, like, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert probes.shape == (500, *like.shape)
+    assert probes.dtype is dtype
+    assert bool((probes.abs() == 1).all())
+    assert 0 < abs(float(probes.mean())) < 4 / probes.numel() ** 0.5  # four standard errors
+    assert torch.equal(probes, again)
+    assert not torch.equal(probes, other)
+
+
+def test_generators_a_sample_make_probes_independent_of_the_batch():
+    like = latents()
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    both = rademacher(3, like, generators)
+    alone = rademacher(3, like[1:], [torch.Generator().manual_seed(2)])
+    assert torch.equal(both[:, 1:], alone)
+
+
+def test_no_probe_is_refused():
+    with pytest.raises(InputError, match="`num_probes` is 0; allowed: at least 1, or None for the full Jacobian"):
+        rademacher(0, latents())
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 2, 2), (2, 3, 2, 2), (5, 2, 3, 2), (5, 1, 3, 2, 2)])
+def test_probes_of_another_shape_are_refused(shape):
+    with pytest.raises(InputError, match=r"Probes have shape .*allowed: \(k, 2, 3, 2, 2\) with k >= 1"):
+        MatrixOperator(state_of_network()).trace(torch.ones(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        lambda state: AutodiffFisher(Network())(state),
+        lambda state: FiniteDifferenceFisher(Network())(state),
+        lambda state: EndpointFisher()(state, state.sample),
+        MatrixOperator,
+    ],
+)
+def test_vector_of_another_shape_is_refused(operator):
+    with pytest.raises(InputError, match=r"The vector has shape \(3, 2, 2\); the operator's state has \(2, 3, 2, 2\)"):
+        operator(state_of_network()).matvec(torch.ones(3, 2, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("estimator", [AutodiffFisher(), FiniteDifferenceFisher()])
+def test_missing_denoiser_is_refused_until_bound(estimator):
+    with pytest.raises(InputError, match=r"has no denoiser; give it one, such as AutodiffFisher\(PipelineDenoiser"):
+        estimator(state_of_network())
+    network, state, v = Network(), state_of_network(), latents(seed=2)
+    bound = estimator.bind(network)
+    assert torch.equal(bound(state).matvec(v), type(estimator)(network)(state).matvec(v))
+    assert bound.bind(None) is bound  # one that is given stays
+
+
+def test_binding_keeps_the_step():
+    bound = FiniteDifferenceFisher(relative_step=0.03, central=True).bind(Network())
+    assert (bound.relative_step, bound.central) == (0.03, True)
+
+
+def test_missing_endpoint_is_refused():
+    with pytest.raises(InputError, match=r"needs the clean end of the run: EndpointFisher\(\)\(state, endpoint=x0\)"):
+        EndpointFisher()(state_of_network())
+
+
+def test_endpoint_of_another_shape_is_refused():
+    with pytest.raises(InputError, match=r"endpoint has shape \(1, 3, 2, 2\), the sample \(2, 3, 2, 2\)"):
+        EndpointFisher()(state_of_network(), endpoint=latents()[:1])
+
+
+def test_denoiser_without_a_graph_is_refused():
+    network = Network()
+    operator = AutodiffFisher(torch.no_grad()(network.__call__))(state_of_network(network))
+    with pytest.raises(InputError, match="does not depend on its input for autograd.* Use FiniteDifferenceFisher"):
+        operator.matvec(latents(seed=2))
+
+
+@pytest.mark.parametrize("step", [0.0, 1.0, -0.1])
+def test_relative_step_outside_its_range_is_refused(step):
+    with pytest.raises(InputError, match=f"`relative_step` is {step}; allowed: between 0 and 1, such as 1e-2"):
+        FiniteDifferenceFisher(relative_step=step)
