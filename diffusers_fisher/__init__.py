@@ -18,10 +18,10 @@ _HOMES = {
         "AutodiffFisher", "DirectFisher", "EndpointFisher", "FiniteDifferenceFisher", "FisherEstimator",
         "FisherOperator", "TraceEstimate",
     ),
-    ".guidance": ("ClassifierReward", "GuidanceOutput", "LinearReward"),
+    ".guidance": ("ClassifierReward", "GuidanceOutput", "LinearReward", "MeasurementReward"),
     ".likelihood": ("LikelihoodOutput",),
     ".noise": ("NoiseLevel", "noise_level"),
-    ".pipelines": ("FisherPipelineMixin", "StableDiffusionFisherPipeline"),
+    ".pipelines": ("FisherPipelineMixin", "StableDiffusionFisherPipeline", "custom_pipeline_file"),
     ".schedulers": ("FisherSchedulerMixin", "Trajectory", "fisher_scheduler"),
     ".schedulers.catalog": (
         "FisherDDIMInverseScheduler", "FisherDDIMScheduler", "FisherDDPMScheduler", "FisherDEISMultistepScheduler",

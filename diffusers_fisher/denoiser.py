@@ -124,8 +124,6 @@ class PipelineDenoiser(Denoiser):
         self.guidance_scale = guidance_scale
         if "guidance_scale" in parameters:
             call_arguments = {"guidance_scale": guidance_scale, **call_arguments}
-        if getattr(pipe, "do_classifier_free_guidance", None) is not None and guidance_scale <= 1.0:
-            call_arguments.pop("negative_prompt", None)
         self._arguments = call_arguments
         self._encoded: Any = None
 

@@ -132,29 +132,34 @@ def log_likelihood(
         grid = torch.linspace(low, high, steps + 1, dtype=torch.float64)
         return _integrate(denoiser, start, samples.dtype, estimator, probes, grid, on_step)
 
-    def prior_of(path: _Path) -> torch.Tensor:
-        mean = 0.0 if prior_mean is None else prior_mean
-        variance = 1.0 if prior_variance is None else prior_variance
-        return _prior_log_prob(path.end, mean, variance, float(path.noise_to_signal[-1]))
-
     path = integrate(num_steps)
-    prior = prior_of(path)
-    difference = torch.zeros_like(prior)
-    if step_halving:
-        halved = integrate(num_steps // 2)
-        difference = prior + path.trace - prior_of(halved) - halved.trace
-    output = LikelihoodOutput(
-        log_prob=(prior + path.trace).cpu(), prior_log_prob=prior.cpu(), trace_log_prob=path.trace.cpu(),
-        standard_error=_standard_error(path, num_probes).cpu(), discretisation_error=difference.cpu(), r=path.r.cpu(),
-        noise_to_signal=path.noise_to_signal, final_latents=path.end.cpu(), dims=samples[0].numel(),
-        num_denoiser_calls=denoiser.num_calls - before, space=space,
-        prior="standard" if prior_mean is None else "moment-matched", density="noised" if noised else "smoothed",
+    halved = integrate(num_steps // 2) if step_halving else None
+    moments = (0.0, 1.0) if prior_mean is None or prior_variance is None else (prior_mean, prior_variance)
+    return LikelihoodOutput(
+        **_figures(path, halved, moments, num_probes), dims=samples[0].numel(), space=space,
+        num_denoiser_calls=denoiser.num_calls - before, density="noised" if noised else "smoothed",
+        prior="standard" if prior_mean is None else "moment-matched", halved=step_halving,
         trace=f"{type(estimator).__name__}, " + ("exact" if num_probes is None else f"{num_probes} probes"),
-        halved=step_halving,
     )  # fmt: skip
-    if not torch.isfinite(output.log_prob).all():
-        raise NumericalError(f"Log-likelihoods are not finite: {output.log_prob.tolist()}; r per level: {output.r}.")
-    return output
+
+
+def _figures(path: _Path, halved: _Path | None, moments: tuple[Any, Any], num_probes: int | None) -> dict[str, Any]:
+    """The output's tensors, on the CPU. Raises `NumericalError` where a likelihood is not finite."""
+
+    def prior_of(run: _Path) -> torch.Tensor:
+        return _prior_log_prob(run.end, *moments, float(run.noise_to_signal[-1]))
+
+    prior = prior_of(path)
+    total = prior + path.trace
+    if not torch.isfinite(total).all():
+        raise NumericalError(f"Log-likelihoods are not finite: {total.tolist()}; r by noise level: {path.r.tolist()}.")
+    difference = torch.zeros_like(total) if halved is None else total - prior_of(halved) - halved.trace
+    tensors = {
+        "log_prob": total, "prior_log_prob": prior, "trace_log_prob": path.trace, "r": path.r,
+        "standard_error": _standard_error(path, num_probes), "discretisation_error": difference,
+        "noise_to_signal": path.noise_to_signal, "final_latents": path.end,
+    }  # fmt: skip
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def _check(samples: torch.Tensor, num_steps: int, num_probes: int | None, mean: Any, variance: Any) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..denoiser import PipelineDenoiser, borrowed
+from ..denoiser import PipelineDenoiser
 from ..errors import InputError
 from ..fisher.autodiff import AutodiffFisher
 from ..fisher.direct import DirectFisher
@@ -17,7 +17,9 @@ from ..fisher.operator import FisherEstimator
 from ..guidance.adjoint import GuidanceOutput, NoiseAscent, Reward, ascend_noise, check_differentiable
 from ..likelihood import LikelihoodOutput, log_likelihood
 from ..schedulers.mixin import fisher_scheduler
+from .inputs import check_guidance, image_tensor, one_each
 from .persistence import check_folder, load_parts, save_parts, stock_pipeline
+from .run import SamplingRun
 
 if TYPE_CHECKING:
     from typing import Any as _Stock  # a stock pipeline class, which the mixin stands before
@@ -109,7 +111,7 @@ class FisherPipelineMixin(_Stock):
             InputError: images or latents of the wrong kind, size, range or number.
         """
         samples = self._latents_to_score(images, latents)
-        prompts = _one_each("prompt", "" if prompt is None else prompt, len(samples))
+        prompts = one_each("prompt", "" if prompt is None else prompt, len(samples))
         denoiser = PipelineDenoiser(self, prompt=prompts, guidance_scale=1.0)
         bound = _bound(estimator if estimator is not None else AutodiffFisher(), denoiser)
         if prior_mean is None and prior_variance is None and self.latent_statistics is not None:
@@ -163,27 +165,22 @@ class FisherPipelineMixin(_Stock):
             InputError: before sampling, arguments out of range, latents of the wrong shape, a reward that is not
                 differentiable or of the wrong shape. NumericalError: a reward or gradient that is not finite.
         """
-        _check_guidance(num_guidance_steps, step_size, num_inference_steps, output_type)
+        check_guidance(num_guidance_steps, step_size, num_inference_steps, output_type)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
+        negative = call_arguments.get("negative_prompt")
+        if isinstance(negative, (list, tuple)):
+            call_arguments["negative_prompt"] = [text for text in negative for _ in range(num_images_per_prompt)]
         pixels = self._image_size(height, width)
         noise = self._initial_noise(latents, len(prompts), pixels, generator)
         check_differentiable(reward, (len(prompts), 3, *pixels), prompts, noise.device)
-        call_arguments = {"height": pixels[0], "width": pixels[1], **call_arguments}
-        denoiser = PipelineDenoiser(self, prompt=prompts, guidance_scale=guidance_scale, **call_arguments)
+        call_arguments |= {"height": pixels[0], "width": pixels[1], "guidance_scale": guidance_scale}
+        without_callbacks = {key: value for key, value in call_arguments.items() if not key.startswith("callback")}
+        denoiser = PipelineDenoiser(self, prompt=prompts, **without_callbacks)
         bound = _bound(estimator if estimator is not None else DirectFisher(), denoiser)
         scheduler = fisher_scheduler(type(self.scheduler)).from_config(self.scheduler.config)
-        replay = _Replay(generator, noise.device)
-
-        def sample(start: torch.Tensor) -> torch.Tensor:
-            arguments = {"generator": replay.rewound(), "num_inference_steps": num_inference_steps, **call_arguments}
-            quiet = {"_progress_bar_config": {"disable": True}, "encode_prompt": denoiser.encode_prompt}
-            with borrowed(self, scheduler=scheduler, **quiet):
-                return self(
-                    prompt=prompts, guidance_scale=guidance_scale, latents=start.to(self._noise_dtype()),
-                    output_type="latent", return_dict=False, **arguments,
-                )[0]  # fmt: skip
-
+        call_arguments["num_inference_steps"] = num_inference_steps
+        run = SamplingRun(self, scheduler, denoiser, prompts, generator, self._noise_dtype(), **call_arguments)
         with self.progress_bar(total=num_guidance_steps + 1) as progress:
 
             def show(rewards: torch.Tensor) -> None:
@@ -191,7 +188,7 @@ class FisherPipelineMixin(_Stock):
                 progress.update()
 
             ascent = ascend_noise(
-                sample, self._decode, reward, noise, prompts, scheduler, bound, num_guidance_steps, step_size, show
+                run, self._decode, reward, noise, prompts, scheduler, bound, num_guidance_steps, step_size, show
             )
         output = self._guidance_output(ascent, output_type, denoiser.num_calls)
         return output if return_dict else output.to_tuple()
@@ -234,7 +231,7 @@ class FisherPipelineMixin(_Stock):
                     f"Latents have shape {shape}; allowed: (B, {channels}, h, w), h and w multiples of {multiple}."
                 )
             return latents.to(device, torch.float32)
-        tensor = _image_tensor(images, self._size_multiple())
+        tensor = image_tensor(images, self._size_multiple())
         posterior = vae.encode((2 * tensor - 1).to(device, vae.dtype)).latent_dist
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         return (posterior.mode().float() - shift) * vae.config.scaling_factor
@@ -273,33 +270,9 @@ class FisherPipelineMixin(_Stock):
         return latents.detach().to(device, torch.float32)
 
 
-class _Replay:
-    """Gives stochastic schedulers the same noise in every run of one guidance."""
-
-    def __init__(self, generator: torch.Generator | list[torch.Generator] | None, device: torch.device):
-        if generator is None:
-            seed = int(torch.randint(2**62, (1,)))
-            generator = torch.Generator(device).manual_seed(seed)
-        self._generator = generator
-        self._all = generator if isinstance(generator, list) else [generator]
-        self._states = [entry.get_state() for entry in self._all]
-
-    def rewound(self) -> torch.Generator | list[torch.Generator]:
-        for entry, state in zip(self._all, self._states, strict=True):
-            entry.set_state(state)
-        return self._generator
-
-
 def _bound(estimator: Any, denoiser: PipelineDenoiser) -> FisherEstimator:
     """The estimator with `denoiser` where it needs one and has none."""
     return estimator.bind(denoiser) if hasattr(estimator, "bind") else estimator
-
-
-def _one_each(name: str, value: str | Sequence[str], count: int) -> list[str]:
-    entries = [value] * count if isinstance(value, str) else list(value)
-    if len(entries) != count:
-        raise InputError(f"`{name}` has {len(entries)} entries for {count} images; give one string, or one an image.")
-    return entries
 
 
 def _fit(statistic: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -307,53 +280,3 @@ def _fit(statistic: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if statistic.shape == like.shape:
         return statistic
     return statistic.mean(dim=(-2, -1), keepdim=True)
-
-
-def _check_guidance(num_guidance_steps: int, step_size: float, num_inference_steps: int, output_type: str) -> None:
-    if num_guidance_steps < 0 or num_inference_steps < 1:
-        raise InputError(
-            f"`num_guidance_steps` is {num_guidance_steps}, `num_inference_steps` {num_inference_steps}; allowed: at "
-            "least 0 and at least 1."
-        )
-    if not 0 < step_size < math.inf:
-        raise InputError(f"`step_size` is {step_size}; allowed: positive, such as 0.2 of the noise's norm.")
-    if output_type not in ("pil", "np", "pt"):
-        raise InputError(f"`output_type` is '{output_type}'; allowed: pil, np, pt.")
-
-
-def _image_tensor(images: Any, multiple: int) -> torch.Tensor:
-    """Images as (B, 3, H, W) float32 in [0, 1], checked; nothing is resized behind the caller's back."""
-    import numpy
-    from PIL.Image import Image
-
-    if isinstance(images, Image):
-        images = [images]
-    if isinstance(images, (list, tuple)) and images:
-        arrays = [_pil_array(image) if isinstance(image, Image) else image for image in images]
-        shapes = sorted({tuple(array.shape) for array in arrays})
-        if len(shapes) != 1:
-            raise InputError(f"Images of one call must have one size, got {shapes}; call once a size.")
-        images = torch.stack(arrays) if isinstance(arrays[0], torch.Tensor) else numpy.stack(arrays)
-    tensor = torch.from_numpy(images) if isinstance(images, numpy.ndarray) else images
-    if isinstance(images, numpy.ndarray) and tensor.ndim == 4:
-        tensor = tensor.permute(0, 3, 1, 2)
-    if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4 or tensor.shape[1] != 3 or not len(tensor):
-        got = f"of shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else f"a {type(images).__name__}"
-        raise InputError(f"Images are {got}; allowed: RGB as PIL, array (B, H, W, 3) or tensor (B, 3, H, W).")
-    if not tensor.is_floating_point() or not bool(((tensor >= 0) & (tensor <= 1)).all()):
-        raise InputError(
-            f"Images have dtype {tensor.dtype} and values from {float(tensor.min()):.4g} to "
-            f"{float(tensor.max()):.4g}; allowed: floating point in [0, 1], without NaN. Divide 8-bit images by 255."
-        )
-    if tensor.shape[2] % multiple or tensor.shape[3] % multiple:
-        raise InputError(
-            f"Images are {tensor.shape[2]}x{tensor.shape[3]} pixels; this checkpoint takes heights and widths that "
-            f"are multiples of {multiple}. Resize or pad them first."
-        )
-    return tensor.float()
-
-
-def _pil_array(image: Any) -> Any:
-    import numpy
-
-    return numpy.asarray(image.convert("RGB"), dtype=numpy.float32) / 255

@@ -83,6 +83,9 @@ def check_folder(source: str | os.PathLike) -> None:
             continue
         if not (folder / name).is_dir():
             raise CheckpointError(f"'{folder}' lacks the folder '{name}' that its model_index.json names.")
+        weights = [*(folder / name).glob("*.safetensors"), *(folder / name).glob("*.bin")]
+        if (folder / name / "config.json").is_file() and not weights:
+            raise CheckpointError(f"'{folder / name}' has no weight file; save or download the checkpoint again.")
         for file in sorted((folder / name).glob("*.safetensors")):
             check_safetensors(file)
 

@@ -88,7 +88,7 @@ class Trajectory:
         *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         """Records one step and runs the scheduler's own `parent_step` with a graph."""
-        self._check(scheduler, model_output, sample)
+        self._check(model_output, sample)
         with torch.enable_grad():
             current = self._enter(scheduler, sample)
             if getattr(scheduler, "step_index", None) is None and hasattr(scheduler, "_init_step_index"):
@@ -106,7 +106,7 @@ class Trajectory:
         result.prev_sample = self._returned
         return result
 
-    def _check(self, scheduler: Any, model_output: torch.Tensor, sample: torch.Tensor) -> None:
+    def _check(self, model_output: torch.Tensor, sample: torch.Tensor) -> None:
         if torch.is_inference_mode_enabled() or sample.is_inference():
             raise TrajectoryError(
                 "A differentiable run can't record under torch.inference_mode, whose tensors autograd refuses; use "
@@ -118,9 +118,6 @@ class Trajectory:
                 "with learned variance are not supported in a differentiable run. Use a scheduler with "
                 "variance_type='fixed_small' and a model (or pipeline) that gives the mean alone."
             )
-        config = scheduler.config
-        if config.get("thresholding", False) and sample.dtype == torch.float16:
-            raise TrajectoryError("Dynamic thresholding has no float16 kernel on every device; use float32 latents.")
 
     def _enter(self, scheduler: Any, sample: torch.Tensor) -> torch.Tensor:
         """The chain's own tensor for the incoming `sample`, float32 or wider."""
@@ -177,7 +174,7 @@ def recording(scheduler: Any, trajectory: Trajectory) -> Iterator[Trajectory]:
         yield trajectory
     finally:
         scheduler._trajectory = None
-        for name, value in vars(scheduler).items():
+        for name, value in list(vars(scheduler).items()):
             setattr(scheduler, name, _detached(value))
 
 

@@ -1,0 +1,70 @@
+"""Checks of what users pass to the pipelines' methods, before any long work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+
+
+def one_each(name: str, value: str | Sequence[str], count: int) -> list[str]:
+    """One string for all, or one each, as a list of `count`."""
+    entries = [value] * count if isinstance(value, str) else list(value)
+    if len(entries) != count:
+        raise InputError(f"`{name}` has {len(entries)} entries for {count} images; give one string, or one an image.")
+    return entries
+
+
+def check_guidance(num_guidance_steps: int, step_size: float, num_inference_steps: int, output_type: str) -> None:
+    """Refuses numbers of steps, step sizes and output types that `guide` can't use."""
+    if num_guidance_steps < 0 or num_inference_steps < 1:
+        raise InputError(
+            f"`num_guidance_steps` is {num_guidance_steps}, `num_inference_steps` {num_inference_steps}; allowed: at "
+            "least 0 and at least 1."
+        )
+    if not 0 < step_size < math.inf:
+        raise InputError(f"`step_size` is {step_size}; allowed: positive, such as 0.2 of the noise's norm.")
+    if output_type not in ("pil", "np", "pt"):
+        raise InputError(f"`output_type` is '{output_type}'; allowed: pil, np, pt.")
+
+
+def image_tensor(images: Any, multiple: int) -> torch.Tensor:
+    """Images as (B, 3, H, W) float32 in [0, 1], checked; nothing is resized behind the caller's back."""
+    import numpy
+    from PIL.Image import Image
+
+    if isinstance(images, Image):
+        images = [images]
+    if isinstance(images, (list, tuple)) and images:
+        arrays = [_pil_array(image) if isinstance(image, Image) else image for image in images]
+        shapes = sorted({tuple(array.shape) for array in arrays})
+        if len(shapes) != 1:
+            raise InputError(f"Images of one call must have one size, got {shapes}; call once a size.")
+        images = torch.stack(arrays) if isinstance(arrays[0], torch.Tensor) else numpy.stack(arrays)
+    tensor = torch.from_numpy(images) if isinstance(images, numpy.ndarray) else images
+    if isinstance(images, numpy.ndarray) and tensor.ndim == 4:
+        tensor = tensor.permute(0, 3, 1, 2)
+    if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4 or tensor.shape[1] != 3 or not len(tensor):
+        got = f"of shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else f"a {type(images).__name__}"
+        raise InputError(f"Images are {got}; allowed: RGB as PIL, array (B, H, W, 3) or tensor (B, 3, H, W).")
+    if not tensor.is_floating_point() or not bool(((tensor >= 0) & (tensor <= 1)).all()):
+        raise InputError(
+            f"Images have dtype {tensor.dtype} and values from {float(tensor.min()):.4g} to "
+            f"{float(tensor.max()):.4g}; allowed: floating point in [0, 1], without NaN. Divide 8-bit images by 255."
+        )
+    if tensor.shape[2] % multiple or tensor.shape[3] % multiple:
+        raise InputError(
+            f"Images are {tensor.shape[2]}x{tensor.shape[3]} pixels; this checkpoint takes heights and widths that "
+            f"are multiples of {multiple}. Resize or pad them first."
+        )
+    return tensor.float()
+
+
+def _pil_array(image: Any) -> Any:
+    import numpy
+
+    return numpy.asarray(image.convert("RGB"), dtype=numpy.float32) / 255
