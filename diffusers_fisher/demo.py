@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 
+from . import __version__
 from .checkpoints import EMBEDDED_CLASSES, embedded_checkpoint, embedded_prompt, embedded_test_images
 from .errors import InputError
 from .files import atomic_path, write_json
@@ -76,8 +77,8 @@ def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
     from importlib.metadata import version
 
-    names = ("diffusers_fisher", "diffusers", "transformers", "torch")
-    return {name: version(name) for name in names} | {"threads": str(torch.get_num_threads())}
+    ours = {"diffusers_fisher": __version__, "threads": str(torch.get_num_threads())}
+    return ours | {name: version(name) for name in ("diffusers", "transformers", "torch")}
 
 
 def _versions(images: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
