@@ -258,8 +258,10 @@ def input_scale(scheduler: Any, level: NoiseLevel) -> torch.Tensor:
 def _run_sigma(scheduler: Any, step_index: int) -> torch.Tensor:
     """Sigma of the run's current sample; the second stage of KDPM2 lies between two of the run's sigmas."""
     sigmas = scheduler.sigmas
-    if not getattr(scheduler, "state_in_first_order", True):
-        sigmas = getattr(scheduler, "sigmas_interpol", sigmas)
+    if not getattr(scheduler, "state_in_first_order", True) and hasattr(scheduler, "sigmas_interpol"):
+        sigmas = scheduler.sigmas_interpol
+        if any(parent.__name__ == "KDPM2AncestralDiscreteScheduler" for parent in type(scheduler).__mro__):
+            step_index -= 1  # its table of intermediate sigmas starts one entry later than KDPM2's
     return sigmas[step_index].detach().double().cpu()
 
 
@@ -269,7 +271,7 @@ def _level_of_alpha_bar(alpha_bar: torch.Tensor) -> NoiseLevel:
 
 def log_noise_to_signal_at(scheduler: Any, timestep: Any) -> torch.Tensor:
     """log(sigma/alpha), float64, at (possibly fractional) timesteps of the model, from the config alone."""
-    timestep = torch.as_tensor(timestep).detach().double().cpu()
+    timestep = torch.as_tensor(timestep, dtype=torch.float64).detach().cpu()  # a number must not pass by float32
     family = scheduler_family(scheduler)
     if family is SchedulerFamily.EDM:
         return 4 * timestep  # the model is conditioned on log(sigma)/4 (Karras et al., 2022, table 1)

@@ -111,7 +111,7 @@ class MixtureOracle:
         """Responsibilities (B, K), posterior means a mode (B, K, d) and covariances a mode (K, d, d)."""
         alpha, sigma = self._scalars(level)
         log_joint, gradients, precisions = self._log_joint(x, level)
-        means = self.means - alpha * torch.einsum("kde,bke->bkd", self.covariances, -gradients)
+        means = self.means - alpha * torch.einsum("kde,bke->bkd", self.covariances, gradients)
         within = sigma**2 * self.covariances @ precisions
         return log_joint.softmax(1), means, within
 

@@ -130,9 +130,9 @@ def test_flow_matching_runs_take_the_runs_sigma(case):
 @pytest.mark.parametrize("case", UNCLIPPED, ids=str)
 def test_model_input_scale_is_the_schedulers_own_at_every_step(case):
     """This sees the level of second stages too: KDPM2's lie between two of the run's sigmas."""
-    for step in recorded_run(case)[1]:
-        scale = input_scale(case.parent(**case.config), step.state.level)
-        assert float(scale) == pytest.approx(float(step.model_scale), rel=FLOAT32)
+    scheduler, steps = recorded_run(case)
+    for step in steps:
+        assert float(input_scale(scheduler, step.state.level)) == pytest.approx(float(step.model_scale), rel=FLOAT32)
 
 
 @pytest.mark.parametrize("case", UNCLIPPED, ids=str)
@@ -154,7 +154,8 @@ def test_karras_level_comes_from_the_run_and_not_from_the_rounded_timestep():
     differences = []
     for step in steps:
         assert float(step.state.level.noise_to_signal) == pytest.approx(float(step.run_sigma), rel=1e-9)
-        differences.append(abs(float(noise_level(scheduler, step.state.timestep).noise_to_signal / step.run_sigma) - 1))
+        rounded = noise_level(scheduler, step.state.timestep).noise_to_signal
+        differences.append(abs(float(rounded / step.run_sigma) - 1))
     assert 0.01 < max(differences) < 0.1  # rounding the timestep costs some per cent at the clean end
 
 
@@ -197,13 +198,30 @@ def test_first_variance_is_beta_start_although_the_float32_table_says_otherwise(
     assert float(1 - scheduler.alphas_cumprod[0]) != pytest.approx(0.00085, rel=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{"trained_betas": [0.01, 0.02, 0.05, 0.3]}, {"beta_schedule": "sigmoid"}], ids=str)
+OWN_BETAS = [{"trained_betas": [0.01, 0.02, 0.05, 0.3]}, {"beta_schedule": "sigmoid"}]
+
+
+@pytest.mark.parametrize("changes", OWN_BETAS, ids=str)
 def test_schedules_of_its_own_are_taken_from_the_scheduler(changes):
     count = len(changes.get("trained_betas", range(1000)))
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=count, **changes)
     alpha = noise_level(scheduler, torch.arange(count)).alpha
     # The float32 table is all there is: converting it and back costs float64 roundings only.
     torch.testing.assert_close(alpha**2, scheduler.alphas_cumprod.double(), rtol=1e-12, atol=0)
+
+
+def test_table_that_was_edited_on_the_scheduler_holds():
+    scheduler = diffusers.DDIMScheduler(**STABLE_DIFFUSION)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod**1.5
+    alpha = noise_level(scheduler, torch.arange(1000)).alpha
+    # Converted and back: float64 roundings.
+    torch.testing.assert_close(alpha**2, scheduler.alphas_cumprod.double(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_floor_under_a_zero_terminal_snr_is_the_schedulers_own(name):
+    level = noise_level(getattr(diffusers, name)(**{**STABLE_DIFFUSION, **ZERO_SNR}), 999)
+    assert float(level.noise_to_signal) == pytest.approx(2**12, rel=1e-6)  # alphas_cumprod[-1] = 2^-24
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])

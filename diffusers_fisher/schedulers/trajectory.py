@@ -43,6 +43,8 @@ class Trajectory:
         self.initial_sample: torch.Tensor | None = None
         self.final_sample: torch.Tensor | None = None
         self._returned: torch.Tensor | None = None
+        self._version = 0  # of what was returned, to see changes in place
+        self._timesteps: Any = None
         self._noise_scale = 1.0
 
     def gradient(self, loss: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
@@ -101,6 +103,7 @@ class Trajectory:
             following = result[0] if isinstance(result, tuple) else result.prev_sample
             self.final_sample = following
             self._returned = following.to(sample.dtype)
+            self._version = self._returned._version
         if isinstance(result, tuple):
             return (self._returned, *result[1:])
         result.prev_sample = self._returned
@@ -126,10 +129,13 @@ class Trajectory:
         if self._returned is None or chain is None:
             self.initial_sample = sample.detach().to(dtype, copy=True).requires_grad_()
             self._noise_scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
+            self._timesteps = scheduler.timesteps
             return self.initial_sample
-        if sample is self._returned or _same(sample, self._returned):
+        unchanged = self._returned._version == self._version
+        if unchanged and (sample is self._returned or _same(sample, self._returned)):
             return chain
-        if self.changed_latents == "additive" and sample.shape == self._returned.shape:
+        same_run = scheduler.timesteps is self._timesteps and sample.shape == self._returned.shape
+        if self.changed_latents == "additive" and unchanged and same_run:
             return chain + (sample - self._returned).detach().to(dtype)
         raise TrajectoryError(
             f"Step {len(self.states)} received other latents than step {len(self.states) - 1} returned: a callback or "

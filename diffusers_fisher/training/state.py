@@ -55,15 +55,23 @@ def load_training_state(
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         for index, average in enumerate(averages):
             average.copy_(tensors[f"average.{index}"])
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("optimizer."):
                 _, position, entry = key.split(".", 2)
-                moments.setdefault(int(position), {})[entry] = value
+                moments.setdefault(int(position), {})[entry] = _laid_out(value, parameters[int(position)])
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         return int(metadata["step"])
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (IndexError, KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"Training state '{path}' does not fit this configuration: {error}. "
             "Resume with the configuration it was made with, or choose another output folder."
         ) from error
+
+
+def _laid_out(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """`value` in its parameter's memory format: fused optimizers pair elements by their place in memory."""
+    if value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -117,7 +117,7 @@ def test_finite_differences_evaluate_the_denoiser_without_a_graph(central):
     ("make", "tolerance"),
     [
         (AutodiffFisher, 0.01),  # bfloat16 has eight bits
-        (lambda network: FiniteDifferenceFisher(network, relative_step=0.05, central=True), 0.1),  # and loses four here
+        (lambda network: FiniteDifferenceFisher(network, relative_step=0.05, central=True), 0.1),  # and loses four
     ],
     ids=["autodiff", "finite differences"],
 )
@@ -205,7 +205,7 @@ def test_endpoint_of_another_shape_is_refused():
 def test_denoiser_without_a_graph_is_refused():
     network = Network()
     operator = AutodiffFisher(torch.no_grad()(network.__call__))(state_of_network(network))
-    with pytest.raises(InputError, match="does not depend on its input for autograd.* Use FiniteDifferenceFisher"):
+    with pytest.raises(InputError, match=r"does not depend on its input for autograd.* Use FiniteDifferenceFisher"):
         operator.matvec(latents(seed=2))
 
 

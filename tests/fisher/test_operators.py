@@ -14,10 +14,8 @@ from diffusers_fisher import (
     EndpointFisher,
     FiniteDifferenceFisher,
     FisherOperator,
-    InputError,
     noise_level,
 )
-from diffusers_fisher.fisher import rademacher
 from diffusers_fisher.noise import expand, input_scale, prediction_of
 from diffusers_fisher.state import state_of
 from diffusers_fisher.testing import OracleDenoiser
@@ -25,6 +23,7 @@ from diffusers_fisher.testing import OracleDenoiser
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 COORDINATES = {
     "epsilon": (SchedulerCase("DDIMScheduler", {"prediction_type": "epsilon"}), 500),
+    "epsilon at low noise": (SchedulerCase("DDIMScheduler", {"prediction_type": "epsilon"}), 30),
     "v_prediction": (SchedulerCase("DDIMScheduler", {"prediction_type": "v_prediction"}), 300),
     "sample": (SchedulerCase("DDIMScheduler", {"prediction_type": "sample"}), 300),
     "flow in DPM-Solver": (SchedulerCase("DPMSolverMultistepScheduler", FLOW), 400.0),
@@ -34,9 +33,9 @@ COORDINATES = {
     "EDM": (SchedulerCase("EDMEulerScheduler", {}), -0.1),
     "EDM v_prediction": (SchedulerCase("EDMEulerScheduler", {"prediction_type": "v_prediction"}), 0.2),
 }
-# Float64; the conversions between output, epsilon and x_0 multiply and divide by sigma/alpha, here 0.3 to 3, and the
-# oracle's own Hessian and its denoiser's Jacobian each cancel two digits between modes.
-EXACT = 1e-11
+# Float64: conversions between output, epsilon and x_0 multiply by powers of sigma/alpha (0.18 to 2.3), and terms of
+# size 1/sigma^2 cancel. Measured up to 1e-15 of what the assertions divide by; the rest is room for other BLAS.
+EXACT = 1e-12
 
 
 class Problem:
@@ -126,12 +125,14 @@ def test_base_class_turns_the_posterior_covariance_into_every_jacobian(oracle, c
             (operator.original_jacobian, "pred_original_sample"),
         ):
             matrix = jacobian(lambda x, name=name: getattr(problem.state_at(x), name), problem.sample)
-            assert float((product(v) - apply(matrix.mT, v)).norm()) < EXACT * float(matrix.norm() * v.norm())
+            size = float((1 + matrix.norm()) * v.norm())  # points at low noise have a Jacobian of x_0 near 1e-38
+            assert float((product(v) - apply(matrix.mT, v)).norm()) < EXACT * size
         covariance = apply(problem.oracle.posterior_covariance(problem.sample, problem.level), v)
         assert float((operator.covariance(v) - covariance).norm()) < EXACT * float(v.norm())
 
 
-@pytest.mark.parametrize("coordinates", COORDINATES)
+# At low noise the mixture is one of its Gaussians, whose score is linear: there is no truncation error to see.
+@pytest.mark.parametrize("coordinates", [name for name in COORDINATES if name != "epsilon at low noise"])
 @pytest.mark.parametrize(("central", "order"), [(True, 2), (False, 1)], ids=["central", "forward"])
 def test_finite_differences_converge_at_their_order(coordinates, central, order):
     problem = Problem("mixture", coordinates)
@@ -229,9 +230,7 @@ def epsilon_factor(now, following):
 def test_direct_gradient_passes_straight_to_the_noise_where_the_last_sigma_is_zero(kind, factor):
     from diffusers_fisher import FisherDDIMScheduler
 
-    scheduler = FisherDDIMScheduler(
-        **STABLE_DIFFUSION, clip_sample=False, set_alpha_to_one=True, prediction_type=kind
-    )
+    scheduler = FisherDDIMScheduler(**STABLE_DIFFUSION, clip_sample=False, set_alpha_to_one=True, prediction_type=kind)
     scheduler.set_timesteps(5)
     x, weight, network = latents(), latents(seed=9), Network()
     with torch.no_grad(), scheduler.differentiable(DirectFisher()) as trajectory:

@@ -1,0 +1,222 @@
+"""A pipeline as a function: exactly the pipeline's own evaluation, and the pipeline left exactly as it was."""
+
+import diffusers
+import pytest
+import tiny
+import torch
+from pipeline_cases import PIPELINES
+
+from diffusers_fisher import InputError, NumericalError, PipelineDenoiser, UnsupportedError, noise_level
+
+
+def evaluations(case, pipe):
+    """(model input, timestep, model output) of every step of the pipeline's own run."""
+    recorded, scheduler = [], pipe.scheduler
+    step = type(scheduler).step
+
+    def recording(model_output, t, sample, *args, **kwargs):
+        scaled = scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
+        recorded.append((scaled, t, model_output))
+        return step(scheduler, model_output, t, sample, *args, **kwargs)
+
+    scheduler.step = recording
+    case.sample(pipe, case.noise())
+    del scheduler.step
+    return recorded
+
+
+def denoiser_of(case, pipe, **changes):
+    return PipelineDenoiser(pipe, guidance_scale=case.guidance_scale, **{**case.arguments(), **changes})
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_output_is_the_pipelines_own_evaluation_bit_for_bit(name):
+    case = PIPELINES[name]
+    pipe = case.make()
+    recorded = evaluations(case, pipe)
+    denoiser = denoiser_of(case, pipe)
+    assert len(recorded) == 4
+    for x, t, output in recorded:
+        assert torch.equal(denoiser.model_output(x, t), output)
+    assert denoiser.num_calls == 4
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_output_is_the_networks_own_with_classifier_free_guidance(guidance_scale):
+    """The same once more by hand: no part of the pipeline's loop is involved."""
+    pipe = tiny.stable_diffusion()
+    x = PIPELINES["SD"].noise()
+    denoiser = PipelineDenoiser(pipe, prompt=["a b", "c"], negative_prompt=["", "d"], guidance_scale=guidance_scale)
+    with torch.no_grad():
+        embeds, negative = pipe.encode_prompt(["a b", "c"], "cpu", 1, guidance_scale > 1, negative_prompt=["", "d"])
+        if guidance_scale > 1:
+            both = pipe.unet(torch.cat([x, x]), 500, torch.cat([negative, embeds])).sample
+            unconditional, conditional = both.chunk(2)
+            expected = unconditional + guidance_scale * (conditional - unconditional)
+        else:
+            expected = pipe.unet(x, 500, embeds).sample
+    assert torch.equal(denoiser.model_output(x, 500), expected)
+
+
+def snapshot(pipe):
+    """Everything that a caller could see of a pipeline, by identity where it is an object."""
+    components = {name: id(value) for name, value in vars(pipe).items()}
+    modules = {name: module for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
+    hooks = {name: len(module._forward_hooks) for name, module in modules.items()}
+    return components, dict(pipe.config), dict(pipe.scheduler.config), dict(vars(pipe.scheduler)), hooks
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "enable_grad"])
+def test_pipeline_is_left_untouched(name, used, grad):
+    case = PIPELINES[name]
+    pipe = case.make()
+    if used:
+        case.sample(pipe, case.noise())
+    denoiser, before = denoiser_of(case, pipe), snapshot(pipe)
+    with torch.set_grad_enabled(grad):
+        denoiser(case.noise(), 500)
+        denoiser(case.noise().requires_grad_(), 500)
+        assert torch.is_grad_enabled() is grad
+    after = snapshot(pipe)
+    assert before[:3] == after[:3]
+    assert before[3].keys() == after[3].keys()
+    assert all(value is after[3][key] for key, value in before[3].items())
+    assert before[4] == after[4]
+
+
+@pytest.mark.parametrize("wrong", ["channels", "prompts"])
+def test_pipeline_is_left_untouched_when_the_call_raises(wrong):
+    pipe = tiny.stable_diffusion()
+    prompts, x = ["a b", "c"], PIPELINES["SD"].noise()
+    if wrong == "channels":
+        x = x[:, :3]
+    else:
+        prompts = ["a", "b", "c"]
+    denoiser, before = PipelineDenoiser(pipe, prompt=prompts), snapshot(pipe)
+    with pytest.raises(RuntimeError):
+        denoiser(x, 500)
+    assert snapshot(pipe)[:3] == before[:3]
+    assert torch.is_grad_enabled()
+    assert denoiser.num_calls == 0
+    assert type(pipe.scheduler) is diffusers.DDIMScheduler
+
+
+@pytest.mark.parametrize(("guidance_scale", "encodings"), [(1.0, 1), (4.0, 2)])
+def test_prompts_are_encoded_once(guidance_scale, encodings):
+    pipe, calls = tiny.stable_diffusion(), []
+    pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    denoiser = PipelineDenoiser(pipe, prompt=["a", "b"], guidance_scale=guidance_scale)
+    assert calls == []
+    x = PIPELINES["SD"].noise()
+    for t in (100, 500, 900):
+        denoiser(x, t)
+    denoiser(x.requires_grad_(), 500)
+    assert len(calls) == encodings
+    assert denoiser.num_calls == 4
+    pipe(["a", "b"], num_inference_steps=1, output_type="latent")  # the pipeline itself encodes as ever
+    assert len(calls) > encodings
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("cls", [diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler])
+def test_state_is_in_the_models_own_coordinates(cls, kind):
+    """Also for k-diffusion style schedulers, whose samples are scaled before the model sees them."""
+    if (cls, kind) == (diffusers.EulerDiscreteScheduler, "sample"):
+        kind = "epsilon"
+    pipe = tiny.stable_diffusion(scheduler=cls.from_config(tiny.scheduler().config, prediction_type=kind))
+    denoiser, x = PipelineDenoiser(pipe, prompt=["a", "b"]), PIPELINES["SD"].noise()
+    state = denoiser.state(x, 300)
+    level = noise_level(tiny.scheduler(), 300)  # variance preserving
+    assert float(state.level.alpha) == pytest.approx(float(level.alpha), rel=1e-12)
+    assert float(state.level.sigma) == pytest.approx(float(level.sigma), rel=1e-12)
+    assert state.prediction.kind == kind
+    assert torch.equal(state.model_output, denoiser.model_output(x, 300))
+    assert torch.equal(state.epsilon, denoiser(x, 300))
+    rebuilt = level.alpha.float() * state.pred_original_sample + level.sigma.float() * state.epsilon
+    torch.testing.assert_close(rebuilt, x, rtol=1e-5, atol=1e-5)  # float32 roundings
+
+
+def test_fractional_timesteps_reach_the_network():
+    pipe, x = tiny.stable_diffusion(), PIPELINES["SD"].noise()
+    denoiser = PipelineDenoiser(pipe, prompt=["a", "b"])
+    with torch.no_grad():
+        embeds = pipe.encode_prompt(["a", "b"], "cpu", 1, False)[0]
+        expected = pipe.unet(x, torch.tensor(500.5), embeds).sample
+    assert torch.equal(denoiser.model_output(x, 500.5), expected)
+    assert torch.equal(denoiser.model_output(x, 500.0), denoiser.model_output(x, torch.tensor(500)))
+    assert not torch.equal(expected, denoiser.model_output(x, 500))
+
+
+@pytest.mark.parametrize("name", ["SD guided", "SDXL", "SD3", "Flux"])
+def test_graph_is_built_where_the_sample_asks_for_one_and_only_there(name):
+    case = PIPELINES[name]
+    denoiser, x, weight = denoiser_of(case, case.make()), case.noise(), case.noise().flip(0)
+    assert not denoiser(x, 500).requires_grad
+    leaf = x.clone().requires_grad_()
+    with torch.no_grad():
+        assert not denoiser(leaf, 500).requires_grad
+    output = denoiser.model_output(leaf, 500)
+    assert torch.equal(output.detach(), denoiser.model_output(x, 500))
+    (gradient,) = torch.autograd.grad((weight * output).sum(), leaf)
+    direction, step = case.noise().roll(1, 1), 1e-2
+    ahead, behind = (denoiser.model_output(x + sign * step * direction, 500) for sign in (1, -1))
+    slope = float((weight * (ahead - behind)).double().sum()) / (2 * step)
+    # Central differences in float32: step^2 of truncation, 1e-7/step of rounding.
+    assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_result_is_in_the_samples_dtype_and_the_network_in_its_own(dtype):
+    pipe, x = tiny.stable_diffusion(), PIPELINES["SD"].noise()
+    pipe.to(dtype=dtype)
+    denoiser, seen = PipelineDenoiser(pipe, prompt=["a", "b"]), []
+    pipe.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    for kind in (torch.float32, torch.float64):
+        assert denoiser(x.to(kind), 500).dtype is kind
+    assert seen == [dtype, dtype]
+
+
+def test_height_and_width_follow_the_latents():
+    pipe = tiny.stable_diffusion()
+    x = torch.randn(1, 4, 4, 12, generator=torch.Generator().manual_seed(0))
+    assert PipelineDenoiser(pipe, prompt="a")(x, 500).shape == x.shape
+
+
+def test_fisher_scheduler_and_stock_scheduler_give_the_same_denoiser():
+    from diffusers_fisher import FisherDDIMScheduler
+
+    stock, ours, x = tiny.stable_diffusion(), tiny.stable_diffusion(), PIPELINES["SD"].noise()
+    ours.scheduler = FisherDDIMScheduler.from_config(ours.scheduler.config)
+    outputs = [PipelineDenoiser(pipe, prompt=["a", "b"])(x, 500) for pipe in (stock, ours)]
+    assert torch.equal(*outputs)
+
+
+def test_unknown_argument_is_refused():
+    with pytest.raises(InputError, match=r"StableDiffusionPipeline does not take \['promt'\]; it takes .*'prompt'"):
+        PipelineDenoiser(tiny.stable_diffusion(), promt="a")
+
+
+def test_pipeline_without_latents_is_refused():
+    pipe = diffusers.DDPMPipeline(unet=tiny.unet(), scheduler=diffusers.DDPMScheduler())
+    with pytest.raises(UnsupportedError, match=r"DDPMPipeline takes no `latents`.*such as StableDiffusionPipeline"):
+        PipelineDenoiser(pipe)
+
+
+def test_unknown_scheduler_is_refused():
+    pipe = tiny.stable_diffusion(scheduler=diffusers.CMStochasticIterativeScheduler())
+    with pytest.raises(UnsupportedError, match="Noise levels of CMStochasticIterativeScheduler are not known"):
+        PipelineDenoiser(pipe, prompt="a")
+
+
+def test_what_the_pipeline_refuses_is_refused_in_its_own_words():
+    with pytest.raises(ValueError, match="Provide either `prompt` or `prompt_embeds`"):
+        PipelineDenoiser(tiny.stable_diffusion())(PIPELINES["SD"].noise(), 500)
+
+
+def test_output_that_is_not_finite_is_refused():
+    pipe = tiny.stable_diffusion()
+    torch.nn.init.constant_(pipe.unet.conv_out.bias, float("nan"))
+    with pytest.raises(NumericalError, match=r"output at timestep 500 is not finite. Half-precision weights"):
+        PipelineDenoiser(pipe, prompt=["a", "b"])(PIPELINES["SD"].noise(), 500)
