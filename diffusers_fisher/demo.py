@@ -1,5 +1,6 @@
 """The demonstration behind `diffusers-fisher demo`: the main job on the embedded checkpoint, with pictures."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,7 @@ import torch
 
 from . import __version__
 from .checkpoints import EMBEDDED_CLASSES, embedded_checkpoint, embedded_prompt, embedded_test_images
-from .errors import InputError
-from .files import atomic_path, write_json
+from .files import check_writable, save_figure, write_json
 from .fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDifferenceFisher
 from .guidance import ClassifierReward, GuidanceOutput
 from .likelihood import LikelihoodOutput
@@ -20,6 +20,8 @@ PROMPT_CLASS = EMBEDDED_CLASSES.index("sneaker")
 TARGET = "ankle boot"
 NUM_IMAGES = 8
 SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 2.0}
+GUIDANCE: dict[str, Any] = {"num_guidance_steps": 10}
+LIKELIHOOD: dict[str, Any] = {"num_inference_steps": 20, "num_probes": 2}
 
 ESTIMATORS: dict[str, Callable[[], Any]] = {
     "direct (default)": DirectFisher,
@@ -40,7 +42,9 @@ def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
     begin = time.perf_counter()
     pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
     images, labels = embedded_test_images()
-    print("How likely are images under the checkpoint? (64 test images, bits/dim of the latent)", flush=True)
+    print(
+        f"How likely are images under the checkpoint? ({len(images)} test images, bits/dim of the latent)", flush=True
+    )
     likelihoods = {name: _likelihood(pipe, version, labels, seed) for name, version in _versions(images, seed).items()}
     _print_likelihoods(likelihoods)
     print(f"\nSteering '{embedded_prompt(PROMPT_CLASS)}' toward '{TARGET}' ({NUM_IMAGES} images)", flush=True)
@@ -56,21 +60,6 @@ def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
     _write(output, report, likelihoods, guided, pipe, seed)
     print(f"\nImages, plots and report.json are in {output.resolve()} ({report['seconds']} s in all).")
     return report
-
-
-def check_writable(folder: Path) -> None:
-    """Makes `folder` and tries to write there, before any long work.
-
-    Raises:
-        InputError: it can't be made or written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / ".writable") as temporary:
-            temporary.write_text("")
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"The folder '{folder}' can't be written: {error}. Name another one.") from error
 
 
 def versions() -> dict[str, str]:
@@ -91,25 +80,25 @@ def _likelihood(
 ) -> LikelihoodOutput:
     prompts = [embedded_prompt(int(label)) for label in labels]
     generator = torch.Generator().manual_seed(seed)
-    return pipe.log_likelihood(images, prompt=prompts, num_inference_steps=20, num_probes=2, generator=generator)
+    return pipe.log_likelihood(images, prompt=prompts, generator=generator, **LIKELIHOOD)
 
 
 def _guide(pipe: StableDiffusionFisherPipeline, reward: ClassifierReward, estimator: Any, seed: int) -> GuidanceOutput:
     prompts = [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES
     generator = torch.Generator().manual_seed(seed)
-    out = pipe.guide(prompts, reward, estimator=estimator, generator=generator, output_type="pt", **SAMPLING)
+    options = {"estimator": estimator, "generator": generator, "output_type": "pt", **SAMPLING, **GUIDANCE}
+    out = pipe.guide(prompts, reward, **options)
     return cast(GuidanceOutput, out)
 
 
 def _likelihood_report(out: LikelihoodOutput) -> dict[str, Any]:
-    scale = out.log_prob / out.bits_per_dim  # nats of one bit/dim, with its sign
-    bits = out.bits_per_dim
+    bits, nats = out.bits_per_dim, out.dims * math.log(2)  # nats of one bit/dim
     return {
         "bits_per_dim": [round(float(value), 4) for value in bits],
         "mean": float(bits.mean()),
         "standard_deviation": float(bits.std()),
-        "probe_standard_error": float((out.standard_error / scale).abs().mean()),
-        "discretisation_error": float((out.discretisation_error / scale).abs().mean()),
+        "probe_standard_error": float(out.standard_error.mean() / nats),
+        "discretisation_error": float(out.discretisation_error.abs().mean() / nats),
         "num_denoiser_calls": out.num_denoiser_calls,
         "space": out.space,
         "prior": out.prior,
@@ -156,12 +145,10 @@ def _write(
     pipe: StableDiffusionFisherPipeline,
     seed: int,
 ) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's choice
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for name, out in likelihoods.items():
         left.hist(out.bits_per_dim.numpy(), bins=20, alpha=0.6, label=name)
         mean, spread = out.r.mean(1), out.r.std(1)
@@ -172,7 +159,8 @@ def _write(
     left.legend()
     save_figure(figure, output / "likelihood.png")
 
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for name, run in guided.items():
         axes.plot(run.seconds.cumsum(0), run.rewards.mean(1), marker=".", label=name)
     axes.set(xlabel="seconds", ylabel=f"log-probability of '{TARGET}'", title="Reward against time")
@@ -184,19 +172,11 @@ def _write(
         **SAMPLING,
     ).images  # fmt: skip
     rows = {"before": plain, **{name: run.images for name, run in guided.items()}}
-    figure, grid = plt.subplots(len(rows), 1, figsize=(8, 1.35 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(8, 1.35 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), 1)
     for axes, (name, pictures) in zip(grid, rows.items(), strict=True):
         axes.imshow(torch.cat(list(pictures), dim=-1).permute(1, 2, 0))
         axes.set_title(name, fontsize=9, loc="left")
         axes.set_axis_off()
     save_figure(figure, output / "gallery.png")
     write_json(output / "report.json", report)
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Writes a matplotlib figure atomically and closes it."""
-    import matplotlib.pyplot as plt
-
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    plt.close(figure)

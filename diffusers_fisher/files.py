@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .errors import CheckpointError
+from .errors import CheckpointError, InputError
 
 
 @contextlib.contextmanager
@@ -34,11 +34,32 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Makes `folder` and tries to write there, before any long work.
+
+    Raises:
+        InputError: it can't be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / ".writable") as temporary:
+            temporary.write_text("")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise InputError(f"The folder '{folder}' can't be written: {error}. Name another one.") from error
+
+
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Writes `content` as indented JSON, atomically. Non-finite numbers are refused by `json`."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a matplotlib figure atomically."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def save_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -83,4 +104,18 @@ def check_safetensors(path: str | os.PathLike) -> None:
         raise CheckpointError(
             f"Checkpoint file '{path}' ({size}) can't be read as safetensors: {error}. It may be truncated; write or "
             "download it again."
+        ) from error
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The content of a checkpoint's JSON file.
+
+    Raises:
+        CheckpointError: missing, truncated or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"Checkpoint file '{path}' is not valid JSON: {error}. It may be truncated; write or download it again."
         ) from error

@@ -15,7 +15,8 @@ from diffusers.utils import BaseOutput
 
 from .denoiser import Denoiser
 from .errors import InputError, NumericalError
-from .fisher.operator import FisherEstimator, rademacher
+from .fisher.estimate import Probes, rademacher
+from .fisher.operator import FisherEstimator
 from .noise import expand, log_noise_to_signal_range, timestep_at
 
 
@@ -102,7 +103,7 @@ def log_likelihood(
 
     Args:
         denoiser: at guidance scale 1; a guided output is the score of no density.
-        samples: clean samples in the model's coordinates (scaled latents), finite.
+        samples: clean samples in the model's coordinates (scaled latents), finite; half precision becomes float32.
         estimator: gives the trace at every node, such as `AutodiffFisher(denoiser)`.
         num_steps: steps of the grid, equal in log(sigma/alpha); at least 2.
         num_probes: Rademacher probes for Hutchinson's trace; None: the exact trace of the operator (d products).
@@ -113,11 +114,14 @@ def log_likelihood(
         on_step: called after every evaluation.
 
     Raises:
-        InputError: too few steps or probes, samples that are not finite, half a prior.
+        InputError: too few steps or probes, samples that are not finite, half a prior or one that does not fit, an
+            estimator that needs a graph under `torch.inference_mode`.
         NumericalError: a result that is not finite.
     """
-    _check(samples, num_steps, num_probes, prior_mean, prior_variance)
-    samples = samples.detach()
+    _check(samples, num_steps, num_probes)
+    _check_prior(samples, prior_mean, prior_variance)
+    _check_grad_mode(estimator)
+    samples = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
     low, high = log_noise_to_signal_range(denoiser.scheduler)
     probes = None if num_probes is None else rademacher(num_probes, samples, generator)
     start = samples.double()
@@ -154,6 +158,11 @@ def _figures(path: _Path, halved: _Path | None, moments: tuple[Any, Any], num_pr
     if not torch.isfinite(total).all():
         raise NumericalError(f"Log-likelihoods are not finite: {total.tolist()}; r by noise level: {path.r.tolist()}.")
     difference = torch.zeros_like(total) if halved is None else total - prior_of(halved) - halved.trace
+    if not torch.isfinite(difference).all():
+        raise NumericalError(
+            "Log-likelihoods with half as many steps are not finite, so the discretisation error can't be measured. "
+            "Take more steps, or pass `step_halving=False`."
+        )
     tensors = {
         "log_prob": total, "prior_log_prob": prior, "trace_log_prob": path.trace, "r": path.r,
         "standard_error": _standard_error(path, num_probes), "discretisation_error": difference,
@@ -162,18 +171,44 @@ def _figures(path: _Path, halved: _Path | None, moments: tuple[Any, Any], num_pr
     return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
-def _check(samples: torch.Tensor, num_steps: int, num_probes: int | None, mean: Any, variance: Any) -> None:
+def _check(samples: torch.Tensor, num_steps: int, num_probes: int | None) -> None:
     if num_steps < 2:
         raise InputError(f"`num_steps` is {num_steps}; allowed: at least 2, sensibly 20 or more.")
     if num_probes is not None and num_probes < 1:
         raise InputError(f"`num_probes` is {num_probes}; allowed: at least 1, or None for the exact trace.")
-    if not samples.is_floating_point() or len(samples) == 0 or not torch.isfinite(samples).all():
+    if samples.ndim < 2 or samples.numel() == 0:
+        raise InputError(f"Samples have shape {tuple(samples.shape)}; allowed: (B, ...), a batch of at least one.")
+    if not samples.is_floating_point() or not torch.isfinite(samples).all():
         raise InputError(
             f"Samples of shape {tuple(samples.shape)} and dtype {samples.dtype} must be finite floating-point "
-            "numbers, at least one; NaN usually comes from images outside [0, 1] or a half-precision autoencoder."
+            "numbers; NaN usually comes from images outside [0, 1] or a half-precision autoencoder."
         )
+
+
+def _check_prior(samples: torch.Tensor, mean: Any, variance: Any) -> None:
     if (mean is None) != (variance is None):
         raise InputError("Give both `prior_mean` and `prior_variance` (of the data), or neither for 0 and 1.")
+    if mean is None:
+        return
+    shape = tuple(samples.shape[1:])
+    mean, variance = torch.as_tensor(mean), torch.as_tensor(variance)
+    for name, value in (("prior_mean", mean), ("prior_variance", variance)):
+        sizes = tuple(value.shape)
+        fits = len(sizes) <= len(shape) and all(
+            size in (1, full) for size, full in zip(reversed(sizes), reversed(shape), strict=False)
+        )
+        if not fits:
+            raise InputError(f"`{name}` has shape {sizes}; allowed: a number, or what broadcasts to {shape}.")
+    if not (torch.isfinite(mean).all() and torch.isfinite(variance).all() and (variance >= 0).all()):
+        raise InputError("`prior_mean` must be finite, and `prior_variance` finite and not negative.")
+
+
+def _check_grad_mode(estimator: FisherEstimator) -> None:
+    if getattr(estimator, "needs_graph", False) and torch.is_inference_mode_enabled():
+        raise InputError(
+            f"{type(estimator).__name__} differentiates the denoiser, which torch.inference_mode forbids even inside "
+            "enable_grad; use torch.no_grad instead, or FiniteDifferenceFisher, which needs no graph."
+        )
 
 
 def _integrate(
@@ -181,7 +216,7 @@ def _integrate(
     start: torch.Tensor,
     dtype: torch.dtype,
     estimator: FisherEstimator,
-    probes: torch.Tensor | None,
+    probes: Probes | None,
     grid: torch.Tensor,
     on_step: Callable[[], None],
 ) -> _Path:
@@ -212,7 +247,7 @@ def _evaluate(
     x: torch.Tensor,
     dtype: torch.dtype,
     estimator: FisherEstimator,
-    probes: torch.Tensor | None,
+    probes: Probes | None,
     timestep: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """E[x_0|x] (B, ...), 1 - r (B,) and its value by each probe (k, B) at x~ = `x`, all float64."""
@@ -224,7 +259,7 @@ def _evaluate(
         estimate = estimator(state).trace(probes)
     factor = (level.sigma**2 / x[0].numel()).to(x.device)
     original = state.pred_original_sample.detach().double()
-    return original, factor * estimate.value, factor * estimate.per_probe
+    return original, factor * estimate.value, factor * estimate.values
 
 
 def _prior_log_prob(
@@ -232,7 +267,8 @@ def _prior_log_prob(
 ) -> torch.Tensor:
     """log N(x; mean, variance + s^2), (B,) nats."""
     mean, variance = (torch.as_tensor(value, dtype=torch.float64, device=x.device) for value in (mean, variance))
-    prior = torch.distributions.Normal(mean, (variance + noise_to_signal**2).sqrt())
+    # Without validation: a path that is not finite is reported by `_figures`, in words.
+    prior = torch.distributions.Normal(mean, (variance + noise_to_signal**2).sqrt(), validate_args=False)
     return prior.log_prob(x).flatten(1).sum(1)
 
 

@@ -324,7 +324,7 @@ def timestep_at(scheduler: Any, log_s: torch.Tensor) -> torch.Tensor:
             f"Noise levels log(sigma/alpha) in [{log_s.min():.4f}, {log_s.max():.4f}] leave the schedule's range "
             f"[{table[0]:.4f}, {table[-1]:.4f}]; stay inside it."
         )
-    return torch.from_numpy(numpy.interp(log_s.numpy(), table.numpy(), numpy.arange(len(table))))
+    return torch.as_tensor(numpy.interp(log_s.numpy(), table.numpy(), numpy.arange(len(table))), dtype=torch.float64)
 
 
 def _check_timestep(timestep: torch.Tensor, last: float) -> None:

@@ -2,16 +2,18 @@
 
     accelerate launch --cpu examples/train_embedded_checkpoint.py --config configs/embedded_checkpoint.yaml
 
-Three stages (classifier, autoencoder, diffusion), each resumed where it was killed: the state is one safetensors file
+Three stages (autoencoder, classifier, diffusion), each resumed where it was killed: the state is one safetensors file
 a stage, and every random draw depends only on the seed and the step. The finished folder is read by stock
 `StableDiffusionPipeline.from_pretrained`.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fashion_mnist
@@ -31,6 +33,7 @@ from embedded_models import (
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification, CLIPTextModel, CLIPTokenizer
 
+from diffusers_fisher import InputError, NumericalError
 from diffusers_fisher.checkpoints import EMBEDDED_CLASSES, embedded_prompt
 from diffusers_fisher.files import load_tensors, save_tensors, write_json
 from diffusers_fisher.training.config import load_config
@@ -72,9 +75,24 @@ def learning_rate(stage: Stage, step: int) -> float:
 def batch_indices(count: int, stage: Stage, step: int, seed: int) -> torch.Tensor:
     """Indices of the global batch of `step`: consecutive pieces of one permutation an epoch."""
     per_epoch = count // stage.batch_size
+    if not per_epoch:
+        raise InputError(
+            f"`batch_size` is {stage.batch_size}, but there are {count} images; allowed: at most as many."
+        )
     epoch, position = divmod(step, per_epoch)
     order = torch.randperm(count, generator=step_generator(seed, "order", epoch))
     return order[position * stage.batch_size : (position + 1) * stage.batch_size]
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields a new folder that takes the place of `path` when the block succeeds: a killed run leaves it or not."""
+    temporary = path.with_name(f".{path.name}")
+    for old in (temporary, path):
+        shutil.rmtree(old, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    temporary.replace(path)
 
 
 def train(
@@ -88,7 +106,7 @@ def train(
 ) -> None:
     """Trains `modules` in place. `loss_of(modules, indices, generator, mine)` gives the mean loss over the slice
     `mine` of the global batch; whatever it draws, it draws for the whole batch, so that the number of processes
-    changes nothing."""
+    changes nothing but batch normalisation's statistics."""
     path = Path(config.output) / f"{name}_state.safetensors"
     for module in modules.values():
         module.train().to(accelerator.device, memory_format=torch.channels_last)
@@ -106,7 +124,7 @@ def train(
     log = Path(config.output) / f"{name}_loss.jsonl"
     quiet = not accelerator.is_main_process
     progress = tqdm(range(start, stage.steps), name, stage.steps, initial=start, disable=quiet)
-    running = 0.0
+    losses: list[float] = []
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage, step)
@@ -119,14 +137,15 @@ def train(
         optimizer.zero_grad()
         if average:
             average.step(parameters)
-        running += loss.item()
-        if not math.isfinite(running):
-            raise RuntimeError(f"{name}: loss is not finite at step {step}; the last good state is '{path}'.")
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise NumericalError(f"{name}: loss is not finite at step {step}; the last good state is '{path}'.")
         if (step + 1) % 100 == 0 and accelerator.is_main_process:
-            progress.set_postfix(loss=f"{running / 100:.4f}")
+            mean = sum(losses) / len(losses)  # of fewer than 100 after a resumption
+            progress.set_postfix(loss=f"{mean:.4f}")
             with log.open("a") as file:
-                file.write(json.dumps({"step": step + 1, "loss": running / 100}) + "\n")
-            running = 0.0
+                file.write(json.dumps({"step": step + 1, "loss": mean}) + "\n")
+            losses.clear()
         if ((step + 1) % stage.save_every == 0 or step + 1 == stage.steps) and accelerator.is_main_process:
             save_training_state(path, modules, optimizer.optimizer, shadow, step + 1)
     if average:
@@ -151,8 +170,22 @@ def train_classifier(config: Config, accelerator: Accelerator, folder: Path) -> 
     model = make_classifier()
     train("classifier", {"classifier": model}, loss_of, len(images), config.classifier, config, accelerator)
     if accelerator.is_main_process:
-        model.save_pretrained(folder / "classifier")
-        save_image_processor(folder / "classifier")
+        with whole_folder(folder / "classifier") as new:
+            model.save_pretrained(new)
+            save_image_processor(new)
+
+
+class Reconstruction(torch.nn.Module):
+    """Encoding, noise and decoding as one forward pass, so that several processes average its gradients."""
+
+    def __init__(self, autoencoder: AutoencoderKL):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decoded pixels and the KL of every image, nats."""
+        posterior = self.autoencoder.encode(pixels).latent_dist
+        return self.autoencoder.decode(posterior.mean + posterior.std * noise).sample, posterior.kl()
 
 
 def train_autoencoder(config: Config, accelerator: Accelerator, folder: Path) -> None:
@@ -161,22 +194,21 @@ def train_autoencoder(config: Config, accelerator: Accelerator, folder: Path) ->
     def loss_of(modules, indices, generator, mine):
         pixels = fashion_mnist.to_rgb(images[indices][mine]).to(accelerator.device)
         noise = torch.randn(len(indices), 4, 8, 8, generator=generator)[mine].to(accelerator.device)
-        # Not DDP's forward: encode and decode are two calls with the noise in between, so gradients are averaged here.
-        model = accelerator.unwrap_model(modules["autoencoder"])
-        posterior = model.encode(pixels).latent_dist
-        decoded = model.decode(posterior.mean + posterior.std * noise).sample
-        return F.mse_loss(decoded.float(), pixels) + config.kl_weight * posterior.kl().mean()
+        decoded, divergence = modules["autoencoder"](pixels, noise)
+        return F.mse_loss(decoded.float(), pixels) + config.kl_weight * divergence.mean()
 
     torch.manual_seed(config.seed + 1)
     model = make_autoencoder()
-    train("autoencoder", {"autoencoder": model}, loss_of, len(images), config.autoencoder, config, accelerator)
+    modules = {"autoencoder": Reconstruction(model)}
+    train("autoencoder", modules, loss_of, len(images), config.autoencoder, config, accelerator)
     if not accelerator.is_main_process:
         return
     moments = encode(model, images, accelerator.device)
     latents = moments.chunk(2, dim=1)[0]
     model.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 6))
-    model.save_pretrained(folder / "vae")
     save_tensors(Path(config.output) / "latents.safetensors", {"moments": moments}, {"scaled": "no"})
+    with whole_folder(folder / "vae") as new:
+        model.save_pretrained(new)
 
 
 @torch.no_grad()
@@ -224,7 +256,8 @@ def train_diffusion(config: Config, accelerator: Accelerator, folder: Path) -> N
     modules["unet"].save_pretrained(folder / "unet")
     modules["text_encoder"].save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
-    scheduler.save_pretrained(folder / "scheduler")
+    with whole_folder(folder / "scheduler") as new:
+        scheduler.save_pretrained(new)
 
 
 def make_scheduler() -> DDIMScheduler:
@@ -251,14 +284,14 @@ def assemble(config: Config, folder: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipe.save_pretrained(folder)
+    pipe.save_config(folder)  # the weights lie there already
     AutoModelForImageClassification.from_pretrained(folder / "classifier")  # must be readable by itself
     moments = load_tensors(Path(config.output) / "latents.safetensors")[0]["moments"].double()
     mean, log_variance = moments.chunk(2, dim=1)
     scale = pipe.vae.config.scaling_factor
     total_variance = mean.var(dim=0) + log_variance.exp().mean(dim=0)
     statistics = {"mean": (scale * mean.mean(dim=0)).float(), "variance": (scale**2 * total_variance).float()}
-    description = "mean and variance (4, 8, 8) of scaled latents over the 60,000 training images"
+    description = f"mean and variance (4, 8, 8) of scaled latents over the {len(moments):,} training images"
     save_tensors(folder / "latent_statistics.safetensors", statistics, {"description": description})
     images, labels = fashion_mnist.load("test", config.data)
     chosen = torch.cat([(labels == label).nonzero()[: 7 if label < 4 else 6, 0] for label in range(10)])
@@ -271,7 +304,11 @@ def assemble(config: Config, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/embedded_checkpoint.yaml")
-    config = load_config(parser.parse_args().config, Config)
+    run(load_config(parser.parse_args().config, Config))
+
+
+def run(config: Config) -> None:
+    """Trains what is not finished in the folder `config.output`, and assembles the checkpoint."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     folder = Path(config.output) / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)

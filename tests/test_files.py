@@ -8,8 +8,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from diffusers_fisher import CheckpointError
-from diffusers_fisher.files import atomic_path, check_safetensors, load_tensors, save_tensors, write_json
+from diffusers_fisher import CheckpointError, InputError
+from diffusers_fisher.files import (
+    atomic_path,
+    check_safetensors,
+    check_writable,
+    load_tensors,
+    read_json,
+    save_tensors,
+    write_json,
+)
 
 
 def names(folder):
@@ -134,3 +142,31 @@ def test_missing_file_is_a_checkpoint_error(tmp_path):
 def test_folder_in_place_of_a_file_is_a_checkpoint_error(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         load_tensors(tmp_path)
+
+
+def test_json_that_cannot_be_read_is_a_checkpoint_error(tmp_path):
+    path = tmp_path / "config.json"
+    write_json(path, {"steps": [1, 2]})
+    assert read_json(path) == {"steps": [1, 2]}
+    for content in (path.read_bytes()[:-3], b"", b"\xff\xfe{}"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"'.*config.json' is not valid JSON: .* It may be truncated"):
+            read_json(path)
+    with pytest.raises(CheckpointError, match=r"nothing.json' is not valid JSON: .*No such file"):
+        read_json(tmp_path / "nothing.json")
+
+
+def test_writable_folder_is_made_and_left_empty(tmp_path):
+    folder = tmp_path / "some" / "where"
+    check_writable(folder)
+    assert list(folder.iterdir()) == []
+    (folder / "kept").write_text("")
+    check_writable(folder)
+    assert [path.name for path in folder.iterdir()] == ["kept"]
+
+
+def test_unwritable_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match=rf"The folder '{folder}' can't be written: .* Name another one"):
+            check_writable(folder)

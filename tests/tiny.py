@@ -1,5 +1,8 @@
 """Tiny random pipelines of the real classes."""
 
+import random
+
+import numpy
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -14,7 +17,15 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 
 def scheduler(**changes):
@@ -65,6 +76,59 @@ def stable_diffusion(cls=StableDiffusionPipeline, **components):
         "scheduler": scheduler(), "safety_checker": None, "feature_extractor": None,
     }  # fmt: skip
     return quiet(cls(**{**parts, **components}, requires_safety_checker=False))
+
+
+def one_channel(cls=StableDiffusionPipeline, **components):
+    """Stable Diffusion whose latents have 16 dimensions at its own size: full Jacobians take no time."""
+    torch.manual_seed(0)
+    parts = {"vae": vae(latent_channels=1), "unet": unet(in_channels=1, out_channels=1, sample_size=4)}
+    return stable_diffusion(cls, **{**parts, **components})
+
+
+def safety_checker(threshold):
+    """A safety checker that objects to images whose similarity to one concept is above `threshold`, in [-1, 1]."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 16, "patch_size": 8, "projection_dim": 8}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=8)).eval()
+    checker.concept_embeds.data.normal_()
+    checker.concept_embeds_weights.data.fill_(threshold)
+    checker.special_care_embeds_weights.data.fill_(2.0)  # a cosine never gets there
+    return checker
+
+
+def feature_extractor():
+    return CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+
+
+def snapshot(pipe):
+    """Everything that a caller could see of a pipeline, its parts and the process, comparable with `==`."""
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return {
+        "attributes": {name: id(value) for name, value in vars(pipe).items()},
+        "progress bar": dict(pipe._progress_bar_config),
+        "config": dict(pipe.config),
+        "scheduler": {name: _comparable(value) for name, value in vars(pipe.scheduler).items()},
+        "modules": {name: _module(module) for name, module in modules.items()},
+        "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()),
+        "random numbers": (torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist()),
+    }
+
+
+def _comparable(value):
+    return (id(value), value._version, value.tolist()) if isinstance(value, torch.Tensor) else (id(value), repr(value))
+
+
+def _module(module):
+    parts = [
+        (id(part), part.training, len(part._forward_hooks), len(part._forward_pre_hooks), len(part._backward_hooks))
+        for part in module.modules()
+    ]
+    tensors = [
+        (name, id(tensor), tensor._version, tensor.dtype, tensor.requires_grad, tensor.grad is None)
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+    ]
+    return parts, tensors
 
 
 def stable_diffusion_xl():

@@ -13,6 +13,15 @@ EMBEDDED_CLASSES = (
 )  # fmt: skip
 """Fashion-MNIST's class names in label order, as the embedded checkpoint's captions spell them."""
 
+_FOLDER = Path(__file__).parent / "fashion_mnist"
+_FILES = (
+    "classifier/config.json", "classifier/model.safetensors", "classifier/preprocessor_config.json",
+    "latent_statistics.safetensors", "model_index.json", "scheduler/scheduler_config.json", "test_images.safetensors",
+    "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+)  # fmt: skip
+
 
 def embedded_prompt(label: int) -> str:
     """The caption that the embedded checkpoint was trained with for class `label`, such as "a photo of a coat"."""
@@ -26,14 +35,16 @@ def embedded_checkpoint() -> str:
     Raises:
         CheckpointError: a file of it is missing or truncated.
     """
-    from ..files import check_safetensors
-    from ..pipelines.persistence import check_folder
+    from ..errors import CheckpointError
+    from ..files import check_safetensors, read_json
 
-    folder = Path(__file__).parent / "fashion_mnist"
-    check_folder(folder)
-    for name in ("classifier/model", "latent_statistics", "test_images"):
-        check_safetensors(folder / f"{name}.safetensors")
-    return str(folder)
+    missing = [name for name in _FILES if not (_FOLDER / name).is_file()]
+    if missing:
+        raise CheckpointError(f"The embedded checkpoint '{_FOLDER}' lacks {missing}; install the package again.")
+    for name in _FILES:
+        check = read_json if name.endswith(".json") else check_safetensors
+        check(_FOLDER / name)
+    return str(_FOLDER)
 
 
 def embedded_test_images() -> tuple[torch.Tensor, torch.Tensor]:

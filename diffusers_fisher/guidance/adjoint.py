@@ -1,6 +1,7 @@
 """Generation steered by a differentiable reward: ascent on the initial noise, through the whole sampling run."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from diffusers.utils import BaseOutput
 
-from ..errors import InputError, NumericalError
+from ..errors import InputError, NumericalError, TrajectoryError
 from ..fisher.operator import FisherEstimator
 
 Reward = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
@@ -93,11 +94,16 @@ def ascend_noise(
     the estimator's products. The denoiser never builds a graph, unless the estimator does.
 
     Raises:
-        InputError: a reward of the wrong kind. NumericalError: a reward or gradient that is not finite.
+        InputError: noise that is all zero, a reward of the wrong kind. TrajectoryError: `sample` gives other latents
+            than the scheduler's last step did. NumericalError: images, a reward or a gradient that are not finite.
     """
+    norms = _norms(noise)
+    if num_guidance_steps > 0 and not bool((norms > 0).all()):
+        raise InputError(
+            "A sample of the initial noise is all zero, so there is no sphere to move it on; draw it anew."
+        )
     nothing = torch.full((len(noise),), -torch.inf, dtype=torch.float64)
     ascent = NoiseAscent(best_images=noise.new_empty(0), best_noise=noise.clone(), best_rewards=nothing)
-    norms = _norms(noise)
     for step in range(num_guidance_steps + 1):
         begin = time.perf_counter()
         with scheduler.differentiable(estimator) as trajectory:
@@ -105,15 +111,22 @@ def ascend_noise(
         ascent.num_sampling_calls += len(trajectory.states)
         with torch.set_grad_enabled(step < num_guidance_steps):
             images = decode(latents)
+            _check_images(images, step)
             rewards = checked_reward(reward, images, prompts)
+            total = rewards.sum()  # here, because the caller may be under no_grad
         ascent.record(noise, images, rewards)
         if step < num_guidance_steps:
-            gradient = trajectory.gradient(rewards.sum())
-            length = _norms(gradient)
-            ascent.gradient_norms.append(length.flatten().double().cpu())
-            direction = torch.where(length > 0, gradient / length.clamp_min(torch.finfo(length.dtype).tiny), 0)
+            if trajectory.states and not latents.requires_grad:
+                raise TrajectoryError(
+                    f"In run {step}, something replaced the latents after the scheduler's last step, a callback say, "
+                    "and with them the way back to the noise. Leave what the last step returns as it is."
+                )
+            if not rewards.requires_grad:
+                raise _not_differentiable(reward)
+            direction, length = _unit(trajectory.gradient(total))
+            ascent.gradient_norms.append(length)
             moved = noise + step_size * norms * direction
-            noise = (moved * norms / _norms(moved)).detach()
+            noise = (moved * (norms / _norms(moved))).detach()  # where nothing moved, bit for bit
         ascent.seconds.append(time.perf_counter() - begin)
         on_step(ascent.rewards[-1])
     return ascent
@@ -138,28 +151,60 @@ def checked_reward(reward: Reward, images: torch.Tensor, prompts: Sequence[str])
 
 
 def check_differentiable(reward: Reward, shape: Sequence[int], prompts: Sequence[str], device: torch.device) -> None:
-    """Tries the reward on grey images before any sampling.
+    """Tries the reward on smooth ramps before any sampling.
 
     Raises:
-        InputError: autograd finds no way from the images to the reward.
+        InputError: autograd finds no way from the images to the reward. TrajectoryError: torch.inference_mode is on.
     """
+    if torch.is_inference_mode_enabled():
+        raise TrajectoryError(
+            "Guidance needs gradients, which torch.inference_mode forbids whatever is set inside it; use "
+            "torch.no_grad instead, or nothing: the denoiser builds no graph in any case."
+        )
     with torch.enable_grad():
-        images = torch.full(tuple(shape), 0.5, device=device, requires_grad=True)
+        # No two pixels alike: a reward that divides by the images' contrast is fine on real ones.
+        ramp = torch.linspace(0.25, 0.75, math.prod(shape), device=device)
+        images = ramp.reshape(tuple(shape)).requires_grad_()
         values = checked_reward(reward, images, prompts)
         connected = values.requires_grad and (
             torch.autograd.grad(values.sum(), images, allow_unused=True)[0] is not None
         )
     if not connected:
-        raise InputError(
-            f"The reward {name_of(reward)} is not differentiable with respect to the images: it returned a tensor "
-            "without a graph to them. Keep to torch operations on the tensor; processors that go through PIL or "
-            "numpy, `.item()`, `.detach()`, argmax and torch.no_grad cut gradients."
-        )
+        raise _not_differentiable(reward)
 
 
 def name_of(reward: Any) -> str:
     """The reward's name for messages."""
     return f"'{getattr(reward, '__name__', type(reward).__name__)}'"
+
+
+def _not_differentiable(reward: Reward) -> InputError:
+    return InputError(
+        f"The reward {name_of(reward)} is not differentiable with respect to the images: it returned a tensor without "
+        "a graph to them. Keep to torch operations on the tensor; processors that go through PIL or numpy, `.item()`, "
+        "`.detach()`, argmax and torch.no_grad cut gradients."
+    )
+
+
+def _check_images(images: torch.Tensor, step: int) -> None:
+    if not torch.isfinite(images).all():
+        raise NumericalError(
+            f"The images of run {step} are not finite. Half-precision autoencoders and denoisers are the usual cause: "
+            "load the pipeline in float32 or bfloat16."
+        )
+
+
+def _unit(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every sample divided by its norm (zero where that is zero), and the norms (B,) float64 on the CPU.
+
+    Scaled by the largest element first: squares of 1e20, which some estimators' gradients reach, overflow in float32.
+    """
+    flat = x.flatten(1)
+    largest = flat.abs().amax(1, keepdim=True)
+    scaled = flat / torch.where(largest > 0, largest, 1)
+    norms = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    unit = (scaled / torch.where(norms > 0, norms, 1)).view_as(x)
+    return unit, (largest.cpu().double() * norms.cpu().double())[:, 0]
 
 
 def _norms(x: torch.Tensor) -> torch.Tensor:

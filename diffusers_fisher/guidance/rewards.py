@@ -53,6 +53,7 @@ class ClassifierReward:
         model = AutoModelForImageClassification.from_pretrained(path, **kwargs).eval()
         processor = json.loads(Path(str(cached_file(path, "preprocessor_config.json"))).read_text(encoding="utf-8"))
         side = processor["size"]
+        side = side if isinstance(side, dict) else {"shortest_edge": side}  # a plain number in older files
         size = (side["height"], side["width"]) if "height" in side else (side["shortest_edge"],) * 2
         return cls(model, target, size, processor["image_mean"], processor["image_std"])
 
@@ -60,7 +61,8 @@ class ClassifierReward:
         targets = self.targets.to(images.device)
         if len(targets) not in (1, len(images)):
             raise InputError(f"{len(targets)} target classes for {len(images)} images; give one, or as many.")
-        log_probabilities = self.logits(images).float().log_softmax(-1)
+        logits = self.logits(images)
+        log_probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         return log_probabilities.gather(1, targets.expand(len(images))[:, None])[:, 0]
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
@@ -99,9 +101,9 @@ class LinearReward:
 
     @classmethod
     def left_minus_right(cls, height: int, width: int) -> LinearReward:
-        """Mean brightness of the left half minus that of the right half."""
-        side = torch.where(torch.arange(width) < width / 2, 1.0, -1.0)
-        return cls(side.expand(height, width) / (height * width / 2))
+        """Mean brightness of the left half minus that of the right half; a middle column counts for neither."""
+        side = torch.sign((width - 1) / 2 - torch.arange(width))
+        return cls(side.expand(height, width) / (height * (width // 2)))
 
 
 class MeasurementReward:
@@ -119,10 +121,11 @@ class MeasurementReward:
         self.mask = mask
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        if self.target.shape[-3:] != images.shape[-3:] or self.mask.shape != images.shape[-2:]:
+        one_each = self.target.ndim == 3 or (self.target.ndim == 4 and len(self.target) in (1, len(images)))
+        if self.target.shape[-3:] != images.shape[-3:] or self.mask.shape != images.shape[-2:] or not one_each:
             raise InputError(
                 f"Target {tuple(self.target.shape)} and mask {tuple(self.mask.shape)} do not fit images of "
-                f"{tuple(images.shape[-3:])}."
+                f"{tuple(images.shape)}; allowed: one target, or one an image, and one mask, of the images' size."
             )
         weights = self.mask.to(images) / (self.mask.sum() * images.shape[1])
         return -((images - self.target.to(images)) ** 2 * weights).flatten(1).sum(1)

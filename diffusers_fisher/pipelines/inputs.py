@@ -11,12 +11,37 @@ import torch
 from ..errors import InputError
 
 
-def one_each(name: str, value: str | Sequence[str], count: int) -> list[str]:
+def one_each(name: str, value: str | Sequence[str], count: int, unit: str = "image") -> list[str]:
     """One string for all, or one each, as a list of `count`."""
-    entries = [value] * count if isinstance(value, str) else list(value)
+    entries = _strings(name, [value] * count if isinstance(value, str) else value)
     if len(entries) != count:
-        raise InputError(f"`{name}` has {len(entries)} entries for {count} images; give one string, or one an image.")
+        raise InputError(
+            f"`{name}` has {len(entries)} entries for {count} {unit}s; give one string, or one for each {unit}."
+        )
     return entries
+
+
+def prompt_list(prompt: str | Sequence[str], num_images_per_prompt: int) -> list[str]:
+    """The prompts as a list, at least one, to be taken `num_images_per_prompt` times each."""
+    prompts = _strings("prompt", [prompt] if isinstance(prompt, str) else prompt)
+    if not prompts or num_images_per_prompt < 1:
+        raise InputError(
+            f"{len(prompts)} prompts were given with `num_images_per_prompt` {num_images_per_prompt}; allowed: at "
+            "least 1 of each."
+        )
+    return prompts
+
+
+def _strings(name: str, value: Any) -> list[str]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) for entry in value):
+        raise InputError(f"`{name}` is {value!r}; allowed: a string, or a list of strings.")
+    return list(value)
+
+
+def check_likelihood(num_inference_steps: int) -> None:
+    """Refuses numbers of steps that `log_likelihood` can't use."""
+    if num_inference_steps < 2:
+        raise InputError(f"`num_inference_steps` is {num_inference_steps}; allowed: at least 2, sensibly 20 or more.")
 
 
 def check_guidance(num_guidance_steps: int, step_size: float, num_inference_steps: int, output_type: str) -> None:
@@ -41,13 +66,19 @@ def image_tensor(images: Any, multiple: int) -> torch.Tensor:
         images = [images]
     if isinstance(images, (list, tuple)) and images:
         arrays = [_pil_array(image) if isinstance(image, Image) else image for image in images]
+        kinds = sorted({type(array).__name__ for array in arrays})
+        if len(kinds) != 1 or not isinstance(arrays[0], (numpy.ndarray, torch.Tensor)):
+            raise InputError(
+                f"Images are a list of {', '.join(kinds)}; allowed: PIL images, arrays or tensors, of one kind."
+            )
         shapes = sorted({tuple(array.shape) for array in arrays})
         if len(shapes) != 1:
             raise InputError(f"Images of one call must have one size, got {shapes}; call once a size.")
         images = torch.stack(arrays) if isinstance(arrays[0], torch.Tensor) else numpy.stack(arrays)
-    tensor = torch.from_numpy(images) if isinstance(images, numpy.ndarray) else images
-    if isinstance(images, numpy.ndarray) and tensor.ndim == 4:
-        tensor = tensor.permute(0, 3, 1, 2)
+    tensor = images
+    if isinstance(images, numpy.ndarray) and images.dtype.kind in "biuf":
+        tensor = torch.from_numpy(numpy.ascontiguousarray(images))  # flipped arrays have negative strides
+        tensor = tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4 or tensor.shape[1] != 3 or not len(tensor):
         got = f"of shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else f"a {type(images).__name__}"
         raise InputError(f"Images are {got}; allowed: RGB as PIL, array (B, H, W, 3) or tensor (B, 3, H, W).")
@@ -61,7 +92,7 @@ def image_tensor(images: Any, multiple: int) -> torch.Tensor:
             f"Images are {tensor.shape[2]}x{tensor.shape[3]} pixels; this checkpoint takes heights and widths that "
             f"are multiples of {multiple}. Resize or pad them first."
         )
-    return tensor.float()
+    return tensor.float().contiguous()  # so that every form gives the same bits: layouts have their own kernels
 
 
 def _pil_array(image: Any) -> Any:

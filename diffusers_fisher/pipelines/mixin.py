@@ -17,7 +17,7 @@ from ..fisher.operator import FisherEstimator
 from ..guidance.adjoint import GuidanceOutput, NoiseAscent, Reward, ascend_noise, check_differentiable
 from ..likelihood import LikelihoodOutput, log_likelihood
 from ..schedulers.mixin import fisher_scheduler
-from .inputs import check_guidance, image_tensor, one_each
+from .inputs import check_guidance, check_likelihood, image_tensor, one_each, prompt_list
 from .persistence import check_folder, load_parts, save_parts, stock_pipeline
 from .run import SamplingRun
 
@@ -52,7 +52,7 @@ class FisherPipelineMixin(_Stock):
         Raises:
             CheckpointError: a local folder with a missing or truncated file.
         """
-        check_folder(pretrained_model_name_or_path)
+        check_folder(pretrained_model_name_or_path, given=kwargs)
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
         scheduler, pipe.latent_statistics = load_parts(pretrained_model_name_or_path, **hub)
@@ -110,6 +110,7 @@ class FisherPipelineMixin(_Stock):
         Raises:
             InputError: images or latents of the wrong kind, size, range or number.
         """
+        check_likelihood(num_inference_steps)
         samples = self._latents_to_score(images, latents)
         prompts = one_each("prompt", "" if prompt is None else prompt, len(samples))
         denoiser = PipelineDenoiser(self, prompt=prompts, guidance_scale=1.0)
@@ -163,13 +164,15 @@ class FisherPipelineMixin(_Stock):
 
         Raises:
             InputError: before sampling, arguments out of range, latents of the wrong shape, a reward that is not
-                differentiable or of the wrong shape. NumericalError: a reward or gradient that is not finite.
+                differentiable or of the wrong shape.
+            TrajectoryError: torch.inference_mode, latents changed between steps, a model with learned variance.
+            NumericalError: images, a reward or a gradient that are not finite.
         """
         check_guidance(num_guidance_steps, step_size, num_inference_steps, output_type)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
-        negative = call_arguments.get("negative_prompt")
-        if isinstance(negative, (list, tuple)):
+        given = prompt_list(prompt, num_images_per_prompt)
+        prompts = [text for text in given for _ in range(num_images_per_prompt)]
+        if call_arguments.get("negative_prompt") is not None:
+            negative = one_each("negative_prompt", call_arguments["negative_prompt"], len(given), "prompt")
             call_arguments["negative_prompt"] = [text for text in negative for _ in range(num_images_per_prompt)]
         pixels = self._image_size(height, width)
         noise = self._initial_noise(latents, len(prompts), pixels, generator)
@@ -178,6 +181,8 @@ class FisherPipelineMixin(_Stock):
         without_callbacks = {key: value for key, value in call_arguments.items() if not key.startswith("callback")}
         denoiser = PipelineDenoiser(self, prompt=prompts, **without_callbacks)
         bound = _bound(estimator if estimator is not None else DirectFisher(), denoiser)
+        counted = getattr(bound, "denoiser", denoiser)  # the estimator's own, where it brought one
+        calls_before = getattr(counted, "num_calls", 0)
         scheduler = fisher_scheduler(type(self.scheduler)).from_config(self.scheduler.config)
         call_arguments["num_inference_steps"] = num_inference_steps
         run = SamplingRun(self, scheduler, denoiser, prompts, generator, self._noise_dtype(), **call_arguments)
@@ -190,15 +195,18 @@ class FisherPipelineMixin(_Stock):
             ascent = ascend_noise(
                 run, self._decode, reward, noise, prompts, scheduler, bound, num_guidance_steps, step_size, show
             )
-        output = self._guidance_output(ascent, output_type, denoiser.num_calls)
+        calls = ascent.num_sampling_calls + getattr(counted, "num_calls", 0) - calls_before
+        output = self._guidance_output(ascent, output_type, calls)
         return output if return_dict else output.to_tuple()
 
-    def _guidance_output(self, ascent: NoiseAscent, output_type: str, estimator_calls: int) -> GuidanceOutput:
-        images: Any = ascent.best_images
+    def _guidance_output(self, ascent: NoiseAscent, output_type: str, num_calls: int) -> GuidanceOutput:
+        images = ascent.best_images
         flagged: list[bool] = []
         if getattr(self, "safety_checker", None) is not None:
-            images, found = self.run_safety_checker(2 * images - 1, images.device, self.dtype)
-            images, flagged = images / 2 + 0.5, list(found)
+            checked, found = self.run_safety_checker(2 * images - 1, images.device, self.dtype)
+            flagged = [bool(entry) for entry in found]
+            # As in the stock call, what the checker puts in place (black) is taken as it is.
+            images = torch.where(torch.tensor(flagged, device=images.device)[:, None, None, None], checked, images)
         processor = self.image_processor
         empty = torch.zeros(0, len(images), dtype=torch.float64)
         return GuidanceOutput(
@@ -206,7 +214,7 @@ class FisherPipelineMixin(_Stock):
             rewards=torch.stack(ascent.rewards), best_rewards=ascent.best_rewards, latents=ascent.best_noise,
             gradient_norms=torch.stack(ascent.gradient_norms) if ascent.gradient_norms else empty,
             seconds=torch.tensor(ascent.seconds, dtype=torch.float64),
-            num_denoiser_calls=ascent.num_sampling_calls + estimator_calls, nsfw_content_detected=flagged,
+            num_denoiser_calls=num_calls, nsfw_content_detected=flagged,
         )  # fmt: skip
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -225,10 +233,11 @@ class FisherPipelineMixin(_Stock):
         channels = vae.config.latent_channels
         if latents is not None:
             multiple = self._size_multiple() // self.vae_scale_factor
-            shape = tuple(latents.shape)
+            shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else ()
             if len(shape) != 4 or shape[1] != channels or any(side % multiple for side in shape[2:]):
+                got = f"have shape {shape}" if isinstance(latents, torch.Tensor) else f"are a {type(latents).__name__}"
                 raise InputError(
-                    f"Latents have shape {shape}; allowed: (B, {channels}, h, w), h and w multiples of {multiple}."
+                    f"Latents {got}; allowed: a tensor (B, {channels}, h, w), h and w multiples of {multiple}."
                 )
             return latents.to(device, torch.float32)
         tensor = image_tensor(images, self._size_multiple())
@@ -265,8 +274,13 @@ class FisherPipelineMixin(_Stock):
             if isinstance(generator, list) and len(generator) != count:
                 raise InputError(f"{len(generator)} generators were given for {count} images; give one, or as many.")
             return randn_tensor(shape, generator=generator, device=device, dtype=self._noise_dtype()).float()
-        if latents.shape != shape or not torch.isfinite(latents).all():
-            raise InputError(f"`latents` have shape {tuple(latents.shape)}; allowed: {shape}, finite, unit variance.")
+        if not isinstance(latents, torch.Tensor) or latents.shape != shape or not torch.isfinite(latents).all():
+            got = (
+                f"have shape {tuple(latents.shape)}"
+                if isinstance(latents, torch.Tensor)
+                else f"are a {type(latents).__name__}"
+            )
+            raise InputError(f"`latents` {got}; allowed: a tensor {shape}, finite, of unit variance.")
         return latents.detach().to(device, torch.float32)
 
 

@@ -69,9 +69,9 @@ def methods(pipe: StableDiffusionFisherPipeline, steps: int) -> dict[str, tuple]
     }  # fmt: skip
     stored = StoredGraph(pipe, arguments)
     scheduler = fisher_scheduler(type(pipe.scheduler)).from_config(pipe.scheduler.config)
-    pipe.scheduler = scheduler
 
     def sample(noise: torch.Tensor) -> torch.Tensor:
+        pipe.scheduler = scheduler  # several tables share the pipeline
         return pipe(latents=noise, **arguments)[0]
 
     estimators = {

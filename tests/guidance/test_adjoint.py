@@ -1,0 +1,374 @@
+"""Ascent on the initial noise: what it reaches, what it keeps and counts, and what it refuses."""
+
+import pytest
+import torch
+from cases import Network, SchedulerCase, latents, relative, sampling_run
+
+from diffusers_fisher import (
+    AutodiffFisher,
+    DirectFisher,
+    InputError,
+    NumericalError,
+    TrajectoryError,
+    fisher_scheduler,
+)
+from diffusers_fisher.guidance import ascend_noise
+from diffusers_fisher.guidance.adjoint import check_differentiable, checked_reward
+
+PROMPTS = ["one", "two"]
+SHAPE = (2, 3, 2, 2)
+WEIGHTS = latents(torch.float32, SHAPE[1:], seed=5)
+STEPS = 5
+
+
+def projection(images, prompts):
+    """A linear reward, different for every pixel."""
+    return (images * WEIGHTS).flatten(1).sum(1)
+
+
+class Problem:
+    """Sampling with a small network on one scheduler: notes every initial noise and counts evaluations."""
+
+    def __init__(self, name="DDIMScheduler"):
+        case = SchedulerCase(name, {})
+        self.scheduler = fisher_scheduler(case.parent)(**case.config)
+        self.noises, self.num_calls = [], 0
+        self._network = Network(dtype=torch.float32)
+
+    def network(self, x, t):
+        self.num_calls += 1
+        return self._network(x, t)
+
+    def sample(self, noise):
+        self.noises.append(noise)
+        return self.run(noise)
+
+    @torch.no_grad()
+    def run(self, noise):
+        return sampling_run(self.scheduler, self.network, noise, STEPS)[-1]
+
+    def ascend(self, reward=projection, estimator=None, noise=None, decode=torch.sigmoid, sample=None, **options):
+        options = {"num_guidance_steps": 4, "step_size": 0.2, **options}
+        estimator = AutodiffFisher(self.network) if estimator is None else estimator
+        noise = latents(torch.float32, SHAPE) if noise is None else noise
+        return ascend_noise(
+            sample or self.sample, decode, reward, noise, PROMPTS, self.scheduler, estimator, **options
+        )
+
+    def exact_gradient(self, noise, reward=projection):
+        """By automatic differentiation through the whole run."""
+        leaf = noise.clone().requires_grad_()
+        value = reward(torch.sigmoid(sampling_run(self.scheduler, self._network, leaf, STEPS)[-1]), PROMPTS).sum()
+        return torch.autograd.grad(value, leaf)[0]
+
+
+def norms(x):
+    return torch.linalg.vector_norm(x.flatten(1), dim=1)
+
+
+@pytest.mark.parametrize("estimator", [None, DirectFisher()], ids=["autodiff", "direct"])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
+def test_every_samples_reward_goes_up(name, estimator):
+    ascent = Problem(name).ascend(estimator=estimator)
+    rewards = torch.stack(ascent.rewards)
+    assert bool((rewards[1:] > rewards[0]).all())
+    assert torch.equal(ascent.best_rewards, rewards.max(0).values)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler"])
+def test_first_step_follows_the_exact_gradient_on_the_noises_sphere(name):
+    problem = Problem(name)
+    start = latents(torch.float32, SHAPE)
+    ascent = problem.ascend(num_guidance_steps=1, step_size=0.3)
+    gradient = problem.exact_gradient(start)
+    # float32, the same products in another order through five steps: measured 3e-7.
+    assert relative(ascent.gradient_norms[0], norms(gradient)) < 1e-5
+    length = norms(start)[:, None, None, None]
+    moved = start + 0.3 * length * gradient / norms(gradient)[:, None, None, None]
+    expected = moved * length / norms(moved)[:, None, None, None]
+    assert relative(problem.noises[1] - start, expected - start) < 1e-5
+    assert torch.equal(problem.noises[0], start)
+
+
+def test_steps_stay_on_each_samples_own_sphere():
+    problem, start = Problem(), latents(torch.float32, SHAPE)
+    start[1] *= 3
+    problem.ascend(noise=start, num_guidance_steps=6)
+    for noise in problem.noises:
+        torch.testing.assert_close(norms(noise), norms(start), rtol=1e-6, atol=0)  # float32 rounding of a quotient
+    assert all(
+        relative(after, before) > 0.05 for before, after in zip(problem.noises, problem.noises[1:], strict=False)
+    )
+
+
+def scripted(table):
+    """A reward that returns the rows of `table` in turn, with a small gradient so that every run has other noise."""
+    rows = iter(torch.tensor(table))
+    return lambda images, prompts: next(rows) + 1e-6 * projection(images, prompts)
+
+
+def test_best_is_kept_sample_by_sample():
+    problem = Problem()
+    ascent = problem.ascend(scripted([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0], [2.0, 1.0], [1.0, 1.0]]))
+    torch.testing.assert_close(ascent.best_rewards, torch.tensor([3.0, 2.0]).double(), rtol=0, atol=1e-4)  # the slope
+    assert torch.equal(ascent.best_noise, torch.stack([problem.noises[2][0], problem.noises[1][1]]))
+    images = [torch.sigmoid(problem.run(noise)) for noise in problem.noises[:3]]
+    assert torch.equal(ascent.best_images, torch.stack([images[2][0], images[1][1]]))
+
+
+def test_first_of_equal_rewards_is_kept():
+    problem = Problem()
+
+    def constant(images, prompts):
+        values = projection(images, prompts)
+        return 1 + (values - values.detach())  # with a gradient all the same
+
+    ascent = problem.ascend(constant)
+    assert torch.equal(ascent.best_noise, problem.noises[0])
+    assert not torch.equal(problem.noises[1], problem.noises[0])
+
+
+def test_history_and_call_counts():
+    problem, seen, calls = Problem(), [], []
+
+    def reward(images, prompts):
+        calls.append((tuple(images.shape), list(prompts), images.requires_grad))
+        return projection(images, prompts)
+
+    ascent = problem.ascend(reward, num_guidance_steps=3, on_step=seen.append)
+    assert [tuple(row.shape) for row in ascent.rewards] == [(2,)] * 4
+    assert [tuple(row.shape) for row in ascent.gradient_norms] == [(2,)] * 3
+    assert {row.dtype for row in [*ascent.rewards, *ascent.gradient_norms, ascent.best_rewards]} == {torch.float64}
+    assert len(ascent.seconds) == 4
+    assert min(ascent.seconds) > 0
+    assert all(torch.equal(row, shown) for row, shown in zip(ascent.rewards, seen, strict=True))
+    assert calls == [(SHAPE, PROMPTS, True)] * 3 + [(SHAPE, PROMPTS, False)]  # no gradient of the last run
+    assert ascent.num_sampling_calls == 4 * STEPS
+    assert problem.num_calls == 4 * STEPS + 3 * STEPS  # and the estimator's own, one a step of every backward pass
+    for row, noise in zip(ascent.rewards, problem.noises, strict=True):
+        assert torch.equal(row, projection(torch.sigmoid(problem.run(noise)), PROMPTS).double())
+
+
+def test_direct_estimator_calls_the_network_for_sampling_only():
+    problem = Problem()
+    ascent = problem.ascend(estimator=DirectFisher(), num_guidance_steps=3)
+    assert problem.num_calls == ascent.num_sampling_calls == 4 * STEPS
+
+
+def test_zero_steps_sample_and_score():
+    problem = Problem()
+    ascent = problem.ascend(lambda images, prompts: images.detach().sum((1, 2, 3)), num_guidance_steps=0)
+    assert len(problem.noises) == len(ascent.rewards) == len(ascent.seconds) == 1
+    assert ascent.gradient_norms == []
+    assert torch.equal(ascent.best_noise, problem.noises[0])
+    assert torch.equal(ascent.best_rewards, ascent.rewards[0])
+
+
+def test_sample_without_gradient_stays_where_it_is():
+    problem = Problem()
+
+    def second_only(images, prompts):
+        return projection(images, prompts) * torch.tensor([0.0, 1.0])
+
+    ascent = problem.ascend(second_only, num_guidance_steps=2)
+    for noise in problem.noises[1:]:
+        assert torch.equal(noise[0], problem.noises[0][0])
+        assert not torch.equal(noise[1], problem.noises[0][1])
+    assert torch.stack(ascent.gradient_norms)[:, 0].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_size_of_the_gradient_does_not_matter(scale):
+    """Squares of such numbers are zero or infinite in float32."""
+    plain, scaled = Problem(), Problem()
+    reference = plain.ascend(num_guidance_steps=1)
+    ascent = scaled.ascend(lambda images, prompts: scale * projection(images, prompts), num_guidance_steps=1)
+    assert relative(scaled.noises[1], plain.noises[1]) < 1e-6  # float32 rounding
+    assert relative(ascent.gradient_norms[0] / scale, reference.gradient_norms[0]) < 1e-5
+
+
+def test_callers_noise_and_grad_mode_are_left_alone():
+    noise = latents(torch.float32, SHAPE)
+    with torch.no_grad():
+        ascent = Problem().ascend(noise=noise)
+        assert not torch.is_grad_enabled()
+    assert torch.equal(noise, latents(torch.float32, SHAPE))
+    held = [ascent.best_images, ascent.best_noise, *ascent.rewards, *ascent.gradient_norms]
+    assert not any(tensor.requires_grad for tensor in held)
+
+
+# What is refused
+
+
+BAD_VALUES = {
+    "one number": (lambda images: images.mean(), r"returned shape \(\) for 2 images"),
+    "a column": (lambda images: images.mean((1, 2, 3))[:, None], r"returned shape \(2, 1\) for 2 images"),
+    "too many": (lambda images: images.mean((1, 2, 3)).repeat(2), r"returned shape \(4,\) for 2 images"),
+    "a float": (lambda images: images.mean().item(), "returned a float for 2 images"),
+    "a list": (lambda images: images.mean((1, 2, 3)).tolist(), "returned a list for 2 images"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_VALUES)
+@pytest.mark.parametrize("where", ["checked_reward", "check_differentiable", "ascend_noise"])
+def test_reward_of_the_wrong_kind(kind, where):
+    value, message = BAD_VALUES[kind]
+
+    def score(images, prompts):
+        return value(images)
+
+    with pytest.raises(InputError, match=f"The reward 'score' {message}; it must return a tensor of shape .2,."):
+        if where == "checked_reward":
+            checked_reward(score, torch.rand(SHAPE), PROMPTS)
+        elif where == "check_differentiable":
+            check_differentiable(score, SHAPE, PROMPTS, torch.device("cpu"))
+        else:
+            Problem().ascend(score)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("run", [0, 2, 4])
+def test_reward_that_is_not_finite_is_refused_at_the_run_where_it_happens(value, run):
+    problem = Problem()
+    table = [[0.5, float(row)] for row in range(5)]
+    table[run][1] = value
+    with pytest.raises(NumericalError, match=rf"The reward '<lambda>' is not finite: \[0.[45]\d*, {value}\]"):
+        problem.ascend(scripted(table))
+    assert len(problem.noises) == run + 1
+
+
+class Judge:
+    def __init__(self, error):
+        self.calls, self.error = 0, error
+
+    def __call__(self, images, prompts):
+        self.calls += 1
+        if self.calls == 3:
+            raise self.error
+        return projection(images, prompts)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("no judge"), KeyboardInterrupt()], ids=type)
+def test_rewards_own_exception_comes_through_and_the_scheduler_can_be_used_again(error):
+    problem = Problem()
+    with pytest.raises(type(error)) as caught:
+        problem.ascend(Judge(error))
+    assert caught.value is error
+    assert len(problem.noises) == 3
+    assert torch.equal(problem.ascend().best_rewards, Problem().ascend().best_rewards)
+
+
+def test_gradient_that_is_not_finite():
+    def root(images, prompts):
+        return (images - images.detach()).sum((1, 2, 3)).sqrt()  # 0, with an infinite slope
+
+    with pytest.raises(NumericalError, match=rf"The gradient through {STEPS} steps is not finite with AutodiffFisher"):
+        Problem().ascend(root)
+
+
+def test_images_that_are_not_finite():
+    def overflow(latents):
+        return torch.where(latents == latents.max(), torch.nan, latents)
+
+    with pytest.raises(NumericalError, match=r"The images of run 0 are not finite. Half-precision"):
+        Problem().ascend(lambda images, prompts: torch.zeros(2), decode=overflow)
+
+
+def test_reward_that_loses_its_graph_on_the_way():
+    def score(images, prompts):
+        values = projection(images, prompts)
+        return values if len(problem.noises) < 2 else values.detach()
+
+    problem = Problem()
+    with pytest.raises(InputError, match="The reward 'score' is not differentiable with respect to the images"):
+        problem.ascend(score)
+    assert len(problem.noises) == 2
+
+
+def test_latents_replaced_after_the_last_step():
+    problem = Problem()
+    with pytest.raises(TrajectoryError, match="In run 0, something replaced the latents after the scheduler's last"):
+        problem.ascend(sample=lambda noise: problem.run(noise).detach() + 1)
+
+
+def test_noise_that_is_all_zero_has_no_sphere():
+    problem, noise = Problem(), latents(torch.float32, SHAPE)
+    noise[1] = 0
+    with pytest.raises(InputError, match="A sample of the initial noise is all zero"):
+        problem.ascend(noise=noise)
+    assert problem.noises == []
+    assert problem.ascend(noise=noise, num_guidance_steps=0).rewards[0].shape == (2,)
+
+
+# The trial before sampling
+
+
+def contrast(images, prompts):
+    """Finite only where an image is not of one colour."""
+    centred = images - images.mean((1, 2, 3), keepdim=True)
+    return -centred.square().mean((1, 2, 3)).log()
+
+
+@pytest.mark.parametrize("reward", [projection, contrast])
+@pytest.mark.parametrize("grad", [True, False], ids=["enable_grad", "no_grad"])
+def test_trial_passes_differentiable_rewards(reward, grad):
+    with torch.set_grad_enabled(grad):
+        check_differentiable(reward, SHAPE, PROMPTS, torch.device("cpu"))
+        assert torch.is_grad_enabled() is grad
+
+
+def test_trial_shows_the_reward_images_in_range_and_all_prompts():
+    seen = []
+
+    def reward(images, prompts):
+        seen.append((images.detach(), prompts))
+        return projection(images, prompts)
+
+    check_differentiable(reward, SHAPE, PROMPTS, torch.device("cpu"))
+    ((images, prompts),) = seen
+    assert (images.shape, images.dtype, prompts) == (SHAPE, torch.float32, PROMPTS)
+    assert 0 < float(images.min()) < float(images.max()) < 1
+
+
+SCALE = torch.nn.Parameter(torch.ones(2))
+CUT = {
+    "detach": lambda images: images.detach().mean((1, 2, 3)),
+    "numpy": lambda images: torch.from_numpy(images.detach().numpy().mean((1, 2, 3))),
+    "item": lambda images: torch.tensor([image.mean().item() for image in images]),
+    "argmax": lambda images: images.flatten(1).argmax(1).float(),
+    "no_grad": torch.no_grad()(lambda images: images.mean((1, 2, 3))),
+    "constant": lambda images: torch.zeros(2),
+    "graph to parameters alone": lambda images: SCALE * images.detach().mean((1, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_trial_refuses_rewards_whose_graph_is_cut(kind):
+    def score(images, prompts):
+        return CUT[kind](images)
+
+    message = (
+        r"The reward 'score' is not differentiable .* go through PIL or numpy, `.item\(\)`, `.detach\(\)`, argmax"
+    )
+    with pytest.raises(InputError, match=message):
+        check_differentiable(score, SHAPE, PROMPTS, torch.device("cpu"))
+    assert SCALE.grad is None
+
+
+def test_messages_name_a_class_whose_object_is_the_reward():
+    class Aesthetics:
+        def __call__(self, images, prompts):
+            return torch.zeros(2)
+
+    with pytest.raises(InputError, match="The reward 'Aesthetics' is not differentiable"):
+        check_differentiable(Aesthetics(), SHAPE, PROMPTS, torch.device("cpu"))
+
+
+def test_inference_mode_is_named_rather_than_the_reward_blamed():
+    calls = []
+    with (
+        torch.inference_mode(),
+        pytest.raises(TrajectoryError, match=r"which torch.inference_mode forbids .* use torch.no_grad instead"),
+    ):
+        check_differentiable(lambda *arguments: calls.append(arguments), SHAPE, PROMPTS, torch.device("cpu"))
+    assert calls == []

@@ -1,0 +1,81 @@
+"""The command: what it prints, what it passes on, and how it fails."""
+
+import pytest
+from typer.testing import CliRunner
+
+import diffusers_fisher
+from diffusers_fisher import CheckpointError, demo
+from diffusers_fisher.cli import app
+
+RUNNER = CliRunner()
+
+
+def test_version():
+    result = RUNNER.invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"{diffusers_fisher.__version__}\n")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []], ids=["--help", "nothing"])
+def test_help_names_the_commands(arguments):
+    result = RUNNER.invoke(app, arguments)
+    assert result.exit_code in ((0,) if arguments else (0, 2))  # click 8.2 began to call a bare command an error
+    assert "Likelihood and reward guidance" in result.output
+    assert "demo" in result.output
+
+
+def test_help_of_demo_names_its_options_and_defaults():
+    output = RUNNER.invoke(app, ["demo", "--help"], env={"COLUMNS": "100", "TERM": "dumb"}).output
+    assert "--output" in output
+    assert "outputs/demo" in output
+    assert "--seed" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demmo"], "No such command 'demmo'"),
+        (["demo", "--seed", "one"], "Invalid value for '--seed'"),
+        (["demo", "--steps", "3"], "No such option"),
+    ],
+)
+def test_mistakes_are_refused(arguments, message):
+    result = RUNNER.invoke(app, arguments, env={"COLUMNS": "100", "TERM": "dumb"})
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_demo_gets_its_options(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(demo, "run_demo", lambda *arguments: calls.append(arguments))
+    result = RUNNER.invoke(app, ["demo", "--output", str(tmp_path), "--seed", "3"])
+    assert result.exit_code == 0
+    assert calls == [(tmp_path, 3)]
+
+
+@pytest.mark.parametrize("below", ["", "inside", "inside/further"])
+def test_unwritable_folder_is_an_error_before_any_work(tmp_path, monkeypatch, below):
+    """Below a regular file, where not even root can write."""
+    monkeypatch.setattr(demo, "embedded_checkpoint", lambda: pytest.fail("work was begun"))
+    blocked = tmp_path / "file"
+    blocked.write_text("kept")
+    result = RUNNER.invoke(app, ["demo", "--output", str(blocked / below)])
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"Error: The folder '{blocked / below}' can't be written: ")
+    assert result.stderr.endswith("Name another one.\n")
+    assert blocked.read_text() == "kept"
+
+
+def test_errors_of_the_package_are_words_without_a_traceback(tmp_path, monkeypatch):
+    def damaged():
+        raise CheckpointError("A file is truncated; install the package again.")
+
+    monkeypatch.setattr(demo, "embedded_checkpoint", damaged)
+    result = RUNNER.invoke(app, ["demo", "--output", str(tmp_path)])
+    assert (result.exit_code, result.stderr) == (1, "Error: A file is truncated; install the package again.\n")
+
+
+def test_other_errors_are_not_hidden(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "run_demo", lambda *_: 1 / 0)
+    result = RUNNER.invoke(app, ["demo", "--output", str(tmp_path)])
+    assert isinstance(result.exception, ZeroDivisionError)

@@ -1,0 +1,152 @@
+"""The demonstration, shrunken to seconds: its tables, report, pictures and progress bar."""
+
+import contextlib
+import io
+import json
+import re
+import sys
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+import diffusers_fisher
+from diffusers_fisher import demo, embedded_test_images
+
+ESTIMATORS = [
+    "direct (default)", "finite difference", "exact (autodiff)", "endpoint, centred", "endpoint, paper",
+]  # fmt: skip
+VERSIONS = ["real", "inverted", "noise-corrupted"]
+SMALL = {
+    "NUM_IMAGES": 2,
+    "SAMPLING": {"num_inference_steps": 3, "guidance_scale": 2.0},
+    "GUIDANCE": {"num_guidance_steps": 1},
+    "LIKELIHOOD": {"num_inference_steps": 4, "num_probes": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def shrunken():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SMALL.items():
+            patch.setattr(demo, name, value)
+        patch.setattr(demo, "embedded_test_images", lambda: tuple(tensor[:6] for tensor in embedded_test_images()))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(shrunken, tmp_path_factory):
+    """(report, folder, stdout, stderr) of one run into a folder that does not exist yet."""
+    folder = tmp_path_factory.mktemp("demo") / "outputs" / "demo"
+    out, err = io.StringIO(), io.StringIO()
+    rng, backend = torch.get_rng_state(), "matplotlib.pyplot" in sys.modules
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        report = demo.run_demo(folder)
+    assert torch.equal(torch.get_rng_state(), rng)  # every draw comes from the seed
+    assert ("matplotlib.pyplot" in sys.modules) is backend  # a caller's backend is not touched
+    return report, folder, out.getvalue(), err.getvalue()
+
+
+def rows(stdout, names):
+    """The numbers of the table rows that begin with one of `names`."""
+    found = {}
+    for line in stdout.splitlines():
+        for name in names:
+            if line.startswith(f"  {name}  "):
+                found[name] = [float(word) for word in line[2 + len(name) :].split()]
+    return found
+
+
+def test_likelihood_table_shows_the_report(run):
+    report, _, stdout, _ = run
+    assert "(6 test images, bits/dim of the latent)" in stdout
+    assert re.search(r"images +bits/dim +std +probe s\.e\. +step error +calls", stdout)
+    table = rows(stdout, VERSIONS)
+    assert list(table) == list(report["likelihood"]) == VERSIONS
+    for name, row in report["likelihood"].items():
+        columns = ("mean", "standard_deviation", "probe_standard_error", "discretisation_error", "num_denoiser_calls")
+        assert table[name] == pytest.approx([row[column] for column in columns], abs=5.1e-4)  # three decimals
+        assert row["mean"] == pytest.approx(sum(row["bits_per_dim"]) / 6, abs=1e-4)  # four decimals
+        assert len(row["bits_per_dim"]) == 6
+        assert row["num_denoiser_calls"] == (4 + 1) + (2 + 1)
+        assert 0 < row["probe_standard_error"] < 1
+        assert row["discretisation_error"] > 0
+        assert (row["space"], row["density"], row["prior"]) == ("latent", "smoothed", "moment-matched")
+        assert row["trace"] == "AutodiffFisher, 2 probes"
+
+
+def test_real_images_are_likelier_than_inverted_and_corrupted_ones(run):
+    means = {name: row["mean"] for name, row in run[0]["likelihood"].items()}
+    assert means["real"] < means["inverted"] - 0.5  # bits/dim; about 2 apart
+    assert means["real"] < means["noise-corrupted"] - 0.2
+
+
+def test_guidance_table_shows_the_report(run):
+    report, _, stdout, _ = run
+    assert "Steering 'a photo of a sneaker' toward 'ankle boot' (2 images)" in stdout
+    assert re.search(r"estimator +reward before +after +seconds +calls", stdout)
+    table = rows(stdout, ESTIMATORS)
+    assert list(table) == list(report["guidance"]) == ESTIMATORS
+    for name, row in report["guidance"].items():
+        columns = ("reward_before", "reward_after", "seconds", "num_denoiser_calls")
+        assert table[name][:2] + table[name][3:] == pytest.approx(
+            [row[c] for c in columns if c != "seconds"], abs=5.1e-4
+        )
+        assert table[name][2] == pytest.approx(row["seconds"], abs=0.051)  # one decimal
+        assert row["rewards"][0] == pytest.approx(row["reward_before"], abs=1e-4)
+        assert len(row["rewards"]) == 2
+        assert row["reward_after"] >= row["reward_before"]  # the best is kept
+        assert row["seconds"] > 0
+    before = {round(row["reward_before"], 3) for row in report["guidance"].values()}
+    assert len(before) == 1  # all start from the same noise
+    calls = {name: row["num_denoiser_calls"] for name, row in report["guidance"].items()}
+    assert calls["direct (default)"] == calls["endpoint, paper"] == 2 * 3  # sampling runs alone
+    assert calls["finite difference"] > calls["direct (default)"]
+
+
+def test_report_file_is_what_was_returned(run):
+    report, folder, stdout, _ = run
+    assert json.loads((folder / "report.json").read_text(encoding="utf-8")) == report
+    assert set(report) == {"likelihood", "guidance", "seconds", "versions"}
+    assert 0 < report["seconds"] < 600
+    assert f"Images, plots and report.json are in {folder.resolve()} ({report['seconds']} s in all)." in stdout
+    assert report["versions"]["diffusers_fisher"] == diffusers_fisher.__version__
+    assert {"threads", "diffusers", "transformers", "torch"} < set(report["versions"])
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("likelihood", (1320, 480)), ("guidance", (720, 480)), ("gallery", (960, 972))]
+)
+def test_pictures_are_pictures(run, name, size):
+    with Image.open(run[1] / f"{name}.png") as image:
+        image.load()
+        assert (image.format, image.size) == ("PNG", size)
+        assert float(numpy.asarray(image.convert("L")).std()) > 5  # of 255: something is drawn
+    assert sorted(path.name for path in run[1].iterdir()) == [
+        "gallery.png", "guidance.png", "likelihood.png", "report.json",
+    ]  # fmt: skip
+
+
+def test_progress_is_shown_on_stderr(run):
+    _, _, stdout, stderr = run
+    bars = re.findall(r"(\d+)/(\d+) \[", stderr)
+    assert bars.count(("8", "8")) >= len(VERSIONS)  # one a likelihood, of 5 + 3 evaluations
+    assert bars.count(("2", "2")) >= len(ESTIMATORS)  # one a guided run, of 1 + 1 sampling runs
+    assert re.search(r"2/2 \[.*reward=-?\d+\.\d+", stderr)
+    assert "it/s" not in stdout
+
+
+def test_seed_decides_everything(shrunken, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "_write", lambda *_: None)
+    monkeypatch.setattr(demo, "ESTIMATORS", {"direct (default)": demo.ESTIMATORS["direct (default)"]})
+
+    def bits(seed):
+        report = demo.run_demo(tmp_path / str(seed), seed)
+        return report["likelihood"]["real"]["bits_per_dim"], report["guidance"]["direct (default)"]["rewards"]
+
+    first = run[0]["likelihood"]["real"]["bits_per_dim"], run[0]["guidance"]["direct (default)"]["rewards"]
+    assert bits(0) == first
+    other = bits(1)
+    assert other[0] != first[0]
+    assert other[1] != first[1]
