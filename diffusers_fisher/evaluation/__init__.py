@@ -1,0 +1,1 @@
+"""Studies and evaluations over many samples."""

@@ -1,0 +1,217 @@
+"""The PF-ODE's map and its Jacobian: closed forms, schedules that are one ODE, indices, couplings."""
+
+import math
+
+import pytest
+import tiny
+import torch
+from cases import relative
+
+from diffusers_fisher import (
+    AutodiffFisher,
+    Covariance,
+    DiracMixture,
+    FiniteDifferenceFisher,
+    GaussianMixture,
+    InputError,
+    PipelineDenoiser,
+)
+from diffusers_fisher.evaluation.transport_study import gaussian_map, two_dimensional_cases
+from diffusers_fisher.testing import MixtureOracle, OracleDenoiser
+from diffusers_fisher.transport import (
+    SCHEDULES,
+    Adaptive,
+    FixedSteps,
+    Schedule,
+    asymmetry,
+    coupling_cost,
+    denoiser_field,
+    exact_field,
+    least_eigenvalue,
+    model_schedule,
+    off_diagonal_asymmetry,
+    transport_map,
+)
+
+QUICK = Adaptive(1e-7)
+CASES = {case.name: case for case in two_dimensional_cases()}
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def found(case, schedule, count=6, integration=QUICK, **options):
+    level = schedule.level(schedule.noise_time)
+    start = normal(count, *CASES[case].distribution.shape) * level.norm / level.alpha
+    return transport_map(exact_field(CASES[case].distribution), start, schedule, integration, **options)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=lambda schedule: schedule.name)
+@pytest.mark.parametrize("case", [case.name for case in CASES.values() if case.optimal])
+def test_lines_rectangles_and_gaussians_have_symmetric_positive_jacobians(case, schedule):
+    result = found(case, schedule)
+    assert float(asymmetry(result.jacobian).max()) < 1e-6
+    assert float(off_diagonal_asymmetry(result.jacobian).max()) < 1e-6
+    assert float(least_eigenvalue(result.jacobian).min()) > 0
+    assert result.error < 1e-3  # of a coarser integration; asymmetry is free of it, by symmetry of every step
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=lambda schedule: schedule.name)
+@pytest.mark.parametrize("case", ["triangle", "three Gaussians"])
+def test_triangles_have_not(case, schedule):
+    result = found(case, schedule, count=40)
+    assert float(asymmetry(result.jacobian).mean()) > 0.005  # forty starts; the study's three hundred reach 0.018
+    assert float(off_diagonal_asymmetry(result.jacobian).mean()) > 0.1
+    assert result.error < 1e-3
+
+
+def test_jacobian_is_the_derivative_of_the_map():
+    schedule, step = SCHEDULES["edm"], 1e-3
+    field, start = exact_field(CASES["three Gaussians"].distribution), normal(3, 2)
+    jacobian = transport_map(field, start, schedule).jacobian
+    for index in range(2):
+        offset = step * torch.eye(2, dtype=torch.float64)[index]
+        ahead, behind = (transport_map(field, start + sign * offset, schedule).end for sign in (1, -1))
+        # Central differences: h^2 of truncation where modes are 0.1 wide, and the integrator's own error over h.
+        assert relative((ahead - behind) / (2 * step), jacobian[..., index]) < 2e-3
+
+
+@pytest.mark.parametrize("names", [("vp", "sub-vp"), ("ve", "edm")])
+def test_schedules_are_the_same_ode_between_the_same_levels(names):
+    pair, low, high = [SCHEDULES[name] for name in names], 0.05, 0.9
+
+    def between(schedule):
+        times = torch.linspace(schedule.data_time, schedule.noise_time, 20001, dtype=torch.float64)
+        ratios = schedule.level(times).noise_to_signal
+        ends = [float(times[(ratios - value).abs().argmin()]) for value in (low, high)]
+        exact = []
+        for value, time in zip((low, high), ends, strict=True):  # Newton's steps on the grid's answer
+            for _ in range(4):
+                ratio = schedule.level(time).noise_to_signal
+                slope = (schedule.level(time + 1e-6).noise_to_signal - ratio) / 1e-6
+                time = float(time + (value - ratio) / slope)
+            exact.append(time)
+        return Schedule(schedule.name, schedule.alpha, schedule.sigma, *exact)
+
+    start = normal(5, 2)
+    maps = [transport_map(exact_field(CASES["triangle"].distribution), start, between(one)) for one in pair]
+    assert (
+        relative(maps[0].end, maps[1].end) < 1e-6
+    )  # the ends' levels are found to 1e-9, near points they matter more
+    assert relative(maps[0].jacobian, maps[1].jacobian) < 1e-5
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=lambda schedule: schedule.name)
+def test_gaussian_map_is_the_optimal_one_pointwise(schedule):
+    case = CASES["Gaussian"]
+    result = found("Gaussian", schedule, integration=Adaptive())
+    closed = gaussian_map(case.distribution, result.start, schedule)
+    assert float((closed - result.end).abs().max()) < 1e-6
+    assert gaussian_map(CASES["triangle"].distribution, result.start, schedule) is None
+
+
+def test_fixed_steps_converge_at_second_order():
+    schedule = SCHEDULES["edm"]
+    exact = found("three Gaussians", schedule).jacobian
+    errors = [
+        relative(found("three Gaussians", schedule, integration=FixedSteps(n)).jacobian, exact) for n in (80, 160)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.2)
+    result = found("three Gaussians", schedule, integration=FixedSteps(80))
+    assert result.trajectory.shape == (81, 6, 2)
+    assert 0.5 * errors[0] < result.error  # the reported error is that against half as many steps
+
+
+def test_directions_give_the_products_alone():
+    schedule, start = SCHEDULES["vp"], 10 * normal(4, 2)
+    field, directions = exact_field(CASES["triangle"].distribution), normal(1, 4, 2, seed=3)
+    whole = transport_map(field, start, schedule)
+    some = transport_map(field, start, schedule, directions=directions)
+    assert some.jacobian.shape == (4, 2, 1)
+    expected = torch.einsum("bde,be->bd", whole.jacobian, directions[0])
+    assert relative(some.jacobian[..., 0], expected) < 10 * (whole.error + some.error)  # each takes its own steps
+
+
+def test_learned_denoisers_take_any_estimator_in_the_models_own_coordinates():
+    """An oracle in place of a network: the same map as in closed form, through a scheduler's timesteps and levels."""
+    oracle = MixtureOracle(0.4 * normal(3, 1, 2, 2), 0.05 * torch.eye(4, dtype=torch.float64).expand(3, 4, 4))
+    mixture = GaussianMixture(oracle.means.view(3, 1, 2, 2), Covariance.isotropic(0.05, (1, 2, 2)))
+    denoiser = OracleDenoiser(oracle, tiny.scheduler())
+    schedule, steps = model_schedule(denoiser), FixedSteps(24)
+    start = normal(3, 1, 2, 2) * float(schedule.level(schedule.noise_time).noise_to_signal)
+    exact = transport_map(exact_field(mixture), start, schedule, steps)
+    for estimator in (AutodiffFisher(denoiser), AutodiffFisher(denoiser, forward_mode=True)):
+        result = transport_map(denoiser_field(denoiser, estimator), start, schedule, steps)
+        assert relative(result.end, exact.end) < 1e-4  # float32, and levels interpolated between timesteps
+        assert relative(result.jacobian, exact.jacobian) < 1e-3
+    products = transport_map(
+        denoiser_field(denoiser, FiniteDifferenceFisher(denoiser, central=True)), start, schedule, steps
+    )
+    assert relative(products.jacobian, exact.jacobian) < 0.05  # differences of float32 outputs
+
+
+def test_real_pipeline_and_its_jacobian_without_transposition():
+    pipe = tiny.stable_diffusion(unet=tiny.unet(sample_size=4))
+    denoiser = PipelineDenoiser(pipe, prompt="a b")
+    schedule = model_schedule(denoiser)
+    start = normal(1, 4, 4, 4)
+    field = denoiser_field(denoiser, AutodiffFisher(denoiser, chunk_size=64))
+    whole = transport_map(field, start, schedule, FixedSteps(3))
+    some = transport_map(field, start, schedule, FixedSteps(3), directions=normal(2, 1, 4, 4, 4, seed=2))
+    expected = torch.einsum("bde,kbe->bdk", whole.jacobian, normal(2, 1, 4, 4, 4, seed=2).flatten(2))
+    assert relative(some.jacobian, expected) < 1e-3  # float32 products of an untrained network, in another order
+    assert float(asymmetry(whole.jacobian)) > 1e-3  # a network is no gradient field
+
+
+# Indices and couplings
+
+
+def test_indices_by_hand():
+    rotation = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    upper = torch.tensor([[3.0, 2.0], [0.0, 5.0]], dtype=torch.float64)
+    symmetric = torch.tensor([[2.0, 1.0], [1.0, -3.0]], dtype=torch.float64)
+    assert asymmetry(torch.stack([rotation, symmetric])).tolist() == [1.0, 0.0]
+    assert float(asymmetry(upper)) == pytest.approx(math.sqrt(8) / (2 * math.sqrt(38)), rel=1e-14)
+    assert float(off_diagonal_asymmetry(upper)) == pytest.approx(1.0, rel=1e-14)
+    assert float(off_diagonal_asymmetry(rotation)) == pytest.approx(math.sqrt(2), rel=1e-14)
+    assert float(off_diagonal_asymmetry(torch.eye(3, dtype=torch.float64))) == 0.0
+    values = torch.linalg.eigvalsh(symmetric)
+    assert float(least_eigenvalue(symmetric)) == pytest.approx(float(values[0] / values.abs().max()), rel=1e-14)
+    turn = torch.linalg.qr(normal(2, 2))[0]
+    assert float(asymmetry(turn @ upper @ turn.mT)) == pytest.approx(float(asymmetry(upper)), rel=1e-12)
+
+
+def test_coupling_gap_is_zero_for_the_optimal_map_and_positive_for_another():
+    start = normal(64, 2)
+    stretched = start @ torch.tensor([[2.0, 0.3], [0.3, 1.0]], dtype=torch.float64)  # a gradient of a convex function
+    optimal = coupling_cost(start, stretched, batches=4)
+    assert abs(optimal.gap) < 1e-12
+    turned = start @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    other = coupling_cost(start, turned, batches=4)
+    assert other.gap > 4 * other.standard_error > 0
+    assert other.gap == pytest.approx(other.pairs - other.optimal, rel=1e-12)
+
+
+# Bad input
+
+
+def test_singular_ends_are_refused():
+    with pytest.raises(InputError, match=r"Schedule 'flow' has alpha 0, sigma 1 at time 1.0; all must be positive"):
+        Schedule("flow", lambda t: 1 - t, lambda t: t * 1.0, 0.01, 1.0)
+    with pytest.raises(InputError, match=r"alpha 1, sigma 0 at time 0.0.*Stop short of the singular end"):
+        Schedule("edm", torch.ones_like, lambda t: t * 1.0, 0.0, 1.0)
+
+
+def test_too_many_dimensions_are_refused_with_products_offered():
+    field = exact_field(DiracMixture(normal(2, 70, 70)))
+    with pytest.raises(InputError, match=r"whole Jacobian of 4900 dimensions is too large \(limit 4096\).*directions"):
+        transport_map(field, normal(1, 70, 70), SCHEDULES["edm"])
+
+
+def test_too_few_steps_and_pairs_are_refused():
+    with pytest.raises(InputError, match="`num_steps` is 1; allowed: at least 2"):
+        FixedSteps(1)
+    with pytest.raises(InputError, match="3 pairs in 2 batches; allowed: two batches or more of two pairs or more"):
+        coupling_cost(normal(3, 2), normal(3, 2), batches=2)
+    assert Adaptive(1e-6).coarser().tolerance > 1e-6
