@@ -15,8 +15,9 @@ _HOMES = {
         "CheckpointError", "FisherError", "InputError", "NumericalError", "TrajectoryError", "UnsupportedError",
     ),
     ".fisher": (
-        "AutodiffFisher", "DirectFisher", "EndpointFisher", "FiniteDifferenceFisher", "FisherEstimator",
-        "FisherOperator", "TraceEstimate",
+        "AutodiffFisher", "Covariance", "DCTBasis", "DiracMixture", "DirectFisher", "EndpointFisher", "Estimate",
+        "ExactFisher", "FiniteDifferenceFisher", "FisherEstimator", "FisherOperator", "GaussianFisher",
+        "GaussianMixture", "Probes", "TraceCorrectedFisher",
     ),
     ".guidance": ("ClassifierReward", "GuidanceOutput", "LinearReward", "MeasurementReward"),
     ".likelihood": ("LikelihoodOutput",),

@@ -1,10 +1,10 @@
-"""The README's Python blocks run, in order, in one namespace; its figures are those of the benchmarks' JSON."""
+"""The documents' Python blocks run, in order, in one namespace; their figures are those of the benchmarks' JSON."""
 
 import re
 from pathlib import Path
 
+import document_figures
 import pytest
-import readme_figures
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -21,11 +21,21 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     assert namespace["gradient"].shape == namespace["noise"].shape
 
 
-def test_figures_come_from_the_benchmarks():
-    text = README.read_text(encoding="utf-8")
-    assert readme_figures.filled(text) == text
-    doctored = re.sub(r"takes \d", "takes 9", text)
-    assert readme_figures.filled(doctored) == text
+@pytest.mark.parametrize("path", document_figures.DOCUMENTS, ids=lambda path: path.name)
+def test_figures_come_from_the_benchmarks(path):
+    text, makers = path.read_text(encoding="utf-8"), document_figures.DOCUMENTS[path]
+    assert document_figures.filled(text, makers) == text
+    doctored = re.sub(r"\| (\d)", "| 7", text)
+    assert doctored != text
+    assert document_figures.filled(doctored, makers) != doctored
+
+
+@pytest.mark.parametrize("path", sorted((README.parent / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_python_blocks_of_the_docs_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, path.name, "exec"), namespace)
 
 
 @pytest.mark.parametrize("command", ["make demo", "make test"])

@@ -1,18 +1,35 @@
 """Estimators of the diffusion Fisher, one file each, all with the same face."""
 
 from .autodiff import AutodiffFisher
+from .covariance import Covariance, DCTBasis
 from .direct import DirectFisher
 from .endpoint import EndpointFisher
+from .estimate import Estimate, Probes, antithetic, gaussian, orthogonal, rademacher
+from .exact import DiracMixture, ExactFisher, GaussianMixture
 from .finite_difference import FiniteDifferenceFisher
-from .operator import FisherEstimator, FisherOperator, TraceEstimate, rademacher
+from .gaussian_data import GaussianFisher, TraceCorrectedFisher
+from .operator import FisherEstimator, FisherMatrixOperator, FisherOperator, ModelFisherOperator
 
 __all__ = [
     "AutodiffFisher",
+    "Covariance",
+    "DCTBasis",
+    "DiracMixture",
     "DirectFisher",
     "EndpointFisher",
+    "Estimate",
+    "ExactFisher",
     "FiniteDifferenceFisher",
     "FisherEstimator",
+    "FisherMatrixOperator",
     "FisherOperator",
-    "TraceEstimate",
+    "GaussianFisher",
+    "GaussianMixture",
+    "ModelFisherOperator",
+    "Probes",
+    "TraceCorrectedFisher",
+    "antithetic",
+    "gaussian",
+    "orthogonal",
     "rademacher",
 ]

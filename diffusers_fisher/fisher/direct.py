@@ -4,6 +4,7 @@ import torch
 
 from ..noise import expand
 from ..state import DenoisingState
+from .numerics import per_sample
 from .operator import FisherOperator
 
 
@@ -45,7 +46,16 @@ class DirectOperator(FisherOperator):
         level = self.state.level
         return expand(level.sigma**2 / level.alpha, v) * self.original_jacobian(v)
 
-    def _exact_trace(self) -> tuple[torch.Tensor, int]:
-        level, sample = self.state.level, self.state.sample
-        fisher = (1 - level.alpha * self.original_factor()) / level.sigma**2
-        return (sample[0].numel() * fisher).to(sample.device).expand(len(sample)), 0
+    def exact_diagonal(self) -> tuple[torch.Tensor, int]:
+        sample = self.state.sample
+        return per_sample(self._eigenvalue(), sample.double()).expand(sample.shape), 0
+
+    def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        return v / per_sample(self._eigenvalue() + shift, v)
+
+    def _eigenvalue(self) -> torch.Tensor:
+        """The only eigenvalue of F, (B,) float64."""
+        level = self.state.level
+        if self.state.prediction.kind == "sample":
+            return self._numbers(1 / level.norm**2)
+        return self._numbers(self.state.prediction.epsilon_coefficients(level)[0] / level.sigma)

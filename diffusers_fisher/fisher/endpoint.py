@@ -3,7 +3,9 @@
 import torch
 
 from ..errors import InputError
+from ..noise import expand
 from ..state import DenoisingState
+from .numerics import dot, per_sample
 from .operator import FisherOperator
 
 
@@ -46,13 +48,22 @@ class EndpointOperator(FisherOperator):
 
     def covariance(self, v: torch.Tensor) -> torch.Tensor:
         self._check(v)
-        products = [sign * vector * _inner(vector, v) for sign, vector in self._terms]
+        products = [sign * vector * per_sample(dot(vector, v), v) for sign, vector in self._terms]
         return torch.stack(products).sum(0)
 
-    def _exact_trace(self) -> tuple[torch.Tensor, int]:
-        squares = [sign * vector.double().flatten(1).square().sum(1) for sign, vector in self._terms]
-        return self._trace_of_covariance(torch.stack(squares).sum(0)), 0
+    def exact_diagonal(self) -> tuple[torch.Tensor, int]:
+        level = self.state.level
+        squares = torch.stack([sign * vector.double().square() for sign, vector in self._terms]).sum(0)
+        return 1 / expand(level.sigma**2, squares) - expand(level.alpha**2 / level.sigma**4, squares) * squares, 0
 
-
-def _inner(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return (left * right).flatten(1).sum(1).reshape(-1, *[1] * (left.ndim - 1))
+    def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """Woodbury: (a I + U D U^T)^-1 = (I - U (a D^-1 + U^T U)^-1 U^T)/a."""
+        level = self.state.level
+        identity = self._numbers(1 / level.sigma**2) + shift
+        weight = self._numbers(-(level.alpha**2) / level.sigma**4)
+        vectors = torch.stack([vector for _, vector in self._terms], 1).double().flatten(2)  # (B, terms, d)
+        signs = torch.tensor([sign for sign, _ in self._terms], dtype=torch.float64)
+        core = torch.diag_embed((identity / weight)[:, None] / signs).to(vectors.device) + vectors @ vectors.mT
+        wide = v.double().flatten(1)[..., None]
+        inner = vectors.mT @ torch.linalg.solve_ex(core, vectors @ wide).result  # not finite where F is singular
+        return ((wide - inner)[..., 0] / identity.to(wide.device)[:, None]).to(v.dtype).view_as(v)

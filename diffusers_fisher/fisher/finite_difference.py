@@ -20,8 +20,8 @@ class FiniteDifferenceFisher:
     Args:
         denoiser: `PipelineDenoiser`, or any callable `(model_input, timestep) -> raw model output`. None: a pipeline's
             `guide` puts in its own.
-        relative_step: length of the difference relative to the sample's norm. The default suits float32 networks;
-            half-precision ones want about 0.05.
+        relative_step: length of the difference relative to the sample's norm (to the noise's, for a sample of zeros).
+            The default suits float32 networks; half-precision ones want about 0.05.
         central: differences to both sides: error O(h^2) for twice the calls.
     """
 
@@ -57,7 +57,9 @@ class FiniteDifferenceOperator(ModelFisherOperator):
         self._check(v)
         sample = self.state.sample
         norms = torch.linalg.vector_norm(v.flatten(1), dim=1)
-        lengths = self._relative_step * torch.linalg.vector_norm(sample.flatten(1), dim=1)
+        size = torch.linalg.vector_norm(sample.flatten(1), dim=1)
+        noise = expand(self.state.level.sigma, size) * sample[0].numel() ** 0.5
+        lengths = self._relative_step * torch.where(size > 0, size, noise)
         step = torch.where(norms > 0, lengths / norms.clamp_min(torch.finfo(v.dtype).tiny), torch.zeros_like(norms))
         step = expand(step, v)
         forward = self._evaluate(sample + step * v)

@@ -2,50 +2,34 @@
 
 Notation: F = -grad^2 log q_t(x_t) (Wang et al., ICML 2025, arXiv 2505.23264), C = Cov[x_0|x_t];
 F = I/sigma^2 - (alpha^2/sigma^4) C. The Jacobian of the predicted noise is sigma F, that of the predicted x_0 is
-(alpha/sigma^2) C.
+(alpha/sigma^2) C. M = I - sigma^2 F = (alpha^2/sigma^2) C = Cov[eps|x_t] has eigenvalues of order one at every level.
 """
 
+from __future__ import annotations
+
 import abc
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, NumericalError, UnsupportedError
 from ..noise import expand
 from ..state import DenoisingState
-
-
-@dataclasses.dataclass(frozen=True)
-class TraceEstimate:
-    """The trace of the diffusion Fisher, with its error.
-
-    Args:
-        value: (B,) float64.
-        standard_error: (B,) float64; zero for exact traces, infinite for a single probe.
-        per_probe: (k, B) float64, each probe's own estimate; (0, B) for an exact trace.
-        num_denoiser_calls: forward evaluations of the denoiser spent on it.
-    """
-
-    value: torch.Tensor
-    standard_error: torch.Tensor
-    per_probe: torch.Tensor
-    num_denoiser_calls: int
-
-    @property
-    def num_probes(self) -> int:
-        """Probes averaged; 0 for an exact trace."""
-        return len(self.per_probe)
+from .estimate import Estimate, Probes
+from .numerics import conjugate_gradients, dot, extreme_eigenpairs, per_sample
 
 
 class FisherOperator(abc.ABC):
     """The diffusion Fisher F at `state`, through products with the posterior covariance.
 
     Subclasses give `covariance(v)`; everything else follows. Every product takes and returns (B, ...) tensors of the
-    state's shape, one vector a sample, in the scheduler's carried coordinates.
+    state's shape, one vector a sample, in the scheduler's carried coordinates. Operators form a vector space
+    (`a + b`, `2.0 * a`), and can be `damped`, `symmetrised`, solved with, and asked for extreme eigenpairs.
     """
 
+    symmetric = True  # whether products are those of a symmetric matrix
+    chunk_size = 1  # vectors that `matmat` takes at once
     calls_per_state = 0  # denoiser evaluations that making the operator ready costs
     calls_per_product = 0  # and that each product costs
 
@@ -79,59 +63,205 @@ class FisherOperator(abc.ABC):
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
         """F v, (B, ...)."""
         self._check(v)
+        self._check_noise()
         return self.epsilon_jacobian(v) / expand(self.state.level.sigma, v)
+
+    def matmat(self, vectors: torch.Tensor) -> torch.Tensor:
+        """F v for many vectors a sample, (k, B, ...)."""
+        self._check_many(vectors)
+        return torch.stack([self.matvec(v) for v in vectors])
+
+    def transposed(self) -> FisherOperator:
+        """The operator of the transposed matrix: itself where it is symmetric.
+
+        Raises:
+            UnsupportedError: the estimator knows products with one side only.
+        """
+        if self.symmetric:
+            return self
+        raise UnsupportedError(
+            f"{type(self).__name__} knows products with one side of its Jacobian only; use AutodiffFisher, which "
+            "knows both."
+        )
+
+    # Combinations
+
+    def __add__(self, other: FisherOperator) -> FisherOperator:
+        return CombinedOperator([(self._numbers(1.0), self), (self._numbers(1.0), other)])
+
+    def __mul__(self, factor: float | torch.Tensor) -> FisherOperator:
+        return CombinedOperator([(self._numbers(factor), self)])
+
+    __rmul__ = __mul__
+
+    def damped(self, damping: float | torch.Tensor) -> FisherOperator:
+        """F + damping * I; `damping` a number or (B,)."""
+        return CombinedOperator([(self._numbers(1.0), self)], damping)
+
+    def symmetrised(self) -> FisherOperator:
+        """(F + F^T)/2. Raises `UnsupportedError` where F^T is not known."""
+        half = self._numbers(0.5)
+        return self if self.symmetric else CombinedOperator([(half, self), (half, self.transposed())], symmetric=True)
+
+    # Inverses and eigenpairs
+
+    def solve(self, v: torch.Tensor, tolerance: float = 1e-6, max_iterations: int | None = None) -> torch.Tensor:
+        """F^-1 v, (B, ...): in closed form where there is one (Woodbury), by conjugate gradients elsewhere.
+
+        Args:
+            tolerance, max_iterations: of conjugate gradients, see `numerics.conjugate_gradients`.
+
+        Raises:
+            NumericalError: F is singular (closed forms) or not positive definite, or no convergence (conjugate
+                gradients). UnsupportedError: F is not symmetric.
+        """
+        self._check(v)
+        self._check_noise()
+        closed = self.inverse_product(v, self._numbers(0.0))
+        if closed is not None:
+            left = self.matvec(closed) - v
+            if not bool((dot(left, left) <= 1e-4 * dot(v, v)).all()):  # NaN is not
+                raise NumericalError("The operator is singular, or nearly; add damping: operator.damped(value).")
+            return closed
+        self._check_symmetric("solve")
+        return conjugate_gradients(self.matvec, v, tolerance, max_iterations)
+
+    def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor | None:
+        """(F + shift I)^-1 v in closed form, `shift` (B,) float64; None where there is none."""
+        return None
+
+    def eigenpairs(
+        self, count: int, largest: bool = True, tolerance: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Extreme eigenvalues (count, B) and unit eigenvectors (count, B, ...) of F, from the extreme one inwards.
+
+        The directions in which the log density is most (`largest`) and least curved. Cost: some tens of products for
+        each sample; products are those of the whole batch, so ask one sample at a time where they are dear.
+
+        Raises:
+            InputError: `count` out of range. UnsupportedError: F is not symmetric (see `symmetrised`).
+        """
+        self._check_symmetric("eigenpairs")
+        return extreme_eigenpairs(self.matvec, self.state.sample, count, largest, tolerance)
+
+    # Whole matrix, diagonal, trace
 
     def dense(self) -> torch.Tensor:
         """F as a matrix a sample, (B, d, d), with `dense() @ v == matvec(v)`. Cost: d products."""
-        return torch.stack([column for _, column in self._columns()], dim=-1)
+        return torch.cat([columns for _, columns in self._columns()]).permute(1, 2, 0)
 
-    def trace(self, probes: torch.Tensor | None = None) -> TraceEstimate:
-        """The trace of F, a sample.
+    def diagonal(self, probes: Probes | torch.Tensor | None = None) -> Estimate:
+        """The diagonal of F, value (B, ...).
 
         Args:
-            probes: (k, B, ...) random vectors with identity covariance for Hutchinson's estimate (Hutchinson, 1990);
-                None for the exact trace, at d products.
+            probes: None for the exact diagonal, at d products; else the estimate E[v * F v] (Bekas et al., 2007).
+        """
+        self._check_noise()
+        if probes is None:
+            value, products = self.exact_diagonal()
+            return Estimate.exact(value, self._calls(products))
+        probes = self._probes(probes)
+        return self._estimate(probes, probes.vectors.double() * self._chunked(probes.vectors).double())
+
+    def trace(
+        self, probes: Probes | torch.Tensor | None = None, sketch: Probes | torch.Tensor | None = None
+    ) -> Estimate:
+        """The trace of F, value (B,).
+
+        Args:
+            probes: `Probes` or (k, B, ...) for Hutchinson's estimate (Hutchinson, 1990); None for the exact trace, at
+                d products where the operator has no closed form.
+            sketch: (m, B, ...) more random vectors: the range of M on them is treated exactly and the probes see
+                the rest (Hutch++, Meyer et al., 2010.09649). Worth it where M has few large eigenvalues. Cost: 2 m
+                products more.
 
         Raises:
-            InputError: no probe, or probes of another shape.
+            InputError: no probe, or probes of another shape; a sketch without probes, the same as the probes (biased)
+                or as large as the dimension.
         """
+        self._check_noise()
         if probes is None:
-            value, products = self._exact_trace()
-            calls = self.calls_per_state + products * self.calls_per_product
-            return TraceEstimate(value, torch.zeros_like(value), value.new_empty(0, len(value)), calls)
-        values = self._quadratic_forms(probes)
-        count = len(values)
-        error = values.std(0) / count**0.5 if count > 1 else torch.full_like(values[0], float("inf"))
-        calls = self.calls_per_state + count * self.calls_per_product
-        return TraceEstimate(values.mean(0), error, values, calls)
+            if sketch is not None:
+                raise InputError("A sketch needs probes for what it leaves; pass `probes` too, or neither.")
+            value, products = self.exact_trace()
+            return Estimate.exact(value, self._calls(products))
+        probes = self._probes(probes)
+        if sketch is not None:
+            vectors = self._probes(sketch).vectors
+            if vectors is probes.vectors:
+                raise InputError("The sketch is the probes themselves, which biases the trace; draw it separately.")
+            return self._sketched_trace(probes, vectors)
+        return self._estimate(probes, self._forms(probes.vectors, self._chunked(probes.vectors)))
 
-    def _exact_trace(self) -> tuple[torch.Tensor, int]:
+    def exact_trace(self) -> tuple[torch.Tensor, int]:
         """tr F (B,) float64, and the products spent on it; closed forms know it without any."""
-        diagonal = [column[:, index].double() for index, column in self._columns()]
-        return torch.stack(diagonal).sum(0), len(diagonal)
+        diagonal, products = self.exact_diagonal()
+        return diagonal.flatten(1).sum(1), products
 
-    def _columns(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Every column of F with its index, (B, d)."""
-        sample = self.state.sample
-        for index in range(sample[0].numel()):
-            basis = torch.zeros_like(sample).flatten(1)
-            basis[:, index] = 1
-            yield index, self.matvec(basis.view_as(sample)).flatten(1)
+    def exact_diagonal(self) -> tuple[torch.Tensor, int]:
+        """The diagonal of F (B, ...) float64, and the products spent on it; closed forms know it without any."""
+        entries = [columns.diagonal(offset=start, dim1=0, dim2=2) for start, columns in self._columns()]
+        diagonal = torch.cat(entries, dim=-1).double()
+        return diagonal.view_as(self.state.sample), diagonal.shape[1]
 
-    def _trace_of_covariance(self, trace: torch.Tensor) -> torch.Tensor:
+    def trace_of_covariance(self, trace: torch.Tensor) -> torch.Tensor:
         """tr F = d/sigma^2 - (alpha^2/sigma^4) tr C from tr C (B,), float64."""
         level = self.state.level
         alpha, sigma = level.alpha.to(trace.device), level.sigma.to(trace.device)
         return self.state.sample[0].numel() / sigma**2 - alpha**2 / sigma**4 * trace.double()
 
-    def _quadratic_forms(self, probes: torch.Tensor) -> torch.Tensor:
-        """v^T F v for every probe, (k, B) float64: Hutchinson's estimates (Hutchinson, 1990)."""
-        shape = self.state.sample.shape
-        if probes.ndim != len(shape) + 1 or len(probes) == 0 or probes.shape[1:] != shape:
-            raise InputError(
-                f"Probes have shape {tuple(probes.shape)}; allowed: (k, {', '.join(map(str, shape))}) with k >= 1."
-            )
-        return torch.stack([(probe * self.matvec(probe)).double().flatten(1).sum(1) for probe in probes])
+    def _columns(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Columns of F in pieces: the first one's index, and (k, B, d)."""
+        sample = self.state.sample
+        dimensions = sample[0].numel()
+        for start in range(0, dimensions, self.chunk_size):
+            size = min(self.chunk_size, dimensions - start)
+            basis = torch.zeros(size, len(sample), dimensions, dtype=sample.dtype, device=sample.device)
+            basis.diagonal(offset=start, dim1=0, dim2=2).fill_(1)
+            yield start, self.matmat(basis.view(size, *sample.shape)).flatten(2)
+
+    def _chunked(self, vectors: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.matmat(piece) for piece in vectors.split(self.chunk_size)])
+
+    def _sketched_trace(self, probes: Probes, sketch: torch.Tensor) -> Estimate:
+        """tr F = (d - tr M)/sigma^2 with M's range on the sketch taken out of the probes."""
+        dimensions, size = sketch[0, 0].numel(), len(sketch)
+        if size >= dimensions:
+            raise InputError(f"The sketch has {size} vectors in {dimensions} dimensions; ask for the exact trace.")
+        noise = self.state.level.sigma.to(sketch.device) ** 2
+
+        def shrunk(vectors: torch.Tensor) -> torch.Tensor:  # M v, (k, B, d) float64
+            products = self._chunked(vectors.to(sketch.dtype).view(-1, *sketch.shape[1:])).double()
+            return vectors.double() - noise.expand(sketch.shape[1])[:, None] * products.flatten(2)
+
+        basis = torch.linalg.qr(shrunk(sketch.flatten(2)).permute(1, 2, 0))[0].permute(2, 0, 1)  # (m, B, d)
+        inside = (basis * shrunk(basis)).sum((0, 2))
+        vectors = probes.vectors.double().flatten(2)
+        outside = vectors - torch.einsum("mbd,kbm->kbd", basis, torch.einsum("mbd,kbd->kbm", basis, vectors))
+        rest = (outside * shrunk(outside)).sum(2)
+        values = probes.group_means((dimensions - inside - rest) / noise)
+        return Estimate.mean(values, len(probes) + size, self._calls(len(probes) + 2 * size))
+
+    def _forms(self, vectors: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
+        return torch.stack([dot(v, product) for v, product in zip(vectors, products, strict=True)])
+
+    def _estimate(self, probes: Probes, values: torch.Tensor) -> Estimate:
+        return Estimate.mean(probes.group_means(values), len(probes), self._calls(len(probes)))
+
+    def _calls(self, products: int) -> int:
+        return self.calls_per_state + products * self.calls_per_product
+
+    def _probes(self, probes: Probes | torch.Tensor) -> Probes:
+        probes = probes if isinstance(probes, Probes) else Probes(probes)
+        probes.check(self.state.sample.shape)
+        return probes
+
+    def _numbers(self, value: float | torch.Tensor) -> torch.Tensor:
+        """A number or (B,) as (B,) float64."""
+        numbers, count = torch.as_tensor(value, dtype=torch.float64, device="cpu"), len(self.state.sample)
+        if numbers.shape not in ((), (1,), (count,)):
+            raise InputError(f"Got factors of shape {tuple(numbers.shape)}; allowed: a number, or ({count},).")
+        return numbers.expand(count)
 
     def _check(self, v: torch.Tensor) -> None:
         if v.shape != self.state.sample.shape:
@@ -139,6 +269,44 @@ class FisherOperator(abc.ABC):
                 f"The vector has shape {tuple(v.shape)}; the operator's state has {tuple(self.state.sample.shape)}. "
                 "Pass one vector a sample, of the sample's shape."
             )
+
+    def _check_many(self, vectors: torch.Tensor) -> None:
+        if vectors.ndim < 1 or len(vectors) < 1 or vectors.shape[1:] != self.state.sample.shape:
+            allowed = ", ".join(map(str, self.state.sample.shape))
+            raise InputError(f"Vectors have shape {tuple(vectors.shape)}; allowed: (k, {allowed}) with k >= 1.")
+
+    def _check_noise(self) -> None:
+        if not bool((self.state.level.sigma > 0).all()):
+            raise InputError(
+                "The noise level has sigma = 0, where the diffusion Fisher is infinite; take a state with noise. The "
+                "products `covariance` and `original_jacobian` exist there."
+            )
+
+    def _check_symmetric(self, name: str) -> None:
+        if not self.symmetric:
+            raise UnsupportedError(
+                f"`{name}` needs a symmetric operator, and a learned Jacobian is not quite symmetric; ask "
+                f"operator.symmetrised().{name}(...)."
+            )
+
+
+class FisherMatrixOperator(FisherOperator):
+    """An operator whose subclasses give `matvec`; the Jacobians follow. Needs alpha > 0."""
+
+    @abc.abstractmethod
+    def matvec(self, v: torch.Tensor) -> torch.Tensor:
+        """F v, (B, ...)."""
+
+    def epsilon_jacobian(self, v: torch.Tensor) -> torch.Tensor:
+        return expand(self.state.level.sigma, v) * self.matvec(v)
+
+    def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
+        level = self.state.level
+        return (v - expand(level.sigma**2, v) * self.matvec(v)) / expand(level.alpha, v)
+
+    def covariance(self, v: torch.Tensor) -> torch.Tensor:
+        level = self.state.level
+        return expand(level.sigma**2 / level.alpha, v) * self.original_jacobian(v)
 
 
 class ModelFisherOperator(FisherOperator):
@@ -148,9 +316,23 @@ class ModelFisherOperator(FisherOperator):
     agree.
     """
 
+    symmetric = False
+
     @abc.abstractmethod
     def output_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         """Product with the transposed Jacobian of the raw model output with respect to the carried sample."""
+
+    def output_jacobians(self, vectors: torch.Tensor) -> torch.Tensor:
+        """The same for many vectors a sample, (k, B, ...)."""
+        return torch.stack([self.output_jacobian(v) for v in vectors])
+
+    def matmat(self, vectors: torch.Tensor) -> torch.Tensor:
+        self._check_many(vectors)
+        self._check_noise()
+        level, like = self.state.level, vectors[0]
+        sample_factor, output_factor = self.state.prediction.epsilon_coefficients(level)
+        products = expand(sample_factor, like) * vectors + expand(output_factor, like) * self.output_jacobians(vectors)
+        return products / expand(level.sigma, like)
 
     def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         sample_factor, output_factor = self.state.prediction.original_coefficients(self.state.level)
@@ -165,19 +347,69 @@ class ModelFisherOperator(FisherOperator):
         return expand(level.sigma**2 / level.alpha, v) * self.original_jacobian(v)
 
 
+class CombinedOperator(FisherMatrixOperator):
+    """sum of factor_i * F_i, plus shift * I, at one state.
+
+    Args:
+        terms: (factor, operator), factors (B,) float64.
+        shift: (B,) float64.
+        symmetric: None: where every term is.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[tuple[torch.Tensor, FisherOperator]],
+        shift: torch.Tensor | float = 0.0,
+        symmetric: bool | None = None,
+    ):
+        shapes = {tuple(operator.state.sample.shape) for _, operator in terms}
+        if len(shapes) != 1:
+            raise InputError(f"Operators at samples of shapes {sorted(shapes)} can't be added; make all at one state.")
+        super().__init__(terms[0][1].state)
+        self._terms = list(terms)
+        self._shift = self._numbers(shift)
+        self.symmetric = all(operator.symmetric for _, operator in terms) if symmetric is None else symmetric
+        self.chunk_size = min(operator.chunk_size for _, operator in terms)
+        self.calls_per_state = sum(operator.calls_per_state for _, operator in terms)
+        self.calls_per_product = sum(operator.calls_per_product for _, operator in terms)
+
+    def matvec(self, v: torch.Tensor) -> torch.Tensor:
+        products = [per_sample(factor, v) * operator.matvec(v) for factor, operator in self._terms]
+        return torch.stack([*products, per_sample(self._shift, v) * v]).sum(0)
+
+    def matmat(self, vectors: torch.Tensor) -> torch.Tensor:
+        self._check_many(vectors)
+        first = vectors[0]
+        products = [per_sample(factor, first) * operator.matmat(vectors) for factor, operator in self._terms]
+        return torch.stack([*products, per_sample(self._shift, first) * vectors]).sum(0)
+
+    def transposed(self) -> FisherOperator:
+        if self.symmetric:
+            return self
+        return CombinedOperator([(factor, operator.transposed()) for factor, operator in self._terms], self._shift)
+
+    def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor | None:
+        factor, operator = self._terms[0]
+        if len(self._terms) > 1 or bool((factor == 0).any()):
+            return None
+        inner = operator.inverse_product(v, (self._shift + shift) / factor)
+        return None if inner is None else inner / per_sample(factor, v)
+
+    def exact_diagonal(self) -> tuple[torch.Tensor, int]:
+        found = [(factor, *operator.exact_diagonal()) for factor, operator in self._terms]
+        diagonals = [per_sample(factor, diagonal) * diagonal for factor, diagonal, _ in found]
+        total = torch.stack(diagonals).sum(0)
+        return total + per_sample(self._shift, total), max(products for *_, products in found)
+
+    def exact_trace(self) -> tuple[torch.Tensor, int]:
+        found = [(factor, *operator.exact_trace()) for factor, operator in self._terms]
+        traces = [factor.to(trace.device) * trace for factor, trace, _ in found]
+        total = torch.stack(traces).sum(0)
+        shift = self.state.sample[0].numel() * self._shift.to(total.device)
+        return total + shift, max(products for *_, products in found)
+
+
 class FisherEstimator(Protocol):
     """Anything that makes a `FisherOperator` of a state; `endpoint` is the clean end of the run, where known."""
 
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> FisherOperator: ...
-
-
-def rademacher(
-    count: int, like: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
-) -> torch.Tensor:
-    """(count, *like.shape) random signs in the dtype of `like`, fit for `FisherOperator.trace`."""
-    from diffusers.utils.torch_utils import randn_tensor
-
-    if count < 1:
-        raise InputError(f"`num_probes` is {count}; allowed: at least 1, or None for the full Jacobian.")
-    draws = [randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype) for _ in range(count)]
-    return torch.where(torch.stack(draws) < 0, -1.0, 1.0).to(like.dtype)

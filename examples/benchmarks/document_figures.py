@@ -1,14 +1,16 @@
-"""Writes the tables of the README from the benchmarks' JSON files; `--check` only compares.
+"""Writes the tables of README and docs from the benchmarks' JSON files; `--check` only compares.
 
-python examples/benchmarks/readme_figures.py
+python examples/benchmarks/document_figures.py
 """
 
 import json
+import math
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-README = FOLDER.parent.parent / "README.md"
+ROOT = FOLDER.parent.parent
 
 
 def guidance() -> str:
@@ -64,9 +66,85 @@ def embedded_checkpoint() -> str:
     return "\n".join([*lines, "", f"{count} samples each, DDIM, 25 steps."])
 
 
-def filled(text: str) -> str:
-    """The README with every block of figures made anew."""
-    for make in (guidance, embedded_checkpoint):
+def fisher_levels() -> str:
+    """Three of the levels, both parts."""
+    lines = []
+    for part, title in (
+        ("mixture", "(a) mixture of 300 Gaussians fitted to 16x16 images"),
+        ("checkpoint", "(b) embedded checkpoint"),
+    ):
+        result = json.loads((FOLDER / "fisher_accuracy.json").read_text())[part]
+        ratios = result["noise_to_signal"]
+        chosen = [min(range(len(ratios)), key=lambda index: abs(math.log(ratios[index] / at))) for at in (10, 1, 0.1)]
+        heads = [f"{ratios[index]:.2g}" for index in chosen]
+        lines += [
+            "", f"{title}: relative error of the trace, and of a product with a random vector, at noise to signal "
+            + ", ".join(heads) + ".", "", "| estimator | " + " | ".join(f"trace, {head}" for head in heads) + " | "
+            + " | ".join(f"product, {head}" for head in heads) + " |", "|---|" + "---|" * 6,
+        ]  # fmt: skip
+        for name, row in result["levels"].items():
+            cells = [f"{row[quantity][index]:.2g}" for quantity in ("trace", "matvec") for index in chosen]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines[1:])
+
+
+def fisher_gradients() -> str:
+    result = json.loads((FOLDER / "fisher_accuracy.json").read_text())
+    tables = [("(a) mixture, by steps", result["mixture"]["gradients"])]
+    tables.append(("(b) embedded checkpoint", result["checkpoint"]["gradients"]))
+    lines = []
+    for title, table in tables:
+        lines += ["", f"{title}: cosine with the exact gradient at the noise, and log10 of the ratio of norms.", ""]
+        lines += ["| estimator | " + " | ".join(table) + " |", "|---|" + "---|" * len(table)]
+        for name in next(iter(table.values())):
+            cells = [_gradient_cell(rows[name]) for rows in table.values()]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    asymmetry = result["checkpoint"]["asymmetry_of_the_networks_jacobian"]
+    lines += [
+        "",
+        f"The network's own Jacobian is not symmetric: |F - F^T|/(2|F|) is {min(asymmetry):.3f} to "
+        f"{max(asymmetry):.3f} along a run, which bounds what products with J in place of J^T can reach; the row of "
+        "forward-mode products shows that bound.",
+    ]
+    return "\n".join(lines[1:])
+
+
+def _gradient_cell(row: dict) -> str:
+    return "overflow" if "failed" in row else f"{row['cosine']:.3f} ({row['log10_norm_ratio']:+.1f})"
+
+
+def fisher_ascents() -> str:
+    result = json.loads((FOLDER / "fisher_accuracy.json").read_text())
+    part = result["checkpoint"]
+    rewards = list(next(iter(next(iter(part["ascents"].values())).values())))
+    lines = [
+        f"Embedded checkpoint, {part['batch']} prompts, {part['iterations']} iterations of normalised ascent, step "
+        f"{part['step_size']} of the noise's norm, {result['machine']['device']}, {result['machine']['threads']} "
+        "threads: reward gained, and gained a second in brackets."
+    ]
+    for reward in rewards:
+        settings = list(part["ascents"])
+        lines += ["", f"Reward: {reward}.", "", "| estimator | " + " | ".join(settings) + " |"]
+        lines.append("|---|" + "---|" * len(settings))
+        for name in part["ascents"][settings[0]]:
+            rows = [part["ascents"][setting][name][reward] for setting in settings]
+            cells = [
+                "overflow" if "failed" in row else f"{row['gained']:.3f} ({row['gained_per_second']:.3f})"
+                for row in rows
+            ]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+DOCUMENTS = {
+    ROOT / "README.md": (guidance, embedded_checkpoint),
+    ROOT / "docs" / "estimators.md": (fisher_levels, fisher_gradients, fisher_ascents),
+}
+
+
+def filled(text: str, makers: Sequence[Callable[[], str]]) -> str:
+    """The document with every block of figures made anew."""
+    for make in makers:
         start, end = f"<!-- figures: {make.__name__} -->\n", "<!-- end of figures -->"
         before, rest = text.split(start, 1)
         text = f"{before}{start}\n{make()}\n\n{end}{rest.split(end, 1)[1]}"
@@ -74,10 +152,13 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    current = README.read_text(encoding="utf-8")
-    if "--check" in sys.argv[1:]:
-        sys.exit(0 if filled(current) == current else "README.md differs from the benchmarks' JSON; run this script")
-    README.write_text(filled(current), encoding="utf-8")
+    for path, makers in DOCUMENTS.items():
+        current = path.read_text(encoding="utf-8")
+        new = filled(current, makers)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(new, encoding="utf-8")
+        elif new != current:
+            sys.exit(f"{path.name} differs from the benchmarks' JSON; run this script")
 
 
 if __name__ == "__main__":

@@ -4,38 +4,10 @@ import pytest
 import torch
 from cases import Network, latents, relative
 
-from diffusers_fisher import (
-    AutodiffFisher,
-    DenoisingState,
-    EndpointFisher,
-    FiniteDifferenceFisher,
-    FisherOperator,
-    InputError,
-    NoiseLevel,
-)
+from diffusers_fisher import AutodiffFisher, DenoisingState, EndpointFisher, FiniteDifferenceFisher, InputError
 from diffusers_fisher.fisher import rademacher
-from diffusers_fisher.noise import Prediction
 
-
-def state_of_network(network=None, dtype=torch.float64):
-    network = network or Network(dtype=dtype)
-    level = NoiseLevel(torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.6, dtype=torch.float64))
-    x = latents(dtype)
-    return DenoisingState(x, network(x, 300), level, Prediction("epsilon"), 300)
-
-
-class MatrixOperator(FisherOperator):
-    """A Fisher given as a symmetric matrix a sample, with eigenvalues of both signs."""
-
-    def __init__(self, state):
-        super().__init__(state)
-        matrix = torch.randn(2, 12, 12, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-        self.matrix = matrix + matrix.mT + torch.eye(12, dtype=torch.float64)
-
-    def covariance(self, v):
-        alpha, sigma = self.state.level.alpha, self.state.level.sigma
-        product = torch.einsum("bde,be->bd", self.matrix, v.flatten(1)).view_as(v)
-        return (v / sigma**2 - product) * sigma**4 / alpha**2
+from .problems import MatrixOperator, state_of_network
 
 
 @pytest.mark.parametrize("count", [50, 2000])
@@ -57,16 +29,16 @@ def test_hutchinson_is_unbiased_with_the_right_standard_error(count):
 def test_hutchinson_error_falls_with_the_root_of_the_probes():
     operator = MatrixOperator(state_of_network())
     probes = rademacher(2000, operator.state.sample, torch.Generator().manual_seed(0))
-    few, many = operator.trace(probes[:500]), operator.trace(probes)
+    few, many = operator.trace(probes.vectors[:500]), operator.trace(probes)
     assert relative(many.standard_error * 2, few.standard_error) < 0.2  # each scatters by some per cent
 
 
 def test_per_probe_values_average_to_the_estimate():
     operator = MatrixOperator(state_of_network())
     estimate = operator.trace(rademacher(7, operator.state.sample, torch.Generator().manual_seed(0)))
-    assert estimate.per_probe.shape == (7, 2)
-    assert relative(estimate.per_probe.mean(0), estimate.value) < 1e-14  # one float64 sum
-    assert operator.trace().per_probe.shape == (0, 2)
+    assert estimate.values.shape == (7, 2)
+    assert relative(estimate.values.mean(0), estimate.value) < 1e-14  # one float64 sum
+    assert operator.trace().values.shape == (0, 2)
 
 
 def test_single_probe_has_no_finite_standard_error():
@@ -135,7 +107,7 @@ def test_half_precision_networks_give_products_in_the_samples_dtype(make, tolera
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rademacher_draws_signs_of_mean_zero_from_its_generator_alone(dtype):
     like = latents(dtype)
-    probes, again, other = (rademacher(500, like, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    probes, again, other = (rademacher(500, like, torch.Generator().manual_seed(seed)).vectors for seed in (1, 1, 2))
     assert probes.shape == (500, *like.shape)
     assert probes.dtype is dtype
     assert bool((probes.abs() == 1).all())
@@ -149,18 +121,23 @@ def test_generators_a_sample_make_probes_independent_of_the_batch():
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     both = rademacher(3, like, generators)
     alone = rademacher(3, like[1:], [torch.Generator().manual_seed(2)])
-    assert torch.equal(both[:, 1:], alone)
+    assert torch.equal(both.vectors[:, 1:], alone.vectors)
 
 
 def test_no_probe_is_refused():
-    with pytest.raises(InputError, match="`num_probes` is 0; allowed: at least 1, or None for the full Jacobian"):
+    with pytest.raises(InputError, match="number of probes is 0; allowed: at least 1, or None for the exact trace"):
         rademacher(0, latents())
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 3, 2, 2), (2, 3, 2, 2), (5, 2, 3, 2), (5, 1, 3, 2, 2)])
+@pytest.mark.parametrize("shape", [(2, 3, 2, 2), (5, 2, 3, 2), (5, 1, 3, 2, 2)])
 def test_probes_of_another_shape_are_refused(shape):
     with pytest.raises(InputError, match=r"Probes have shape .*allowed: \(k, 2, 3, 2, 2\) with k >= 1"):
         MatrixOperator(state_of_network()).trace(torch.ones(shape, dtype=torch.float64))
+
+
+def test_empty_probes_are_refused():
+    with pytest.raises(InputError, match="0 probes in groups of 1; allowed: one or more, in whole groups"):
+        MatrixOperator(state_of_network()).trace(torch.ones(0, 2, 3, 2, 2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

@@ -20,46 +20,11 @@ from diffusers_fisher.noise import expand, input_scale, prediction_of
 from diffusers_fisher.state import state_of
 from diffusers_fisher.testing import OracleDenoiser
 
-FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-COORDINATES = {
-    "epsilon": (SchedulerCase("DDIMScheduler", {"prediction_type": "epsilon"}), 500),
-    "epsilon at low noise": (SchedulerCase("DDIMScheduler", {"prediction_type": "epsilon"}), 30),
-    "v_prediction": (SchedulerCase("DDIMScheduler", {"prediction_type": "v_prediction"}), 300),
-    "sample": (SchedulerCase("DDIMScheduler", {"prediction_type": "sample"}), 300),
-    "flow in DPM-Solver": (SchedulerCase("DPMSolverMultistepScheduler", FLOW), 400.0),
-    "flow matching": (SchedulerCase("FlowMatchEulerDiscreteScheduler", {}), 600.0),
-    "k-diffusion epsilon": (SchedulerCase("EulerDiscreteScheduler", {}), 400),
-    "k-diffusion v_prediction": (SchedulerCase("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}), 600),
-    "EDM": (SchedulerCase("EDMEulerScheduler", {}), -0.1),
-    "EDM v_prediction": (SchedulerCase("EDMEulerScheduler", {"prediction_type": "v_prediction"}), 0.2),
-}
+from .problems import COORDINATES, Problem, apply
+
 # Float64: conversions between output, epsilon and x_0 multiply by powers of sigma/alpha (0.18 to 2.3), and terms of
 # size 1/sigma^2 cancel. Measured up to 1e-15 of what the assertions divide by; the rest is room for other BLAS.
 EXACT = 1e-12
-
-
-class Problem:
-    """A state of an ideal denoiser in one scheduler's coordinates, with the exact answers."""
-
-    def __init__(self, oracle_name: str, coordinates: str, batch: int = 2):
-        case, self.timestep = COORDINATES[coordinates]
-        self.oracle, self.scheduler = ORACLES[oracle_name], case.parent(**case.config)
-        self.denoiser = OracleDenoiser(self.oracle, self.scheduler)
-        self.level = noise_level(self.scheduler, self.timestep)
-        generator = torch.Generator().manual_seed(5)
-        self.endpoint = self.oracle.sample(batch, generator)
-        noise = torch.randn(self.endpoint.shape, generator=generator, dtype=torch.float64)
-        self.sample = self.level.alpha * self.endpoint + self.level.sigma * noise
-        self.state = self.state_at(self.sample)
-        self.fisher = self.oracle.fisher(self.sample, self.level)
-
-    def state_at(self, sample):
-        scaled = input_scale(self.scheduler, self.level) * sample
-        output = self.denoiser.model_output(scaled, self.timestep)
-        return state_of(self.scheduler, sample, output, self.timestep)
-
-    def vector(self, seed=8):
-        return latents(shape=tuple(self.sample.shape), seed=seed)
 
 
 class ExactOperator(FisherOperator):
@@ -71,10 +36,6 @@ class ExactOperator(FisherOperator):
 
     def covariance(self, v):
         return apply(self._matrix, v)
-
-
-def apply(matrix, v):
-    return torch.einsum("bde,be->bd", matrix, v.flatten(1)).view_as(v)
 
 
 def jacobian(function, sample):

@@ -1,4 +1,4 @@
-"""Exact distributions as oracles, and the denoisers they make: for our tests, and for yours.
+"""Exact distributions as oracles, and the denoisers they make.
 
 Notation: q_t is the law of x_t = alpha x_0 + sigma eps with x_0 from a mixture of Gaussians (p_k, m_k, S_k);
 C_k = alpha^2 S_k + sigma^2 I. Points are modes with S_k = 0, one Gaussian is a mixture of one.
@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from .denoiser import Denoiser
-from .errors import InputError
-from .noise import NoiseLevel, expand
+from ..denoiser import Denoiser
+from ..errors import InputError
+from ..noise import NoiseLevel, expand
 
 
 class MixtureOracle:

@@ -1,0 +1,172 @@
+"""Where points are kept: in a tensor, or in files larger than memory, read a slice of rows at a time."""
+
+from __future__ import annotations
+
+import abc
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors import safe_open
+
+from ..errors import CheckpointError, InputError
+from ..files import check_safetensors
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NUMPY_FLOATS = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+_SAFETENSORS_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+class Bank(abc.ABC):
+    """Points in rows, read in slices; `shape` and `dtype` are those of one point."""
+
+    count: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @abc.abstractmethod
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop, (n, *shape); not to be changed."""
+
+    def gather(self, indices: torch.Tensor) -> torch.Tensor:
+        """The rows `indices` (n,), (n, *shape). Cost: one read a row."""
+        return torch.cat([self.read(index, index + 1) for index in indices.tolist()])
+
+
+class TensorBank(Bank):
+    """Points (N, *shape) in memory, on any device. The tensor is kept, not copied: leave it as it is."""
+
+    def __init__(self, points: torch.Tensor):
+        self.count, self.shape, self.dtype = len(points), points.shape[1:], points.dtype
+        self._points = points.detach()
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self._points[start:stop]
+
+    def gather(self, indices: torch.Tensor) -> torch.Tensor:
+        return self._points[indices.to(self._points.device)]
+
+
+class ArrayBank(Bank):
+    """Points in a `numpy.memmap` that the caller opened. The system may keep pages that were read in memory."""
+
+    def __init__(self, points: numpy.ndarray):
+        self.count, self.shape = len(points), torch.Size(points.shape[1:])
+        self.dtype = _numpy_dtype(points, "The array of points")
+        self._points = points
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return torch.from_numpy(numpy.array(self._points[start:stop]))
+
+
+class FileBank(Bank):
+    """Points in one file or one after the other in several, `.npy` and `.safetensors`, mapped slice by slice.
+
+    Files are opened for every slice and closed after it, so that no page stays mapped: memory is that of a slice.
+
+    Args:
+        paths: files of (N_i, *shape), of one shape and dtype.
+        name: of the tensor in safetensors files; None where they hold only one.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or of another kind.
+        InputError: files that don't agree, no or several tensors without `name`, a dtype that is not floating point.
+    """
+
+    def __init__(self, paths: Sequence[str | os.PathLike], name: str | None = None):
+        self._parts = [_Part(Path(path), name) for path in paths]
+        if not self._parts:
+            raise InputError("The bank has no file; pass one path or more.")
+        first = self._parts[0]
+        for part in self._parts:
+            if (part.shape, part.dtype) != (first.shape, first.dtype):
+                raise InputError(
+                    f"'{part.path}' holds rows of {tuple(part.shape)} {part.dtype}, '{first.path}' of "
+                    f"{tuple(first.shape)} {first.dtype}; files of one bank must agree."
+                )
+        self.count, self.shape, self.dtype = sum(part.count for part in self._parts), first.shape, first.dtype
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        pieces = []
+        for part in self._parts:
+            if start < part.count and stop > 0:
+                pieces.append(part.read(max(start, 0), min(stop, part.count)))
+            start, stop = start - part.count, stop - part.count
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+class _Part:
+    """One file of a bank."""
+
+    def __init__(self, path: Path, name: str | None):
+        self.path, self.name = path, name
+        if path.suffix == ".npy":
+            array = self._map()
+            shape, self.dtype = array.shape, _numpy_dtype(array, f"'{path}'")
+        elif path.suffix == ".safetensors":
+            check_safetensors(path)
+            with safe_open(path, framework="pt") as file:
+                self.name = _only_name(path, list(file.keys()), name)
+                piece = file.get_slice(self.name)
+                shape, kind = tuple(piece.get_shape()), piece.get_dtype()
+            if kind not in _SAFETENSORS_FLOATS:
+                raise InputError(f"'{path}' holds points of dtype {kind}; allowed: {', '.join(_SAFETENSORS_FLOATS)}.")
+            self.dtype = _SAFETENSORS_FLOATS[kind]
+        else:
+            raise InputError(f"'{path}' is no bank of points; supported: .npy and .safetensors files.")
+        self.count, self.shape = (shape[0] if shape else 0), torch.Size(shape[1:])
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        if self.path.suffix == ".npy":
+            return torch.from_numpy(numpy.array(self._map()[start:stop]))
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_slice(self.name)[start:stop]
+
+    def _map(self) -> numpy.ndarray:
+        try:
+            return numpy.load(self.path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise CheckpointError(
+                f"Bank file '{self.path}' can't be mapped as .npy: {error}. It may be missing or truncated."
+            ) from error
+
+
+def as_bank(points: Any, name: str | None = None) -> Bank:
+    """Tensors, arrays, a path or several as a `Bank`.
+
+    Raises:
+        InputError: no row, rows of no dimension, or a dtype that is not floating point.
+    """
+    if isinstance(points, torch.Tensor):
+        bank: Bank = TensorBank(points) if points.ndim else TensorBank(points[None])
+    elif isinstance(points, numpy.memmap):
+        bank = ArrayBank(points)
+    elif isinstance(points, numpy.ndarray):
+        bank = TensorBank(torch.from_numpy(points.copy()))
+    else:
+        bank = FileBank([points] if isinstance(points, str | os.PathLike) else list(points), name)
+    if bank.dtype not in FLOATS:
+        raise InputError(f"Points have dtype {bank.dtype}; allowed: {', '.join(map(str, FLOATS))}.")
+    if not bank.count or not bank.shape.numel() or not len(bank.shape):
+        raise InputError(
+            f"The bank holds {bank.count} points of shape {tuple(bank.shape)}; allowed: (N, *shape) with one point or "
+            "more, of one dimension or more."
+        )
+    return bank
+
+
+def _numpy_dtype(array: numpy.ndarray, name: str) -> torch.dtype:
+    if array.dtype.name not in _NUMPY_FLOATS or not array.dtype.isnative:
+        raise InputError(f"{name} has dtype {array.dtype}; allowed: {', '.join(_NUMPY_FLOATS)} in native byte order.")
+    return _NUMPY_FLOATS[array.dtype.name]
+
+
+def _only_name(path: Path, names: list[str], name: str | None) -> str:
+    if name is None and len(names) == 1:
+        return names[0]
+    if name not in names:
+        raise InputError(f"`name` is {name!r}; '{path}' holds {', '.join(names) or 'no tensor'}. Pass one of them.")
+    return str(name)

@@ -1,0 +1,130 @@
+"""Random probes, and estimates with their error."""
+
+import dataclasses
+
+import torch
+
+from ..errors import InputError
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A number, or one a coordinate, with its error.
+
+    Args:
+        value: (B,) float64 for a trace, (B, ...) for a diagonal.
+        standard_error: of `value`, same shape; zero where exact, infinite where there is but one independent value.
+        values: (n, *value.shape) float64, the independent values that were averaged; (0, ...) where exact.
+        num_probes: random vectors used, those of a sketch included; 0 where exact.
+        num_denoiser_calls: forward evaluations of the denoiser spent on it.
+    """
+
+    value: torch.Tensor
+    standard_error: torch.Tensor
+    values: torch.Tensor
+    num_probes: int
+    num_denoiser_calls: int
+
+    @classmethod
+    def exact(cls, value: torch.Tensor, num_denoiser_calls: int) -> "Estimate":
+        """Something known without probes."""
+        return cls(value, torch.zeros_like(value), value.new_empty(0, *value.shape), 0, num_denoiser_calls)
+
+    @classmethod
+    def mean(cls, values: torch.Tensor, num_probes: int, num_denoiser_calls: int) -> "Estimate":
+        """The mean of independent `values` (n, ...)."""
+        count = len(values)
+        error = values.std(0) / count**0.5 if count > 1 else torch.full_like(values[0], float("inf"))
+        return cls(values.mean(0), error, values, num_probes, num_denoiser_calls)
+
+
+@dataclasses.dataclass(frozen=True)
+class Probes:
+    """Random vectors of mean zero and identity covariance, one set for every sample.
+
+    Keep one object to have the same probes at every state of a trajectory.
+
+    Args:
+        vectors: (k, B, ...).
+        group: consecutive vectors that depend on each other; the standard error is that of the groups' means, so two
+            groups are the least that has one.
+    """
+
+    vectors: torch.Tensor
+    group: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.vectors) < 1 or self.group < 1 or len(self.vectors) % self.group:
+            raise InputError(
+                f"{len(self.vectors)} probes in groups of {self.group}; allowed: one or more, in whole groups."
+            )
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def check(self, shape: torch.Size) -> None:
+        """Raises `InputError` unless the probes fit samples of `shape` (B, ...)."""
+        if self.vectors.shape[1:] != shape:
+            allowed = ", ".join(map(str, shape))
+            raise InputError(f"Probes have shape {tuple(self.vectors.shape)}; allowed: (k, {allowed}) with k >= 1.")
+
+    def group_means(self, values: torch.Tensor) -> torch.Tensor:
+        """(k, ...) values of single probes to (k/group, ...) independent ones."""
+        return values.unflatten(0, (-1, self.group)).mean(1)
+
+
+def rademacher(count: int, like: torch.Tensor, generator: Generators = None) -> Probes:
+    """`count` probes of random signs in the shape and dtype of `like` (B, ...): Hutchinson's (Hutchinson, 1990)."""
+    return Probes(torch.where(_normal(count, like, generator) < 0, -1.0, 1.0).to(like.dtype))
+
+
+def gaussian(count: int, like: torch.Tensor, generator: Generators = None) -> Probes:
+    """`count` standard normal probes in the shape and dtype of `like` (B, ...)."""
+    return Probes(_normal(count, like, generator))
+
+
+def orthogonal(count: int, like: torch.Tensor, generator: Generators = None, group: int | None = None) -> Probes:
+    """Probes of norm sqrt(d), uniformly distributed, orthogonal to each other within every group.
+
+    A full group of d probes gives the exact trace. Fewer still have less variance than independent ones.
+
+    Args:
+        group: probes a group, at most d; `count` must be a multiple. None: the largest that makes two groups
+            or more.
+
+    Raises:
+        InputError: a group larger than d, or one that does not divide `count`.
+    """
+    dimensions = like[0].numel()
+    if group is None:
+        divisors = [size for size in range(1, min(count // 2, dimensions) + 1) if count % size == 0]
+        group = max(divisors, default=1)
+    if group > dimensions:
+        raise InputError(f"`group` is {group}; allowed: at most {dimensions}, the dimension of a sample.")
+    normal = Probes(_normal(count, like, generator), group).vectors  # checks count against group
+    columns = normal.flatten(2).double().unflatten(0, (-1, group)).permute(0, 2, 3, 1)  # (groups, B, d, group)
+    basis, triangle = torch.linalg.qr(columns)
+    signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)  # without them QR is not uniform
+    vectors = (basis * signs[..., None, :]).permute(0, 3, 1, 2).flatten(0, 1) * dimensions**0.5
+    return Probes(vectors.to(like.dtype).view_as(normal), group)
+
+
+def antithetic(probes: Probes) -> Probes:
+    """Every probe followed by its negative.
+
+    For a linear operator v and -v give the same value, so this only pays with `FiniteDifferenceFisher`, where the
+    pair cancels the first-order error of a forward difference (as `central=True` does).
+    """
+    pairs = torch.stack([probes.vectors, -probes.vectors], dim=1).flatten(0, 1)
+    return Probes(pairs, 2 * probes.group)
+
+
+def _normal(count: int, like: torch.Tensor, generator: Generators) -> torch.Tensor:
+    from diffusers.utils.torch_utils import randn_tensor
+
+    if count < 1:
+        raise InputError(f"The number of probes is {count}; allowed: at least 1, or None for the exact trace.")
+    draws = [randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype) for _ in range(count)]
+    return torch.stack(draws)

@@ -1,0 +1,69 @@
+"""The exact Fisher of a known distribution."""
+
+from __future__ import annotations
+
+import torch
+
+from ..noise import expand
+from ..state import DenoisingState
+from .distributions import Distribution, GaussianMixture, Posterior
+from .operator import FisherOperator
+from .points import DiracMixture
+
+__all__ = ["DiracMixture", "ExactFisher", "ExactOperator", "GaussianMixture"]
+
+
+class ExactFisher:
+    """The truth that estimators are judged against: F of a distribution in closed form.
+
+    The model's output is not looked at; the state gives the sample and its level, in any scheduler's coordinates.
+    Works at alpha = 0.
+
+    Cost: one posterior of the distribution a state, one product with its covariance a product, no denoiser call.
+
+    Args:
+        distribution: `GaussianMixture`, `DiracMixture`, or another `Distribution`.
+    """
+
+    def __init__(self, distribution: Distribution):
+        self.distribution = distribution
+
+    def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> ExactOperator:
+        """Raises `InputError` for states of another shape, in half precision, or without noise."""
+        return ExactOperator(state, self.distribution.posterior(state.sample.detach(), state.level))
+
+
+class ExactOperator(FisherOperator):
+    """See `ExactFisher`. F and C are each computed directly, since either cancels in the other at one end."""
+
+    chunk_size = 32
+
+    def __init__(self, state: DenoisingState, posterior: Posterior):
+        super().__init__(state)
+        self.posterior = posterior
+
+    def covariance(self, v: torch.Tensor) -> torch.Tensor:
+        self._check(v)
+        return self.posterior.covariance(v)
+
+    def epsilon_jacobian(self, v: torch.Tensor) -> torch.Tensor:
+        return expand(self.state.level.sigma, v) * self.matvec(v)
+
+    def matvec(self, v: torch.Tensor) -> torch.Tensor:
+        self._check(v)
+        return self.posterior.fisher(v)
+
+    def matmat(self, vectors: torch.Tensor) -> torch.Tensor:
+        return self.posterior.fisher(vectors)
+
+    def dense(self) -> torch.Tensor:
+        return self.posterior.fisher_matrix()
+
+    def exact_trace(self) -> tuple[torch.Tensor, int]:
+        return self.posterior.fisher_trace(), 0
+
+    def exact_diagonal(self) -> tuple[torch.Tensor, int]:
+        return self.posterior.fisher_diagonal(), 0
+
+    def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor | None:
+        return self.posterior.inverse_fisher(v, shift)

@@ -1,0 +1,245 @@
+"""A Gaussian stand-in for the data: the diffusion Fisher of N(m, S) is (alpha^2 S + sigma^2 I)^-1 at every state."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError, InputError, UnsupportedError
+from ..files import load_tensors, save_tensors
+from ..state import DenoisingState
+from .covariance import Covariance, DCTBasis, EigenBasis, ShiftedCovariance
+from .operator import CombinedOperator, FisherMatrixOperator
+
+Samples = torch.Tensor | Iterable[torch.Tensor]
+"""Clean samples in the model's coordinates (scaled latents): (N, *shape), or batches of them."""
+
+FORMAT = "diffusers_fisher.GaussianFisher"
+LOW_RANK_LIMIT = 8192
+
+
+class GaussianFisher:
+    """The diffusion Fisher of Gaussian data, the same at every sample.
+
+    Fitted to a data set's mean and covariance it is the best estimator that knows nothing of the sample: right in the
+    limit of high noise, where the noised data are Gaussian. Its products smooth a vector toward the data's own
+    directions.
+
+    Cost: nothing beyond the run itself; a product takes d multiplications, d (H + W) in a DCT
+    basis, 2 r d for rank r, in float64.
+
+    Args:
+        covariance: S, one mode.
+        mean: m, (*shape); not part of the Fisher, kept for priors. None: zeros.
+    """
+
+    def __init__(self, covariance: Covariance, mean: torch.Tensor | None = None):
+        if len(covariance) != 1:
+            raise InputError(f"The covariance has {len(covariance)} modes; GaussianFisher takes one.")
+        mean = torch.zeros(covariance.shape, dtype=torch.float64) if mean is None else mean.detach().double()
+        if tuple(mean.shape) != covariance.shape:
+            raise InputError(f"The mean has shape {tuple(mean.shape)}, the covariance's samples {covariance.shape}.")
+        self.covariance = covariance
+        self.mean = mean
+
+    @classmethod
+    def fit_isotropic(cls, samples: Samples) -> GaussianFisher:
+        """One variance for all coordinates. Streams `samples` once."""
+        mean, variances = _moments(samples, lambda shape: None)
+        return cls(Covariance.isotropic(variances.mean(), tuple(mean.shape)), mean)
+
+    @classmethod
+    def fit_diagonal(cls, samples: Samples, dct: bool = False) -> GaussianFisher:
+        """A variance a coordinate, of pixels or (`dct`) of the discrete cosine transform over the last two axes, in
+        which neighbouring pixels' correlation is nearly diagonal. Streams `samples` once."""
+        mean, variances = _moments(samples, DCTBasis if dct else lambda shape: None)
+        basis = DCTBasis(tuple(mean.shape)) if dct else None
+        mean = basis.synthesise(mean.flatten()).view_as(mean) if basis else mean
+        return cls(Covariance.diagonal(_positive(variances)[None], basis), mean)
+
+    @classmethod
+    def fit_low_rank(cls, samples: Samples, rank: int) -> GaussianFisher:
+        """The `rank` leading principal directions, and a variance a coordinate for what they leave.
+
+        Streams `samples` once; holds a (d, d) matrix, so d is at most `LOW_RANK_LIMIT`.
+        """
+        mean, matrix = _second_moments(samples)
+        dimensions = len(matrix)
+        if not 1 <= rank < dimensions:
+            raise InputError(f"`rank` is {rank}; allowed: 1 to {dimensions - 1}.")
+        values, vectors = torch.linalg.eigh(matrix)
+        factor = vectors[:, -rank:] * values[-rank:].clamp_min(0).sqrt()
+        rest = _positive(matrix.diagonal() - factor.square().sum(1))
+        return cls(Covariance.low_rank(rest.view(1, *mean.shape), factor.view(1, *mean.shape, rank)), mean)
+
+    def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> GaussianOperator:
+        if tuple(state.sample.shape[1:]) != self.covariance.shape:
+            raise InputError(
+                f"The Gaussian is over samples of shape {self.covariance.shape}, the state's have "
+                f"{tuple(state.sample.shape[1:])}; fit one to samples of this size."
+            )
+        return GaussianOperator(state, self.covariance)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes one safetensors file, atomically.
+
+        Raises:
+            UnsupportedError: a full covariance, whose matrix is better kept by its owner.
+        """
+        covariance = self.covariance
+        if isinstance(covariance.basis, EigenBasis):
+            raise UnsupportedError("Full covariances are not saved; fit a low-rank or diagonal one.")
+        tensors = {"mean": self.mean, "variances": covariance.variances}
+        if covariance.factor is not None:
+            tensors["factor"] = covariance.factor
+        description = {"shape": list(covariance.shape), "basis": "dct" if covariance.basis is not None else "samples"}
+        save_tensors(path, tensors, {"format": FORMAT, "covariance": json.dumps(description)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> GaussianFisher:
+        """Reads what `save` wrote. Raises `CheckpointError` where the file is something else."""
+        tensors, metadata = load_tensors(path)
+        if metadata.get("format") != FORMAT or not {"mean", "variances"} <= set(tensors):
+            raise CheckpointError(f"'{path}' holds no GaussianFisher; it holds {sorted(tensors)}.")
+        description = json.loads(metadata["covariance"])
+        shape = tuple(description["shape"])
+        basis = DCTBasis(shape) if description["basis"] == "dct" else None
+        return cls(Covariance(shape, tensors["variances"], tensors.get("factor"), basis), tensors["mean"])
+
+
+class GaussianOperator(FisherMatrixOperator):
+    """See `GaussianFisher`."""
+
+    def __init__(self, state: DenoisingState, covariance: Covariance):
+        super().__init__(state)
+        self._total: ShiftedCovariance = covariance.to(state.sample.device).at(state.level)
+        self.chunk_size = 64
+
+    def matvec(self, v: torch.Tensor) -> torch.Tensor:
+        self._check(v)
+        return self._apply(self._total.solve, v)
+
+    def matmat(self, vectors: torch.Tensor) -> torch.Tensor:
+        return self._apply(self._total.solve, vectors)
+
+    def covariance(self, v: torch.Tensor) -> torch.Tensor:
+        level = self.state.level  # C = sigma^2 S T^-1: no difference of nearly equal terms, and alpha = 0 is allowed
+        variance = self._numbers(level.sigma**2).to(v.device)[:, None, None]
+        return self._apply(lambda wide: variance * self._total.shrink(wide), v)
+
+    def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
+        alpha = self._numbers(self.state.level.alpha).to(v.device)[:, None, None]
+        return self._apply(lambda wide: alpha * self._total.shrink(wide), v)
+
+    def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        return self._apply(lambda wide: self._total.solve_inverse(wide, shift), v)
+
+    def exact_trace(self) -> tuple[torch.Tensor, int]:
+        return self._total.inverse_trace[:, 0].expand(len(self.state.sample)), 0
+
+    def exact_diagonal(self) -> tuple[torch.Tensor, int]:
+        sample = self.state.sample
+        return self._total.inverse_diagonal[:, 0].expand(len(sample), -1).reshape(sample.shape), 0
+
+    def _apply(self, function: Callable[[torch.Tensor], torch.Tensor], v: torch.Tensor) -> torch.Tensor:
+        """`function` of float64 vectors (..., B, 1, d), back in the shape and dtype of `v` (..., B, *shape)."""
+        leading = v.shape[: v.ndim - len(self._total.covariance.shape)]
+        return function(v.double().reshape(*leading, 1, -1)).to(v.dtype).reshape(v.shape)
+
+
+class TraceCorrectedFisher:
+    """A prior's shape with another estimator's size: C of `prior`, scaled a sample to have the trace of `trace`.
+
+    Args:
+        prior: an estimator with cheap products, such as `GaussianFisher`.
+        trace: an estimator whose exact trace is cheap, such as `TraceMatchingFisher`.
+    """
+
+    def __init__(self, prior: Any, trace: Any):
+        self.prior = prior
+        self.trace = trace
+
+    def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> CombinedOperator:
+        prior, trace = self.prior(state, endpoint), self.trace(state, endpoint)
+        variance = state.level.sigma.cpu() ** 2
+        # With M = I - sigma^2 F: M = ratio * M_prior, so F = ratio * F_prior + (1 - ratio)/sigma^2 I.
+        wanted, had = (state.sample[0].numel() - variance * each.trace().value.cpu() for each in (trace, prior))
+        ratio = wanted / had
+        return CombinedOperator([(ratio, prior)], (1 - ratio) / variance)
+
+
+def _moments(
+    samples: Samples, basis_of: Callable[[tuple[int, ...]], DCTBasis | None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variances (*shape), float64, in the coordinates of a basis."""
+    head, batches = _peeked(samples)
+    basis = basis_of(tuple(head.shape[1:]))
+
+    def rows_of(batch: torch.Tensor) -> torch.Tensor:
+        rows = batch.double().flatten(1)
+        return rows if basis is None else basis.analyse(rows)
+
+    first = rows_of(head).mean(0)  # sums about a point of the data: no cancellation
+    count, total, squares = 0, torch.zeros_like(first), torch.zeros_like(first)
+    for batch in batches:
+        rows = rows_of(batch) - first
+        count, total, squares = count + len(rows), total + rows.sum(0), squares + rows.square().sum(0)
+    _check_count(count)
+    variances = (squares - total.square() / count) / (count - 1)
+    return (first + total / count).view(head.shape[1:]), variances.view(head.shape[1:])
+
+
+def _second_moments(samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean (*shape) and covariance (d, d), float64."""
+    head, batches = _peeked(samples)
+    dimensions = head[0].numel()
+    if dimensions > LOW_RANK_LIMIT:
+        raise InputError(
+            f"A low-rank fit holds a (d, d) matrix, and d = {dimensions} (limit {LOW_RANK_LIMIT}); use "
+            "fit_diagonal(samples, dct=True)."
+        )
+    first = head.double().flatten(1).mean(0)
+    count, total, products = 0, torch.zeros_like(first), first.new_zeros(dimensions, dimensions)
+    for batch in batches:
+        rows = batch.double().flatten(1) - first
+        count, total, products = count + len(rows), total + rows.sum(0), products + rows.mT @ rows
+    _check_count(count)
+    matrix = (products - torch.outer(total, total) / count) / (count - 1)
+    return (first + total / count).view(head.shape[1:]), matrix
+
+
+def _peeked(samples: Samples) -> tuple[torch.Tensor, Iterator[torch.Tensor]]:
+    """The first batch, and all of them."""
+    batches = _batches(samples)
+    head = next(batches, None)
+    if head is None or not len(head):
+        raise InputError("No samples were given; a covariance needs at least two.")
+    return head, itertools.chain([head], batches)
+
+
+def _batches(samples: Samples) -> Iterator[torch.Tensor]:
+    """Batches of at most 4096, checked."""
+    shape = None
+    for batch in samples.split(4096) if isinstance(samples, torch.Tensor) else samples:
+        shape = batch.shape[1:] if shape is None else shape
+        if batch.ndim < 2 or batch.shape[1:] != shape or not torch.isfinite(batch).all():
+            raise InputError(
+                f"A batch of samples has shape {tuple(batch.shape)}; allowed: (N, {', '.join(map(str, shape))}), the "
+                "same in every batch, without NaN or infinity."
+            )
+        yield batch
+
+
+def _check_count(count: int) -> None:
+    if count < 2:
+        raise InputError(f"{count} samples were given; a covariance needs at least two.")
+
+
+def _positive(variances: torch.Tensor) -> torch.Tensor:
+    """Variances floored at 1e-6 of their mean: constant coordinates and rounding must not make S singular."""
+    return variances.clamp_min(1e-6 * float(variances.mean().clamp_min(torch.finfo(torch.float64).tiny)))

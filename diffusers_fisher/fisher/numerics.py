@@ -1,0 +1,117 @@
+"""Linear algebra over products alone: functions of a `matvec`, for batches of operators.
+
+Vectors are (B, ...), one a sample; every sample has its own operator.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from ..errors import InputError, NumericalError
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+def dot(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Inner product of every sample, (B,), accumulated in float64."""
+    return (left.double() * right.double()).flatten(1).sum(1)
+
+
+def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(B,) values shaped and cast to multiply `like` (B, ...)."""
+    return values.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def conjugate_gradients(
+    matvec: Product, b: torch.Tensor, tolerance: float = 1e-6, max_iterations: int | None = None
+) -> torch.Tensor:
+    """Solves A x = b for symmetric positive definite A, one system a sample (Hestenes and Stiefel, 1952).
+
+    Args:
+        matvec: x -> A x.
+        b: (B, ...).
+        tolerance: of the residual's norm relative to that of `b`, by the recurrence: in float32 the true residual
+            stops falling at about 1e-7 times A's condition number.
+        max_iterations: products at most; None: ten times the dimension.
+
+    Raises:
+        NumericalError: A is not positive definite, or the tolerance was not reached.
+    """
+    limit = 10 * b[0].numel() if max_iterations is None else max_iterations
+    x, residual = torch.zeros_like(b), b
+    direction, size = residual, dot(residual, residual)
+    target = tolerance**2 * size
+    for _ in range(limit):
+        active = size > target
+        if not bool(active.any()):
+            return x
+        product = matvec(direction)
+        curvature = dot(direction, product)
+        if bool((active & ~(curvature > 0)).any()):
+            raise NumericalError(
+                "The operator is not positive definite (<v, A v> is not positive in a direction met by conjugate "
+                "gradients), as the diffusion Fisher may be between modes; add damping: operator.damped(value)."
+            )
+        step = per_sample(torch.where(active, size / curvature, 0), x)
+        x, residual = x + step * direction, residual - step * product
+        following = dot(residual, residual)
+        direction = residual + per_sample(torch.where(active, following / size, 0), x) * direction
+        size = torch.where(active, following, size)
+    if bool((size <= target).all()):
+        return x
+    left = float((size / dot(b, b))[size > target].max().sqrt())
+    raise NumericalError(
+        f"Conjugate gradients left a relative residual of {left:.2g} after {limit} products; allowed: {tolerance}. "
+        "Raise `max_iterations` or `tolerance`, or add damping."
+    )
+
+
+def extreme_eigenpairs(
+    matvec: Product, like: torch.Tensor, count: int, largest: bool, tolerance: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest or smallest eigenvalues and eigenvectors of symmetric operators, by `scipy`'s Lanczos.
+
+    Args:
+        matvec: v (B, ...) -> A v.
+        like: (B, ...), what vectors look like.
+        tolerance: relative, of the eigenvalues; None: 1e-12 for float64 vectors, 1e-4 for others.
+
+    Returns:
+        Eigenvalues (count, B) float64, from the extreme one inwards, and vectors of norm one (count, B, ...).
+
+    Raises:
+        InputError: `count` out of range. NumericalError: no convergence, or a product that is not finite.
+    """
+    import numpy
+    from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+
+    dimensions = like[0].numel()
+    if not 1 <= count < dimensions:
+        raise InputError(f"`count` is {count}; allowed: 1 to {dimensions - 1}, one less than the dimension.")
+    kind, default = (numpy.float64, 1e-12) if like.dtype is torch.float64 else (numpy.float32, 1e-4)
+    tolerance = default if tolerance is None else tolerance
+    values, vectors = [], []
+    for index in range(len(like)):  # ARPACK takes one operator; the other samples' vectors are zero meanwhile
+
+        def product(v, index=index, shift=0.0):
+            batch = torch.zeros_like(like).flatten(1)
+            batch[index] = torch.from_numpy(v.reshape(-1)).to(batch)
+            values = matvec(batch.view_as(like)).flatten(1)[index].detach().cpu().numpy().astype(kind)
+            if not numpy.isfinite(values).all():
+                raise NumericalError(f"A product of sample {index} is not finite, so it has no eigenpairs.")
+            return values + shift * v.reshape(-1)
+
+        start = numpy.random.default_rng(0).standard_normal(dimensions).astype(kind)
+        shift = 0.0 if product(start).any() else 1.0  # ARPACK takes no zero operator, which `DirectFisher`'s can be
+        operator = LinearOperator((dimensions, dimensions), matvec=functools.partial(product, shift=shift), dtype=kind)
+        try:
+            found, columns = eigsh(operator, k=count, which="LA" if largest else "SA", v0=start, tol=tolerance)
+        except ArpackError as error:
+            raise NumericalError(
+                f"Eigenpairs of sample {index} did not converge: {error}. Raise `tolerance`."
+            ) from error
+        order = numpy.argsort(-found if largest else found)
+        values.append(torch.from_numpy(found[order].astype(numpy.float64)) - shift)
+        vectors.append(torch.from_numpy(columns.T[order].copy()).to(like))
+    return torch.stack(values, 1), torch.stack(vectors, 1).view(count, *like.shape)

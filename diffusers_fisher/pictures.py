@@ -1,0 +1,230 @@
+"""Pictures of the diffusion Fisher: its diagonal in latents, what its eigenvectors do to images, its trace.
+
+matplotlib is imported on use, and only its `Figure`: no backend is chosen and nothing is kept globally. Save with
+`figure.savefig(path)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import InputError
+from .fisher.estimate import Estimate, Probes
+from .fisher.numerics import per_sample
+from .fisher.operator import FisherOperator
+from .noise import NoiseLevel
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+BAND = 2.0  # standard errors to each side
+CELL = 1.5  # inches of one picture
+
+
+@dataclasses.dataclass(frozen=True)
+class _Column:
+    """One picture a sample: (B, H, W, 3) colours, or (B, H, W) numbers of a map, with a line below each."""
+
+    title: str
+    pictures: torch.Tensor
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+def fisher_pictures(
+    pipe: Any,
+    operator: FisherOperator,
+    count: int = 1,
+    scale: float = 0.3,
+    probes: Probes | None = None,
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Figure:
+    """A row a sample: the posterior mean, the diagonal, and what moving along extreme eigenvectors does to the image.
+
+    The diagonal is that of sigma^2 F, averaged over channels: 1 where nothing but noise is left to know (the data are
+    pinned), towards 0 where they are as open as the noise allows, negative in a valley between modes. Every
+    eigenvector has three pictures: E[x_0|x_t] minus and plus a move along it, and the difference, plus minus minus.
+    The number below is sigma^2 times the eigenvalue, on the same scale as the diagonal. The most curved directions
+    are those that the model pins, the least curved ones those that it leaves open at this noise level.
+
+    Args:
+        pipe: a latent pipeline, whose autoencoder decodes.
+        operator: at a state with samples (B, C, H, W); where it is not symmetric, its mean with its transposed.
+        count: eigenvectors of each end.
+        scale: length of the move relative to the norm of E[x_0|x_t], the same for all so that pictures compare.
+        probes: for the diagonal; None: exactly, at d products.
+        decode: latents (B, C, H, W) to images (B, 3, H, W) in [0, 1], in place of the pipeline's autoencoder.
+
+    Cost: d products (or one a probe), some tens for each sample and end, and 4 `count` + 1 decodings.
+
+    Raises:
+        InputError: packed samples, a `count` or `scale` out of range. UnsupportedError: an operator that is not
+            symmetric and knows products with one side only.
+    """
+    from matplotlib.figure import Figure
+
+    sample = operator.state.sample
+    if sample.ndim != 4:
+        raise InputError(f"Samples have shape {tuple(sample.shape)}; allowed: (B, C, H, W), latents before packing.")
+    if not 0 < scale < float("inf"):
+        raise InputError(f"`scale` is {scale}; allowed: positive, such as 0.3 of the posterior mean's norm.")
+    show = decode or (lambda latents: decode_latents(pipe, latents))
+    symmetric = operator.symmetrised()
+    noise = per_sample(operator.state.level.sigma.expand(len(sample)) ** 2, sample.double())
+    diagonal = (noise * operator.diagonal(probes).value).mean(1).cpu()  # the symmetrised one's is the same
+    mean = _pixels(show(operator.state.pred_original_sample.detach()))
+    groups = {
+        "": [
+            _Column(r"E$[x_0|x_t]$", mean),
+            _Column(r"diagonal of $\sigma^2F$", diagonal, {"cmap": "viridis", "colorbar": True}),
+        ]
+    }
+    for name, largest in (("most curved", True), ("least curved", False)):
+        for index, columns in enumerate(_directions(symmetric, show, count, scale, largest), start=1):
+            groups[name if count == 1 else f"{name}, {index}"] = columns
+    widths = [
+        sum(CELL * (1.3 if "colorbar" in column.options else 1) for column in group) for group in groups.values()
+    ]
+    figure = Figure(figsize=(sum(widths), (CELL + 0.2) * len(sample) + 0.5), layout="constrained")
+    parts = figure.subfigures(1, len(groups), width_ratios=widths, squeeze=False)[0]
+    for part, (name, columns) in zip(parts, groups.items(), strict=True):
+        _draw_group(part, name, columns)
+    return figure
+
+
+def trace_plot(
+    levels: NoiseLevel | Sequence[NoiseLevel],
+    estimates: Mapping[str, Sequence[Estimate]],
+    dimensions: int | None = None,
+) -> Figure:
+    """The trace against the noise-to-signal ratio, a line an estimator: mean of the samples, two standard errors.
+
+    The band is the error of that mean from the probes alone. Exact traces have none; that of a single probe is not
+    known, and not drawn.
+
+    Args:
+        levels: (L,) levels, one a point of every line.
+        estimates: by name, one trace estimate a level.
+        dimensions: d of one sample; where given, the axis is r = (d - sigma^2 tr F)/d, the noise's mean posterior
+            variance: 1 where nothing is known of it, 0 where all is. None: sigma^2 tr F.
+
+    Raises:
+        InputError: no estimate, estimates that are no traces, or other numbers of them than levels.
+    """
+    from matplotlib.figure import Figure
+
+    level = levels if isinstance(levels, NoiseLevel) else _stacked(levels)
+    alpha, sigma = (value.detach().double().cpu().reshape(-1) for value in (level.alpha, level.sigma))
+    _check_estimates(estimates, len(sigma))
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, line in estimates.items():
+        _draw_line(axes, name, sigma / alpha, sigma, line, dimensions)
+    label = r"$\sigma^2\,\mathrm{tr}\,F$" if dimensions is None else r"$r = (d - \sigma^2\,\mathrm{tr}\,F)/d$"
+    axes.set(xscale="log", xlabel=r"noise to signal, $\sigma/\alpha$", ylabel=label)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+@torch.no_grad()
+def decode_latents(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Images (B, 3, H, W) float32 in [0, 1] of scaled latents (B, C, h, w), by the pipeline's autoencoder.
+
+    Raises:
+        InputError: the pipeline has none.
+    """
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        raise InputError(
+            f"{type(pipe).__name__} has no autoencoder `vae`; pass `decode`, latents to images in [0, 1]."
+        )
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    decoded = vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
+    return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+
+def _directions(
+    operator: FisherOperator,
+    show: Callable[[torch.Tensor], torch.Tensor],
+    count: int,
+    scale: float,
+    largest: bool,
+) -> list[list[_Column]]:
+    """Minus, plus and difference for each eigenvector."""
+    mean = operator.state.pred_original_sample.detach()
+    curvatures, vectors = operator.eigenpairs(count, largest)
+    curvatures = operator.state.level.sigma.cpu() ** 2 * curvatures
+    length = scale * torch.linalg.vector_norm(mean.flatten(1), dim=1)
+    groups = []
+    for curvature, vector in zip(curvatures, vectors, strict=True):
+        move = per_sample(length, mean) * vector
+        minus, plus = _pixels(show(mean - move)), _pixels(show(mean + move))
+        notes = [rf"$\sigma^2\lambda$ = {value:.3g}" for value in curvature.tolist()]
+        difference = _Column("difference", (plus - minus).mean(-1), {"cmap": "RdBu_r", "vmin": -1, "vmax": 1})
+        groups.append([_Column("minus", minus), _Column("plus", plus, notes=notes), difference])
+    return groups
+
+
+def _pixels(images: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) to (B, H, W, 3) on the CPU."""
+    return images.detach().float().cpu().permute(0, 2, 3, 1)
+
+
+def _draw_group(part: SubFigure, name: str, columns: list[_Column]) -> None:
+    part.suptitle(name or " ", fontsize=10)  # a blank one, so that the groups' pictures stand level
+    grid = part.subplots(len(columns[0].pictures), len(columns), squeeze=False)
+    for index, column in enumerate(columns):
+        options = dict(column.options)
+        colorbar = options.pop("colorbar", False)
+        for row, picture in enumerate(column.pictures):
+            axes = grid[row, index]
+            shown = axes.imshow(picture.numpy(), **options)
+            axes.set(xticks=[], yticks=[])
+            axes.set_xlabel(column.notes[row] if column.notes else " ", fontsize=8)
+            if row == 0:
+                axes.set_title(column.title, fontsize=9)
+            if colorbar:
+                part.colorbar(shown, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
+
+
+def _draw_line(
+    axes: Axes,
+    name: str,
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    line: Sequence[Estimate],
+    dimensions: int | None,
+) -> None:
+    factor = sigma**2 if dimensions is None else -(sigma**2) / dimensions
+    mean = factor * torch.stack([estimate.value.mean() for estimate in line]).cpu()
+    mean = mean if dimensions is None else 1 + mean
+    errors = [estimate.standard_error.square().sum().sqrt() / len(estimate.standard_error) for estimate in line]
+    width = BAND * factor.abs() * torch.stack(errors).cpu()
+    (drawn,) = axes.plot(x.numpy(), mean.numpy(), marker=".", label=name)
+    known = torch.isfinite(width) & (width > 0)
+    if bool(known.any()):
+        low, high = torch.where(known, mean - width, mean), torch.where(known, mean + width, mean)
+        axes.fill_between(x.numpy(), low.numpy(), high.numpy(), color=drawn.get_color(), alpha=0.25, linewidth=0)
+
+
+def _stacked(levels: Sequence[NoiseLevel]) -> NoiseLevel:
+    if not levels:
+        raise InputError("There are no noise levels; give at least one.")
+    return NoiseLevel(*(torch.stack([getattr(level, name) for level in levels]) for name in ("alpha", "sigma")))
+
+
+def _check_estimates(estimates: Mapping[str, Sequence[Estimate]], count: int) -> None:
+    if not estimates:
+        raise InputError("There are no estimates; give at least one name with one trace estimate a level.")
+    for name, line in estimates.items():
+        if len(line) != count:
+            raise InputError(f"'{name}' has {len(line)} estimates for {count} levels; give one a level.")
+        shapes = sorted({tuple(estimate.value.shape) for estimate in line if estimate.value.ndim != 1})
+        if shapes:
+            raise InputError(f"'{name}' has values of shapes {shapes}; allowed: (B,), those of `operator.trace`.")

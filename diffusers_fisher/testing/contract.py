@@ -1,0 +1,283 @@
+"""The contract of Fisher operators, as one function: for our estimators, and for yours.
+
+Notation: F, C and M as in `diffusers_fisher.fisher.operator`; D = F as a matrix.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from ..errors import FisherError, InputError, UnsupportedError
+from ..fisher.estimate import Estimate, gaussian, rademacher
+from ..fisher.numerics import per_sample
+from ..fisher.operator import FisherEstimator, FisherOperator
+from ..noise import NoiseLevel
+from ..state import DenoisingState
+
+NUM_PROBES, SKETCH = 4, 2  # of one estimate
+
+
+class ContractError(FisherError, AssertionError):
+    """A Fisher operator breaks a property that all have; the message names it, with what was got and what allowed."""
+
+
+def check_fisher(
+    operator: FisherOperator,
+    exact: torch.Tensor | FisherOperator | None = None,  # (B, d, d)
+    tolerance: float | None = 1e-10,
+    *,
+    rounding: float = 1e-10,
+    estimator: FisherEstimator | None = None,
+    endpoint: torch.Tensor | None = None,
+    num_estimates: int = 100,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Checks everything that a `FisherOperator` promises, and its agreement with the exact Fisher where that is given.
+
+    Errors are measured for each sample in units of 1/sigma^2 + |F|: F is a difference of terms of size 1/sigma^2.
+    Use batches of two or more, so that a mixing of samples shows.
+
+    The properties, by the name in the error: shape, dtype, finite, zero, linearity, independence (of the other
+    samples' vectors), matmat, dense, symmetry or transpose, diagonal, trace, epsilon jacobian, covariance, original
+    jacobian, output jacobian, exact matrix, batch invariance, solve, and Hutchinson's and Hutch++'s mean
+    (within four standard errors) and standard error (right within 50%).
+
+    Args:
+        exact: the exact Fisher as matrices or as an operator; None: properties only.
+        tolerance: allowed difference from `exact`. The default is for estimators that are exact in float64; None, for
+            those that are approximations: properties only.
+        rounding: allowed violation of the properties. Finite differences need their truncation error here. Neither is
+            taken as less than a thousand roundings of the operator's dtype.
+        estimator: what made the operator, for batch invariance: it is asked again for each sample alone.
+        endpoint: (B, ...), given to `estimator`.
+        num_estimates: repeated draws behind the checks of stochastic traces; 0 leaves them out.
+        generator: of vectors and probes; None: one with seed 0.
+
+    Raises:
+        ContractError: a property is broken. InputError: `exact` or `endpoint` do not fit.
+
+    Cost: 3 d products, some tens more, and 12 an estimate.
+    """
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    contract = _Contract.of(operator, rounding, generator)
+    contract.products()
+    contract.matrix()
+    contract.jacobians()
+    if exact is not None and tolerance is not None:
+        contract.agreement(exact, tolerance)
+    if estimator is not None:
+        contract.batch_invariance(estimator, endpoint)
+    contract.solve()
+    if num_estimates:
+        contract.stochastic_traces(num_estimates, generator)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Contract:
+    """An operator with its matrix, two vectors a sample, and the unit of errors (B,)."""
+
+    operator: FisherOperator
+    dense: torch.Tensor
+    v: torch.Tensor
+    w: torch.Tensor
+    unit: torch.Tensor
+    rounding: float
+
+    @classmethod
+    def of(cls, operator: FisherOperator, rounding: float, generator: torch.Generator) -> "_Contract":
+        sample = operator.state.sample
+        v, w = gaussian(2, sample, generator).vectors
+        dense = operator.dense()
+        contract = cls(operator, dense, v, w, torch.zeros(len(sample)), _floored(rounding, sample.dtype))
+        contract._form("dense", dense, (len(sample), sample[0].numel(), sample[0].numel()), sample.dtype)
+        return dataclasses.replace(contract, unit=_unit(dense, operator.state.level))
+
+    # The properties
+
+    def products(self) -> None:
+        """`matvec` and `matmat`."""
+        operator, v, w = self.operator, self.v, self.w
+        product, other = operator.matvec(v), operator.matvec(w)
+        self._form("matvec", product, v.shape, v.dtype)
+        self._compare("zero", operator.matvec(torch.zeros_like(v)), torch.zeros_like(v), v)
+        self._compare("linearity", operator.matvec(2 * v - 3 * w), 2 * product - 3 * other, 2 * v.abs() + 3 * w.abs())
+        if len(v) > 1:
+            mixed = torch.cat([v[:1], w[1:]])
+            self._compare(
+                "independence", operator.matvec(mixed), torch.cat([product[:1], other[1:]]), v.abs() + w.abs()
+            )
+        both = operator.matmat(torch.stack([v, w]))
+        self._form("matmat", both, (2, *v.shape), v.dtype)
+        self._compare("matmat", both[0], product, v)
+        self._compare("matmat", both[1], other, w)
+        self._compare("dense", _apply(self.dense, v), product, v)
+
+    def matrix(self) -> None:
+        """Symmetry, diagonal and trace against `dense`."""
+        operator, state, dense = self.operator, self.operator.state, self.dense
+        dimensions = dense.shape[-1]
+        if operator.symmetric:
+            self._compare("symmetry", dense, dense.mT, size=dimensions**0.5)
+        else:
+            transposed = _unless_unsupported(operator.transposed)
+            if transposed is not None:
+                self._compare("transpose", _apply(dense.mT, self.w), transposed.matvec(self.w), self.w)
+        diagonal, trace = operator.diagonal(), operator.trace()
+        for name, estimate, shape in (("diagonal", diagonal, state.sample.shape), ("trace", trace, (len(dense),))):
+            self._form(name, estimate.value, shape, torch.float64)
+            self._compare(
+                f"{name} standard error", estimate.standard_error, torch.zeros_like(estimate.value), size=0.0
+            )
+        exact = dense.diagonal(dim1=1, dim2=2).double()
+        self._compare("diagonal", diagonal.value.flatten(1), exact, size=dimensions**0.5)
+        self._compare("trace", trace.value, exact.sum(1), size=dimensions)
+
+    def jacobians(self) -> None:
+        """The Jacobians and the covariance product, each turned into F v, so that one unit serves all."""
+        operator, v, level = self.operator, self.v, self.operator.state.level
+        alpha, sigma = (per_sample(value.expand(len(v)), v) for value in (level.alpha, level.sigma))
+        product = operator.matvec(v)
+        epsilon = operator.epsilon_jacobian(v)
+        self._compare("epsilon jacobian", epsilon / sigma, product, v)
+        noise, original, identity = operator.state.prediction.output_coefficients(level)
+        if bool((level.alpha > 0).all()):
+            self._compare("covariance", v / sigma**2 - alpha**2 / sigma**4 * operator.covariance(v), product, v)
+            clean = operator.original_jacobian(v)
+            self._compare("original jacobian", (v - alpha * clean) / sigma**2, product, v)
+        elif bool((original != 0).any()):
+            clean = operator.original_jacobian(v)
+        else:
+            clean = torch.zeros_like(v)
+        factors = [per_sample(value.expand(len(v)), v) for value in (noise, original, identity)]
+        expected = factors[0] * epsilon + factors[1] * clean + factors[2] * v
+        # Errors of C are those of F times sigma^4/alpha^2, those of C's Jacobian times sigma^2/alpha.
+        size = factors[0].abs() * sigma + factors[1].abs() * sigma**2 / alpha.clamp_min(1e-6)
+        self._compare(
+            "output jacobian", operator.output_jacobian(v), expected, (size + factors[2].abs() * sigma**2) * v
+        )
+
+    def agreement(self, exact: torch.Tensor | FisherOperator, tolerance: float) -> None:
+        """The matrix against the exact one; diagonal and trace are the matrix's."""
+        matrix = exact if isinstance(exact, torch.Tensor) else exact.dense()
+        if matrix.shape != self.dense.shape:
+            raise InputError(f"`exact` has shape {tuple(matrix.shape)}; allowed: {tuple(self.dense.shape)}.")
+        unit = _unit(matrix, self.operator.state.level)
+        against = dataclasses.replace(self, unit=unit, rounding=_floored(tolerance, self.v.dtype))
+        against._compare("exact matrix", self.dense, matrix, size=matrix.shape[-1] ** 0.5)
+
+    def batch_invariance(self, estimator: FisherEstimator, endpoint: torch.Tensor | None) -> None:
+        """Every sample's product as of the sample alone."""
+        if endpoint is not None and endpoint.shape != self.v.shape:
+            raise InputError(f"`endpoint` has shape {tuple(endpoint.shape)}; allowed: {tuple(self.v.shape)}.")
+        products = []
+        for index in range(len(self.v)):
+            one = slice(index, index + 1)
+            alone = estimator(_part(self.operator.state, one), None if endpoint is None else endpoint[one])
+            products.append(alone.matvec(self.v[one]))
+        self._compare("batch invariance", torch.cat(products), self.operator.matvec(self.v), self.v)
+
+    def solve(self) -> None:
+        """F x = v for the solution x, with damping where F is nearly singular or indefinite."""
+        operator = _unless_unsupported(self.operator.symmetrised)
+        if operator is None:
+            return
+        lowest = torch.linalg.eigvalsh((self.dense + self.dense.mT).double() / 2)[:, 0].cpu()
+        damping = (0.1 * self.unit - lowest).clamp_min(0)  # condition numbers of at most about ten
+        if bool((damping > 0).any()):
+            operator = operator.damped(damping)
+        solution = operator.solve(self.v, tolerance=self.rounding)
+        self._form("solve", solution, self.v.shape, self.v.dtype)
+        self._compare("solve", operator.matvec(solution), self.v, 100 * self.v / per_sample(self.unit, self.v))
+
+    def stochastic_traces(self, count: int, generator: torch.Generator) -> None:
+        """Hutchinson's trace, and Hutch++ where there is room for a sketch."""
+        like, size = self.v, min(SKETCH, self.dense.shape[-1] - 1)
+
+        def hutchinson() -> Estimate:
+            return self.operator.trace(rademacher(NUM_PROBES, like, generator))
+
+        self._estimates("Hutchinson", hutchinson, count, NUM_PROBES)
+        if size:
+            # One sketch for all: what a sketch leaves to the probes varies too much for a spread over few draws.
+            sketch = gaussian(size, like, generator)
+
+            def sketched() -> Estimate:
+                return self.operator.trace(rademacher(NUM_PROBES, like, generator), sketch)
+
+            self._estimates("Hutch++", sketched, count, NUM_PROBES + size)
+
+    # What they are made of
+
+    def _estimates(self, name: str, draw: Callable[[], Estimate], count: int, num_probes: int) -> None:
+        draws = [draw() for _ in range(count)]
+        self._form(f"{name} mean", draws[0].value, self.unit.shape, torch.float64)
+        self._form(f"{name} standard error", draws[0].standard_error, self.unit.shape, torch.float64)
+        if draws[0].num_probes != num_probes:
+            raise self._error(f"{name} probes", f"{draws[0].num_probes}", f"{num_probes}")
+        values = torch.stack([estimate.value for estimate in draws]).cpu()
+        reported = torch.stack([estimate.standard_error for estimate in draws]).square().mean(0).sqrt().cpu()
+        exact = self.dense.diagonal(dim1=1, dim2=2).double().sum(1).cpu()
+        spread = values.std(0)
+        floor = self.rounding * self.dense.shape[-1] * self.unit  # what is exact has no error to speak of
+        self._within(f"{name} mean", (values.mean(0) - exact).abs(), 4 * spread / count**0.5 + floor)
+        self._within(f"{name} standard error", (reported - spread).abs(), spread / 2 + floor)
+
+    def _form(self, name: str, value: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        if value.shape != shape:
+            raise self._error(f"shape of {name}", f"{tuple(value.shape)}", f"{tuple(shape)}")
+        if value.dtype != dtype:
+            raise self._error(f"dtype of {name}", f"{value.dtype}", f"{dtype}")
+        if not bool(torch.isfinite(value).all()):
+            raise self._error(f"finite {name}", "values that are not", "finite values")
+
+    def _compare(
+        self, name: str, got: torch.Tensor, expected: torch.Tensor, like: torch.Tensor | None = None, size: float = 1.0
+    ) -> None:
+        """Norm of the difference of every sample, allowed `rounding` units, times the norm of `like` or `size`."""
+        difference = (got.double() - expected.double()).flatten(1) if got.ndim > 1 else (got - expected)[:, None]
+        error = torch.linalg.vector_norm(difference, dim=1).cpu()
+        sizes = (
+            torch.full_like(error, size) if like is None else torch.linalg.vector_norm(like.double().flatten(1), dim=1)
+        )
+        self._within(name, error, self.rounding * self.unit * sizes.cpu())
+
+    def _within(self, name: str, error: torch.Tensor, allowed: torch.Tensor) -> None:
+        for index, (got, limit) in enumerate(zip(error.tolist(), allowed.tolist(), strict=True)):
+            if not got <= limit:  # NaN is not
+                raise self._error(name, f"a difference of {got:.3g} at sample {index}", f"{limit:.3g}")
+
+    def _error(self, name: str, got: str, allowed: str) -> ContractError:
+        return ContractError(f"{type(self.operator).__name__} breaks '{name}': got {got}; allowed: {allowed}.")
+
+
+def _unit(matrix: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
+    """1/sigma^2 + |F|, (B,) float64 on the CPU."""
+    return 1 / level.sigma.cpu() ** 2 + torch.linalg.matrix_norm(matrix.double(), ord=2).cpu()
+
+
+def _floored(tolerance: float, dtype: torch.dtype) -> float:
+    return max(tolerance, 1e3 * torch.finfo(dtype).eps)
+
+
+def _apply(matrix: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("bde,be->bd", matrix, v.flatten(1)).view_as(v)
+
+
+def _unless_unsupported(make: Callable[[], FisherOperator]) -> FisherOperator | None:
+    try:
+        return make()
+    except UnsupportedError:
+        return None
+
+
+def _part(state: DenoisingState, part: slice) -> DenoisingState:
+    """The state of some of the samples."""
+
+    def cut(value):
+        return value[part] if isinstance(value, torch.Tensor) and value.ndim else value
+
+    return DenoisingState(
+        state.sample[part], state.model_output[part], NoiseLevel(cut(state.level.alpha), cut(state.level.sigma)),
+        state.prediction, cut(state.timestep), cut(state.input_scale),
+    )  # fmt: skip

@@ -1,0 +1,194 @@
+"""Exact distributions: what points cost beside their matrix products, float32's accuracy, memory of banks in files.
+
+    python examples/benchmarks/exact_fisher.py
+
+Writes exact_fisher.json. The points are drawn from a seeded mixture of ten Gaussians with the spectrum of images, so
+nothing needs to be downloaded. Run it when nothing else does: the products use every thread that torch has.
+"""
+
+import multiprocessing
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from common import paired_seconds, ratio, save
+from safetensors.torch import save_file
+
+from diffusers_fisher import Covariance, DCTBasis, DiracMixture, GaussianMixture, NoiseLevel
+
+SHAPE, POINTS, BATCH, ROUNDS = (1, 16, 16), 60_000, 32, 15
+TIMESTEPS = (0, 50, 100, 150, 200, 300, 500, 700, 999)  # of Stable Diffusion's 1,000
+BANK_POINTS, BANK_SHARE = 600_000, 10  # the bank is that many times the memory given
+
+
+def level_at(timestep: int) -> NoiseLevel:
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
+    kept = (1 - betas).cumprod(0)[timestep]
+    return NoiseLevel(kept.sqrt(), (1 - kept).sqrt())
+
+
+def images(count: int, seed: int = 0) -> torch.Tensor:
+    """(count, 1, 16, 16) float32: ten classes, variances falling with the square of the spatial frequency."""
+    rows, columns = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    spectrum = 4 / (1 + rows**2 + columns**2).double().view(1, *SHAPE)
+    generator = torch.Generator().manual_seed(seed)
+    centres = Covariance.diagonal(spectrum, DCTBasis(SHAPE)).draw(torch.zeros(10, dtype=torch.long), generator)
+    law = GaussianMixture(centres.view(10, *SHAPE), Covariance.diagonal(0.5 * spectrum, DCTBasis(SHAPE)))
+    return law.sample(count, generator).float()
+
+
+def near_copies(count: int) -> torch.Tensor:
+    """Clusters of twenty points nearer to each other than the smallest sigma: the hardest case for float32."""
+    noise = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(1))
+    return images(count // 20, seed=2).repeat_interleave(20, 0) + 0.005 * noise
+
+
+def noised(points: torch.Tensor, level: NoiseLevel, seed: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    clean = points[torch.randint(len(points), (BATCH,), generator=generator)].double()
+    noise = torch.randn(clean.shape, generator=generator, dtype=torch.float64)
+    return (level.alpha * clean + level.sigma * noise).float()
+
+
+def timings(points: torch.Tensor) -> dict[str, Any]:
+    """Seconds and ratios by timestep; the four products of a covariance are those of the posterior and two more."""
+    distribution, rows = DiracMixture(points), points.flatten(1)
+    weights = torch.rand(BATCH, len(points), generator=torch.Generator().manual_seed(4))
+    table = {}
+    for timestep in TIMESTEPS:
+        level = level_at(timestep)
+        x = noised(points, level)
+        v, flat = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)), x.flatten(1)
+        kept = distribution.posterior(x, level)
+        kept.covariance(v)
+
+        def products(count: int, flat=flat) -> None:
+            for _ in range(count // 2):
+                flat @ rows.T
+                weights @ rows
+
+        def score_and_mean(x=x, level=level) -> tuple[torch.Tensor, torch.Tensor]:
+            posterior = distribution.posterior(x, level)
+            return posterior.score, posterior.mean
+
+        seconds = paired_seconds(
+            {
+                "two products": lambda run=products: run(2),
+                "score and mean": score_and_mean,
+                "four products": lambda run=products: run(4),
+                "covariance product": lambda x=x, v=v, at=level: distribution.posterior(x, at).covariance(v),
+                "later covariance product": lambda posterior=kept, v=v: posterior.covariance(v),
+            },
+            ROUNDS,
+        )
+        table[str(timestep)] = {
+            "sigma": float(level.sigma),
+            "median_seconds": {name: statistics.median(values) for name, values in seconds.items()},
+            "score_and_mean_over_two_products": ratio(seconds, "score and mean", "two products"),
+            "covariance_over_four_products": ratio(seconds, "covariance product", "four products"),
+            "later_covariance_over_four_products": ratio(seconds, "later covariance product", "four products"),
+        }
+        row = table[str(timestep)]
+        print(timestep, {name: value["median"] for name, value in row.items() if name.endswith("products")})
+    return table
+
+
+def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """The largest relative error over the samples."""
+    difference = (value.double() - reference).flatten(1).norm(dim=1)
+    return float((difference / reference.flatten(1).norm(dim=1)).max())
+
+
+def accuracy(points: torch.Tensor) -> dict[str, Any]:
+    """Largest errors of float32 against float64 by timestep; the covariance's in units of (sigma/alpha)^2 |v|."""
+    narrow, wide, table = DiracMixture(points), DiracMixture(points.double()), {}
+    for timestep in TIMESTEPS:
+        level = level_at(timestep)
+        x = noised(points, level)
+        v = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+        one, two = narrow.posterior(x, level), wide.posterior(x.double(), level)
+        difference = (one.covariance(v).double() - two.covariance(v.double())).flatten(1).norm(dim=1)
+        unit = level.noise_to_signal**2 * v.flatten(1).norm(dim=1)
+        table[str(timestep)] = {
+            "posterior_mean": relative(one.mean, two.mean),
+            "score": relative(one.score, two.score),
+            "log_density_nats": float((one.log_density - two.log_density).abs().max()),
+            "covariance_product": float((difference / unit).max()),
+            "trace": relative(one.fisher_trace()[:, None], two.fisher_trace()[:, None]),
+        }
+    return table
+
+
+def results(distribution: DiracMixture) -> dict[str, torch.Tensor]:
+    """What is compared between a bank and points in memory, at a level where many points have weight."""
+    level = level_at(500)
+    x = noised(images(BATCH, seed=6), level)
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    posterior = distribution.posterior(x, level)
+    return {
+        "log_density": posterior.log_density[:, None],
+        "score": posterior.score,
+        "posterior_mean": posterior.mean,
+        "covariance_product": posterior.covariance(v),
+        "trace": posterior.fisher_trace()[:, None],
+    }
+
+
+def bank_in_a_process(path: str, memory: int, found: str) -> None:
+    """In a process of its own: what a bank gives, and by how much the process grew at its peak (Linux)."""
+    results(DiracMixture(images(2000)))  # libraries and their buffers are not the bank's
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = resident_bytes("VmRSS")
+    values = results(DiracMixture(path, memory=memory))
+    torch.save({"grown": resident_bytes("VmHWM") - before, "values": values}, found)
+
+
+def resident_bytes(name: str) -> int:
+    """Resident memory of this process, mapped files included: VmRSS now, VmHWM at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def banks() -> dict[str, Any]:
+    """A bank in files ten times the memory given, against the same points in memory."""
+    points = images(BANK_POINTS)
+    size = points.numel() * points.element_size()
+    memory = size // BANK_SHARE
+    reference = results(DiracMixture(points))
+    table: dict[str, Any] = {"bank_bytes": size, "memory_given": memory, "batch": BATCH}
+    with tempfile.TemporaryDirectory() as folder:
+        numpy.save(Path(folder) / "bank.npy", points.numpy())
+        save_file({"points": points}, Path(folder) / "bank.safetensors")
+        for name in ("bank.npy", "bank.safetensors"):
+            found = str(Path(folder) / "found.pt")
+            process = multiprocessing.get_context("spawn").Process(
+                target=bank_in_a_process, args=(str(Path(folder) / name), memory, found)
+            )
+            process.start()
+            process.join()
+            result = torch.load(found)
+            errors = {key: relative(value, reference[key].double()) for key, value in result["values"].items()}
+            table[name] = {"peak_growth_bytes": result["grown"], "relative_errors": errors}
+            print(name, result["grown"], "of", memory, errors)
+    return table
+
+
+def main() -> None:
+    points, copies = images(POINTS), near_copies(POINTS)
+    setting = {"points": POINTS, "dimensions": 256, "batch": BATCH, "dtype": "float32", "rounds": ROUNDS}
+    save(
+        "exact_fisher",
+        {
+            "setting": setting | {"threads": torch.get_num_threads()},
+            "time": timings(points),
+            "float32": {"images": accuracy(points), "near copies": accuracy(copies)},
+            "bank": banks(),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

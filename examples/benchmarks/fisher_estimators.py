@@ -1,0 +1,154 @@
+"""The estimators that `fisher_accuracy.py` compares, by name, and one that was tried and not taken in."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from diffusers_fisher import (
+    AutodiffFisher,
+    DirectFisher,
+    EndpointFisher,
+    FiniteDifferenceFisher,
+    FisherOperator,
+    GaussianFisher,
+    Probes,
+    TraceCorrectedFisher,
+)
+from diffusers_fisher.fisher import ModelFisherOperator, rademacher
+
+
+def priors(samples: torch.Tensor) -> dict[str, GaussianFisher]:
+    """Gaussians fitted to clean samples."""
+    return {
+        "Gaussian, isotropic": GaussianFisher.fit_isotropic(samples),
+        "Gaussian, diagonal": GaussianFisher.fit_diagonal(samples),
+        "Gaussian, DCT": GaussianFisher.fit_diagonal(samples, dct=True),
+        "Gaussian, rank 32": GaussianFisher.fit_low_rank(samples, 32),
+    }
+
+
+def estimators(denoiser: Any, gaussians: dict[str, GaussianFisher], autodiff: bool) -> dict[str, Any]:
+    """Everything that can stand in a backward pass, but for the reference itself."""
+    table: dict[str, Any] = (
+        {"autodiff, forward (JVP)": AutodiffFisher(denoiser, forward_mode=True)} if autodiff else {}
+    )
+    return table | {
+        "finite difference": FiniteDifferenceFisher(denoiser),
+        "finite difference, central": FiniteDifferenceFisher(denoiser, central=True),
+        "direct": DirectFisher(),
+        **gaussians,
+        "direct and Gaussian, mean": Mean(DirectFisher(), gaussians["Gaussian, DCT"]),
+        "secants of earlier iterations": Secants(),
+        "endpoint, centred": EndpointFisher(centred=True),
+        "endpoint (paper's DF-EA)": EndpointFisher(),
+    }
+
+
+def trace_corrected(prior: Any, trace: Any) -> TraceCorrectedFisher:
+    return TraceCorrectedFisher(prior, trace)
+
+
+def exact_trace(operator: FisherOperator, generator: torch.Generator) -> torch.Tensor:
+    """The operator's own trace, whatever it costs."""
+    return operator.trace().value
+
+
+def trace_or_probes(operator: FisherOperator, generator: torch.Generator) -> torch.Tensor:
+    """The operator's trace where it is a closed form, else 16 Hutchinson probes."""
+    if operator.calls_per_state or operator.calls_per_product:
+        return operator.trace(rademacher(16, operator.state.sample, generator)).value
+    return operator.trace().value
+
+
+def probed(estimator: Any) -> dict[str, tuple[Any, Callable]]:
+    """Hutchinson and Hutch++ on the exact products."""
+
+    def hutchinson(count: int) -> Callable:
+        return lambda operator, generator: operator.trace(rademacher(count, operator.state.sample, generator)).value
+
+    def sketched(operator: FisherOperator, generator: torch.Generator) -> torch.Tensor:
+        probes = rademacher(11, operator.state.sample, generator).vectors
+        return operator.trace(Probes(probes[:5]), sketch=Probes(probes[5:])).value  # 5 + 2 * 6 = 17 products
+
+    return {
+        "exact products, 1 probe": (estimator, hutchinson(1)),
+        "exact products, 16 probes": (estimator, hutchinson(16)),
+        "exact products, Hutch++ (17)": (estimator, sketched),
+    }
+
+
+@torch.no_grad()
+def encoded(pipe: Any, images: torch.Tensor) -> torch.Tensor:
+    """Scaled latents of uint8 images (N, 1, 32, 32), drawn from the autoencoder's posterior."""
+    generator, pieces = torch.Generator().manual_seed(1), []
+    for batch in images.split(250):
+        pixels = (batch.float() / 127.5 - 1).expand(-1, 3, -1, -1)
+        pieces.append(pipe.vae.encode(pixels).latent_dist.sample(generator) * pipe.vae.config.scaling_factor)
+    return torch.cat(pieces)
+
+
+def prompt_embeds(pipe: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
+    positive, negative = pipe.encode_prompt(prompts, pipe.device, 1, True)
+    return {"prompt_embeds": positive.detach(), "negative_prompt_embeds": negative.detach()}
+
+
+def fresh(estimator: Any) -> Any:
+    """Without memory of other runs."""
+    return Secants(estimator.memory) if isinstance(estimator, Secants) else estimator
+
+
+class Mean:
+    """The mean of two operators."""
+
+    def __init__(self, left: Any, right: Any):
+        self.left, self.right = left, right
+
+    def __call__(self, state: Any, endpoint: Any = None) -> FisherOperator:
+        return 0.5 * (self.left(state, endpoint) + self.right(state, endpoint))
+
+
+class Secants:
+    """Tried: differences of model outputs between guidance iterations at the same level, as products with the
+    Jacobian that cost nothing; the least symmetric change of the direct operator that agrees with them (Powell's
+    symmetric Broyden formula for several secants)."""
+
+    def __init__(self, memory: int = 8):
+        self.memory = memory
+        self._states: dict[tuple[float, float], list] = {}
+
+    def __call__(self, state: Any, endpoint: Any = None) -> FisherOperator:
+        key = float(torch.as_tensor(state.timestep)), float(state.level.sigma)
+        past = self._states.get(key, [])
+        self._states[key] = [*past, state][-self.memory :]
+        return SecantsOperator(state, DirectFisher()(state), past)
+
+
+class SecantsOperator(ModelFisherOperator):
+    """See `Secants`."""
+
+    symmetric = True
+
+    def __init__(self, state: Any, prior: FisherOperator, past: list):
+        super().__init__(state)
+        self._prior, self._basis = prior, None
+        if not past:
+            return
+        steps = torch.stack([(state.sample - other.sample).flatten(1) for other in past], 2).double()
+        changes = torch.stack([(state.model_output - other.model_output).flatten(1) for other in past], 2).double()
+        known = [prior.output_jacobian(state.sample - other.sample).flatten(1) for other in past]
+        left, sizes, right = torch.linalg.svd(steps, full_matrices=False)
+        inverse = torch.where(sizes > 0.1 * sizes[:, :1], 1 / sizes, 0.0)
+        basis = left * (inverse > 0)[:, None, :]
+        rest = (changes - torch.stack(known, 2)) @ right.mT * inverse[:, None, :]
+        inner = basis.mT @ rest
+        self._basis, self._rest, self._inner = basis, rest, (inner + inner.mT) / 2
+
+    def output_jacobian(self, v: torch.Tensor) -> torch.Tensor:
+        product = self._prior.output_jacobian(v)
+        if self._basis is None:
+            return product
+        wide = v.double().flatten(1)[..., None]
+        inside = self._basis.mT @ wide
+        change = self._rest @ inside + self._basis @ (self._rest.mT @ wide) - self._basis @ (self._inner @ inside)
+        return product + change[..., 0].view_as(v).to(v.dtype)
