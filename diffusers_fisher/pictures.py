@@ -46,11 +46,11 @@ def fisher_pictures(
 ) -> Figure:
     """A row a sample: the posterior mean, the diagonal, and what moving along extreme eigenvectors does to the image.
 
-    The diagonal is that of sigma^2 F, averaged over channels: 1 where nothing but noise is left to know (the data are
-    pinned), towards 0 where they are as open as the noise allows, negative in a valley between modes. Every
-    eigenvector has three pictures: E[x_0|x_t] minus and plus a move along it, and the difference, plus minus minus.
-    The number below is sigma^2 times the eigenvalue, on the same scale as the diagonal. The most curved directions
-    are those that the model pins, the least curved ones those that it leaves open at this noise level.
+    The diagonal is that of sigma^2 F, averaged over channels: 1 where the sample tells the data, 0 where they stay as
+    uncertain as the noise (a variance of (sigma/alpha)^2), negative where more so, as between modes. Every eigenvector
+    has three pictures: E[x_0|x_t] minus and plus a move along it, and the difference in brightness (red: brighter
+    under plus; full colour at 1). The number is sigma^2 times the eigenvalue, on the diagonal's scale: the most curved
+    directions are those that the model pins, the least curved ones those that it leaves open at this noise level.
 
     Args:
         pipe: a latent pipeline, whose autoencoder decodes.
@@ -88,11 +88,12 @@ def fisher_pictures(
         for index, columns in enumerate(_directions(symmetric, show, count, scale, largest), start=1):
             groups[name if count == 1 else f"{name}, {index}"] = columns
     widths = [
-        sum(CELL * (1.3 if "colorbar" in column.options else 1) for column in group) for group in groups.values()
+        sum(CELL * (1.4 if "colorbar" in column.options else 1) for column in group) for group in groups.values()
     ]
     figure = Figure(figsize=(sum(widths), (CELL + 0.2) * len(sample) + 0.5), layout="constrained")
     parts = figure.subfigures(1, len(groups), width_ratios=widths, squeeze=False)[0]
-    for part, (name, columns) in zip(parts, groups.items(), strict=True):
+    for index, (part, (name, columns)) in enumerate(zip(parts, groups.items(), strict=True)):
+        part.set_facecolor("0.94" if index % 2 else "1.0")
         _draw_group(part, name, columns)
     return figure
 

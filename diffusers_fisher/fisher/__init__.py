@@ -1,6 +1,12 @@
 """Estimators of the diffusion Fisher, one file each, all with the same face."""
 
 from .autodiff import AutodiffFisher
+from .bounds import (
+    centred_endpoint_error_bound,
+    endpoint_error_bound,
+    norm_trace_error_bound,
+    residual_trace_error_bound,
+)
 from .covariance import Covariance, DCTBasis
 from .direct import DirectFisher
 from .endpoint import EndpointFisher
@@ -9,6 +15,7 @@ from .exact import DiracMixture, ExactFisher, GaussianMixture
 from .finite_difference import FiniteDifferenceFisher
 from .gaussian_data import GaussianFisher, TraceCorrectedFisher
 from .operator import FisherEstimator, FisherMatrixOperator, FisherOperator, ModelFisherOperator
+from .trace_matching import TraceMatchingFisher
 
 __all__ = [
     "AutodiffFisher",
@@ -28,8 +35,13 @@ __all__ = [
     "ModelFisherOperator",
     "Probes",
     "TraceCorrectedFisher",
+    "TraceMatchingFisher",
     "antithetic",
+    "centred_endpoint_error_bound",
+    "endpoint_error_bound",
     "gaussian",
+    "norm_trace_error_bound",
     "orthogonal",
     "rademacher",
+    "residual_trace_error_bound",
 ]

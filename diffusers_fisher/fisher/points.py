@@ -36,7 +36,7 @@ from .distributions import (
 )
 
 CACHED_BYTES = {"cpu": 2**22, "cuda": 2**28}  # of one chunk: what stays in a processor's cache between its two uses
-LOGIT_ERROR = 3e-5  # that rounding may leave in responsibilities; scores err by at most as much, relatively
+LOGIT_ERROR = 5e-6  # that rounding may leave in means over responsibilities; scores err by as much, relatively
 MIN_PAIRS = 4096  # (sample, point) pairs that are kept as differences whatever the number of points,
 PAIRS_SHARE = 64  # and the part of all pairs beyond which products with all rows are faster
 MIN_WIDTH = 32  # vectors that matrix products take together, where there are as many
@@ -61,8 +61,9 @@ class DiracMixture(Distribution):
     """Weighted points: the empirical law of a dataset.
 
     Points are read once when it is made, for their mean and to refuse NaN. Cost of a posterior over N points: two
-    matrix products, with N x d and d x N, and one reading of the bank; of a product with its covariance: two more.
-    Where posteriors rest on few points (low noise), covariances cost next to nothing.
+    matrix products, with N x d and d x N, and one reading of the bank; of a product with its covariance: two more and
+    another reading. Where posteriors rest on few points (low noise), these are found in one reading, and all products
+    after it cost next to nothing.
 
     Args:
         points: (N, *shape) tensor or array, on any device; or the path of a `.npy` or `.safetensors` file, or several,
@@ -114,12 +115,15 @@ class DiracMixture(Distribution):
         equal = torch.full((1,), -math.log(self.count), dtype=torch.float64, device=device)
         for start in range(0, self.count, size):
             part = slice(start, start + size)
-            if self._resident is not None:
-                rows = self._resident.rows[part].to(device, dtype)
-                squares = self._resident.squares[part].to(device)
-            else:
+            resident = self._resident
+            if resident is None:
                 rows = self._flat_rows(part).to(device, dtype) - self.centre.to(device, dtype)
-                squares = torch.linalg.vector_norm(rows, dim=1).double().square()
+            else:
+                rows = resident.rows[part].to(device, dtype)
+            if resident is None or dtype is not self.dtype:
+                squares = _squares(rows)
+            else:
+                squares = resident.squares[part].to(device)
             weights = equal if self._weights is None else self._weights[part].to(device).log()
             yield Chunk(rows, squares, weights)
 
@@ -153,8 +157,7 @@ class DiracMixture(Distribution):
     def _all_centred(self) -> Chunk:
         rows = self._flat_rows(slice(0, self.count))
         rows = (rows.to(self.dtype) - self.centre.to(rows.device, self.dtype)).contiguous()
-        squares = [part.double().square().sum(1) for part in rows.split(max(1, self.count // 64))]
-        return Chunk(rows, torch.cat(squares), rows.new_zeros(0))
+        return Chunk(rows, _squares(rows), rows.new_zeros(0))
 
 
 class Logits:
@@ -164,13 +167,10 @@ class Logits:
         centred: x', (B, d) float64.
         alpha, sigma: (1,) or (B,) float64.
         dtype: of the products.
-        count: number of points in all.
     """
 
-    def __init__(
-        self, centred: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, dtype: torch.dtype, count: int
-    ):
-        self.centred, self._alpha, self._sigma, self._count = centred, alpha, sigma, count
+    def __init__(self, centred: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, dtype: torch.dtype):
+        self._centred, self._alpha, self._sigma = centred, alpha, sigma
         self._slope, self._curvature = alpha / sigma**2, alpha**2 / sigma**2
         self._scaled = (centred * self._slope[:, None]).to(dtype)
         self._lengths = torch.linalg.vector_norm(centred, dim=1)
@@ -201,20 +201,21 @@ class Logits:
     def _window(self, chunk: Chunk) -> torch.Tensor:
         """(B,): how far below the maximum rounded logits matter; 0 where rounding does not.
 
-        What lies further below has at most LOGIT_ERROR/error of the weight in all.
+        Further below, at distance u, no weight is above e^-u of the largest. Rounding errors of single logits are
+        independent, so in means they add up to error * sqrt(sum w^2)/sum w <= error * e^(-u/2), whatever their number.
         """
         radius = chunk.squares.max().sqrt()
         error = self._rounding * (self._slope * self._lengths * radius + 0.5 * self._curvature * radius**2)
-        window = (error / LOGIT_ERROR).log() + math.log(self._count) + 2 * error
+        window = 2 * (error / LOGIT_ERROR).log() + 2 * error
         return torch.where(error > LOGIT_ERROR, window, 0.0)
 
     def _exact(self, samples: torch.Tensor, points: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """l of (sample, point) pairs, float64, from x' - alpha y'."""
         values = []
-        alpha, noise = (value.expand(len(self.centred)) for value in (self._alpha, self._sigma**2))
+        alpha, noise = (value.expand(len(self._centred)) for value in (self._alpha, self._sigma**2))
         log_weights = chunk.log_weights.expand(len(chunk.rows))
         for sample, point in zip(samples.split(MIN_PAIRS), points.split(MIN_PAIRS), strict=True):
-            difference = self.centred[sample] - alpha[sample, None] * chunk.rows[point].double()
+            difference = self._centred[sample] - alpha[sample, None] * chunk.rows[point].double()
             distance = self._lengths[sample].square() - difference.square().sum(1)
             values.append(log_weights[point] + distance / (2 * noise[sample]))
         return torch.cat(values)
@@ -237,7 +238,7 @@ class PointPosterior(Posterior):
         self._decided = False
         centre = mixture.centre.to(x.device)
         centred = x.double().flatten(1) - alpha[:, None] * centre
-        self._logits = Logits(centred, alpha, sigma, self._dtype, mixture.count)
+        self._logits = Logits(centred, alpha, sigma, self._dtype)
         self._largest, self._total, sums, self._kept = self._sweep(len(x))
         self._offset = sums / self._total[:, None]  # E[x_0|x_t] - c
         noise = sigma**2
@@ -288,26 +289,19 @@ class PointPosterior(Posterior):
         return self._pairs
 
     def _find_pairs(self) -> Pairs | None:
-        if self._kept is None:
-            return None
         mixture, batch = self._mixture, len(self._total)
         row = mixture.dimensions * (2 * self._dtype.itemsize + 16)
         limit = min(max(MIN_PAIRS, batch * mixture.count // PAIRS_SHARE), mixture.memory // 2 // row)
         tiny = NEGLIGIBLE * torch.finfo(self._dtype).eps / mixture.count
-        masks, found = [], 0
-        for weights, largest in self._kept:
-            scale = (largest - self._largest).exp() / self._total
-            masks.append(weights > (tiny / scale).to(weights.dtype)[:, None])
-            found += int(masks[-1].sum())
+        samples, rows, shares, found = [], [], [], 0
+        for points, weights in self._weighted():
+            sample, point = (weights > tiny).nonzero(as_tuple=True)
+            found += len(sample)
             if found > limit:
                 return None
-        samples, rows, shares = [], [], []
-        for mask, (weights, largest), chunk in zip(masks, self._kept, self._chunks(), strict=True):
-            sample, point = mask.nonzero(as_tuple=True)
-            scale = (largest - self._largest).exp() / self._total
             samples.append(sample)
-            rows.append(chunk.rows[point])
-            shares.append(weights[sample, point].double() * scale[sample])
+            rows.append(points[point])
+            shares.append(weights[sample, point])
         return Pairs.of(torch.cat(samples), torch.cat(rows), torch.cat(shares), batch)
 
     def _covariances(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -377,12 +371,12 @@ class Pairs:
 
     @classmethod
     def of(cls, samples: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, batch: int) -> Pairs:
-        """From the sample (P,), the row (P, d) and the weight (P,) float64 of every pair, in any order."""
+        """From the sample (P,), the row (P, d) and the weight (P,) of every pair, in any order."""
         counts = torch.bincount(samples, minlength=batch).tolist()
         order = samples.argsort(stable=True)
         differences, shares = [], []
         for row, weight in zip(rows[order].split(counts), weights[order].split(counts), strict=True):
-            wide, share = row.double(), weight / weight.sum()
+            wide, share = row.double(), weight.double() / weight.double().sum()
             differences.append((wide - share @ wide).to(rows.dtype))
             shares.append(share.to(rows.dtype))
         return cls(tuple(differences), tuple(shares))
@@ -402,6 +396,11 @@ class Pairs:
         """C, (B, d, d) float64."""
         pairs = zip(self.differences, self.weights, strict=True)
         return torch.stack([((rows * weights[:, None]).T @ rows).double() for rows, weights in pairs])
+
+
+def _squares(rows: torch.Tensor) -> torch.Tensor:
+    """(n,) float64, of the rows' precision: the same whatever the rows' company."""
+    return torch.linalg.vector_norm(rows, dim=1).double().square()
 
 
 def _work_dtype(stored: torch.dtype, given: torch.dtype) -> torch.dtype:

@@ -11,14 +11,20 @@ from cases import ORACLES, Network, latents
 
 from diffusers_fisher import (
     AutodiffFisher,
+    Covariance,
     DenoisingState,
+    DiracMixture,
     DirectFisher,
     EndpointFisher,
+    ExactFisher,
     FiniteDifferenceFisher,
     FisherError,
     FisherOperator,
+    GaussianFisher,
+    GaussianMixture,
     InputError,
     NoiseLevel,
+    TraceCorrectedFisher,
 )
 from diffusers_fisher.noise import Prediction
 from diffusers_fisher.testing import ContractError, check_fisher
@@ -49,6 +55,36 @@ def direct_matrix(problem):
         "edm": 1 / (sigma**2 + 0.5**2),  # c_skip = 0.25/(sigma^2 + 0.25)
     }[kind]
     return (slope * torch.eye(6, dtype=torch.float64)).expand(len(problem.sample), -1, -1)
+
+
+def exact_law(problem):
+    """The problem's oracle as one of the package's distributions."""
+    oracle = problem.oracle
+    means = oracle.means.view(-1, *oracle.shape)
+    if not bool(oracle.covariances.any()):
+        return ExactFisher(DiracMixture(means, oracle.weights))
+    return ExactFisher(GaussianMixture(means, Covariance.full(oracle.covariances, oracle.shape), oracle.weights))
+
+
+def data_covariance(problem):
+    oracle = problem.oracle
+    centred = oracle.means - oracle.weights @ oracle.means
+    return torch.einsum("k,kde->de", oracle.weights, oracle.covariances + outer(centred))
+
+
+def prior(problem):
+    return GaussianFisher(Covariance.full(data_covariance(problem)[None], problem.oracle.shape))
+
+
+def prior_matrix(problem, corrected=False):
+    """(alpha^2 S + sigma^2 I)^-1; corrected, with M = I - sigma^2 F scaled to the exact one's trace."""
+    identity, variance = torch.eye(6, dtype=torch.float64), problem.level.sigma**2
+    matrix = (problem.level.alpha**2 * data_covariance(problem) + variance * identity).inverse()
+    matrix = matrix.expand(len(problem.sample), -1, -1)
+    if not corrected:
+        return matrix
+    wanted, had = (6 - variance * each.diagonal(dim1=1, dim2=2).sum(1) for each in (problem.fisher, matrix))
+    return (identity - (wanted / had)[:, None, None] * (identity - variance * matrix)) / variance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +118,12 @@ CASES = {
         lambda problem: EndpointFisher(centred=True), lambda problem: endpoint_matrix(problem, True)
     ),
     "direct": Case(lambda problem: DirectFisher(), direct_matrix),
+    "exact": Case(exact_law),
+    "Gaussian prior": Case(prior, prior_matrix),
+    "Gaussian prior, trace corrected": Case(
+        lambda problem: TraceCorrectedFisher(prior(problem), exact_law(problem)),
+        lambda problem: prior_matrix(problem, corrected=True),
+    ),
 }
 
 
@@ -146,6 +188,14 @@ def test_tolerances_follow_the_dtype():
         problem.sample.float(), problem.state.model_output.float(), problem.level, problem.state.prediction
     )
     check_fisher(EndpointFisher(centred=True)(state, problem.endpoint.float()), endpoint_matrix(problem, True))
+
+
+def test_one_sample_of_one_dimension_has_a_contract_too():
+    level = NoiseLevel(torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.6, dtype=torch.float64))
+    x = latents(shape=(1, 1))
+    state = DenoisingState(x, torch.tanh(x), level, Prediction("epsilon"))
+    estimator = AutodiffFisher(lambda x, t: torch.tanh(x))
+    check_fisher(estimator(state), (1 - torch.tanh(x) ** 2)[..., None] / 0.6, estimator=estimator)
 
 
 @pytest.mark.parametrize("wrong", ["exact", "endpoint"])

@@ -351,7 +351,7 @@ def test_a_bank_is_never_read_whole(tmp_path, monkeypatch):
     posterior = distribution.posterior(x, LEVELS["middle"])
     posterior.covariance(x)
     posterior.fisher_trace()
-    assert sum(reads) == 3 * 4030  # once a posterior, once a product
+    assert 3 * 4030 <= sum(reads) < 4 * 4030  # once a posterior, once a product, and a look for few points
     assert max(reads) * 12 * 8 < memory // 4
 
 

@@ -1,0 +1,165 @@
+"""Trace matching (DF-TM): the trace, diagonal and products of the Fisher from a trained trace model.
+
+Notation: M = Cov[eps|x_t], r = tr M/d, F = (I - M)/sigma^2, C = (sigma^2/alpha^2) M; the model gives M = r I, or
+M = Q diag(m) Q^T with Q the identity or the discrete cosine transform (Wang et al., ICML 2025, arXiv 2505.23264).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import InputError
+from ..noise import expand
+from ..state import DenoisingState
+from .covariance import DCTBasis
+from .numerics import per_sample
+from .operator import FisherOperator
+
+if TYPE_CHECKING:
+    from ..models import FisherTraceModel, FisherTraceOutput
+
+
+LOG_NOISE_RANGE = 20.0  # trace models clamp log(sigma/alpha) to +-20, where pure noise has infinity
+
+
+class TraceMatchingFisher:
+    """The Fisher as a trained `FisherTraceModel` knows it: a multiple of the identity, or a diagonal in its basis.
+
+    The trace is what the model's `target` says: that of the data ("residual", "norm") or of the denoiser's own
+    Jacobian ("jacobian"). For likelihoods pass `num_probes=None`: the trace is exact as far as the model is.
+    Inside `scheduler.differentiable(...)` a multiple of the identity steers as `DirectFisher` does, with another size
+    at every step.
+
+    Cost: one evaluation of the trace model a state, none of the denoiser, no graph.
+
+    Args:
+        trace_model: trained for the denoiser whose states it is given. A pipeline's `log_likelihood` and `guide`
+            check its fingerprint against their own denoiser, the operator the prediction type.
+        pooled: (B, pooled_channels) or (1, pooled_channels), for models that take a pooled text embedding.
+        check: compare fingerprints; False only if you know that the denoiser is the one it was trained for.
+    """
+
+    def __init__(self, trace_model: FisherTraceModel, pooled: torch.Tensor | None = None, check: bool = True):
+        if not hasattr(trace_model, "evaluate"):
+            raise InputError(
+                f"TraceMatchingFisher takes a FisherTraceModel, got {type(trace_model).__name__}; load one with "
+                "FisherTraceModel.from_pretrained(...)."
+            )
+        self.trace_model = trace_model
+        self.pooled = pooled
+        self.check = check
+
+    @property
+    def description(self) -> str:
+        """The estimator with what its model was trained on."""
+        return f"TraceMatchingFisher (target {self.trace_model.target})"
+
+    def bind(self, denoiser: Any) -> TraceMatchingFisher:
+        """Itself, after a comparison of fingerprints with `denoiser` (a pipeline, or a denoiser over one).
+
+        Raises:
+            InputError: the trace model was trained for another denoiser; says what differs.
+        """
+        if self.check:
+            self.trace_model.check_fingerprint(denoiser)
+        return self
+
+    def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> TraceMatchingOperator:
+        return TraceMatchingOperator(state, self.trace_model, self.pooled)
+
+
+class TraceMatchingOperator(FisherOperator):
+    """See `TraceMatchingFisher`. The model is evaluated at the first use."""
+
+    chunk_size = 64
+
+    def __init__(self, state: DenoisingState, trace_model: FisherTraceModel, pooled: torch.Tensor | None = None):
+        super().__init__(state)
+        self._model = trace_model
+        self._pooled = pooled
+        self._transform: DCTBasis | None = None
+        if trace_model.config.output == "diagonal" and trace_model.config.basis == "dct":
+            self._transform = DCTBasis(tuple(state.sample.shape[1:])).to(state.sample.device)
+
+    @functools.cached_property
+    def _shares(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """m and 1 - m, each (B,) or (B, ...) in the model's basis, float64."""
+        given = noise_shares(self._model.evaluate(self.state, self._pooled), self.state)
+        m, rest = (value.to(self.state.sample.device) for value in given)
+        if not bool(torch.isfinite(m).all()):
+            raise InputError("The trace model's output is not finite; its weights or the state's output are damaged.")
+        return m, rest
+
+    def covariance(self, v: torch.Tensor) -> torch.Tensor:
+        variance = (self.state.level.sigma / self._alpha).square()
+        return self._apply(self._wide(self._shares[0]) * per_sample(self._numbers(variance), v.double()), v)
+
+    def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
+        return self._apply(self._shares[0], v) / expand(self._alpha, v)
+
+    def epsilon_jacobian(self, v: torch.Tensor) -> torch.Tensor:
+        return self._apply(self._shares[1], v) / expand(self.state.level.sigma, v)
+
+    def matmat(self, vectors: torch.Tensor) -> torch.Tensor:
+        self._check_many(vectors)
+        self._check_noise()
+        variance = per_sample(self._numbers(self.state.level.sigma**2), vectors[0])
+        return self._apply(self._shares[1], vectors) / variance
+
+    def exact_diagonal(self) -> tuple[torch.Tensor, int]:
+        sample, rest = self.state.sample, self._shares[1]
+        if self._transform is not None:
+            rest = self._transform.diagonal(rest.flatten(1)).view(sample.shape)
+        diagonal = self._wide(rest).expand(sample.shape)
+        return diagonal / per_sample(self._numbers(self.state.level.sigma**2), diagonal), 0
+
+    def exact_trace(self) -> tuple[torch.Tensor, int]:
+        rest = self._shares[1].reshape(len(self.state.sample), -1).mean(1)  # the trace is the same in every basis
+        variance = self._numbers(self.state.level.sigma**2).to(rest.device)
+        return self.state.sample[0].numel() * rest / variance, 0
+
+    def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        rest = self._wide(self._shares[1])
+        eigenvalues = rest / per_sample(self._numbers(self.state.level.sigma**2), rest) + per_sample(shift, rest)
+        return self._apply(1 / eigenvalues, v)
+
+    @property
+    def _alpha(self) -> torch.Tensor:
+        """alpha, or where it is zero what the model takes it for."""
+        level = self.state.level
+        return torch.maximum(level.alpha, level.sigma * math.exp(-LOG_NOISE_RANGE))
+
+    def _wide(self, shares: torch.Tensor) -> torch.Tensor:
+        """(B,) shares as (B, 1, ...)."""
+        return shares if shares.ndim > 1 else shares.view(-1, *[1] * (self.state.sample.ndim - 1))
+
+    def _apply(self, factors: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Q diag(factors) Q^T v for v (..., B, *shape), in the dtype of `v`."""
+        factors = self._wide(factors)
+        if self._transform is None:
+            return factors.to(v.dtype) * v
+        axes = self.state.sample.ndim - 1
+        z = self._transform.analyse(v.double().flatten(-axes))
+        return self._transform.synthesise(factors.flatten(1) * z).to(v.dtype).view(v.shape)
+
+
+def noise_shares(output: FisherTraceOutput, state: DenoisingState) -> tuple[torch.Tensor, torch.Tensor]:
+    """m and 1 - m of a trace model's output, (B,) or (B, ...) float64: m the posterior variance of the noise.
+
+    From a second moment (target "norm") m is (alpha^2/sigma^2)(E[|x_0|^2/d | x_t] - |x0hat|^2/d), a difference of two
+    numbers of order one that at small noise are nearly equal; it may come out negative or above one.
+    """
+    if output.logits is not None:
+        logits = output.logits.double()
+        return torch.sigmoid(logits), torch.sigmoid(-logits)
+    if output.second_moment is None:
+        raise InputError("The trace model's output is empty; pass what its `forward` or `evaluate` returns.")
+    moment = output.second_moment.double()
+    level, clean = state.level, state.pred_original_sample.detach().double()
+    snr = (level.alpha / level.sigma).square().to(moment.device)
+    m = snr * (moment - clean.square().flatten(1).mean(1).to(moment.device))
+    return m, 1 - m
