@@ -17,12 +17,20 @@ _HOMES = {
     ".fisher": (
         "AutodiffFisher", "Covariance", "DCTBasis", "DiracMixture", "DirectFisher", "EndpointFisher", "Estimate",
         "ExactFisher", "FiniteDifferenceFisher", "FisherEstimator", "FisherOperator", "GaussianFisher",
-        "GaussianMixture", "Probes", "TraceCorrectedFisher",
+        "GaussianMixture", "Probes", "TraceCorrectedFisher", "TraceMatchingFisher", "centred_endpoint_error_bound",
+        "endpoint_error_bound", "norm_trace_error_bound", "residual_trace_error_bound",
     ),
     ".guidance": ("ClassifierReward", "GuidanceOutput", "LinearReward", "MeasurementReward"),
     ".likelihood": ("LikelihoodOutput",),
+    ".models": ("FisherTraceModel",),
     ".noise": ("NoiseLevel", "noise_level"),
-    ".pipelines": ("FisherPipelineMixin", "StableDiffusionFisherPipeline", "custom_pipeline_file"),
+    ".pictures": ("fisher_pictures", "trace_plot"),
+    ".pipelines": (
+        "DDIMFisherPipeline", "DDPMFisherPipeline", "DiTFisherPipeline", "FisherPipelineMixin", "FluxFisherPipeline",
+        "LDMFisherPipeline", "PixArtAlphaFisherPipeline", "PixArtSigmaFisherPipeline",
+        "StableDiffusion3FisherPipeline", "StableDiffusionFisherPipeline", "StableDiffusionXLFisherPipeline",
+        "custom_pipeline_file", "fisher_pipeline",
+    ),
     ".schedulers": ("FisherSchedulerMixin", "Trajectory", "fisher_scheduler"),
     ".schedulers.catalog": (
         "FisherDDIMInverseScheduler", "FisherDDIMScheduler", "FisherDDPMScheduler", "FisherDEISMultistepScheduler",
@@ -33,6 +41,7 @@ _HOMES = {
         "FisherLCMScheduler", "FisherLMSDiscreteScheduler", "FisherPNDMScheduler", "FisherSASolverScheduler",
         "FisherTCDScheduler", "FisherUniPCMultistepScheduler",
     ),
+    ".schedulers.lml": ("LMLDDIMScheduler", "LMLDPMSolverMultistepScheduler", "LMLFlowMatchEulerDiscreteScheduler"),
     ".state": ("DenoisingState",),
     "diffusers": ("ModelMixin", "SchedulerMixin"),  # diffusers' loader asks a component's module for these names
 }  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from .errors import InputError, NumericalError, UnsupportedError
 from .noise import NoiseLevel, input_scale, noise_level, prediction_of
@@ -28,6 +29,13 @@ def borrowed(pipe: Any, **attributes: Any) -> Iterator[None]:
         vars(pipe).update(saved)
 
 
+STEP_INDEXED = {
+    "control_guidance_start": 0.0, "control_guidance_end": 1.0, "adapter_conditioning_factor": 1.0,
+    "skip_guidance_layers": None, "denoising_start": None, "denoising_end": None, "strength": 1.0,
+}  # fmt: skip
+"""Call arguments that act by the step's index within its run, with the value that does not."""
+
+
 class _EchoScheduler:
     """A scheduler of one step that hands the model output back."""
 
@@ -38,6 +46,7 @@ class _EchoScheduler:
         self.config = scheduler.config
         self.timesteps = torch.as_tensor(timestep).reshape(1)
         self.sigmas = torch.ones(2)
+        self.output: torch.Tensor | None = None
 
     def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None):
         self.timesteps = self.timesteps.to(device)
@@ -48,8 +57,12 @@ class _EchoScheduler:
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         return sample
 
-    def step(self, model_output, timestep, sample, return_dict: bool = True, generator=None, eta=None):
-        return (model_output, model_output)
+    def step(
+        self, model_output, timestep, sample, return_dict: bool = True, generator=None, eta=None,
+        use_clipped_model_output=None,
+    ):  # fmt: skip
+        self.output = model_output
+        return SchedulerOutput(prev_sample=model_output) if return_dict else (model_output, model_output)
 
 
 class Denoiser(abc.ABC):
@@ -94,8 +107,10 @@ class PipelineDenoiser(Denoiser):
     k-diffusion style schedulers), in the pipeline's latent layout: (B, C, H, W), or packed (B, N, C) with `height` and
     `width` given.
 
-    Limits: step-indexed conditioning (ControlNet's start and end) sees step 0 of 1; Flux casts the timestep to the
-    latents' dtype.
+    Conditioning by the step's index (ControlNet's start and end) can't be had from one step and is refused. Flux
+    casts the timestep to the latents' dtype. What the pipeline draws in its call (an inpainting pipeline's encoding of
+    its masked image) is drawn anew by every evaluation: give it ready-made (`masked_image_latents`). PixArt's binning
+    of sizes is off: the latents decide.
 
     Args:
         pipe: a diffusers pipeline whose call takes `latents`.
@@ -106,7 +121,8 @@ class PipelineDenoiser(Denoiser):
         num_calls: evaluations so far (with classifier-free guidance each runs the network on twice the batch).
 
     Raises:
-        UnsupportedError: a pipeline whose call takes no `latents`, or a scheduler whose levels are not known.
+        UnsupportedError: a pipeline whose call takes no `latents`, a scheduler whose levels are not known, or
+            conditioning by the step's index.
     """
 
     def __init__(self, pipe: Any, guidance_scale: float = 1.0, **call_arguments: Any):
@@ -114,18 +130,27 @@ class PipelineDenoiser(Denoiser):
         if "latents" not in parameters:
             raise UnsupportedError(
                 f"{type(pipe).__name__} takes no `latents`, so it can't be evaluated at a given sample; supported: "
-                "pipelines whose call has `latents`, such as StableDiffusionPipeline."
+                "pipelines whose call has `latents`, such as StableDiffusionPipeline. Unconditional and "
+                "class-conditional ones get them from diffusers_fisher.fisher_pipeline(pipe)."
             )
         unknown = sorted(set(call_arguments) - set(parameters))
         if unknown:
             raise InputError(f"{type(pipe).__name__} does not take {unknown}; it takes {sorted(parameters)}.")
+        indexed = {key: call_arguments[key] for key, neutral in STEP_INDEXED.items() if key in call_arguments}
+        indexed = {key: value for key, value in indexed.items() if not _neutral(value, STEP_INDEXED[key])}
+        if indexed:
+            raise UnsupportedError(
+                f"{indexed} acts by the step's index within a run, which a single evaluation does not have. Leave it "
+                "out, or differentiate a run with an estimator that needs no denoiser, such as DirectFisher()."
+            )
         super().__init__(pipe.scheduler)
         self.pipe = pipe
         self.guidance_scale = guidance_scale
         if "guidance_scale" in parameters:
             call_arguments = {"guidance_scale": guidance_scale, **call_arguments}
-        self._arguments = call_arguments
-        self._encoded: Any = None
+        fixed = {"strength": 1.0, "use_resolution_binning": False}
+        self._arguments = {key: value for key, value in fixed.items() if key in parameters} | call_arguments
+        self._encoded: dict[Any, Any] = {}
 
     @property
     def device(self) -> torch.device:
@@ -137,16 +162,13 @@ class PipelineDenoiser(Denoiser):
 
         Raises:
             InputError: what the pipeline refuses, in its own words.
+            UnsupportedError: a call that does not step, or that changes what the step returned.
             NumericalError: the output is not finite.
         """
+        scheduler = _EchoScheduler(self.scheduler, timestep)
         with_graph = torch.is_grad_enabled() and x.requires_grad
         call = inspect.unwrap(type(self.pipe).__call__) if with_graph else type(self.pipe).__call__
-        attributes: dict[str, Any] = {
-            "scheduler": _EchoScheduler(self.scheduler, timestep),
-            "_progress_bar_config": {"disable": True},
-        }
-        if hasattr(self.pipe, "encode_prompt"):
-            attributes["encode_prompt"] = self.encode_prompt
+        attributes = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}, **self.encoding()}
         arguments = {**self._size_arguments(x), **self._arguments}
         latents = x.to(self._latents_dtype())
         with borrowed(self.pipe, **attributes):
@@ -155,6 +177,17 @@ class PipelineDenoiser(Denoiser):
             )
         self.num_calls += 1
         output = result[0]
+        name = type(self.pipe).__name__
+        if scheduler.output is None:
+            raise UnsupportedError(
+                f"{name} ended its call without a step of its scheduler, so there is no model output. Leave out what "
+                "shortens or interrupts its run."
+            )
+        if output is not scheduler.output and not _same(output, scheduler.output):
+            raise UnsupportedError(
+                f"{name} changed the latents after its scheduler's step (an inpainting blend, or a callback), so what "
+                "it returned is not the model output. Use the text-to-image pipeline over the same components."
+            )
         if not torch.isfinite(output).all():
             raise NumericalError(
                 f"The denoiser's output at timestep {timestep} is not finite. Half-precision weights or inputs far "
@@ -173,9 +206,32 @@ class PipelineDenoiser(Denoiser):
             return {}
         return {"height": x.shape[-2] * factor, "width": x.shape[-1] * factor}
 
+    def encoding(self) -> dict[str, Any]:
+        """What to set on the pipeline for a call, so that it encodes its prompts once."""
+        return {"encode_prompt": self.encode_prompt} if hasattr(self.pipe, "encode_prompt") else {}
+
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for the pipeline's own: encodes at the first call, without a graph, and remembers."""
-        if self._encoded is None:
+        """Stands in for the pipeline's own: encodes each prompt once, without a graph, and remembers."""
+        key = _key((args, kwargs))
+        if key not in self._encoded:
             with torch.no_grad():
-                self._encoded = type(self.pipe).encode_prompt(self.pipe, *args, **kwargs)
-        return self._encoded
+                # With the arguments, so that no other tensor takes the place in memory that the key knows it by.
+                self._encoded[key] = type(self.pipe).encode_prompt(self.pipe, *args, **kwargs), args, kwargs
+        return self._encoded[key][0]
+
+
+def _key(value: Any) -> Any:
+    """A hashable stand-in for call arguments: strings and numbers by value, tensors by identity."""
+    if isinstance(value, dict):
+        return tuple((name, _key(entry)) for name, entry in sorted(value.items()))
+    if isinstance(value, (list, tuple)):
+        return tuple(_key(entry) for entry in value)
+    return value if isinstance(value, (str, int, float, type(None), torch.device, torch.dtype)) else id(value)
+
+
+def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.shape == right.shape and bool(((left == right) | (left.isnan() & right.isnan())).all())
+
+
+def _neutral(value: Any, neutral: Any) -> bool:
+    return all(entry == neutral for entry in value) if isinstance(value, (list, tuple)) else value == neutral

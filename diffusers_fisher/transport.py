@@ -9,6 +9,7 @@ if and only if it is the gradient of a convex function, that is, A symmetric pos
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from .denoiser import Denoiser
-from .errors import InputError, NumericalError
+from .errors import InputError, NumericalError, UnsupportedError
 from .fisher.operator import FisherEstimator, FisherOperator
 from .noise import NoiseLevel, Prediction, expand, log_noise_to_signal_range, timestep_at
 from .state import DenoisingState
@@ -260,7 +261,7 @@ def _integrate(
     integration: Adaptive | FixedSteps, num_points: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Times, (T, B, ...) samples and (T, B, d, k) Jacobians, in units of the data."""
-    from torchdiffeq import odeint
+    odeint = _extra("torchdiffeq").odeint
 
     def rate(log_time: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]):
         x, columns = state
@@ -278,6 +279,17 @@ def _integrate(
     samples = found / alphas.reshape(-1, *[1] * (found.ndim - 1))
     jacobians = columns.flatten(3).permute(0, 2, 3, 1) / alphas.reshape(-1, 1, 1, 1)
     return times, samples, jacobians
+
+
+def _extra(name: str) -> Any:
+    """A module of the `transport` extra."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UnsupportedError(
+            f"Transport maps need the package '{name}', which is not installed ({error}). Install the extra: "
+            "pip install 'diffusers_fisher[transport]'."
+        ) from error
 
 
 def asymmetry(matrices: torch.Tensor) -> torch.Tensor:
@@ -327,8 +339,7 @@ def coupling_cost(start: torch.Tensor, end: torch.Tensor, batches: int = 8) -> C
     Raises:
         InputError: fewer than two batches of two points.
     """
-    import ot
-
+    ot = _extra("ot")
     size = len(start) // batches
     if batches < 2 or size < 2:
         raise InputError(

@@ -1,11 +1,15 @@
 """The PF-ODE's map and its Jacobian: closed forms, schedules that are one ODE, indices, couplings."""
 
+import json
 import math
+import sys
 
 import pytest
 import tiny
 import torch
 from cases import relative
+from PIL import Image
+from typer.testing import CliRunner
 
 from diffusers_fisher import (
     AutodiffFisher,
@@ -15,8 +19,10 @@ from diffusers_fisher import (
     GaussianMixture,
     InputError,
     PipelineDenoiser,
+    UnsupportedError,
 )
-from diffusers_fisher.evaluation.transport_study import gaussian_map, two_dimensional_cases
+from diffusers_fisher.cli import app
+from diffusers_fisher.evaluation.transport_study import gaussian_map, parse_points, run_study, two_dimensional_cases
 from diffusers_fisher.testing import MixtureOracle, OracleDenoiser
 from diffusers_fisher.transport import (
     SCHEDULES,
@@ -215,3 +221,43 @@ def test_too_few_steps_and_pairs_are_refused():
     with pytest.raises(InputError, match="3 pairs in 2 batches; allowed: two batches or more of two pairs or more"):
         coupling_cost(normal(3, 2), normal(3, 2), batches=2)
     assert Adaptive(1e-6).coarser().tolerance > 1e-6
+
+
+@pytest.mark.parametrize("name", ["torchdiffeq", "ot"])
+def test_missing_extra_is_said_in_words(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)  # as though it were not installed
+    with pytest.raises(
+        UnsupportedError, match=rf"need the package '{name}'.*pip install 'diffusers_fisher.transport.'"
+    ):
+        if name == "ot":
+            coupling_cost(normal(8, 2), normal(8, 2), batches=2)
+        else:
+            found("Gaussian", SCHEDULES["edm"])
+
+
+def test_given_points_are_read_or_refused_in_words(tmp_path):
+    assert parse_points("0.5,0; 0,-0.5; 0,0").tolist() == [[0.5, 0.0], [0.0, -0.5], [0.0, 0.0]]
+    assert parse_points(None) is None
+    for text in ("0.5,0; x,1", "1,2; 3", ""):
+        with pytest.raises(InputError, match="allowed: coordinates between commas, points between semicolons"):
+            parse_points(text)
+    with pytest.raises(InputError, match=r"Points have shape \(1, 2\); allowed: \(N, d\), at least two points"):
+        run_study(tmp_path, points=parse_points("1,2"))
+    with pytest.raises(InputError, match="`runs` is 1; allowed: at least 2"):
+        run_study(tmp_path, runs=1)
+
+
+def test_command_writes_table_report_and_plots(tmp_path):
+    result = CliRunner().invoke(
+        app, ["transport", "--output", str(tmp_path), "--runs", "3", "--points", "0.5,0; 0,-0.5; 0,0"]
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "transport.json").read_text())
+    assert [row["schedule"] for row in report["maps"]] == list(SCHEDULES)
+    assert "3 given points" in result.output
+    for name in ("maps", "index_by_steps"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert min(picture.size) > 300
+    refused = CliRunner().invoke(app, ["transport", "--output", str(tmp_path), "--points", "1"])
+    assert refused.exit_code == 1
+    assert "at least two points" in refused.output

@@ -7,15 +7,23 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    LDMPipeline,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import (
@@ -25,6 +33,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )
 
 
@@ -131,7 +142,18 @@ def _module(module):
     return parts, tensors
 
 
-def stable_diffusion_xl():
+def t5(width=16):
+    """A T5 tokenizer of single letters, and its encoder."""
+    letters = [chr(code) for code in range(97, 123)]
+    vocabulary = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
+    vocabulary += [(token, -1.0 - index / 100) for index, token in enumerate(["▁", *letters])]
+    config = T5Config(
+        vocab_size=len(vocabulary), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, is_gated_act=False
+    )
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0), T5EncoderModel(config).eval()
+
+
+def stable_diffusion_xl(cls=StableDiffusionXLPipeline):
     torch.manual_seed(0)
     words = tokenizer()
     net = unet(
@@ -139,7 +161,7 @@ def stable_diffusion_xl():
         cross_attention_dim=32,
     )  # fmt: skip
     return quiet(
-        StableDiffusionXLPipeline(
+        cls(
             vae=vae(), unet=net, tokenizer=words, tokenizer_2=words, text_encoder=CLIPTextModel(text_config(words)),
             text_encoder_2=CLIPTextModelWithProjection(text_config(words)),
             scheduler=EulerDiscreteScheduler.from_config(scheduler().config), add_watermarker=False,
@@ -147,33 +169,98 @@ def stable_diffusion_xl():
     )  # fmt: skip
 
 
-def stable_diffusion_3():
+def stable_diffusion_3(cls=StableDiffusion3Pipeline, texts=False):
+    """Stable Diffusion 3, with its three text encoders where `texts`."""
     torch.manual_seed(0)
+    words = tokenizer()
+    parts = dict.fromkeys(
+        ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"]
+    )
+    if texts:  # two of width 16 beside each other make one of T5's
+        parts["tokenizer_3"], parts["text_encoder_3"] = t5(32)
+        for name in ("", "_2"):
+            parts |= {
+                "tokenizer" + name: words,
+                "text_encoder" + name: CLIPTextModelWithProjection(text_config(words, 8)),
+            }
     net = SD3Transformer2DModel(
         sample_size=8, patch_size=1, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
+        joint_attention_dim=32 if texts else 16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
     )  # fmt: skip
-    return quiet(
-        StableDiffusion3Pipeline(
-            transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(shift_factor=0.06),
-            text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None,
-            tokenizer_3=None,
-        )
-    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return quiet(cls(transformer=net, scheduler=scheduler, vae=vae(shift_factor=0.06), **parts))
 
 
-def flux():
+def flux(cls=FluxPipeline, texts=False, guidance_embeds=False):
+    """Flux, with its two text encoders where `texts`; as Flux-dev where `guidance_embeds`."""
     torch.manual_seed(0)
+    parts = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+    if texts:
+        words = tokenizer()
+        parts |= {"tokenizer": words, "text_encoder": CLIPTextModel(text_config(words))}
+        parts["tokenizer_2"], parts["text_encoder_2"] = t5()
     net = FluxTransformer2DModel(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
+        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8), guidance_embeds=guidance_embeds,
     )  # fmt: skip
-    return quiet(
-        FluxPipeline(
-            transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=vae(),
-            text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
-        )
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return quiet(cls(transformer=net, scheduler=scheduler, vae=vae(shift_factor=0.1), **parts))
+
+
+def pixart(cls=PixArtAlphaPipeline, sample_size=8):
+    """PixArt, with learned variance; of `sample_size` 128 it is told the image's size and shape."""
+    torch.manual_seed(0)
+    words, encoder = t5()
+    net = PixArtTransformer2DModel(
+        sample_size=sample_size, patch_size=2, in_channels=4, out_channels=8, num_layers=1, attention_head_dim=12,
+        num_attention_heads=2, cross_attention_dim=24, caption_channels=16,
     )  # fmt: skip
+    awaken(net)
+    return quiet(cls(tokenizer=words, text_encoder=encoder, transformer=net, vae=vae(), scheduler=scheduler()))
+
+
+def dit(cls=DiTPipeline, **changes):
+    """Class-conditional DiT, with learned variance."""
+    torch.manual_seed(0)
+    net = DiTTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=1, attention_head_dim=8,
+        num_attention_heads=2, num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    awaken(net)
+    net.eval()  # in training it drops labels
+    return quiet(cls(transformer=net, vae=vae(), scheduler=scheduler(beta_schedule="linear", **changes)))
+
+
+def unconditional_unet(channels):
+    return UNet2DModel(
+        sample_size=8, in_channels=channels, out_channels=channels, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8, norm_num_groups=4,
+    )  # fmt: skip
+
+
+def unconditional(cls=DDPMPipeline, **components):
+    """A model of pixels."""
+    torch.manual_seed(0)
+    parts = {"unet": unconditional_unet(3), "scheduler": scheduler(beta_schedule="linear")}
+    return quiet(cls(**{**parts, **components}))
+
+
+def latent_unconditional(cls=LDMPipeline):
+    torch.manual_seed(0)
+    quantised = VQModel(
+        in_channels=3, out_channels=3, block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=4, latent_channels=3,
+        num_vq_embeddings=32, scaling_factor=0.5,
+    )  # fmt: skip
+    return quiet(cls(vqvae=quantised, unet=unconditional_unet(3), scheduler=scheduler()))
+
+
+def awaken(network):
+    """Random numbers for weights that begin at zero, without which a network does not look at its input."""
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
 
 
 def embeds(batch, pooled=True, length=8):

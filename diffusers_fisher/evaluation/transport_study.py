@@ -124,8 +124,8 @@ def study(case: Case, schedule: Schedule, runs: int, seed: int) -> tuple[dict[st
     generator = torch.Generator().manual_seed(seed)
     level = schedule.level(schedule.noise_time)
     shape = case.distribution.shape
-    # Standard normal in the schedule's own coordinates, as a sampler starts (and as the paper's experiment does).
-    start = torch.randn(runs, *shape, generator=generator, dtype=torch.float64) * level.norm / level.alpha
+    # Pure noise, as a sampler starts (and as the paper's experiment does), not the noised data.
+    start = torch.randn(runs, *shape, generator=generator, dtype=torch.float64) * level.noise_to_signal
     found = transport_map(exact_field(case.distribution), start, schedule)
     row: dict[str, Any] = {"case": case.name, "schedule": schedule.name, "optimal": case.optimal, "runs": runs}
     row |= indices(found.jacobian) | {"integration_error": found.error}
@@ -175,10 +175,11 @@ def by_steps(case: Case, schedule: Schedule, runs: int, seed: int) -> list[dict[
     """The indices when the integration is coarse: how much of them is the integrator's."""
     generator = torch.Generator().manual_seed(seed)
     level = schedule.level(schedule.noise_time)
-    start = torch.randn(runs, *case.distribution.shape, generator=generator, dtype=torch.float64) * level.norm
+    noise = torch.randn(runs, *case.distribution.shape, generator=generator, dtype=torch.float64)
+    start = noise * level.noise_to_signal
     rows = []
     for steps in STEP_COUNTS:
-        found = transport_map(exact_field(case.distribution), start / level.alpha, schedule, FixedSteps(steps))
+        found = transport_map(exact_field(case.distribution), start, schedule, FixedSteps(steps))
         rows.append({"case": case.name, "schedule": schedule.name, "steps": steps} | indices(found.jacobian))
     return rows
 

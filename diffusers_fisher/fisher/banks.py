@@ -15,6 +15,7 @@ from safetensors import safe_open
 from ..errors import CheckpointError, InputError
 from ..files import check_safetensors
 
+BANK_SUFFIXES = (".npy", ".safetensors")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NUMPY_FLOATS = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 _SAFETENSORS_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}

@@ -342,7 +342,7 @@ def checked_level(x: torch.Tensor, level: NoiseLevel, shape: tuple[int, ...]) ->
     """alpha and sigma, (1,) or (B,) float64 on x's device, of noised samples `x` that are looked at as well."""
     if x.dtype not in (torch.float32, torch.float64):
         raise InputError(f"Samples have dtype {x.dtype}; allowed: float32, float64. Pass x.float().")
-    if x.ndim != len(shape) + 1 or tuple(x.shape[1:]) != tuple(shape):
+    if x.ndim != len(shape) + 1 or tuple(x.shape[1:]) != tuple(shape) or not len(x):
         raise InputError(
             f"Samples have shape {tuple(x.shape)}; allowed: (B, {', '.join(map(str, shape))}), the distribution's."
         )

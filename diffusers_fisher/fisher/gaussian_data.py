@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +14,15 @@ import torch
 from ..errors import CheckpointError, InputError, UnsupportedError
 from ..files import load_tensors, save_tensors
 from ..state import DenoisingState
+from .banks import BANK_SUFFIXES, as_bank
 from .covariance import Covariance, DCTBasis, EigenBasis, ShiftedCovariance
 from .operator import CombinedOperator, FisherMatrixOperator
 
-Samples = torch.Tensor | Iterable[torch.Tensor]
-"""Clean samples in the model's coordinates (scaled latents): (N, *shape), or batches of them."""
+Samples = torch.Tensor | Iterable[torch.Tensor] | str | os.PathLike
+"""Clean samples in the model's coordinates (scaled latents): (N, *shape), batches of them, or the path of a `.npy` or
+`.safetensors` file with one such tensor, or of a folder of these files, which are read in slices."""
+
+ROWS = 4096  # samples at once
 
 FORMAT = "diffusers_fisher.GaussianFisher"
 LOW_RANK_LIMIT = 8192
@@ -223,9 +228,9 @@ def _peeked(samples: Samples) -> tuple[torch.Tensor, Iterator[torch.Tensor]]:
 
 
 def _batches(samples: Samples) -> Iterator[torch.Tensor]:
-    """Batches of at most 4096, checked."""
+    """Batches of samples, checked."""
     shape = None
-    for batch in samples.split(4096) if isinstance(samples, torch.Tensor) else samples:
+    for batch in _pieces(samples):
         shape = batch.shape[1:] if shape is None else shape
         if batch.ndim < 2 or batch.shape[1:] != shape or not torch.isfinite(batch).all():
             raise InputError(
@@ -233,6 +238,19 @@ def _batches(samples: Samples) -> Iterator[torch.Tensor]:
                 "same in every batch, without NaN or infinity."
             )
         yield batch
+
+
+def _pieces(samples: Samples) -> Iterable[torch.Tensor]:
+    if isinstance(samples, torch.Tensor):
+        return samples.split(ROWS)
+    if not isinstance(samples, str | os.PathLike):
+        return samples
+    path = Path(samples)
+    files = sorted(file for file in path.iterdir() if file.suffix in BANK_SUFFIXES) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"The folder '{path}' holds no samples; allowed: {', '.join(BANK_SUFFIXES)} files.")
+    bank = as_bank(files)
+    return (bank.read(start, start + ROWS) for start in range(0, bank.count, ROWS))
 
 
 def _check_count(count: int) -> None:

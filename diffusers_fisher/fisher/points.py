@@ -1,6 +1,6 @@
 """Points as a distribution: in memory, or a bank of latents in files that is streamed.
 
-Notation: points y_i with weights p_i, centre c, y'_i = y_i - c, x' = x - alpha c. Responsibilities are
+Notation: points y_i with weights p_i, some centre c, y'_i = y_i - c, x' = x - alpha c. Responsibilities are
 w_i = softmax_i(l_i), l_i = log p_i + (alpha/sigma^2) <x', y'_i> - (alpha^2/(2 sigma^2)) |y'_i|^2, which leaves out
 what all points share. Sums over points run in chunks of rows with a running maximum of l (Milakov and Gimelshein,
 Online normalizer calculation for softmax, 2018, arXiv 1805.02867), so rows are read once and used twice.
@@ -36,9 +36,10 @@ from .distributions import (
 )
 
 CACHED_BYTES = {"cpu": 2**22, "cuda": 2**28}  # of one chunk: what stays in a processor's cache between its two uses
-LOGIT_ERROR = 5e-6  # that rounding may leave in means over responsibilities; scores err by as much, relatively
+LOGIT_ERROR = 3e-6  # that rounding may leave in means over responsibilities; scores err by as much, relatively
 MIN_PAIRS = 4096  # (sample, point) pairs that are kept as differences whatever the number of points,
 PAIRS_SHARE = 64  # and the part of all pairs beyond which products with all rows are faster
+EXACT_PAIRS = 512  # pairs whose logits are computed again at once: few enough for the cache
 MIN_WIDTH = 32  # vectors that matrix products take together, where there are as many
 
 
@@ -60,15 +61,15 @@ class Chunk:
 class DiracMixture(Distribution):
     """Weighted points: the empirical law of a dataset.
 
-    Points are read once when it is made, for their mean and to refuse NaN. Cost of a posterior over N points: two
-    matrix products, with N x d and d x N, and one reading of the bank; of a product with its covariance: two more and
-    another reading. Where posteriors rest on few points (low noise), these are found in one reading, and all products
-    after it cost next to nothing.
+    Points are read once when it is made, for their mean and spread and to refuse NaN. Cost of a posterior over N
+    points: two matrix products, with N x d and d x N, and one reading of the bank; of a product with its covariance:
+    two more and another reading. Where posteriors rest on few points (low noise), these are found in one reading, and
+    all products after it cost next to nothing.
 
     Args:
         points: (N, *shape) tensor or array, on any device; or the path of a `.npy` or `.safetensors` file, or several,
-            read as one after the other and never held whole. Half precision is widened to float32 chunk by chunk. A
-            tensor is held twice, as it is and centred; leave it unchanged.
+            read as one after the other and never held whole. Half precision is widened to float32. Tensors are kept,
+            not copied: leave them unchanged. Those whose mean is larger than their spread are centred, in a copy.
         weights: (N,) positive, summing to one; None: equal.
         memory: bytes that may be used at once, beside tensors that were passed: half for a chunk with its work arrays,
             half to keep responsibilities for repeated products. Where these don't fit they are computed again for
@@ -97,7 +98,7 @@ class DiracMixture(Distribution):
         if chunk_rows is not None and chunk_rows < 1:
             raise InputError(f"`chunk_rows` is {chunk_rows}; allowed: 1 or more, or None.")
         self._weights = None if weights is None else checked_weights(weights, self.count, torch.device("cpu"))
-        self.centre = self._mean_of_rows()
+        self.centre = self._choose_centre()
         self._resident = self._all_centred() if isinstance(self.bank, TensorBank) else None
 
     def posterior(self, x: torch.Tensor, level: NoiseLevel) -> PointPosterior:
@@ -117,7 +118,8 @@ class DiracMixture(Distribution):
             part = slice(start, start + size)
             resident = self._resident
             if resident is None:
-                rows = self._flat_rows(part).to(device, dtype) - self.centre.to(device, dtype)
+                rows = self._flat_rows(part).to(device, dtype)
+                rows = rows - self.centre.to(device, dtype) if bool(self.centre.any()) else rows
             else:
                 rows = resident.rows[part].to(device, dtype)
             if resident is None or dtype is not self.dtype:
@@ -143,20 +145,27 @@ class DiracMixture(Distribution):
     def _flat_rows(self, part: slice) -> torch.Tensor:
         return self.bank.read(part.start, min(part.stop, self.count)).flatten(1)
 
-    def _mean_of_rows(self) -> torch.Tensor:
-        """(d,) float64 of the rows' precision, from one reading of all rows that looks for NaN."""
-        total = torch.zeros(self.dimensions, dtype=torch.float64)
+    def _choose_centre(self) -> torch.Tensor:
+        """c, (d,) float64, from one reading of all rows that looks for NaN.
+
+        The mean where it is larger than the points' spread about it, so that products don't cancel; else zero, so
+        that rows needn't be rounded again.
+        """
+        total, squares = torch.zeros(self.dimensions, dtype=torch.float64), 0.0
         size = self._rows_at_once(torch.device("cpu"), torch.float64, 1)
         for start in range(0, self.count, size):
-            sums = self._flat_rows(slice(start, start + size)).sum(0, dtype=torch.float64).cpu()
+            rows = self._flat_rows(slice(start, start + size)).to(self.dtype)
+            sums = rows.sum(0, dtype=torch.float64).cpu()
             if not bool(torch.isfinite(sums).all()):
                 raise InputError(f"Points {start} to {min(start + size, self.count) - 1} hold NaN or infinity.")
-            total += sums
-        return (total / self.count).to(self.dtype).double()  # so that rows and samples lose the same
+            total, squares = total + sums, squares + float(_squares(rows).sum())
+        mean = (total / self.count).to(self.dtype).double()  # rounded, so that rows and samples lose the same
+        return mean if 2 * float(mean.square().sum()) > squares / self.count else torch.zeros_like(mean)
 
     def _all_centred(self) -> Chunk:
-        rows = self._flat_rows(slice(0, self.count))
-        rows = (rows.to(self.dtype) - self.centre.to(rows.device, self.dtype)).contiguous()
+        rows = self._flat_rows(slice(0, self.count)).to(self.dtype)
+        if bool(self.centre.any()):
+            rows = rows - self.centre.to(rows.device, self.dtype)
         return Chunk(rows, _squares(rows), rows.new_zeros(0))
 
 
@@ -214,7 +223,7 @@ class Logits:
         values = []
         alpha, noise = (value.expand(len(self._centred)) for value in (self._alpha, self._sigma**2))
         log_weights = chunk.log_weights.expand(len(chunk.rows))
-        for sample, point in zip(samples.split(MIN_PAIRS), points.split(MIN_PAIRS), strict=True):
+        for sample, point in zip(samples.split(EXACT_PAIRS), points.split(EXACT_PAIRS), strict=True):
             difference = self._centred[sample] - alpha[sample, None] * chunk.rows[point].double()
             distance = self._lengths[sample].square() - difference.square().sum(1)
             values.append(log_weights[point] + distance / (2 * noise[sample]))

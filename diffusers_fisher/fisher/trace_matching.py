@@ -82,7 +82,7 @@ class TraceMatchingOperator(FisherOperator):
         self._model = trace_model
         self._pooled = pooled
         self._transform: DCTBasis | None = None
-        if trace_model.config.output == "diagonal" and trace_model.config.basis == "dct":
+        if trace_model.config["output"] == "diagonal" and trace_model.config["basis"] == "dct":
             self._transform = DCTBasis(tuple(state.sample.shape[1:])).to(state.sample.device)
 
     @functools.cached_property

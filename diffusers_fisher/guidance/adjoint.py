@@ -53,8 +53,12 @@ class NoiseAscent:
     seconds: list[float] = dataclasses.field(default_factory=list)
     num_sampling_calls: int = 0
 
-    def record(self, noise: torch.Tensor, images: torch.Tensor, rewards: torch.Tensor) -> None:
-        """Notes one run's rewards and keeps, sample by sample, the better of old and new."""
+    def record(self, noise: torch.Tensor, images: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+        """Notes one run's rewards and keeps, sample by sample, the better of old and new.
+
+        Returns:
+            (B,) bool on the images' device: where the new is the best so far.
+        """
         rewards = rewards.detach().double().cpu()
         self.rewards.append(rewards)
         better = rewards > self.best_rewards
@@ -64,6 +68,7 @@ class NoiseAscent:
             self.best_images = images.detach().clone()
         self.best_images[chosen] = images.detach()[chosen]
         self.best_noise[chosen] = noise[chosen]
+        return chosen
 
 
 def ascend_noise(
@@ -80,8 +85,9 @@ def ascend_noise(
 ) -> NoiseAscent:
     """Normalised gradient ascent of the reward on the noise's sphere.
 
-    Each step moves every sample by `step_size` times its norm along its own gradient and projects back to the norm it
-    had, which keeps Gaussian noise typical.
+    Each step moves every sample along its own gradient and projects back to the norm it had, which keeps Gaussian
+    noise typical. The first step's length is `step_size` times the norm; a sample's step is halved whenever its reward
+    was no better than the best before, so that near an optimum it does not overshoot for ever.
 
     Args:
         sample: noise (B, ...) to final latents, one run of `scheduler`.
@@ -104,6 +110,7 @@ def ascend_noise(
         )
     nothing = torch.full((len(noise),), -torch.inf, dtype=torch.float64)
     ascent = NoiseAscent(best_images=noise.new_empty(0), best_noise=noise.clone(), best_rewards=nothing)
+    lengths = step_size * norms
     for step in range(num_guidance_steps + 1):
         begin = time.perf_counter()
         with scheduler.differentiable(estimator) as trajectory:
@@ -114,7 +121,8 @@ def ascend_noise(
             _check_images(images, step)
             rewards = checked_reward(reward, images, prompts)
             total = rewards.sum()  # here, because the caller may be under no_grad
-        ascent.record(noise, images, rewards)
+        improved = ascent.record(noise, images, rewards).reshape(norms.shape).to(norms.device)
+        lengths = torch.where(improved, lengths, lengths / 2)
         if step < num_guidance_steps:
             if trajectory.states and not latents.requires_grad:
                 raise TrajectoryError(
@@ -125,7 +133,7 @@ def ascend_noise(
                 raise _not_differentiable(reward)
             direction, length = _unit(trajectory.gradient(total))
             ascent.gradient_norms.append(length)
-            moved = noise + step_size * norms * direction
+            moved = noise + lengths * direction
             noise = (moved * (norms / _norms(moved))).detach()  # where nothing moved, bit for bit
         ascent.seconds.append(time.perf_counter() - begin)
         on_step(ascent.rewards[-1])

@@ -57,15 +57,15 @@ def check_guidance(num_guidance_steps: int, step_size: float, num_inference_step
         raise InputError(f"`output_type` is '{output_type}'; allowed: pil, np, pt.")
 
 
-def image_tensor(images: Any, multiple: int) -> torch.Tensor:
-    """Images as (B, 3, H, W) float32 in [0, 1], checked; nothing is resized behind the caller's back."""
+def image_tensor(images: Any, multiple: int, channels: int = 3) -> torch.Tensor:
+    """Images as (B, channels, H, W) float32 in [0, 1], checked; nothing is resized behind the caller's back."""
     import numpy
     from PIL.Image import Image
 
     if isinstance(images, Image):
         images = [images]
     if isinstance(images, (list, tuple)) and images:
-        arrays = [_pil_array(image) if isinstance(image, Image) else image for image in images]
+        arrays = [_pil_array(image, channels) if isinstance(image, Image) else image for image in images]
         kinds = sorted({type(array).__name__ for array in arrays})
         if len(kinds) != 1 or not isinstance(arrays[0], (numpy.ndarray, torch.Tensor)):
             raise InputError(
@@ -79,9 +79,12 @@ def image_tensor(images: Any, multiple: int) -> torch.Tensor:
     if isinstance(images, numpy.ndarray) and images.dtype.kind in "biuf":
         tensor = torch.from_numpy(numpy.ascontiguousarray(images))  # flipped arrays have negative strides
         tensor = tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
-    if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4 or tensor.shape[1] != 3 or not len(tensor):
+    if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4 or tensor.shape[1] != channels or not len(tensor):
         got = f"of shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else f"a {type(images).__name__}"
-        raise InputError(f"Images are {got}; allowed: RGB as PIL, array (B, H, W, 3) or tensor (B, 3, H, W).")
+        kind = "RGB as" if channels == 3 else "grey" if channels == 1 else "no"
+        raise InputError(
+            f"Images are {got}; allowed: {kind} PIL, array (B, H, W, {channels}) or tensor (B, {channels}, H, W)."
+        )
     if not tensor.is_floating_point() or not bool(((tensor >= 0) & (tensor <= 1)).all()):
         raise InputError(
             f"Images have dtype {tensor.dtype} and values from {float(tensor.min()):.4g} to "
@@ -92,10 +95,12 @@ def image_tensor(images: Any, multiple: int) -> torch.Tensor:
             f"Images are {tensor.shape[2]}x{tensor.shape[3]} pixels; this checkpoint takes heights and widths that "
             f"are multiples of {multiple}. Resize or pad them first."
         )
-    return tensor.float().contiguous()  # so that every form gives the same bits: layouts have their own kernels
+    # So that every form gives the same bits: layouts have their own kernels. Of one channel `contiguous` keeps any.
+    return tensor.float().clone(memory_format=torch.contiguous_format)
 
 
-def _pil_array(image: Any) -> Any:
+def _pil_array(image: Any, channels: int) -> Any:
     import numpy
 
-    return numpy.asarray(image.convert("RGB"), dtype=numpy.float32) / 255
+    array = numpy.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=numpy.float32) / 255
+    return array[..., None] if channels == 1 else array

@@ -1,15 +1,17 @@
-"""Likelihood and guidance over a stock text-to-image latent pipeline."""
+"""Likelihood and guidance over a stock pipeline."""
 
 from __future__ import annotations
 
-import math
+import contextlib
+import functools
+import inspect
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
-from ..denoiser import PipelineDenoiser
+from ..denoiser import PipelineDenoiser, borrowed
 from ..errors import InputError
 from ..fisher.autodiff import AutodiffFisher
 from ..fisher.direct import DirectFisher
@@ -17,18 +19,18 @@ from ..fisher.operator import FisherEstimator
 from ..guidance.adjoint import GuidanceOutput, NoiseAscent, Reward, ascend_noise, check_differentiable
 from ..likelihood import LikelihoodOutput, log_likelihood
 from ..schedulers.mixin import fisher_scheduler
-from .inputs import check_guidance, check_likelihood, image_tensor, one_each, prompt_list
+from .conditions import text_conditions
+from .inputs import check_guidance, check_likelihood
 from .persistence import check_folder, load_parts, save_parts, stock_pipeline
 from .run import SamplingRun
-
-if TYPE_CHECKING:
-    from typing import Any as _Stock  # a stock pipeline class, which the mixin stands before
-else:
-    _Stock = object
+from .space import LatentSpace
 
 
-class FisherPipelineMixin(_Stock):
-    """Adds `log_likelihood` and `guide` to a stock pipeline class, and saves folders that stock diffusers reads."""
+class FisherPipelineMixin(LatentSpace):
+    """Adds `log_likelihood` and `guide` to a stock pipeline class, and saves folders that stock diffusers reads.
+
+    What a backbone overrides is in `LatentSpace`, and here `_conditions` and `_likelihood_guidance`.
+    """
 
     _latent_statistics: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -86,11 +88,13 @@ class FisherPipelineMixin(_Stock):
         prior_mean: torch.Tensor | float | None = None,
         prior_variance: torch.Tensor | float | None = None,
         generator: torch.Generator | None = None,
+        **call_arguments: Any,
     ) -> LikelihoodOutput:
-        """Log-likelihood of images' latents under the checkpoint, without classifier-free guidance.
+        """Log-likelihood of images under the checkpoint, without classifier-free guidance.
 
-        A density of the latents, not of pixels: comparable between images of one size under one autoencoder. The mean
-        of the autoencoder's posterior stands for the image.
+        For pipelines with an autoencoder a density of the latents, not of pixels: comparable between images of one
+        size under one autoencoder. The mean of the autoencoder's posterior stands for the image. The output's `space`
+        says which it is.
 
         Args:
             images: PIL images, arrays (B, H, W, 3) or tensors (B, 3, H, W), in [0, 1]; height and width multiples of
@@ -103,30 +107,36 @@ class FisherPipelineMixin(_Stock):
             noised, step_halving, generator: see `diffusers_fisher.likelihood.log_likelihood`.
             prior_mean, prior_variance: of the training data's latents; None: the checkpoint's `latent_statistics`, or
                 0 and 1 where it has none. The output says which.
+            **call_arguments: to the pipeline's call, such as `prompt_embeds` with what belongs to them.
 
         Returns:
             `LikelihoodOutput`. Cost: about 1.5 * `num_inference_steps` evaluations with a backward pass a probe.
 
         Raises:
-            InputError: images or latents of the wrong kind, size, range or number.
+            InputError: images, latents or conditions of the wrong kind, size, range or number; guidance.
+            UnsupportedError: a scheduler of another family than the model's.
         """
         check_likelihood(num_inference_steps)
+        self._check_scheduler()
+        guidance = self._likelihood_guidance(call_arguments)
         samples = self._latents_to_score(images, latents)
-        prompts = one_each("prompt", "" if prompt is None else prompt, len(samples))
-        denoiser = PipelineDenoiser(self, prompt=prompts, guidance_scale=1.0)
+        _, conditions = self._conditions(prompt, call_arguments, len(samples))
+        sizes = self._size_arguments((samples.shape[-2] * self._factor, samples.shape[-1] * self._factor))
+        denoiser = PipelineDenoiser(self, guidance, **{**sizes, **call_arguments, **conditions})
         bound = _bound(estimator if estimator is not None else AutodiffFisher(), denoiser)
         if prior_mean is None and prior_variance is None and self.latent_statistics is not None:
             prior_mean, prior_variance = (_fit(value, samples[0]) for value in self.latent_statistics)
+        mean, variance = (self._pack_statistic(value, samples) for value in (prior_mean, prior_variance))
         nodes = num_inference_steps + 1 + (num_inference_steps // 2 + 1 if step_halving else 0)
-        with self.progress_bar(total=nodes) as progress:
+        with self._loaded(), self.progress_bar(total=nodes) as progress:
             return log_likelihood(
-                denoiser, samples, bound, num_inference_steps, num_probes, prior_mean, prior_variance, noised,
-                step_halving, generator, space="latent", on_step=progress.update,
+                denoiser, self._pack(samples), bound, num_inference_steps, num_probes, mean, variance, noised,
+                step_halving, generator, space=self._space, on_step=progress.update,
             )  # fmt: skip
 
     def guide(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None,
         reward: Reward,
         *,
         num_guidance_steps: int = 10,
@@ -134,8 +144,8 @@ class FisherPipelineMixin(_Stock):
         estimator: FisherEstimator | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -149,12 +159,15 @@ class FisherPipelineMixin(_Stock):
         sample is kept.
 
         Args:
-            prompt: one, or several.
+            prompt: one, or several; None where `prompt_embeds` are given.
             reward: `reward(images, prompts) -> (B,)`, images (B, 3, H, W) in [0, 1] with a graph, higher is better.
             num_guidance_steps: gradient steps; 0 samples and scores.
-            step_size: length of a step relative to the noise's norm.
+            step_size: length of the first step relative to the noise's norm; halved for a sample whose reward is no
+                better than its best before.
             estimator: of the diffusion Fisher; None: `DirectFisher()`, the best reward a second as measured.
-            latents: (B, C, h, w) initial noise of unit variance; None: drawn with `generator` as the stock call does.
+            num_inference_steps, guidance_scale: of the sampling runs; None: the stock call's own defaults.
+            latents: initial noise of unit variance, (B, C, h, w), or packed where the pipeline's own are; None: drawn
+                with `generator` as the stock call does.
             output_type: "pil", "np", "pt".
             **call_arguments: to the pipeline's call, such as `negative_prompt`.
 
@@ -168,46 +181,45 @@ class FisherPipelineMixin(_Stock):
             TrajectoryError: torch.inference_mode, latents changed between steps, a model with learned variance.
             NumericalError: images, a reward or a gradient that are not finite.
         """
-        check_guidance(num_guidance_steps, step_size, num_inference_steps, output_type)
-        given = prompt_list(prompt, num_images_per_prompt)
-        prompts = [text for text in given for _ in range(num_images_per_prompt)]
-        if call_arguments.get("negative_prompt") is not None:
-            negative = one_each("negative_prompt", call_arguments["negative_prompt"], len(given), "prompt")
-            call_arguments["negative_prompt"] = [text for text in negative for _ in range(num_images_per_prompt)]
+        defaults = inspect.signature(type(self).__call__).parameters
+        steps = defaults["num_inference_steps"].default if num_inference_steps is None else num_inference_steps
+        check_guidance(num_guidance_steps, step_size, steps, output_type)
+        self._check_scheduler()
+        prompts, conditions = self._conditions(prompt, call_arguments, None, num_images_per_prompt)
         pixels = self._image_size(height, width)
         noise = self._initial_noise(latents, len(prompts), pixels, generator)
-        check_differentiable(reward, (len(prompts), 3, *pixels), prompts, noise.device)
-        call_arguments |= {"height": pixels[0], "width": pixels[1], "guidance_scale": guidance_scale}
+        check_differentiable(reward, (len(prompts), self._image_channels(), *pixels), prompts, noise.device)
+        call_arguments |= {**conditions, **self._size_arguments(pixels)}
+        if "guidance_scale" in defaults:
+            default = defaults["guidance_scale"].default
+            call_arguments["guidance_scale"] = default if guidance_scale is None else guidance_scale
         without_callbacks = {key: value for key, value in call_arguments.items() if not key.startswith("callback")}
-        denoiser = PipelineDenoiser(self, prompt=prompts, **without_callbacks)
+        denoiser = PipelineDenoiser(self, **without_callbacks)
         bound = _bound(estimator if estimator is not None else DirectFisher(), denoiser)
         counted = getattr(bound, "denoiser", denoiser)  # the estimator's own, where it brought one
         calls_before = getattr(counted, "num_calls", 0)
         scheduler = fisher_scheduler(type(self.scheduler)).from_config(self.scheduler.config)
-        call_arguments["num_inference_steps"] = num_inference_steps
-        run = SamplingRun(self, scheduler, denoiser, prompts, generator, self._noise_dtype(), **call_arguments)
-        with self.progress_bar(total=num_guidance_steps + 1) as progress:
+        call_arguments["num_inference_steps"] = steps
+        run = SamplingRun(self, scheduler, denoiser, generator, self._noise_dtype(), **call_arguments)
+        decode = functools.partial(self._decode, pixels=pixels)
+        with self._loaded(), self.progress_bar(total=num_guidance_steps + 1) as progress:
 
             def show(rewards: torch.Tensor) -> None:
                 progress.set_postfix(reward=f"{float(rewards.mean()):.3f}")
                 progress.update()
 
             ascent = ascend_noise(
-                run, self._decode, reward, noise, prompts, scheduler, bound, num_guidance_steps, step_size, show
+                run, decode, reward, noise, prompts, scheduler, bound, num_guidance_steps, step_size, show
             )
         calls = ascent.num_sampling_calls + getattr(counted, "num_calls", 0) - calls_before
         output = self._guidance_output(ascent, output_type, calls)
         return output if return_dict else output.to_tuple()
 
     def _guidance_output(self, ascent: NoiseAscent, output_type: str, num_calls: int) -> GuidanceOutput:
-        images = ascent.best_images
-        flagged: list[bool] = []
-        if getattr(self, "safety_checker", None) is not None:
-            checked, found = self.run_safety_checker(2 * images - 1, images.device, self.dtype)
-            flagged = [bool(entry) for entry in found]
-            # As in the stock call, what the checker puts in place (black) is taken as it is.
-            images = torch.where(torch.tensor(flagged, device=images.device)[:, None, None, None], checked, images)
-        processor = self.image_processor
+        from diffusers.image_processor import VaeImageProcessor
+
+        images, flagged = self._finished(ascent.best_images)
+        processor = getattr(self, "image_processor", None) or VaeImageProcessor()
         empty = torch.zeros(0, len(images), dtype=torch.float64)
         return GuidanceOutput(
             images=processor.postprocess(images, output_type, do_denormalize=[False] * len(images)),
@@ -217,71 +229,43 @@ class FisherPipelineMixin(_Stock):
             num_denoiser_calls=num_calls, nsfw_content_detected=flagged,
         )  # fmt: skip
 
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents to images (B, 3, H, W) in [0, 1], float32, differentiable."""
-        vae = self.vae
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        decoded = vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
-        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+    def _conditions(
+        self, prompt: Any, call_arguments: dict[str, Any], count: int | None, num_images_per_prompt: int = 1
+    ) -> tuple[Sequence[Any], dict[str, Any]]:
+        """What a reward is told of every sample, and the call arguments that say it; see `text_conditions`."""
+        return text_conditions(self, prompt, call_arguments, count, num_images_per_prompt)
 
-    @torch.no_grad()
-    def _latents_to_score(self, images: Any, latents: torch.Tensor | None) -> torch.Tensor:
-        """Scaled latents float32 of what `log_likelihood` was given, checked."""
-        vae, device = self.vae, self._execution_device
-        if (images is None) == (latents is None):
-            raise InputError("Give either `images` or `latents`: exactly one of them.")
-        channels = vae.config.latent_channels
-        if latents is not None:
-            multiple = self._size_multiple() // self.vae_scale_factor
-            shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else ()
-            if len(shape) != 4 or shape[1] != channels or any(side % multiple for side in shape[2:]):
-                got = f"have shape {shape}" if isinstance(latents, torch.Tensor) else f"are a {type(latents).__name__}"
-                raise InputError(
-                    f"Latents {got}; allowed: a tensor (B, {channels}, h, w), h and w multiples of {multiple}."
-                )
-            return latents.to(device, torch.float32)
-        tensor = image_tensor(images, self._size_multiple())
-        posterior = vae.encode((2 * tensor - 1).to(device, vae.dtype)).latent_dist
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        return (posterior.mode().float() - shift) * vae.config.scaling_factor
-
-    def _size_multiple(self) -> int:
-        """What the pipeline's own check and its autoencoder ask of heights and widths."""
-        return math.lcm(8, self.vae_scale_factor)
-
-    def _image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        default = self.unet.config.sample_size
-        sides = (default, default) if isinstance(default, int) else tuple(default)
-        factor, multiple = self.vae_scale_factor, self._size_multiple()
-        size = (height or sides[0] * factor, width or sides[1] * factor)
-        if any(side <= 0 or side % multiple for side in size):
-            raise InputError(f"`height` and `width` are {size}; allowed: positive multiples of {multiple}.")
-        return size
-
-    def _noise_dtype(self) -> torch.dtype:
-        return self.unet.dtype
-
-    def _initial_noise(
-        self, latents: torch.Tensor | None, count: int, pixels: tuple[int, int], generator: Any
-    ) -> torch.Tensor:
-        """Initial noise float32, drawn as the stock call draws it."""
-        from diffusers.utils.torch_utils import randn_tensor
-
-        factor, channels = self.vae_scale_factor, self.unet.config.in_channels
-        shape = (count, channels, pixels[0] // factor, pixels[1] // factor)
-        device = self._execution_device
-        if latents is None:
-            if isinstance(generator, list) and len(generator) != count:
-                raise InputError(f"{len(generator)} generators were given for {count} images; give one, or as many.")
-            return randn_tensor(shape, generator=generator, device=device, dtype=self._noise_dtype()).float()
-        if not isinstance(latents, torch.Tensor) or latents.shape != shape or not torch.isfinite(latents).all():
-            got = (
-                f"have shape {tuple(latents.shape)}"
-                if isinstance(latents, torch.Tensor)
-                else f"are a {type(latents).__name__}"
+    def _likelihood_guidance(self, call_arguments: dict[str, Any]) -> float:
+        """The guidance scale of a likelihood, taken out of `call_arguments`: 1, for a guided output is no score."""
+        scale = call_arguments.pop("guidance_scale", 1.0)
+        if scale != 1.0:
+            raise InputError(
+                f"`guidance_scale` is {scale}; a likelihood is at 1.0, because a guided output is the score of no "
+                "density. Leave it out."
             )
-            raise InputError(f"`latents` {got}; allowed: a tensor {shape}, finite, of unit variance.")
-        return latents.detach().to(device, torch.float32)
+        return 1.0
+
+    def _size_arguments(self, pixels: tuple[int, int]) -> dict[str, int]:
+        taken = inspect.signature(type(self).__call__).parameters
+        return dict(zip(("height", "width"), pixels, strict=True)) if "height" in taken else {}
+
+    def _pack_statistic(self, value: Any, samples: torch.Tensor) -> Any:
+        """A statistic of one sample (C, h, w), or a number, in the layout of the pipeline's latents."""
+        if not isinstance(value, torch.Tensor) or value.ndim == 0 or self._pack(samples).shape == samples.shape:
+            return value
+        return self._pack(value.expand(1, *samples.shape[1:]))[0]
+
+    @contextlib.contextmanager
+    def _loaded(self) -> Iterator[None]:
+        """Under model offload the network stays on its device between the block's calls, and is offloaded after."""
+        if not getattr(self, "_all_hooks", None):
+            yield
+            return
+        try:
+            with borrowed(self, maybe_free_model_hooks=lambda: None):
+                yield
+        finally:
+            self.maybe_free_model_hooks()
 
 
 def _bound(estimator: Any, denoiser: PipelineDenoiser) -> FisherEstimator:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ class SamplingRun:
     """Initial noise (B, ...) to final latents by the pipeline's own call, the same run every time.
 
     The pipeline is left as it was after every call: the run has a scheduler of its own. Prompts are encoded once, and
-    stochastic schedulers see the same noise in every run.
+    stochastic schedulers see the same noise in every run, where the pipeline's call passes them its generator.
 
     Args:
         pipe: the pipeline.
@@ -30,7 +29,6 @@ class SamplingRun:
         pipe: Any,
         scheduler: Any,
         denoiser: PipelineDenoiser,
-        prompts: Sequence[str],
         generator: torch.Generator | list[torch.Generator] | None,
         dtype: torch.dtype,
         **call_arguments: Any,
@@ -41,13 +39,10 @@ class SamplingRun:
         self._pipe = pipe
         self._borrowed = {
             "scheduler": scheduler,
-            "encode_prompt": denoiser.encode_prompt,
             "_progress_bar_config": {"disable": True},
+            **denoiser.encoding(),
         }
-        self._arguments = {
-            "output_type": "latent", "return_dict": False, **call_arguments, "prompt": list(prompts),
-            "generator": generator,
-        }  # fmt: skip
+        self._arguments = {"output_type": "latent", "return_dict": False, **call_arguments, "generator": generator}
         self._dtype = dtype
         self._generators = generator if isinstance(generator, list) else [generator]
         self._states = [entry.get_state() for entry in self._generators]

@@ -136,9 +136,31 @@ def fisher_ascents() -> str:
     return "\n".join(lines)
 
 
+def transport() -> str:
+    result = json.loads((FOLDER / "transport.json").read_text())
+    lines = [
+        "| data | schedule | asymmetry | off-diagonal index | least eigenvalue | integration error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["maps"]:
+        lines.append(
+            f"| {row['case']} | {row['schedule']} | {row['asymmetry']:.2g} ± {row['asymmetry_standard_error']:.1g} | "
+            f"{row['off_diagonal_asymmetry']:.3f} ± {row['off_diagonal_asymmetry_standard_error']:.3f} | "
+            f"{row['least_eigenvalue']:.2g} | {row['integration_error']:.0e} |"
+        )
+    lines.append("")
+    for row in result["couplings"]:
+        lines.append(
+            f"- {row['case']}, {row['points']} pairs: mean squared distance {row['pairs']:.6f}, optimal "
+            f"{row['optimal']:.6f}, gap {row['gap']:.1e} ± {row['standard_error']:.0e}."
+        )
+    return "\n".join(lines)
+
+
 DOCUMENTS = {
     ROOT / "README.md": (guidance, embedded_checkpoint),
     ROOT / "docs" / "estimators.md": (fisher_levels, fisher_gradients, fisher_ascents),
+    ROOT / "docs" / "transport.md": (transport,),
 }
 
 

@@ -22,6 +22,7 @@ from diffusers_fisher import Covariance, DCTBasis, DiracMixture, GaussianMixture
 SHAPE, POINTS, BATCH, ROUNDS = (1, 16, 16), 60_000, 32, 15
 TIMESTEPS = (0, 50, 100, 150, 200, 300, 500, 700, 999)  # of Stable Diffusion's 1,000
 BANK_POINTS, BANK_SHARE = 600_000, 10  # the bank is that many times the memory given
+BANK_TIMESTEPS = (50, 100, 200, 500)
 
 
 def level_at(timestep: int) -> NoiseLevel:
@@ -96,54 +97,59 @@ def timings(points: torch.Tensor) -> dict[str, Any]:
     return table
 
 
-def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """The largest relative error over the samples."""
-    difference = (value.double() - reference).flatten(1).norm(dim=1)
-    return float((difference / reference.flatten(1).norm(dim=1)).max())
+def results(distribution: DiracMixture, x: torch.Tensor, level: NoiseLevel) -> dict[str, torch.Tensor]:
+    """Everything that is compared, float64."""
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).to(x.dtype)
+    posterior = distribution.posterior(x, level)
+    found = {
+        "log_density": posterior.log_density[:, None],
+        "score": posterior.score,
+        "posterior_mean": posterior.mean,
+        "matvec": posterior.fisher(v),
+        "covariance_product": posterior.covariance(v) / level.noise_to_signal**2,
+        "trace": posterior.fisher_trace()[:, None],
+    }
+    return {name: value.double() for name, value in found.items()}
+
+
+def errors(values: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The largest error over the samples: relative, for C v relative to (sigma/alpha)^2 |v|."""
+    table = {}
+    for name, value in values.items():
+        size = reference["matvec"] * 0 + 1 if name == "covariance_product" else reference[name]
+        difference = (value - reference[name]).flatten(1).norm(dim=1)
+        table[name] = float((difference / size.flatten(1).norm(dim=1)).max())
+    return table
 
 
 def accuracy(points: torch.Tensor) -> dict[str, Any]:
-    """Largest errors of float32 against float64 by timestep; the covariance's in units of (sigma/alpha)^2 |v|."""
+    """Errors of float32 against float64 by timestep."""
     narrow, wide, table = DiracMixture(points), DiracMixture(points.double()), {}
     for timestep in TIMESTEPS:
         level = level_at(timestep)
         x = noised(points, level)
-        v = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
-        one, two = narrow.posterior(x, level), wide.posterior(x.double(), level)
-        difference = (one.covariance(v).double() - two.covariance(v.double())).flatten(1).norm(dim=1)
-        unit = level.noise_to_signal**2 * v.flatten(1).norm(dim=1)
-        table[str(timestep)] = {
-            "posterior_mean": relative(one.mean, two.mean),
-            "score": relative(one.score, two.score),
-            "log_density_nats": float((one.log_density - two.log_density).abs().max()),
-            "covariance_product": float((difference / unit).max()),
-            "trace": relative(one.fisher_trace()[:, None], two.fisher_trace()[:, None]),
-        }
+        table[str(timestep)] = errors(results(narrow, x, level), results(wide, x.double(), level))
     return table
 
 
-def results(distribution: DiracMixture) -> dict[str, torch.Tensor]:
-    """What is compared between a bank and points in memory, at a level where many points have weight."""
-    level = level_at(500)
-    x = noised(images(BATCH, seed=6), level)
-    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
-    posterior = distribution.posterior(x, level)
+def bank_results(distribution: DiracMixture) -> dict[str, dict[str, torch.Tensor]]:
+    """By timestep: few points have weight at the first, many at the last."""
+    clean = images(BATCH, seed=6)
     return {
-        "log_density": posterior.log_density[:, None],
-        "score": posterior.score,
-        "posterior_mean": posterior.mean,
-        "covariance_product": posterior.covariance(v),
-        "trace": posterior.fisher_trace()[:, None],
+        str(timestep): results(distribution, noised(clean, level_at(timestep)), level_at(timestep))
+        for timestep in BANK_TIMESTEPS
     }
 
 
-def bank_in_a_process(path: str, memory: int, found: str) -> None:
+def bank_in_a_process(folder: str, name: str, memory: int) -> None:
     """In a process of its own: what a bank gives, and by how much the process grew at its peak (Linux)."""
-    results(DiracMixture(images(2000)))  # libraries and their buffers are not the bank's
+    # Libraries and their buffers are not the bank's: every path is taken once before.
+    bank_results(DiracMixture(f"{folder}/small-{name}", memory=memory // 30))
+    bank_results(DiracMixture(images(2000)))
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = resident_bytes("VmRSS")
-    values = results(DiracMixture(path, memory=memory))
-    torch.save({"grown": resident_bytes("VmHWM") - before, "values": values}, found)
+    values = bank_results(DiracMixture(f"{folder}/{name}", memory=memory))
+    torch.save({"grown": resident_bytes("VmHWM") - before, "values": values}, f"{folder}/answer.pt")
 
 
 def resident_bytes(name: str) -> int:
@@ -157,22 +163,26 @@ def banks() -> dict[str, Any]:
     points = images(BANK_POINTS)
     size = points.numel() * points.element_size()
     memory = size // BANK_SHARE
-    reference = results(DiracMixture(points))
+    reference = bank_results(DiracMixture(points))
     table: dict[str, Any] = {"bank_bytes": size, "memory_given": memory, "batch": BATCH}
     with tempfile.TemporaryDirectory() as folder:
-        numpy.save(Path(folder) / "bank.npy", points.numpy())
-        save_file({"points": points}, Path(folder) / "bank.safetensors")
+        for prefix, rows in (("", points), ("small-", points[: BANK_POINTS // 30])):
+            numpy.save(f"{folder}/{prefix}bank.npy", rows.numpy())
+            save_file({"points": rows.contiguous()}, f"{folder}/{prefix}bank.safetensors")
         for name in ("bank.npy", "bank.safetensors"):
-            found = str(Path(folder) / "found.pt")
             process = multiprocessing.get_context("spawn").Process(
-                target=bank_in_a_process, args=(str(Path(folder) / name), memory, found)
+                target=bank_in_a_process, args=(folder, name, memory)
             )
             process.start()
             process.join()
-            result = torch.load(found)
-            errors = {key: relative(value, reference[key].double()) for key, value in result["values"].items()}
-            table[name] = {"peak_growth_bytes": result["grown"], "relative_errors": errors}
-            print(name, result["grown"], "of", memory, errors)
+            result = torch.load(f"{folder}/answer.pt")
+            table[name] = {
+                "peak_growth_bytes": result["grown"],
+                "errors": {
+                    timestep: errors(found, reference[timestep]) for timestep, found in result["values"].items()
+                },
+            }
+            print(name, table[name])
     return table
 
 

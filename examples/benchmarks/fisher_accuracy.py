@@ -32,12 +32,11 @@ from diffusers_fisher import (
     embedded_prompt,
 )
 from diffusers_fisher.files import save_figure
-from diffusers_fisher.guidance.adjoint import checked_reward
-from diffusers_fisher.noise import expand
+from diffusers_fisher.guidance.adjoint import ascend_noise, checked_reward
 from diffusers_fisher.state import DenoisingState
 from diffusers_fisher.testing import OracleDenoiser
 
-STEPS, SCALES, LEVELS, ITERATIONS, STEP_SIZE = (10, 25, 50), (1.0, 5.0), 12, 8, 0.2
+STEPS, SCALES, LEVELS, ITERATIONS, STEP_SIZE = (10, 25, 50), (1.0, 5.0), 12, 5, 0.2
 SCHEDULE = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
     "set_alpha_to_one": False, "steps_offset": 1,
@@ -57,12 +56,17 @@ def cosine(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 def run(scheduler: Any, output: Callable, noise: torch.Tensor, steps: int, estimator: Any) -> tuple[Any, torch.Tensor]:
     """One tracked sampling run over `output(x, t)`."""
+    with scheduler.differentiable(estimator) as trajectory:
+        end = sampled(scheduler, output, noise, steps)
+    return trajectory, end
+
+
+@torch.no_grad()
+def sampled(scheduler: Any, output: Callable, x: torch.Tensor, steps: int) -> torch.Tensor:
     scheduler.set_timesteps(steps)
-    x = noise
-    with torch.no_grad(), scheduler.differentiable(estimator) as trajectory:
-        for t in scheduler.timesteps:
-            x = scheduler.step(output(x, t), t, x).prev_sample
-    return trajectory, x
+    for t in scheduler.timesteps:
+        x = scheduler.step(output(x, t), t, x).prev_sample
+    return x
 
 
 def accuracy_by_level(states: list[DenoisingState], endpoint: torch.Tensor, estimators: dict, truth: Callable) -> dict:
@@ -176,8 +180,8 @@ def on_the_checkpoint(batch: int) -> dict[str, Any]:
     for scale, steps in itertools.product(SCALES, STEPS):
         denoiser = PipelineDenoiser(pipe, guidance_scale=scale, **embeds)
 
-        def runs(estimator: Any, denoiser: Any = denoiser, steps: int = steps, start: torch.Tensor = noise):
-            return run(scheduler, denoiser.model_output, start, steps, estimator)
+        def runs(estimator: Any, denoiser: Any = denoiser, steps: int = steps):
+            return run(scheduler, denoiser.model_output, noise, steps, estimator)
 
         key, reward = f"guidance scale {scale:g}, {steps} steps", rewards["another class"]
         estimators = family.estimators(denoiser, priors, autodiff=True)
@@ -187,7 +191,7 @@ def on_the_checkpoint(batch: int) -> dict[str, Any]:
 
         gradients[key] = gradient_cosines(runs, AutodiffFisher(denoiser), estimators, loss)
         ascents[key] = {
-            name: {reward: ascent(pipe, runs, noise, estimator, rewards[reward]) for reward in rewards}
+            name: {each: ascent(pipe, denoiser, steps, noise, estimator, rewards[each]) for each in rewards}
             for name, estimator in tqdm(
                 ({"autodiff (VJP)": AutodiffFisher(denoiser)} | estimators).items(), key, len(estimators) + 1
             )
@@ -199,29 +203,23 @@ def on_the_checkpoint(batch: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ascent(pipe: Any, runs: Callable, noise: torch.Tensor, estimator: Any, reward: Any) -> dict[str, Any]:
+def ascent(pipe: Any, denoiser: Any, steps: int, noise: torch.Tensor, estimator: Any, reward: Any) -> dict[str, Any]:
     """Normalised ascent on the noise's sphere: reward gained, and gained per second."""
-    estimator = family.fresh(estimator)
-    norms = noise.flatten(1).norm(dim=1)
-    best = torch.full((len(noise),), -torch.inf)
-    curve, begin = [], time.perf_counter()
-    for iteration in range(ITERATIONS + 1):
-        trajectory, end = runs(estimator, start=noise)
-        with torch.set_grad_enabled(iteration < ITERATIONS):
-            values = checked_reward(reward, pipe._decode(end), [""] * len(noise))
-        best = torch.maximum(best, values.detach())
-        curve.append(float(best.mean()))
-        if iteration == ITERATIONS:
-            break
-        try:
-            gradient = trajectory.gradient(values.sum())
-        except ArithmeticError as error:
-            return {"failed": str(error).split(".")[0]}
-        moved = noise + STEP_SIZE * expand(norms / gradient.flatten(1).norm(dim=1), noise) * gradient
-        noise = (expand(norms / moved.flatten(1).norm(dim=1), noise) * moved).detach()
+    scheduler = FisherDDIMScheduler.from_config(pipe.scheduler.config)
+
+    def sample(x: torch.Tensor) -> torch.Tensor:
+        return sampled(scheduler, denoiser.model_output, x, steps)
+
+    prompts, begin = [""] * len(noise), time.perf_counter()
+    try:
+        found = ascend_noise(
+            sample, pipe._decode, reward, noise, prompts, scheduler, family.fresh(estimator), ITERATIONS, STEP_SIZE
+        )
+    except ArithmeticError as error:
+        return {"failed": str(error).split(".")[0]}
     seconds = time.perf_counter() - begin
-    gained = curve[-1] - curve[0]
-    return {"gained": gained, "seconds": seconds, "gained_per_second": gained / seconds, "curve": curve}
+    gained = float((found.best_rewards - found.rewards[0]).mean())
+    return {"gained": gained, "seconds": seconds, "gained_per_second": gained / seconds}
 
 
 def plot(result: dict[str, Any]) -> None:

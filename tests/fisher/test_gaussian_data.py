@@ -130,6 +130,26 @@ def test_fits_find_what_samples_were_drawn_from(name):
     assert relative(batches.covariance.dense(), fitted.covariance.dense()) < 1e-9  # sums in another order
 
 
+def test_folder_of_latents_is_the_same_as_the_tensor(tmp_path):
+    samples = normal(5000, *SHAPE)  # more than one slice
+    for index, piece in enumerate(samples.split(3000)):
+        save_tensors(tmp_path / f"latents-{index}.safetensors", {"latents": piece}, {})
+    (tmp_path / "notes.txt").write_text("not a bank")
+    fitted = GaussianFisher.fit_diagonal(tmp_path, dct=True)
+    assert (
+        relative(fitted.covariance.dense(), GaussianFisher.fit_diagonal(samples, dct=True).covariance.dense()) < 1e-9
+    )
+    one = GaussianFisher.fit_isotropic(tmp_path / "latents-0.safetensors")
+    assert relative(one.mean, samples[:3000].mean(0)) < 1e-9  # sums in another order
+
+
+def test_folder_without_latents_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"holds no samples; allowed: .npy, .safetensors files"):
+        GaussianFisher.fit_diagonal(tmp_path)
+    with pytest.raises(CheckpointError, match=r"missing.safetensors' \(missing\) can't be read"):
+        GaussianFisher.fit_diagonal(tmp_path / "missing.safetensors")
+
+
 def test_constant_coordinates_do_not_make_the_covariance_singular():
     samples = normal(100, *SHAPE)
     samples[:, 0] = 2.5

@@ -107,6 +107,20 @@ def scripted(table):
     return lambda images, prompts: next(rows) + 1e-6 * projection(images, prompts)
 
 
+def test_steps_are_halved_for_a_sample_whose_reward_is_no_new_best():
+    problem = Problem()
+    table = [[0.0, 0.0], [1.0, -1.0], [2.0, 3.0], [3.0, 3.0 - 1e-3], [4.0, 5.0]]
+    problem.ascend(reward=scripted(table), num_guidance_steps=4, step_size=0.2)
+    lengths = [[0.2, 0.2], [0.2, 0.1], [0.2, 0.1], [0.2, 0.05]]  # the best of sample 1 are runs 0, 2 and 4
+    size = norms(problem.noises[0])[:, None, None, None]
+    for length, noise, following in zip(lengths, problem.noises, problem.noises[1:], strict=False):
+        gradient = problem.exact_gradient(noise)
+        step = torch.tensor(length)[:, None, None, None] * size
+        moved = noise + step * gradient / norms(gradient)[:, None, None, None]
+        expected = moved * size / norms(moved)[:, None, None, None]
+        assert relative(following - noise, expected - noise) < 1e-4  # float32, and the direction of a tiny gradient
+
+
 def test_best_is_kept_sample_by_sample():
     problem = Problem()
     ascent = problem.ascend(scripted([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0], [2.0, 1.0], [1.0, 1.0]]))

@@ -1,0 +1,13 @@
+"""Networks that know the diffusion Fisher of a denoiser."""
+
+from .fingerprint import check_fingerprint, denoiser_fingerprint, fingerprint_differences
+from .trace_model import FisherTraceModel, FisherTraceOutput, trace_inputs
+
+__all__ = [
+    "FisherTraceModel",
+    "FisherTraceOutput",
+    "check_fingerprint",
+    "denoiser_fingerprint",
+    "fingerprint_differences",
+    "trace_inputs",
+]

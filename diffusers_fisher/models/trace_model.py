@@ -1,0 +1,363 @@
+"""The trace model: a small network that knows the trace of the diffusion Fisher without differentiating the denoiser.
+
+Notation: x_t = alpha x_0 + sigma eps, s = sigma/alpha, r(x, t) = tr Cov[eps|x_t]/d, so that tr F = d (1 - r)/sigma^2
+(Wang et al., ICML 2025, arXiv 2505.23264, DF-TM; per-pixel residuals: Bao et al., 2206.07309).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, BaseOutput
+
+from ..errors import CheckpointError, InputError
+from ..files import atomic_path, check_safetensors, read_json, save_tensors
+from ..fisher.trace_matching import LOG_NOISE_RANGE, noise_shares
+from ..noise import NoiseLevel, expand
+from ..state import DenoisingState
+from .card import model_card
+from .encoders import ImageEncoder, NoiseEmbedding, PixelHead, SpectralHead, TokenEncoder, TraceHead
+from .fingerprint import check_fingerprint, denoiser_fingerprint
+from .prior import GaussianPrior
+
+TARGETS = ("residual", "jacobian", "norm")
+LAYOUTS = ("image", "tokens")
+OUTPUTS = ("trace", "diagonal")
+BASES = ("pixel", "dct")
+
+MAX_LOG_RATIO = 12.0  # |g|, by how much log v may leave the prior's
+LEAST_ALPHA = 1e-3  # relative to the level's norm, where x_0 is computed
+FADING_NOISE = 10.0  # the predicted x_0 is divided by sqrt(1 + (s/10)^2)
+MIXED_FREQUENCIES = 16
+
+
+@dataclasses.dataclass
+class FisherTraceOutput(BaseOutput):
+    """What a trace model says of a batch, float32; one of the two.
+
+    Args:
+        logits: of r, (B,), or of the diagonal of Cov[eps|x_t] in the model's basis, (B, ...).
+        second_moment: E[|x_0|^2/d | x_t], (B,): models of target "norm".
+    """
+
+    logits: torch.Tensor | None = None
+    second_moment: torch.Tensor | None = None
+
+
+class FisherTraceModel(ModelMixin, ConfigMixin):
+    """r(x, t) = tr Cov[eps|x_t]/d from a noisy sample, its noise level and the denoiser's prediction there.
+
+    The head is an effective variance, r = v/(v + s^2) with v = v_0 exp(g): v_0 is that of independent Gaussian
+    coordinates with the data's variances (`set_prior`), g the network, which starts at zero. So r goes to 1 as s -> 0
+    and to v/s^2 as s -> infinity whatever the network says, and an untrained model is right on Gaussian data. With
+    `output="diagonal"` every coordinate has its own v and r is the mean.
+
+    Clamped: r stays in (0, 1), though between two modes it may exceed 1; |g| < 12; the network sees log s in [-8, 8]
+    (the prior sees all of it); variances of the prior are at least 1e-6 of their mean. Models of target "norm" give
+    E[|x_0|^2/d | x_t] = the prior's + the network, L2-trained as in the paper; their r may be anything.
+
+    Conditioned on log(sigma/alpha) and not on the timestep, so every sampler and schedule of the denoiser may use it.
+
+    Args:
+        in_channels: C of samples (B, C, H, W), or of packed tokens (B, N, C).
+        layout: "image" or "tokens".
+        target: what it is trained on: "residual" (the data's r, from squared errors of the denoiser), "jacobian" (the
+            model's own, from random probes) or "norm" (the paper's).
+        output: "trace", or "diagonal".
+        basis: coordinates of the prior's variances and of the diagonal: "pixel" (the sample's own) or "dct" (discrete
+            cosine transform over the image).
+        block_out_channels: channels of every stage, each at half the size of the one before; tokens have one width,
+            the first, and as many blocks.
+        layers_per_block: blocks a stage.
+        patch_size: side of the square patches that the first layer takes (images).
+        head_channels, time_channels: of the head and of the embedding of the noise level.
+        pooled_channels: of an additional vector a sample, such as a pooled text embedding; None: none.
+        use_prediction: take the denoiser's predicted noise and x_0 too, which a sampler step knows anyway.
+        prior_shape: shape of the prior's statistics; None: one number a channel.
+        fingerprint: of the denoiser, see `diffusers_fisher.models.denoiser_fingerprint`; None: fits any.
+    """
+
+    config_name = "config.json"  # type: ignore[assignment]
+    _supports_gradient_checkpointing = False
+    _keep_in_fp32_modules = ["prior"]  # noqa: RUF012 - diffusers' attribute
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 4,
+        layout: str = "image",
+        target: str = "residual",
+        output: str = "trace",
+        basis: str = "pixel",
+        block_out_channels: Sequence[int] = (32, 64, 128),
+        layers_per_block: int = 1,
+        patch_size: int = 1,
+        head_channels: int = 128,
+        time_channels: int = 64,
+        pooled_channels: int | None = None,
+        use_prediction: bool = True,
+        prior_shape: Sequence[int] | None = None,
+        fingerprint: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        _check_choices(layout, target, output, basis)
+        channels = list(block_out_channels)
+        if not channels or min(channels) < 1 or patch_size < 1 or layers_per_block < 1:
+            raise InputError(
+                f"`block_out_channels` is {channels}, `patch_size` {patch_size}, `layers_per_block` "
+                f"{layers_per_block}; allowed: one stage or more, all positive."
+            )
+        inputs = in_channels * (3 if use_prediction else 1)
+        self.embedding = NoiseEmbedding(time_channels, pooled_channels)
+        kind = ImageEncoder if layout == "image" else TokenEncoder
+        self.encoder = kind(inputs, channels, layers_per_block, patch_size, time_channels)
+        spectral = output == "diagonal" and basis == "dct"
+        numbers = 1 + (MIXED_FREQUENCIES if spectral else 0)
+        self.head = TraceHead(self.encoder.features + inputs, time_channels, head_channels, numbers)
+        self.map: PixelHead | SpectralHead | None = None
+        if spectral:
+            self.map = SpectralHead(in_channels, MIXED_FREQUENCIES)
+        elif output == "diagonal":
+            self.map = PixelHead(self.encoder, head_channels, in_channels)
+        default = (in_channels, 1, 1) if layout == "image" else (1, in_channels)
+        self.prior = GaussianPrior(tuple(prior_shape) if prior_shape is not None else default, basis)
+
+    @property
+    def target(self) -> str:
+        """What r was trained on: "residual", "jacobian" or "norm"."""
+        return self.config["target"]
+
+    def set_prior(self, mean: torch.Tensor | float, variance: torch.Tensor | float) -> None:
+        """Sets the data's mean (sample's own coordinates) and variances (of `basis`), each broadcastable to
+        `prior_shape`; before training. `GaussianFisher.fit_diagonal(samples, dct=...)` measures both.
+
+        Raises:
+            InputError: shapes that do not fit, or values that are no mean and variance.
+        """
+        self.prior.set(mean, variance)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        log_noise: torch.Tensor,
+        original: torch.Tensor | None = None,
+        epsilon: torch.Tensor | None = None,
+        pooled: torch.Tensor | None = None,
+    ) -> FisherTraceOutput:
+        """Evaluates the network; `trace_inputs(state)` gives all arguments but `pooled`.
+
+        Args:
+            sample: (B, ...), variance preserving: x_t/sqrt(alpha^2 + sigma^2).
+            log_noise: (B,) log(sigma/alpha), float32.
+            original, epsilon: (B, ...) the denoiser's predictions, x_0 faded as by `trace_inputs`.
+            pooled: (B, pooled_channels).
+
+        Raises:
+            InputError: a shape that the model does not take, or an input that it needs and was not given.
+        """
+        x = self._joined(sample, original, epsilon, pooled)
+        embedding = self.embedding(log_noise, pooled)
+        vector, stem, h = self.encoder(x, embedding)
+        axes = (2, 3) if self.config["layout"] == "image" else (1,)
+        energies = (x.float().square().mean(axes) + 1e-6).log().to(x.dtype)
+        numbers = self.head(torch.cat([vector, energies], dim=1), embedding)
+        shape = sample.shape[1:]
+        if self.config["target"] == "norm":
+            moment = self.prior.second_moment(sample, log_noise)
+            scale = (self.prior.mean.float().square() + self.prior.variance.float()).mean()
+            return FisherTraceOutput(second_moment=moment + scale * numbers[:, 0].float())
+        if self.map is None:
+            return FisherTraceOutput(logits=self.prior.mean_logit(log_noise, shape) + _bounded(numbers[:, 0]))
+        common = numbers[:, 0].view(-1, *[1] * len(shape))
+        own = self.map(numbers[:, 1:], shape) if isinstance(self.map, SpectralHead) else self.map(stem, h)
+        return FisherTraceOutput(logits=self.prior.logits(log_noise, shape) + _bounded(common + own))
+
+    def evaluate(self, state: DenoisingState, pooled: torch.Tensor | None = None) -> FisherTraceOutput:
+        """The output at a denoising state, without a graph. Cost: one evaluation of this model, none of the denoiser.
+
+        Raises:
+            InputError: a sample or `pooled` that the model does not take, a prediction type it was not trained for.
+        """
+        expected = (self.config["fingerprint"] or {}).get("prediction_type")
+        if expected is not None and expected != state.prediction.kind:
+            raise InputError(
+                f"The trace model was trained for prediction type '{expected}', the state has "
+                f"'{state.prediction.kind}'. Use the denoiser it was trained for, or set the scheduler's "
+                "`prediction_type` right."
+            )
+        inputs = {name: value.to(self.device) for name, value in trace_inputs(state).items()}
+        if pooled is not None:
+            pooled = pooled.to(self.device).expand(len(state.sample), -1)
+        with torch.no_grad():
+            return self.forward(**inputs, pooled=pooled)
+
+    def r(self, state: DenoisingState, pooled: torch.Tensor | None = None) -> torch.Tensor:
+        """tr Cov[eps|x_t]/d at a state, (B,) float64. Cost and errors as `evaluate`."""
+        return noise_shares(self.evaluate(state, pooled), state)[0].reshape(len(state.sample), -1).mean(1)
+
+    # Denoisers
+
+    def set_fingerprint(self, denoiser: Any) -> None:
+        """Stores the fingerprint of `denoiser` (a pipeline or `PipelineDenoiser`) in the config."""
+        self.register_to_config(fingerprint=denoiser_fingerprint(denoiser))
+
+    def check_fingerprint(self, denoiser: Any) -> None:
+        """Refuses a denoiser this model was not trained for; a model without a fingerprint takes any.
+
+        Raises:
+            InputError: says what differs.
+        """
+        check_fingerprint(self.config["fingerprint"], denoiser)
+
+    # Files
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
+        """Writes `diffusion_pytorch_model.safetensors` (config in its metadata) and `config.json`, each atomically.
+
+        Raises:
+            InputError: an option other than diffusers' `safe_serialization=True` and `variant=None`.
+        """
+        defaults = {"safe_serialization": True, "variant": None, "save_function": None, "push_to_hub": False}
+        changed = sorted(key for key, value in kwargs.items() if key not in defaults or value != defaults[key])
+        if changed:
+            raise InputError(
+                f"Trace models are saved as one safetensors file; got {changed}. Leave these out, and use push_to_hub "
+                "to publish."
+            )
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.to_json_string()
+        metadata = {"format": "pt", "config": json.dumps(json.loads(config))}
+        save_tensors(folder / SAFETENSORS_WEIGHTS_NAME, self.state_dict(), metadata)
+        with atomic_path(folder / self.config_name) as temporary:
+            temporary.write_text(config, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> FisherTraceModel:
+        """As diffusers': a folder or a model id of the Hub.
+
+        Raises:
+            CheckpointError: a local folder with a missing or truncated file.
+        """
+        folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
+        if Path(pretrained_model_name_or_path).is_dir():
+            content = read_json(folder / cls.config_name)
+            if not isinstance(content, dict) or "in_channels" not in content:
+                raise CheckpointError(f"'{folder / cls.config_name}' is not the config of a trace model.")
+            if not kwargs.get("variant"):
+                check_safetensors(folder / SAFETENSORS_WEIGHTS_NAME)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        description: str = "",
+    ) -> str:
+        """Publishes the model with a card that says what it estimates and for which denoiser.
+
+        Args:
+            description: added to the card: the denoiser's name, data, training, measured errors.
+        """
+        from diffusers.utils.hub_utils import create_repo
+
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+            if not subfolder:
+                card = model_card(repo_id, dict(self.config), description)
+                Path(folder, "README.md").write_text(card, encoding="utf-8")
+            return self._upload_folder(
+                folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr, subfolder=subfolder
+            )
+
+    def _joined(
+        self,
+        sample: torch.Tensor,
+        original: torch.Tensor | None,
+        epsilon: torch.Tensor | None,
+        pooled: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The network's input, all channels side by side, in its dtype."""
+        config = self.config
+        layout, channels = config["layout"], config["in_channels"]
+        axis, count = (1, 4) if layout == "image" else (2, 3)
+        if sample.ndim != count or sample.shape[axis] != channels:
+            allowed = f"(B, {channels}, H, W)" if layout == "image" else f"(B, N, {channels})"
+            raise InputError(
+                f"The trace model got samples of shape {tuple(sample.shape)}; allowed: {allowed}, its layout "
+                f"'{layout}'."
+            )
+        width = config["pooled_channels"]
+        if (pooled is None) != (width is None) or (pooled is not None and pooled.shape != (len(sample), width)):
+            got = None if pooled is None else tuple(pooled.shape)
+            wanted = None if width is None else (len(sample), width)
+            raise InputError(f"`pooled` has shape {got}; allowed: {wanted}, by the trace model's `pooled_channels`.")
+        parts = [sample]
+        if config["use_prediction"]:
+            if original is None or epsilon is None:
+                raise InputError(
+                    "This trace model takes the denoiser's predictions; pass `original` and `epsilon`, as "
+                    "trace_inputs(state) gives them, or make it with use_prediction=False."
+                )
+            parts += [original, epsilon]
+        return torch.cat([part.to(self.dtype) for part in parts], dim=axis)
+
+
+def trace_inputs(state: DenoisingState) -> dict[str, torch.Tensor]:
+    """The arguments of `FisherTraceModel.forward` at a state, detached, float32 or the state's own dtype.
+
+    All are of order one at every level: x_t over its norm, the predicted noise, and the predicted x_0 over
+    sqrt(1 + (s/10)^2), since an error of the predicted noise grows by s in it.
+    """
+    sample = state.sample.detach()
+    level = state.level
+    norm = level.norm
+    safe = dataclasses.replace(
+        state, sample=sample, model_output=state.model_output.detach(),
+        level=NoiseLevel(level.alpha.clamp_min(LEAST_ALPHA * norm), level.sigma),
+    )  # fmt: skip
+    fading = 1 / torch.hypot(torch.ones_like(norm), safe.level.noise_to_signal / FADING_NOISE)
+    log_noise = level.log_noise_to_signal.clamp(-LOG_NOISE_RANGE, LOG_NOISE_RANGE)
+    return {
+        "sample": sample / expand(norm, sample),
+        "log_noise": log_noise.to(sample.device, torch.float32).expand(len(sample)),
+        "original": safe.pred_original_sample * expand(fading, sample),
+        "epsilon": safe.epsilon,
+    }
+
+
+def _bounded(g: torch.Tensor) -> torch.Tensor:
+    return MAX_LOG_RATIO * torch.tanh(g.float() / MAX_LOG_RATIO)
+
+
+def _check_choices(layout: str, target: str, output: str, basis: str) -> None:
+    for name, value, allowed in (
+        ("layout", layout, LAYOUTS), ("target", target, TARGETS), ("output", output, OUTPUTS), ("basis", basis, BASES)
+    ):  # fmt: skip
+        if value not in allowed:
+            raise InputError(f"`{name}` is '{value}'; allowed: {', '.join(allowed)}.")
+    if target == "norm" and output == "diagonal":
+        raise InputError("Target 'norm' gives the trace alone; use output='trace', or target 'residual'.")
+    if layout == "tokens" and basis == "dct":
+        raise InputError("Packed tokens do not say how they lie in the image; use basis='pixel'.")
+
+
+FisherTraceModel.__module__ = "diffusers_fisher"

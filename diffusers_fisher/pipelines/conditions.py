@@ -1,0 +1,106 @@
+"""What a pipeline's samples are conditioned on: prompts or their embeddings, class labels, or nothing."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from .inputs import one_each, prompt_list
+
+PROMPT_ARGUMENTS = ("negative_prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")
+"""Arguments beside `prompt` that take a string or one for each prompt."""
+
+EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
+"""Arguments that stand for a prompt together, where a call takes them; each has a twin that begins with negative_."""
+
+
+def text_conditions(
+    pipe: Any, prompt: Any, arguments: dict[str, Any], count: int | None, num_images_per_prompt: int = 1
+) -> tuple[list[str], dict[str, Any]]:
+    """Prompts (or embeddings) one for every sample.
+
+    Args:
+        pipe: whose call takes them.
+        prompt: a string, several, or None where `arguments` has `prompt_embeds`.
+        arguments: the call's other arguments.
+        count: samples that must be met by one condition each, or by one for all; None: as many as conditions.
+        num_images_per_prompt: how often every condition is taken.
+
+    Returns:
+        The prompts (empty strings for embeddings), and the arguments that say them.
+
+    Raises:
+        InputError: prompts of the wrong kind or number, both or neither of prompts and embeddings, embeddings without
+            the tensors that belong to them.
+    """
+    if any(arguments.get(name) is not None for name in _names("") + _names("negative_")):
+        return _embedded(pipe, prompt, arguments, count, num_images_per_prompt)
+    if count is None:
+        given = prompt_list(prompt, num_images_per_prompt)
+    else:
+        given = one_each("prompt", "" if prompt is None else prompt, count)
+    texts: dict[str, Any] = {"prompt": given}
+    for name in PROMPT_ARGUMENTS:
+        if arguments.get(name) is not None:
+            texts[name] = one_each(name, arguments[name], len(given), "prompt")
+    texts = {name: [text for text in entries for _ in range(num_images_per_prompt)] for name, entries in texts.items()}
+    return texts["prompt"], texts
+
+
+def _embedded(
+    pipe: Any, prompt: Any, arguments: dict[str, Any], count: int | None, num_images_per_prompt: int
+) -> tuple[list[str], dict[str, Any]]:
+    if prompt is not None:
+        raise InputError("Give either `prompt` or `prompt_embeds`: exactly one of them.")
+    taken = inspect.signature(type(pipe).__call__).parameters
+    found: dict[str, torch.Tensor] = {}
+    for sign in ("", "negative_"):
+        names = [name for name in _names(sign) if name in taken]
+        given = [name for name in names if arguments.get(name) is not None]
+        missing = [name for name in names if name not in given]
+        if missing and (given or not sign):
+            have = f"`{'`, `'.join(given)}` without " if given else "no "
+            raise InputError(
+                f"{type(pipe).__name__} was given {have}`{'`, `'.join(missing)}`; they belong together, as the "
+                "pipeline's `encode_prompt` returns them."
+            )
+        found |= {name: arguments[name] for name in given}
+    sizes = {name: len(value) for name, value in found.items()}
+    number = sizes["prompt_embeds"] if count is None else count
+    if any(size not in (number, 1 if count is not None else number) for size in sizes.values()) or number < 1:
+        raise InputError(
+            f"Embeddings are of {sizes} prompts; allowed: {number} of each" + (", or 1." if count else ".")
+        )
+    if num_images_per_prompt < 1:
+        raise InputError(f"`num_images_per_prompt` is {num_images_per_prompt}; allowed: at least 1.")
+    one_a_sample: dict[str, Any] = {
+        name: value.expand(number, *value.shape[1:]).repeat_interleave(num_images_per_prompt, dim=0)
+        for name, value in found.items()
+    }
+    if "negative_prompt_embeds" in found and "negative_prompt" not in arguments:
+        one_a_sample["negative_prompt"] = None  # where a call has a default for it (PixArt), it would refuse both
+    return [""] * (number * num_images_per_prompt), one_a_sample
+
+
+def _names(sign: str) -> list[str]:
+    return [sign + name for name in EMBEDDINGS]
+
+
+def class_conditions(labels: Any, num_classes: int, count: int | None, num_images_per_prompt: int = 1) -> list[int]:
+    """Class labels, one for every sample. Arguments and errors as `text_conditions`."""
+    if isinstance(labels, int):
+        entries: Sequence[Any] = [labels] * (count or 1)
+    else:
+        entries = labels.tolist() if isinstance(labels, torch.Tensor) else labels
+    known = isinstance(entries, (list, tuple)) and all(type(label) is int for label in entries)
+    if not known or not entries or not all(0 <= label < num_classes for label in entries):
+        raise InputError(f"`class_labels` is {labels!r}; allowed: numbers from 0 to {num_classes - 1}, at least one.")
+    if count is not None and len(entries) != count:
+        raise InputError(f"`class_labels` has {len(entries)} entries for {count} images; give one, or one an image.")
+    if num_images_per_prompt < 1:
+        raise InputError(f"`num_images_per_prompt` is {num_images_per_prompt}; allowed: at least 1.")
+    return [label for label in entries for _ in range(num_images_per_prompt)]

@@ -1,0 +1,482 @@
+"""The trace model: right at both ends and at the start, its inputs, files, card and fingerprint."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import tiny
+import torch
+from cases import STABLE_DIFFUSION, ZERO_SNR, SchedulerCase
+from diffusers.utils import hub_utils
+from safetensors import safe_open
+from trace_cases import IMAGE, SMALL, TOKENS, GaussianData, GaussianDenoiser, disturbed
+
+from diffusers_fisher import (
+    CheckpointError,
+    DenoisingState,
+    FisherTraceModel,
+    InputError,
+    NoiseLevel,
+    PipelineDenoiser,
+    UnsupportedError,
+)
+from diffusers_fisher.models import denoiser_fingerprint, fingerprint_differences, trace_inputs
+from diffusers_fisher.noise import Prediction
+
+KINDS = {
+    "trace": (IMAGE, "pixel", {}),
+    "trace, DCT prior": (IMAGE, "dct", {}),
+    "trace of tokens": (TOKENS, "pixel", {}),
+    "diagonal": (IMAGE, "pixel", {"output": "diagonal"}),
+    "diagonal, patches": (IMAGE, "pixel", {"output": "diagonal", "patch_size": 2}),
+    "diagonal in DCT": (IMAGE, "dct", {"output": "diagonal"}),
+    "diagonal of tokens": (TOKENS, "pixel", {"output": "diagonal"}),
+    "second moment": (IMAGE, "pixel", {"target": "norm"}),
+    "second moment, DCT prior": (IMAGE, "dct", {"target": "norm"}),
+}
+SCHEDULERS = {
+    "epsilon": SchedulerCase("DDIMScheduler", {}),
+    "v_prediction": SchedulerCase("DDIMScheduler", {"prediction_type": "v_prediction"}),
+    "sample": SchedulerCase("DDIMScheduler", {"prediction_type": "sample"}),
+    "k-diffusion": SchedulerCase("EulerDiscreteScheduler", {}),
+    "flow": SchedulerCase("FlowMatchEulerDiscreteScheduler", {}),
+}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def state_of(data, scheduler, timesteps, seed=1, dtype=torch.float64):
+    """A state of the ideal denoiser, one timestep a sample."""
+    denoiser = GaussianDenoiser(data, scheduler)
+    timesteps = torch.tensor(timesteps, dtype=torch.float64)
+    level = denoiser.level(timesteps)
+    clean = data.sample(len(timesteps), seeded(seed))
+    noise = torch.randn(clean.shape, generator=seeded(seed + 1), dtype=torch.float64)
+    alpha, sigma = (value.view(-1, *[1] * len(data.shape)) for value in (level.alpha, level.sigma))
+    return denoiser.state((alpha * clean + sigma * noise).to(dtype), timesteps)
+
+
+def make(name, **changes):
+    case = SCHEDULERS[name]
+    return case.parent(**{**case.config, **changes})
+
+
+# At the start, and at both ends
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_untrained_model_is_exact_on_gaussian_data(kind, scheduler):
+    shape, basis, settings = KINDS[kind]
+    data = GaussianData(shape, basis)
+    state = state_of(data, make(scheduler), [200.0, 500.0, 900.0])
+    r = data.model(**settings).r(state)
+    assert r.shape == (3,)
+    assert r.dtype is torch.float64
+    # float32; from a second moment r is a difference of numbers 1/s^2 (here up to 3) times larger.
+    assert torch.allclose(r, data.r(state.level, 3), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [name for name in KINDS if "moment" not in name])
+def test_both_ends_are_right_whatever_the_network_says(kind):
+    shape, basis, settings = KINDS[kind]
+    model = disturbed(GaussianData(shape, basis).model(**settings), 1.0)
+    noise_to_signal = torch.logspace(-5, 5, 11, dtype=torch.float64)
+    level = NoiseLevel.from_log_noise_to_signal(noise_to_signal.log())
+    x = torch.randn(11, *shape, generator=seeded(), dtype=torch.float64)
+    state = DenoisingState(x, 0.3 * x, level, Prediction("v_prediction"))
+    r = model.r(state)
+    assert bool(((r > 0) & (r < 1)).all())
+    variance = r / (1 - r) * noise_to_signal**2  # the effective one lies within exp(+-12) of the prior's
+    bound = torch.tensor(12.0).exp()
+    assert bool(((variance > 0.02 / bound) & (variance < 1.1 * bound)).all())
+    assert float(1 - r[0]) < 1e-9 * float(bound)
+    assert float(r[-1]) < 2e-10 * float(bound)
+
+
+def test_same_noised_sample_gives_the_same_r_in_every_scheduler():
+    """x_t over its norm and log(sigma/alpha) are all that a model sees of the schedule."""
+    data = GaussianData()
+    model = disturbed(data.model())
+    state = state_of(data, make("epsilon"), [300.0, 700.0])
+    r = model.r(state)
+    for factor, prediction in (
+        (1 / state.level.alpha, "epsilon"),
+        (1 / (state.level.alpha + state.level.sigma), "flow_prediction"),
+    ):
+        level = state.level.scaled(factor)
+        sample = factor.view(-1, 1, 1, 1) * state.sample
+        output = state.epsilon if prediction == "epsilon" else state.epsilon - state.pred_original_sample
+        other = DenoisingState(sample, output, level, Prediction(prediction))
+        assert torch.allclose(model.r(other), r, rtol=1e-5)  # float32
+
+
+def test_diagonal_averages_to_r_and_one_network_gives_both():
+    for basis in ("pixel", "dct"):
+        data = GaussianData(basis=basis)
+        model = disturbed(data.model(output="diagonal"))
+        state = state_of(data, make("epsilon"), [300.0, 700.0])
+        logits = model.evaluate(state).logits
+        assert logits.shape == state.sample.shape
+        assert torch.allclose(model.r(state), logits.double().sigmoid().flatten(1).mean(1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_do_not_see_each_other(kind):
+    shape, basis, settings = KINDS[kind]
+    data = GaussianData(shape, basis)
+    model = disturbed(data.model(**settings))
+    state = state_of(data, make("v_prediction"), [400.0, 600.0, 800.0])
+    alone = dataclasses.replace(
+        state, sample=state.sample[1:2], model_output=state.model_output[1:2],
+        level=NoiseLevel(state.level.alpha[1:2], state.level.sigma[1:2]),
+    )  # fmt: skip
+    assert torch.allclose(model.r(alone), model.r(state)[1:2], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("output", ["trace", "diagonal"])
+@pytest.mark.parametrize("basis", ["pixel", "dct"])
+def test_other_sizes_take_interpolated_variances(basis, output):
+    model = disturbed(GaussianData(basis=basis).model(output=output), 0.1)
+    for size in ((6, 8), (5, 3)):
+        x = torch.randn(2, 2, *size, generator=seeded())
+        state = DenoisingState(x, x, NoiseLevel.from_log_noise_to_signal(torch.zeros(())), Prediction("epsilon"))
+        assert bool(((model.r(state) > 0) & (model.r(state) < 1)).all())
+    flat = FisherTraceModel(**SMALL, in_channels=2, basis=basis, output=output, prior_shape=(2, 4, 4))
+    flat.set_prior(0.0, 0.5)  # what does not vary is interpolated exactly
+    level = NoiseLevel.from_log_noise_to_signal(torch.zeros((), dtype=torch.float64))
+    r = flat.r(DenoisingState(x, x, level, Prediction("epsilon")))
+    assert torch.allclose(r, torch.full((2,), 1 / 3, dtype=torch.float64), rtol=1e-6)
+
+
+# Inputs
+
+
+def test_inputs_are_bounded_to_the_noisy_end():
+    """Pure noise (alpha = 0) included, in every prediction type; the output of an imperfect model is of order one."""
+    x = torch.randn(3, *IMAGE, generator=seeded())
+    level = NoiseLevel(torch.tensor([0.0, 1e-6, 0.999]).double(), torch.tensor([1.0, 1.0, 0.04]).double())
+    for kind in ("epsilon", "v_prediction", "sample", "flow_prediction"):
+        output = 0.9 * x
+        state = DenoisingState(x, output, level, Prediction(kind))
+        inputs = trace_inputs(state)
+        assert all(bool(torch.isfinite(value).all()) for value in inputs.values())
+        assert float(inputs["original"].abs().max()) < 50
+        r = GaussianData().model().r(state)
+        assert float(r[0]) < 1e-15
+
+
+def test_zero_terminal_snr_ends_in_zero_r():
+    scheduler = diffusers.DDIMScheduler(**STABLE_DIFFUSION, **ZERO_SNR)
+    data = GaussianData()
+    state = state_of(data, scheduler, [0.0, 999.0])
+    assert float(data.model().r(state)[1]) < 1e-15
+
+
+def test_prediction_and_sample_both_matter_to_a_trained_network():
+    data = GaussianData()
+    model, without = disturbed(data.model()), disturbed(data.model(use_prediction=False))
+    state = state_of(data, make("epsilon"), [300.0, 700.0])
+    other = dataclasses.replace(state, model_output=state.model_output + 0.5)
+    assert not torch.equal(model.r(state), model.r(other))
+    assert torch.equal(without.r(state), without.r(other))
+    assert set(trace_inputs(state)) == {"sample", "log_noise", "original", "epsilon"}
+
+
+def test_pooled_vector_conditions():
+    data = GaussianData()
+    model = disturbed(data.model(pooled_channels=5))
+    state = state_of(data, make("epsilon"), [300.0, 700.0])
+    pooled = torch.randn(2, 5, generator=seeded())
+    r = model.r(state, pooled)
+    assert not torch.equal(r, model.r(state, pooled.flip(0)))
+    assert torch.equal(model.r(state, pooled[:1]), model.r(state, pooled[:1].expand(2, 5)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_and_states(dtype):
+    data = GaussianData()
+    state = state_of(data, make("epsilon"), [300.0, 700.0], dtype=torch.float32)
+    model = disturbed(data.model(), 0.1)
+    r = model.r(state)
+    low = model.to(dtype).r(state)
+    assert low.dtype is torch.float64
+    assert torch.allclose(low, r, rtol=0.05)  # bfloat16 has eight bits; the prior is evaluated in float32
+
+
+def test_evaluation_builds_no_graph_and_training_does():
+    data = GaussianData()
+    model = data.model()
+    state = state_of(data, make("epsilon"), [300.0, 700.0])
+    assert not model.evaluate(state).logits.requires_grad
+    assert model(**trace_inputs(state)).logits.requires_grad
+
+
+# Files
+
+
+def test_round_trip(tmp_path):
+    for kind in ("trace", "diagonal in DCT", "diagonal of tokens"):
+        shape, basis, settings = KINDS[kind]
+        data = GaussianData(shape, basis)
+        model = disturbed(data.model(**settings))
+        model.save_pretrained(tmp_path)
+        loaded = FisherTraceModel.from_pretrained(tmp_path)
+        state = state_of(data, make("epsilon"), [300.0, 700.0])
+        assert torch.equal(loaded.r(state), model.r(state))
+        assert {k: loaded.config[k] for k in SMALL} == {
+            k: list(v) if isinstance(v, tuple) else v for k, v in SMALL.items()
+        }
+        assert not loaded.training
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_config_lies_in_the_safetensors_metadata_too(tmp_path):
+    GaussianData().model(target="jacobian").save_pretrained(tmp_path)
+    with safe_open(tmp_path / "diffusion_pytorch_model.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["config"]) == json.loads((tmp_path / "config.json").read_text())
+    assert json.loads(metadata["config"])["target"] == "jacobian"
+    assert json.loads(metadata["config"])["_class_name"] == "FisherTraceModel"
+
+
+def test_dtype_of_loading(tmp_path):
+    GaussianData().model().save_pretrained(tmp_path)
+    assert FisherTraceModel.from_pretrained(tmp_path, dtype=torch.float16).dtype is torch.float16
+
+
+def test_failed_save_leaves_the_old_model(tmp_path, monkeypatch):
+    model = GaussianData().model()
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("diffusers_fisher.files.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        disturbed(model).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_other_processes_write_nothing(tmp_path):
+    GaussianData().model().save_pretrained(tmp_path / "new", is_main_process=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_damaged_files_are_refused(tmp_path):
+    GaussianData().model().save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="may be truncated"):
+        FisherTraceModel.from_pretrained(tmp_path)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        FisherTraceModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(CheckpointError, match="not the config of a trace model"):
+        FisherTraceModel.from_pretrained(tmp_path)
+
+
+def test_pickles_and_shards_are_refused(tmp_path):
+    for options in ({"safe_serialization": False}, {"variant": "fp16"}, {"push_to_hub": True}):
+        with pytest.raises(InputError, match=f"one safetensors file; got .*{next(iter(options))}"):
+            GaussianData().model().save_pretrained(tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pushing_writes_a_card_of_our_own(monkeypatch):
+    written = {}
+
+    def upload(self, folder, repo_id, **kwargs):
+        written.update({name: Path(folder, name).read_text() for name in ("README.md", "config.json")})
+        return "https://example.com/" + repo_id
+
+    monkeypatch.setattr(hub_utils, "create_repo", lambda repo_id, **kwargs: type("Url", (), {"repo_id": repo_id}))
+    monkeypatch.setattr(FisherTraceModel, "_upload_folder", upload)
+    model = GaussianData().model()
+    model.set_fingerprint(tiny.stable_diffusion())
+    assert model.push_to_hub("me/trace", description="Trained on tests.") == "https://example.com/me/trace"
+    card = written["README.md"]
+    for words in ("library_name: diffusers_fisher", "Target: `residual`", "the **data's** r", "Trained on tests.",
+                  'from_pretrained("me/trace")', "UNet2DConditionModel"):  # fmt: skip
+        assert words in card
+    assert json.loads(written["config.json"])["fingerprint"]["denoiser"] == "UNet2DConditionModel"
+
+
+def test_class_is_the_package_s_and_importing_the_package_loads_no_models():
+    assert FisherTraceModel.__module__ == "diffusers_fisher"
+    code = (
+        "import sys, diffusers_fisher; from diffusers_fisher import TraceMatchingFisher;"
+        "loaded = [name for name in sys.modules if name.startswith('diffusers.models')];"
+        "from diffusers_fisher import FisherTraceModel;"
+        "print(len(loaded), 'diffusers.models.modeling_utils' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "True"]
+
+
+# Fingerprints
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.stable_diffusion()
+
+
+def test_fingerprint_is_json_and_the_same_for_pipeline_and_denoiser(pipe):
+    mark = denoiser_fingerprint(pipe)
+    assert json.loads(json.dumps(mark)) == mark
+    assert denoiser_fingerprint(PipelineDenoiser(pipe, prompt="a")) == mark
+    assert fingerprint_differences(mark, mark) == []
+
+
+def test_dtype_and_sampler_do_not_change_the_denoiser(pipe):
+    mark = denoiser_fingerprint(pipe)
+    for dtype in (torch.float16, torch.bfloat16):
+        other = tiny.stable_diffusion()
+        other.unet.to(dtype)
+        assert fingerprint_differences(mark, denoiser_fingerprint(other)) == []
+    for kind in (diffusers.EulerDiscreteScheduler, diffusers.DPMSolverMultistepScheduler, diffusers.DDPMScheduler):
+        other = tiny.stable_diffusion(scheduler=kind.from_config(pipe.scheduler.config))
+        assert fingerprint_differences(mark, denoiser_fingerprint(other)) == []
+
+
+def with_other_weights():
+    pipe = tiny.stable_diffusion()
+    with torch.no_grad():
+        for parameter in pipe.unet.parameters():  # a fine-tune by one per cent
+            parameter += 0.01 * parameter.std().nan_to_num() * torch.randn(parameter.shape, generator=seeded())
+    return pipe
+
+
+OTHERS = {
+    "weights of the denoiser": with_other_weights,
+    "configuration of the denoiser": lambda: tiny.stable_diffusion(unet=tiny.unet(act_fn="gelu")),
+    "names or shapes of parameters": lambda: tiny.stable_diffusion(unet=tiny.unet(layers_per_block=2)),
+    "prediction type: trained for epsilon, got v_prediction": lambda: tiny.stable_diffusion(
+        scheduler=tiny.scheduler(prediction_type="v_prediction")
+    ),
+    "schedule: trained for .*-3.535": lambda: tiny.stable_diffusion(scheduler=tiny.scheduler(beta_end=0.02)),
+}
+
+
+@pytest.mark.parametrize("words", OTHERS)
+def test_another_denoiser_is_refused_with_what_differs(words, pipe):
+    model = GaussianData().model()
+    model.set_fingerprint(pipe)
+    model.check_fingerprint(pipe)
+    with pytest.raises(InputError, match=f"What differs: .*{words}"):
+        model.check_fingerprint(OTHERS[words]())
+
+
+def test_fingerprint_survives_saving(pipe, tmp_path):
+    model = GaussianData().model()
+    model.set_fingerprint(pipe)
+    model.save_pretrained(tmp_path)
+    loaded = FisherTraceModel.from_pretrained(tmp_path)
+    loaded.check_fingerprint(pipe)
+    with pytest.raises(InputError, match="was trained for another denoiser"):
+        loaded.check_fingerprint(with_other_weights())
+
+
+def test_model_without_a_fingerprint_fits_any(pipe):
+    GaussianData().model().check_fingerprint(pipe)
+
+
+@pytest.mark.parametrize("scheduler", [*SCHEDULERS, "EDM", "zero SNR"])
+def test_denoisers_without_a_network_have_prediction_and_schedule(scheduler):
+    made = {
+        "EDM": lambda: diffusers.EDMEulerScheduler(),
+        "zero SNR": lambda: diffusers.DDIMScheduler(**STABLE_DIFFUSION, **ZERO_SNR),
+    }.get(scheduler, lambda: make(scheduler))()
+    mark = denoiser_fingerprint(GaussianDenoiser(GaussianData(), made))
+    assert set(mark) == {"prediction_type", "schedule"}
+    assert json.loads(json.dumps(mark, allow_nan=False)) == mark
+    assert mark["schedule"] == sorted(mark["schedule"])
+
+
+def test_fingerprint_needs_a_scheduler():
+    with pytest.raises(UnsupportedError, match="needs a pipeline or a denoiser with a `scheduler`, got Linear"):
+        denoiser_fingerprint(torch.nn.Linear(1, 1))
+
+
+def test_state_of_another_prediction_type_is_refused(pipe):
+    model = GaussianData().model()
+    model.set_fingerprint(pipe)
+    state = state_of(GaussianData(), make("v_prediction"), [300.0])
+    with pytest.raises(InputError, match="trained for prediction type 'epsilon', the state has 'v_prediction'"):
+        model.r(state)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"layout": "video"}, "`layout` is 'video'; allowed: image, tokens"),
+        ({"target": "score"}, "`target` is 'score'; allowed: residual, jacobian, norm"),
+        ({"output": "matrix"}, "`output` is 'matrix'; allowed: trace, diagonal"),
+        ({"basis": "fft"}, "`basis` is 'fft'; allowed: pixel, dct"),
+        ({"target": "norm", "output": "diagonal"}, "Target 'norm' gives the trace alone"),
+        ({"layout": "tokens", "basis": "dct"}, "Packed tokens do not say how they lie"),
+        ({"block_out_channels": ()}, r"`block_out_channels` is \[\]"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, words):
+    with pytest.raises(InputError, match=words):
+        FisherTraceModel(**settings)
+
+
+@pytest.mark.parametrize(
+    ("mean", "variance", "words"),
+    [
+        (torch.zeros(3, 1, 1), 1.0, r"mean has shape \(3, 1, 1\); allowed: what broadcasts to \(2, 4, 4\)"),
+        (0.0, -1.0, "not negative"),
+        (0.0, float("nan"), "must be finite"),
+        (0.0, 0.0, "zero everywhere"),
+    ],
+)
+def test_priors_that_do_not_fit_are_refused(mean, variance, words):
+    with pytest.raises(InputError, match=words):
+        GaussianData().model().set_prior(mean, variance)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [((2, 3, 4, 4), r"allowed: \(B, 2, H, W\)"), ((2, 6, 2), r"allowed: \(B, 2, H, W\)")],
+)
+def test_samples_that_do_not_fit_are_refused(shape, words):
+    x = torch.zeros(shape)
+    state = DenoisingState(x, x, NoiseLevel.from_log_noise_to_signal(torch.zeros(())), Prediction("epsilon"))
+    with pytest.raises(InputError, match=words):
+        GaussianData().model().r(state)
+
+
+def test_other_inputs_that_do_not_fit_are_refused():
+    data = GaussianData()
+    state = state_of(data, make("epsilon"), [300.0, 700.0])
+    with pytest.raises(InputError, match=r"`pooled` has shape \(2, 5\); allowed: None"):
+        data.model().r(state, torch.zeros(2, 5))
+    with pytest.raises(InputError, match=r"`pooled` has shape None; allowed: \(2, 5\)"):
+        data.model(pooled_channels=5).r(state)
+    inputs = trace_inputs(state)
+    with pytest.raises(InputError, match="takes the denoiser's predictions"):
+        data.model()(inputs["sample"], inputs["log_noise"])
+    x = torch.zeros(1, 2, 5, 4)
+    odd = DenoisingState(x, x, NoiseLevel.from_log_noise_to_signal(torch.zeros(())), Prediction("epsilon"))
+    with pytest.raises(InputError, match="multiples of the trace model's `patch_size`, 2"):
+        data.model(patch_size=2).r(odd)
+    tokens = GaussianData(TOKENS)
+    x = torch.zeros(1, 5, 3)
+    with pytest.raises(InputError, match="prior has shape"):
+        tokens.model().r(
+            DenoisingState(x, x, NoiseLevel.from_log_noise_to_signal(torch.zeros(())), Prediction("epsilon"))
+        )

@@ -1,0 +1,136 @@
+"""The table of backbones: tiny pipelines of the real classes, which every test of `test_backbones` runs over.
+
+A new backbone is one line of `BACKBONES`, with what makes a tiny one in `tiny`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import tiny
+import torch
+
+import diffusers_fisher
+
+PROMPTS = ["a b", "c"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """How to make a pipeline, and what is particular to it.
+
+    Args:
+        make: `make(cls=...)`, a tiny pipeline of the stock class or of ours.
+        stock: the stock class.
+        network: "unet" or "transformer".
+        condition: what stands first in `guide` and after the images in `log_likelihood`; None: unconditional.
+        call: the same for the stock call, for (two) samples.
+        options: what every call needs beside.
+        guidance_scale: with classifier-free guidance; None: it knows none.
+        shape: (C, h, w) of latents, at a size whose full Jacobians take no time.
+        pixels: height and width that belong to it.
+        flow: whether it is a flow model.
+        takes_latents: whether the stock call takes `latents`.
+        sequential_offload: whether diffusers offers it for the class.
+        offload: the same for model offload.
+    """
+
+    make: Callable[..., Any]
+    stock: type
+    network: str = "transformer"
+    condition: Any = dataclasses.field(default_factory=lambda: PROMPTS)
+    call: dict[str, Any] = dataclasses.field(default_factory=lambda: {"prompt": PROMPTS})
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    guidance_scale: float | None = 4.0
+    shape: tuple[int, int, int] = (4, 4, 4)
+    pixels: tuple[int, int] = (8, 8)
+    flow: bool = False
+    takes_latents: bool = True
+    offload: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.stock.__name__.removesuffix("Pipeline")
+
+    @property
+    def cls(self) -> Any:
+        """Our class."""
+        return getattr(diffusers_fisher, f"{self.name}FisherPipeline")
+
+    def ours(self) -> Any:
+        return self.make(cls=self.cls)
+
+    def noise(self, count: int = 2, seed: int = 0) -> torch.Tensor:
+        """Latents (count, C, h, w)."""
+        return torch.randn(count, *self.shape, generator=torch.Generator().manual_seed(seed))
+
+    def packed(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+        """In the layout of the stock call."""
+        return pipe._pack(latents) if isinstance(pipe, diffusers_fisher.FisherPipelineMixin) else latents
+
+    def size(self) -> dict[str, int]:
+        return dict(zip(("height", "width"), self.pixels, strict=True)) if self.takes_latents else {}
+
+    def guidance(self, guided: bool) -> dict[str, float]:
+        if self.guidance_scale is None:
+            return {}
+        return {"guidance_scale": self.guidance_scale if guided else 1.0}
+
+    def sample(self, pipe: Any, guided: bool = True, call: Any = None, steps: int = 3, **arguments: Any) -> Any:
+        """What the pipeline gives, final latents unless told otherwise; `call` in place of its own."""
+        arguments = {
+            "output_type": "latent", "num_inference_steps": steps, **self.size(), **self.call, **self.options,
+            **self.guidance(guided), **arguments,
+        }  # fmt: skip
+        return (call or type(pipe).__call__)(pipe, return_dict=False, **arguments)[0]
+
+    def guide(self, pipe: Any, reward: Any, guided: bool = True, **options: Any) -> Any:
+        first = [] if self.condition is None else [self.condition]
+        options = {**self.size(), **self.options, **self.guidance(guided), **options}
+        options |= {"batch_size": 2} if self.condition is None else {}
+        options = {key: value for key, value in options.items() if key != "use_resolution_binning"}
+        height, width = self.pixels
+        return pipe.guide(*first, reward, **{"height": height, "width": width, **options})
+
+    def score(self, pipe: Any, count: int = 2, images: Any = None, **options: Any) -> Any:
+        """Likelihood of `images` or of `latents`, of the first `count` conditions."""
+        first = [] if self.condition is None else [self.condition[:count]]
+        options = {
+            "num_inference_steps": 3, "step_halving": False, "generator": torch.Generator().manual_seed(0),
+            **self.options, **options,
+        }  # fmt: skip
+        return pipe.log_likelihood(images, *first, **options)
+
+
+SHORT = {"max_sequence_length": 8}  # the tiny tokenizers know no more
+UNBINNED = {"use_resolution_binning": False, "clean_caption": False}
+UNCONDITIONAL = {
+    "network": "unet", "condition": None, "call": {"batch_size": 2}, "guidance_scale": None, "takes_latents": False
+}  # fmt: skip
+LABELS = {"condition": [1, 5], "call": {"class_labels": [1, 5]}, "takes_latents": False}
+
+
+def _with_texts(make: Callable, **settings: Any) -> Callable:
+    return lambda cls: make(cls, texts=True, **settings)
+
+
+_LINES = [
+    Backbone(tiny.stable_diffusion, diffusers.StableDiffusionPipeline, "unet"),
+    Backbone(tiny.stable_diffusion_xl, diffusers.StableDiffusionXLPipeline, "unet"),
+    Backbone(_with_texts(tiny.stable_diffusion_3), diffusers.StableDiffusion3Pipeline, options=SHORT, flow=True),
+    Backbone(
+        _with_texts(tiny.flux, guidance_embeds=True),
+        diffusers.FluxPipeline,
+        options=SHORT,
+        guidance_scale=3.5,
+        flow=True,
+    ),
+    Backbone(lambda cls: tiny.pixart(cls, 128), diffusers.PixArtAlphaPipeline, options=SHORT | UNBINNED),
+    Backbone(tiny.pixart, diffusers.PixArtSigmaPipeline, options=SHORT | UNBINNED),
+    Backbone(tiny.dit, diffusers.DiTPipeline, **LABELS),
+    Backbone(tiny.unconditional, diffusers.DDPMPipeline, shape=(3, 4, 4), pixels=(4, 4), **UNCONDITIONAL),
+    Backbone(tiny.unconditional, diffusers.DDIMPipeline, shape=(3, 4, 4), pixels=(4, 4), **UNCONDITIONAL),
+    Backbone(tiny.latent_unconditional, diffusers.LDMPipeline, shape=(3, 4, 4), offload=False, **UNCONDITIONAL),
+]
+BACKBONES = {line.name: line for line in _LINES}

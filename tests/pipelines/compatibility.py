@@ -1,0 +1,62 @@
+"""The table in docs/compatibility.md, from a test run: `python tests/pipelines/compatibility.py` writes it."""
+
+import sys
+from pathlib import Path
+
+COLUMNS = (
+    "likelihood", "guidance: direct", "guidance: finite difference", "guidance: autodiff", "guidance: Gaussian",
+    "guidance: centred endpoint", "model offload", "bfloat16", "save and load",
+)  # fmt: skip
+SIGNS = {"passed": "yes", "failed": "FAILS", "skipped": "no"}
+DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
+BEGIN, END = "<!-- table: from the test run -->\n", "<!-- end of table -->\n"
+
+outcomes: dict[tuple[str, str], str] = {}
+"""By backbone and column; where several tests decide a cell, the worst."""
+
+
+def note(backbone: str, column: str, outcome: str) -> None:
+    """Records one test's outcome."""
+    order = ("passed", "skipped", "failed")
+    outcomes[backbone, column] = max(outcome, outcomes.get((backbone, column), "passed"), key=order.index)
+
+
+def complete(backbones: list[str]) -> bool:
+    """Whether this run decided every cell."""
+    return all((backbone, column) in outcomes for backbone in backbones for column in COLUMNS)
+
+
+def table(backbones: list[str]) -> str:
+    """Markdown, one line a backbone."""
+    lines = ["| pipeline | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for backbone in backbones:
+        cells = [SIGNS[outcomes[backbone, column]] for column in COLUMNS]
+        lines.append(f"| `{backbone}FisherPipeline` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def written() -> str:
+    """The table that the document holds."""
+    return DOCUMENT.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+
+
+def write(text: str) -> None:
+    """Puts the table `text` into the document."""
+    before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
+    DOCUMENT.write_text(before + BEGIN + text + END + rest.split(END)[1], encoding="utf-8")
+
+
+class _Writer:
+    def pytest_sessionfinish(self) -> None:
+        from pipelines import backbones, compatibility  # as the tests see it, which is not this `__main__`
+
+        names = list(backbones.BACKBONES)
+        if not compatibility.complete(names):
+            sys.exit("The run did not decide every cell; the table was not written.")
+        compatibility.write(compatibility.table(names))
+
+
+if __name__ == "__main__":
+    import pytest
+
+    sys.exit(pytest.main(["-q", str(Path(__file__).with_name("test_backbones.py"))], plugins=[_Writer()]))

@@ -1,0 +1,33 @@
+"""The table in docs/compatibility.md is that of this test run."""
+
+import pytest
+
+from pipelines import compatibility
+from pipelines.backbones import BACKBONES
+
+
+def test_table_in_the_documentation_is_that_of_this_run():
+    names = list(BACKBONES)
+    if not compatibility.complete(names):
+        pytest.skip("this run did not decide every cell")
+    again = "run python tests/pipelines/compatibility.py"
+    assert compatibility.table(names) == compatibility.written(), (
+        f"The table in docs/compatibility.md is old; {again}."
+    )
+
+
+def test_worst_outcome_decides_a_cell(monkeypatch):
+    monkeypatch.setattr(compatibility, "outcomes", {})
+    for outcome, expected in (
+        ("passed", "passed"),
+        ("skipped", "skipped"),
+        ("failed", "failed"),
+        ("passed", "failed"),
+    ):
+        compatibility.note("A", "likelihood", outcome)
+        assert compatibility.outcomes["A", "likelihood"] == expected
+    assert not compatibility.complete(["A"])
+    for column in compatibility.COLUMNS:
+        compatibility.note("A", column, "passed")
+    assert compatibility.complete(["A"])
+    assert compatibility.table(["A"]).splitlines()[2].startswith("| `AFisherPipeline` | FAILS | yes |")

@@ -1,0 +1,296 @@
+"""Variants without a class of ours: what goes through the scheduler, what through the denoiser, what is refused."""
+
+import inspect
+
+import diffusers
+import pytest
+import tiny
+import torch
+from cases import relative
+
+from diffusers_fisher import (
+    AutodiffFisher,
+    DirectFisher,
+    PipelineDenoiser,
+    TrajectoryError,
+    UnsupportedError,
+    fisher_scheduler,
+)
+
+GRADIENT = 1e-5  # float32, the same products in another order
+PROMPTS = ["a b", "c"]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(seed=0):
+    return torch.randn(2, 4, 8, 8, generator=seeded(seed))
+
+
+def pictures(seed=5):
+    return torch.rand(2, 3, 16, 16, generator=seeded(seed))
+
+
+def masks():
+    mask = torch.zeros(2, 1, 16, 16)
+    mask[..., 8:] = 1
+    return mask
+
+
+def controlnet(xl=False):
+    changes = {} if not xl else {
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 16,
+    }  # fmt: skip
+    torch.manual_seed(1)
+    net = diffusers.ControlNetModel(
+        in_channels=4, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=32 if xl else 16,
+        attention_head_dim=2, norm_num_groups=4, conditioning_embedding_out_channels=(4, 4), **changes,
+    )  # fmt: skip
+    tiny.awaken(net)
+    return net
+
+
+def pipeline(kind, xl, **components):
+    """A variant over the tiny components; its scheduler the Fisher version of DDIM."""
+    prefix = "StableDiffusionXL" if xl else "StableDiffusion"
+    cls = getattr(diffusers, f"{prefix}{kind}Pipeline")
+    base = tiny.stable_diffusion_xl() if xl else tiny.stable_diffusion()
+    parts = {
+        **base.components,
+        "scheduler": fisher_scheduler(diffusers.DDIMScheduler).from_config(tiny.scheduler().config),
+    }
+    taken = inspect.signature(cls.__init__).parameters
+    settings = {"requires_safety_checker": False, "add_watermarker": False}
+    parts = {**parts, **components, **settings}
+    return tiny.quiet(cls(**{name: part for name, part in parts.items() if name in taken}))
+
+
+def run(pipe, call=None, guidance_scale=4.0, **arguments):
+    arguments = {
+        "prompt": PROMPTS, "num_inference_steps": 4, "output_type": "latent", "return_dict": False,
+        "guidance_scale": guidance_scale, "generator": seeded(3), **arguments,
+    }  # fmt: skip
+    return (call or type(pipe).__call__)(pipe, **arguments)[0]
+
+
+def weight():
+    return noise(9)
+
+
+VERSIONS = pytest.mark.parametrize("xl", [False, True], ids=["SD", "SDXL"])
+
+
+# Image to image: the run starts from a noised image
+
+
+@VERSIONS
+@pytest.mark.parametrize("cls", [diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler])
+def test_image_to_image_is_bit_for_bit_and_differentiable_at_its_first_sample(xl, cls):
+    """No `latents` enter the call: the gradient is at the run's first sample, the noised image."""
+    pipe = pipeline("Img2Img", xl, scheduler=fisher_scheduler(cls).from_config(tiny.scheduler().config))
+    arguments = {"image": pictures(), "strength": 0.8}
+    expected = run(pipe, **arguments)
+    base = (tiny.stable_diffusion_xl if xl else tiny.stable_diffusion)()
+    base.scheduler = pipe.scheduler
+    denoiser = PipelineDenoiser(base, 4.0, prompt=PROMPTS)
+    with pipe.scheduler.differentiable(AutodiffFisher(denoiser)) as trajectory:
+        result = run(pipe, **arguments)
+    assert torch.equal(result.detach(), expected)
+    assert len(trajectory.states) == 3  # 0.8 of 4 steps
+    leaf = trajectory.initial_sample.detach().clone().requires_grad_()
+    scheduler, x = cls.from_config(pipe.scheduler.config), leaf
+    scheduler.set_timesteps(4)
+    for t in scheduler.timesteps[-3:]:  # the rest of the run, with the network in the graph
+        x = scheduler.step(denoiser.model_output(scheduler.scale_model_input(x, t), t), t, x).prev_sample
+    torch.testing.assert_close(x, result, rtol=1e-4, atol=1e-4)
+    (exact,) = torch.autograd.grad((weight() * x).sum(), leaf)
+    loss = (weight() * result).sum()
+    (gradient,) = torch.autograd.grad(loss, trajectory.initial_sample, retain_graph=True)
+    assert relative(gradient, exact) < GRADIENT
+    if cls is diffusers.DDIMScheduler:
+        assert torch.equal(trajectory.gradient(loss), gradient)
+
+
+@VERSIONS
+def test_image_to_image_as_a_denoiser_is_refused_in_words(xl):
+    pipe = pipeline("Img2Img", xl)
+    if "latents" not in inspect.signature(type(pipe).__call__).parameters:
+        with pytest.raises(UnsupportedError, match="takes no `latents`, so it can't be evaluated at a given sample"):
+            PipelineDenoiser(pipe, prompt=PROMPTS, image=pictures())
+    else:
+        with pytest.raises(UnsupportedError, match=r"\{'strength': 0.8\} acts by the step's index within a run"):
+            PipelineDenoiser(pipe, prompt=PROMPTS, image=pictures(), strength=0.8)
+
+
+# Inpainting: by a network that sees the mask, or by blending after every step
+
+
+@VERSIONS
+def test_inpainting_with_a_network_of_its_own_goes_through_both_doors(xl):
+    """Nine channels: latents, mask, masked image. Its encoding is random, so it is given ready-made."""
+    changes = {
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 16, "cross_attention_dim": 32,
+    } if xl else {}  # fmt: skip
+    torch.manual_seed(2)
+    pipe = pipeline("Inpaint", xl, unet=tiny.unet(in_channels=9, **changes))
+    fixed = {
+        "image": pictures(), "mask_image": masks(), "height": 16, "width": 16, "strength": 1.0,
+        "masked_image_latents": noise(4),
+    }  # fmt: skip
+    leaf = noise().requires_grad_()
+    reference = run(pipe, inspect.unwrap(type(pipe).__call__), latents=leaf, **fixed)
+    (exact,) = torch.autograd.grad((weight() * reference).sum(), leaf)
+    denoiser = PipelineDenoiser(pipe, 4.0, prompt=PROMPTS, **fixed)
+    with pipe.scheduler.differentiable(AutodiffFisher(denoiser)) as trajectory:
+        result = run(pipe, latents=noise(), **fixed)
+    assert torch.equal(result.detach(), reference.detach())
+    assert relative(trajectory.gradient((weight() * result).sum()), exact) < GRADIENT
+
+
+@VERSIONS
+def test_inpainting_by_blending_is_refused_after_the_first_step(xl):
+    pipe = pipeline("Inpaint", xl)
+    arguments = {"image": pictures(), "mask_image": masks(), "height": 16, "width": 16, "strength": 1.0}
+    run(pipe, **arguments)  # untracked it runs
+    with (
+        pytest.raises(
+            TrajectoryError, match=r"Step 1 received other latents than step 0 returned: .* inpainting blend"
+        ),
+        pipe.scheduler.differentiable(DirectFisher()),
+    ):
+        run(pipe, **arguments)
+    denoiser = PipelineDenoiser(pipe, prompt=PROMPTS, **arguments)
+    with pytest.raises(UnsupportedError, match=r"changed the latents after its scheduler's step .an inpainting blend"):
+        denoiser(noise(), 500)
+
+
+# ControlNet
+
+
+@VERSIONS
+def test_controlnet_goes_through_both_doors(xl):
+    pipe = pipeline("ControlNet", xl, controlnet=controlnet(xl))
+    fixed = {"image": pictures(), "controlnet_conditioning_scale": 0.7}
+    leaf = noise().requires_grad_()
+    reference = run(pipe, inspect.unwrap(type(pipe).__call__), latents=leaf, **fixed)
+    (exact,) = torch.autograd.grad((weight() * reference).sum(), leaf)
+    denoiser = PipelineDenoiser(pipe, 4.0, prompt=PROMPTS, **fixed)
+    with pipe.scheduler.differentiable(AutodiffFisher(denoiser)) as trajectory:
+        result = run(pipe, latents=noise(), **fixed)
+    assert torch.equal(result.detach(), reference.detach())
+    assert relative(trajectory.gradient((weight() * result).sum()), exact) < GRADIENT
+    assert not torch.equal(result, run(pipe, latents=noise(), image=pictures(6), controlnet_conditioning_scale=0.7))
+
+
+@VERSIONS
+@pytest.mark.parametrize("window", [{"control_guidance_end": 0.5}, {"control_guidance_start": [0.5, 0.0]}], ids=str)
+def test_controlnet_for_a_part_of_the_run_is_refused_as_a_denoiser(xl, window):
+    pipe = pipeline("ControlNet", xl, controlnet=controlnet(xl))
+    name = next(iter(window))
+    with pytest.raises(
+        UnsupportedError, match=rf"\{{'{name}': .* acts by the step's index within a run, which a single"
+    ):
+        PipelineDenoiser(pipe, prompt=PROMPTS, image=pictures(), **window)
+    neutral = {"control_guidance_start": 0.0, "control_guidance_end": [1.0]}
+    PipelineDenoiser(pipe, prompt=PROMPTS, image=pictures(), **neutral)
+    if name == "control_guidance_end":  # a run with an estimator that needs no denoiser goes
+        with pipe.scheduler.differentiable(DirectFisher()) as trajectory:
+            result = run(pipe, latents=noise(), image=pictures(), **window)
+        assert float(trajectory.gradient((weight() * result).sum()).norm()) > 0
+
+
+def test_run_that_is_cut_short_is_refused_as_a_denoiser():
+    pipe = tiny.stable_diffusion_xl()
+    with pytest.raises(UnsupportedError, match=r"\{'denoising_end': 0.5\} acts by the step's index"):
+        PipelineDenoiser(pipe, prompt=PROMPTS, denoising_end=0.5)
+
+    class Interrupted(diffusers.StableDiffusionPipeline):
+        interrupt = True  # as a callback may set it
+
+    pipe = tiny.stable_diffusion(Interrupted)
+    with pytest.raises(UnsupportedError, match="Interrupted ended its call without a step of its scheduler"):
+        PipelineDenoiser(pipe, prompt=PROMPTS)(noise(), 500)
+
+
+# Adapters
+
+
+class ScaledAttention(torch.nn.Module):
+    """An attention processor of a user's own: the plain one, and a little more."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain = diffusers.models.attention_processor.AttnProcessor()
+
+    def __call__(self, attention, hidden_states, *args, **kwargs):
+        return self.plain(attention, hidden_states, *args, **kwargs) + 0.5 * hidden_states
+
+
+def test_attention_processors_act_in_every_door():
+    from diffusers_fisher import StableDiffusionFisherPipeline
+
+    plain, pipe = (tiny.stable_diffusion(StableDiffusionFisherPipeline) for _ in range(2))
+    pipe.unet.set_attn_processor(ScaledAttention())
+    values = [PipelineDenoiser(each, prompt=PROMPTS)(noise(), 500) for each in (plain, pipe)]
+    assert not torch.equal(*values)
+    options = {"num_inference_steps": 2, "num_probes": 1, "step_halving": False, "latents": noise()}
+    scores = [each.log_likelihood(None, PROMPTS, generator=seeded(), **options).log_prob for each in (plain, pipe)]
+    assert not torch.equal(*scores)
+    leaf = noise().requires_grad_()
+    reference = run(pipe, inspect.unwrap(type(pipe).__call__), latents=leaf)
+    (exact,) = torch.autograd.grad((weight() * reference).sum(), leaf)
+    pipe.scheduler = fisher_scheduler(type(pipe.scheduler)).from_config(pipe.scheduler.config)
+    with pipe.scheduler.differentiable(AutodiffFisher(PipelineDenoiser(pipe, 4.0, prompt=PROMPTS))) as trajectory:
+        result = run(pipe, latents=noise())
+    assert relative(trajectory.gradient((weight() * result).sum()), exact) < GRADIENT
+
+
+def test_lora_acts_in_the_likelihood():
+    peft = pytest.importorskip("peft", reason="LoRA in diffusers needs peft")
+    from diffusers_fisher import StableDiffusionFisherPipeline
+
+    pipe = tiny.stable_diffusion(StableDiffusionFisherPipeline)
+    options = {"num_inference_steps": 2, "num_probes": 1, "step_halving": False, "latents": noise()}
+    before = pipe.log_likelihood(None, PROMPTS, generator=seeded(), **options).log_prob
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    assert not torch.equal(pipe.log_likelihood(None, PROMPTS, generator=seeded(), **options).log_prob, before)
+
+
+# Half precision of trained weights
+
+
+def test_bfloat16_weights_of_the_trained_checkpoint():
+    """Bits a dimension within 0.02 of float32, guidance gradients within a cosine of 0.99."""
+    from diffusers_fisher import (
+        StableDiffusionFisherPipeline,
+        embedded_checkpoint,
+        embedded_prompt,
+        embedded_test_images,
+    )
+
+    def load(dtype):
+        return tiny.quiet(StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint(), dtype=dtype))
+
+    images, labels = embedded_test_images()
+    images, prompts = images[:4], [embedded_prompt(int(label)) for label in labels[:4]]
+    latents = load(torch.float32)._latents_to_score(images, None)  # for both: the density of the same latents
+    start, half = torch.randn(latents.shape, generator=seeded(1)), images.shape[-1] // 2
+    bits, gradients = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe = load(dtype)
+        options = {"num_inference_steps": 12, "num_probes": 4, "step_halving": False, "generator": seeded()}
+        bits.append(pipe.log_likelihood(None, prompts, latents=latents, **options).bits_per_dim)
+        pipe.scheduler = fisher_scheduler(type(pipe.scheduler)).from_config(pipe.scheduler.config)
+        options = {"num_inference_steps": 12, "guidance_scale": 1.0, "output_type": "latent"}
+        with pipe.scheduler.differentiable(DirectFisher()) as trajectory:
+            result = pipe(prompts, latents=start.to(dtype), **options).images
+        decoded = pipe._decode(result)
+        loss = (decoded[..., :half] - decoded[..., half:]).mean((1, 2, 3)).sum()
+        gradients.append(trajectory.gradient(loss).flatten(1).float())
+    assert 0 < float((bits[1] - bits[0]).abs().max()) < 0.02
+    assert 0.99 < float(torch.cosine_similarity(*gradients).min()) < 1

@@ -1,0 +1,208 @@
+"""Levenberg-Marquardt-Langevin: small cases by hand, its limits, and everything that a diffusers scheduler does."""
+
+import inspect
+import warnings
+
+import diffusers
+import pytest
+import torch
+from cases import STABLE_DIFFUSION, Network, latents, relative, sampling_run
+
+from diffusers_fisher import (
+    DenoisingState,
+    InputError,
+    LMLDDIMScheduler,
+    LMLDPMSolverMultistepScheduler,
+    LMLFlowMatchEulerDiscreteScheduler,
+    NoiseLevel,
+)
+from diffusers_fisher.noise import Prediction
+from diffusers_fisher.schedulers.lml import DampedRankOneOperator, preconditioned
+
+EXACT = 1e-12  # float64
+VP = {**STABLE_DIFFUSION, "clip_sample": False}
+CASES = {
+    "DDIM": (LMLDDIMScheduler, VP),
+    "DDIM v": (LMLDDIMScheduler, {**VP, "prediction_type": "v_prediction"}),
+    "DDIM sample": (LMLDDIMScheduler, {**VP, "prediction_type": "sample"}),
+    "DPM++": (LMLDPMSolverMultistepScheduler, STABLE_DIFFUSION),
+    "DPM": (
+        LMLDPMSolverMultistepScheduler,
+        {**STABLE_DIFFUSION, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+    ),
+    "flow": (LMLFlowMatchEulerDiscreteScheduler, {"shift": 3.0}),
+}
+on_cases = pytest.mark.parametrize("name", CASES)
+
+
+def made(name, **options):
+    cls, config = CASES[name]
+    return cls(**config, **options)
+
+
+def parent_of(name):
+    cls, config = CASES[name]
+    return cls.__mro__[2](**config)
+
+
+def state(shape):
+    level = NoiseLevel(torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.6, dtype=torch.float64))
+    return DenoisingState(latents(shape=shape), latents(shape=shape), level, Prediction("epsilon"), 300)
+
+
+def test_two_dimensions_by_hand():
+    epsilon = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    previous = torch.tensor([[0.0, 2.0]], dtype=torch.float64)
+    # m = (0.5, 1); lambda = 0.25 * 2; eps - m * 0.5/(0.5 + 1.25) = (0.857..., -0.2857...), brought to length one.
+    result = preconditioned(epsilon, previous, state((1, 2)), damping=0.25, kappa=0.5)
+    expected = torch.tensor([[6.0, -2.0]], dtype=torch.float64) / 40**0.5
+    torch.testing.assert_close(result, expected, rtol=EXACT, atol=EXACT)
+
+
+def test_operator_and_its_inverse_are_the_matrix():
+    at, m = state((2, 3, 2, 2)), latents(seed=8)
+    damping = torch.tensor([0.7, 4.0], dtype=torch.float64)
+    operator, v = DampedRankOneOperator(at, damping, m), latents(seed=9)
+    rows = m.flatten(1)
+    matrix = damping[:, None, None] * torch.eye(12, dtype=torch.float64) + rows[:, :, None] * rows[:, None]
+    assert relative(operator.dense(), matrix) < EXACT
+    assert relative(operator.solve(v).flatten(1), torch.linalg.solve(matrix, v.flatten(1))) < EXACT
+    assert relative(operator.matvec(operator.solve(v)), v) < EXACT
+
+
+@on_cases
+def test_large_lambda_is_the_parent(name):
+    x, network = latents(), Network()
+    expected = sampling_run(parent_of(name), network, x)[-1]
+    errors = [relative(sampling_run(made(name, lml_lambda=value), network, x)[-1], expected) for value in (1e4, 1e8)]
+    assert errors[1] < 1e-6
+    assert errors[0] / errors[1] == pytest.approx(1e4, rel=0.1)  # first order in 1/lambda
+    assert relative(sampling_run(made(name), network, x)[-1], expected) > 1e-4  # and the default is another sampler
+
+
+@on_cases
+def test_kappa_zero_is_the_parent_bit_for_bit_and_warned_about(name):
+    with pytest.warns(UserWarning, match="`lml_kappa` is 0: .* this is the parent scheduler"):
+        scheduler = made(name, lml_kappa=0.0)
+    x, network = latents(torch.float32), Network(dtype=torch.float32)
+    pairs = zip(sampling_run(scheduler, network, x), sampling_run(parent_of(name), network, x), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@on_cases
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_frozen_steps_are_the_parents(name, fraction):
+    x, network = latents(), Network()
+    ours = sampling_run(made(name, lml_freeze=fraction), network, x)
+    theirs = sampling_run(parent_of(name), network, x)
+    same = [torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)]
+    assert same == [True] * round(6 * fraction) + [False] * (6 - round(6 * fraction))
+
+
+def test_direction_keeps_its_length_and_each_sample_its_own():
+    epsilon, previous = latents(shape=(3, 3, 2, 2)), latents(shape=(3, 3, 2, 2), seed=2)
+    result = preconditioned(epsilon, previous, state((3, 3, 2, 2)), damping=0.05, kappa=0.5)
+    torch.testing.assert_close(result.flatten(1).norm(dim=1), epsilon.flatten(1).norm(dim=1), rtol=EXACT, atol=0)
+    cosines = torch.cosine_similarity(result.flatten(1), epsilon.flatten(1))
+    assert bool((cosines < 0.99).all())
+    for index in range(3):
+        one = slice(index, index + 1)
+        alone = preconditioned(epsilon[one], previous[one], state((1, 3, 2, 2)), damping=0.05, kappa=0.5)
+        assert relative(alone, result[one]) < EXACT
+
+
+def test_ddim_step_by_hand():
+    """x_0 is kept and the noise turned: the second step's result is alpha_prev x_0 + sigma_prev eps'."""
+    scheduler, network, x = made("DDIM", lml_lambda=0.3, lml_kappa=0.4), Network(), latents()
+    first = sampling_run(parent_of("DDIM"), network, x)[0]
+    result = sampling_run(scheduler, network, x)
+    assert torch.equal(result[0], first)  # there is no step before the first
+    t, following = scheduler.timesteps[1], scheduler.timesteps[2]
+    alpha, sigma = (scheduler.alphas_cumprod[t] ** 0.5, (1 - scheduler.alphas_cumprod[t]) ** 0.5)
+    epsilon, previous = network(first, t), network(x, scheduler.timesteps[0])
+    m = 0.4 * previous + 0.6 * epsilon
+    inner, size = ((m * other).flatten(1).sum(1)[:, None, None, None] for other in (epsilon, m))
+    turned = epsilon - m * inner / (0.3 * 12 + size)
+    turned = turned * (epsilon.flatten(1).norm(dim=1) / turned.flatten(1).norm(dim=1))[:, None, None, None]
+    bar = scheduler.alphas_cumprod[following]
+    expected = bar**0.5 * (first - sigma * epsilon) / alpha + (1 - bar) ** 0.5 * turned
+    assert relative(result[1], expected) < 1e-6  # the scheduler's own table is float32
+
+
+@on_cases
+def test_runs_do_not_remember_each_other(name):
+    scheduler, network = made(name), Network()
+    first = sampling_run(scheduler, network, latents())
+    sampling_run(scheduler, network, latents(shape=(5, 3, 2, 2)))  # another batch size
+    again = sampling_run(scheduler, network, latents())
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    alone = sampling_run(scheduler, network, latents()[:1])
+    assert relative(alone[-1], first[-1][:1]) < EXACT  # batch independence of whole runs
+
+
+@on_cases
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.01), (torch.bfloat16, 0.06)], ids=str)
+def test_half_precision_is_safe(name, dtype, tolerance):
+    scheduler, x = made(name, lml_lambda=1e-3), latents()
+    reference = sampling_run(scheduler, Network(), x.to(dtype).double())
+    network = Network(dtype=torch.float32)
+    half = sampling_run(scheduler, lambda sample, t: network(sample.float(), t).to(dtype), x.to(dtype))
+    assert all(value.dtype is dtype and bool(torch.isfinite(value).all()) for value in half)
+    # Outputs rounded to eleven or eight bits, six steps; a strongly damped inverse multiplies the rounding.
+    assert relative(half[-1], reference[-1]) < 10 * tolerance
+
+
+@on_cases
+def test_it_is_a_diffusers_scheduler(name, tmp_path):
+    cls, config = CASES[name]
+    parent = cls.__mro__[2]
+    scheduler = made(name, lml_lambda=0.7, lml_kappa=0.25, lml_freeze=0.5)
+    for method in ("step", "set_timesteps"):
+        assert inspect.signature(getattr(cls, method)) == inspect.signature(getattr(parent, method))
+    scheduler.save_pretrained(tmp_path)
+    loaded = cls.from_pretrained(tmp_path)
+    ours = ("lml_lambda", "lml_kappa", "lml_freeze")
+    assert [loaded.config[key] for key in ours] == [0.7, 0.25, 0.5]
+    shared = [key for key in parent(**config).config if not key.startswith("_")]
+    assert {key: loaded.config[key] for key in shared} == {key: parent(**config).config[key] for key in shared}
+    back = parent.from_config(loaded.config)
+    assert type(back) is parent
+    from_parent = cls.from_config(parent(**config).config)
+    assert from_parent.config.lml_kappa == 0.5
+    assert cls.__module__ == "diffusers_fisher"
+
+
+def test_it_runs_in_an_unmodified_pipeline_and_through_the_differentiable_door():
+    import tiny
+
+    from diffusers_fisher import DirectFisher, fisher_scheduler
+
+    pipe = tiny.stable_diffusion()
+    pipe.scheduler = fisher_scheduler(LMLDDIMScheduler).from_config(pipe.scheduler.config)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = pipe("a b", latents=noise, num_inference_steps=4, output_type="latent").images
+    with pipe.scheduler.differentiable(DirectFisher()) as trajectory:
+        tracked = pipe("a b", latents=noise, num_inference_steps=4, output_type="latent").images
+    assert torch.equal(tracked.detach(), plain)
+    assert bool(torch.isfinite(trajectory.gradient(tracked.sum())).all())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "match"),
+    [
+        ("lml_lambda", 0.0, "`lml_lambda` is 0.0; allowed: positive"),
+        ("lml_lambda", float("nan"), "`lml_lambda` is nan; allowed: positive"),
+        ("lml_kappa", 1.0, "`lml_kappa` is 1.0; allowed: 0 to below 1"),
+        ("lml_kappa", -0.1, "`lml_kappa` is -0.1; allowed: 0 to below 1"),
+        ("lml_freeze", 1.5, "`lml_freeze` is 1.5; allowed: 0 to 1"),
+    ],
+)
+def test_bad_options_are_refused(option, value, match):
+    with pytest.raises(InputError, match=match):
+        LMLDDIMScheduler(**{option: value})
+
+
+def test_no_warning_without_reason():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(LMLDDIMScheduler(), diffusers.DDIMScheduler)
