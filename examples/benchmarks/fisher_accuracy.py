@@ -231,8 +231,9 @@ def plot(result: dict[str, Any]) -> None:
         grid, (("mixture", "mixture, exact"), ("checkpoint", "embedded checkpoint")), strict=True
     ):
         for axes, quantity in zip(row, ("trace", "matvec"), strict=True):
-            for name, values in result[part]["levels"].items():
-                axes.plot(result[part]["noise_to_signal"], values[quantity], marker=".", label=name)
+            for index, (name, values) in enumerate(result[part]["levels"].items()):
+                style = "-" if index < 10 else "--"  # there are ten colours
+                axes.plot(result[part]["noise_to_signal"], values[quantity], style, marker=".", label=name)
             axes.set(xscale="log", yscale="log", ylabel=f"relative error of {quantity}", title=title, ylim=(1e-6, 1e4))
         row[1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in grid[1]:
