@@ -91,7 +91,9 @@ class LMLSchedulerMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        parent = next(base for base in cls.__mro__[1:] if base is not LMLSchedulerMixin)
+        if LMLSchedulerMixin not in cls.__bases__:
+            return  # a subclass of a class that has it all, such as its Fisher version
+        parent = cls.__mro__[cls.__mro__.index(LMLSchedulerMixin) + 1]
         cls.__init__ = _init_of(parent)  # type: ignore[method-assign]
         cls.step = _step_of(parent)  # type: ignore[attr-defined]
         cls.set_timesteps = _set_timesteps_of(parent)  # type: ignore[attr-defined]
