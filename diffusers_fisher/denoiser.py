@@ -196,8 +196,9 @@ class PipelineDenoiser(Denoiser):
         return output
 
     def _latents_dtype(self) -> torch.dtype:
-        network = getattr(self.pipe, "unet", None) or getattr(self.pipe, "transformer", None)
-        return network.dtype if network is not None else self.pipe.dtype
+        found = (getattr(self.pipe, name, None) for name in ("unet", "transformer"))
+        network = next((part for part in found if part is not None), self.pipe)  # compiled ones have no truth value
+        return network.dtype
 
     def _size_arguments(self, x: torch.Tensor) -> dict[str, int]:
         factor = getattr(self.pipe, "vae_scale_factor", None)

@@ -51,13 +51,13 @@ def call_with_latents(
     with borrowed(pipe, scheduler=watched):
         if output_type != "latent":
             return call(pipe, output_type=output_type, return_dict=return_dict, **arguments)
-        with _not_decoding(getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)):
+        with _not_decoding(getattr(pipe, "vae", getattr(pipe, "vqvae", None))):
             call(pipe, output_type="pt", return_dict=return_dict, **arguments)
     return ImagePipelineOutput(images=watched.last) if return_dict else (watched.last,)
 
 
 def _check(pipe: Any, latents: torch.Tensor, count: int) -> None:
-    network = getattr(pipe, "unet", None) or pipe.transformer
+    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     shape, channels = tuple(latents.shape), network.config.in_channels
     if len(shape) != 4 or shape[:2] != (count, channels):
         raise InputError(f"`latents` have shape {shape}; allowed: ({count}, {channels}, h, w).")
