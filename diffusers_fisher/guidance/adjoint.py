@@ -124,13 +124,7 @@ def ascend_noise(
         improved = ascent.record(noise, images, rewards).reshape(norms.shape).to(norms.device)
         lengths = torch.where(improved, lengths, lengths / 2)
         if step < num_guidance_steps:
-            if trajectory.states and not latents.requires_grad:
-                raise TrajectoryError(
-                    f"In run {step}, something replaced the latents after the scheduler's last step, a callback say, "
-                    "and with them the way back to the noise. Leave what the last step returns as it is."
-                )
-            if not rewards.requires_grad:
-                raise _not_differentiable(reward)
+            _check_connected(trajectory, latents, rewards, reward, step)
             direction, length = _unit(trajectory.gradient(total))
             ascent.gradient_norms.append(length)
             moved = noise + lengths * direction
@@ -192,6 +186,17 @@ def _not_differentiable(reward: Reward) -> InputError:
         "a graph to them. Keep to torch operations on the tensor; processors that go through PIL or numpy, `.item()`, "
         "`.detach()`, argmax and torch.no_grad cut gradients."
     )
+
+
+def _check_connected(trajectory: Any, latents: torch.Tensor, rewards: torch.Tensor, reward: Reward, step: int) -> None:
+    """Refuses a run whose latents, or a reward whose values, have lost the graph to the noise."""
+    if trajectory.states and not latents.requires_grad:
+        raise TrajectoryError(
+            f"In run {step}, something replaced the latents after the scheduler's last step, a callback say, and with "
+            "them the way back to the noise. Leave what the last step returns as it is."
+        )
+    if not rewards.requires_grad:
+        raise _not_differentiable(reward)
 
 
 def _check_images(images: torch.Tensor, step: int) -> None:
