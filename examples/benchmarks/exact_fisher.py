@@ -175,7 +175,7 @@ def banks() -> dict[str, Any]:
             )
             process.start()
             process.join()
-            result = torch.load(f"{folder}/answer.pt")
+            result = torch.load(f"{folder}/answer.pt", weights_only=True)
             table[name] = {
                 "peak_growth_bytes": result["grown"],
                 "errors": {
