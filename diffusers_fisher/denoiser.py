@@ -44,7 +44,9 @@ class _EchoScheduler:
 
     def __init__(self, scheduler: Any, timestep: Any):
         self.config = scheduler.config
-        self.timesteps = torch.as_tensor(timestep).reshape(1)
+        timestep = torch.as_tensor(timestep)
+        # Pipelines iterate over timesteps: one entry, which may be a timestep a sample.
+        self.timesteps = timestep.reshape(1) if timestep.numel() == 1 else timestep.reshape(1, -1)
         self.sigmas = torch.ones(2)
         self.output: torch.Tensor | None = None
 
@@ -82,7 +84,8 @@ class Denoiser(abc.ABC):
 
     @abc.abstractmethod
     def model_output(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
-        """Raw model output at model input `x`, (B, ...). Builds a graph only where `x` asks for one."""
+        """Raw model output at model input `x`, (B, ...), at one timestep or one a sample, (B,). Builds a graph only
+        where `x` asks for one."""
 
     def __call__(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
         """Predicted noise at `x`, (B, ...). Cost: one evaluation."""
@@ -160,11 +163,16 @@ class PipelineDenoiser(Denoiser):
     def model_output(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
         """Raw (guided) model output at model input `x`. Builds a graph only where `x` asks for one.
 
+        Args:
+            x: (B, ...).
+            timestep: one, possibly fractional, or without guidance one a sample, (B,).
+
         Raises:
-            InputError: what the pipeline refuses, in its own words.
+            InputError: timesteps of another number than samples; what the pipeline refuses, in its own words.
             UnsupportedError: a call that does not step, or that changes what the step returned.
             NumericalError: the output is not finite.
         """
+        self._check_timesteps(x, timestep)
         scheduler = _EchoScheduler(self.scheduler, timestep)
         with_graph = torch.is_grad_enabled() and x.requires_grad
         call = inspect.unwrap(type(self.pipe).__call__) if with_graph else type(self.pipe).__call__
@@ -194,6 +202,20 @@ class PipelineDenoiser(Denoiser):
                 "outside the noise level's range are the usual causes."
             )
         return output
+
+    def _check_timesteps(self, x: torch.Tensor, timestep: Any) -> None:
+        count = torch.as_tensor(timestep).numel()
+        if count not in (1, len(x)):
+            raise InputError(f"{count} timesteps were given for {len(x)} samples; give one, or one a sample.")
+        if count > 1 and self._doubles_batch():
+            raise UnsupportedError(
+                f"With guidance (scale {self.guidance_scale}) {type(self.pipe).__name__} runs twice the batch, which has "
+                "no such timesteps; call once for every timestep, or at guidance scale 1."
+            )
+
+    def _doubles_batch(self) -> bool:
+        embedded = getattr(getattr(self.pipe, "transformer", None), "config", {}).get("guidance_embeds", False)
+        return self._arguments.get("true_cfg_scale", 1.0) > 1 or (self.guidance_scale > 1 and not embedded)
 
     def _latents_dtype(self) -> torch.dtype:
         found = (getattr(self.pipe, name, None) for name in ("unet", "transformer"))

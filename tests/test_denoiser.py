@@ -220,3 +220,28 @@ def test_output_that_is_not_finite_is_refused():
     torch.nn.init.constant_(pipe.unet.conv_out.bias, float("nan"))
     with pytest.raises(NumericalError, match=r"output at timestep 500 is not finite. Half-precision weights"):
         PipelineDenoiser(pipe, prompt=["a", "b"])(PIPELINES["SD"].noise(), 500)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_timestep_a_sample(name):
+    """Row by row the evaluation of the whole batch at that row's timestep; kernels may round otherwise (1e-5)."""
+    case = PIPELINES[name]
+    pipe = case.make()
+    x, timesteps = case.noise(), torch.tensor([700.0, 30.0])
+    denoiser = PipelineDenoiser(pipe, guidance_scale=1.0, **case.arguments())
+    together = denoiser.model_output(x, timesteps)
+    for row, timestep in enumerate(timesteps):
+        assert torch.allclose(together[row], denoiser.model_output(x, timestep)[row], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(together[0], denoiser.model_output(x, timesteps[1])[0], atol=1e-4)
+    state = denoiser.state(x, timesteps)
+    assert state.level.sigma.shape == (2,) and state.level.sigma[0] > state.level.sigma[1]
+
+
+def test_timesteps_that_do_not_fit_the_samples_are_refused():
+    denoiser = PipelineDenoiser(tiny.stable_diffusion(), prompt=["a b", "c"])
+    x = PIPELINES["SD"].noise()
+    with pytest.raises(InputError, match="3 timesteps were given for 2 samples"):
+        denoiser(x, torch.tensor([1, 2, 3]))
+    guided = PipelineDenoiser(tiny.stable_diffusion(), guidance_scale=4.0, prompt=["a b", "c"])
+    with pytest.raises(UnsupportedError, match="twice the batch"):
+        guided(x, torch.tensor([1, 2]))
