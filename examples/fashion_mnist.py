@@ -1,11 +1,21 @@
-"""Fashion-MNIST (Xiao et al., 2017; MIT) from the IDX files of Debian's package `dataset-fashion-mnist`."""
+"""Fashion-MNIST (Xiao et al., 2017; MIT) from the IDX files of Debian's package `dataset-fashion-mnist`.
 
+    python examples/fashion_mnist.py --output outputs/fashion_mnist
+
+writes it as a folder of images with captions, which `datasets` and this package read.
+"""
+
+import argparse
 import gzip
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+
+from diffusers_fisher.checkpoints import embedded_prompt
 
 DEFAULT_FOLDER = "/usr/share/datasets/fashion-mnist"
 PREFIXES = {"train": "train", "test": "t10k"}
@@ -38,3 +48,29 @@ def load(split: str, folder: str | os.PathLike = DEFAULT_FOLDER) -> tuple[torch.
 def to_rgb(images: torch.Tensor) -> torch.Tensor:
     """(N, 1, H, W) uint8 to (N, 3, H, W) float32 in [-1, 1], as `AutoencoderKL` takes them."""
     return (images.float() / 127.5 - 1.0).expand(-1, 3, -1, -1)
+
+
+def write_folder(output: Path, split: str = "train", folder: str | os.PathLike = DEFAULT_FOLDER) -> int:
+    """Writes PNG files and `metadata.jsonl` (file_name, text, label) to `output`; returns how many."""
+    images, labels = load(split, folder)
+    output.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        name = f"{split}-{number:05d}.png"
+        Image.fromarray(image[0].numpy()).save(output / name)
+        lines.append(json.dumps({"file_name": name, "text": embedded_prompt(label), "label": label}))
+    (output / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--split", choices=sorted(PREFIXES), default="train")
+    parser.add_argument("--data", default=DEFAULT_FOLDER)
+    arguments = parser.parse_args()
+    print(f"{write_folder(arguments.output, arguments.split, arguments.data)} images")
+
+
+if __name__ == "__main__":
+    main()

@@ -33,22 +33,12 @@ from embedded_models import (
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification, CLIPTextModel, CLIPTokenizer
 
-from diffusers_fisher import InputError, NumericalError
+from diffusers_fisher import NumericalError
 from diffusers_fisher.checkpoints import EMBEDDED_CLASSES, embedded_prompt
 from diffusers_fisher.files import load_tensors, save_tensors, write_json
 from diffusers_fisher.training.config import load_config
+from diffusers_fisher.training.schedule import Optimisation, batch_indices, learning_rate
 from diffusers_fisher.training.state import load_training_state, save_training_state, step_generator
-
-
-@dataclasses.dataclass
-class Stage:
-    steps: int
-    batch_size: int  # over all processes
-    learning_rate: float
-    weight_decay: float
-    warmup_steps: int
-    ema_decay: float  # 0: no moving average
-    save_every: int
 
 
 @dataclasses.dataclass
@@ -59,29 +49,9 @@ class Config:
     mixed_precision: str
     caption_dropout: float
     kl_weight: float
-    classifier: Stage
-    autoencoder: Stage
-    diffusion: Stage
-
-
-def learning_rate(stage: Stage, step: int) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
-    if step < stage.warmup_steps:
-        return stage.learning_rate * (step + 1) / stage.warmup_steps
-    progress = (step - stage.warmup_steps) / max(1, stage.steps - stage.warmup_steps)
-    return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def batch_indices(count: int, stage: Stage, step: int, seed: int) -> torch.Tensor:
-    """Indices of the global batch of `step`: consecutive pieces of one permutation an epoch."""
-    per_epoch = count // stage.batch_size
-    if not per_epoch:
-        raise InputError(
-            f"`batch_size` is {stage.batch_size}, but there are {count} images; allowed: at most as many."
-        )
-    epoch, position = divmod(step, per_epoch)
-    order = torch.randperm(count, generator=step_generator(seed, "order", epoch))
-    return order[position * stage.batch_size : (position + 1) * stage.batch_size]
+    classifier: Optimisation
+    autoencoder: Optimisation
+    diffusion: Optimisation
 
 
 @contextlib.contextmanager
@@ -100,7 +70,7 @@ def train(
     modules: dict[str, torch.nn.Module],
     loss_of: Callable[[dict[str, torch.nn.Module], torch.Tensor, torch.Generator, slice], torch.Tensor],
     count: int,
-    stage: Stage,
+    stage: Optimisation,
     config: Config,
     accelerator: Accelerator,
 ) -> None:

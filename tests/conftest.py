@@ -1,6 +1,8 @@
 """Settings of the whole suite: no network, one thread, and no test may leave a global setting changed."""
 
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -20,8 +22,13 @@ WARNINGS_OF_OTHERS = (
 
 
 def pytest_configure(config):
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="diffusers-fisher-tests-")  # not the user's own
     for line in WARNINGS_OF_OTHERS:
         config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

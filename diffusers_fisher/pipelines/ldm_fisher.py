@@ -45,9 +45,9 @@ class LDMFisherPipeline(UnconditionalMixin, LDMPipeline):
         vae = self.vqvae
         return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample
 
-    def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         vae = self.vqvae
-        return vae.encode(pixels.to(vae.dtype)).latents.float() * vae.config.scaling_factor
+        return vae.encode(pixels.to(vae.dtype)).latents.float() * vae.config.scaling_factor, None
 
 
 LDMFisherPipeline.__module__ = "diffusers_fisher"

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import InputError, UnsupportedError
 from ..noise import SchedulerFamily, scheduler_family
-from .inputs import image_tensor
+from .inputs import UNIT_RANGE, image_tensor
 
 if TYPE_CHECKING:
     from typing import Any as _Stock  # a stock pipeline class, which the mixins stand before
@@ -65,20 +65,27 @@ class LatentSpace(_Stock):
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         return vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
 
-    def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Scaled latents (B, C, h, w) float32 of images (B, 3, H, W) in [-1, 1]: the mean of their posterior."""
+    def _posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mean and standard deviation of scaled latents, (B, C, h, w) float32 each, of images (B, 3, H, W) in [-1, 1];
+        no deviation where encoding is not random."""
         vae = self.vae
         posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        return (posterior.mode().float() - shift) * vae.config.scaling_factor
+        shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
+        return (posterior.mode().float() - shift) * scale, posterior.std.float() * scale
+
+    def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Scaled latents (B, C, h, w) float32 of images (B, 3, H, W) in [-1, 1]: the mean of their posterior."""
+        return self._posterior(pixels)[0]
 
     @torch.no_grad()
-    def _latents_to_score(self, images: Any, latents: torch.Tensor | None) -> torch.Tensor:
+    def _latents_to_score(
+        self, images: Any, latents: torch.Tensor | None, data_range: tuple[float, float] = UNIT_RANGE
+    ) -> torch.Tensor:
         """Scaled latents (B, C, h, w) float32 of what `log_likelihood` was given, checked."""
         if (images is None) == (latents is None):
             raise InputError("Give either `images` or `latents`: exactly one of them.")
         if latents is None:
-            tensor = image_tensor(images, self._size_multiple(), self._image_channels())
+            tensor = image_tensor(images, self._size_multiple(), self._image_channels(), data_range)
             return self._encoded((2 * tensor - 1).to(self._execution_device))
         channels, multiple = self._latent_channels(), self._size_multiple() // self._factor
         shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else ()
@@ -88,6 +95,14 @@ class LatentSpace(_Stock):
                 f"Latents {got}; allowed: a tensor (B, {channels}, h, w), h and w multiples of {multiple}."
             )
         return latents.to(self._execution_device, torch.float32)
+
+    def _checked_bins(self, bins: int | None) -> int | None:
+        if bins is not None and self._space != "pixel":
+            raise InputError(
+                f"`bins` is {bins}, but {type(self).__name__} is in latents, whose density is not that of pixels in "
+                "bins. Leave it out."
+            )
+        return bins
 
     def _image_channels(self) -> int:
         return 3
@@ -168,5 +183,5 @@ class PixelSpace(LatentSpace):
     def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
         return latents
 
-    def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels
+    def _posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return pixels, None

@@ -6,6 +6,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from ..errors import InputError
+from .conditions import encoded_conditions
 from .mixin import FisherPipelineMixin
 
 
@@ -15,16 +16,22 @@ class StableDiffusionXLFisherPipeline(FisherPipelineMixin, StableDiffusionXLPipe
     The sizes that the network is told (`original_size`, `target_size`) are those of the image unless given.
     """
 
+    def _pooled(self, conditions: dict[str, Any]) -> torch.Tensor:
+        """The pooled embeddings that the network itself is given."""
+        return encoded_conditions(self, conditions)[2]
+
     def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
         mean, deviation = self._latent_moments(latents)
         vae = self._checked_vae()
         return vae.decode((latents * deviation / vae.config.scaling_factor + mean).to(vae.dtype)).sample
 
-    def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         vae = self._checked_vae()
-        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float()
+        posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+        latents = posterior.mode().float()
         mean, deviation = self._latent_moments(latents)
-        return (latents - mean) * vae.config.scaling_factor / deviation
+        factor = vae.config.scaling_factor / deviation
+        return (latents - mean) * factor, posterior.std.float() * factor
 
     def _finished(self, images: Any) -> tuple[Any, list[bool]]:
         if self.watermark is None:

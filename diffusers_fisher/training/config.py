@@ -4,6 +4,7 @@ import dataclasses
 import os
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,9 +36,10 @@ def build_config(kind: type[Config], values: Any, where: str = "config") -> Conf
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return build_config(hint, value, where)  # type: ignore[arg-type]
     allowed = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    section = next((kind for kind in allowed if dataclasses.is_dataclass(kind)), None)
+    if section is not None and value is not None:
+        return build_config(section, value, where)  # type: ignore[arg-type]
     allowed = tuple(typing.get_origin(kind) or kind for kind in allowed)
     if float in allowed and type(value) is int:
         return float(value)
@@ -47,8 +49,15 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-def load_config(path: str | os.PathLike, kind: type[Config]) -> Config:
-    """Reads a YAML file into dataclass `kind`. Raises `InputError` naming the file and the key at fault."""
+def load_config(path: str | os.PathLike, kind: type[Config], changes: Sequence[str] = ()) -> Config:
+    """Reads a YAML file into dataclass `kind`.
+
+    Args:
+        changes: "key.key=value" in YAML, in place of what the file says.
+
+    Raises:
+        InputError: names the file and the key at fault.
+    """
     import yaml
 
     path = Path(path)
@@ -56,4 +65,26 @@ def load_config(path: str | os.PathLike, kind: type[Config]) -> Config:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"Config file '{path}' can't be read: {error}") from error
+    for change in changes:
+        _change(values, change)
     return build_config(kind, values, where=str(path))
+
+
+def _change(values: Any, change: str) -> None:
+    """Sets "key.key=value" in nested mappings; a section that is missing or none is made."""
+    import yaml
+
+    path, equals, text = change.partition("=")
+    *sections, key = path.split(".")
+    if not equals or not key or not isinstance(values, dict):
+        raise InputError(f"The change '{change}' is not of the form key.key=value.")
+    for section in sections:
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise InputError(f"The change '{change}': '{section}' is a value, not a section.")
+    try:
+        values[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"The change '{change}' has a value that is no YAML: {error}") from error

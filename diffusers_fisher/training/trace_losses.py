@@ -152,7 +152,7 @@ def noised_state(denoiser: Denoiser, clean: torch.Tensor, draw: TraceDraw, with_
     level = denoiser.level(timesteps)
     noise = draw.noise.to(clean.device, clean.dtype)
     with torch.set_grad_enabled(with_graph):
-        x = (expand(level.alpha, clean) * clean + expand(level.sigma, noise) * noise).detach()
+        x = (expand(level.alpha, clean) * clean + expand(level.sigma, noise) * noise).to(clean.dtype).detach()
         state = denoiser.state(x.requires_grad_(with_graph), timesteps.to(clean.device, torch.float32))
     if not bool(torch.isfinite(state.model_output).all()):
         raise NumericalError("The denoiser's output is not finite; half-precision weights are the usual cause.")

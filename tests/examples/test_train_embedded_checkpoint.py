@@ -55,9 +55,9 @@ def config_for(data, output, **changes):
     stage = {"batch_size": 4, "learning_rate": 1e-3, "weight_decay": 0.01, "warmup_steps": 2, "save_every": 2}
     values = {
         "seed": 0, "data": str(data), "output": str(output), "mixed_precision": "no", "caption_dropout": 0.3,
-        "kl_weight": 4e-6, "classifier": example.Stage(steps=5, ema_decay=0.0, **stage),
-        "autoencoder": example.Stage(steps=6, ema_decay=0.9, **stage),
-        "diffusion": example.Stage(steps=7, ema_decay=0.9, **stage),
+        "kl_weight": 4e-6, "classifier": example.Optimisation(steps=5, ema_decay=0.0, **stage),
+        "autoencoder": example.Optimisation(steps=6, ema_decay=0.9, **stage),
+        "diffusion": example.Optimisation(steps=7, ema_decay=0.9, **stage),
     }  # fmt: skip
     return example.Config(**{**values, **changes})
 
@@ -310,7 +310,7 @@ def test_loss_that_is_not_finite_stops_the_run(data, tmp_path):
 
 
 def test_batches_are_pieces_of_one_permutation_an_epoch():
-    stage = example.Stage(0, 4, 1e-3, 0.0, 0, 0.0, 1)
+    stage = example.Optimisation(0, 4, 1e-3, 0.0, 0, 0.0, 1)
     epochs = [
         torch.cat([example.batch_indices(10, stage, step, 0) for step in (first, first + 1)]) for first in (0, 2)
     ]
@@ -324,7 +324,7 @@ def test_batches_are_pieces_of_one_permutation_an_epoch():
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
-    stage = example.Stage(10, 4, 1.0, 0.0, 2, 0.0, 1)
+    stage = example.Optimisation(10, 4, 1.0, 0.0, 2, 0.0, 1)
     assert [example.learning_rate(stage, step) for step in (0, 1, 2, 6, 10)] == pytest.approx([0.5, 1, 1, 0.5, 0])
     without = dataclasses.replace(stage, warmup_steps=0)
     assert example.learning_rate(without, 0) == 1.0

@@ -1,0 +1,150 @@
+"""Encodes images once, so that training reads latents.
+
+    accelerate launch -m diffusers_fisher.training.cache_latents --config configs/trace_embedded.yaml
+
+Takes `data` and `denoiser` of a trace matching config and writes the folder `latents` of it, shard by shard: a killed
+run goes on where it was. Images that can't be read are left out, counted and named in the cache's index.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from tqdm.auto import tqdm
+
+from ..data import LATENT_INDEX, Images, ImageStream, UnreadableImageError, open_images, shard_name
+from ..errors import FisherError, InputError
+from ..files import check_writable, load_tensors, read_json, save_tensors, write_json
+from .checkpoints import TrainingFolder
+from .config import load_config
+from .samples import SampleSpace
+from .trace_config import TraceMatchingConfig, load_pipeline
+
+logger = get_logger(__name__)
+
+SHARD_SIZE = 4096  # images a shard
+
+
+def space_fingerprint(pipe: Any) -> dict[str, Any]:
+    """What scaled latents depend on: the autoencoder's weights (a sum) and scaling; for pixels only their kind."""
+    vae = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
+    if vae is None:
+        return {"space": "pixel"}
+    tensors = [parameter.detach().float().abs().mean().item() for parameter in list(vae.parameters())[:16]]
+    scaling = {key: vae.config.get(key) for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")}
+    return {"space": "latent", "autoencoder": type(vae).__name__, "weights": sum(tensors), **scaling}
+
+
+def cache_latents(config: TraceMatchingConfig, batch_size: int = 16) -> int:
+    """Writes what is missing of the cache; returns the number of latents in it.
+
+    Raises:
+        InputError: a config without `data` or `latents`, or a folder with a cache of other settings.
+    """
+    if config.data is None or config.latents is None:
+        raise InputError("Caching needs both `data` (the images) and `latents` (the folder to write) in the config.")
+    state, folder = PartialState(), Path(config.latents)
+    if state.is_main_process:
+        check_writable(folder)
+        settings = {"data": dataclasses.asdict(config.data), "denoiser": dataclasses.asdict(config.denoiser)}
+        TrainingFolder(folder).claim(settings, free=())
+    if (folder / LATENT_INDEX).is_file():
+        return sum(read_json(folder / LATENT_INDEX)["counts"])
+    pipe = load_pipeline(config.denoiser).to(state.device)
+    with state.main_process_first():
+        source = open_images(config.data, pipe._image_channels(), text_captions=hasattr(pipe, "tokenizer"))
+    space = SampleSpace(pipe, latents=False)
+    number = -1
+    for number, rows in enumerate(_shards(source)):
+        if number % state.num_processes == state.process_index and not (folder / shard_name(number)).is_file():
+            _write_shard(folder, number, rows, source, space, batch_size)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _write_index(folder, number + 1, pipe)
+    state.wait_for_everyone()
+    return sum(read_json(folder / LATENT_INDEX)["counts"])
+
+
+def _shards(source: Images | ImageStream) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    """Undecoded rows with their positions, a shard at a time."""
+    rows: list[tuple[int, dict[str, Any]]] = []
+    for entry in enumerate(source.undecoded() if isinstance(source, ImageStream) else source.rows):
+        rows.append(entry)
+        if len(rows) == SHARD_SIZE:
+            yield rows
+            rows = []
+    if rows:
+        yield rows
+
+
+def _write_shard(
+    folder: Path,
+    number: int,
+    rows: list[tuple[int, dict[str, Any]]],
+    source: Images,
+    space: SampleSpace,
+    batch_size: int,
+) -> None:
+    pixels: list[torch.Tensor] = []
+    moments, captions, skipped = [], [], []
+    quiet = not PartialState().is_main_process
+    for position, row in tqdm(rows, f"shard {number}", disable=quiet):
+        try:
+            example = source.example(row, position)
+        except UnreadableImageError as error:
+            logger.warning(f"{error} It is left out.", main_process_only=False)
+            skipped.append(source.row_name(row, position))
+        else:
+            if pixels and pixels[0].shape != example.pixels.shape:
+                raise InputError(
+                    f"Image '{example.name}' has another size than those before; set `data.resolution`, which makes "
+                    "them one."
+                )
+            pixels.append(example.pixels)
+            captions.append(example.caption)
+        if len(pixels) == batch_size:
+            moments.append(space.moments(torch.stack(pixels)).cpu())
+            pixels = []
+    if pixels:
+        moments.append(space.moments(torch.stack(pixels)).cpu())
+    if not moments:
+        raise InputError(f"None of the {len(rows)} images from '{skipped[0]}' on can be read.")
+    metadata = {"captions": json.dumps(captions), "skipped": json.dumps(skipped)}
+    save_tensors(folder / shard_name(number), {"moments": torch.cat(moments)}, metadata)
+
+
+def _write_index(folder: Path, number: int, pipe: Any) -> None:
+    counts, skipped, shape = [], [], None
+    for shard in range(number):
+        tensors, metadata = load_tensors(folder / shard_name(shard))
+        counts.append(len(tensors["moments"]))
+        shape = list(tensors["moments"].shape[2:])
+        skipped += json.loads(metadata["skipped"])
+    index = {"shape": shape, "counts": counts, "skipped_images": skipped, "space": space_fingerprint(pipe)}
+    write_json(folder / LATENT_INDEX, index)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings in place of the file's")
+    parser.add_argument("--batch-size", type=int, default=16, help="images encoded at a time")
+    arguments = parser.parse_args()
+    try:
+        count = cache_latents(load_config(arguments.config, TraceMatchingConfig, arguments.set), arguments.batch_size)
+    except FisherError as error:
+        raise SystemExit(f"Error: {error}") from error
+    print(f"{count} latents")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""Trains a trace model (DF-TM; Wang et al., ICML 2025, arXiv 2505.23264) for a frozen denoiser.
+
+    accelerate launch -m diffusers_fisher.training.trace_matching --config configs/trace_embedded.yaml
+
+A run that was killed is taken up by the same command. In the config's `output`: `trace_model/` (the finished model,
+parameters averaged), `loss.jsonl`, `validation.jsonl`, `validation.png`, `report.json` and `checkpoints/`. Every draw
+depends on the seed, the step and the sample's place in the batch alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from ..data import CachedLatents, open_images
+from ..errors import FisherError, InputError, NumericalError
+from ..files import check_writable, write_json
+from ..fisher.autodiff import AutodiffFisher
+from ..fisher.finite_difference import FiniteDifferenceFisher
+from ..fisher.gaussian_data import GaussianFisher
+from ..models import FisherTraceModel
+from .cache_latents import space_fingerprint
+from .checkpoints import TrainingFolder, flat_settings
+from .config import load_config
+from .paths import Paths, follow_paths
+from .pieces import Piece, Share, TrainingData
+from .samples import SampleSpace, without
+from .schedule import learning_rate
+from .state import step_generator
+from .trace_config import TraceMatchingConfig, load_pipeline, make_trace_model
+from .trace_losses import TraceObjective, draw_trace_batch
+from .trace_validation import Validation, plot_validation, validate
+
+logger = get_logger(__name__)
+
+FREE_SETTINGS = (
+    "output", "trackers", "validation.every", "optimisation.keep_checkpoints", "optimisation.workers",
+    "optimisation.gradient_accumulation", "optimisation.save_every", "optimisation.log_every",
+)  # fmt: skip
+"""What a resumed run may change: nothing that the parameters depend on."""
+
+
+class TraceMatching:
+    """One training run. Everything that can be wrong is checked when it is made.
+
+    Args:
+        config: of the run.
+        accelerator: with the config's mixed precision.
+
+    Raises:
+        InputError: a config, data or denoiser that can't be used, or a folder that holds another run.
+    """
+
+    def __init__(self, config: TraceMatchingConfig, accelerator: Accelerator):
+        config.check(accelerator.num_processes)
+        self.config, self.accelerator = config, accelerator
+        self.folder = TrainingFolder(Path(config.output), config.optimisation.keep_checkpoints)
+        if accelerator.is_main_process:
+            check_writable(self.folder.path)
+            self.folder.claim(dataclasses.asdict(config), FREE_SETTINGS)
+        self.pipe = load_pipeline(config.denoiser).to(accelerator.device)
+        self.data = TrainingData(self._source(), config.optimisation, config.validation.samples, config.seed)
+        self.space = SampleSpace(self.pipe, latents=config.latents is not None)
+        self.held_out = self.data.held_out()
+        first = self.space.packed(self.held_out.samples[:1])
+        denoiser = self.space.denoiser(self.held_out.captions[:1], self.held_out.samples[:1])  # refuses wrong captions
+        self.shape = tuple(first.shape[1:])
+        pooled = self.pipe._pooled(denoiser.call_arguments).shape[1] if config.model.pooled else None
+        self.model = make_trace_model(config, self.pipe, self.shape, pooled)
+        self.skipped: set[str] = set()
+
+    def _source(self) -> Any:
+        config = self.config
+        if config.latents is not None:
+            cached = CachedLatents(config.latents)
+            check_cache(cached, self.pipe)
+            return cached
+        assert config.data is not None  # checked
+        with self.accelerator.main_process_first():  # the others find what the first has downloaded
+            return open_images(config.data, self.pipe._image_channels(), text_captions=hasattr(self.pipe, "tokenizer"))
+
+    def run(self) -> FisherTraceModel:
+        """Trains to the end, from the newest checkpoint where there is one; returns the averaged model.
+
+        Raises:
+            NumericalError: a loss or gradient that is not finite; says which checkpoint is the last good one.
+            CheckpointError: a checkpoint that can't be written or read.
+        """
+        config, accelerator, settings = self.config, self.accelerator, self.config.optimisation
+        self.model.to(accelerator.device)
+        parameters = list(self.model.parameters())
+        optimizer = torch.optim.AdamW(
+            parameters, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True
+        )
+        average = EMAModel(parameters, decay=settings.ema_decay) if settings.ema_decay else None
+        shadow = average.shadow_params if average else []
+        modules: dict[str, Any] = {"model": self.model}
+        start = self.folder.resume(modules, optimizer, shadow)
+        if average:
+            average.optimization_step = start
+        if start == 0:
+            fit_prior(self.model, config, self.data, self.space)
+        self.paths = self._followed() if config.target == "jacobian" and config.on_path else None
+        if accelerator.is_main_process:
+            for curve in ("loss", "validation"):
+                self.folder.cut(curve, start)
+        model = accelerator.prepare(self.model.train())
+        optimizer = accelerator.prepare(optimizer)
+        accelerator.init_trackers("trace_matching", config=_tracked(config))
+        try:
+            for step in self._steps(model, optimizer, start):
+                if average:
+                    average.step(parameters)
+                done = step + 1
+                if done % config.validation.every == 0 and done < settings.steps:
+                    self._validate(average, parameters, done)
+                # Last: a curve ahead of the newest checkpoint is cut, one behind it would miss an entry.
+                if accelerator.is_main_process and (done % settings.save_every == 0 or done == settings.steps):
+                    self.folder.save(modules, optimizer.optimizer, shadow, done)
+        except NumericalError as error:
+            raise NumericalError(f"{error} Training stopped; {self.folder.last_good}.") from error
+        if average:
+            average.copy_to(parameters)
+        result = self._validate(None, parameters, settings.steps)
+        accelerator.end_training()
+        self._finish(result)
+        return self.model.eval()
+
+    def _followed(self) -> Paths:
+        """The paths, from the run's folder where it has them; the main process follows them for all."""
+        path, config = self.folder.path / "paths.safetensors", self.config
+        with self.accelerator.main_process_first():
+            if not path.exists() and self.accelerator.is_main_process:
+                size = config.piece_size
+                shown = tqdm(self.data.some(config.path_images, size), "paths", math.ceil(config.path_images / size))
+                follow_paths(self.space, shown, config.caption_dropout, config.path_change, config.seed).save(path)
+            return Paths.load(path)
+
+    def _steps(self, model: torch.nn.Module, optimizer: Any, start: int) -> Iterator[int]:
+        """Takes the steps from `start` on and yields the number of each."""
+        accelerator, settings = self.accelerator, self.config.optimisation
+        share = Share(
+            settings.batch_size, accelerator.num_processes, accelerator.process_index, settings.gradient_accumulation
+        )
+        pieces = iter(self.data.pieces(share, start, settings.workers))
+        total = torch.zeros((), device=accelerator.device)
+        progress = tqdm(
+            range(start, settings.steps), "trace matching", settings.steps, initial=start,
+            disable=not accelerator.is_main_process,
+        )  # fmt: skip
+        for step in progress:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, step)
+            for number, part in enumerate(share.slices):
+                with accelerator.no_sync(model) if number + 1 < len(share.slices) else contextlib.nullcontext():
+                    loss = self._loss(model, next(pieces), step, part) / len(share.slices)
+                    accelerator.backward(loss)
+                total += loss.detach()
+            norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_gradient_norm)
+            if not math.isfinite(float(norm)):
+                raise NumericalError(f"The gradient is not finite at step {step}.")
+            optimizer.step()
+            optimizer.zero_grad()
+            if (step + 1) % settings.log_every == 0:
+                mean = float(accelerator.reduce(total, "mean")) / settings.log_every
+                total.zero_()
+                progress.set_postfix(loss=f"{mean:.4f}")
+                accelerator.log({"loss": mean, "learning_rate": learning_rate(settings, step)}, step=step + 1)
+                if accelerator.is_main_process:
+                    self.folder.append("loss", {"step": step + 1, "loss": mean})
+            yield step
+
+    def _loss(self, model: torch.nn.Module, piece: Piece, step: int, part: slice) -> torch.Tensor:
+        config = self.config
+        for name in piece.skipped:
+            if name not in self.skipped:
+                logger.warning(f"Image '{name}' can't be read; another stands in its place.", main_process_only=False)
+                self.skipped.add(name)
+        jacobian = config.target == "jacobian"
+        draw = draw_trace_batch(
+            self.pipe.scheduler, self.shape, config.optimisation.batch_size, step, config.seed, part,
+            mirrored=config.target == "residual", with_probes=jacobian,
+        )  # fmt: skip
+        captions = self._with_dropout(piece.captions, step, part)
+        samples = self.space.packed(piece.samples, self._posterior_noise(piece, step, part))
+        if self.paths is not None:
+            generator = step_generator(config.seed, "paths", step * config.optimisation.batch_size + part.start)
+            draw, samples, captions = self.paths.mixed(draw, samples, captions, config.on_path, generator)
+        denoiser = self.space.denoiser(captions, piece.samples, draw.copies)
+        estimator: Any = None
+        if jacobian and config.product == "finite_difference":
+            estimator = FiniteDifferenceFisher(denoiser)
+        elif jacobian:
+            estimator = AutodiffFisher(denoiser, forward_mode=config.product == "forward")
+        objective = TraceObjective.of(self.model.config, estimator)
+        pooled = None
+        if self.model.config["pooled_channels"]:
+            pooled = self.pipe._pooled(denoiser.call_arguments)[: len(samples)]  # the draw repeats it
+        return objective(model, denoiser, samples, draw, pooled).mean()
+
+    def _posterior_noise(self, piece: Piece, step: int, part: slice) -> torch.Tensor:
+        """Standard normal noise by which samples are drawn from the autoencoder's posterior, (n, C, h, w)."""
+        shape, first = self.space.unpacked_shape(piece.samples), step * self.config.optimisation.batch_size
+        rows = range(first + part.start, first + part.stop)
+        return torch.stack(
+            [torch.randn(shape, generator=step_generator(self.config.seed, "posterior", row)) for row in rows]
+        )
+
+    def _with_dropout(self, captions: list[Any], step: int, part: slice) -> list[Any]:
+        generator = step_generator(self.config.seed, "captions", step)
+        dropped = torch.rand(self.config.optimisation.batch_size, generator=generator) < self.config.caption_dropout
+        return without(captions, dropped[part])
+
+    def _validate(
+        self, average: EMAModel | None, parameters: list[torch.nn.Parameter], step: int
+    ) -> Validation | None:
+        """Measures the averaged model on held-out data, on the main process, while the others wait."""
+        result = None
+        if self.accelerator.is_main_process:
+            if average:
+                average.store(parameters)
+                average.copy_to(parameters)
+            try:
+                result = validate(self.model.eval(), self.space, self.held_out, self.config)
+            finally:
+                self.model.train()
+                if average:
+                    average.restore(parameters)
+            self.accelerator.log(result.summary(), step=step)
+            self.folder.append("validation", {"step": step, **result.summary()})
+            plot_validation(result, self.folder.path / "validation.png")
+        self.accelerator.wait_for_everyone()
+        return result
+
+    def _finish(self, result: Validation | None) -> None:
+        from accelerate.utils import gather_object
+
+        skipped = sorted(set(gather_object(sorted(self.skipped))))
+        if result is None:
+            return
+        self.model.save_pretrained(self.folder.path / "trace_model")
+        config = self.config
+        report = {"steps": config.optimisation.steps, "target": config.target, "skipped_images": skipped}
+        write_json(self.folder.path / "report.json", {**report, "validation": result.report()})
+
+
+def check_cache(cached: CachedLatents, pipe: Any) -> None:
+    """Refuses latents of another autoencoder. Raises `InputError` that says what differs."""
+    found, wanted = cached.index["space"], space_fingerprint(pipe)
+    differing = {key: (found.get(key), wanted[key]) for key in wanted if not _alike(found.get(key), wanted[key])}
+    if differing:
+        words = "; ".join(f"{key} {old} in the cache, {new} in the pipeline" for key, (old, new) in differing.items())
+        raise InputError(f"The cache '{cached.folder}' was made with another autoencoder: {words}. Make it again.")
+
+
+def fit_prior(model: FisherTraceModel, config: TraceMatchingConfig, data: TrainingData, space: SampleSpace) -> None:
+    """Sets the trace model's prior to the training data's statistics; every process finds the same.
+
+    Raises:
+        InputError: data without any variance.
+    """
+
+    def samples() -> Iterator[torch.Tensor]:
+        for number, piece in enumerate(data.some(config.prior_samples, config.piece_size)):
+            shape = (len(piece.captions), *space.unpacked_shape(piece.samples))
+            noise = torch.randn(shape, generator=step_generator(config.seed, "prior", number))
+            yield space.packed(piece.samples, noise).cpu()
+
+    fitted = GaussianFisher.fit_diagonal(samples(), dct=config.model.basis == "dct")
+    mean, variance = fitted.mean, fitted.covariance.variances.view(fitted.mean.shape)
+    if config.model.prior == "channel":
+        axes = (1, 2) if mean.ndim == 3 else (0,)
+        variance = variance.mean(axes, keepdim=True) + mean.var(axes, correction=0, keepdim=True)
+        mean = mean.mean(axes, keepdim=True)
+    model.set_prior(mean, variance)
+
+
+def _alike(left: Any, right: Any) -> bool:
+    if isinstance(left, float) and isinstance(right, float):
+        return math.isclose(left, right, rel_tol=1e-2)  # half precision moves the autoencoder's weights
+    return left == right
+
+
+def _tracked(config: TraceMatchingConfig) -> dict[str, Any]:
+    """The settings as trackers take them: flat, numbers and strings."""
+    flat = flat_settings(dataclasses.asdict(config))
+    return {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in flat.items()}
+
+
+def train(config: TraceMatchingConfig) -> FisherTraceModel:
+    """Trains the trace model of `config`, or goes on with it. Raises as `TraceMatching`."""
+    accelerator = Accelerator(
+        mixed_precision=config.optimisation.mixed_precision or "no",
+        log_with=config.trackers or None,
+        project_dir=config.output,
+    )
+    return TraceMatching(config, accelerator).run()
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings in place of the file's")
+    arguments = parser.parse_args()
+    try:
+        train(load_config(arguments.config, TraceMatchingConfig, arguments.set))
+    except FisherError as error:
+        raise SystemExit(f"Error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""A trace model beside Hutchinson's estimate and the squared errors of its denoiser, on held-out data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import save_figure
+from ..fisher.autodiff import AutodiffFisher
+from ..fisher.estimate import rademacher
+from ..models import FisherTraceModel
+from ..noise import log_noise_to_signal_range
+from .pieces import Piece
+from .samples import SampleSpace
+from .state import step_generator
+from .trace_config import TraceMatchingConfig
+from .trace_losses import TraceDraw, noised_state, residual_target
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """r by three ways at every noise level and held-out sample, each (levels, n) float64.
+
+    Args:
+        log_noise: (levels,) log(sigma/alpha).
+        model: by the trace model.
+        jacobian: by Hutchinson probes of the denoiser.
+        squared_error: |eps - eps_theta|^2/d of one draw.
+    """
+
+    log_noise: torch.Tensor
+    model: torch.Tensor
+    jacobian: torch.Tensor
+    squared_error: torch.Tensor
+
+    def summary(self) -> dict[str, float]:
+        """Mean absolute differences of the mean r at a level, and the biases of an integrated trace that the means
+        make, in bits a dimension (minus: the model's likelihoods come out too high)."""
+        summary: dict[str, float] = {}
+        for name, other in (("jacobian", self.jacobian), ("squared_error", self.squared_error)):
+            difference = (self.model - other).mean(1)
+            bias = torch.trapezoid(difference, self.log_noise) / math.log(2)
+            summary |= {f"{name}_difference": float(difference.abs().mean()), f"{name}_bits_per_dim": float(bias)}
+        return summary
+
+    def report(self) -> dict[str, Any]:
+        """The summary, and the means and their standard errors a level."""
+        names = ("model", "jacobian", "squared_error")
+        count = self.model.shape[1]
+        means = {name: getattr(self, name).mean(1).tolist() for name in names}
+        errors = {name: (getattr(self, name).std(1, correction=0) / count**0.5).tolist() for name in names}
+        return {
+            **self.summary(), "samples": count, "log_noise": self.log_noise.tolist(), "mean": means,
+            "standard_error": errors,
+        }  # fmt: skip
+
+
+def validate(model: FisherTraceModel, space: SampleSpace, held_out: Piece, config: TraceMatchingConfig) -> Validation:
+    """Asks the trace model and the denoiser at the same points, the same at every call.
+
+    Cost: for every level one evaluation of the denoiser and `probes` backward passes for every held-out sample, in
+    batches of a training piece.
+    """
+    settings, scheduler = config.validation, space.pipe.scheduler
+    low, high = log_noise_to_signal_range(scheduler)
+    levels = torch.linspace(low, high, settings.levels, dtype=torch.float64)
+    size = config.piece_size
+    rows: list[list[torch.Tensor]] = [[], [], []]
+    for number, level in enumerate(levels):
+        found = []
+        for start in range(0, len(held_out.captions), size):
+            piece = slice(start, start + size)
+            captions, data = held_out.captions[piece], held_out.samples[piece]
+            generator = step_generator(config.seed, "validation", number, start)
+            posterior = torch.randn(len(captions), *space.unpacked_shape(data), generator=generator)
+            clean, denoiser = space.packed(data, posterior), space.denoiser(captions, data)
+            noise = torch.randn(clean.shape, generator=generator)
+            draw = TraceDraw(level.expand(len(clean)), noise)
+            state = noised_state(denoiser, clean, draw, with_graph=True)
+            trace = AutodiffFisher(denoiser)(state).trace(rademacher(settings.probes, clean, generator)).value
+            jacobian = 1 - (state.level.sigma**2).to(trace.device) * trace / clean[0].numel()
+            pooled = space.pipe._pooled(denoiser.call_arguments) if model.config["pooled_channels"] else None
+            found.append((model.r(state, pooled), jacobian, residual_target(state, draw.noise.to(clean.device))))
+        for row, values in zip(rows, zip(*found, strict=True), strict=True):
+            row.append(torch.cat([value.double().cpu() for value in values]))
+    return Validation(levels, *(torch.stack(row) for row in rows))
+
+
+def plot_validation(validation: Validation, path: Path) -> None:
+    """r against log(sigma/alpha) by the three ways, and the model's difference to the others."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    report, x = validation.report(), validation.log_noise
+    for name, label in (("model", "trace model"), ("jacobian", "Hutchinson"), ("squared_error", "squared errors")):
+        left.errorbar(x, report["mean"][name], report["standard_error"][name], label=label, capsize=2)
+    for name, label in (("jacobian", "Hutchinson"), ("squared_error", "squared errors")):
+        difference = validation.model - getattr(validation, name)
+        error = difference.std(1, correction=0) / difference.shape[1] ** 0.5
+        right.errorbar(x, difference.mean(1), error, label=f"trace model - {label}", capsize=2)
+    right.axhline(0, color="grey", linewidth=0.5)
+    left.set(xlabel="log(sigma/alpha)", ylabel="r", title=f"mean over {report['samples']} held-out samples")
+    right.set(xlabel="log(sigma/alpha)", ylabel="difference of r")
+    for axes in (left, right):
+        axes.legend()
+    save_figure(figure, path)

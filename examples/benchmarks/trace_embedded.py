@@ -1,0 +1,191 @@
+"""Trace models of the embedded checkpoint against what they were trained to know, on test images.
+
+    python examples/benchmarks/trace_embedded.py --runs outputs/trace_embedded_*
+
+For every run of `diffusers_fisher.training.trace_matching`, by its target: r against the mean squared error of the
+denoiser over many draws ("residual", "norm") or against full Jacobians ("jacobian"); and the integrated trace of whole
+likelihoods against full Jacobians on the same path, beside 1 and 16 Hutchinson probes, with the time that each takes.
+Needs Fashion-MNIST (Debian's dataset-fashion-mnist). Writes trace_embedded.json. Half an hour on two cores.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import paired_seconds, ratio, save
+from tqdm.auto import tqdm
+
+from diffusers_fisher import (
+    AutodiffFisher,
+    FisherTraceModel,
+    PipelineDenoiser,
+    StableDiffusionFisherPipeline,
+    TraceMatchingFisher,
+    embedded_checkpoint,
+    embedded_prompt,
+)
+from diffusers_fisher.noise import log_noise_to_signal_range
+from diffusers_fisher.training.state import step_generator
+from diffusers_fisher.training.trace_losses import TraceDraw, noised_state, residual_target
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import fashion_mnist
+
+LEVELS = 16
+STEPS = 24
+
+
+def test_data(pipe: Any, count: int) -> tuple[torch.Tensor, list[str]]:
+    """Mean and deviation (count, 2, 4, 8, 8) of the latents of the first test images, and their captions."""
+    images, labels = fashion_mnist.load("test")
+    with torch.no_grad():
+        pieces = [torch.stack(pipe._posterior(fashion_mnist.to_rgb(piece)), 1) for piece in images[:count].split(250)]
+    return torch.cat(pieces), [embedded_prompt(label) for label in labels[:count].tolist()]
+
+
+def states(pipe: Any, moments: torch.Tensor, captions: list[str], with_graph: bool = False) -> Any:
+    """(state, noise, denoiser) of noised samples of the posterior at every level."""
+    low, high = log_noise_to_signal_range(pipe.scheduler)
+    for number, level in enumerate(torch.linspace(low, high, LEVELS, dtype=torch.float64)):
+        generator = step_generator(0, "noise", number, float(moments.sum()))
+        posterior, noise = torch.randn(2, *moments[:, 0].shape, generator=generator)
+        latents = moments[:, 0] + moments[:, 1] * posterior
+        denoiser = PipelineDenoiser(pipe, prompt=captions)
+        draw = TraceDraw(level.expand(len(latents)), noise)
+        yield noised_state(denoiser, latents, draw, with_graph), noise, denoiser
+
+
+def squared_errors(pipe: Any, models: dict[str, FisherTraceModel], count: int) -> dict[str, Any]:
+    """Mean r of every model, and of the squared errors, at every level."""
+    moments, captions = test_data(pipe, count)
+    means: dict[str, list[float]] = {name: [] for name in [*models, "squared error"]}
+    errors, size = [], 250
+    for number in tqdm(range(0, count, size), "squared errors"):
+        piece = slice(number, number + size)
+        rows = [
+            [residual_target(state, noise), *(model.r(state) for model in models.values())]
+            for state, noise, _ in states(pipe, moments[piece], captions[piece])
+        ]
+        errors.append(torch.stack([torch.stack([value.double() for value in row]) for row in rows]))
+    values = torch.cat(errors, dim=2)  # (levels, 1 + models, images)
+    means = {name: values[:, index].mean(1).tolist() for index, name in enumerate(["squared error", *models])}
+    standard_error = (values[:, 0].std(1) / count**0.5).tolist()
+    away = {name: averaged_difference(means[name], means["squared error"]) for name in models}
+    return {"images": count, "mean": means, "standard_error": standard_error, "mean_absolute_difference": away}
+
+
+def averaged_difference(left: list[float], right: list[float]) -> float:
+    return sum(abs(a - b) for a, b in zip(left, right, strict=True)) / len(left)
+
+
+def full_jacobians(pipe: Any, models: dict[str, FisherTraceModel], count: int) -> dict[str, Any]:
+    """r of every model and of the full Jacobian, at noised images, every level."""
+    moments, captions = test_data(pipe, count)
+    rows = []
+    for state, _, denoiser in tqdm(states(pipe, moments, captions, with_graph=True), "Jacobians", LEVELS):
+        trace = AutodiffFisher(denoiser)(state).trace(None).value
+        exact = 1 - state.level.sigma**2 * trace / state.sample[0].numel()
+        rows.append(torch.stack([exact.double(), *(model.r(state) for model in models.values())]))
+    values = torch.stack(rows)  # (levels, 1 + models, images)
+    means = {name: values[:, index].mean(1).tolist() for index, name in enumerate(["full Jacobian", *models])}
+    return {
+        "images": count, "mean": means,
+        "mean_absolute_difference": {
+            name: averaged_difference(means[name], means["full Jacobian"]) for name in models
+        },
+        "mean_absolute_difference_a_point": {
+            name: float((values[:, 1 + index] - values[:, 0]).abs().mean()) for index, name in enumerate(models)
+        },
+    }  # fmt: skip
+
+
+def likelihoods(pipe: Any, models: dict[str, FisherTraceModel], count: int, noised: bool) -> dict[str, Any]:
+    """Integrated traces on the same paths, in bits a dimension."""
+    moments, captions = test_data(pipe, count)
+    latents = moments[:, 0]
+    estimators: dict[str, tuple[Any, int | None]] = {
+        name: (TraceMatchingFisher(model), None) for name, model in models.items()
+    }
+    estimators |= {"Hutchinson, 1 probe": (AutodiffFisher(), 1), "Hutchinson, 16 probes": (AutodiffFisher(), 16)}
+
+    def bits(estimator: Any, probes: int | None) -> torch.Tensor:
+        out = pipe.log_likelihood(
+            latents=latents, prompt=captions, estimator=estimator, num_probes=probes, step_halving=False,
+            num_inference_steps=STEPS, noised=noised, generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        return -out.trace_log_prob / (out.dims * math.log(2))
+
+    exact = bits(AutodiffFisher(), None)
+    rows = {}
+    for name, (estimator, probes) in tqdm(estimators.items(), "likelihoods"):
+        found = bits(estimator, probes)
+        difference = found - exact
+        rows[name] = {
+            "correlation": float(torch.corrcoef(torch.stack([found, exact]))[0, 1]),
+            "mean_difference": float(difference.mean()), "mean_absolute_difference": float(difference.abs().mean()),
+            "largest_difference": float(difference.abs().max()),
+        }  # fmt: skip
+    return {"images": count, "steps": STEPS, "exact_bits_per_dim": exact.tolist(), "bits_per_dim": rows}
+
+
+def times(pipe: Any, model: FisherTraceModel, count: int, rounds: int) -> dict[str, Any]:
+    """Seconds of one likelihood of `count` images by every estimator, in turn."""
+    moments, captions = test_data(pipe, count)
+    latents = moments[:, 0]
+
+    def task(estimator: Any, probes: int | None) -> Any:
+        return lambda: pipe.log_likelihood(
+            latents=latents, prompt=captions, estimator=estimator, num_probes=probes, step_halving=False,
+            num_inference_steps=8,
+        )  # fmt: skip
+
+    seconds = paired_seconds(
+        {
+            "trace model": task(TraceMatchingFisher(model), None), "1 probe": task(AutodiffFisher(), 1),
+            "16 probes": task(AutodiffFisher(), 16),
+        }, rounds,
+    )  # fmt: skip
+    names = ("1 probe", "16 probes")
+    return {
+        "images": count,
+        "seconds": seconds,
+        "ratio": {name: ratio(seconds, name, "trace model") for name in names},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", required=True, help="output folders of trace matching")
+    parser.add_argument("--images", type=int, default=32, help="with full Jacobians")
+    parser.add_argument("--error-images", type=int, default=4000, help="for the squared errors")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--name", default="trace_embedded", help="of the JSON file")
+    arguments = parser.parse_args()
+    pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
+    pipe.set_progress_bar_config(disable=True)
+    models, runs = {}, {}
+    for folder in map(Path, arguments.runs):
+        model = FisherTraceModel.from_pretrained(folder / "trace_model").eval()
+        model.check_fingerprint(pipe)
+        models[model.target] = model
+        config = json.loads((folder / "config.json").read_text())
+        runs[model.target] = {**config["optimisation"], "parameters": model.num_parameters()}
+    save(
+        arguments.name,
+        {
+            "levels": LEVELS, "training": runs, "threads": torch.get_num_threads(),
+            "squared_errors": squared_errors(pipe, models, arguments.error_images),
+            "full_jacobians": full_jacobians(pipe, models, arguments.images),
+            "likelihoods": likelihoods(pipe, models, arguments.images, noised=False),
+            "noised_likelihoods": likelihoods(pipe, models, arguments.images, noised=True),
+            "times": times(pipe, next(iter(models.values())), 16, arguments.rounds),
+        },
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

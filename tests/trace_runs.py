@@ -1,0 +1,41 @@
+"""A tiny trace matching run: a tiny random pipeline saved to disk, a folder of random images."""
+
+from pathlib import Path
+from typing import Any
+
+import tiny
+import yaml
+from image_folders import image_folder, saved_pipeline
+
+from diffusers_fisher.training.config import load_config
+from diffusers_fisher.training.trace_config import TraceMatchingConfig
+
+
+def settings(folder: Path, make=tiny.stable_diffusion, corrupt=(), **changes: Any) -> dict[str, Any]:
+    """Nested settings; `changes` replace whole keys, and of sections the entries that they have."""
+    found = {
+        "seed": 0, "output": str(folder / "run"), "target": "residual",
+        "denoiser": {"path": saved_pipeline(folder / "pipeline", make)},
+        "data": {"path": str(image_folder(folder / "images", corrupt=corrupt)), "caption_column": "text"},
+        "model": {"block_out_channels": [4, 8], "head_channels": 8, "time_channels": 8},
+        "optimisation": {
+            "steps": 6, "batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.0, "warmup_steps": 2,
+            "ema_decay": 0.9, "save_every": 2, "log_every": 1,
+        },
+        "validation": {"every": 4, "samples": 3, "levels": 3, "probes": 2}, "prior_samples": 9,
+        "path_images": 8,
+    }  # fmt: skip
+    for key, value in changes.items():
+        found[key] = {**found[key], **value} if isinstance(value, dict) and key in found else value
+    return found
+
+
+def written(folder: Path, found: dict[str, Any]) -> Path:
+    """The settings as a YAML file."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(found), encoding="utf-8")
+    return path
+
+
+def config_of(folder: Path, **changes: Any) -> TraceMatchingConfig:
+    return load_config(written(folder, settings(folder, **changes)), TraceMatchingConfig)

@@ -1,0 +1,37 @@
+"""Changed images stay images, are really changed, and depend on the generator alone."""
+
+import pytest
+import torch
+
+from diffusers_fisher.training import changes
+from diffusers_fisher.training.state import step_generator
+
+WAYS = ["_inverted", "_noised", "_turned", "_blurred", "_mixed", "_shuffled", "_faded", "_plain"]
+
+
+@pytest.mark.parametrize("shape", [(64, 3, 16, 16), (64, 1, 15, 18)])
+def test_changed_images_are_images(shape):
+    pixels = torch.rand(shape, generator=step_generator(0))
+    found = changes.changed(pixels, step_generator(1))
+    assert found.shape == pixels.shape and found.min() >= 0 and found.max() <= 1
+    assert torch.equal(found, changes.changed(pixels, step_generator(1)))
+    same = (found == pixels).flatten(1).all(1)
+    assert int(same.sum()) < 8  # an image may be mixed with itself, or its quarters keep their order
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_changes_and_keeps_the_shape(way):
+    pixels = torch.rand(4, 3, 16, 16, generator=step_generator(0))
+    found = [getattr(changes, way)(pixels, 1, step_generator(seed)) for seed in range(6)]
+    assert all(image.shape == (3, 16, 16) for image in found)
+    assert any(not torch.allclose(image, pixels[1], atol=0.05) for image in found)
+
+
+def test_what_some_ways_do():
+    pixels = torch.rand(1, 1, 8, 8, generator=step_generator(0))
+    assert torch.equal(changes._inverted(pixels, 0, step_generator(0)), 1 - pixels[0])
+    assert changes._plain(pixels, 0, step_generator(0)).unique().numel() == 1
+    turned = changes._turned(pixels, 0, step_generator(0))
+    assert any(torch.equal(turned, pixels[0].rot90(quarters, (-2, -1))) for quarters in (1, 2, 3))
+    shuffled = changes._shuffled(pixels, 0, step_generator(0))
+    assert torch.equal(shuffled.flatten().sort().values, pixels.flatten().sort().values)

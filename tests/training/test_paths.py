@@ -1,0 +1,83 @@
+"""Paths are the points where a likelihood asks, and rows of a batch are exchanged for them exactly."""
+
+import pytest
+import tiny
+import torch
+
+from diffusers_fisher import DirectFisher, NoiseLevel, StableDiffusionFisherPipeline
+from diffusers_fisher.likelihood import log_likelihood
+from diffusers_fisher.noise import expand
+from diffusers_fisher.training.paths import STEPS, Paths, follow_paths
+from diffusers_fisher.training.pieces import Piece
+from diffusers_fisher.training.samples import SampleSpace
+from diffusers_fisher.training.state import step_generator
+from diffusers_fisher.training.trace_losses import draw_trace_batch
+
+
+@pytest.fixture(scope="module")
+def space():
+    return SampleSpace(tiny.stable_diffusion(StableDiffusionFisherPipeline), latents=False)
+
+
+@pytest.fixture(scope="module")
+def paths(space):
+    pixels = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    pieces = [Piece(pixels[:3], ["a b", "c", "d"], []), Piece(pixels[3:], ["e"], [])]
+    return follow_paths(space, pieces, 0.0, 0.0, seed=0)
+
+
+def test_points_are_those_where_the_likelihood_asks(space, paths):
+    asked = []
+
+    class Asked(DirectFisher):
+        def __call__(self, state, endpoint=None):
+            asked.append(state)
+            return super().__call__(state)
+
+    denoiser = space.denoiser(["a b", "c", "d"], torch.empty(3, 3, 16, 16))
+    log_likelihood(denoiser, paths.clean[:3], Asked(), STEPS[0], None)
+    assert len(asked) == STEPS[0] + 1
+    for number, state in enumerate(asked):
+        rows = slice(3 * number, 3 * number + 3)
+        assert paths.image[rows].tolist() == [0, 1, 2]
+        level = NoiseLevel.from_log_noise_to_signal(paths.log_noise[rows])
+        x = (
+            expand(level.alpha, paths.clean[:3]) * paths.clean[:3]
+            + expand(level.sigma, paths.clean[:3]) * paths.noise[rows]
+        )
+        # float32 rounding of z, which at the least noise is a difference divided by sigma = 0.03
+        assert torch.allclose(x.float(), state.sample, rtol=1e-4, atol=1e-5)
+    assert paths.noise[:3].abs().max() < 1e-5  # clean images have no noise; rounding, as above
+    assert len(paths.image) == 3 * (STEPS[0] + 1) + STEPS[1] + 1 and paths.image[-1] == 3
+
+
+def test_mixing_exchanges_whole_rows(space, paths):
+    count = 64
+    draw = draw_trace_batch(space.pipe.scheduler, (4, 8, 8), count, 0, 0, mirrored=False, with_probes=True)
+    samples, captions = torch.randn(count, 4, 8, 8), ["x"] * count
+    mixed, clean, texts = paths.mixed(draw, samples, captions, 0.5, step_generator(0))
+    own = torch.tensor([text == "x" for text in texts])
+    assert 16 < int(own.sum()) < 48
+    assert torch.equal(clean[own], samples[own]) and torch.equal(mixed.noise[own], draw.noise[own])
+    assert torch.equal(mixed.probes, draw.probes)
+    for row in (~own).nonzero()[:, 0].tolist():
+        point = (paths.noise == mixed.noise[row]).flatten(1).all(1) & (paths.log_noise == mixed.log_noise[row])
+        image = int(paths.image[point.nonzero()[0, 0]])
+        # The first points of all images have no noise and the same level: any of their images will do.
+        images = set(paths.image[point].tolist())
+        assert any(torch.equal(clean[row], paths.clean[i]) and texts[row] == paths.captions[i] for i in images), image
+
+
+def test_all_or_none(space, paths):
+    draw = draw_trace_batch(space.pipe.scheduler, (4, 8, 8), 8, 0, 0, mirrored=False)
+    samples = torch.randn(8, 4, 8, 8)
+    assert paths.mixed(draw, samples, ["x"] * 8, 0.0, step_generator(0))[2] == ["x"] * 8
+    assert "x" not in paths.mixed(draw, samples, ["x"] * 8, 1.0, step_generator(0))[2]
+
+
+def test_saved_and_loaded(paths, tmp_path):
+    paths.save(tmp_path / "paths.safetensors")
+    loaded = Paths.load(tmp_path / "paths.safetensors")
+    assert loaded.captions == paths.captions
+    for name in ("clean", "image", "noise", "log_noise"):
+        assert torch.equal(getattr(loaded, name), getattr(paths, name))

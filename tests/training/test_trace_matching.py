@@ -1,0 +1,270 @@
+"""The trainer of trace models: what it writes, and that neither kills nor processes change it."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import trace_runs
+from diffusers import DiffusionPipeline
+
+from diffusers_fisher import (
+    FisherTraceModel,
+    InputError,
+    NumericalError,
+    StableDiffusionFisherPipeline,
+    TraceMatchingFisher,
+)
+from diffusers_fisher.files import load_tensors
+from diffusers_fisher.training import trace_matching
+from diffusers_fisher.training.cache_latents import cache_latents
+from diffusers_fisher.training.config import load_config
+from diffusers_fisher.training.trace_config import TraceMatchingConfig
+from diffusers_fisher.training.trace_matching import train
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def parameters(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in model.state_dict().values()])
+
+
+def launched(config: Path, *options: str) -> list[str]:
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", *options, "-m",
+        "diffusers_fisher.training.trace_matching", "--config", str(config),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["residual", "jacobian", "norm"])
+def test_a_run_writes_model_curves_plot_and_report(tmp_path, target):
+    config = trace_runs.config_of(tmp_path, target=target)
+    model = train(config)
+    run = Path(config.output)
+    found = FisherTraceModel.from_pretrained(run / "trace_model")
+    assert found.target == target and torch.equal(parameters(found), parameters(model))
+    assert [line["step"] for line in lines(run / "loss.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines(run / "validation.jsonl")] == [4, 6]
+    assert (run / "validation.png").stat().st_size > 10_000
+    report = json.loads((run / "report.json").read_text())
+    assert report["target"] == target and report["skipped_images"] == []
+    assert len(report["validation"]["mean"]["model"]) == 3
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
+        "step-000000004.safetensors", "step-000000006.safetensors",
+    ]  # fmt: skip
+    pipe = StableDiffusionFisherPipeline.from_pretrained(config.denoiser.path)
+    pipe.set_progress_bar_config(disable=True)
+    images = torch.rand(2, 3, 16, 16)
+    out = pipe.log_likelihood(images, "a b", estimator=TraceMatchingFisher(found), step_halving=False)
+    assert torch.isfinite(out.log_prob).all() and target in out.trace
+    other = tiny.stable_diffusion(StableDiffusionFisherPipeline)
+    other.unet = tiny.unet()
+    with pytest.raises(InputError, match="weights"):
+        other.log_likelihood(torch.rand(2, 3, 16, 16), "a b", estimator=TraceMatchingFisher(found))
+
+
+def test_training_learns(tmp_path):
+    """The untrained model is the Gaussian of the data; squared errors of an untrained network are nowhere near."""
+    longer = {"steps": 120, "save_every": 60, "log_every": 20, "warmup_steps": 5}
+    config = trace_runs.config_of(tmp_path, optimisation=longer, validation={"every": 60, "samples": 8})
+    train(config)
+    losses = [line["loss"] for line in lines(Path(config.output) / "loss.jsonl")]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_killed_run_goes_on_to_the_same_parameters_and_curve(tmp_path):
+    """Killed with SIGKILL in the middle, resumed by the same command: bit for bit the unbroken run."""
+    found = trace_runs.settings(
+        tmp_path, target="jacobian", optimisation={"steps": 40, "save_every": 4, "log_every": 2}
+    )
+    config = trace_runs.written(tmp_path, found)
+    process = subprocess.Popen(
+        launched(config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    run = tmp_path / "run"
+    for _ in range(600):
+        if (run / "checkpoints").is_dir() and len(list((run / "checkpoints").glob("step-*"))) == 2:
+            break
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "trace_model").exists()
+    with (run / "loss.jsonl").open("a") as file:
+        file.write('{"step": 59, "lo')  # what a kill in the middle of a line leaves
+    resumed = train(load_config(config, TraceMatchingConfig))
+    unbroken = train(load_config(config, TraceMatchingConfig, [f"output={tmp_path / 'unbroken'}"]))
+    assert torch.equal(parameters(resumed), parameters(unbroken))
+    assert lines(run / "loss.jsonl") == lines(tmp_path / "unbroken" / "loss.jsonl")
+    assert lines(run / "validation.jsonl") == lines(tmp_path / "unbroken" / "validation.jsonl")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_give_the_parameters_of_one(tmp_path, accumulation):
+    """Only the order of float32 sums differs: 20 steps apart by less than 1e-4 of the parameters' norm."""
+    found = trace_runs.settings(
+        tmp_path, optimisation={"steps": 20, "save_every": 20, "gradient_accumulation": accumulation}
+    )
+    config = trace_runs.written(tmp_path, found)
+    subprocess.run(launched(config, "--num_processes", "2"), check=True, capture_output=True, timeout=300)
+    alone = load_config(
+        config, TraceMatchingConfig, [f"output={tmp_path / 'alone'}", "optimisation.gradient_accumulation=1"]
+    )
+    train(alone)
+    states = [
+        load_tensors(path / "checkpoints" / "step-000000020.safetensors")[0]
+        for path in (tmp_path / "run", tmp_path / "alone")
+    ]
+    two, one = (
+        torch.cat([state[key].flatten() for key in sorted(state) if key.startswith("module.")]) for state in states
+    )
+    start = torch.cat(
+        [
+            value.flatten()
+            for _, value in sorted(
+                trace_matching.TraceMatching(
+                    dataclasses.replace(alone, output=str(tmp_path / "fresh")), trace_matching.Accelerator(cpu=True)
+                )
+                .model.state_dict()
+                .items()
+            )
+        ]
+    )
+    assert (one - start).norm() > 1e-2 * one.norm()  # it moved
+    assert (two - one).norm() <= 1e-4 * one.norm()
+
+
+def test_cached_latents_train_to_the_parameters_that_images_do(tmp_path):
+    """The cache holds what encoding gives; the batch of encoding rounds otherwise (1e-5)."""
+    config = trace_runs.config_of(tmp_path, latents=str(tmp_path / "latents"))
+    assert cache_latents(config, batch_size=5) == 12
+    cached = train(config)
+    direct = train(dataclasses.replace(config, latents=None, output=str(tmp_path / "direct")))
+    assert torch.allclose(parameters(cached), parameters(direct), rtol=1e-4, atol=1e-5)
+
+
+def test_corrupt_images_are_skipped_counted_and_named(tmp_path, caplog):
+    config = trace_runs.config_of(tmp_path, corrupt=(2, 5), latents=str(tmp_path / "latents"))
+    train(dataclasses.replace(config, latents=None))
+    report = json.loads((Path(config.output) / "report.json").read_text())
+    assert report["skipped_images"] == ["train-2.png", "train-5.png"]
+    assert cache_latents(config) == 10
+    index = json.loads((tmp_path / "latents" / "index.json").read_text())
+    assert index["skipped_images"] == ["train-2.png", "train-5.png"] and index["counts"] == [10]
+
+
+def test_a_stream_trains_and_resumes(tmp_path):
+    config = trace_runs.config_of(tmp_path, data={"streaming": True}, corrupt=(7,))
+    unbroken = train(config)
+    half = dataclasses.replace(config, output=str(tmp_path / "half"))
+    run = trace_matching.TraceMatching(half, trace_matching.Accelerator())
+    run.folder.keep = 9
+    run.run()
+    for path in (tmp_path / "half" / "checkpoints").glob("step-*[46].safetensors"):
+        path.unlink()
+    resumed = train(half)
+    assert torch.equal(parameters(resumed), parameters(unbroken))
+
+
+@pytest.mark.parametrize(
+    "make, changes",
+    {
+        "pixels": (tiny.unconditional, {"data": {"resolution": 8, "caption_column": None}}),
+        "class labels": (tiny.dit, {"data": {"caption_column": "label"}}),
+        "packed tokens": (
+            lambda: tiny.flux(texts=True),
+            {"target": "jacobian", "model": {"pooled": True}, "prior_samples": 4, "path_images": 4},
+        ),
+        "flow": (lambda: tiny.stable_diffusion_3(texts=True), {"target": "jacobian", "product": "finite_difference"}),
+        "diagonal": (tiny.stable_diffusion, {"model": {"output": "diagonal", "basis": "dct", "prior": "channel"}}),
+        "pooled": (tiny.stable_diffusion_xl, {"model": {"pooled": True}}),
+        "forward": (tiny.stable_diffusion, {"target": "jacobian", "product": "forward", "trackers": ["tensorboard"]}),
+    }.values(),
+    ids=["pixels", "class labels", "packed tokens", "flow", "diagonal", "pooled", "forward"],
+)  # fmt: skip
+def test_every_kind_of_pipeline_and_model(tmp_path, make, changes):
+    short = {"steps": 2, "save_every": 2}
+    config = trace_runs.config_of(tmp_path, make=make, optimisation=short, **changes)
+    model = train(config)
+    pipe = DiffusionPipeline.from_pretrained(config.denoiser.path)
+    model.check_fingerprint(pipe)
+    assert torch.isfinite(parameters(model)).all()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    {
+        "target": ({"target": "trace"}, "target is 'trace'"),
+        "no data": ({"data": None}, "neither `data` nor `latents`"),
+        "data path": ({"data": {"path": "/nonexistent"}}, "'/nonexistent'.* can't be opened"),
+        "denoiser path": ({"denoiser": {"path": "/nonexistent"}}, "denoiser.path '/nonexistent' can't be loaded"),
+        "no cache": ({"latents": "/nonexistent"}, "no finished cache"),
+        "too few images": ({"optimisation": {"batch_size": 10}}, "12 samples; 3 are held out and a batch takes 10"),
+        "batch and pieces": (
+            {"optimisation": {"gradient_accumulation": 3}},
+            "batch_size is 4; allowed: multiples of 3",
+        ),
+        "log and save": ({"optimisation": {"log_every": 3}}, "save_every is 2, log_every 3"),
+        "ema": ({"optimisation": {"ema_decay": 1.0}}, "ema_decay"),
+        "norm diagonal": ({"target": "norm", "model": {"output": "diagonal"}}, "Target 'norm' gives the trace alone"),
+        "size": ({"data": {"resolution": 15}}, "15x15 pixels; this pipeline takes multiples of"),
+        "unknown key": ({"optimisation": {"lr": 1.0}}, r"unknown keys \['lr'\]"),
+    }.values(),
+)
+def test_bad_configs_fail_before_the_first_step(tmp_path, changes, words):
+    with pytest.raises(InputError, match=words):
+        train(trace_runs.config_of(tmp_path, **changes))
+
+
+def test_a_folder_of_another_run_is_refused_and_kept(tmp_path):
+    config = trace_runs.config_of(tmp_path, optimisation={"steps": 2})
+    train(config)
+    with pytest.raises(InputError, match=r"other settings: seed was 0, is 1"):
+        train(dataclasses.replace(config, seed=1))
+    assert (Path(config.output) / "trace_model" / "config.json").exists()
+
+
+def test_latents_of_another_autoencoder_are_refused(tmp_path):
+    config = trace_runs.config_of(tmp_path, latents=str(tmp_path / "latents"))
+    cache_latents(config)
+    other = trace_runs.saved_pipeline(
+        tmp_path / "other", lambda: tiny.stable_diffusion(vae=tiny.vae(scaling_factor=0.5))
+    )
+    with pytest.raises(InputError, match=r"another autoencoder: .*scaling_factor 0\.18215 in the cache, 0\.5"):
+        train(dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, path=other)))
+
+
+def test_nan_stops_with_the_last_good_checkpoint_kept(tmp_path, monkeypatch):
+    config = trace_runs.config_of(tmp_path)
+    draw = trace_matching.draw_trace_batch
+
+    def broken(scheduler, shape, batch_size, step, *args, **kwargs):
+        found = draw(scheduler, shape, batch_size, step, *args, **kwargs)
+        return found if step < 5 else dataclasses.replace(found, noise=found.noise * float("nan"))
+
+    monkeypatch.setattr(trace_matching, "draw_trace_batch", broken)
+    with pytest.raises(NumericalError, match=r"last good checkpoint is .*step-000000004"):
+        train(config)
+    monkeypatch.undo()
+    resumed = train(config)
+    unbroken = train(dataclasses.replace(config, output=str(tmp_path / "unbroken")))
+    assert torch.equal(parameters(resumed), parameters(unbroken))
+
+
+@pytest.mark.parametrize(
+    "name", ["embedded", "stable_diffusion_1_5", "stable_diffusion_2_1", "stable_diffusion_xl", "stable_diffusion_3"]
+)
+def test_shipped_configs_are_read_and_may_be_run_on_eight_processes(name):
+    path = Path(__file__).parents[2] / "configs" / f"trace_{name}.yaml"
+    config = load_config(path, TraceMatchingConfig)
+    config.check(num_processes=8)
+    assert config.data is not None and config.latents is not None
