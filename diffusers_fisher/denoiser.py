@@ -122,6 +122,8 @@ class PipelineDenoiser(Denoiser):
 
     Attributes:
         num_calls: evaluations so far (with classifier-free guidance each runs the network on twice the batch).
+        call_arguments: what every call of the pipeline is given.
+        outdated: in words, what of the run that it stands for is not in its arguments; evaluations are then refused.
 
     Raises:
         UnsupportedError: a pipeline whose call takes no `latents`, a scheduler whose levels are not known, or
@@ -152,8 +154,9 @@ class PipelineDenoiser(Denoiser):
         if "guidance_scale" in parameters:
             call_arguments = {"guidance_scale": guidance_scale, **call_arguments}
         fixed = {"strength": 1.0, "use_resolution_binning": False}
-        self._arguments = {key: value for key, value in fixed.items() if key in parameters} | call_arguments
+        self.call_arguments = {key: value for key, value in fixed.items() if key in parameters} | call_arguments
         self._encoded: dict[Any, Any] = {}
+        self.outdated: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -172,12 +175,17 @@ class PipelineDenoiser(Denoiser):
             UnsupportedError: a call that does not step, or that changes what the step returned.
             NumericalError: the output is not finite.
         """
+        if self.outdated is not None:
+            raise UnsupportedError(
+                f"{self.outdated}; a single evaluation of the denoiser knows nothing of it. Leave it out, or use an "
+                "estimator that needs no denoiser, such as DirectFisher()."
+            )
         self._check_timesteps(x, timestep)
         scheduler = _EchoScheduler(self.scheduler, timestep)
         with_graph = torch.is_grad_enabled() and x.requires_grad
         call = inspect.unwrap(type(self.pipe).__call__) if with_graph else type(self.pipe).__call__
         attributes = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}, **self.encoding()}
-        arguments = {**self._size_arguments(x), **self._arguments}
+        arguments = {**self._size_arguments(x), **self.call_arguments}
         latents = x.to(self._latents_dtype())
         with borrowed(self.pipe, **attributes):
             result = call(
@@ -209,13 +217,15 @@ class PipelineDenoiser(Denoiser):
             raise InputError(f"{count} timesteps were given for {len(x)} samples; give one, or one a sample.")
         if count > 1 and self._doubles_batch():
             raise UnsupportedError(
-                f"With guidance (scale {self.guidance_scale}) {type(self.pipe).__name__} runs twice the batch, which has "
-                "no such timesteps; call once for every timestep, or at guidance scale 1."
+                f"With guidance (scale {self.guidance_scale}) {type(self.pipe).__name__} runs twice the batch, which "
+                "has no such timesteps; call once for every timestep, or at guidance scale 1."
             )
 
     def _doubles_batch(self) -> bool:
-        embedded = getattr(getattr(self.pipe, "transformer", None), "config", {}).get("guidance_embeds", False)
-        return self._arguments.get("true_cfg_scale", 1.0) > 1 or (self.guidance_scale > 1 and not embedded)
+        arguments = self.call_arguments
+        if "true_cfg_scale" in inspect.signature(type(self.pipe).__call__).parameters:
+            return arguments.get("true_cfg_scale", 1.0) > 1  # the other scale is an input of the network
+        return self.guidance_scale > 1
 
     def _latents_dtype(self) -> torch.dtype:
         found = (getattr(self.pipe, name, None) for name in ("unet", "transformer"))

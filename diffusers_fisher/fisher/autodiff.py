@@ -66,17 +66,14 @@ class AutodiffOperator(ModelFisherOperator):
     def output_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         self._check(v)
         leaf, output = self._build()
-        (product,) = torch.autograd.grad(output, leaf, v.to(output.dtype), retain_graph=True)
-        return product.to(v.dtype)
+        return _gradient(output, leaf, v).to(v.dtype)
 
     def output_jacobians(self, vectors: torch.Tensor) -> torch.Tensor:
         if len(vectors) == 1 or not self._batched:
             return super().output_jacobians(vectors)
         leaf, output = self._build()
         try:
-            (products,) = torch.autograd.grad(
-                output, leaf, vectors.to(output.dtype), retain_graph=True, is_grads_batched=True
-            )
+            products = _gradient(output, leaf, vectors, is_grads_batched=True)
         except RuntimeError as error:
             if not any(word in str(error) for word in ("vmap", "Batching rule")):
                 raise
@@ -138,6 +135,20 @@ class ForwardOperator(ModelFisherOperator):
 
     def transposed(self) -> FisherOperator:
         return AutodiffOperator(self.state, self._function)
+
+
+def _gradient(output: torch.Tensor, leaf: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    """The product of `v` with the Jacobian, keeping the graph for the next."""
+    try:
+        return torch.autograd.grad(output, leaf, v.to(output.dtype), retain_graph=True, **options)[0]
+    except RuntimeError as error:
+        if "donated" not in str(error):
+            raise
+        raise UnsupportedError(
+            "The denoiser is compiled so that its backward pass frees what a second one would need, and several "
+            "products are taken of one graph. Set torch._functorch.config.donated_buffer = False before the first "
+            "call of the compiled denoiser, or use FiniteDifferenceFisher, which needs no backward pass."
+        ) from error
 
 
 def model_output_function(denoiser: Any) -> Any:

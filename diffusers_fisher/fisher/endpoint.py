@@ -18,6 +18,9 @@ class EndpointFisher:
     `centred=True` is C v = (x_0 - m) <x_0 - m, v>: the same expectation, positive, far smaller variance.
 
     Cost: nothing beyond the run itself.
+
+    Raises:
+        InputError: no endpoint, or one of another shape; predicted noise at alpha = 0, where it does not give m.
     """
 
     def __init__(self, centred: bool = False):
@@ -42,6 +45,12 @@ class EndpointOperator(FisherOperator):
 
     def __init__(self, state: DenoisingState, endpoint: torch.Tensor, centred: bool):
         super().__init__(state)
+        if not all(torch.isfinite(value).all() for value in state.prediction.original_coefficients(state.level)):
+            raise InputError(
+                "At a noise level with alpha = 0 the endpoint forms need E[x_0|x_t], which predicted noise does not "
+                f"tell there (prediction type '{state.prediction.kind}'). Start the run at a smaller noise, use a "
+                "model of v_prediction or sample, or another estimator, such as DirectFisher()."
+            )
         mean = state.pred_original_sample
         endpoint = endpoint.to(mean.dtype)
         self._terms = [(1.0, endpoint - mean)] if centred else [(1.0, endpoint), (-1.0, mean)]

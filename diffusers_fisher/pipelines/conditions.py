@@ -104,3 +104,14 @@ def class_conditions(labels: Any, num_classes: int, count: int | None, num_image
     if num_images_per_prompt < 1:
         raise InputError(f"`num_images_per_prompt` is {num_images_per_prompt}; allowed: at least 1.")
     return [label for label in entries for _ in range(num_images_per_prompt)]
+
+
+@torch.no_grad()
+def encoded_conditions(pipe: Any, conditions: dict[str, Any]) -> tuple:
+    """What `pipe.encode_prompt` gives for the call arguments `conditions`, without what guidance needs."""
+    defaults = inspect.signature(type(pipe).__call__).parameters
+    taken = inspect.signature(pipe.encode_prompt).parameters
+    arguments = {name: conditions.get(name, defaults[name].default) for name in taken if name in defaults}
+    if "do_classifier_free_guidance" in taken:
+        arguments["do_classifier_free_guidance"] = False
+    return pipe.encode_prompt(**arguments)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from diffusers import DiTPipeline
 
-from ..guidance.adjoint import GuidanceOutput, Reward
+from ..guidance.adjoint import GuidanceOutput
+from ..guidance.checks import Reward
 from ..likelihood import LikelihoodOutput
 from .conditions import class_conditions
 from .given_latents import call_with_latents
@@ -49,6 +50,12 @@ class DiTFisherPipeline(FisherPipelineMixin, DiTPipeline):
     ) -> GuidanceOutput | tuple:
         """As `FisherPipelineMixin.guide`, with `class_labels` for prompts."""
         return super().guide(class_labels, reward, **options)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _pooled(self, conditions: dict[str, Any]) -> torch.Tensor:
+        """The labels' embeddings in the network's first block."""
+        table = self.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
+        return table(torch.tensor(conditions["class_labels"], device=table.weight.device))
 
     @property
     def _factor(self) -> int:

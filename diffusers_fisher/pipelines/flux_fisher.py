@@ -6,6 +6,7 @@ import torch
 from diffusers import FluxPipeline
 
 from ..errors import InputError
+from .conditions import encoded_conditions
 from .mixin import FisherPipelineMixin
 
 
@@ -35,6 +36,10 @@ class FluxFisherPipeline(FisherPipelineMixin, FluxPipeline):
         if pixels is None:
             raise InputError("Packed latents don't tell the image's shape; give `pixels`, its height and width.")
         return self._unpack_latents(latents, *pixels, self.vae_scale_factor)
+
+    def _pooled(self, conditions: dict[str, Any]) -> torch.Tensor:
+        """The pooled embeddings that the network itself is given."""
+        return encoded_conditions(self, conditions)[1]
 
     def _likelihood_guidance(self, call_arguments: dict[str, Any]) -> float:
         if call_arguments.get("true_cfg_scale", 1.0) != 1.0:

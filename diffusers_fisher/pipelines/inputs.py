@@ -57,13 +57,26 @@ def check_guidance(num_guidance_steps: int, step_size: float, num_inference_step
         raise InputError(f"`output_type` is '{output_type}'; allowed: pil, np, pt.")
 
 
-def image_tensor(images: Any, multiple: int, channels: int = 3) -> torch.Tensor:
-    """Images as (B, channels, H, W) float32 in [0, 1], checked; nothing is resized behind the caller's back."""
+UNIT_RANGE = (0.0, 1.0)
+
+
+def image_tensor(
+    images: Any, multiple: int, channels: int = 3, data_range: tuple[float, float] = UNIT_RANGE
+) -> torch.Tensor:
+    """Images as (B, channels, H, W) float32 in [0, 1], checked; nothing is resized behind the caller's back.
+
+    Arrays and tensors are in `data_range`, integers too where it is not [0, 1]; PIL images have their own.
+    """
     import numpy
     from PIL.Image import Image
 
     if isinstance(images, Image):
         images = [images]
+    low, high = data_range
+    if not -math.inf < low < high < math.inf:
+        raise InputError(f"`data_range` is {data_range}; allowed: two finite numbers, the lower first.")
+    if isinstance(images, (list, tuple)) and any(isinstance(image, Image) for image in images):
+        low, high = UNIT_RANGE
     if isinstance(images, (list, tuple)) and images:
         arrays = [_pil_array(image, channels) if isinstance(image, Image) else image for image in images]
         kinds = sorted({type(array).__name__ for array in arrays})
@@ -85,11 +98,16 @@ def image_tensor(images: Any, multiple: int, channels: int = 3) -> torch.Tensor:
         raise InputError(
             f"Images are {got}; allowed: {kind} PIL, array (B, H, W, {channels}) or tensor (B, {channels}, H, W)."
         )
-    if not tensor.is_floating_point() or not bool(((tensor >= 0) & (tensor <= 1)).all()):
+    scaled = (low, high) != UNIT_RANGE
+    if not (tensor.is_floating_point() or scaled) or not bool(((tensor >= low) & (tensor <= high)).all()):
+        allowed = f"numbers in [{low}, {high}]" if scaled else "floating point in [0, 1]"
+        advice = "Declare the range they are in." if scaled else "Divide 8-bit images by 255."
         raise InputError(
             f"Images have dtype {tensor.dtype} and values from {float(tensor.min()):.4g} to "
-            f"{float(tensor.max()):.4g}; allowed: floating point in [0, 1], without NaN. Divide 8-bit images by 255."
+            f"{float(tensor.max()):.4g}; allowed: {allowed}, without NaN. {advice}"
         )
+    if scaled:
+        tensor = (tensor.double() - low) / (high - low)
     if tensor.shape[2] % multiple or tensor.shape[3] % multiple:
         raise InputError(
             f"Images are {tensor.shape[2]}x{tensor.shape[3]} pixels; this checkpoint takes heights and widths that "

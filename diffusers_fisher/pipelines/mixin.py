@@ -5,74 +5,33 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..denoiser import PipelineDenoiser, borrowed
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 from ..fisher.autodiff import AutodiffFisher
-from ..fisher.direct import DirectFisher
 from ..fisher.operator import FisherEstimator
-from ..guidance.adjoint import GuidanceOutput, NoiseAscent, Reward, ascend_noise, check_differentiable
-from ..likelihood import LikelihoodOutput, log_likelihood
-from ..schedulers.mixin import fisher_scheduler
+from ..fisher.trace_matching import TraceMatchingFisher
+from ..guidance.adjoint import GuidanceOutput
+from ..guidance.checks import Reward
+from ..guidance.movers import OptimizerFactory
+from ..likelihood import DEFAULT_SCHEME, LikelihoodOutput, log_likelihood
+from ..likelihood.comparison import LikelihoodComparison
+from .compared import compared_likelihoods
 from .conditions import text_conditions
-from .inputs import check_guidance, check_likelihood
-from .persistence import check_folder, load_parts, save_parts, stock_pipeline
-from .run import SamplingRun
-from .space import LatentSpace
+from .guided import GuidanceOptions, bound, guided_images
+from .inputs import UNIT_RANGE, check_likelihood
+from .parts import CheckpointParts
 
 
-class FisherPipelineMixin(LatentSpace):
+class FisherPipelineMixin(CheckpointParts):
     """Adds `log_likelihood` and `guide` to a stock pipeline class, and saves folders that stock diffusers reads.
 
-    What a backbone overrides is in `LatentSpace`, and here `_conditions` and `_likelihood_guidance`.
+    What a backbone overrides is in `LatentSpace`, and here `_conditions`, `_pooled` and `_likelihood_guidance`.
     """
-
-    _latent_statistics: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    @property
-    def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(mean, variance) of the training data's scaled latents, each of one sample's shape, for the likelihood's
-        prior; None where the checkpoint has none. May be set."""
-        source = self.config.get("_name_or_path")
-        if self._latent_statistics is None and source and os.path.isdir(source):
-            self._latent_statistics = load_parts(source)[1]  # loaded by a class that knows nothing of our parts
-        return self._latent_statistics
-
-    @latent_statistics.setter
-    def latent_statistics(self, value: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-        self._latent_statistics = value
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """As the stock pipeline's; restores the Fisher scheduler and latent statistics saved with the checkpoint.
-
-        Raises:
-            CheckpointError: a local folder with a missing or truncated file.
-        """
-        check_folder(pretrained_model_name_or_path, given=kwargs)
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
-        scheduler, pipe.latent_statistics = load_parts(pretrained_model_name_or_path, **hub)
-        if scheduler is not None and "scheduler" not in kwargs:
-            made = fisher_scheduler(type(pipe.scheduler))
-            pipe.scheduler = made.from_config(pipe.scheduler.config)
-        return pipe
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Saves the stock pipeline, readable by any diffusers, with the Fisher parts beside its index.
-
-        Args:
-            **kwargs: as the stock pipeline's `save_pretrained` (safetensors only).
-        """
-        if kwargs.get("push_to_hub") or kwargs.get("safe_serialization") is False:
-            raise InputError("Save to a folder, in safetensors; push the finished folder with huggingface_hub.")
-        stock_pipeline(self).save_pretrained(save_directory, **kwargs)
-        save_parts(self, save_directory)
 
     def log_likelihood(
         self,
@@ -82,57 +41,95 @@ class FisherPipelineMixin(LatentSpace):
         latents: torch.Tensor | None = None,
         num_inference_steps: int = 32,
         estimator: FisherEstimator | None = None,
-        num_probes: int | None = 2,
+        num_probes: int | Literal["auto"] | None = "auto",
         noised: bool = False,
-        step_halving: bool = True,
+        step_halving: bool = False,
         prior_mean: torch.Tensor | float | None = None,
         prior_variance: torch.Tensor | float | None = None,
         generator: torch.Generator | None = None,
+        scheme: str = DEFAULT_SCHEME,
+        data_range: tuple[float, float] = UNIT_RANGE,
+        bins: int | None = None,
         **call_arguments: Any,
     ) -> LikelihoodOutput:
         """Log-likelihood of images under the checkpoint, without classifier-free guidance.
 
-        For pipelines with an autoencoder a density of the latents, not of pixels: comparable between images of one
-        size under one autoencoder. The mean of the autoencoder's posterior stands for the image. The output's `space`
-        says which it is.
+        With an autoencoder a density of the latents, not of pixels (the output's `space`): comparable between images
+        of one size under one autoencoder. The mean of the autoencoder's posterior stands for the image.
 
         Args:
-            images: PIL images, arrays (B, H, W, 3) or tensors (B, 3, H, W), in [0, 1]; height and width multiples of
-                8 and of the autoencoder's factor.
+            images: PIL images, arrays (B, H, W, 3) or tensors (B, 3, H, W), in `data_range`; height and width
+                multiples of 8 and of the autoencoder's factor.
             prompt: one for all, or one an image; None: the empty prompt.
             latents: (B, C, h, w) scaled latents, instead of `images`.
             num_inference_steps: steps of the integration.
-            estimator: gives the trace of the diffusion Fisher; None: the model's own, by automatic differentiation.
-            num_probes: Hutchinson probes; None: the exact trace, C*h*w backward passes a step.
-            noised, step_halving, generator: see `diffusers_fisher.likelihood.log_likelihood`.
+            estimator: gives the trace of the diffusion Fisher; None: `TraceMatchingFisher(pipe.trace_model)`, or where
+                the pipeline has no trace model the network's own trace, `AutodiffFisher()`.
+            num_probes: Hutchinson probes; None: the exact trace, with `AutodiffFisher` by C*h*w backward passes a
+                step; "auto": None for trace models, else 2.
+            noised, step_halving, generator, scheme: see `diffusers_fisher.likelihood.log_likelihood`.
             prior_mean, prior_variance: of the training data's latents; None: the checkpoint's `latent_statistics`, or
                 0 and 1 where it has none. The output says which.
+            data_range: what arrays and tensors of images reach from and to, such as (0, 255).
+            bins: for pipelines in pixels, the number of values an image can have, 256 for 8 bits: each pixel is moved
+                to a random point of its bin, and `bits_per_dim` is that of the discrete image. None: of the density.
             **call_arguments: to the pipeline's call, such as `prompt_embeds` with what belongs to them.
 
         Returns:
-            `LikelihoodOutput`. Cost: about 1.5 * `num_inference_steps` evaluations with a backward pass a probe.
+            `LikelihoodOutput`. Cost: `num_inference_steps` + 1 evaluations, half as many again with `step_halving`,
+            each with a backward pass a probe, or with one of the trace model. Warns where the discretisation error
+            exceeds 0.05 bits/dim (`CoarseGridWarning`).
 
         Raises:
-            InputError: images, latents or conditions of the wrong kind, size, range or number; guidance.
-            UnsupportedError: a scheduler of another family than the model's.
+            InputError: images, latents or conditions of the wrong kind, size, range or number; guidance; a trace model
+                of another denoiser. UnsupportedError: a scheduler of another family than the model's.
         """
-        check_likelihood(num_inference_steps)
-        self._check_scheduler()
-        guidance = self._likelihood_guidance(call_arguments)
-        samples = self._latents_to_score(images, latents)
-        _, conditions = self._conditions(prompt, call_arguments, len(samples))
-        sizes = self._size_arguments((samples.shape[-2] * self._factor, samples.shape[-1] * self._factor))
-        denoiser = PipelineDenoiser(self, guidance, **{**sizes, **call_arguments, **conditions})
-        bound = _bound(estimator if estimator is not None else AutodiffFisher(), denoiser)
-        if prior_mean is None and prior_variance is None and self.latent_statistics is not None:
-            prior_mean, prior_variance = (_fit(value, samples[0]) for value in self.latent_statistics)
-        mean, variance = (self._pack_statistic(value, samples) for value in (prior_mean, prior_variance))
+        guidance = self._check_likelihood(num_inference_steps, bins, call_arguments)
+        samples = self._latents_to_score(images, latents, data_range)
+        denoiser = self._likelihood_denoiser(samples, guidance, prompt, call_arguments)
+        bound, probes = self._trace_estimator(estimator, num_probes, denoiser)
+        mean, variance = self._prior(prior_mean, prior_variance, samples)
         nodes = num_inference_steps + 1 + (num_inference_steps // 2 + 1 if step_halving else 0)
         with self._loaded(), self.progress_bar(total=nodes) as progress:
             return log_likelihood(
-                denoiser, self._pack(samples), bound, num_inference_steps, num_probes, mean, variance, noised,
-                step_halving, generator, space=self._space, on_step=progress.update,
+                denoiser, self._pack(samples), bound, num_inference_steps, probes, mean, variance, noised,
+                step_halving, generator, space=self._space, on_step=progress.update, scheme=scheme, bins=bins,
             )  # fmt: skip
+
+    def compare_likelihood(
+        self,
+        images: Any = None,
+        prompts: Sequence[Any] | None = None,
+        *,
+        latents: torch.Tensor | None = None,
+        method: str = "squared error",
+        num_levels: int = 64,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> LikelihoodComparison:
+        """Which prompt fits an image, and which image is likelier: every image under every prompt, with equal draws.
+
+        "squared error" needs no graph: the denoiser's squared errors at random levels, as diffusion classifiers take
+        them (Li et al., 2303.16203), weighted to a log-likelihood. "ode" is `log_likelihood` for every prompt, with
+        the same grid and probes. Differences and their paired standard errors are methods of the output.
+
+        Args:
+            images, latents: as in `log_likelihood`.
+            prompts: each for all images (class labels where the pipeline takes those); None: unconditional.
+            method: "squared error" or "ode".
+            num_levels: draws of "squared error", even.
+            generator: its draws are repeated for every prompt.
+            **options: "ode": of `log_likelihood`. "squared error": `prior_mean`, `prior_variance`, `data_range`,
+                `bins`, and arguments of the pipeline's call.
+
+        Returns:
+            `LikelihoodComparison`. Cost: for every prompt `num_levels` evaluations, or those of `log_likelihood`.
+
+        Raises:
+            InputError: no prompts, an unknown method; else as `log_likelihood`.
+        """
+        score = functools.partial(FisherPipelineMixin.log_likelihood, self)
+        return compared_likelihoods(self, score, images, prompts, latents, method, num_levels, generator, options)
 
     def guide(
         self,
@@ -151,6 +148,13 @@ class FisherPipelineMixin(LatentSpace):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        optimise: Sequence[str] = ("noise",),
+        optimizer: str | OptimizerFactory | None = None,
+        patience: int | None = None,
+        held_out_reward: Reward | None = None,
+        adjoint_guidance_scale: float | None = None,
+        decoder: Any = None,
+        checkpoint_decoder: bool = False,
         **call_arguments: Any,
     ) -> GuidanceOutput | tuple:
         """Steers generation by a reward, by ascent on the initial noise through the whole sampling run.
@@ -169,6 +173,17 @@ class FisherPipelineMixin(LatentSpace):
             latents: initial noise of unit variance, (B, C, h, w), or packed where the pipeline's own are; None: drawn
                 with `generator` as the stock call does.
             output_type: "pil", "np", "pt".
+            optimise: what moves: "noise"; "text", the prompts' embedding, by the network's own derivative (a graph of
+                one evaluation at a time); "control", added to the model's output at every step.
+            optimizer: None for normalised ascent, which keeps the noise on its sphere; or a name in torch.optim, with
+                `step_size` as its learning rate, or a factory from parameters to an optimiser.
+            patience: stops after so many runs in which no sample reached a new best; None: never.
+            held_out_reward: reported beside the reward and not optimised: where it falls, the reward is being gamed.
+            adjoint_guidance_scale: guidance scale of the denoiser in the backward pass, 1.0 to keep classifier-free
+                guidance out of it; None: as in the runs. Nothing to estimators without a denoiser.
+            decoder: decodes for the reward in the autoencoder's place, such as an `AutoencoderTiny`; the images that
+                are returned are the autoencoder's.
+            checkpoint_decoder: recomputes the decoder's activations in its backward pass instead of keeping them.
             **call_arguments: to the pipeline's call, such as `negative_prompt`.
 
         Returns:
@@ -179,55 +194,60 @@ class FisherPipelineMixin(LatentSpace):
             InputError: before sampling, arguments out of range, latents of the wrong shape, a reward that is not
                 differentiable or of the wrong shape.
             TrajectoryError: torch.inference_mode, latents changed between steps, a model with learned variance.
-            NumericalError: images, a reward or a gradient that are not finite.
+            NumericalError: in the first run, images, a reward or a gradient that are not finite. In later ones the
+                best so far is returned, and `status` says what happened.
         """
-        defaults = inspect.signature(type(self).__call__).parameters
-        steps = defaults["num_inference_steps"].default if num_inference_steps is None else num_inference_steps
-        check_guidance(num_guidance_steps, step_size, steps, output_type)
-        self._check_scheduler()
-        prompts, conditions = self._conditions(prompt, call_arguments, None, num_images_per_prompt)
-        pixels = self._image_size(height, width)
-        noise = self._initial_noise(latents, len(prompts), pixels, generator)
-        check_differentiable(reward, (len(prompts), self._image_channels(), *pixels), prompts, noise.device)
-        call_arguments |= {**conditions, **self._size_arguments(pixels)}
-        if "guidance_scale" in defaults:
-            default = defaults["guidance_scale"].default
-            call_arguments["guidance_scale"] = default if guidance_scale is None else guidance_scale
-        without_callbacks = {key: value for key, value in call_arguments.items() if not key.startswith("callback")}
-        denoiser = PipelineDenoiser(self, **without_callbacks)
-        bound = _bound(estimator if estimator is not None else DirectFisher(), denoiser)
-        counted = getattr(bound, "denoiser", denoiser)  # the estimator's own, where it brought one
-        calls_before = getattr(counted, "num_calls", 0)
-        scheduler = fisher_scheduler(type(self.scheduler)).from_config(self.scheduler.config)
-        call_arguments["num_inference_steps"] = steps
-        run = SamplingRun(self, scheduler, denoiser, generator, self._noise_dtype(), **call_arguments)
-        decode = functools.partial(self._decode, pixels=pixels)
-        with self._loaded(), self.progress_bar(total=num_guidance_steps + 1) as progress:
-
-            def show(rewards: torch.Tensor) -> None:
-                progress.set_postfix(reward=f"{float(rewards.mean()):.3f}")
-                progress.update()
-
-            ascent = ascend_noise(
-                run, decode, reward, noise, prompts, scheduler, bound, num_guidance_steps, step_size, show
-            )
-        calls = ascent.num_sampling_calls + getattr(counted, "num_calls", 0) - calls_before
-        output = self._guidance_output(ascent, output_type, calls)
+        options = GuidanceOptions(
+            num_guidance_steps, step_size, estimator, optimise, optimizer, patience, held_out_reward,
+            adjoint_guidance_scale, decoder, checkpoint_decoder, output_type,
+        )  # fmt: skip
+        output = guided_images(
+            self, prompt, reward, options, (height, width), num_inference_steps, guidance_scale,
+            num_images_per_prompt, generator, latents, call_arguments,
+        )  # fmt: skip
         return output if return_dict else output.to_tuple()
 
-    def _guidance_output(self, ascent: NoiseAscent, output_type: str, num_calls: int) -> GuidanceOutput:
-        from diffusers.image_processor import VaeImageProcessor
+    def _likelihood_denoiser(
+        self, samples: torch.Tensor, guidance_scale: float, prompt: Any, call_arguments: dict[str, Any]
+    ) -> PipelineDenoiser:
+        """The pipeline's denoiser for (B, C, h, w) samples with one condition each."""
+        _, conditions = self._conditions(prompt, call_arguments, len(samples))
+        sizes = self._size_arguments((samples.shape[-2] * self._factor, samples.shape[-1] * self._factor))
+        return PipelineDenoiser(self, guidance_scale, **{**sizes, **call_arguments, **conditions})
 
-        images, flagged = self._finished(ascent.best_images)
-        processor = getattr(self, "image_processor", None) or VaeImageProcessor()
-        empty = torch.zeros(0, len(images), dtype=torch.float64)
-        return GuidanceOutput(
-            images=processor.postprocess(images, output_type, do_denormalize=[False] * len(images)),
-            rewards=torch.stack(ascent.rewards), best_rewards=ascent.best_rewards, latents=ascent.best_noise,
-            gradient_norms=torch.stack(ascent.gradient_norms) if ascent.gradient_norms else empty,
-            seconds=torch.tensor(ascent.seconds, dtype=torch.float64),
-            num_denoiser_calls=num_calls, nsfw_content_detected=flagged,
-        )  # fmt: skip
+    def _check_likelihood(self, num_inference_steps: int, bins: int | None, call_arguments: dict[str, Any]) -> float:
+        """Refuses what `log_likelihood` can't use; returns the guidance scale, taken out of `call_arguments`."""
+        check_likelihood(num_inference_steps)
+        self._check_scheduler()
+        self._checked_bins(bins)
+        return self._likelihood_guidance(call_arguments)
+
+    def _trace_estimator(
+        self, estimator: FisherEstimator | None, num_probes: int | Literal["auto"] | None, denoiser: PipelineDenoiser
+    ) -> tuple[FisherEstimator, int | None]:
+        """A likelihood's estimator, bound to `denoiser`, and its number of probes."""
+        if estimator is None:
+            estimator = AutodiffFisher() if self.trace_model is None else TraceMatchingFisher(self.trace_model)
+        if num_probes == "auto":
+            num_probes = None if isinstance(estimator, TraceMatchingFisher) else 2
+        return bound(estimator, denoiser), num_probes
+
+    def _prior(self, mean: Any, variance: Any, samples: torch.Tensor) -> tuple[Any, Any]:
+        """The given moments of the data, or else the checkpoint's, in the layout of the pipeline's latents."""
+        if mean is None and variance is None and self.latent_statistics is not None:
+            mean, variance = (_fit(value, samples[0]) for value in self.latent_statistics)
+        return self._pack_statistic(mean, samples), self._pack_statistic(variance, samples)
+
+    def _pooled(self, conditions: dict[str, Any]) -> torch.Tensor:
+        """A vector a sample, (B, width), that stands for its condition, for trace models with `pooled_channels`.
+
+        Args:
+            conditions: the call's arguments, with a condition a sample as `_conditions` gives them.
+        """
+        raise UnsupportedError(
+            f"{type(self).__name__} has no conditions, so no pooled vector for a trace model with `pooled_channels`. "
+            "Use a trace model with pooled_channels=None."
+        )
 
     def _conditions(
         self, prompt: Any, call_arguments: dict[str, Any], count: int | None, num_images_per_prompt: int = 1
@@ -266,11 +286,6 @@ class FisherPipelineMixin(LatentSpace):
                 yield
         finally:
             self.maybe_free_model_hooks()
-
-
-def _bound(estimator: Any, denoiser: PipelineDenoiser) -> FisherEstimator:
-    """The estimator with `denoiser` where it needs one and has none."""
-    return estimator.bind(denoiser) if hasattr(estimator, "bind") else estimator
 
 
 def _fit(statistic: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,11 @@
 """Saving and loading of the Fisher parts of a pipeline folder.
 
 The folder's index is that of the stock pipeline with the stock scheduler, so that any diffusers reads it; our parts
-lie beside it: `fisher.json` (the scheduler's class) and `latent_statistics.safetensors` (mean and variance).
+lie beside it: `fisher.json` (the scheduler's class), `latent_statistics.safetensors` (mean and variance) and the
+folder `trace_model`.
 """
 
+import contextlib
 import inspect
 import os
 from collections.abc import Collection
@@ -11,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..errors import CheckpointError
 from ..files import check_safetensors, load_tensors, read_json, save_tensors, write_json
+from ..models import FisherTraceModel
 from ..schedulers.mixin import FisherSchedulerMixin
 
 MARK = "fisher.json"
 STATISTICS = "latent_statistics.safetensors"
+TRACE_MODEL = "trace_model"
 NEEDED_FILES = (
     ("Scheduler", ["scheduler_config.json"]),
     # Without these a tokenizer loads all the same, and maps every word to the unknown one or knows no length.
@@ -53,12 +58,34 @@ def save_parts(pipe: Any, folder: str | os.PathLike) -> None:
     folder = Path(folder)
     scheduler = pipe.scheduler if isinstance(pipe.scheduler, FisherSchedulerMixin) else None
     write_json(folder / MARK, {"scheduler": type(scheduler).__name__ if scheduler is not None else None})
+    _save_trace_model(pipe.trace_model, folder / TRACE_MODEL)
     if pipe.latent_statistics is None:
         (folder / STATISTICS).unlink(missing_ok=True)  # of another pipeline that was saved there
         return
     mean, variance = pipe.latent_statistics
     description = {"description": "mean and variance of the scaled latents of the training data"}
     save_tensors(folder / STATISTICS, {"mean": mean, "variance": variance}, description)
+
+
+def _save_trace_model(model: FisherTraceModel | None, folder: Path) -> None:
+    if model is not None:
+        model.save_pretrained(folder)
+        return
+    for name in (FisherTraceModel.config_name, SAFETENSORS_WEIGHTS_NAME):
+        (folder / name).unlink(missing_ok=True)  # of another pipeline that was saved there
+    with contextlib.suppress(OSError):  # not there, or with files that are not ours
+        folder.rmdir()
+
+
+def load_trace_model(source: str | os.PathLike, **hub_arguments: Any) -> FisherTraceModel | None:
+    """The trace model kept with checkpoint `source`, None where there is none.
+
+    Raises:
+        CheckpointError: one of its files is damaged.
+    """
+    if _find(source, f"{TRACE_MODEL}/{FisherTraceModel.config_name}", hub_arguments) is None:
+        return None
+    return FisherTraceModel.from_pretrained(source, subfolder=TRACE_MODEL, **hub_arguments)
 
 
 def load_parts(
@@ -105,6 +132,8 @@ def check_folder(source: str | os.PathLike, given: Collection[str] = ()) -> None
         if not (folder / name).is_dir():
             raise CheckpointError(f"'{folder}' lacks the folder '{name}' that its model_index.json names.")
         _check_component(folder / name, str(value[-1]))
+    if (folder / TRACE_MODEL).is_dir():
+        _check_component(folder / TRACE_MODEL, FisherTraceModel.__name__)
 
 
 def _check_component(folder: Path, class_name: str) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import torch
+
+from .conditions import encoded_conditions
 from .space import LatentSpace
 
 
@@ -16,3 +20,9 @@ class PixArtSpace(LatentSpace):
     def _size_arguments(self, pixels: tuple[int, int]) -> dict[str, int]:
         """With the size as it is: binning would draw the stock call's own."""
         return {"height": pixels[0], "width": pixels[1], "use_resolution_binning": False}
+
+    def _pooled(self, conditions: dict[str, Any]) -> torch.Tensor:
+        """The mean of the text encoder's embeddings over the prompt's own tokens: the network is given no other."""
+        embeddings, mask, *_ = encoded_conditions(self, conditions)
+        weights = mask.to(embeddings).unsqueeze(-1)
+        return (weights * embeddings).sum(1) / weights.sum(1)

@@ -1,7 +1,11 @@
 """Stable Diffusion 3 and 3.5 with likelihood and guidance."""
 
+from typing import Any
+
+import torch
 from diffusers import StableDiffusion3Pipeline
 
+from .conditions import encoded_conditions
 from .mixin import FisherPipelineMixin
 
 
@@ -15,6 +19,10 @@ class StableDiffusion3FisherPipeline(FisherPipelineMixin, StableDiffusion3Pipeli
 
     def _size_multiple(self) -> int:
         return self.vae_scale_factor * self.transformer.config.patch_size
+
+    def _pooled(self, conditions: dict[str, Any]) -> torch.Tensor:
+        """The pooled embeddings that the network itself is given."""
+        return encoded_conditions(self, conditions)[2]
 
 
 StableDiffusion3FisherPipeline.__module__ = "diffusers_fisher"

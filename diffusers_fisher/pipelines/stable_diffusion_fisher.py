@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 
+from ..errors import InputError
 from .mixin import FisherPipelineMixin
 
 
@@ -14,6 +15,26 @@ class StableDiffusionFisherPipeline(FisherPipelineMixin, StableDiffusionPipeline
     Made with `from_pretrained` from any Stable Diffusion 1.x or 2.x checkpoint, or from a pipeline at hand with
     `StableDiffusionFisherPipeline(**pipe.components)`.
     """
+
+    @torch.no_grad()
+    def _pooled(self, conditions: dict[str, Any]) -> torch.Tensor:
+        """The text encoder's pooled output, its last hidden state at the end of the text; the network is given the
+        states of all tokens. Embeddings in place of prompts do not tell where the text ends."""
+        prompts = conditions.get("prompt")
+        if prompts is None:
+            raise InputError(
+                "The trace model takes the text encoder's pooled output, which `prompt_embeds` do not have. Give "
+                "prompts, or estimator=TraceMatchingFisher(trace_model, pooled=...)."
+            )
+        words = self.tokenizer
+        texts = self.maybe_convert_prompt(prompts, words)
+        tokens = words(
+            texts, padding="max_length", max_length=words.model_max_length, truncation=True, return_tensors="pt"
+        ).to(self._execution_device)
+        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+        return self.text_encoder(
+            tokens.input_ids, attention_mask=tokens.attention_mask if masked else None
+        ).pooler_output
 
     def _finished(self, images: Any) -> tuple[Any, list[bool]]:
         if self.safety_checker is None:

@@ -25,7 +25,7 @@ from ..fisher.operator import FisherMatrixOperator
 from ..noise import expand
 from ..state import DenoisingState, state_of
 
-OPTIONS = {"lml_lambda": 0.1, "lml_kappa": 0.5, "lml_freeze": 0.0}
+OPTIONS = {"lml_lambda": 1.0, "lml_kappa": 0.1, "lml_freeze": 0.0}
 
 
 class DampedRankOneOperator(FisherMatrixOperator):
@@ -75,6 +75,9 @@ class LMLSchedulerMixin:
 
     Cost: some inner products a step; no denoiser call. All inner products are accumulated in float64, the rotation is
     done in float32 or wider, so half precision is safe.
+
+    To first order in what the predicted noise has changed by since the step before, D, the direction is
+    eps + (kappa/lambda) D without its part along eps: kappa/lambda is what counts, and 0.1, the default, is mild.
 
     Config, beside the parent's:
         lml_lambda: damping relative to the number of dimensions; the larger, the nearer to the parent.
@@ -163,15 +166,15 @@ def _index(scheduler: Any, timestep: Any) -> int:
 
 def _check(lml_lambda: float, lml_kappa: float, lml_freeze: float) -> None:
     if not 0 < lml_lambda < float("inf"):
-        raise InputError(f"`lml_lambda` is {lml_lambda}; allowed: positive, relative to the dimension, such as 0.1.")
+        raise InputError(f"`lml_lambda` is {lml_lambda}; allowed: positive, relative to the dimension, such as 1.0.")
     if not 0 <= lml_kappa < 1:
-        raise InputError(f"`lml_kappa` is {lml_kappa}; allowed: 0 to below 1, such as 0.5.")
+        raise InputError(f"`lml_kappa` is {lml_kappa}; allowed: 0 to below 1, such as 0.1.")
     if not 0 <= lml_freeze <= 1:
         raise InputError(f"`lml_freeze` is {lml_freeze}; allowed: 0 to 1, a fraction of the steps.")
     if lml_kappa == 0:
         warnings.warn(
             "`lml_kappa` is 0: a curvature along the predicted noise alone does not turn it, so this is the parent "
-            "scheduler, whatever `lml_lambda`. Pass a positive `lml_kappa`, such as 0.5.",
+            "scheduler, whatever `lml_lambda`. Pass a positive `lml_kappa`, such as 0.1.",
             stacklevel=3,
         )
 

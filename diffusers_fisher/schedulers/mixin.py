@@ -4,6 +4,8 @@ import functools
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
+
 from ..errors import UnsupportedError
 from ..fisher.operator import FisherEstimator
 from .trajectory import Trajectory, recording
@@ -30,9 +32,24 @@ class FisherSchedulerMixin:
             return self._trajectory.step(bound, self, model_output, timestep, sample, *args, **kwargs)
 
         cls.step = step  # type: ignore[attr-defined]
+        parent_noise = getattr(super(), "add_noise", None)
+        if parent_noise is None:
+            return
+
+        @functools.wraps(parent_noise)
+        def add_noise(self, *args, **kwargs):
+            noised = parent_noise(self, *args, **kwargs)
+            if self._trajectory is not None:
+                self._trajectory.noised = noised
+            return noised
+
+        cls.add_noise = add_noise  # type: ignore[attr-defined]
 
     def differentiable(
-        self, estimator: FisherEstimator, changed_latents: str = "refuse"
+        self,
+        estimator: FisherEstimator,
+        changed_latents: str = "refuse",
+        controls: list[torch.Tensor] | None = None,
     ) -> AbstractContextManager[Trajectory]:
         """Records the run inside the block so that it can be differentiated without a graph in the denoiser.
 
@@ -40,6 +57,8 @@ class FisherSchedulerMixin:
             estimator: what stands in for the denoiser's Jacobian in the backward pass, such as `DirectFisher()`.
             changed_latents: what to do when something between two steps changes the latents: "refuse", or "additive"
                 to go on as though a constant had been added.
+            controls: added to the model's output, one tensor (B, ...) a step that requires a gradient, which
+                `trajectory.gradients` then gives; steps beyond the list's end append zeros to it. None: no controls.
 
         Yields:
             The `Trajectory`, whose `gradient(loss)` is d loss / d latents.
@@ -48,7 +67,7 @@ class FisherSchedulerMixin:
             TrajectoryError: nested blocks; inside the run: inference mode, learned variance, changed latents.
             UnsupportedError: inside the run: a scheduler or prediction type whose noise level is not known.
         """
-        return recording(self, Trajectory(estimator, changed_latents))
+        return recording(self, Trajectory(estimator, changed_latents, controls))
 
 
 _MADE: dict[type, type] = {}  # classes outside the catalog are made once, so that `isinstance` works

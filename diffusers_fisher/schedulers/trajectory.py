@@ -24,12 +24,19 @@ class Trajectory:
     """One differentiable sampling run, recorded. Made by `scheduler.differentiable(estimator)`.
 
     Attributes:
+        controls: what is added to the model's output, a tensor a step, as `differentiable` was given; or None.
         states: one `DenoisingState` a denoiser evaluation (samples in the scheduler's coordinates, detached).
         initial_sample: the graph's leaf: the first sample in the scheduler's coordinates, float32 or wider.
         final_sample: what the last step returned, with its graph, float32 or wider.
+        noised: what the scheduler's `add_noise` last returned: runs from a noised image start there.
     """
 
-    def __init__(self, estimator: FisherEstimator, changed_latents: str = "refuse"):
+    def __init__(
+        self,
+        estimator: FisherEstimator,
+        changed_latents: str = "refuse",
+        controls: list[torch.Tensor] | None = None,
+    ):
         if changed_latents not in CHANGED_LATENTS:
             raise InputError(f"`changed_latents` is '{changed_latents}'; allowed: {', '.join(CHANGED_LATENTS)}.")
         if not callable(estimator):
@@ -39,9 +46,11 @@ class Trajectory:
             )
         self.estimator = estimator
         self.changed_latents = changed_latents
+        self.controls = controls
         self.states: list[DenoisingState] = []
         self.initial_sample: torch.Tensor | None = None
         self.final_sample: torch.Tensor | None = None
+        self.noised: torch.Tensor | None = None
         self._returned: torch.Tensor | None = None
         self._version = 0  # of what was returned, to see changes in place
         self._timesteps: Any = None
@@ -50,8 +59,14 @@ class Trajectory:
     def gradient(self, loss: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
         """Gradient of a scalar `loss` of the run's result with respect to the pipeline's `latents` argument.
 
-        Includes the factor `init_noise_sigma` by which pipelines multiply their `latents`. Cost: one product of the
-        estimator a step. dtype: float32 or wider.
+        Includes the factor `init_noise_sigma` by which pipelines multiply their `latents`. Of a run that starts from a
+        noised image (image to image), the gradient with respect to that image as the scheduler noised it, which no
+        factor multiplies. Cost: one product of the estimator a step. dtype: float32 or wider. Raises as `gradients`.
+        """
+        return self.gradients(loss, retain_graph)[0]
+
+    def gradients(self, loss: torch.Tensor, retain_graph: bool = False) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """As `gradient`, and the gradients with respect to the run's controls (none where it has none), at once.
 
         Raises:
             TrajectoryError: no step was recorded, or the loss does not depend on the run.
@@ -67,17 +82,20 @@ class Trajectory:
                 f"The loss must be a scalar tensor that depends on the run's result, got {_describe(loss)}. Ask the "
                 'pipeline for `output_type="latent"` and decode outside of torch.no_grad.'
             )
-        (gradient,) = torch.autograd.grad(loss, self.initial_sample, retain_graph=retain_graph, allow_unused=True)
-        if gradient is None:
+        leaves = [self.initial_sample, *(self.controls or [])[: len(self.states)]]
+        found = torch.autograd.grad(loss, leaves, retain_graph=retain_graph, allow_unused=True)
+        if found[0] is None:
             raise TrajectoryError("The loss does not depend on this run's result; compute it from what the run gave.")
-        gradient = gradient * self._noise_scale
+        gradient = found[0] * self._noise_scale
         if not torch.isfinite(gradient).all():
             raise NumericalError(
                 f"The gradient through {len(self.states)} steps is not finite with {type(self.estimator).__name__}. "
                 "The uncentred endpoint form grows exponentially in the number of steps: use fewer steps, "
                 "EndpointFisher(centred=True) or DirectFisher()."
             )
-        return gradient
+        # A step that the result does not depend on (the first stage of some) leaves its control without one.
+        others = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves[1:], found[1:], strict=True)]
+        return gradient, others
 
     def operator(self, index: int) -> FisherOperator:
         """The estimator's operator at the run's state `index`. Raises `TrajectoryError` before the run."""
@@ -99,6 +117,10 @@ class Trajectory:
             state = state_of(scheduler, current.detach(), output, timestep, _step_index(scheduler))
             self.states.append(state)
             attached = _AttachJacobian.apply(current, output, self._product(len(self.states) - 1, sample.device))
+            if self.controls is not None:
+                if len(self.controls) < len(self.states):
+                    self.controls.append(torch.zeros_like(current).requires_grad_())
+                attached = attached + self.controls[len(self.states) - 1]
             result = parent_step(attached, timestep, current, *args, **kwargs)
             following = result[0] if isinstance(result, tuple) else result.prev_sample
             self.final_sample = following
@@ -128,7 +150,8 @@ class Trajectory:
         chain = self.final_sample
         if self._returned is None or chain is None:
             self.initial_sample = sample.detach().to(dtype, copy=True).requires_grad_()
-            self._noise_scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
+            from_image = self.noised is not None and _same(sample, self.noised.to(sample.dtype))
+            self._noise_scale = 1.0 if from_image else float(getattr(scheduler, "init_noise_sigma", 1.0))
             self._timesteps = scheduler.timesteps
             return self.initial_sample
         unchanged = self._returned._version == self._version

@@ -4,8 +4,16 @@ import pytest
 import torch
 from cases import Network, latents, relative
 
-from diffusers_fisher import AutodiffFisher, DenoisingState, EndpointFisher, FiniteDifferenceFisher, InputError
+from diffusers_fisher import (
+    AutodiffFisher,
+    DenoisingState,
+    EndpointFisher,
+    FiniteDifferenceFisher,
+    InputError,
+    NoiseLevel,
+)
 from diffusers_fisher.fisher import rademacher
+from diffusers_fisher.noise import Prediction
 
 from .problems import MatrixOperator, state_of_network
 
@@ -177,6 +185,17 @@ def test_missing_endpoint_is_refused():
 def test_endpoint_of_another_shape_is_refused():
     with pytest.raises(InputError, match=r"endpoint has shape \(1, 3, 2, 2\), the sample \(2, 3, 2, 2\)"):
         EndpointFisher()(state_of_network(), endpoint=latents()[:1])
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_endpoint_forms_of_predicted_noise_at_alpha_zero_are_refused(centred):
+    sample, output, endpoint = (latents(seed=seed) for seed in range(3))
+    level = NoiseLevel(torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64))
+    with pytest.raises(InputError, match=r"which predicted noise does not tell there \(prediction type 'epsilon'\)"):
+        EndpointFisher(centred)(DenoisingState(sample, output, level, Prediction("epsilon")), endpoint)
+    velocity = DenoisingState(sample, output, level, Prediction("v_prediction"))
+    trace = EndpointFisher(centred)(velocity, endpoint).trace().value
+    assert torch.equal(trace, torch.full((2,), 12.0, dtype=torch.float64))  # of the identity
 
 
 def test_denoiser_without_a_graph_is_refused():

@@ -5,7 +5,7 @@ import torch
 from cases import Network, latents, relative
 from pipeline_cases import PIPELINES
 
-from diffusers_fisher import AutodiffFisher, FiniteDifferenceFisher, InputError, PipelineDenoiser
+from diffusers_fisher import AutodiffFisher, FiniteDifferenceFisher, InputError, PipelineDenoiser, UnsupportedError
 from diffusers_fisher.fisher.numerics import dot
 
 from .problems import apply, state_of_network
@@ -70,7 +70,9 @@ def test_networks_without_a_batched_backward_take_vectors_one_at_a_time():
     assert not chunked._batched  # or this torch can, and the test has lost its point
 
 
-def test_errors_of_the_backward_pass_are_not_hidden():
+def failing(message):
+    """A network whose backward pass raises."""
+
     class Failing(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -78,10 +80,26 @@ def test_errors_of_the_backward_pass_are_not_hidden():
 
         @staticmethod
         def backward(ctx, gradient):
-            raise RuntimeError("out of luck")
+            raise RuntimeError(message)
 
-    operator = AutodiffFisher(lambda x, t: Failing.apply(x), chunk_size=4)(state_of_network())
+    return lambda x, t: Failing.apply(x)
+
+
+def test_errors_of_the_backward_pass_are_not_hidden():
+    operator = AutodiffFisher(failing("out of luck"), chunk_size=4)(state_of_network())
     with pytest.raises(RuntimeError, match="out of luck"):
+        operator.dense()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4])
+def test_compiled_networks_that_free_their_graph_are_refused_in_words(chunk_size):
+    message = (  # torch's own, of a compiled function
+        "This backward function was compiled with non-empty donated buffers which requires create_graph=False and "
+        "retain_graph=False. Please keep backward(create_graph=False, retain_graph=False) across all backward() "
+        "function calls, or set torch._functorch.config.donated_buffer=False to disable donated buffer."
+    )
+    operator = AutodiffFisher(failing(message), chunk_size=chunk_size)(state_of_network())
+    with pytest.raises(UnsupportedError, match=r"Set torch\._functorch\.config\.donated_buffer = False before"):
         operator.dense()
 
 

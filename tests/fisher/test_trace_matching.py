@@ -164,7 +164,7 @@ def test_likelihood_is_the_exact_one_at_the_cost_of_the_ode_alone():
     assert out.num_denoiser_calls == 11 + 6
     assert found.num_calls == 17
     assert bool((out.standard_error == 0).all())
-    assert out.trace == "TraceMatchingFisher, exact"
+    assert out.trace == "TraceMatchingFisher (target residual), exact"
 
 
 @pytest.mark.parametrize("sampler", ["DDIM", "DPM++", "Euler"])

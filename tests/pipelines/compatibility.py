@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 
 COLUMNS = (
-    "likelihood", "guidance: direct", "guidance: finite difference", "guidance: autodiff", "guidance: Gaussian",
-    "guidance: centred endpoint", "model offload", "bfloat16", "save and load",
+    "likelihood", "trace model", "guidance: direct", "guidance: finite difference", "guidance: autodiff",
+    "guidance: Gaussian", "guidance: endpoint", "guidance: centred endpoint", "model offload", "bfloat16", "float16",
+    "save and load",
 )  # fmt: skip
 SIGNS = {"passed": "yes", "failed": "FAILS", "skipped": "no"}
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
@@ -59,4 +60,5 @@ class _Writer:
 if __name__ == "__main__":
     import pytest
 
-    sys.exit(pytest.main(["-q", str(Path(__file__).with_name("test_backbones.py"))], plugins=[_Writer()]))
+    files = [str(Path(__file__).with_name(name)) for name in ("test_backbones.py", "test_trace_models.py")]
+    sys.exit(pytest.main(["-q", *files], plugins=[_Writer()]))

@@ -7,6 +7,7 @@ import numpy
 import pytest
 import tiny
 import torch
+from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 
 from diffusers_fisher import (
@@ -240,6 +241,57 @@ def test_latents_that_a_callback_changes_after_the_last_step_are_refused():
     pipe = make()
     with refused(pipe, TrajectoryError, "In run 0, something replaced the latents after the scheduler's last step", 3):
         guide(pipe, callback_on_step_end=callback)
+
+
+def cut_off_guidance(pipe, index, timestep, arguments):
+    """A common one: no guidance, and half the embeddings, from some step on."""
+    if index != 1:
+        return {}
+    pipe._guidance_scale = 0.0
+    return {"prompt_embeds": arguments["prompt_embeds"].chunk(2)[-1]}
+
+
+def other_prompt(pipe, index, timestep, arguments):
+    return {**arguments, "prompt_embeds": -3 * arguments["prompt_embeds"]} if index == 1 else arguments
+
+
+def other_prompt_in_place(pipe, index, timestep, arguments):
+    if index == 1:
+        arguments["prompt_embeds"].mul_(-3)
+    return {}
+
+
+def unasked(pipe, index, timestep, arguments):
+    return {"prompt_embeds": torch.zeros(2, 8, 16)} if index == 1 else {}
+
+
+CALLBACKS = {
+    "guidance is cut off": (
+        cut_off_guidance,
+        ["prompt_embeds"],
+        r"\['guidance_scale', 'prompt_embeds'\] after step 1",
+    ),
+    "another prompt": (other_prompt, ["latents", "prompt_embeds"], r"\['prompt_embeds'\] after step 1"),
+    "another prompt in place": (other_prompt_in_place, ["prompt_embeds"], r"\['prompt_embeds'\] after step 1"),
+    "another prompt, not asked for": (unasked, ["latents"], r"\['prompt_embeds'\] after step 1"),
+    "diffusers' own": (SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1), None, "after step 1 of the"),
+}
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_callbacks_that_change_what_the_network_is_told_are_refused_by_estimators_that_ask_it_again(kind):
+    callback, inputs, message = CALLBACKS[kind]
+    options = {"prompt": "a b", "callback_on_step_end": callback}  # diffusers' own takes one prompt
+    if inputs is not None:
+        options["callback_on_step_end_tensor_inputs"] = inputs
+    pipe = make()
+    for estimator in (AutodiffFisher(), FiniteDifferenceFisher()):
+        with pytest.raises(UnsupportedError, match="A callback changed .*" + message):
+            guide(pipe, estimator=estimator, **options)
+    with pytest.raises(UnsupportedError, match="A callback changed .*" + message):
+        guide(pipe, estimator=AutodiffFisher(), adjoint_guidance_scale=1.0, **options)
+    out = guide(pipe, estimator=DirectFisher(), **options)
+    assert not torch.equal(out.rewards[0], guide(pipe, "a b", estimator=DirectFisher()).rewards[0])
 
 
 def test_callback_that_raises_leaves_the_pipeline_as_it_was():

@@ -190,7 +190,8 @@ def test_probes_agree_with_full_jacobians_within_their_standard_error():
     assert bool((out.standard_error > 0).all())
     # Twelve probes: beyond 4 standard errors once in a thousand for one image; within 0.1 for all four as rarely.
     assert 0.1 < float(deviations.abs().max()) < 4
-    assert torch.equal(out.prior_log_prob, exact.prior_log_prob)  # the path needs no trace
+    # The path needs no trace; its end is corrected by it.
+    assert float((out.prior_log_prob - exact.prior_log_prob).norm() / (out.log_prob - exact.log_prob).norm()) < 0.3
     fewer = score(pipe, latents=x, prompt=prompts, num_probes=3, generator=seeded(5))
     assert float((fewer.log_prob - exact.log_prob).norm()) > 0
     assert float(fewer.standard_error.mean()) > float(out.standard_error.mean())

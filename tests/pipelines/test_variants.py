@@ -111,8 +111,7 @@ def test_image_to_image_is_bit_for_bit_and_differentiable_at_its_first_sample(xl
     loss = (weight() * result).sum()
     (gradient,) = torch.autograd.grad(loss, trajectory.initial_sample, retain_graph=True)
     assert relative(gradient, exact) < GRADIENT
-    if cls is diffusers.DDIMScheduler:
-        assert torch.equal(trajectory.gradient(loss), gradient)
+    assert torch.equal(trajectory.gradient(loss), gradient)  # no factor, though Euler's init_noise_sigma is 14.6
 
 
 @VERSIONS
@@ -248,17 +247,6 @@ def test_attention_processors_act_in_every_door():
     with pipe.scheduler.differentiable(AutodiffFisher(PipelineDenoiser(pipe, 4.0, prompt=PROMPTS))) as trajectory:
         result = run(pipe, latents=noise())
     assert relative(trajectory.gradient((weight() * result).sum()), exact) < GRADIENT
-
-
-def test_lora_acts_in_the_likelihood():
-    peft = pytest.importorskip("peft", reason="LoRA in diffusers needs peft")
-    from diffusers_fisher import StableDiffusionFisherPipeline
-
-    pipe = tiny.stable_diffusion(StableDiffusionFisherPipeline)
-    options = {"num_inference_steps": 2, "num_probes": 1, "step_halving": False, "latents": noise()}
-    before = pipe.log_likelihood(None, PROMPTS, generator=seeded(), **options).log_prob
-    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
-    assert not torch.equal(pipe.log_likelihood(None, PROMPTS, generator=seeded(), **options).log_prob, before)
 
 
 # Half precision of trained weights

@@ -9,14 +9,16 @@ import torch
 from cases import STABLE_DIFFUSION, Network, latents, relative, sampling_run
 
 from diffusers_fisher import (
+    Covariance,
     DenoisingState,
+    GaussianMixture,
     InputError,
     LMLDDIMScheduler,
     LMLDPMSolverMultistepScheduler,
     LMLFlowMatchEulerDiscreteScheduler,
     NoiseLevel,
 )
-from diffusers_fisher.noise import Prediction
+from diffusers_fisher.noise import Prediction, noise_level
 from diffusers_fisher.schedulers.lml import DampedRankOneOperator, preconditioned
 
 EXACT = 1e-12  # float64
@@ -57,6 +59,19 @@ def test_two_dimensions_by_hand():
     result = preconditioned(epsilon, previous, state((1, 2)), damping=0.25, kappa=0.5)
     expected = torch.tensor([[6.0, -2.0]], dtype=torch.float64) / 40**0.5
     torch.testing.assert_close(result, expected, rtol=EXACT, atol=EXACT)
+
+
+def test_first_order_is_an_extrapolation_by_kappa_over_lambda():
+    """What docs/lml.md reasons from: eps' = eps + (kappa/lambda) D across eps, D the change since the step before."""
+    epsilon, change = latents(shape=(2, 3, 2, 2)), latents(shape=(2, 3, 2, 2), seed=2)
+    epsilon *= (12 / epsilon.flatten(1).square().sum(1)).sqrt()[:, None, None, None]  # |eps|^2 = d
+    across = change - (change * epsilon).flatten(1).sum(1)[:, None, None, None] / 12 * epsilon
+    errors = []
+    for size in (1e-3, 1e-4):
+        result = preconditioned(epsilon, epsilon - size * change, state((2, 3, 2, 2)), damping=0.8, kappa=0.3)
+        errors.append(float((result - epsilon - 0.3 / 0.8 * size * across).norm()))
+    assert errors[1] < 1e-6
+    assert errors[0] / errors[1] == pytest.approx(100, rel=0.05)  # what is left is of second order
 
 
 def test_operator_and_its_inverse_are_the_matrix():
@@ -129,6 +144,23 @@ def test_ddim_step_by_hand():
     assert relative(result[1], expected) < 1e-6  # the scheduler's own table is float32
 
 
+def test_it_moves_away_from_the_odes_solution_however_many_steps():
+    """As docs/lml.md says, with an exact score: the error of DDIM falls with its steps, that of LML stays."""
+    mixture = GaussianMixture(latents(shape=(5, 3, 2, 2), seed=4), Covariance.isotropic(0.05, (3, 2, 2)))
+
+    def solved(cls, steps, **options):
+        scheduler = cls(**VP, timestep_spacing="trailing", **options)
+        network = lambda x, t: mixture.epsilon(x, noise_level(scheduler, t))  # noqa: E731
+        return sampling_run(scheduler, network, latents(shape=(32, 3, 2, 2)), steps)[-1]
+
+    solution = solved(diffusers.DDIMScheduler, 250)
+    plain = [relative(solved(diffusers.DDIMScheduler, steps), solution) for steps in (10, 40)]
+    turned = [relative(solved(LMLDDIMScheduler, steps, lml_kappa=0.5), solution) for steps in (10, 40)]
+    assert plain[1] < 0.7 * plain[0]
+    assert turned[0] > 1.5 * plain[0]
+    assert turned[1] > max(3 * plain[1], 0.7 * turned[0])
+
+
 @on_cases
 def test_runs_do_not_remember_each_other(name):
     scheduler, network = made(name), Network()
@@ -168,7 +200,7 @@ def test_it_is_a_diffusers_scheduler(name, tmp_path):
     back = parent.from_config(loaded.config)
     assert type(back) is parent
     from_parent = cls.from_config(parent(**config).config)
-    assert from_parent.config.lml_kappa == 0.5
+    assert from_parent.config.lml_kappa == 0.1
     assert cls.__module__ == "diffusers_fisher"
 
 

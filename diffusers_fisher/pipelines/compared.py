@@ -1,0 +1,84 @@
+"""Log-likelihoods of images under several prompts, with the same random draws for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..likelihood import LikelihoodOutput
+from ..likelihood.comparison import METHODS, LikelihoodComparison
+from ..likelihood.squared_error import squared_error_log_likelihood
+from .inputs import UNIT_RANGE
+
+
+def compared_likelihoods(
+    pipe: Any,
+    score: Callable[..., LikelihoodOutput],
+    images: Any,
+    prompts: Sequence[Any] | None,
+    latents: torch.Tensor | None,
+    method: str,
+    num_levels: int,
+    generator: torch.Generator | None,
+    options: dict[str, Any],
+) -> LikelihoodComparison:
+    """See `FisherPipelineMixin.compare_likelihood`, whose `log_likelihood` is `score`."""
+    if method not in METHODS:
+        raise InputError(f"`method` is {method!r}; allowed: {', '.join(METHODS)}.")
+    candidates = [None] if prompts is None else prompts
+    if isinstance(candidates, str) or not len(candidates):
+        raise InputError(f"`prompts` is {prompts!r}; allowed: a list of at least one, each for all images.")
+    samples = pipe._latents_to_score(images, latents, options.pop("data_range", UNIT_RANGE))
+    rows: list[Any]
+    if method == "ode":
+        rows = [
+            score(None, prompt, latents=samples, generator=generator, **options)
+            for prompt in _replayed(candidates, generator)
+        ]
+        errors = torch.stack([row.discretisation_error for row in rows])
+        draws = [row.prior_log_prob + row.trace_by_probe for row in rows]
+    else:
+        rows = _squared_errors(pipe, samples, candidates, num_levels, generator, options)
+        errors = torch.zeros(len(rows), len(samples), dtype=torch.float64)
+        draws = [row.contributions for row in rows]
+    return LikelihoodComparison(
+        log_prob=torch.stack([row.log_prob for row in rows]), contributions=torch.stack(draws, dim=1),
+        discretisation_error=errors, dims=rows[0].dims,
+        num_denoiser_calls=sum(row.num_denoiser_calls for row in rows), space=rows[0].space, method=method,
+    )  # fmt: skip
+
+
+def _squared_errors(
+    pipe: Any,
+    samples: torch.Tensor,
+    prompts: Sequence[Any],
+    num_levels: int,
+    generator: torch.Generator | None,
+    options: dict[str, Any],
+) -> list[Any]:
+    pipe._check_scheduler()
+    given = {name: options.pop(name, None) for name in ("prior_mean", "prior_variance", "bins")}
+    mean, variance = pipe._prior(given["prior_mean"], given["prior_variance"], samples)
+    guidance = pipe._likelihood_guidance(options)
+    denoisers = [pipe._likelihood_denoiser(samples, guidance, prompt, dict(options)) for prompt in prompts]
+    rows = []
+    with pipe._loaded(), pipe.progress_bar(total=num_levels * len(denoisers)) as progress:
+        for denoiser in _replayed(denoisers, generator):
+            out = squared_error_log_likelihood(
+                denoiser, pipe._pack(samples), num_levels, mean, variance, generator, pipe._space, progress.update,
+                pipe._checked_bins(given["bins"]),
+            )  # fmt: skip
+            rows.append(out)
+    return rows
+
+
+def _replayed(entries: Sequence[Any], generator: torch.Generator | None) -> Iterator[Any]:
+    """The entries, with the generator (or the global one) in the same state before each, once moved on in the end."""
+    source = torch.random.default_generator if generator is None else generator
+    state = source.get_state()
+    for entry in entries:
+        source.set_state(state)
+        yield entry

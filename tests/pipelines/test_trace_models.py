@@ -1,0 +1,306 @@
+"""A trace model of every backbone's denoiser: in likelihoods and guidance, with pooled embeddings, kept in folders."""
+
+import diffusers
+import pytest
+import tiny
+import torch
+from trace_cases import SMALL, disturbed
+
+from diffusers_fisher import (
+    AutodiffFisher,
+    CheckpointError,
+    FisherTraceModel,
+    InputError,
+    PipelineDenoiser,
+    StableDiffusionFisherPipeline,
+    TraceMatchingFisher,
+    UnsupportedError,
+    fisher_scheduler,
+)
+from diffusers_fisher.noise import timestep_at
+from diffusers_fisher.pipelines.persistence import load_trace_model
+from pipelines.backbones import BACKBONES
+
+CONDITIONED = [name for name, backbone in BACKBONES.items() if backbone.condition is not None]
+
+
+@pytest.fixture(params=BACKBONES)
+def backbone(request):
+    return BACKBONES[request.param]
+
+
+def model_of(backbone, pipe, fingerprint=True, **settings):
+    """An untrained trace model for the pipeline's own layout, with noise on its weights as though trained."""
+    shape = tuple(backbone.packed(pipe, backbone.noise(1)).shape[1:])
+    layout, channels = ("image", shape[0]) if len(shape) == 3 else ("tokens", shape[-1])
+    torch.manual_seed(0)
+    model = FisherTraceModel(in_channels=channels, layout=layout, **{**SMALL, **settings})
+    model.set_prior(0.0, 0.5)
+    if fingerprint:
+        model.set_fingerprint(pipe)
+    return disturbed(model, 0.1).eval()
+
+
+def brightness(images, conditions):
+    return images.mean((1, 2, 3))
+
+
+def guided(backbone, pipe, **options):
+    options = {"num_inference_steps": 3, "num_guidance_steps": 1, "output_type": "pt", **options}
+    return backbone.guide(pipe, brightness, generator=torch.Generator().manual_seed(0), **options)
+
+
+@pytest.mark.cell("trace model")
+def test_likelihood_and_guidance_know_the_trace_from_it(backbone):
+    pipe = backbone.ours()
+    x, model = 0.5 * backbone.noise(), model_of(backbone, pipe)
+    before = backbone.score(pipe, latents=x)
+    pipe.trace_model = model
+    out = backbone.score(pipe, latents=x)
+    assert out.trace == "TraceMatchingFisher (target residual), exact"
+    assert bool((out.standard_error == 0).all())
+    assert out.num_denoiser_calls == 4
+    again = backbone.score(pipe, latents=x, estimator=TraceMatchingFisher(model), generator=None)
+    assert torch.equal(out.log_prob, again.log_prob)
+    # The integrand begins with the model's own r at the first node, x_t = alpha x.
+    timestep = timestep_at(pipe.scheduler, out.noise_to_signal.log())[0]
+    calls = {**backbone.call, **backbone.options, **backbone.size()}
+    denoiser = PipelineDenoiser(pipe, pipe._likelihood_guidance({}), **calls)
+    start = float(denoiser.level(timestep).alpha) * backbone.packed(pipe, x)
+    r = model.r(denoiser.state(start, timestep.float()))
+    torch.testing.assert_close(out.r[0], r, rtol=1e-4, atol=0)  # float32 samples, and logits of them
+    chosen = backbone.score(pipe, latents=x, estimator=AutodiffFisher())
+    assert torch.equal(chosen.log_prob, before.log_prob)
+    assert chosen.trace == before.trace == "AutodiffFisher, 2 probes"
+    best = guided(backbone, pipe, estimator=TraceMatchingFisher(model))
+    assert bool((best.gradient_norms > 0).all())
+    assert best.num_denoiser_calls == guided(backbone, pipe).num_denoiser_calls
+
+
+@pytest.mark.parametrize("settings", [{"output": "diagonal"}, {"target": "norm"}], ids=str)
+def test_other_kinds_of_models(backbone, settings):
+    pipe = backbone.ours()
+    pipe.trace_model = model_of(backbone, pipe, **settings)
+    out = backbone.score(pipe, latents=0.5 * backbone.noise())
+    assert bool(torch.isfinite(out.log_prob).all())
+    assert bool((guided(backbone, pipe, estimator=TraceMatchingFisher(pipe.trace_model)).gradient_norms > 0).all())
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion", "Flux"])
+def test_number_of_probes(name):
+    backbone = BACKBONES[name]
+    pipe, x = backbone.ours(), 0.5 * backbone.noise()
+    pipe.trace_model = model_of(backbone, pipe)
+    assert backbone.score(pipe, latents=x, num_probes=3).trace == "TraceMatchingFisher (target residual), 3 probes"
+    own = backbone.score(pipe, 1, latents=x[:1], estimator=AutodiffFisher(), num_probes=None)
+    assert own.trace == "AutodiffFisher, exact"
+    with pytest.raises(InputError, match="`num_probes` is 0; allowed: at least 1, or None"):
+        backbone.score(pipe, latents=x, num_probes=0)
+
+
+# Fingerprints
+
+
+def test_fingerprint_is_that_of_the_pipeline_and_of_no_other(backbone):
+    pipe = backbone.ours()
+    model = model_of(backbone, pipe)
+    assert {"denoiser", "weights", "prediction_type", "schedule"} <= model.config["fingerprint"].keys()
+    model.check_fingerprint(backbone.make(cls=backbone.stock))
+    with torch.no_grad():
+        for parameter in getattr(pipe, backbone.network).parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    pipe.trace_model = model
+    message = "The trace model was trained for another denoiser. What differs: weights of the denoiser"
+    with pytest.raises(InputError, match=message):
+        backbone.score(pipe, latents=backbone.noise())
+    with pytest.raises(InputError, match=message):
+        guided(backbone, pipe, estimator=TraceMatchingFisher(model))
+    unchecked = TraceMatchingFisher(model, check=False)
+    assert bool(torch.isfinite(backbone.score(pipe, latents=backbone.noise(), estimator=unchecked).log_prob).all())
+
+
+# Pooled embeddings
+
+
+def pooled_by_hand(backbone, pipe):
+    """(2, width), from the text encoders themselves."""
+    name, prompts = backbone.name, backbone.condition
+    if name == "DiT":
+        weight = pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
+        return weight[torch.tensor(prompts)]
+    if name.startswith("PixArt"):
+        tokens = pipe.tokenizer(prompts, padding="max_length", max_length=8, return_tensors="pt")
+        states = pipe.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        own = zip(states, tokens.attention_mask.sum(1).tolist(), strict=True)
+        return torch.stack([state[:length].mean(0) for state, length in own])
+    tokens = pipe.tokenizer(prompts, padding="max_length", max_length=8, truncation=True, return_tensors="pt")
+    if name in ("StableDiffusion", "Flux"):
+        return pipe.text_encoder(tokens.input_ids).pooler_output
+    encoders = [pipe.text_encoder, pipe.text_encoder_2] if name == "StableDiffusion3" else [pipe.text_encoder_2]
+    return torch.cat([encoder(tokens.input_ids).text_embeds for encoder in encoders], 1)
+
+
+@pytest.mark.parametrize("name", CONDITIONED)
+def test_pooled_embeddings_are_those_of_each_sample_s_condition(name):
+    backbone = BACKBONES[name]
+    pipe = backbone.ours()
+    with torch.no_grad():
+        pooled = pooled_by_hand(backbone, pipe)
+    assert not torch.equal(pooled[0], pooled[1])
+    model = model_of(backbone, pipe, pooled_channels=pooled.shape[1])
+    pipe.trace_model, x = model, 0.5 * backbone.noise()
+    out = backbone.score(pipe, latents=x)
+    given = backbone.score(pipe, latents=x, estimator=TraceMatchingFisher(model, pooled))
+    torch.testing.assert_close(out.log_prob, given.log_prob, rtol=1e-6, atol=0)  # float32, other batches
+    turned = backbone.score(pipe, latents=x, estimator=TraceMatchingFisher(model, pooled.flip(0)))
+    assert float((out.log_prob - turned.log_prob).abs().min()) > 1e-3
+    rewards = guided(backbone, pipe, estimator=TraceMatchingFisher(model)).rewards
+    expected = guided(backbone, pipe, estimator=TraceMatchingFisher(model, pooled)).rewards
+    torch.testing.assert_close(rewards, expected, rtol=1e-5, atol=0)
+
+
+def test_pooled_embeddings_that_come_with_the_prompt_s_embeddings():
+    backbone = BACKBONES["StableDiffusionXL"]
+    pipe, x = backbone.ours(), 0.5 * backbone.noise()
+    pipe.trace_model = model_of(backbone, pipe, pooled_channels=16)
+    embeds, _, pooled, _ = pipe.encode_prompt(backbone.condition, do_classifier_free_guidance=False)
+    options = {"latents": x, "num_inference_steps": 3, "step_halving": False}
+    out = pipe.log_likelihood(**options, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
+    assert torch.equal(out.log_prob, pipe.log_likelihood(prompt=backbone.condition, **options).log_prob)
+
+
+def test_embeddings_that_have_no_pooled_output_are_refused():
+    backbone = BACKBONES["StableDiffusion"]
+    pipe = backbone.ours()
+    pipe.trace_model = model_of(backbone, pipe, pooled_channels=16)
+    embeds = pipe.encode_prompt(["a"], "cpu", 1, False)[0]
+    options = {"latents": backbone.noise(), "num_inference_steps": 2, "prompt_embeds": embeds}
+    with pytest.raises(InputError, match="takes the text encoder's pooled output, which `prompt_embeds` do not have"):
+        pipe.log_likelihood(**options)
+    given = TraceMatchingFisher(pipe.trace_model, pooled=torch.zeros(1, 16))
+    assert bool(torch.isfinite(pipe.log_likelihood(**options, estimator=given).log_prob).all())
+
+
+def test_pooled_embeddings_of_another_width_are_refused():
+    backbone = BACKBONES["StableDiffusion3"]
+    pipe = backbone.ours()
+    pipe.trace_model = model_of(backbone, pipe, pooled_channels=5)
+    with pytest.raises(InputError, match=r"`pooled` has shape \(2, 16\); allowed: \(2, 5\), by the trace model's"):
+        backbone.score(pipe, latents=backbone.noise())
+
+
+@pytest.mark.parametrize("name", sorted(BACKBONES.keys() - set(CONDITIONED)))
+def test_unconditional_pipelines_have_no_pooled_vectors(name):
+    backbone = BACKBONES[name]
+    pipe = backbone.ours()
+    pipe.trace_model = model_of(backbone, pipe, pooled_channels=5)
+    with pytest.raises(UnsupportedError, match="has no conditions, so no pooled vector for a trace model with"):
+        backbone.score(pipe, latents=backbone.noise())
+
+
+# Folders
+
+
+@pytest.mark.cell("trace model")
+def test_folder_keeps_the_trace_model_and_stock_diffusers_reads_it(backbone, tmp_path):
+    pipe, x = backbone.ours(), 0.5 * backbone.noise()
+    pipe.scheduler = fisher_scheduler(type(pipe.scheduler)).from_config(pipe.scheduler.config)
+    pipe.trace_model = model_of(backbone, pipe)
+    pipe.save_pretrained(tmp_path)
+    assert sorted(file.name for file in (tmp_path / "trace_model").iterdir()) == [
+        "config.json", "diffusion_pytorch_model.safetensors"
+    ]  # fmt: skip
+    again = tiny.quiet(backbone.cls.from_pretrained(tmp_path))
+    assert again.trace_model.config["fingerprint"] == pipe.trace_model.config["fingerprint"]
+    kept, given = again.trace_model.state_dict(), pipe.trace_model.state_dict()
+    assert kept.keys() == given.keys()
+    assert all(torch.equal(kept[key], given[key]) for key in given)
+    found, expected = (backbone.score(each, latents=x).log_prob for each in (again, pipe))
+    # Weights mapped from a file lie otherwise in memory and get other kernels: measured up to 6e-6.
+    torch.testing.assert_close(found, expected, rtol=3e-5, atol=0)
+    stock = tiny.quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path))
+    assert type(stock) is backbone.stock
+    assert not hasattr(stock, "trace_model")
+    made = tiny.quiet(backbone.cls(**stock.components))
+    assert made.trace_model is None  # of components, which have no folder
+
+
+@pytest.fixture
+def saved(tmp_path):
+    backbone = BACKBONES["StableDiffusion"]
+    pipe = backbone.ours()
+    pipe.trace_model = model_of(backbone, pipe)
+    pipe.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def load(folder, cls=StableDiffusionFisherPipeline, **options):
+    return tiny.quiet(cls.from_pretrained(folder, **options))
+
+
+def test_pipeline_that_a_stock_class_loaded_finds_it(saved):
+    pipe = StableDiffusionFisherPipeline.from_pipe(load(saved, diffusers.DiffusionPipeline))
+    assert isinstance(pipe.trace_model, FisherTraceModel)
+    assert pipe.trace_model is pipe.trace_model
+    pipe.trace_model = None
+    assert pipe.trace_model is None
+
+
+def test_trace_model_of_a_pipeline_saved_there_before_is_removed(saved):
+    pipe = load(saved)
+    pipe.trace_model = None
+    (saved / "trace_model" / "README.md").write_text("kept")
+    pipe.save_pretrained(saved)
+    assert [file.name for file in (saved / "trace_model").iterdir()] == ["README.md"]
+    (saved / "trace_model" / "README.md").unlink()
+    assert load(saved).trace_model is None
+    pipe.save_pretrained(saved)
+    assert not (saved / "trace_model").exists()
+
+
+def test_it_follows_the_pipeline_to_a_device_in_its_own_precision(saved):
+    pipe = load(saved, dtype=torch.bfloat16)
+    assert (pipe.unet.dtype, pipe.trace_model.dtype) == (torch.bfloat16, torch.float32)
+    pipe.to(dtype=torch.float32)
+    assert pipe.to("meta") is pipe
+    assert pipe.trace_model.device == torch.device("meta")
+
+
+def test_it_is_fetched_from_the_hub_where_there_is_one(saved, monkeypatch):
+    asked = []
+
+    def download(repository, name, **options):
+        asked.append((repository, name, options))
+        return str(saved / name)
+
+    def from_pretrained(source, **options):
+        asked.append((source, options))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(FisherTraceModel, "from_pretrained", from_pretrained)
+    load_trace_model("someone/checkpoint", revision="v2")
+    assert asked == [
+        ("someone/checkpoint", "trace_model/config.json", {"revision": "v2"}),
+        ("someone/checkpoint", {"subfolder": "trace_model", "revision": "v2"}),
+    ]
+
+
+DAMAGES = {
+    "cut config": ("config.json", r"trace_model/config.json' is not valid JSON"),
+    "cut weights": ("diffusion_pytorch_model.safetensors", r"trace_model/.*' \(\d+ bytes\) can't be read as safetens"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_trace_models_are_noticed_before_anything_is_loaded(saved, damage):
+    name, message = DAMAGES[damage]
+    file = saved / "trace_model" / name
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(CheckpointError, match=message):
+        load(saved)
+
+
+def test_something_else_is_refused():
+    pipe = tiny.stable_diffusion(StableDiffusionFisherPipeline)
+    with pytest.raises(InputError, match="`trace_model` is a UNet2DConditionModel; allowed: a FisherTraceModel"):
+        pipe.trace_model = pipe.unet
