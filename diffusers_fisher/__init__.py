@@ -12,7 +12,8 @@ _HOMES = {
     ".checkpoints": ("EMBEDDED_CLASSES", "embedded_checkpoint", "embedded_prompt", "embedded_test_images"),
     ".denoiser": ("PipelineDenoiser",),
     ".errors": (
-        "CheckpointError", "FisherError", "InputError", "NumericalError", "TrajectoryError", "UnsupportedError",
+        "CheckpointError", "CoarseGridWarning", "FisherError", "InputError", "NumericalError", "TrajectoryError",
+        "UnsupportedError",
     ),
     ".fisher": (
         "AutodiffFisher", "Covariance", "DCTBasis", "DiracMixture", "DirectFisher", "EndpointFisher", "Estimate",
@@ -20,8 +21,12 @@ _HOMES = {
         "GaussianMixture", "Probes", "TraceCorrectedFisher", "TraceMatchingFisher", "centred_endpoint_error_bound",
         "endpoint_error_bound", "norm_trace_error_bound", "residual_trace_error_bound",
     ),
-    ".guidance": ("ClassifierReward", "GuidanceOutput", "LinearReward", "MeasurementReward"),
-    ".likelihood": ("LikelihoodOutput",),
+    ".guidance": (
+        "AestheticReward", "ClassifierReward", "GuidanceOutput", "ImageInput", "LinearReward", "MeasurementReward",
+        "PosteriorGuidance", "TextImageReward", "WeightedReward", "gaussian_blur", "named_reward",
+        "posterior_guidance",
+    ),
+    ".likelihood": ("LikelihoodComparison", "LikelihoodOutput", "SquaredErrorOutput"),
     ".models": ("FisherTraceModel",),
     ".noise": ("NoiseLevel", "noise_level"),
     ".pictures": ("fisher_pictures", "trace_plot"),

@@ -23,3 +23,7 @@ class TrajectoryError(FisherError, RuntimeError):
 
 class NumericalError(FisherError, ArithmeticError):
     """A result is NaN or infinite. NaN never leaves silently."""
+
+
+class CoarseGridWarning(UserWarning):
+    """A likelihood's discretisation error is large; the message says how large. Take more steps."""

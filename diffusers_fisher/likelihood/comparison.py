@@ -1,0 +1,80 @@
+"""Which prompt fits an image, which image is likelier: differences of log-likelihoods with their paired error."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from diffusers.utils import BaseOutput
+
+from .squared_error import stratified_error
+
+METHODS = ("squared error", "ode")
+
+
+@dataclasses.dataclass
+class LikelihoodComparison(BaseOutput):
+    """Log-likelihoods of B images under P prompts by the same noise, levels and probes. Float64 on the CPU.
+
+    Args:
+        log_prob: (P, B) nats.
+        contributions: (n, P, B) nats, `log_prob` by each random draw alone (a level with its noise, or a probe); n = 0
+            where nothing was random. Draws are paired over prompts, and over images by "squared error".
+        discretisation_error: (P, B) nats, of the ODE; zero by "squared error". Mostly the same for all prompts.
+        dims: dimensions of one sample.
+        num_denoiser_calls: for the whole table.
+        space: "latent" or "pixel".
+        method: "squared error" or "ode".
+    """
+
+    log_prob: torch.Tensor
+    contributions: torch.Tensor
+    discretisation_error: torch.Tensor
+    dims: int
+    num_denoiser_calls: int
+    space: str
+    method: str
+
+    @property
+    def best_prompt(self) -> torch.Tensor:
+        """(B,) index of each image's likeliest prompt."""
+        return self.log_prob.argmax(0)
+
+    @property
+    def prompt_order(self) -> torch.Tensor:
+        """(P, B) indices of the prompts, the likeliest first, for each image."""
+        return self.log_prob.argsort(0, descending=True)
+
+    @property
+    def image_order(self) -> torch.Tensor:
+        """(P, B) indices of the images, the likeliest first, under each prompt."""
+        return self.log_prob.argsort(1, descending=True)
+
+    def behind_best_prompt(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """How far each prompt is behind the image's best one, (P, B) nats, zero or less, and its standard error."""
+        return self._behind(0)
+
+    def behind_best_image(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """How far each image is behind the likeliest under its prompt, (P, B) nats, and its standard error.
+
+        Between images the log-likelihood also tells flat ones from textured ones, whatever the prompt says.
+        """
+        return self._behind(1)
+
+    def _behind(self, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+        best = self.log_prob.argmax(axis, keepdim=True)
+        difference = self.log_prob - self.log_prob.gather(axis, best)
+        draws = self.contributions
+        index = best.expand(len(draws), *best.shape)
+        return difference, self._error(draws - draws.gather(axis + 1, index))
+
+    def _error(self, differences: torch.Tensor) -> torch.Tensor:
+        """Standard error of the mean over the first axis; zero for a best entry against itself."""
+        if len(differences) == 0:
+            return torch.zeros_like(self.log_prob)
+        if self.method == "squared error":
+            return stratified_error(differences)
+        if len(differences) == 1:
+            return torch.where(differences[0] == 0, 0.0, math.inf)
+        return differences.std(0) / len(differences) ** 0.5

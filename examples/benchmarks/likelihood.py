@@ -1,0 +1,308 @@
+"""Likelihoods against closed forms, against the adaptive reference, and against each other: likelihood.json.
+
+python examples/benchmarks/likelihood.py [closed_forms] [checkpoint] [comparison]   # parts to run anew; none: all
+
+Minutes on two cores. The closed forms need Fashion-MNIST (see examples/fashion_mnist.py).
+"""
+
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import fashion_mnist
+import torch
+from common import FOLDER, machine
+from mixtures import fitted_mixture, small_images
+
+from diffusers_fisher import (
+    EMBEDDED_CLASSES,
+    AutodiffFisher,
+    CoarseGridWarning,
+    Covariance,
+    ExactFisher,
+    GaussianMixture,
+    NoiseLevel,
+    StableDiffusionFisherPipeline,
+    TraceMatchingFisher,
+    embedded_checkpoint,
+    embedded_prompt,
+    embedded_test_images,
+)
+from diffusers_fisher.files import write_json
+from diffusers_fisher.likelihood import (
+    DEFAULT_SCHEME,
+    SCHEMES,
+    LikelihoodOutput,
+    log_likelihood,
+    reference_log_likelihood,
+    squared_error_log_likelihood,
+)
+from diffusers_fisher.noise import log_noise_to_signal_range, timestep_at
+from diffusers_fisher.testing import OracleDenoiser
+
+SHAPE = (4, 8, 8)
+BIT = math.prod(SHAPE) * math.log(2)  # nats of one bit/dim
+DRAWS = 32
+CALLS = (11, 20, 41, 100)
+NUM_IMAGES = 4
+SCHEDULERS: dict[str, Callable[[], Any]] = {
+    "Stable Diffusion": lambda: diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False
+    ),
+    "flow matching": diffusers.FlowMatchEulerDiscreteScheduler,
+}
+
+
+def distributions() -> dict[str, GaussianMixture]:
+    """Laws of 4x8x8 samples whose noised densities are known, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.nn.functional.pixel_unshuffle(small_images()[:20000], 2)
+    labels = fashion_mnist.load("train")[1][:20000]
+    classes = [images[labels == label].flatten(1) for label in range(10)]
+    floor = 1e-3 * torch.eye(256, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(256, 256, dtype=torch.float64, generator=generator)).Q
+    spectrum = torch.arange(1, 257, dtype=torch.float64) ** -1.0
+    power = rotation @ torch.diag(0.25 * spectrum / spectrum.mean()) @ rotation.T
+    centres = torch.randn(20, *SHAPE, dtype=torch.float64, generator=generator)
+    variances = torch.logspace(-2, -1, 20, dtype=torch.float64).view(20, 1, 1, 1).expand(20, *SHAPE).clone()
+    return {
+        "Gaussian, variance 0.05": GaussianMixture(
+            torch.zeros(1, *SHAPE, dtype=torch.float64), Covariance.isotropic(0.05, SHAPE)
+        ),
+        "Gaussian, variance 1": GaussianMixture(
+            torch.zeros(1, *SHAPE, dtype=torch.float64), Covariance.isotropic(1.0, SHAPE)
+        ),
+        "Gaussian, rotated power law": GaussianMixture(0.3 * centres[:1], Covariance.full(power[None], SHAPE)),
+        "300 modes fitted to images": fitted_mixture(images, 300),
+        "10 classes of images, full covariances": GaussianMixture(
+            torch.stack([pixels.mean(0) for pixels in classes]).view(10, *SHAPE),
+            Covariance.full(torch.stack([torch.cov(pixels.T) + floor for pixels in classes]), SHAPE),
+        ),
+        "20 random modes, variances 0.01 to 0.1": GaussianMixture(0.5 * centres, Covariance.diagonal(variances)),
+        "20 far modes, variances 0.01 to 0.1": GaussianMixture(centres, Covariance.diagonal(variances)),
+    }
+
+
+def moments(law: GaussianMixture) -> dict[str, torch.Tensor]:
+    """Mean and variance of every element."""
+    mean = torch.einsum("k,kchw->chw", law.weights, law.means)
+    modes = torch.arange(len(law.covariance))
+    own = torch.stack([law.covariance.select(modes[k : k + 1]).dense()[0].diagonal() for k in modes.tolist()])
+    spread = own.view(-1, *SHAPE) + (law.means - mean).square()
+    return {"prior_mean": mean, "prior_variance": torch.einsum("k,kchw->chw", law.weights, spread)}
+
+
+def practice(law: GaussianMixture, samples: torch.Tensor, scheduler: Any, calls: int) -> torch.Tensor:
+    """Log-likelihood by what is in use: Euler on equally spaced timesteps, the trace by the left rule, standard prior.
+
+    The sample is stepped as DDIM inversion steps it.
+    """
+    low, high = log_noise_to_signal_range(scheduler)
+    ends = timestep_at(scheduler, torch.tensor([low, high], dtype=torch.float64))
+    denoiser, estimator = OracleDenoiser(law, scheduler), ExactFisher(law)
+    timesteps = torch.linspace(float(ends[0]), float(ends[1]), calls + 1, dtype=torch.float64)
+    x, integral = samples, torch.zeros(len(samples), dtype=torch.float64)
+    for index in range(calls):
+        here, there = (denoiser.level(timesteps[i]).noise_to_signal for i in (index, index + 1))
+        level = denoiser.level(timesteps[index])
+        state = denoiser.state(level.alpha * x, timesteps[index])
+        integral = integral + (there / here).log() * level.sigma**2 * estimator(state).trace().value
+        x = x + (there - here) * state.epsilon
+    normal = torch.distributions.Normal(0.0, float((1 + there**2).sqrt()))
+    return normal.log_prob(x).flatten(1).sum(1) + integral
+
+
+def closed_forms() -> dict[str, Any]:
+    """Errors against exact densities, by scheme and calls, with the coverage of the error estimates."""
+    laws, rows = distributions(), []
+    for schedule, make in SCHEDULERS.items():
+        scheduler = make()
+        for name, law in laws.items():
+            samples = law.sample(DRAWS, torch.Generator().manual_seed(1))
+            given = moments(law)
+
+            def run(calls: int, scheme: str, law=law, given=given, samples=samples, scheduler=scheduler):
+                denoiser = OracleDenoiser(law, scheduler)
+                return log_likelihood(denoiser, samples, ExactFisher(law), calls - 1, None, **given, scheme=scheme)
+
+            fine = run(401, "adams4")
+            smoothing = NoiseLevel(torch.ones((), dtype=torch.float64), fine.noise_to_signal[0])
+            exact = law.log_density(samples, smoothing)
+            floor = ((fine.log_prob - exact) / BIT).abs()
+            for calls in CALLS:
+                row = {"schedule": schedule, "law": name, "calls": calls, "prior_floor": float(floor.mean())}
+                peers = ((practice(law, samples, scheduler, calls) - exact) / BIT).abs()
+                rows.append({**row, "scheme": "practice", "errors": peers.tolist()})
+                for scheme in SCHEMES:
+                    out = run(calls, scheme)
+                    rows.append({
+                        **row, "scheme": scheme,
+                        "errors": ((out.log_prob - exact) / BIT).abs().tolist(),
+                        "discretisation_errors": ((out.log_prob - fine.log_prob) / BIT).abs().tolist(),
+                        "estimates": (out.discretisation_error / BIT).tolist(),
+                    })  # fmt: skip
+            print(schedule, name, flush=True)
+    return {"laws": list(laws), "draws": DRAWS, "summary": _summary(rows), "by_law": [_by_law(row) for row in rows]}
+
+
+def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Over all laws together, by schedule, scheme and calls."""
+    result = []
+    for schedule in SCHEDULERS:
+        for scheme in ("practice", *SCHEMES):
+            for calls in CALLS:
+                chosen = [
+                    row for row in rows if (row["schedule"], row["scheme"], row["calls"]) == (schedule, scheme, calls)
+                ]
+                errors = _joined(chosen, "errors")
+                summary = {
+                    "schedule": schedule, "scheme": scheme, "calls": calls, "mean": float(errors.mean()),
+                    "worst": float(errors.max()),
+                }  # fmt: skip
+                if scheme != "practice":
+                    true, estimates = _joined(chosen, "discretisation_errors"), _joined(chosen, "estimates")
+                    summary |= {
+                        "mean_discretisation_error": float(true.mean()),
+                        "covered": float((estimates >= true).double().mean()),
+                        "median_estimate_over_median_error": float(estimates.median() / true.median()),
+                    }
+                result.append(summary)
+    return result
+
+
+def _joined(rows: list[dict[str, Any]], key: str) -> torch.Tensor:
+    return torch.tensor([value for row in rows for value in row[key]], dtype=torch.float64)
+
+
+def _by_law(row: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: row[key] for key in ("schedule", "law", "scheme", "calls", "prior_floor")}
+    return kept | {"mean": float(_joined([row], "errors").mean()), "worst": float(_joined([row], "errors").max())}
+
+
+def _pipe() -> tuple[Any, torch.Tensor, torch.Tensor]:
+    pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
+    pipe.set_progress_bar_config(disable=True)
+    images, labels = embedded_test_images()
+    return pipe, images, labels
+
+
+def checkpoint() -> dict[str, Any]:
+    """The embedded checkpoint: every way to its likelihood, against adaptive steps with whole Jacobians."""
+    pipe, images, labels = _pipe()
+    images, prompts = images[:NUM_IMAGES], [embedded_prompt(int(label)) for label in labels[:NUM_IMAGES]]
+    latents = pipe._latents_to_score(images, None)
+    denoiser = pipe._likelihood_denoiser(latents, 1.0, prompts, {})
+    mean, variance = pipe.latent_statistics
+    reference = reference_log_likelihood(denoiser, latents, None, 1e-4, 9, mean, variance)
+    print(reference, flush=True)
+    result: dict[str, Any] = {
+        "images": NUM_IMAGES,
+        "reference": {
+            "bits_per_dim": reference.bits_per_dim.tolist(), "calls": reference.num_denoiser_calls,
+            "error": float(reference.discretisation_error.max() / BIT),
+        },
+        "rows": [],
+    }  # fmt: skip
+
+    def note(name: str, out: LikelihoodOutput) -> None:
+        errors = ((out.log_prob - reference.log_prob) / BIT).abs()
+        finite = out.standard_error[out.standard_error.isfinite()]
+        result["rows"].append({
+            "what": name, "calls": out.num_denoiser_calls, "mean": float(errors.mean()), "worst": float(errors.max()),
+            "estimate": float(out.discretisation_error.mean() / BIT),
+            "standard_error": float(finite.mean() / BIT) if len(finite) else None,
+        })  # fmt: skip
+        print(result["rows"][-1], flush=True)
+
+    def score(steps: int, probes: int | None, estimator: Any = None, **options: Any) -> LikelihoodOutput:
+        generator = torch.Generator().manual_seed(0)
+        estimator = AutodiffFisher(chunk_size=64) if estimator is None else estimator
+        return pipe.log_likelihood(
+            latents=latents, prompt=prompts, num_inference_steps=steps, num_probes=probes, estimator=estimator,
+            generator=generator, **options,
+        )  # fmt: skip
+
+    for calls in (20, 40):
+        note(f"{DEFAULT_SCHEME}, Jacobian trace", score(calls - 1, None))
+    for scheme in SCHEMES:
+        if scheme != DEFAULT_SCHEME:
+            note(f"{scheme}, Jacobian trace", score(39, None, scheme=scheme))
+    for probes in (2, 16):
+        note(f"{DEFAULT_SCHEME}, {probes} probes", score(39, probes))
+    single = score(39, 2)
+    if pipe.trace_model is not None:
+        trace = score(39, None, TraceMatchingFisher(pipe.trace_model))
+        note(f"{DEFAULT_SCHEME}, DF-TM (target {pipe.trace_model.target})", trace)
+    pipe.to(torch.bfloat16)
+    half = score(39, 2)
+    note(f"{DEFAULT_SCHEME}, 2 probes, network in bfloat16", half)
+    result["bfloat16_less_float32"] = float(((half.log_prob - single.log_prob) / BIT).abs().mean())
+    return result
+
+
+def comparison() -> dict[str, Any]:
+    """Prompts ranked for test images by squared errors with shared draws, and what sharing is worth."""
+    pipe, images, labels = _pipe()
+    images, labels = images[:16], labels[:16]
+    prompts = [embedded_prompt(label) for label in range(len(EMBEDDED_CLASSES))]
+    out = pipe.compare_likelihood(images, prompts, num_levels=32, generator=torch.Generator().manual_seed(0))
+    _, paired = out.behind_best_prompt()
+    alone = (out.contributions.unflatten(0, (-1, 2)).diff(dim=1)[:, 0].square().sum(0).sqrt() / 32).square()
+    unpaired = (alone + alone.gather(0, out.best_prompt[None])).sqrt()
+    others = paired > 0
+    noised = squared_error_likelihood_against_ode(pipe, images[:8], [prompts[int(label)] for label in labels[:8]])
+    return {
+        "images": len(images), "prompts": len(prompts), "levels": 32, "denoiser_calls": out.num_denoiser_calls,
+        "own_prompt_is_likeliest": float((out.best_prompt == labels).double().mean()),
+        "standard_error_nats": float(paired[others].mean()),
+        "standard_error_nats_without_shared_draws": float(unpaired[others].mean()),
+        "squared_error_against_ode": noised,
+    }  # fmt: skip
+
+
+def squared_error_likelihood_against_ode(pipe: Any, images: torch.Tensor, prompts: list[str]) -> dict[str, float]:
+    """Both estimate the noised density; the network's squared error is above its Jacobian's r."""
+    latents = pipe._latents_to_score(images, None)
+    denoiser = pipe._likelihood_denoiser(latents, 1.0, prompts, {})
+    mean, variance = pipe.latent_statistics
+    squared = squared_error_log_likelihood(denoiser, latents, 256, mean, variance, torch.Generator().manual_seed(0))
+    draws = [
+        pipe.log_likelihood(
+            latents=latents, prompt=prompts, num_inference_steps=32, num_probes=2, noised=True,
+            estimator=AutodiffFisher(), generator=torch.Generator().manual_seed(seed),
+        ).log_prob
+        for seed in range(4)
+    ]  # fmt: skip
+    ode = torch.stack(draws)
+    return {
+        "ode_minus_squared_error_bits": float((squared.log_prob - ode.mean(0)).mean() / BIT),
+        "standard_error_bits": float((squared.standard_error.square() + ode.var(0) / len(ode)).mean().sqrt() / BIT),
+        "squared_error_bits_per_dim": float(squared.bits_per_dim.mean()),
+    }
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "closed_forms": closed_forms,
+    "checkpoint": checkpoint,
+    "comparison": comparison,
+}
+
+
+def main() -> None:
+    chosen = sys.argv[1:] or list(PARTS)
+    path = FOLDER / "likelihood.json"
+    result = json.loads(path.read_text()) if path.is_file() else {}
+    for name in chosen:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CoarseGridWarning)  # few calls are the point here
+            result[name] = {"machine": machine(), **PARTS[name]()}
+        write_json(path, result)
+        print(f"wrote {name} to {path}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
