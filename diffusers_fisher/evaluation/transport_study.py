@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
+from ..checkpoints import EMBEDDED_CLASSES, embedded_checkpoint, embedded_prompt
 from ..denoiser import PipelineDenoiser
 from ..errors import InputError
-from ..files import check_writable, save_figure, write_json
+from ..files import atomic_path, check_writable, save_figure, write_json
 from ..fisher.autodiff import AutodiffFisher
 from ..fisher.covariance import Covariance
 from ..fisher.exact import GaussianMixture
@@ -27,6 +29,7 @@ from ..transport import (
     coupling_cost,
     denoiser_field,
     exact_field,
+    extra,
     least_eigenvalue,
     model_schedule,
     off_diagonal_asymmetry,
@@ -36,6 +39,8 @@ from ..transport import (
 TRIANGLE = ((0.5, 0.0), (0.0, -0.5), (0.0, 0.0))  # the paper's points
 AXIS_LINE = ((0.0, 0.0), (0.0, 0.5), (0.0, -0.6))  # its affine ones
 STEP_COUNTS = (5, 10, 20, 40, 80, 160)
+DRAWN_SCHEDULE, DRAWN, DRAWN_POINTS = "edm", 60, 60  # of a picture: schedule, trajectories, points of each
+HEADING = f"{'case':<28}{'schedule':<15}{'asymmetry':>22}{'off-diagonal index':>22}{'least eig.':>12}{'error':>10}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,14 +124,16 @@ def user_case(points: torch.Tensor) -> Case:
     return Case(f"{len(points)} given points", few_points(points.double()), None)
 
 
-def study(case: Case, schedule: Schedule, runs: int, seed: int) -> tuple[dict[str, Any], TransportMap]:
+def study(
+    case: Case, schedule: Schedule, runs: int, seed: int, num_points: int = 2
+) -> tuple[dict[str, Any], TransportMap]:
     """Indices of the map at `runs` random points of the noise end, with their standard errors."""
     generator = torch.Generator().manual_seed(seed)
     level = schedule.level(schedule.noise_time)
     shape = case.distribution.shape
     # Pure noise, as a sampler starts (and as the paper's experiment does), not the noised data.
     start = torch.randn(runs, *shape, generator=generator, dtype=torch.float64) * level.noise_to_signal
-    found = transport_map(exact_field(case.distribution), start, schedule)
+    found = transport_map(exact_field(case.distribution), start, schedule, num_points=num_points)
     row: dict[str, Any] = {"case": case.name, "schedule": schedule.name, "optimal": case.optimal, "runs": runs}
     row |= indices(found.jacobian) | {"integration_error": found.error}
     closed = gaussian_map(case.distribution, start, schedule)
@@ -184,40 +191,56 @@ def by_steps(case: Case, schedule: Schedule, runs: int, seed: int) -> list[dict[
     return rows
 
 
-def learned_map(seed: int, count: int = 4, steps: int = 20) -> dict[str, Any]:
+def learned_map(seed: int, count: int = 4, steps: int = 20, pipe: Any = None) -> dict[str, Any]:
     """The same indices for the embedded checkpoint's own map, in 256 dimensions, from noise to latents.
 
     The asymmetry of the network's own Jacobian, which no score would have, is shown separately, and the map is carried
-    once more with that part taken out. Cost: 256 vector-Jacobian products an evaluation; minutes on two cores.
+    once more with that part taken out: the trajectories are the same, so the Jacobians are used again.
+
+    Cost: 6 `steps` evaluations of the denoiser on `count` samples, and 256 vector-Jacobian products at half of them;
+    minutes on two cores.
+
+    Args:
+        pipe: another pipeline than the embedded checkpoint's.
     """
-    from ..checkpoints import EMBEDDED_CLASSES, embedded_checkpoint, embedded_prompt
-    from ..pipelines import StableDiffusionFisherPipeline
+    begin = time.perf_counter()
+    if pipe is None:
+        from ..pipelines import StableDiffusionFisherPipeline
 
-    pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
-    labels = [index % len(EMBEDDED_CLASSES) for index in range(count)]
-    denoiser = PipelineDenoiser(pipe, prompt=[embedded_prompt(label) for label in labels])
+        pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
+    prompts = [embedded_prompt(index % len(EMBEDDED_CLASSES)) for index in range(count)]
+    denoiser = PipelineDenoiser(pipe, prompt=prompts)
     schedule = model_schedule(denoiser)
-    generator = torch.Generator().manual_seed(seed)
-    noise_to_signal = schedule.level(schedule.noise_time).noise_to_signal
-    start = noise_to_signal * torch.randn(count, 4, 8, 8, generator=generator, dtype=torch.float64)
-    by_level: list[float] = []
+    shape = (pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
+    noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    start = schedule.level(schedule.noise_time).noise_to_signal * noise
+    matrices: list[torch.Tensor] = []
+    integration = FixedSteps(steps)
+    evaluations = 2 * (steps + integration.coarser().num_steps)
 
-    def own(state: DenoisingState, endpoint: torch.Tensor | None = None) -> FisherOperator:
-        operator = MatrixOperator(state, AutodiffFisher(denoiser, chunk_size=64)(state).dense().mT)
-        by_level.append(float(asymmetry(operator.matrix).mean()))
-        return operator
+    with tqdm(total=evaluations, desc="Jacobians of the checkpoint") as progress:
 
-    def symmetric(state: DenoisingState, endpoint: torch.Tensor | None = None) -> FisherOperator:
-        matrix = AutodiffFisher(denoiser, chunk_size=64)(state).dense()
+        def own(state: DenoisingState, endpoint: torch.Tensor | None = None) -> FisherOperator:
+            matrices.append(AutodiffFisher(denoiser, chunk_size=64)(state).dense().mT)
+            progress.update()
+            return MatrixOperator(state, matrices[-1])
+
+        found = transport_map(denoiser_field(denoiser, own), start, schedule, integration)
+    kept = iter(matrices)
+
+    def symmetrised(state: DenoisingState, endpoint: torch.Tensor | None = None) -> FisherOperator:
+        matrix = next(kept)
         return MatrixOperator(state, (matrix + matrix.mT) / 2)
 
-    found = transport_map(denoiser_field(denoiser, own), start, schedule, FixedSteps(steps))
-    jacobian_asymmetry = by_level[: 2 * steps : 2]  # the first of each step's two evaluations
-    without = transport_map(denoiser_field(denoiser, symmetric), start, schedule, FixedSteps(steps))
+    without = transport_map(denoiser_field(denoiser, symmetrised), start, schedule, integration)
+    at_steps = [float(asymmetry(matrix).mean()) for matrix in matrices[: 2 * steps : 2]]  # first of two evaluations
     return {
-        "samples": count, "steps": steps, "map": indices(found.jacobian), "integration_error": found.error,
-        "fisher_asymmetry_by_level": jacobian_asymmetry, "noise_to_signal": found.noise_to_signal[:-1].tolist(),
-        "map_of_symmetrised_jacobians": indices(without.jacobian), "integration_error_symmetrised": without.error,
+        "samples": count, "steps": steps, "noise_to_signal": found.noise_to_signal.tolist(),
+        "fisher_asymmetry_by_level": at_steps,
+        "map": indices(found.jacobian), "map_asymmetry_by_level": asymmetry(found.jacobians).mean(1).tolist(),
+        "integration_error": found.error, "map_of_symmetrised_jacobians": indices(without.jacobian),
+        "symmetrised_asymmetry_by_level": asymmetry(without.jacobians).mean(1).tolist(),
+        "integration_error_symmetrised": without.error, "seconds": round(time.perf_counter() - begin, 1),
     }  # fmt: skip
 
 
@@ -238,26 +261,33 @@ class MatrixOperator(FisherMatrixOperator):
 def run_study(
     output: Path, runs: int = 300, points: torch.Tensor | None = None, learned: bool = False, seed: int = 0
 ) -> dict[str, Any]:
-    """Runs the two-dimensional study (or the given points alone), prints its table and writes `output`.
+    """Runs the two-dimensional study (or the given points alone), prints its table and writes `output`: table.txt,
+    transport.json and plots.
 
     Args:
         learned: also the embedded checkpoint's map, see `learned_map`.
 
     Raises:
-        InputError: fewer than two points or runs; a folder that can't be written.
+        InputError: fewer than two points or runs; a folder that can't be written. UnsupportedError: the extra
+            `transport` isn't installed.
     """
     if runs < 2:
         raise InputError(
             f"`runs` is {runs}; allowed: at least 2, and 300 for a standard error like the paper's figures."
         )
+    cases = two_dimensional_cases() if points is None else [user_case(points)]
+    for name in ("torchdiffeq", "ot"):
+        extra(name)
     check_writable(output)
     begin = time.perf_counter()
-    cases = two_dimensional_cases() if points is None else [user_case(points)]
-    rows, maps = [], {}
-    print(f"{'case':<28}{'schedule':<15}{'asymmetry':>22}{'off-diagonal index':>22}{'least eig.':>12}{'error':>10}")
+    rows, paths = [], {}
+    print(HEADING)
     for case in cases:
         for schedule in SCHEDULES.values():
-            row, maps[case.name, schedule.name] = study(case, schedule, runs, seed)
+            drawn = schedule.name == DRAWN_SCHEDULE and case.distribution.shape == (2,)
+            row, found = study(case, schedule, runs, seed, DRAWN_POINTS if drawn else 2)
+            if drawn:
+                paths[case.name] = found.trajectory[:, :DRAWN].clone()
             rows.append(row)
             print(_line(row), flush=True)
     if points is None:
@@ -278,18 +308,16 @@ def run_study(
             f"coupling, {row['case']}: {row['pairs']:.6f} a pair, optimal {row['optimal']:.6f}, gap {row['gap']:.2e} "
             f"± {row['standard_error']:.1e}"
         )
-    _plots(output, report, maps, cases, seed)
-    if learned:
-        report["learned"] = found = learned_map(seed)
-        print(
-            f"embedded checkpoint, {found['samples']} samples: asymmetry of the map {found['map']['asymmetry']:.3f}, "
-            f"of the network's own Fisher {min(found['fisher_asymmetry_by_level']):.3f} to "
-            f"{max(found['fisher_asymmetry_by_level']):.3f}; of the map with that taken out "
-            f"{found['map_of_symmetrised_jacobians']['asymmetry']:.3f}"
-        )
+    _plots(output, report, paths)
     report["seconds"] = round(time.perf_counter() - begin, 1)
-    write_json(output / "transport.json", report)
-    print(f"Table, plots and transport.json are in {output.resolve()} ({report['seconds']} s).")
+    with atomic_path(output / "table.txt") as temporary:
+        temporary.write_text("\n".join([HEADING, *map(_line, rows)]) + "\n", encoding="utf-8")
+    write_json(output / "transport.json", report)  # before what takes longer
+    if learned:
+        report["learned"] = learned_map(seed)
+        _report_learned(output, report["learned"])
+        write_json(output / "transport.json", report)
+    print(f"Table, plots and transport.json are in {output.resolve()} ({time.perf_counter() - begin:.0f} s).")
     return report
 
 
@@ -307,9 +335,7 @@ def _rotation(angle: float) -> torch.Tensor:
     return torch.tensor([[cosine, -sine], [sine, cosine]], dtype=torch.float64)
 
 
-def _plots(
-    output: Path, report: dict[str, Any], maps: dict[tuple[str, str], TransportMap], cases: list[Case], seed: int
-) -> None:
+def _plots(output: Path, report: dict[str, Any], paths: dict[str, torch.Tensor]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -320,29 +346,48 @@ def _plots(
         errors = [row["off_diagonal_asymmetry_standard_error"] for row in rows]
         axes.errorbar(steps, values, errors, marker=".", capsize=2, label=name)
     axes.set(xscale="log", xlabel="steps of the midpoint rule", ylabel="off-diagonal asymmetry")
-    axes.set_title(f"{cases[0].name}: what is left of the schedules' differences when integrated finely")
+    axes.set_title(
+        f"{report['by_steps'][0]['case']}: what is left of the schedules' differences when integrated finely"
+    )
     axes.legend()
     save_figure(figure, output / "index_by_steps.png")
-    flat = [case for case in cases if case.distribution.shape == (2,)]
-    if not flat:
+    if not paths:
         return
-    figure = Figure(figsize=(4 * len(flat), 4), layout="constrained")
-    for place, (axes, case) in enumerate(zip(figure.subplots(1, len(flat), squeeze=False)[0], flat, strict=True)):
-        _draw_map(axes, case, seed)
-        axes.set_title(f"{case.name}\nasymmetry {float(asymmetry(maps[case.name, 'edm'].jacobian).mean()):.1e}")
-        if place == 0:
-            axes.set_ylabel("EDM: noise to data")
+    found = {row["case"]: row["asymmetry"] for row in report["maps"] if row["schedule"] == DRAWN_SCHEDULE}
+    figure = Figure(figsize=(4 * len(paths), 4), layout="constrained")
+    for axes, (name, path) in zip(figure.subplots(1, len(paths), squeeze=False)[0], paths.items(), strict=True):
+        _draw_paths(axes, path)
+        axes.set_title(f"{name}\nasymmetry {found[name]:.1e}")
+    figure.axes[0].set_ylabel(f"{DRAWN_SCHEDULE}: noise to data")
     save_figure(figure, output / "maps.png")
 
 
-def _draw_map(axes: Any, case: Case, seed: int) -> None:
-    """Trajectories, coloured by where they end."""
-    start = torch.randn(60, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    found = transport_map(exact_field(case.distribution), start, SCHEDULES["edm"], num_points=60)
-    for index in range(len(start)):
-        path = found.trajectory[:, index]
-        axes.plot(path[:, 0], path[:, 1], linewidth=0.6, alpha=0.6, color="tab:blue")
-    axes.scatter(*found.start.T, s=6, color="tab:gray", label="noise")
-    axes.scatter(*found.end.T, s=14, color="tab:red", label="data")
+def _draw_paths(axes: Any, path: torch.Tensor) -> None:
+    """Trajectories (T, N, 2) from noise to data."""
+    for index in range(path.shape[1]):
+        axes.plot(*path[:, index].T, linewidth=0.6, alpha=0.6, color="tab:blue")
+    axes.scatter(*path[0].T, s=6, color="tab:gray", label="noise")
+    axes.scatter(*path[-1].T, s=14, color="tab:red", label="data")
     axes.set_aspect("equal")
     axes.legend(fontsize=7)
+
+
+def _report_learned(output: Path, found: dict[str, Any]) -> None:
+    from matplotlib.figure import Figure
+
+    own = found["fisher_asymmetry_by_level"]
+    print(
+        f"embedded checkpoint, {found['samples']} samples: asymmetry of the map {found['map']['asymmetry']:.4f}, of "
+        f"the network's own Fisher {min(own):.4f} to {max(own):.4f}; of the map with that taken out "
+        f"{found['map_of_symmetrised_jacobians']['asymmetry']:.4f}"
+    )
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    levels = found["noise_to_signal"]
+    axes.plot(levels[:-1], own, label="the network's own Fisher at this level")
+    axes.plot(levels[1:], found["map_asymmetry_by_level"][1:], label="the map from noise to this level")
+    axes.plot(levels[1:], found["symmetrised_asymmetry_by_level"][1:], "--", label="the same, Jacobians symmetrised")
+    axes.set(xscale="log", yscale="log", xlabel="noise to signal", ylabel="asymmetry")
+    axes.invert_xaxis()
+    axes.legend()
+    save_figure(figure, output / "learned.png")

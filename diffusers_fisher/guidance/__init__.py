@@ -1,6 +1,22 @@
 """Guidance by differentiable rewards."""
 
-from .adjoint import GuidanceOutput, Reward, ascend_noise
-from .rewards import ClassifierReward, LinearReward, MeasurementReward
+from .adjoint import GuidanceOutput, ascend_noise
+from .checks import Reward
+from .posterior import PosteriorGuidance, posterior_guidance
+from .rewards import (
+    AestheticReward,
+    ClassifierReward,
+    ImageInput,
+    LinearReward,
+    MeasurementReward,
+    TextImageReward,
+    WeightedReward,
+    gaussian_blur,
+    named_reward,
+)
 
-__all__ = ["ClassifierReward", "GuidanceOutput", "LinearReward", "MeasurementReward", "Reward", "ascend_noise"]
+__all__ = [
+    "AestheticReward", "ClassifierReward", "GuidanceOutput", "ImageInput", "LinearReward", "MeasurementReward",
+    "PosteriorGuidance", "Reward", "TextImageReward", "WeightedReward", "ascend_noise", "gaussian_blur",
+    "named_reward", "posterior_guidance",
+]  # fmt: skip

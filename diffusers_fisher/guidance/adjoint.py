@@ -1,19 +1,24 @@
 """Generation steered by a differentiable reward: ascent on the initial noise, through the whole sampling run."""
 
 import dataclasses
-import math
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from diffusers.utils import BaseOutput
 
-from ..errors import InputError, NumericalError, TrajectoryError
+from ..errors import NumericalError, TrajectoryError
 from ..fisher.operator import FisherEstimator
+from .checks import Reward, check_images, checked_reward, not_differentiable, unit
+from .movers import Mover, NormalisedAscent, OptimizerFactory, TorchAscent, check_sphere, shell_distance
+from .text import TextEmbedding
 
-Reward = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
-"""`reward(images, prompts) -> rewards`: images (B, 3, H, W) in [0, 1] with a graph, rewards (B,), higher is better."""
+logger = logging.getLogger(__name__)
+
+COMPLETED = "completed"
+VARIABLES = ("noise", "text", "control")
 
 
 @dataclasses.dataclass
@@ -22,13 +27,21 @@ class GuidanceOutput(BaseOutput):
 
     Args:
         images: PIL images, array or tensor, by `output_type`.
-        rewards: (guidance steps + 1, B) float64, of the image that each step started from; the last row is the end.
+        rewards: (runs, B) float64, of the image that each step started from; the last row is the end. There are
+            guidance steps + 1 runs, fewer where it stopped early.
         best_rewards: (B,) float64, the largest of each column.
         latents: (B, ...) float32 initial noise of the best images; pass it as `latents` to get them again.
-        gradient_norms: (guidance steps, B) float64, norm of d reward / d noise.
-        seconds: (guidance steps + 1,) float64, wall time of each sampling run with its gradient.
+        gradient_norms: (steps taken, B) float64, norm of d reward / d what is optimised.
+        seconds: (runs,) float64, wall time of each sampling run with its gradient.
         num_denoiser_calls: evaluations of the denoiser by the sampling runs and the estimator together.
         nsfw_content_detected: per image, where the pipeline has a safety checker; empty otherwise.
+        initial_images: what the first run gave, without guidance, in the form of `images`.
+        held_out_rewards: (runs, B) float64, of the same images by the reward that is not optimised; no rows without.
+        shell_distances: (runs, B) float64, of the noise's norm from that of Gaussian noise, in standard deviations of
+            the latter. Beyond some 3 the noise is none that the model was trained on.
+        status: "completed", or why it stopped early.
+        prompt_embeds: (B, tokens, width) text embedding of the best images where it was optimised.
+        controls: (B, steps, ...) what was added to the model's output at every step for the best images, likewise.
     """
 
     images: Any
@@ -39,36 +52,148 @@ class GuidanceOutput(BaseOutput):
     seconds: torch.Tensor
     num_denoiser_calls: int
     nsfw_content_detected: list[bool] = dataclasses.field(default_factory=list)
+    initial_images: Any = None
+    held_out_rewards: torch.Tensor | None = None
+    shell_distances: torch.Tensor | None = None
+    status: str = COMPLETED
+    prompt_embeds: torch.Tensor | None = None
+    controls: torch.Tensor | None = None
 
 
 @dataclasses.dataclass
 class NoiseAscent:
-    """The best found so far, and the history. Filled by `ascend_noise`."""
+    """The best found so far, and the history. Filled by `ascend_noise`.
 
-    best_images: torch.Tensor
-    best_noise: torch.Tensor
+    Args:
+        best_rewards: (B,) float64.
+        best: what belongs to them: "images", "latents" (the run's end), "noise", and what else is optimised.
+        initial: "images" and "latents" of the first run.
+    """
+
     best_rewards: torch.Tensor
+    best: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    initial: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     rewards: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    held_out_rewards: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    shell_distances: list[torch.Tensor] = dataclasses.field(default_factory=list)
     gradient_norms: list[torch.Tensor] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
     num_sampling_calls: int = 0
+    runs_without_gain: int = 0
+    status: str = COMPLETED
 
-    def record(self, noise: torch.Tensor, images: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+    @property
+    def best_images(self) -> torch.Tensor:
+        """(B, 3, H, W) in [0, 1]."""
+        return self.best["images"]
+
+    @property
+    def best_noise(self) -> torch.Tensor:
+        """(B, ...) initial noise."""
+        return self.best["noise"]
+
+    def record(
+        self, rewards: torch.Tensor, held_out: torch.Tensor | None, found: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         """Notes one run's rewards and keeps, sample by sample, the better of old and new.
 
         Returns:
-            (B,) bool on the images' device: where the new is the best so far.
+            (B,) bool: where the new is the best so far.
         """
         rewards = rewards.detach().double().cpu()
         self.rewards.append(rewards)
+        if held_out is not None:
+            self.held_out_rewards.append(held_out.detach().double().cpu())
+        self.shell_distances.append(shell_distance(found["noise"]))
         better = rewards > self.best_rewards
-        chosen = better.to(images.device)
         self.best_rewards = torch.where(better, rewards, self.best_rewards)
-        if len(self.rewards) == 1:
-            self.best_images = images.detach().clone()
-        self.best_images[chosen] = images.detach()[chosen]
-        self.best_noise[chosen] = noise[chosen]
-        return chosen
+        self.runs_without_gain = 0 if bool(better.any()) else self.runs_without_gain + 1
+        if not self.best:
+            self.best = {name: tensor.detach().clone() for name, tensor in found.items()}
+            self.initial = {name: self.best[name].clone() for name in ("images", "latents")}
+        for name, tensor in found.items():
+            chosen = better.to(tensor.device)
+            self.best[name][chosen] = tensor.detach()[chosen]
+        return better
+
+
+@dataclasses.dataclass
+class GuidedRun:
+    """One sampling run with its rewards and their gradients, as a function of what is optimised.
+
+    Arguments as of `ascend_noise`.
+    """
+
+    sample: Callable[[torch.Tensor], torch.Tensor]
+    decode: Callable[[torch.Tensor], torch.Tensor]
+    reward: Reward
+    prompts: Sequence[str]
+    scheduler: Any
+    estimator: FisherEstimator
+    held_out_reward: Reward | None
+    optimise: Collection[str]
+    text: TextEmbedding | None
+
+    def __call__(
+        self, variables: dict[str, torch.Tensor], step: int, with_gradient: bool, ascent: NoiseAscent
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
+        """Runs, and records in `ascent` what it gave.
+
+        Args:
+            variables: "noise", and from the second run on "text" and "control" where they are optimised.
+
+        Returns:
+            The variables, all that there are; where the reward is the best so far, (B,); and the gradients of those
+            that are optimised (none without `with_gradient`).
+        """
+        controls = self._put(variables)
+        differentiable = {} if controls is None else {"controls": controls}
+        with self.scheduler.differentiable(self.estimator, **differentiable) as trajectory:
+            latents = self.sample(variables["noise"])
+        ascent.num_sampling_calls += len(trajectory.states)
+        variables = dict(variables)
+        if controls is not None:
+            variables["control"] = torch.stack([control.detach() for control in controls], dim=1)
+        if self.text is not None:
+            variables["text"] = self.text.value.detach()
+        with torch.set_grad_enabled(with_gradient):
+            images = self.decode(latents)
+            check_images(images, f"run {step}")
+            rewards = checked_reward(self.reward, images, self.prompts)
+            total = rewards.sum()  # here, because the caller may be under no_grad
+        held_out = None
+        if self.held_out_reward is not None:
+            with torch.no_grad():
+                held_out = checked_reward(self.held_out_reward, images.detach(), self.prompts)
+        improved = ascent.record(rewards, held_out, {**variables, "images": images, "latents": latents})
+        if not with_gradient:
+            return variables, improved, {}
+        _check_connected(trajectory, latents, rewards, self.reward, step)
+        return variables, improved, self._gradients(trajectory, total)
+
+    def _put(self, variables: dict[str, torch.Tensor]) -> list[torch.Tensor] | None:
+        """Puts the text in its place for a run; gives the controls as the scheduler takes them, None for none."""
+        if self.text is not None:
+            self.text.gradient = None
+            if "text" in variables:
+                self.text.value = variables["text"]
+        if "control" not in self.optimise:
+            return None
+        before = variables["control"].unbind(1) if "control" in variables else ()
+        return [control.clone().requires_grad_() for control in before]
+
+    def _gradients(self, trajectory: Any, total: torch.Tensor) -> dict[str, torch.Tensor]:
+        if "control" in self.optimise:
+            noise, controls = trajectory.gradients(total)
+            gradients = {"noise": noise, "control": torch.stack(controls, dim=1)}
+        else:
+            gradients = {"noise": trajectory.gradient(total)}
+        if self.text is not None:
+            gradients["text"] = self.text.gradient
+        for name, gradient in gradients.items():
+            if not torch.isfinite(gradient).all():
+                raise NumericalError(f"The gradient of the {name} is not finite.")
+        return {name: gradients[name] for name in VARIABLES if name in self.optimise}
 
 
 def ascend_noise(
@@ -82,110 +207,73 @@ def ascend_noise(
     num_guidance_steps: int,
     step_size: float,
     on_step: Callable[[torch.Tensor], None] = lambda rewards: None,
+    *,
+    optimizer: OptimizerFactory | None = None,
+    patience: int | None = None,
+    held_out_reward: Reward | None = None,
+    optimise: Collection[str] = ("noise",),
+    text: TextEmbedding | None = None,
 ) -> NoiseAscent:
-    """Normalised gradient ascent of the reward on the noise's sphere.
-
-    Each step moves every sample along its own gradient and projects back to the norm it had, which keeps Gaussian
-    noise typical. The first step's length is `step_size` times the norm; a sample's step is halved whenever its reward
-    was no better than the best before, so that near an optimum it does not overshoot for ever.
+    """Gradient ascent of the reward on the initial noise, and on request on what else a run depends on.
 
     Args:
         sample: noise (B, ...) to final latents, one run of `scheduler`.
         decode: latents to images (B, 3, H, W) in [0, 1], differentiable.
         noise: (B, ...) float32 initial noise.
         scheduler: the differentiable scheduler that `sample` runs on.
+        step_size: of normalised ascent, see `NormalisedAscent`.
         on_step: called with the rewards (B,) after each of the `num_guidance_steps + 1` runs.
+        optimizer: from torch.optim, instead of normalised ascent.
+        patience: stops after so many runs in which no sample reached a new best; None: never.
+        held_out_reward: recorded beside the reward, and not optimised.
+        optimise: names of what moves: "noise", "text" (with `text`), "control" (added to the model's output at every
+            step, zero at first).
+        text: the embedding that `sample` and `estimator` use.
 
     Cost: `num_guidance_steps + 1` sampling runs and decodes, `num_guidance_steps` decoder and reward gradients, and
-    the estimator's products. The denoiser never builds a graph, unless the estimator does.
+    the estimator's products. The denoiser never builds a graph, unless the estimator does, or the text is optimised.
 
     Raises:
         InputError: noise that is all zero, a reward of the wrong kind. TrajectoryError: `sample` gives other latents
-            than the scheduler's last step did. NumericalError: images, a reward or a gradient that are not finite.
+            than the scheduler's last step did. NumericalError: in the first run, images, a reward or a gradient that
+            are not finite; in later ones the ascent stops there, and its `status` says so.
     """
-    norms = _norms(noise)
-    if num_guidance_steps > 0 and not bool((norms > 0).all()):
-        raise InputError(
-            "A sample of the initial noise is all zero, so there is no sphere to move it on; draw it anew."
-        )
-    nothing = torch.full((len(noise),), -torch.inf, dtype=torch.float64)
-    ascent = NoiseAscent(best_images=noise.new_empty(0), best_noise=noise.clone(), best_rewards=nothing)
-    lengths = step_size * norms
+    run = GuidedRun(sample, decode, reward, prompts, scheduler, estimator, held_out_reward, optimise, text)
+    ascent = NoiseAscent(torch.full((len(noise),), -torch.inf, dtype=torch.float64))
+    variables, mover = {"noise": noise}, None
+    if num_guidance_steps > 0 and optimizer is None:
+        check_sphere(noise)
     for step in range(num_guidance_steps + 1):
         begin = time.perf_counter()
-        with scheduler.differentiable(estimator) as trajectory:
-            latents = sample(noise)
-        ascent.num_sampling_calls += len(trajectory.states)
-        with torch.set_grad_enabled(step < num_guidance_steps):
-            images = decode(latents)
-            _check_images(images, step)
-            rewards = checked_reward(reward, images, prompts)
-            total = rewards.sum()  # here, because the caller may be under no_grad
-        improved = ascent.record(noise, images, rewards).reshape(norms.shape).to(norms.device)
-        lengths = torch.where(improved, lengths, lengths / 2)
-        if step < num_guidance_steps:
-            _check_connected(trajectory, latents, rewards, reward, step)
-            direction, length = _unit(trajectory.gradient(total))
-            ascent.gradient_norms.append(length)
-            moved = noise + lengths * direction
-            noise = (moved * (norms / _norms(moved))).detach()  # where nothing moved, bit for bit
-        ascent.seconds.append(time.perf_counter() - begin)
-        on_step(ascent.rewards[-1])
+        try:
+            variables, improved, gradients = run(variables, step, step < num_guidance_steps, ascent)
+            if gradients:
+                ascent.gradient_norms.append(_joint_norm(gradients))
+                moving = {name: variables[name] for name in gradients}
+                mover = mover or _mover(moving, noise, step_size, optimizer)
+                variables |= mover.move(moving, gradients, improved)
+        except NumericalError as error:
+            if step == 0:
+                raise
+            ascent.status = f"stopped in run {step}: {error}"
+            logger.warning("Guidance %s The best so far is returned.", ascent.status)
+        if len(ascent.rewards) == step + 1:
+            ascent.seconds.append(time.perf_counter() - begin)
+            on_step(ascent.rewards[-1])
+        if patience is not None and ascent.runs_without_gain >= patience and step < num_guidance_steps:
+            ascent.status = f"stopped after {patience} runs without a new best"
+        if ascent.status != COMPLETED:
+            break
     return ascent
 
 
-def checked_reward(reward: Reward, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-    """Calls the reward and checks its shape and values.
-
-    Raises:
-        InputError: not a tensor of shape (B,). NumericalError: not finite.
-    """
-    values = reward(images, prompts)
-    if not isinstance(values, torch.Tensor) or values.shape != (len(images),):
-        got = f"shape {tuple(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
-        raise InputError(
-            f"The reward {name_of(reward)} returned {got} for {len(images)} images; it must return a tensor of shape "
-            f"({len(images)},), one number an image, higher is better."
-        )
-    if not torch.isfinite(values).all():
-        raise NumericalError(f"The reward {name_of(reward)} is not finite: {values.detach().cpu().tolist()}.")
-    return values
+def _mover(moving: dict[str, torch.Tensor], noise: torch.Tensor, step_size: float, optimizer: Any) -> Mover:
+    return NormalisedAscent(moving, noise, step_size) if optimizer is None else TorchAscent(moving, optimizer)
 
 
-def check_differentiable(reward: Reward, shape: Sequence[int], prompts: Sequence[str], device: torch.device) -> None:
-    """Tries the reward on smooth ramps before any sampling.
-
-    Raises:
-        InputError: autograd finds no way from the images to the reward. TrajectoryError: torch.inference_mode is on.
-    """
-    if torch.is_inference_mode_enabled():
-        raise TrajectoryError(
-            "Guidance needs gradients, which torch.inference_mode forbids whatever is set inside it; use "
-            "torch.no_grad instead, or nothing: the denoiser builds no graph in any case."
-        )
-    with torch.enable_grad():
-        # No two pixels alike: a reward that divides by the images' contrast is fine on real ones.
-        ramp = torch.linspace(0.25, 0.75, math.prod(shape), device=device)
-        images = ramp.reshape(tuple(shape)).requires_grad_()
-        values = checked_reward(reward, images, prompts)
-        connected = values.requires_grad and (
-            torch.autograd.grad(values.sum(), images, allow_unused=True)[0] is not None
-        )
-    if not connected:
-        raise _not_differentiable(reward)
-
-
-def name_of(reward: Any) -> str:
-    """The reward's name for messages."""
-    return f"'{getattr(reward, '__name__', type(reward).__name__)}'"
-
-
-def _not_differentiable(reward: Reward) -> InputError:
-    return InputError(
-        f"The reward {name_of(reward)} is not differentiable with respect to the images: it returned a tensor without "
-        "a graph to them. Keep to torch operations on the tensor; processors that go through PIL or numpy, `.item()`, "
-        "`.detach()`, argmax and torch.no_grad cut gradients."
-    )
+def _joint_norm(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Norm over all that is optimised, (B,) float64, whatever the gradients' size."""
+    return torch.linalg.vector_norm(torch.stack([unit(gradient)[1] for gradient in gradients.values()]), dim=0)
 
 
 def _check_connected(trajectory: Any, latents: torch.Tensor, rewards: torch.Tensor, reward: Reward, step: int) -> None:
@@ -196,30 +284,4 @@ def _check_connected(trajectory: Any, latents: torch.Tensor, rewards: torch.Tens
             "them the way back to the noise. Leave what the last step returns as it is."
         )
     if not rewards.requires_grad:
-        raise _not_differentiable(reward)
-
-
-def _check_images(images: torch.Tensor, step: int) -> None:
-    if not torch.isfinite(images).all():
-        raise NumericalError(
-            f"The images of run {step} are not finite. Half-precision autoencoders and denoisers are the usual cause: "
-            "load the pipeline in float32 or bfloat16."
-        )
-
-
-def _unit(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every sample divided by its norm (zero where that is zero), and the norms (B,) float64 on the CPU.
-
-    Scaled by the largest element first: squares of 1e20, which some estimators' gradients reach, overflow in float32.
-    """
-    flat = x.flatten(1)
-    largest = flat.abs().amax(1, keepdim=True)
-    scaled = flat / torch.where(largest > 0, largest, 1)
-    norms = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    unit = (scaled / torch.where(norms > 0, norms, 1)).view_as(x)
-    return unit, (largest.cpu().double() * norms.cpu().double())[:, 0]
-
-
-def _norms(x: torch.Tensor) -> torch.Tensor:
-    """Norm of every sample, (B, 1, ...)."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1).reshape(-1, *[1] * (x.ndim - 1))
+        raise not_differentiable(reward)

@@ -1,127 +1,138 @@
-"""Guidance on the embedded checkpoint: cost of one iteration, memory of the graph, reward against exact gradients.
+"""Guidance on the embedded checkpoint: cost of an iteration, memory, gradients, reward and held-out reward by time.
 
-    python examples/benchmarks/guidance.py
+    python examples/benchmarks/guidance.py            # an hour or two on two cores
+    python examples/benchmarks/guidance.py --tiny     # only to see that it runs; writes no JSON
 
-Writes guidance.json. All figures of one table come from one run on one machine, the methods in turn.
+Writes guidance.json. Every cell (a part, or a method with a reward) is kept in the folder `--records` when it is done,
+and a second run goes on from there. All seconds of one table should come from one quiet machine.
 """
 
-import contextlib
-import inspect
+import argparse
+import dataclasses
+import re
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import paired_seconds, ratio, save
+from guidance_methods import Methods, embeddings
 
 from diffusers_fisher import (
-    AutodiffFisher,
     ClassifierReward,
-    DirectFisher,
-    EndpointFisher,
-    FiniteDifferenceFisher,
     LinearReward,
-    PipelineDenoiser,
+    MeasurementReward,
     StableDiffusionFisherPipeline,
     embedded_checkpoint,
     embedded_prompt,
     embedded_test_images,
-    fisher_scheduler,
+    posterior_guidance,
 )
-from diffusers_fisher.guidance import MeasurementReward, ascend_noise
-from diffusers_fisher.guidance.adjoint import checked_reward
+from diffusers_fisher.evaluation.records import Records
+from diffusers_fisher.guidance import ascend_noise
+from diffusers_fisher.guidance.checks import checked_reward
 
-BATCH, STEPS, SCALE, STEP_SIZE, ITERATIONS = 16, 25, 2.0, 0.2, 10
-LABELS = [index % 10 for index in range(BATCH)]
-PROMPTS = [embedded_prompt(label) for label in LABELS]
-
-
-class StoredGraph:
-    """Full back-propagation through the stock pipeline, with the interface of a differentiable scheduler."""
-
-    def __init__(self, pipe: StableDiffusionFisherPipeline, arguments: dict):
-        self.states: list = []
-        self._pipe, self._arguments, self._leaf = pipe, arguments, None
-
-    @contextlib.contextmanager
-    def differentiable(self, estimator):
-        yield self
-
-    def sample(self, noise: torch.Tensor) -> torch.Tensor:
-        self._leaf = noise.detach().requires_grad_()
-        with torch.enable_grad():
-            call = inspect.unwrap(type(self._pipe).__call__)
-            return call(self._pipe, latents=self._leaf, **self._arguments)[0]
-
-    def gradient(self, loss: torch.Tensor) -> torch.Tensor:
-        return torch.autograd.grad(loss, self._leaf)[0]
+EXACT = ("stored graph", "per-step recomputation")
+STRENGTHS = (0.05, 0.1, 0.2, 0.4)
 
 
-def methods(pipe: StableDiffusionFisherPipeline, steps: int) -> dict[str, tuple]:
-    """(sample, scheduler, estimator) of every method; the first two give the exact gradient."""
-    positive, negative = pipe.encode_prompt(PROMPTS, pipe.device, 1, True)
-    embeds = {"prompt_embeds": positive.detach(), "negative_prompt_embeds": negative.detach()}
-    denoiser = PipelineDenoiser(pipe, guidance_scale=SCALE, **embeds)
-    arguments = {
-        **embeds, "num_inference_steps": steps, "guidance_scale": SCALE, "output_type": "latent", "return_dict": False
-    }  # fmt: skip
-    stored = StoredGraph(pipe, arguments)
-    scheduler = fisher_scheduler(type(pipe.scheduler)).from_config(pipe.scheduler.config)
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Sizes of the benchmark. Prompts go through every method in batches."""
 
-    def sample(noise: torch.Tensor) -> torch.Tensor:
-        pipe.scheduler = scheduler  # several tables share the pipeline
-        return pipe(latents=noise, **arguments)[0]
-
-    estimators = {
-        "per-step recomputation": AutodiffFisher(denoiser),
-        "direct": DirectFisher(),
-        "finite difference": FiniteDifferenceFisher(denoiser),
-        "endpoint, centred": EndpointFisher(centred=True),
-        "endpoint, paper": EndpointFisher(),
-    }
-    table: dict[str, tuple] = {"stored graph": (stored.sample, stored, None)}
-    return table | {name: (sample, scheduler, estimator) for name, estimator in estimators.items()}
+    prompts: int = 64
+    batch: int = 16
+    steps: int = 25
+    guidance_scale: float = 2.0
+    step_size: float = 0.2
+    iterations: int = 10
+    rounds: int = 5
+    memory_steps: tuple[int, ...] = (5, 10, 20)
+    scheduler: str = "DDIM"
+    dtype: str = "float32"
 
 
-def rewards(folder: str) -> dict:
-    """Three rewards: another class, left minus right, and inpainting of the upper half of a real image."""
-    images, labels = embedded_test_images()
-    known = torch.stack([images[labels == label][0] for label in LABELS])
-    mask = torch.zeros(32, 32)
-    mask[:16] = 1
-    return {
-        "another class": ClassifierReward.from_pretrained(
-            Path(folder) / "classifier", target=[(label + 1) % 10 for label in LABELS]
-        ),
-        "left minus right": LinearReward.left_minus_right(32, 32),
-        "inpainting": MeasurementReward(known, mask),
-    }
+TINY = Setting(prompts=4, batch=2, steps=2, iterations=1, rounds=1, memory_steps=(1, 2))
 
 
-def one_iteration(pipe, method: tuple, reward, noise: torch.Tensor) -> torch.Tensor:
+class Problem:
+    """The checkpoint, and the prompts, noise and rewards of every batch."""
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.folder = Path(embedded_checkpoint())
+        self.pipe = StableDiffusionFisherPipeline.from_pretrained(str(self.folder))
+        self.pipe.set_progress_bar_config(disable=True)
+        self.images, self.labels = embedded_test_images()
+        noise = torch.randn(setting.prompts, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        self.noises = noise.split(setting.batch)
+
+    def batch_labels(self, batch: int) -> list[int]:
+        begin = batch * self.setting.batch
+        return [index % 10 for index in range(begin, begin + len(self.noises[batch]))]
+
+    def methods(self, batch: int, steps: int | None = None) -> Methods:
+        """All methods for one batch's prompts."""
+        prompts = [embedded_prompt(label) for label in self.batch_labels(batch)]
+        embeds = embeddings(self.pipe, prompts)
+        latents = self.pipe._latents_to_score(self.images, None)
+        return Methods(self.pipe, embeds, steps or self.setting.steps, self.setting.guidance_scale, latents)
+
+    def rewards(self, batch: int) -> dict[str, tuple[Any, Any]]:
+        """Reward and held-out reward: another class (held out: nearness to real images of it), left minus right
+        and inpainting of a real image's upper half (both: the prompted class's log-probability)."""
+        labels = self.batch_labels(batch)
+        target = [(label + 1) % 10 for label in labels]
+        classifier = ClassifierReward.from_pretrained(self.folder / "classifier", target=target)
+        prompted = ClassifierReward(classifier.model, labels, classifier.image_input)
+        known = torch.stack([self.images[self.labels == label][0] for label in labels])
+        mask = torch.zeros(32, 32)
+        mask[:16] = 1
+        return {
+            "another class": (classifier, self._nearness(target)),
+            "left minus right": (LinearReward.left_minus_right(32, 32), prompted),
+            "inpainting": (MeasurementReward(known, mask), prompted),
+        }
+
+    def _nearness(self, target: list[int]) -> Callable:
+        """Minus the mean squared distance to the nearest test image of the target class."""
+        real = [self.images[self.labels == label].flatten(1) for label in target]
+
+        def nearness(images: torch.Tensor, prompts: Any) -> torch.Tensor:
+            pairs = zip(images.flatten(1), real, strict=True)
+            return torch.stack([-((image - others) ** 2).mean(1).min() for image, others in pairs])
+
+        return nearness
+
+
+def one_iteration(problem: Problem, method: tuple, reward: Any, noise: torch.Tensor) -> torch.Tensor:
     """Sampling, decoding, reward and gradient, as each guidance step does."""
     sample, scheduler, estimator = method
     with scheduler.differentiable(estimator) as trajectory:
         latents = sample(noise)
-    return trajectory.gradient(checked_reward(reward, pipe._decode(latents), PROMPTS).sum())
+    return trajectory.gradient(checked_reward(reward, problem.pipe._decode(latents), []).sum())
 
 
-def floor(pipe, method: tuple, reward, noise: torch.Tensor) -> torch.Tensor:
+def floor(problem: Problem, method: tuple, reward: Any, noise: torch.Tensor) -> torch.Tensor:
     """What no method can do without: an untracked run, decoding, and the reward's gradient at the latents."""
     latents = method[0](noise).detach().requires_grad_()
-    return torch.autograd.grad(checked_reward(reward, pipe._decode(latents), PROMPTS).sum(), latents)[0]
+    return torch.autograd.grad(checked_reward(reward, problem.pipe._decode(latents), []).sum(), latents)[0]
 
 
-def iteration_cost(pipe, table: dict[str, tuple], reward, noise: torch.Tensor, rounds: int) -> dict:
-    tasks = {"floor": lambda: floor(pipe, table["direct"], reward, noise)}
+def iteration_cost(problem: Problem) -> dict[str, Any]:
+    table, noise = problem.methods(0).table, problem.noises[0]
+    reward = problem.rewards(0)["another class"][0]
+    tasks: dict[str, Callable] = {"floor": lambda: floor(problem, table["direct"], reward, noise)}
     for name, method in table.items():
-        tasks[name] = lambda method=method: one_iteration(pipe, method, reward, noise)
-    seconds = paired_seconds(tasks, rounds)
-    exact = min(("stored graph", "per-step recomputation"), key=lambda name: statistics.median(seconds[name]))
+        tasks[name] = lambda method=method: one_iteration(problem, method, reward, noise)
+    seconds = paired_seconds(tasks, problem.setting.rounds)
+    exact = min(EXACT, key=lambda name: statistics.median(seconds[name]))
     return {
-        "rounds": rounds,
+        "rounds": problem.setting.rounds,
         "median_seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "over_floor": {name: ratio(seconds, name, "floor") for name in table},
         "faster_exact_method": exact,
@@ -131,7 +142,7 @@ def iteration_cost(pipe, table: dict[str, tuple], reward, noise: torch.Tensor, r
     }
 
 
-def graph_bytes(noise: torch.Tensor, sample, scheduler, estimator) -> int:
+def graph_bytes(noise: torch.Tensor, sample: Any, scheduler: Any, estimator: Any) -> int:
     """Bytes that autograd keeps for the backward pass of one sampling run, counted once a storage."""
     storages: dict[int, int] = {}
     kept = []  # so that no address is used twice while counting
@@ -150,46 +161,103 @@ def graph_bytes(noise: torch.Tensor, sample, scheduler, estimator) -> int:
     return sum(storages.values()) + states
 
 
-def memory(pipe, noise: torch.Tensor) -> dict:
-    """Bytes kept by the graph at 5, 10 and 20 steps, and their slope in units of one latent batch."""
+def memory(problem: Problem) -> dict[str, Any]:
+    """Bytes kept by the graph by number of steps, and their slope in units of one latent batch."""
     result: dict = {}
-    tables = {steps: methods(pipe, steps) for steps in (5, 10, 20)}
+    noise, counts = problem.noises[0], problem.setting.memory_steps
+    tables = {steps: problem.methods(0, steps).table for steps in counts}
     latent = noise.numel() * noise.element_size()
-    parameters = sum(p.numel() * p.element_size() for p in pipe.unet.parameters())
     for name in ("direct", "stored graph"):
-        sizes = {str(steps): graph_bytes(noise, *table[name]) for steps, table in tables.items()}
-        slope = (sizes["20"] - sizes["10"]) / 10
-        result[name] = {"bytes_by_steps": sizes, "latent_batches_a_step": slope / latent}
+        sizes = {steps: graph_bytes(noise, *table[name]) for steps, table in tables.items()}
+        slope = (sizes[counts[-1]] - sizes[counts[-2]]) / (counts[-1] - counts[-2])
+        by_steps = {str(steps): size for steps, size in sizes.items()}
+        result[name] = {"bytes_by_steps": by_steps, "latent_batches_a_step": slope / latent}
+    parameters = sum(p.numel() * p.element_size() for p in problem.pipe.unet.parameters())
     return {"latent_batch_bytes": latent, "unet_parameter_bytes": parameters, **result}
 
 
-def reward_curves(pipe, table: dict[str, tuple], all_rewards: dict, noise: torch.Tensor) -> dict:
-    """Ten iterations of normalised ascent with every method and reward, same noise, same step size."""
-    result: dict = {}
-    for reward_name, reward in all_rewards.items():
-        result[reward_name] = {}
-        for name, (sample, scheduler, estimator) in table.items():
-            begin = time.perf_counter()
-            ascent = ascend_noise(
-                sample, pipe._decode, reward, noise, PROMPTS, scheduler, estimator, ITERATIONS, STEP_SIZE
-            )
-            means = [float(values.mean()) for values in ascent.rewards]
-            result[reward_name][name] = {
-                "before": means[0],
-                "after": float(ascent.best_rewards.mean()),
-                "standard_error": float(ascent.best_rewards.std() / len(noise) ** 0.5),
-                "curve": [round(value, 4) for value in means],
-                "seconds": time.perf_counter() - begin,
-            }
-            row = result[reward_name][name]
-            print(f"{reward_name:<18}{name:<24}{row['before']:>9.3f}{row['after']:>9.3f}{row['seconds']:>8.1f} s")
-    return result
+def gradients(problem: Problem, name: str) -> dict[str, Any]:
+    """Cosine with the stored graph's gradient, and the ratio of norms: means over the first batch."""
+    reward, noise, table = problem.rewards(0)[name][0], problem.noises[0], problem.methods(0).table
+    exact = one_iteration(problem, table["stored graph"], reward, noise).double().flatten(1)
+    rows = {}
+    for method in table:
+        found = one_iteration(problem, table[method], reward, noise).double().flatten(1)
+        cosine = torch.nn.functional.cosine_similarity(found, exact)
+        rows[method] = {
+            "cosine": float(cosine.mean()),
+            "norm_ratio": float((found.norm(dim=1) / exact.norm(dim=1)).log().mean().exp()),
+            "relative_error": float(((found - exact).norm(dim=1) / exact.norm(dim=1)).mean()),
+        }
+    return rows
 
 
-def import_time(rounds: int) -> dict:
+def curve(problem: Problem, name: str, method: str, batch: int) -> dict[str, Any]:
+    """Normalised ascent of one batch with one method: the same noise and step size for all."""
+    setting, noise = problem.setting, problem.noises[batch]
+    reward, held_out = problem.rewards(batch)[name]
+    sample, scheduler, estimator = problem.methods(batch).table[method]
+    ascent = ascend_noise(
+        sample, problem.pipe._decode, reward, noise, [], scheduler, estimator, setting.iterations, setting.step_size,
+        held_out_reward=held_out,
+    )  # fmt: skip
+    return {
+        "rewards": torch.stack(ascent.rewards).tolist(), "held_out": torch.stack(ascent.held_out_rewards).tolist(),
+        "seconds": ascent.seconds, "status": ascent.status,
+    }  # fmt: skip
+
+
+def per_step(problem: Problem, name: str, estimator: str, strength: float, batch: int) -> dict[str, Any]:
+    """One run of per-step guidance for one batch."""
+    methods, noise = problem.methods(batch), problem.noises[batch]
+    reward, held_out = problem.rewards(batch)[name]
+    pipe = methods.stock()
+    begin = time.perf_counter()
+    with posterior_guidance(pipe, reward, strength=strength, estimator=methods.estimators()[estimator]) as guidance:
+        latents = pipe(latents=noise, callback_on_step_end=guidance, **methods.arguments)[0]
+    with torch.no_grad():
+        images = problem.pipe._decode(latents)
+        values = {"rewards": reward(images, []).tolist(), "held_out": held_out(images, []).tolist()}
+    return {**values, "seconds": time.perf_counter() - begin}
+
+
+def summarised(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """All prompts of one method and reward: means by run, of the best so far and of what is held out at it."""
+    length = min(len(cell["rewards"]) for cell in cells)
+    rewards = torch.cat([torch.tensor(cell["rewards"][:length]) for cell in cells], dim=1).double()
+    held_out = torch.cat([torch.tensor(cell["held_out"][:length]) for cell in cells], dim=1).double()
+    best, where = rewards.cummax(0)
+    at_best = held_out.gather(0, where)
+    seconds = torch.tensor([cell["seconds"][:length] for cell in cells], dtype=torch.float64).sum(0).cumsum(0)
+    return {
+        "before": float(rewards[0].mean()), "after": float(best[-1].mean()),
+        "standard_error": float(best[-1].std() / best.shape[1] ** 0.5),
+        "held_out_before": float(held_out[0].mean()), "held_out_after": float(at_best[-1].mean()),
+        "held_out_standard_error": float(at_best[-1].std() / best.shape[1] ** 0.5),
+        "curve": best.mean(1).tolist(), "held_out_curve": at_best.mean(1).tolist(), "seconds_curve": seconds.tolist(),
+        "seconds": float(seconds[-1]), "prompts": rewards.shape[1],
+        "stopped_early": [cell["status"] for cell in cells if cell["status"] != "completed"],
+    }  # fmt: skip
+
+
+def time_to_exact(rows: dict[str, Any], exact: str) -> dict[str, Any]:
+    """Seconds in which the default first reaches the exact method's last reward, relative to that method's.
+
+    The first run, whose reward is nobody's merit, counts for both."""
+    wanted, table = rows[exact]["after"], rows["direct"]
+    reached = [second for second, value in zip(table["seconds_curve"], table["curve"], strict=True) if value >= wanted]
+    return {
+        "exact_method": exact, "exact_seconds": rows[exact]["seconds"], "exact_reward": wanted,
+        "direct_seconds": reached[0] if reached else None,
+        "share_of_its_time": reached[0] / rows[exact]["seconds"] if reached else None,
+        "held_out_exact": rows[exact]["held_out_after"], "held_out_direct": table["held_out_after"],
+    }  # fmt: skip
+
+
+def import_time(rounds: int) -> dict[str, Any]:
     """Whole-process time of `import diffusers_fisher` against `import diffusers`."""
 
-    def task(name: str):
+    def task(name: str) -> Callable:
         return lambda: subprocess.run([sys.executable, "-c", f"import {name}"], check=True)
 
     seconds = paired_seconds({name: task(name) for name in ("diffusers", "diffusers_fisher")}, rounds)
@@ -197,27 +265,66 @@ def import_time(rounds: int) -> dict:
     return {"median_seconds": medians, "ratio": ratio(seconds, "diffusers_fisher", "diffusers")}
 
 
-def main() -> None:
-    folder = embedded_checkpoint()
-    imports = import_time(rounds=7)
-    pipe = StableDiffusionFisherPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    table, all_rewards = methods(pipe, STEPS), rewards(folder)
-    noise = torch.randn(BATCH, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    setting = {
-        "batch": BATCH, "scheduler": "DDIM", "steps": STEPS, "guidance_scale": SCALE, "step_size": STEP_SIZE,
-        "iterations": ITERATIONS, "dtype": "float32",
-    }  # fmt: skip
-    save(
-        "guidance",
-        {
-            "setting": setting,
-            "import": imports,
-            "iteration": iteration_cost(pipe, table, all_rewards["another class"], noise, rounds=5),
-            "memory": memory(pipe, noise),
-            "reward_after_ten_iterations": reward_curves(pipe, table, all_rewards, noise),
-        },
-    )
+class Cells:
+    """Parts of the benchmark by name, each computed once."""
+
+    def __init__(self, folder: Path, setting: Setting):
+        self.records = Records(folder, dataclasses.asdict(setting) | {"threads": torch.get_num_threads()})
+
+    def __call__(self, make: Callable[..., dict[str, Any]], *arguments: Any, given: tuple = ()) -> dict[str, Any]:
+        """`make(*given, *arguments)`, from its record where there is one."""
+        words = [make.__name__, *map(str, arguments)]
+        key = "_".join(re.sub(r"[^A-Za-z0-9.]+", "-", word).strip("-") for word in words)
+        if self.records.missing([key]):
+            begin = time.perf_counter()
+            self.records.write(key, make(*given, *arguments))
+            print(f"{key:<70}{time.perf_counter() - begin:>8.1f} s", flush=True)
+        return self.records.read(key)
+
+
+def run(setting: Setting, folder: Path) -> dict[str, Any]:
+    cells, problem = Cells(folder, setting), Problem(setting)
+    iteration = cells(iteration_cost, given=(problem,))
+    exact = iteration["faster_exact_method"]
+    names, methods = list(problem.rewards(0)), list(problem.methods(0).table)
+    batches = range(len(problem.noises))
+    curves: dict[str, Any] = {name: {} for name in names}
+    for name in names:
+        for method in methods:
+            curves[name][method] = summarised([cells(curve, name, method, b, given=(problem,)) for b in batches])
+    steps: dict[str, Any] = {name: {} for name in names}
+    for name in names:
+        for estimator in ("direct", "gaussian", "finite difference", "per-step recomputation"):
+            for strength in STRENGTHS:
+                rows = [cells(per_step, name, estimator, strength, b, given=(problem,)) for b in batches]
+                steps[name].setdefault(estimator, {})[str(strength)] = {
+                    "reward": _mean(rows, "rewards"), "held_out": _mean(rows, "held_out"),
+                    "seconds": sum(row["seconds"] for row in rows),
+                }  # fmt: skip
+    return {
+        "setting": dataclasses.asdict(setting),
+        "import": cells(import_time, given=(setting.rounds + 2,)),
+        "iteration": iteration,
+        "memory": cells(memory, given=(problem,)),
+        "gradients": {name: cells(gradients, name, given=(problem,)) for name in names},
+        "reward_after_ten_iterations": curves,
+        "time_to_exact": {name: time_to_exact(rows, exact) for name, rows in curves.items()},
+        "per_step": steps,
+    }
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> float:
+    return float(torch.tensor([value for row in rows for value in row[name]], dtype=torch.float64).mean())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=Path, default=Path("outputs/benchmarks/guidance"))
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args(arguments)
+    result = run(TINY if options.tiny else Setting(), options.records)
+    if not options.tiny:
+        save("guidance", result)
 
 
 if __name__ == "__main__":

@@ -2,68 +2,12 @@
 
 import pytest
 import torch
-from cases import Network, SchedulerCase, latents, relative, sampling_run
+from cases import latents, relative
 
-from diffusers_fisher import (
-    AutodiffFisher,
-    DirectFisher,
-    InputError,
-    NumericalError,
-    TrajectoryError,
-    fisher_scheduler,
-)
-from diffusers_fisher.guidance import ascend_noise
-from diffusers_fisher.guidance.adjoint import check_differentiable, checked_reward
+from diffusers_fisher import DirectFisher, InputError, NumericalError, TrajectoryError
+from diffusers_fisher.guidance.checks import check_differentiable, checked_reward
 
-PROMPTS = ["one", "two"]
-SHAPE = (2, 3, 2, 2)
-WEIGHTS = latents(torch.float32, SHAPE[1:], seed=5)
-STEPS = 5
-
-
-def projection(images, prompts):
-    """A linear reward, different for every pixel."""
-    return (images * WEIGHTS).flatten(1).sum(1)
-
-
-class Problem:
-    """Sampling with a small network on one scheduler: notes every initial noise and counts evaluations."""
-
-    def __init__(self, name="DDIMScheduler"):
-        case = SchedulerCase(name, {})
-        self.scheduler = fisher_scheduler(case.parent)(**case.config)
-        self.noises, self.num_calls = [], 0
-        self._network = Network(dtype=torch.float32)
-
-    def network(self, x, t):
-        self.num_calls += 1
-        return self._network(x, t)
-
-    def sample(self, noise):
-        self.noises.append(noise)
-        return self.run(noise)
-
-    @torch.no_grad()
-    def run(self, noise):
-        return sampling_run(self.scheduler, self.network, noise, STEPS)[-1]
-
-    def ascend(self, reward=projection, estimator=None, noise=None, decode=torch.sigmoid, sample=None, **options):
-        options = {"num_guidance_steps": 4, "step_size": 0.2, **options}
-        estimator = AutodiffFisher(self.network) if estimator is None else estimator
-        noise = latents(torch.float32, SHAPE) if noise is None else noise
-        return ascend_noise(
-            sample or self.sample, decode, reward, noise, PROMPTS, self.scheduler, estimator, **options
-        )
-
-    def exact_gradient(self, noise, reward=projection):
-        """By automatic differentiation through the whole run."""
-        leaf = noise.clone().requires_grad_()
-        value = reward(torch.sigmoid(sampling_run(self.scheduler, self._network, leaf, STEPS)[-1]), PROMPTS).sum()
-        return torch.autograd.grad(value, leaf)[0]
-
-
-def norms(x):
-    return torch.linalg.vector_norm(x.flatten(1), dim=1)
+from .ascent_cases import PROMPTS, SHAPE, STEPS, Problem, norms, projection, scripted
 
 
 @pytest.mark.parametrize("estimator", [None, DirectFisher()], ids=["autodiff", "direct"])
@@ -99,12 +43,6 @@ def test_steps_stay_on_each_samples_own_sphere():
     assert all(
         relative(after, before) > 0.05 for before, after in zip(problem.noises, problem.noises[1:], strict=False)
     )
-
-
-def scripted(table):
-    """A reward that returns the rows of `table` in turn, with a small gradient so that every run has other noise."""
-    rows = iter(torch.tensor(table))
-    return lambda images, prompts: next(rows) + 1e-6 * projection(images, prompts)
 
 
 def test_steps_are_halved_for_a_sample_whose_reward_is_no_new_best():
@@ -241,14 +179,42 @@ def test_reward_of_the_wrong_kind(kind, where):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("run", [0, 2, 4])
-def test_reward_that_is_not_finite_is_refused_at_the_run_where_it_happens(value, run):
+def test_reward_that_is_not_finite_at_first_is_refused(value):
+    problem = Problem()
+    with pytest.raises(NumericalError, match=rf"The reward '<lambda>' is not finite: \[0.4\d*, {value}\]"):
+        problem.ascend(scripted([[0.5, value]]))
+    assert len(problem.noises) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+@pytest.mark.parametrize("run", [1, 2, 4])
+def test_reward_that_is_not_finite_later_stops_with_the_best_so_far(value, run, caplog):
     problem = Problem()
     table = [[0.5, float(row)] for row in range(5)]
     table[run][1] = value
-    with pytest.raises(NumericalError, match=rf"The reward '<lambda>' is not finite: \[0.[45]\d*, {value}\]"):
-        problem.ascend(scripted(table))
+    ascent = problem.ascend(scripted(table))
     assert len(problem.noises) == run + 1
+    assert len(ascent.rewards) == len(ascent.gradient_norms) == len(ascent.seconds) == run
+    assert float(ascent.best_rewards[1]) == pytest.approx(run - 1, abs=1e-4)  # the slope
+    assert torch.equal(ascent.best_noise[1], problem.noises[run - 1][1])
+    assert ascent.status.startswith(f"stopped in run {run}: The reward '<lambda>' is not finite: [0.")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Guidance {ascent.status} The best so far is returned."
+    ]
+
+
+def test_gradient_that_is_not_finite_later_stops_with_that_runs_reward():
+    problem = Problem()
+
+    def reward(images, prompts):
+        values = projection(images, prompts)
+        broken = (images - images.detach()).sum((1, 2, 3)).abs().sqrt()  # 0, with an infinite slope
+        return values + (broken if len(problem.noises) == 3 else 0)
+
+    ascent = problem.ascend(reward)
+    assert (len(ascent.rewards), len(ascent.gradient_norms), len(ascent.seconds)) == (3, 2, 3)
+    assert ascent.status.startswith(f"stopped in run 2: The gradient through {STEPS} steps is not finite")
+    assert torch.equal(ascent.best_rewards, torch.stack(ascent.rewards).max(0).values)
 
 
 class Judge:

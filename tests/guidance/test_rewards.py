@@ -18,6 +18,7 @@ from diffusers_fisher import (
     MeasurementReward,
     embedded_checkpoint,
     embedded_test_images,
+    gaussian_blur,
 )
 
 CLASSIFIER = Path(embedded_checkpoint()) / "classifier"
@@ -30,8 +31,7 @@ def classifier():
 
 def made(classifier, target, model=None):
     """The embedded classifier with other targets."""
-    mean, std = classifier.mean.flatten().tolist(), classifier.std.flatten().tolist()
-    return ClassifierReward(model or classifier.model, target, classifier.size, mean, std)
+    return ClassifierReward(model or classifier.model, target, classifier.image_input)
 
 
 def smooth_images(count, height, width, dtype=torch.float32):
@@ -193,7 +193,7 @@ def test_size_is_read_in_every_form_that_transformers_wrote(tmp_path, size, expe
     }
     file.write_text(json.dumps(settings))
     reward = ClassifierReward.from_pretrained(str(folder), target=0)
-    assert reward.size == expected
+    assert reward.image_input.size == expected
     pixels = pixels_of(reward, torch.full((1, 3, 8, 8), 0.5))
     assert pixels.shape[-2:] == expected
     mean = torch.tensor([0.5, 0.0, -0.25])[:, None, None].expand(3, *expected)  # (0.5 - mean)/std
@@ -284,13 +284,53 @@ def test_measurement_that_does_not_fit_the_images_is_refused(target, mask):
         reward(torch.rand(3, 3, 2, 2), [])
 
 
+@pytest.mark.parametrize("std", [0.4, 1.0, 2.5])
+def test_blur_is_the_gaussian_convolution(std):
+    """Against the sum over all pixels, with the edge pixels repeated outwards."""
+    images, radius = smooth_images(2, 7, 9, torch.float64), int(numpy.ceil(3 * std))
+    offsets = torch.arange(-radius, radius + 1)
+    weights = torch.exp(-0.5 * (offsets / std) ** 2).double()
+    weights = weights[:, None] * weights / weights.sum() ** 2
+    expected = torch.zeros_like(images)
+    for dy in range(len(offsets)):
+        for dx in range(len(offsets)):
+            rows = (torch.arange(7) + offsets[dy]).clamp(0, 6)
+            columns = (torch.arange(9) + offsets[dx]).clamp(0, 8)
+            expected += weights[dy, dx] * images[:, :, rows][..., columns]
+    # float32 exponentials of integers in the reference
+    torch.testing.assert_close(gaussian_blur(std)(images), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_blur_of_no_width_is_refused():
+    with pytest.raises(InputError, match=r"`std` is 0; allowed: a positive number of pixels"):
+        gaussian_blur(0)
+
+
+def test_deblurring_is_best_at_the_sharp_image():
+    sharp, blur = embedded_test_images()[0][:2], gaussian_blur(1.0)
+    reward = MeasurementReward(blur(sharp), operator=blur)
+    assert reward(sharp, []).tolist() == [0, 0]
+    assert bool((reward(blur(sharp), []) < -1e-4).all())
+    leaf = blur(sharp).requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(leaf, []).sum(), leaf)
+    assert bool(((gradient * (sharp - leaf)).flatten(1).sum(1) > 0).all())  # uphill is toward the sharp one
+
+
+def test_measurements_of_another_size_are_refused():
+    reward = MeasurementReward(torch.rand(3, 2, 2), operator=lambda images: images[..., ::2, ::2])
+    assert reward(torch.rand(1, 3, 4, 4), []).shape == (1,)
+    with pytest.raises(InputError, match=r"do not fit measurements of \(1, 3, 1, 1\); allowed: .* measurements' size"):
+        reward(torch.rand(1, 3, 2, 2), [])
+
+
 @pytest.mark.parametrize(
     "reward",
     [
         LinearReward(smooth_images(1, 6, 8)[0] - 0.3),
         MeasurementReward(smooth_images(3, 6, 8)[2], smooth_images(1, 6, 8)[0, 0]),
+        MeasurementReward(smooth_images(3, 6, 8)[2], operator=gaussian_blur(1.5)),
     ],
-    ids=["linear", "measurement"],
+    ids=["linear", "measurement", "deblurring"],
 )
 def test_gradients_of_simple_rewards_are_exact(reward):
     # Quadratic at most, so truncation is nothing; rounding is 1e-16 of a reward of 0.1 over a step of 1e-4.

@@ -1,0 +1,309 @@
+"""Log-likelihoods of a dataset's images over many processes, resumable: what `diffusers-fisher likelihood` runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import itertools
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import Example, ImageData, Images, ImageStream, UnreadableImageError, open_images
+from ..errors import CoarseGridWarning, InputError, NumericalError
+from ..fisher import AutodiffFisher, FiniteDifferenceFisher, FisherEstimator
+from ..likelihood import DEFAULT_SCHEME, LikelihoodOutput
+from ..likelihood.schemes import scheme_of
+from ..training.checkpoints import flat_settings
+from ..training.state import step_generator
+from ..training.trace_config import DTYPES, DenoiserSettings, load_pipeline
+from .dataset_likelihood_report import Collected, write_results
+from .records import Records, shard
+
+ESTIMATORS = ("auto", "trace-model", "autodiff", "finite-difference")
+DIGEST_NAMES = 1000  # names of images by which data are known again
+DIGEST_VALUES = 1024  # of every tensor, by which weights are
+WRITE_SECONDS = (1.0, 60.0)  # least and most between two files of records
+WRITE_SHARE = 0.01  # of the time so far between two files: what a kill costs, with few files in the end
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetSettings:
+    """What the numbers depend on; all of it must be the same when a run is taken up again.
+
+    Args:
+        denoiser: the pipeline.
+        data: the images. Their captions are the prompts (class labels for pipelines that take those).
+        prompt: one for all images; without it and captions: the empty prompt.
+        num_inference_steps, scheme, bins: as `log_likelihood` takes them.
+        estimator: of the trace: "trace-model", the pipeline's own; "autodiff" or "finite-difference", by probes;
+            "auto": the trace model where there is one, else "autodiff".
+        num_probes: Hutchinson probes of the latter two; 0: the exact trace.
+        seed: of probes and dequantisation. Every image has draws of its own, by its position in the data.
+    """
+
+    denoiser: DenoiserSettings
+    data: ImageData
+    prompt: str | None = None
+    num_inference_steps: int = 32
+    scheme: str = DEFAULT_SCHEME
+    estimator: str = "auto"
+    num_probes: int = 2
+    bins: int | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuses what can't be run. Raises `InputError`."""
+        names = (("estimator", self.estimator, ESTIMATORS), ("dtype", self.denoiser.dtype, DTYPES))
+        for name, value, allowed in names:
+            if value not in allowed:
+                raise InputError(f"`{name}` is '{value}'; allowed: {', '.join(allowed)}.")
+        scheme_of(self.scheme)
+        if self.num_inference_steps < 2 or self.num_probes < 0:
+            raise InputError(
+                f"`num_inference_steps` is {self.num_inference_steps}, `num_probes` {self.num_probes}; allowed: from "
+                "2 (sensibly 20), and from 0 (the exact trace)."
+            )
+        if self.prompt is not None and self.data.caption_column is not None:
+            raise InputError("Give either `prompt`, one for all images, or `caption_column`: not both.")
+
+
+def evaluate_dataset(output: Path, settings: DatasetSettings, batch_size: int = 16) -> dict[str, Any] | None:
+    """Log-likelihoods of all images of a dataset, one record an image, with a summary and a report.
+
+    Every process of `accelerate launch` takes every n-th image, all on the same grid. Records are written some at a
+    time, so that a run which was killed goes on where it was: at most a hundredth of its time, a minute or one batch
+    is lost. In float32 the number of an image is the same to 1e-5 bits/dim whatever the batch size and the number of
+    processes. An image that can't be read, does not fit the pipeline or has no finite likelihood gets a record that
+    says so.
+
+    Args:
+        output: folder of `likelihoods.jsonl` (a line an image, in the order of the data), `summary.json`,
+            `histogram.png`, `index.html`, and of `records/` and `settings.json`, by which a run is taken up.
+        batch_size: images evaluated at once.
+
+    Returns:
+        The content of `summary.json` on the main process, None on the others.
+
+    Cost: `num_inference_steps` + 1 evaluations of the denoiser an image, each with a backward pass a probe, or with
+    one of the trace model.
+
+    Raises:
+        InputError: values out of range, data or a pipeline that can't be opened, records of other settings in
+            `output`, not one image that could be evaluated.
+        UnsupportedError: a pipeline without likelihoods. CheckpointError: a damaged checkpoint or record.
+    """
+    settings.check()
+    if batch_size < 1:
+        raise InputError(f"`batch_size` is {batch_size}; allowed: at least 1.")
+    state = process_state()
+    pipe = load_pipeline(settings.denoiser).to(state.device)
+    name = chosen_estimator(pipe, settings.estimator)
+    with state.main_process_first():  # the others find what the first has downloaded
+        images = open_images(settings.data, pipe._image_channels(), text_captions=hasattr(pipe, "tokenizer"))
+        told = {**flat_settings(dataclasses.asdict(settings)), "estimator": name, **_digests(pipe, images)}
+        records = Records(output, told)
+        before = Collected(records).count
+    begin = time.perf_counter()
+    share = Share(pipe, images, dataclasses.replace(settings, estimator=name), records, batch_size, state)
+    count = share.run()
+    if not state.is_main_process:
+        return None
+    seconds = time.perf_counter() - begin
+    run = {"processes": state.num_processes, "batch_size": batch_size, "seconds": seconds, "images": count - before}
+    return write_results(records, images, count, run)
+
+
+def process_state() -> Any:
+    """accelerate's state of this process; without it `torchrun` on machines of CPUs alone would be told apart by none.
+
+    Processes wait for each other only where their shares are done, for as long as those may differ.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=datetime.timedelta(days=7))
+
+
+def chosen_estimator(pipe: Any, name: str) -> str:
+    """The estimator that "auto" stands for. Raises `InputError` for a trace model where there is none."""
+    if name == "auto":
+        return "autodiff" if pipe.trace_model is None else "trace-model"
+    if name == "trace-model" and pipe.trace_model is None:
+        raise InputError(
+            "The estimator is 'trace-model', but the pipeline has none; allowed: 'autodiff' or 'finite-difference'. "
+            "Train one with diffusers_fisher.training.trace_matching and keep it in the pipeline's folder."
+        )
+    return name
+
+
+class Share:
+    """The images of one process.
+
+    Args:
+        settings: with an estimator that is chosen.
+        batch_size: images evaluated at once.
+        state: accelerate's.
+    """
+
+    def __init__(
+        self, pipe: Any, images: Images, settings: DatasetSettings, records: Records, batch_size: int, state: Any
+    ):
+        self.pipe, self.images, self.settings, self.records = pipe, images, settings, records
+        self.batch_size, self.state = batch_size, state
+        self.multiple = pipe._size_multiple()
+        self.method: dict[str, Any] | None = None  # what the first output says of itself
+        self.written: list[dict[str, Any]] = []  # records that are in no file yet
+        self.total = 0 if isinstance(images, ImageStream) else len(images)
+        if self.pipe.trace_model is not None:
+            self.pipe.trace_model.to(state.device)
+
+    def run(self) -> int:
+        """Evaluates what has no record yet; returns the number of images of all processes, when all are done.
+
+        Raises:
+            InputError: not one image of the whole data could be evaluated.
+        """
+        from tqdm.auto import tqdm
+
+        begin = self.last = time.perf_counter()
+        done, index, number = Collected(self.records).positions, self.state.process_index, self.state.num_processes
+        rows = self._rows(done)
+        expected = len(shard(range(self.total), index, number)) or None  # of a stream not known
+        mine = sum(position % number == index for position in done)
+        with tqdm(total=expected, initial=mine, desc="images", disable=not self.state.is_main_process) as progress:
+            for batch in iter(lambda: list(itertools.islice(rows, self.batch_size)), []):
+                self.written += self._evaluated(batch)
+                progress.update(len(batch))
+                since, low, high = time.perf_counter() - self.last, *WRITE_SECONDS
+                if since >= min(high, max(low, WRITE_SHARE * (self.last - begin))):
+                    self._write()
+            self._write()
+        self.state.wait_for_everyone()
+        if self.written:  # this process met no image that could be evaluated; others may have
+            if not self.records.done():
+                raise InputError(f"Not one image could be evaluated. The first: {self.written[0]['error']}")
+            self._write(failed_only=True)
+        self.state.wait_for_everyone()
+        return self.total
+
+    def _rows(self, done: frozenset[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Positions and undecoded rows of this process that have no record."""
+        index, number = self.state.process_index, self.state.num_processes
+        if not isinstance(self.images, ImageStream):
+            for position in shard(range(self.total), index, number):
+                if position not in done:
+                    yield position, self.images.rows[position]
+            return
+        for position, row in enumerate(self.images.undecoded()):
+            self.total = position + 1
+            if position % number == index and position not in done:
+                yield position, row
+
+    def _evaluated(self, batch: Sequence[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Records of a batch, those of images that have one size evaluated together."""
+        records = []
+        sizes: dict[tuple[int, ...], list[tuple[int, Example]]] = {}
+        for position, row in batch:
+            name = self.images.row_name(row, position)
+            try:
+                example = self.images.example(row, position)
+            except UnreadableImageError as error:
+                records.append(_failure(position, name, error))
+                continue
+            if any(side % self.multiple for side in example.pixels.shape[-2:]):
+                height, width = example.pixels.shape[-2:]
+                text = f"Image '{name}' has {width}x{height} pixels; this pipeline takes multiples of {self.multiple}."
+                records.append(_failure(position, name, f"{text} Set `resolution`."))
+                continue
+            sizes.setdefault(tuple(example.pixels.shape), []).append((position, example))
+        for group in sizes.values():
+            records += self._likelihoods(group)
+        return records
+
+    def _likelihoods(self, group: Sequence[tuple[int, Example]]) -> list[dict[str, Any]]:
+        settings = self.settings
+        captions = [settings.prompt if settings.prompt is not None else example.caption for _, example in group]
+        conditions = [] if all(caption is None for caption in captions) else [[_said(text) for text in captions]]
+        options: dict[str, Any] = {}
+        if settings.estimator != "trace-model":
+            estimator: FisherEstimator = AutodiffFisher()
+            if settings.estimator == "finite-difference":
+                estimator = FiniteDifferenceFisher()
+            options = {"estimator": estimator, "num_probes": settings.num_probes or None}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", CoarseGridWarning)  # the summary says it once, for all
+                out = self.pipe.log_likelihood(
+                    torch.stack([example.pixels for _, example in group]), *conditions,
+                    num_inference_steps=settings.num_inference_steps, scheme=settings.scheme, bins=settings.bins,
+                    generator=[step_generator(settings.seed, "likelihood", position) for position, _ in group],
+                    **options,
+                )  # fmt: skip
+        except NumericalError as error:
+            if len(group) > 1:  # which of them it was
+                return [record for entry in group for record in self._likelihoods([entry])]
+            position, example = group[0]
+            return [_failure(position, example.name, f"Image '{example.name}': {error}")]
+        if self.method is None:
+            self.method = {name: getattr(out, name) for name in ("space", "density", "prior", "trace", "scheme")}
+        return [
+            _record(position, example.name, caption, out, index)
+            for index, ((position, example), caption) in enumerate(zip(group, captions, strict=True))
+        ]
+
+    def _write(self, failed_only: bool = False) -> None:
+        """Writes the records since the last file. Failures alone wait: settings under which nothing can be evaluated
+        should leave a folder that takes others."""
+        now = time.perf_counter()
+        if self.written and (self.method is not None or failed_only):
+            rows = sorted(self.written, key=lambda row: row["position"])
+            content = {"method": self.method, "seconds": now - self.last, "records": rows}
+            self.records.write(f"{rows[0]['position']:09d}", content)
+            self.written = []
+        self.last = now
+
+
+def _record(position: int, name: str, caption: Any, out: LikelihoodOutput, index: int) -> dict[str, Any]:
+    """What is kept of one image."""
+    nats = ("log_prob", "prior_log_prob", "trace_log_prob", "standard_error", "discretisation_error")
+    values = {key: float(getattr(out, key)[index]) for key in nats}
+    if not math.isfinite(values["standard_error"]):  # of one probe it is not known
+        values["standard_error"] = None  # type: ignore[assignment]
+    return {
+        "position": position, "name": name, "caption": caption, "bits_per_dim": float(out.bits_per_dim[index]),
+        **values, "dims": out.dims, "r": [round(value, 6) for value in out.r[:, index].tolist()],
+    }  # fmt: skip
+
+
+def _failure(position: int, name: str, error: object) -> dict[str, Any]:
+    return {"position": position, "name": name, "error": str(error)}
+
+
+def _said(caption: Any) -> Any:
+    """The condition: an image without a caption among others with theirs gets the empty prompt."""
+    return "" if caption is None else caption
+
+
+def _digests(pipe: Any, images: Images) -> dict[str, Any]:
+    """By what data and weights are known again: the number of images and hashes."""
+    modules = [*pipe.components.values(), pipe.trace_model]
+    weights = hashlib.sha256()
+    for module in modules:
+        if isinstance(module, torch.nn.Module):
+            for name, tensor in module.state_dict().items():
+                weights.update(name.encode())
+                weights.update(tensor.flatten()[:DIGEST_VALUES].float().cpu().numpy().tobytes())
+    digests: dict[str, Any] = {"weights": weights.hexdigest()[:16]}
+    if not isinstance(images, ImageStream):
+        positions = range(0, len(images), max(1, len(images) // DIGEST_NAMES))
+        names = "\n".join(images.name(position) for position in positions)
+        digests["images"] = f"{len(images)}, sha256 {hashlib.sha256(names.encode()).hexdigest()[:16]}"
+    return digests

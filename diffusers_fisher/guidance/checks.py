@@ -1,0 +1,100 @@
+"""What a reward is, and the checks of one before and during guidance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import InputError, NumericalError, TrajectoryError
+
+Reward = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
+"""`reward(images, prompts) -> rewards`: images (B, 3, H, W) in [0, 1] with a graph, rewards (B,), higher is better."""
+
+
+def checked_reward(reward: Reward, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    """Calls the reward and checks its shape and values.
+
+    Raises:
+        InputError: not a tensor of shape (B,). NumericalError: not finite.
+    """
+    values = reward(images, prompts)
+    if not isinstance(values, torch.Tensor) or values.shape != (len(images),):
+        got = f"shape {tuple(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
+        raise InputError(
+            f"The reward {name_of(reward)} returned {got} for {len(images)} images; it must return a tensor of shape "
+            f"({len(images)},), one number an image, higher is better."
+        )
+    if not torch.isfinite(values).all():
+        raise NumericalError(f"The reward {name_of(reward)} is not finite: {values.detach().cpu().tolist()}.")
+    return values
+
+
+def check_differentiable(reward: Reward, shape: Sequence[int], prompts: Sequence[str], device: torch.device) -> None:
+    """Tries the reward on smooth ramps before any sampling.
+
+    Raises:
+        InputError: autograd finds no way from the images to the reward. TrajectoryError: torch.inference_mode is on.
+    """
+    if torch.is_inference_mode_enabled():
+        raise TrajectoryError(
+            "Guidance needs gradients, which torch.inference_mode forbids whatever is set inside it; use "
+            "torch.no_grad instead, or nothing: the denoiser builds no graph in any case."
+        )
+    with torch.enable_grad():
+        # No two pixels alike: a reward that divides by the images' contrast is fine on real ones.
+        ramp = torch.linspace(0.25, 0.75, math.prod(shape), device=device)
+        images = ramp.reshape(tuple(shape)).requires_grad_()
+        values = checked_reward(reward, images, prompts)
+        connected = values.requires_grad and (
+            torch.autograd.grad(values.sum(), images, allow_unused=True)[0] is not None
+        )
+    if not connected:
+        raise not_differentiable(reward)
+
+
+def not_differentiable(reward: Reward) -> InputError:
+    """The error for a reward without a graph to the images."""
+    return InputError(
+        f"The reward {name_of(reward)} is not differentiable with respect to the images: it returned a tensor without "
+        "a graph to them. Keep to torch operations on the tensor; processors that go through PIL or numpy, `.item()`, "
+        "`.detach()`, argmax and torch.no_grad cut gradients."
+    )
+
+
+def check_images(images: torch.Tensor, where: str) -> None:
+    """Refuses images that are not finite.
+
+    Raises:
+        NumericalError: names `where`.
+    """
+    if not torch.isfinite(images).all():
+        raise NumericalError(
+            f"The images of {where} are not finite. Half-precision autoencoders and denoisers are the usual cause: "
+            "load the pipeline in float32 or bfloat16."
+        )
+
+
+def name_of(reward: Any) -> str:
+    """The reward's name for messages."""
+    return f"'{getattr(reward, '__name__', type(reward).__name__)}'"
+
+
+def norms(x: torch.Tensor) -> torch.Tensor:
+    """Norm of every sample, (B, 1, ...)."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def unit(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every sample divided by its norm (zero where that is zero), and the norms (B,) float64 on the CPU.
+
+    Scaled by the largest element first: squares of 1e20, which some estimators' gradients reach, overflow in float32.
+    """
+    flat = x.flatten(1)
+    largest = flat.abs().amax(1, keepdim=True)
+    scaled = flat / torch.where(largest > 0, largest, 1)
+    lengths = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    result = (scaled / torch.where(lengths > 0, lengths, 1)).view_as(x)
+    return result, (largest.cpu().double() * lengths.cpu().double())[:, 0]

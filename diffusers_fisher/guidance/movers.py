@@ -1,0 +1,127 @@
+"""How what is optimised moves along its gradient: normalised ascent, or any optimiser of torch.optim.
+
+The variables are tensors by name, (B, ...) each: "noise", and on request "text" and "control".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from ..errors import InputError
+from .checks import norms, unit
+
+Variables = Mapping[str, torch.Tensor]
+
+OptimizerFactory = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
+"""`factory(parameters) -> optimizer`, such as `lambda parameters: torch.optim.Adam(parameters, lr=0.05)`."""
+
+
+class Mover(Protocol):
+    """One step of an ascent."""
+
+    def move(self, variables: Variables, gradients: Variables, improved: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The variables after a step along the rewards' `gradients`.
+
+        Args:
+            improved: (B,) bool, whether the last step gave the sample its best reward so far.
+        """
+
+
+class NormalisedAscent:
+    """Steps of a length of their own along each sample's unit gradient; the noise stays on its sphere.
+
+    Args:
+        variables: where they begin. The first step is `step_size` times the norm of the noise, or of the text
+            embedding; for the control, all steps of the run together, that of the noise.
+
+    A sample's steps are halved whenever its reward was no better than the best before, so that near an optimum it
+    does not overshoot for ever.
+    """
+
+    def __init__(self, variables: Variables, noise: torch.Tensor, step_size: float):
+        self._radius = norms(noise)
+        sizes = {name: self._radius if name == "control" else norms(value) for name, value in variables.items()}
+        self._lengths = {name: step_size * size.flatten() for name, size in sizes.items()}
+
+    def move(self, variables: Variables, gradients: Variables, improved: torch.Tensor) -> dict[str, torch.Tensor]:
+        result = {}
+        for name, value in variables.items():
+            kept = improved.to(value.device)
+            self._lengths[name] = torch.where(kept, self._lengths[name], self._lengths[name] / 2)
+            length = self._lengths[name].reshape(-1, *[1] * (value.ndim - 1))
+            moved = value + length * unit(gradients[name])[0]
+            if name == "noise":
+                moved = moved * (self._radius / norms(moved))  # where nothing moved, bit for bit
+            result[name] = moved.detach()
+        return result
+
+
+class TorchAscent:
+    """Steps of an optimiser from torch.optim on minus the sum of the rewards. Nothing holds the noise on its sphere.
+
+    Elementwise optimisers (SGD, Adam and their kind) keep the samples apart.
+    """
+
+    def __init__(self, variables: Variables, make: OptimizerFactory):
+        self._parameters = {name: torch.nn.Parameter(value.detach().clone()) for name, value in variables.items()}
+        self._optimizer = make(list(self._parameters.values()))
+
+    def move(self, variables: Variables, gradients: Variables, improved: torch.Tensor) -> dict[str, torch.Tensor]:
+        for name, parameter in self._parameters.items():
+            parameter.grad = -gradients[name].to(parameter)
+        self._optimizer.step()
+        return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+
+
+def optimizer_factory(optimizer: Any, step_size: float) -> OptimizerFactory | None:
+    """The factory that `optimizer` means: a name in torch.optim (with `step_size` as its learning rate), a factory,
+    or None for normalised ascent.
+
+    Raises:
+        InputError: another name, or what makes no optimiser, or one that evaluates the reward by itself.
+    """
+    if optimizer is None:
+        return None
+    make = optimizer
+    if isinstance(optimizer, str):
+        cls = getattr(torch.optim, optimizer, None)
+        if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+            raise InputError(f"`optimizer` is '{optimizer}'; allowed: a name in torch.optim, such as Adam.")
+
+        def named(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+            return cls(parameters, lr=step_size)  # type: ignore[call-arg]
+
+        make = named
+    try:
+        trial = make([torch.nn.Parameter(torch.zeros(2))])
+    except Exception as error:
+        raise InputError(f"`optimizer` can't be made: {error}. Pass a name in torch.optim or a factory.") from error
+    if not isinstance(trial, torch.optim.Optimizer) or isinstance(trial, torch.optim.LBFGS):
+        raise InputError(
+            f"`optimizer` makes a {type(trial).__name__}; allowed: a torch.optim.Optimizer whose step needs no "
+            "closure, such as lambda parameters: torch.optim.Adam(parameters, lr=0.05)."
+        )
+    return make
+
+
+def check_sphere(noise: torch.Tensor) -> None:
+    """Refuses noise (B, ...) without a norm. Raises `InputError`."""
+    if not bool((norms(noise) > 0).all()):
+        raise InputError(
+            "A sample of the initial noise is all zero, so there is no sphere to move it on; draw it anew."
+        )
+
+
+def shell_distance(noise: torch.Tensor) -> torch.Tensor:
+    """How far the norm of noise (B, ...) is from that of Gaussian noise, in its standard deviations, (B,) float64.
+
+    |z| of d standard normal numbers has mean sqrt(d - 1/2) and standard deviation sqrt(1/2), nearly, for d of some
+    tens or more.
+    """
+    flat = noise.detach().double().flatten(1)
+    typical = math.sqrt(flat.shape[1] - 0.5)
+    return (math.sqrt(2) * (torch.linalg.vector_norm(flat, dim=1) - typical)).cpu()

@@ -1,0 +1,259 @@
+"""Guidance step by step inside one sampling run: a callback that tilts the score toward a reward.
+
+Notation: x_t = alpha x_0 + sigma eps, s = sigma/alpha, x0hat = E[x_0|x_t], J = d x0hat/d x_t = (alpha/sigma^2) C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import InputError, NumericalError, TrajectoryError, UnsupportedError
+from ..fisher.direct import DirectFisher
+from ..fisher.operator import FisherEstimator
+from ..noise import NoiseLevel, SchedulerFamily, expand, noise_level, scheduler_family
+from ..state import DenoisingState, state_of
+from .checks import Reward, check_images, checked_reward, norms, not_differentiable, unit
+
+
+@contextlib.contextmanager
+def posterior_guidance(
+    pipe: Any,
+    reward: Reward,
+    prompts: str | Sequence[str] = "",
+    *,
+    strength: float = 0.2,
+    estimator: FisherEstimator | None = None,
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Iterator[PosteriorGuidance]:
+    """Guides the runs of any pipeline inside the block, through `callback_on_step_end`.
+
+        with posterior_guidance(pipe, reward, strength=0.2) as guidance:
+            images = pipe(prompt, callback_on_step_end=guidance).images
+
+    At every step the reward's gradient at the predicted clean sample, g = d reward(decode(x0hat))/d x0hat, is carried
+    to the noisy sample by the denoiser's Jacobian, J^T g, and the score is tilted in that direction. With
+    `DirectFisher`, where J = I/alpha, it is the gradient of MPGD (He et al., 2311.16424); with `AutodiffFisher`, the
+    network's own vector-Jacobian product, that of DPS (Chung et al., 2209.14687) and FreeDoM (Yu et al., 2303.09833).
+    `FiniteDifferenceFisher` and `GaussianFisher` lie between; endpoint forms need the run's end and are refused.
+
+    The scheduler's `step` is watched inside the block, which gives the callback the state that a step began from; the
+    scheduler itself is untouched, and nothing of the pipeline is changed after the block.
+
+    Args:
+        pipe: a pipeline whose call takes `callback_on_step_end`; used as it is.
+        reward: `reward(images, prompts) -> (B,)`, images (B, 3, H, W) in [0, 1] with a graph.
+        prompts: what the reward is told, one for all samples or one each.
+        strength: the tilt's size relative to the score: the score becomes score + strength alpha |score| u, with u
+            the unit direction and alpha that of the variance-preserving sample. The predicted clean sample so moves
+            by `strength` sigma |eps|, less than `strength` standard deviations of the noise at any level.
+        estimator: of the diffusion Fisher; None: `DirectFisher()`. One that needs a denoiser brings its own, such as
+            AutodiffFisher(PipelineDenoiser(pipe, guidance_scale, prompt=...)).
+        decode: latents in the pipeline's layout to images (B, 3, H, W) in [0, 1], differentiable. None: by the
+            pipeline's autoencoder; packed latents (Flux) need it.
+
+    Yields:
+        The `PosteriorGuidance`, to be passed as `callback_on_step_end`. Cost: a decoding, a reward and their backward
+        pass a step, and the estimator's product.
+
+    Raises:
+        InputError: `strength` not positive; in the run: a reward of the wrong shape or not differentiable.
+        UnsupportedError: a pipeline without callbacks or autoencoder, a scheduler that is not known.
+        TrajectoryError: the run was not given the callback, or the callback is called outside of the block.
+        NumericalError: images, a reward or a gradient that are not finite.
+    """
+    if not 0 < strength < math.inf:
+        raise InputError(f"`strength` is {strength}; allowed: positive, such as 0.2 of the score's norm.")
+    scheduler = pipe.scheduler
+    scheduler_family(scheduler)
+    _check_callback(pipe)
+    guidance = PosteriorGuidance(
+        reward, prompts, strength, estimator or DirectFisher(), decode or autoencoder_decoder(pipe)
+    )
+    own = {name: value for name, value in vars(scheduler).items() if name == "step"}  # one of the user's own
+    scheduler.step = guidance._watched(scheduler)
+    try:
+        yield guidance
+    finally:
+        del scheduler.step
+        vars(scheduler).update(own)
+        guidance._scheduler = None
+    guidance._check_called()
+
+
+class PosteriorGuidance:
+    """The callback of `posterior_guidance`, and what it saw of the last run.
+
+    Attributes:
+        rewards: of the predicted clean samples before every guided step, a list of (B,) float64.
+        gradient_norms: |J^T g|, likewise.
+    """
+
+    def __init__(self, reward, prompts, strength, estimator, decode):
+        self.rewards: list[torch.Tensor] = []
+        self.gradient_norms: list[torch.Tensor] = []
+        self._reward = reward
+        self._prompts = prompts
+        self._strength = strength
+        self._estimator = estimator
+        self._decode = decode
+        self._scheduler: Any = None
+        self._timesteps: Any = None
+        self._state: DenoisingState | None = None
+        self._begin: NoiseLevel | None = None  # level from which the sample comes that is to be tilted
+        self._steps = self._calls = 0
+
+    def __call__(self, pipe: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """diffusers' callback: the latents after a step, tilted."""
+        state = self._state
+        if self._scheduler is None or state is None:
+            raise TrajectoryError(
+                "The guidance was called without a step that it had watched. Call the pipeline inside the "
+                "`with posterior_guidance(pipe, ...)` block, with the same pipeline and scheduler."
+            )
+        self._calls += 1
+        if "latents" not in callback_kwargs:
+            raise InputError(
+                "The callback was given no latents; leave `callback_on_step_end_tensor_inputs` out, or name latents."
+            )
+        if self._halfway() and not self._ended():
+            return callback_kwargs  # the second evaluation of a step forgets what is changed after the first
+        begin, end = self._begin or state.level, self._level_now(state.timestep)
+        self._begin, self._state = end, None
+        direction = self._direction(state, len(self.rewards))
+        tilt = expand(_rotation(begin, end) * self._strength, direction) * norms(state.epsilon) * direction
+        latents = callback_kwargs["latents"]
+        return callback_kwargs | {"latents": (latents + tilt).to(latents.dtype)}
+
+    def _direction(self, state: DenoisingState, step: int) -> torch.Tensor:
+        """The unit direction in which the score is tilted, (B, ...)."""
+        clean = state.pred_original_sample.detach()
+        prompts = [self._prompts] * len(clean) if isinstance(self._prompts, str) else self._prompts
+        with torch.enable_grad():
+            leaf = clean.requires_grad_()
+            images = self._decode(leaf)
+            check_images(images, f"guided step {step}")
+            values = checked_reward(self._reward, images, prompts)
+            if not values.requires_grad:
+                raise not_differentiable(self._reward)
+            (gradient,) = torch.autograd.grad(values.sum(), leaf)
+        product = self._estimator(state).original_jacobian(gradient)
+        if not torch.isfinite(product).all():
+            raise NumericalError(
+                f"The gradient at guided step {step} is not finite with {type(self._estimator).__name__}. Half "
+                "precision is the usual cause, or a reward whose slope is infinite."
+            )
+        direction, length = unit(product)
+        self.rewards.append(values.detach().double().cpu())
+        self.gradient_norms.append(length)
+        return direction
+
+    def _halfway(self) -> bool:
+        """Whether a step of two evaluations (Heun, KDPM2) has had its first."""
+        return not getattr(self._scheduler, "state_in_first_order", True)
+
+    def _ended(self) -> bool:
+        """Whether the run is over, as far as the scheduler counts its steps."""
+        index = getattr(self._scheduler, "step_index", None)
+        return index is not None and index >= len(self._scheduler.timesteps)
+
+    def _level_now(self, timestep: Any) -> NoiseLevel:
+        """Level of the sample that the step at `timestep` has returned."""
+        scheduler = self._scheduler
+        if scheduler_family(scheduler) not in (SchedulerFamily.TABLE, SchedulerFamily.INVERSE_TABLE):
+            if not self._halfway():
+                return noise_level(scheduler, timestep, scheduler.step_index)
+        elif (following := _following(scheduler.timesteps, timestep)) is not None:
+            return noise_level(scheduler, following, 0)
+        alpha_bar = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0), dtype=torch.float64)
+        return NoiseLevel(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+
+    def _watched(self, scheduler: Any) -> Callable:
+        self._scheduler = scheduler
+        step = scheduler.step
+
+        @functools.wraps(step)  # pipelines inspect its signature
+        def watched(model_output, timestep, sample, *args, **kwargs):
+            self._watch(model_output, timestep, sample)
+            return step(model_output, timestep, sample, *args, **kwargs)
+
+        return watched
+
+    def _watch(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> None:
+        scheduler = self._scheduler
+        if scheduler.timesteps is not self._timesteps:  # another run
+            self._timesteps, self._begin = scheduler.timesteps, None
+            self.rewards, self.gradient_norms = [], []
+        if getattr(scheduler, "step_index", None) is None and hasattr(scheduler, "_init_step_index"):
+            scheduler._init_step_index(timestep)
+        wide = sample.detach().to(torch.promote_types(sample.dtype, torch.float32))
+        index = getattr(scheduler, "step_index", None)
+        self._state = state_of(
+            scheduler, wide, model_output.detach().to(wide.dtype), timestep, 0 if index is None else int(index)
+        )
+        if self._begin is None:
+            self._begin = self._state.level
+        self._steps += 1
+
+    def _check_called(self) -> None:
+        if self._steps and not self._calls:
+            raise TrajectoryError(
+                "The pipeline ran without guidance: pass it `callback_on_step_end=guidance`, what the block yields."
+            )
+
+
+def autoencoder_decoder(pipe: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Scaled latents (B, C, h, w) to images (B, 3, H, W) float32 in [0, 1] by the autoencoder, with a graph.
+
+    Raises:
+        UnsupportedError: the pipeline has no autoencoder, or packs its latents (at the first call).
+    """
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        raise UnsupportedError(
+            f"{type(pipe).__name__} has no autoencoder `vae`; pass `decode`, latents to images in [0, 1]."
+        )
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        if latents.ndim != 4:
+            raise UnsupportedError(
+                f"{type(pipe).__name__} packs its latents to {tuple(latents.shape)}; pass `decode`, which unpacks "
+                "them and decodes them to images (B, 3, H, W) in [0, 1]."
+            )
+        decoded = vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+    return decode
+
+
+def _rotation(begin: NoiseLevel, end: NoiseLevel) -> torch.Tensor:
+    """What a unit tilt of eps by alpha is worth after a first-order step of the probability-flow ODE, float64.
+
+    d x~/ds = eps, so a change -alpha d of eps moves the carried sample by alpha_end (s_begin - s_end) alpha d, with
+    alpha that of the variance-preserving sample, which keeps it finite where s_begin is infinite: for those samples
+    it is the sine of the angle that the step turns them by.
+    """
+    cosine, sine = begin.alpha / begin.norm, begin.sigma / begin.norm
+    return end.alpha * sine - end.sigma * cosine
+
+
+def _following(timesteps: torch.Tensor, timestep: Any) -> torch.Tensor | None:
+    """The run's timestep after `timestep` (after its last occurrence: PNDM repeats one), None at the end."""
+    places = (timesteps == torch.as_tensor(timestep).to(timesteps)).nonzero()
+    place = int(places[-1]) + 1 if len(places) else len(timesteps)
+    return timesteps[place] if place < len(timesteps) else None
+
+
+def _check_callback(pipe: Any) -> None:
+    if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
+        raise UnsupportedError(
+            f"{type(pipe).__name__} takes no `callback_on_step_end`, so it can't be guided step by step; guide its "
+            "initial noise instead: fisher_pipeline(pipe).guide(...)."
+        )

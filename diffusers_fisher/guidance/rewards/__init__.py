@@ -1,0 +1,14 @@
+"""Differentiable rewards on image tensors in [0, 1].
+
+Any Python callable `reward(images, prompts) -> (B,)` is one; these are the usual ones.
+"""
+
+from .images import ImageInput
+from .measurements import LinearReward, MeasurementReward, gaussian_blur
+from .models import AestheticReward, ClassifierReward, TextImageReward
+from .named import WeightedReward, named_reward
+
+__all__ = [
+    "AestheticReward", "ClassifierReward", "ImageInput", "LinearReward", "MeasurementReward", "TextImageReward",
+    "WeightedReward", "gaussian_blur", "named_reward",
+]  # fmt: skip

@@ -1,0 +1,108 @@
+"""The prompts' embedding as something to optimise."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..denoiser import PipelineDenoiser
+from ..errors import InputError, UnsupportedError
+from ..fisher.autodiff import AutodiffFisher
+from ..fisher.operator import FisherEstimator
+from ..noise import expand
+from ..state import DenoisingState
+
+
+class TextEmbedding:
+    """What a pipeline's `encode_prompt` returns first, as a variable shared by the denoisers it is attached to.
+
+    Its gradient is that of the network, by automatic differentiation: no estimator of the diffusion Fisher knows how
+    the noise depends on the text. Cost: one evaluation with a graph a step of the backward pass, and its backward.
+
+    Attributes:
+        value: (B, tokens, width) float32 or wider, from the first encoding on.
+        gradient: of the loss with respect to `value`, summed over the steps; None before the first.
+    """
+
+    def __init__(self) -> None:
+        self._value: torch.Tensor | None = None
+        self.gradient: torch.Tensor | None = None
+
+    @property
+    def value(self) -> torch.Tensor:
+        if self._value is None:
+            raise InputError("The prompts have not been encoded yet: run the pipeline first.")
+        return self._value
+
+    @value.setter
+    def value(self, value: torch.Tensor) -> None:
+        self._value = value
+
+    def attach(self, denoiser: PipelineDenoiser) -> None:
+        """Puts the variable in the place of the prompts' embedding in all of `denoiser`'s evaluations."""
+        if "encode_prompt" not in denoiser.encoding():
+            raise UnsupportedError(
+                f"{type(denoiser.pipe).__name__} encodes no prompts, so there is no text embedding to optimise; "
+                "optimise the noise, or a control."
+            )
+        encode = denoiser.encode_prompt
+
+        def encode_prompt(*args: Any, **kwargs: Any) -> tuple:
+            encoded = encode(*args, **kwargs)
+            if self._value is None:
+                wide = torch.promote_types(encoded[0].dtype, torch.float32)
+                self._value = encoded[0].detach().to(wide, copy=True)
+            return (self._value.to(encoded[0].dtype), *encoded[1:])
+
+        denoiser.encode_prompt = encode_prompt  # type: ignore[method-assign]
+
+    @contextlib.contextmanager
+    def held(self, value: torch.Tensor) -> Iterator[None]:
+        """`value` for the block, in the variable's place."""
+        before, self._value = self._value, value
+        try:
+            yield
+        finally:
+            self._value = before
+
+    def accumulate(self, gradient: torch.Tensor) -> None:
+        """Adds one step's share to the gradient."""
+        self.gradient = gradient if self.gradient is None else self.gradient + gradient
+
+
+class TextGradientEstimator:
+    """`estimator`, whose products in the backward pass also add to the text's gradient."""
+
+    def __init__(self, estimator: FisherEstimator, text: TextEmbedding, denoiser: PipelineDenoiser):
+        self.estimator = estimator
+        self.text = text
+        self.denoiser = denoiser
+
+    def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> _TextOperator:
+        return _TextOperator(self, state, endpoint)
+
+
+class _TextOperator:
+    """The part of an operator that a trajectory asks for."""
+
+    def __init__(self, parent: TextGradientEstimator, state: DenoisingState, endpoint: torch.Tensor | None):
+        self._parent = parent
+        self._state = state
+        self._endpoint = endpoint
+
+    def output_jacobian(self, v: torch.Tensor) -> torch.Tensor:
+        parent, state = self._parent, self._state
+        with torch.enable_grad():
+            # The sample asks for a graph in any case: without it the pipeline would be called under no_grad.
+            sample = state.sample.detach().requires_grad_()
+            text = parent.text.value.detach().requires_grad_()
+            with parent.text.held(text):
+                output = parent.denoiser.model_output(expand(state.input_scale, sample) * sample, state.timestep)
+        of_text, of_sample = torch.autograd.grad(output, (text, sample), v.to(output.dtype))
+        parent.text.accumulate(of_text)
+        if isinstance(parent.estimator, AutodiffFisher) and not parent.estimator.forward_mode:
+            return of_sample.to(v.dtype)  # the same graph gives its product too
+        return parent.estimator(state, endpoint=self._endpoint).output_jacobian(v)

@@ -1,0 +1,103 @@
+"""The methods that guidance is compared between: exact gradients by two ways, and every estimator."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from diffusers_fisher import (
+    AutodiffFisher,
+    DirectFisher,
+    EndpointFisher,
+    FiniteDifferenceFisher,
+    GaussianFisher,
+    PipelineDenoiser,
+    fisher_scheduler,
+)
+
+
+class StoredGraph:
+    """Full back-propagation through the stock pipeline, with the interface of a differentiable scheduler."""
+
+    def __init__(self, pipe: Any, arguments: dict[str, Any]):
+        self.states: list = []
+        self._pipe, self._arguments = pipe, arguments
+        self._leaf: torch.Tensor | None = None
+
+    @contextlib.contextmanager
+    def differentiable(self, estimator: Any) -> Iterator["StoredGraph"]:
+        yield self
+
+    def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        self._leaf = noise.detach().requires_grad_()
+        with torch.enable_grad():
+            call = inspect.unwrap(type(self._pipe).__call__)
+            return call(self._pipe, latents=self._leaf, **self._arguments)[0]
+
+    def gradient(self, loss: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(loss, self._leaf)[0]
+
+
+def embeddings(pipe: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """The call arguments that stand for `prompts`."""
+    positive, negative = pipe.encode_prompt(prompts, pipe.device, 1, True)
+    return {"prompt_embeds": positive.detach(), "negative_prompt_embeds": negative.detach()}
+
+
+class Methods:
+    """`table`: (sample, scheduler, estimator) by name; the first two give the exact gradient.
+
+    Args:
+        pipe: Stable Diffusion, run on DDIM.
+        embeds: `prompt_embeds` and `negative_prompt_embeds`.
+        data_latents: (N, C, h, w) clean latents that the Gaussian is fitted to.
+    """
+
+    def __init__(
+        self, pipe: Any, embeds: dict[str, torch.Tensor], steps: int, guidance_scale: float, data_latents: torch.Tensor
+    ):
+        self._embeds = embeds
+        self._scale, self._latents, self._pipe = guidance_scale, data_latents, pipe
+        self.arguments = {
+            **self._embeds, "num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "latent",
+            "return_dict": False,
+        }  # fmt: skip
+        config = DDIMScheduler.from_config(pipe.scheduler.config).config
+        self._config = config
+        scheduler = fisher_scheduler(DDIMScheduler).from_config(config)
+        guided = self.stock(scheduler)
+        stored = StoredGraph(self.stock(), self.arguments)
+
+        def sample(noise: torch.Tensor) -> torch.Tensor:
+            return guided(latents=noise, **self.arguments)[0]
+
+        self.table: dict[str, tuple] = {"stored graph": (stored.sample, stored, None)}
+        self.table |= {name: (sample, scheduler, estimator) for name, estimator in self.estimators().items()}
+
+    def stock(self, scheduler: Any = None) -> StableDiffusionPipeline:
+        """The stock pipeline over the same networks, with a scheduler of its own."""
+        pipe, components = self._pipe, dict(self._pipe.components)
+        components["scheduler"] = DDIMScheduler.from_config(self._config) if scheduler is None else scheduler
+        made = StableDiffusionPipeline(**components, requires_safety_checker=False)
+        made.set_progress_bar_config(**pipe._progress_bar_config)
+        return made
+
+    def estimators(self) -> dict[str, Any]:
+        """Estimators by name, ready for any run on these prompts."""
+        guided = PipelineDenoiser(self.stock(), guidance_scale=self._scale, **self._embeds)
+        found: dict[str, Any] = {
+            "per-step recomputation": AutodiffFisher(guided),
+            "direct": DirectFisher(),
+            "finite difference": FiniteDifferenceFisher(guided),
+            "endpoint, centred": EndpointFisher(centred=True),
+            "endpoint, paper": EndpointFisher(),
+            "gaussian": GaussianFisher.fit_diagonal(self._latents, dct=True),
+        }
+        if self._scale != 1:  # classifier-free guidance kept out of the adjoint
+            plain = PipelineDenoiser(self.stock(), guidance_scale=1.0, prompt_embeds=self._embeds["prompt_embeds"])
+            found["recomputation, guidance left out"] = AutodiffFisher(plain)
+            found["finite difference, guidance left out"] = FiniteDifferenceFisher(plain, central=True)
+        return found

@@ -1,0 +1,220 @@
+"""Time and memory of one guidance iteration at Stable Diffusion 1.5's size, with random weights.
+
+    python examples/benchmarks/guidance_sd15_size.py                                # CPU, float32: hours
+    python examples/benchmarks/guidance_sd15_size.py --device cuda --dtype float16
+    python examples/benchmarks/guidance_sd15_size.py --tiny                         # only to see that it runs
+
+Writes guidance_sd15_size_DEVICE_DTYPE.json. A UNet of 860 M parameters, its autoencoder, 512x512 images, 25 steps of
+DDIM. Every method has a process of its own, for its peak of memory, in which the floor (the plain run, a decode, and
+its and the reward's backward pass) is timed beside it. Finished methods are kept in `--records`, and a second run goes
+on from there. Full back-propagation with a stored graph takes hundreds of GB here and is run only if asked for.
+"""
+
+import argparse
+import dataclasses
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import save
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from guidance_methods import Methods
+
+from diffusers_fisher import LinearReward
+from diffusers_fisher.evaluation.records import Records
+
+METHODS = (
+    "floor", "direct", "gaussian", "endpoint, centred", "finite difference", "finite difference, guidance left out",
+    "per-step recomputation", "recomputation, guidance left out",
+)  # fmt: skip
+AUTODIFF_FREE = ("direct", "gaussian", "endpoint, centred")
+EXACT = ("stored graph", "per-step recomputation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is run; the defaults are Stable Diffusion 1.5's."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    steps: int = 25
+    guidance_scale: float = 7.5
+    pixels: int = 512
+    rounds: int = 1
+    tiny: bool = False
+
+
+def pipeline(setting: Setting) -> Any:
+    """Stable Diffusion 1.5 without its text encoder, or the same in small."""
+    torch.manual_seed(0)
+    widths, ends = ((320, 640, 1280, 1280), (128, 256, 512, 512)) if not setting.tiny else ((32, 64), (32, 64, 64, 64))
+    cross = len(widths) - 1
+    unet = UNet2DConditionModel(
+        sample_size=64, in_channels=4, out_channels=4, block_out_channels=widths, cross_attention_dim=768,
+        attention_head_dim=8, layers_per_block=2 if not setting.tiny else 1,
+        down_block_types=("CrossAttnDownBlock2D",) * cross + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * cross,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=ends, sample_size=512,
+        layers_per_block=2 if not setting.tiny else 1, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        vae=vae, text_encoder=None, tokenizer=None, unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    vae.enable_gradient_checkpointing()  # for all methods alike
+    return pipe.to(setting.device, getattr(torch, setting.dtype))
+
+
+class Iteration:
+    """One guidance iteration by any method."""
+
+    def __init__(self, setting: Setting, pipe: Any):
+        self.pipe = pipe
+        generator = torch.Generator().manual_seed(0)
+        side, dtype = setting.pixels // 8, getattr(torch, setting.dtype)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(setting.device, dtype)
+
+        embeds = {"prompt_embeds": draw(1, 77, 768), "negative_prompt_embeds": draw(1, 77, 768)}
+        self.methods = Methods(
+            self.pipe, embeds, setting.steps, setting.guidance_scale, draw(8, 4, side, side).float()
+        )
+        self.noise = draw(1, 4, side, side)
+        self.reward = LinearReward.left_minus_right(setting.pixels, setting.pixels)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        vae = self.pipe.vae
+        return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float() / 2 + 0.5
+
+    def floor(self) -> torch.Tensor:
+        latents = self.methods.table["direct"][0](self.noise).detach().requires_grad_()
+        return torch.autograd.grad(self.reward(self.decode(latents), []).sum(), latents)[0]
+
+    def guided(self, method: str) -> torch.Tensor:
+        sample, scheduler, estimator = self.methods.table[method]
+        with scheduler.differentiable(estimator) as trajectory:
+            latents = sample(self.noise)
+        return trajectory.gradient(self.reward(self.decode(latents), []).sum())
+
+
+def measured(setting: Setting, method: str) -> dict[str, Any]:
+    """Seconds of the floor and of the method in turn, and the process's peak of memory."""
+    pipe, cuda = pipeline(setting), setting.device.startswith("cuda")
+    Iteration(dataclasses.replace(setting, steps=2), pipe).floor()  # the first calls of a process are slower
+    iteration, before = Iteration(setting, pipe), _memory(cuda)
+
+    def seconds(task: Callable) -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        task()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    floors, guided = [], []
+    for _ in range(setting.rounds):
+        floors.append(seconds(iteration.floor))
+        if method != "floor":
+            guided.append(seconds(lambda: iteration.guided(method)))
+    ratios = [one / other for one, other in zip(guided, floors, strict=False)]
+    return {
+        "floor_seconds": statistics.median(floors),
+        "seconds": statistics.median(guided or floors),
+        "over_floor": statistics.median(ratios) if ratios else 1.0,
+        "memory_before": before,
+        "peak_memory": _memory(cuda),
+        "unet_parameters": sum(parameter.numel() for parameter in pipe.unet.parameters()),
+    }
+
+
+def _memory(cuda: bool) -> int:
+    """Bytes at the peak so far."""
+    return torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def run(setting: Setting, methods: tuple[str, ...], folder: Path) -> dict[str, Any]:
+    """Every method in its own process, from its record where there is one."""
+    records = Records(folder, dataclasses.asdict(setting) | {"threads": torch.get_num_threads()})
+    rows = {}
+    for method in methods:
+        key = method.replace(",", "").replace(" ", "_")
+        if records.missing([key]):
+            command = [
+                sys.executable,
+                __file__,
+                "--cell",
+                method,
+                "--setting",
+                json.dumps(dataclasses.asdict(setting)),
+            ]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                print(f"{method}: {done.stderr.strip().splitlines()[-1:] or done.returncode}", flush=True)
+                records.write(key, {"failed": f"exit status {done.returncode}"})  # killed for memory, say
+            else:
+                records.write(key, json.loads(done.stdout.splitlines()[-1]))
+        rows[method] = records.read(key)
+        print(f"{method:<40}{json.dumps(rows[method])}", flush=True)
+    return {"setting": dataclasses.asdict(setting), "methods": rows, **_ratios(rows)}
+
+
+def _ratios(rows: dict[str, Any]) -> dict[str, Any]:
+    """What the default is against the floor and the faster exact method that fitted."""
+    fitted = {name: rows[name]["over_floor"] for name in EXACT if "over_floor" in rows.get(name, {})}
+    if not fitted or "over_floor" not in rows.get("direct", {}):
+        return {}
+    exact = min(fitted, key=lambda name: fitted[name])
+    return {
+        "faster_exact_method": exact,
+        "exact_over_direct": fitted[exact] / rows["direct"]["over_floor"],
+        "worst_autodiff_free_over_floor": max(
+            rows[name]["over_floor"] for name in AUTODIFF_FREE if "over_floor" in rows.get(name, {})
+        ),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance-scale", type=float, default=7.5)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--stored-graph", action="store_true", help="also full back-propagation, all in memory")
+    parser.add_argument("--records", type=Path, default=None)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--setting", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.cell:
+        print(json.dumps(measured(Setting(**json.loads(options.setting)), options.cell)))
+        return
+    setting = Setting(options.device, options.dtype, options.steps, options.guidance_scale, rounds=options.rounds)
+    if options.tiny:
+        setting = dataclasses.replace(setting, steps=2, pixels=64, tiny=True)
+    name = f"guidance_sd15_size_{options.device}_{options.dtype}"
+    methods = METHODS + (("stored graph",) if options.stored_graph or options.tiny else ())
+    result = run(setting, methods, options.records or Path("outputs/benchmarks") / name)
+    if not options.tiny:
+        save(name, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""A small sampling problem for ascents: a network, a scheduler, and its exact gradient."""
+
+import torch
+from cases import Network, SchedulerCase, latents, sampling_run
+
+from diffusers_fisher import AutodiffFisher, fisher_scheduler
+from diffusers_fisher.guidance import ascend_noise
+
+PROMPTS = ["one", "two"]
+SHAPE = (2, 3, 2, 2)
+WEIGHTS = latents(torch.float32, SHAPE[1:], seed=5)
+STEPS = 5
+
+
+def projection(images, prompts):
+    """A linear reward, different for every pixel."""
+    return (images * WEIGHTS).flatten(1).sum(1)
+
+
+class Problem:
+    """Sampling with a small network on one scheduler: notes every initial noise and counts evaluations."""
+
+    def __init__(self, name="DDIMScheduler"):
+        case = SchedulerCase(name, {})
+        self.scheduler = fisher_scheduler(case.parent)(**case.config)
+        self.noises, self.num_calls = [], 0
+        self._network = Network(dtype=torch.float32)
+
+    def network(self, x, t):
+        self.num_calls += 1
+        return self._network(x, t)
+
+    def sample(self, noise):
+        self.noises.append(noise)
+        return self.run(noise)
+
+    @torch.no_grad()
+    def run(self, noise):
+        return sampling_run(self.scheduler, self.network, noise, STEPS)[-1]
+
+    def ascend(self, reward=projection, estimator=None, noise=None, decode=torch.sigmoid, sample=None, **options):
+        options = {"num_guidance_steps": 4, "step_size": 0.2, **options}
+        estimator = AutodiffFisher(self.network) if estimator is None else estimator
+        noise = latents(torch.float32, SHAPE) if noise is None else noise
+        return ascend_noise(
+            sample or self.sample, decode, reward, noise, PROMPTS, self.scheduler, estimator, **options
+        )
+
+    def exact_gradient(self, noise, reward=projection):
+        """By automatic differentiation through the whole run."""
+        leaf = noise.clone().requires_grad_()
+        value = reward(torch.sigmoid(sampling_run(self.scheduler, self._network, leaf, STEPS)[-1]), PROMPTS).sum()
+        return torch.autograd.grad(value, leaf)[0]
+
+
+def norms(x):
+    return torch.linalg.vector_norm(x.flatten(1), dim=1)
+
+
+def scripted(table):
+    """A reward that returns the rows of `table` in turn, with a small gradient so that every run has other noise."""
+    rows = iter(torch.tensor(table))
+    return lambda images, prompts: next(rows) + 1e-6 * projection(images, prompts)

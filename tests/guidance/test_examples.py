@@ -1,0 +1,110 @@
+"""The scripts of examples/guidance and the benchmarks' tiny forms run to their end."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPConfig, CLIPModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+def script(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Stable Diffusion, CLIP and an aesthetic head: tiny, random, of the real classes."""
+    folder = tmp_path_factory.mktemp("parts")
+    tiny.stable_diffusion().save_pretrained(folder / "sd")
+    torch.manual_seed(1)
+    words = tiny.tokenizer()
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": len(words), "max_position_embeddings": 8, "eos_token_id": words.eos_token_id}
+    vision = {**tower, "image_size": 16, "patch_size": 8}
+    parts = [
+        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)), words,
+        CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+    ]  # fmt: skip
+    for part in parts:
+        part.save_pretrained(folder / "clip")
+    head = {"layers.0.weight": torch.randn(4, 12), "layers.0.bias": torch.zeros(4)}
+    head |= {"layers.2.weight": torch.randn(1, 4), "layers.2.bias": torch.full((1,), 5.0)}
+    save_file(head, folder / "head.safetensors")
+    return folder
+
+
+def test_aesthetic_guidance_of_stable_diffusion(folders, tmp_path, capsys):
+    from PIL import Image
+
+    module = script(EXAMPLES / "guidance" / "aesthetic_stable_diffusion.py")
+    module.main(
+        [
+            "--head", str(folders / "head.safetensors"), "--clip", str(folders / "clip"), "--checkpoint",
+            str(folders / "sd"), "--prompt", "a b", "c", "--steps", "2", "--guidance-steps", "2", "--device", "cpu",
+            "--output", str(tmp_path),
+        ]
+    )  # fmt: skip
+    before, after = map(float, capsys.readouterr().out.split(";")[0].split(" to "))
+    assert after >= before
+    names = {f"{index:03d}_{name}.png" for index in (0, 1) for name in ("before", "after")}
+    assert names | {"index.html"} == {path.name for path in tmp_path.iterdir()}
+    assert Image.open(tmp_path / "001_after.png").size == (16, 16)
+    assert "CLIP" not in (tmp_path / "index.html").read_text().split("<figure>")[0]
+
+
+def test_pictures_of_the_embedded_checkpoint(tmp_path):
+    module = script(EXAMPLES / "guidance" / "embedded_pictures.py")
+    module.main(["--output", str(tmp_path), "--steps", "2", "--guidance-steps", "1"])
+    assert {path.name for path in tmp_path.iterdir()} == {"guidance_morphing.png", "guidance_inpainting.png"}
+
+
+def test_tiny_benchmark_has_every_table_and_computes_nothing_twice(tmp_path, monkeypatch):
+    import guidance
+
+    setting = guidance.dataclasses.replace(guidance.TINY, prompts=2, batch=1, steps=1)
+    monkeypatch.setattr(guidance, "STRENGTHS", (0.2,))
+    result = guidance.run(setting, tmp_path)
+    methods = {
+        "stored graph", "per-step recomputation", "direct", "finite difference", "gaussian", "endpoint, centred",
+        "endpoint, paper", "recomputation, guidance left out", "finite difference, guidance left out",
+    }  # fmt: skip
+    rewards = {"another class", "left minus right", "inpainting"}
+    assert set(result["iteration"]["over_floor"]) == methods
+    for part in ("gradients", "reward_after_ten_iterations"):
+        assert set(result[part]) == rewards
+        assert all(set(rows) == methods for rows in result[part].values())
+    for rows in result["gradients"].values():
+        assert rows["per-step recomputation"]["relative_error"] < 1e-5  # float32, exact up to the order of sums
+    row = result["reward_after_ten_iterations"]["another class"]["direct"]
+    assert row["prompts"] == 2
+    assert len(row["curve"]) == len(row["seconds_curve"]) == len(row["held_out_curve"]) == 2
+    assert set(result["time_to_exact"]) == set(result["per_step"]) == rewards
+    json.dumps(result, allow_nan=False)
+    monkeypatch.setattr(guidance, "one_iteration", lambda *_: pytest.fail("computed twice"))
+    assert guidance.run(setting, tmp_path) == result
+
+
+def test_tiny_form_of_the_large_benchmark(tmp_path, capsys):
+    import guidance_sd15_size as benchmark
+
+    setting = benchmark.Setting(steps=1, pixels=64, tiny=True)
+    result = benchmark.run(setting, ("floor", "direct", "per-step recomputation"), tmp_path)
+    assert result["faster_exact_method"] == "per-step recomputation"
+    assert result["exact_over_direct"] > 0
+    assert result["worst_autodiff_free_over_floor"] == result["methods"]["direct"]["over_floor"]
+    for row in result["methods"].values():
+        assert row["peak_memory"] >= row["memory_before"] > 1e6
+        assert row["seconds"] > 0
+    broken = benchmark.run(setting, ("no such method",), tmp_path)
+    assert broken["methods"]["no such method"] == {"failed": "exit status 1"}
+    assert "no such method" in capsys.readouterr().out

@@ -1,0 +1,281 @@
+"""What `guide` of the pipelines can be asked beside the plain ascent: text, control, decoders, guidance, reports."""
+
+import diffusers
+import pytest
+import tiny
+import torch
+from cases import relative
+from diffusers import AutoencoderTiny
+
+from diffusers_fisher import (
+    AutodiffFisher,
+    DDPMFisherPipeline,
+    DirectFisher,
+    FiniteDifferenceFisher,
+    InputError,
+    PipelineDenoiser,
+    StableDiffusionFisherPipeline,
+    StableDiffusionXLFisherPipeline,
+    UnsupportedError,
+)
+
+PROMPTS = ["a b", "c"]
+WEIGHTS = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(5))
+
+
+def reward(images, prompts):
+    return (images * WEIGHTS.to(images)).flatten(1).sum(1)
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.stable_diffusion(StableDiffusionFisherPipeline)
+
+
+def noise(count=2):
+    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def guide(pipe, reward=reward, **options):
+    settings = {
+        "latents": noise(), "num_inference_steps": 3, "num_guidance_steps": 2, "guidance_scale": 3.0,
+        "output_type": "pt", "generator": torch.Generator().manual_seed(1), "step_size": 0.1,
+    }  # fmt: skip
+    return pipe.guide(PROMPTS, reward, **{**settings, **options})
+
+
+# Reports
+
+
+def test_first_images_and_held_out_rewards_are_of_the_runs(pipe):
+    out = guide(pipe, held_out_reward=brightness)
+    plain = pipe(
+        PROMPTS, latents=noise(), num_inference_steps=3, guidance_scale=3.0, output_type="pt",
+        generator=torch.Generator().manual_seed(1),
+    ).images  # fmt: skip
+    assert torch.equal(out.initial_images, plain)
+    assert out.held_out_rewards.shape == out.rewards.shape == out.shell_distances.shape == (3, 2)
+    torch.testing.assert_close(out.held_out_rewards[0], brightness(plain, []).double(), rtol=1e-6, atol=0)  # float32
+    assert (out.status, out.prompt_embeds, out.controls) == ("completed", None, None)
+    without = guide(pipe)
+    assert without.held_out_rewards.shape == (0, 2)
+    assert torch.equal(without.rewards, out.rewards)
+
+
+def test_later_failure_returns_the_best_so_far(pipe):
+    calls = []
+
+    def fragile(images, prompts):
+        calls.append(None)
+        return reward(images, prompts) * (torch.nan if len(calls) == 4 else 1)  # one call is the trial
+
+    out = guide(pipe, fragile, num_guidance_steps=5)
+    assert out.status.startswith("stopped in run 2: The reward 'fragile' is not finite")
+    assert out.rewards.shape == (2, 2)
+    assert bool(torch.isfinite(out.images).all())
+
+
+def test_patience_and_optimiser_are_passed_on(pipe):
+    out = guide(pipe, lambda images, prompts: -1 + 0 * reward(images, prompts), num_guidance_steps=6, patience=2)
+    assert out.status == "stopped after 2 runs without a new best"
+    assert len(out.rewards) == 3
+    adam = guide(pipe, optimizer="Adam", step_size=0.05, num_guidance_steps=1)
+    by_hand = guide(pipe, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.05), num_guidance_steps=1)
+    assert torch.equal(adam.rewards, by_hand.rewards)
+    assert bool((adam.rewards[1] > adam.rewards[0]).all())
+    moved = adam.latents - noise()
+    torch.testing.assert_close(moved.abs(), torch.full_like(moved, 0.05), rtol=1e-3, atol=0)  # Adam's first step
+
+
+# Text and control
+
+
+class OwnProduct:
+    """The exact product by an estimator that is not known to have a graph to share."""
+
+    def __init__(self, function=None):
+        self.function = function
+
+    def bind(self, denoiser):
+        return OwnProduct(denoiser)
+
+    def __call__(self, state, endpoint=None):
+        return AutodiffFisher(self.function)(state)
+
+
+@pytest.mark.parametrize("estimator", [AutodiffFisher, OwnProduct])
+def test_gradient_of_the_text_is_that_of_full_back_propagation(pipe, estimator):
+    """Of the embeddings, through every step of the stock call with a graph."""
+    out = guide(pipe, optimise=["text"], estimator=estimator(), num_guidance_steps=1)
+    positive, negative = pipe.encode_prompt(PROMPTS, pipe.device, 1, True)
+    leaf = positive.detach().requires_grad_()
+    call = diffusers.StableDiffusionPipeline.__call__.__wrapped__
+    with torch.enable_grad():
+        end = call(
+            pipe, prompt_embeds=leaf, negative_prompt_embeds=negative.detach(), latents=noise(), num_inference_steps=3,
+            guidance_scale=3.0, output_type="latent", return_dict=False,
+        )[0]  # fmt: skip
+        (gradient,) = torch.autograd.grad(reward(pipe._decode(end), PROMPTS).sum(), leaf)
+    length = torch.linalg.vector_norm(gradient.flatten(1), dim=1)[:, None, None]
+    size = torch.linalg.vector_norm(positive.detach().flatten(1), dim=1)[:, None, None]
+    expected = 0.1 * size * gradient / length
+    better = out.rewards[1] > out.rewards[0]
+    assert bool(better.any())  # the text of the best is the moved one there
+    moved = (out.prompt_embeds - positive.detach())[better]
+    # float32, products in another order
+    assert relative(moved, expected[better]) < 1e-4
+    assert relative(out.gradient_norms[0], length.flatten()) < 1e-4
+    assert torch.equal(out.latents, noise())
+
+
+def test_text_of_the_best_images_gives_them_again(pipe):
+    out = guide(pipe, optimise=["noise", "text"])
+    assert bool((out.best_rewards > out.rewards[0]).all())
+    _, negative = pipe.encode_prompt(PROMPTS, pipe.device, 1, True)
+    again = pipe(
+        prompt_embeds=out.prompt_embeds, negative_prompt_embeds=negative, latents=out.latents, num_inference_steps=3,
+        guidance_scale=3.0, output_type="pt",
+    ).images  # fmt: skip
+    torch.testing.assert_close(again, out.images, rtol=0, atol=1e-6)  # float32
+    assert torch.equal(pipe.encode_prompt(PROMPTS, pipe.device, 1, True)[1], negative)  # nothing was left behind
+
+
+def test_text_of_pipelines_with_two_encoders():
+    xl = tiny.stable_diffusion_xl(StableDiffusionXLFisherPipeline)
+    out = guide(xl, optimise=["text"], num_guidance_steps=1, num_inference_steps=2)
+    assert out.prompt_embeds.shape == (2, 8, 32)
+    assert bool((out.best_rewards >= out.rewards[0]).all())
+    assert bool((out.gradient_norms > 0).all())
+
+
+def test_control_of_every_step_raises_the_reward_and_replays(pipe):
+    out = guide(pipe, optimise=["control"])
+    assert out.controls.shape == (2, 3, 4, 8, 8)
+    assert bool((out.best_rewards > out.rewards[0]).all())
+    from diffusers_fisher import fisher_scheduler
+
+    scheduler = fisher_scheduler(type(pipe.scheduler)).from_config(pipe.scheduler.config)
+    stock = tiny.stable_diffusion(scheduler=scheduler)
+    controls = [control.clone().requires_grad_() for control in out.controls.unbind(1)]
+    with scheduler.differentiable(DirectFisher(), controls=controls):
+        end = stock(
+            PROMPTS, latents=out.latents, num_inference_steps=3, guidance_scale=3.0, output_type="latent"
+        ).images  # fmt: skip
+    torch.testing.assert_close(pipe._decode(end).detach(), out.images, rtol=0, atol=1e-6)  # float32
+
+
+# Decoders
+
+
+def test_tiny_autoencoder_decodes_for_the_reward_alone(pipe):
+    torch.manual_seed(2)
+    little = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1), upsampling_scaling_factor=2, latent_channels=4,
+    )  # fmt: skip
+    before = pipe.vae
+    seen = []
+
+    def watched(images, prompts):
+        seen.append(images.detach())
+        return reward(images, prompts)
+
+    out = guide(pipe, watched, decoder=little)
+    assert pipe.vae is before
+    end = pipe(PROMPTS, latents=out.latents, num_inference_steps=3, guidance_scale=3.0, output_type="latent").images
+    # float32; the images are the autoencoder's, those of the reward the tiny one's
+    torch.testing.assert_close(out.images, pipe._decode(end).detach(), rtol=0, atol=1e-6)
+    with torch.no_grad():
+        expected = (little.decode(pipe(
+            PROMPTS, latents=noise(), num_inference_steps=3, guidance_scale=3.0, output_type="latent"
+        ).images).sample / 2 + 0.5).clamp(0, 1)  # fmt: skip
+    torch.testing.assert_close(seen[1], expected, rtol=0, atol=1e-6)
+    assert bool((out.best_rewards > out.rewards[0]).any())
+
+
+def test_checkpointed_decoder_keeps_less_and_changes_nothing(pipe):
+    kept = []
+
+    def stored(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    results = []
+    before = {name: dict(vars(part)) for name, part in pipe.vae.named_modules()}
+    for checkpointed in (False, True):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(stored, lambda tensor: tensor):
+            results.append((guide(pipe, checkpoint_decoder=checkpointed, num_guidance_steps=1), sum(kept)))
+    (plain, all_kept), (thrifty, few_kept) = results
+    torch.testing.assert_close(thrifty.rewards, plain.rewards, rtol=1e-5, atol=1e-5)  # float32
+    assert few_kept < 0.9 * all_kept  # what is recomputed in the backward pass counts, too, block by block
+    after = {name: dict(vars(part)) for name, part in pipe.vae.named_modules()}
+    assert {name: values.keys() for name, values in after.items()} == {k: v.keys() for k, v in before.items()}
+    assert not pipe.vae.is_gradient_checkpointing
+
+
+# Classifier-free guidance out of the adjoint
+
+
+def test_adjoint_at_another_guidance_scale_is_that_of_its_denoiser(pipe):
+    def gradient_norms(estimator, **options):
+        return guide(pipe, estimator=estimator, num_guidance_steps=1, **options).gradient_norms
+
+    own = PipelineDenoiser(pipe, 1.0, prompt=PROMPTS)
+    expected = gradient_norms(AutodiffFisher(own))
+    assert torch.equal(gradient_norms(AutodiffFisher(), adjoint_guidance_scale=1.0), expected)
+    guided = gradient_norms(AutodiffFisher())
+    assert relative(guided, expected) > 1e-3
+    assert torch.equal(gradient_norms(AutodiffFisher(), adjoint_guidance_scale=3.0), guided)
+    # Differences in place of the transposed product: central, because the run's own output is the guided one.
+    differences = gradient_norms(FiniteDifferenceFisher(), adjoint_guidance_scale=1.0)
+    central = gradient_norms(FiniteDifferenceFisher(own, central=True))
+    assert torch.equal(differences, central)
+    assert torch.equal(gradient_norms(DirectFisher(), adjoint_guidance_scale=1.0), gradient_norms(DirectFisher()))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_finite_differences_share_one_call_between_all_samples(pipe, count):
+    out = pipe.guide(
+        ["a"] * count, reward, estimator=FiniteDifferenceFisher(), num_guidance_steps=2, num_inference_steps=3,
+        latents=noise(count), guidance_scale=3.0,
+    )  # fmt: skip
+    assert out.num_denoiser_calls == 3 * 3 + 2 * 3  # three runs of three steps, and a call a step of two backwards
+
+
+# What is refused
+
+
+BAD = {
+    "string": ({"optimise": "noise"}, r"`optimise` is 'noise'; allowed: some of noise, text, control, as a list"),
+    "unknown": ({"optimise": ["noise", "mask"]}, r"`optimise` is \['noise', 'mask'\]; allowed"),
+    "nothing": ({"optimise": []}, r"`optimise` is \[\]; allowed"),
+    "patience": ({"patience": 0}, "`patience` is 0; allowed: at least 1 run, or None"),
+    "optimizer": ({"optimizer": "Adman"}, "`optimizer` is 'Adman'; allowed"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_options_are_refused_before_sampling(pipe, kind):
+    options, message = BAD[kind]
+    with pytest.raises(InputError, match=message):
+        guide(pipe, lambda images, prompts: pytest.fail("the reward was tried"), **options)
+
+
+def test_estimators_own_denoiser_does_not_see_the_text_change(pipe):
+    denoiser = PipelineDenoiser(pipe, 3.0, prompt=PROMPTS)
+    with pytest.raises(InputError, match=r"has a denoiser of its own, .* Make it without: AutodiffFisher"):
+        guide(pipe, optimise=["text"], estimator=AutodiffFisher(denoiser))
+
+
+def test_pipelines_without_text_or_autoencoder_are_named():
+    pixels = tiny.unconditional(DDPMFisherPipeline)
+    options = {"num_inference_steps": 2, "num_guidance_steps": 1}
+    with pytest.raises(UnsupportedError, match="DDPMFisherPipeline encodes no prompts, so there is no text embedding"):
+        pixels.guide(brightness, optimise=["text"], **options)
+    with pytest.raises(InputError, match="DDPMFisherPipeline has no autoencoder `vae`; leave out `decoder`"):
+        pixels.guide(brightness, checkpoint_decoder=True, **options)

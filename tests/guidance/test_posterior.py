@@ -1,0 +1,367 @@
+"""Guidance step by step through stock pipelines: what a tilt does to a step, whose gradient it is, what it refuses."""
+
+import inspect
+
+import diffusers
+import pytest
+import tiny
+import torch
+from cases import relative
+from pipeline_cases import PIPELINES
+
+from diffusers_fisher import (
+    AutodiffFisher,
+    DirectFisher,
+    EndpointFisher,
+    FiniteDifferenceFisher,
+    InputError,
+    NumericalError,
+    PipelineDenoiser,
+    TrajectoryError,
+    UnsupportedError,
+    posterior_guidance,
+)
+from diffusers_fisher.state import state_of
+
+PROMPTS = ["a b", "c"]
+WEIGHTS = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def decode(latents):
+    return torch.sigmoid(latents[:, :3])
+
+
+def reward(images, prompts):
+    return (images * WEIGHTS.to(images)).flatten(1).sum(1)
+
+
+def noise(dtype=torch.float64, channels=4):
+    return torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+
+def stable_diffusion(name="DDIMScheduler", dtype=torch.float64, **changes):
+    pipe = tiny.stable_diffusion().to(dtype)
+    config = dict(pipe.scheduler.config) | changes
+    pipe.scheduler = getattr(diffusers, name).from_config(config)
+    return pipe
+
+
+def sample(pipe, callback=None, steps=5, latents=None, **options):
+    options = {"guidance_scale": 3.0, "generator": torch.Generator().manual_seed(1), **options}
+    return pipe(
+        PROMPTS, latents=noise(pipe.unet.dtype) if latents is None else latents, num_inference_steps=steps,
+        output_type="latent", callback_on_step_end=callback, **options,
+    ).images  # fmt: skip
+
+
+def tilted(cls, strength, direction_of):
+    """A scheduler whose model output is that of the tilted score: eps - strength alpha |eps| u, x_t held."""
+
+    class Tilted(cls):
+        def step(self, model_output, timestep, sample, *args, **kwargs):
+            if getattr(self, "step_index", 0) is None:
+                self._init_step_index(timestep)
+            index = getattr(self, "step_index", 0)
+            state = state_of(self, sample, model_output, timestep, index)
+            level = state.level
+            norm = torch.hypot(level.alpha, level.sigma)
+            size = torch.linalg.vector_norm(state.epsilon.flatten(1), dim=1)[:, None, None, None]
+            # eps itself; or for flow v = (eps - x)/alpha at a given x, where alpha may be 0.
+            factor = 1 / norm if "Flow" in cls.__name__ else level.alpha / norm
+            change = -strength * factor.to(sample) * size * direction_of(state)
+            return super().step(model_output + change, timestep, sample, *args, **kwargs)
+
+        step.__signature__ = inspect.signature(cls.step)
+
+    return Tilted
+
+
+def direct(state):
+    leaf = state.pred_original_sample.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(reward(decode(leaf), PROMPTS).sum(), leaf)
+    return gradient / torch.linalg.vector_norm(gradient.flatten(1), dim=1)[:, None, None, None]
+
+
+FIRST_ORDER = {
+    "DDIM": ("DDIMScheduler", {}),
+    "DDIM to the end": ("DDIMScheduler", {"set_alpha_to_one": True}),
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "Euler, Karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "DPM-Solver++ of order 1": ("DPMSolverMultistepScheduler", {"solver_order": 1}),
+    "UniPC of order 1": ("UniPCMultistepScheduler", {"solver_order": 1, "disable_corrector": list(range(99))}),
+}
+
+
+@pytest.mark.parametrize("name", FIRST_ORDER)
+def test_callback_is_the_step_with_a_tilted_score(name):
+    """For first-order steps the change after the step is exactly that of the model output before it."""
+    scheduler, changes = FIRST_ORDER[name]
+    pipe = stable_diffusion(scheduler, **changes)
+    with posterior_guidance(pipe, reward, strength=0.3, decode=decode) as guidance:
+        guided = sample(pipe, guidance)
+    cls = tilted(getattr(diffusers, scheduler), 0.3, direct)
+    pipe.scheduler = cls.from_config(dict(pipe.scheduler.config))
+    expected, plain = sample(pipe), sample(stable_diffusion(scheduler, **changes))
+    assert relative(expected, plain) > 0.01
+    # float64; the schedulers' own tables are float32 where ours are not.
+    assert relative(guided - plain, expected - plain) < 1e-4
+
+
+def test_flow_models_too_from_pure_noise():
+    """Flow matching begins where alpha is 0 and the noise-to-signal ratio infinite."""
+    case, start = PIPELINES["SD3"], noise()
+    pipe = case.make().to(torch.float64)
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0}
+    embeds = {key: value.double() for key, value in tiny.embeds(2).items()}
+
+    def run(callback=None):
+        return pipe(latents=start, output_type="latent", callback_on_step_end=callback, **embeds, **options).images
+
+    plain = run()
+    with posterior_guidance(pipe, reward, strength=0.3, decode=decode) as guidance:
+        guided = run(guidance)
+    assert len(guidance.rewards) == 4
+
+    cls = tilted(diffusers.FlowMatchEulerDiscreteScheduler, 0.3, direct)
+    pipe.scheduler = cls.from_config(dict(pipe.scheduler.config))
+    expected = run()
+    assert relative(expected, plain) > 0.01
+    assert relative(guided - plain, expected - plain) < 1e-4  # the scheduler's sigmas are float32
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler",
+        "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler", "UniPCMultistepScheduler",
+    ],
+)  # fmt: skip
+def test_every_samples_reward_goes_up_on_any_scheduler(name):
+    changes = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+    pipe = stable_diffusion(name, torch.float32, **changes)
+    plain = reward(decode(sample(pipe)), PROMPTS)
+    with posterior_guidance(pipe, reward, strength=0.2, decode=decode) as guidance:
+        guided = reward(decode(sample(pipe, guidance)), PROMPTS)
+    assert bool((guided > plain + 0.5).all())  # rewards are of order 4; stochastic schedulers saw the same noise
+    assert torch.equal(reward(decode(sample(pipe)), PROMPTS), plain)  # and the pipeline is as it was
+
+
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])
+def test_steps_of_two_evaluations_are_tilted_once(name):
+    """What is changed between the two is forgotten by the second; the whole step's change comes after it."""
+    pipe = stable_diffusion(name)
+    rises = {}
+    for scheduler in (name, "EulerDiscreteScheduler"):
+        pipe = stable_diffusion(scheduler)
+        plain = reward(decode(sample(pipe, steps=20)), PROMPTS)
+        with posterior_guidance(pipe, reward, strength=0.05, decode=decode) as guidance:
+            rises[scheduler] = reward(decode(sample(pipe, guidance, steps=20)), PROMPTS) - plain
+        assert len(guidance.rewards) == 20
+    # The same tilt of the same ODE, discretised otherwise: 20 steps agree to some percent.
+    assert relative(rises[name], rises["EulerDiscreteScheduler"]) < 0.15
+
+
+def test_with_the_networks_own_product_it_is_the_gradient_of_dps():
+    """The reward of the predicted clean sample, differentiated through the network by autograd alone."""
+    pipe = stable_diffusion()
+    options = {"prompt": PROMPTS, "guidance_scale": 3.0}
+    denoiser = PipelineDenoiser(pipe, **options)
+
+    def dps(state):
+        leaf = state.sample.detach().requires_grad_()
+        with torch.enable_grad():
+            output = denoiser.model_output(leaf, state.timestep)
+            level = state.level
+            clean = (leaf - level.sigma.to(leaf) * output) / level.alpha.to(leaf)
+            (gradient,) = torch.autograd.grad(reward(decode(clean), PROMPTS).sum(), leaf)
+        return gradient / torch.linalg.vector_norm(gradient.flatten(1), dim=1)[:, None, None, None]
+
+    plain = sample(pipe)
+    with posterior_guidance(pipe, reward, strength=0.3, decode=decode, estimator=AutodiffFisher(denoiser)) as guidance:
+        guided = sample(pipe, guidance)
+    pipe.scheduler = tilted(diffusers.DDIMScheduler, 0.3, dps).from_config(dict(pipe.scheduler.config))
+    expected = sample(pipe)
+    assert relative(guided - plain, expected - plain) < 1e-4  # the scheduler's table is float32
+    difference = relative(guided - plain, sample_direct(0.3) - plain)
+    assert difference > 0.05  # it is another direction than the direct one
+
+
+def sample_direct(strength):
+    pipe = stable_diffusion()
+    with posterior_guidance(pipe, reward, strength=strength, decode=decode, estimator=DirectFisher()) as guidance:
+        return sample(pipe, guidance)
+
+
+def test_finite_differences_share_one_call_between_the_samples_of_a_step():
+    pipe = stable_diffusion()
+    denoiser = PipelineDenoiser(pipe, guidance_scale=3.0, prompt=PROMPTS)
+    estimator = FiniteDifferenceFisher(denoiser)
+    with posterior_guidance(pipe, reward, decode=decode, estimator=estimator) as guidance:
+        sample(pipe, guidance)
+    assert denoiser.num_calls == 5
+
+
+def test_history_is_that_of_the_last_run_and_exact():
+    pipe = stable_diffusion()
+    seen, clean = [], []
+
+    def told(images, prompts):
+        seen.append(list(prompts))
+        clean.append(images.detach())
+        return reward(images, prompts)
+
+    with posterior_guidance(pipe, told, PROMPTS, decode=decode) as guidance:
+        sample(pipe, guidance, steps=4)
+        sample(pipe, guidance, steps=3)
+    assert seen == [PROMPTS] * 7
+    assert (
+        [tuple(row.shape) for row in guidance.rewards]
+        == [(2,)] * 3
+        == [tuple(row.shape) for row in guidance.gradient_norms]
+    )
+    for row, images in zip(guidance.rewards, clean[4:], strict=True):
+        assert torch.equal(row, reward(images, PROMPTS))
+    assert bool((torch.stack(guidance.gradient_norms) > 0).all())
+
+
+def test_autoencoder_of_the_pipeline_decodes_when_nothing_else_is_given():
+    pipe = stable_diffusion(dtype=torch.float32)
+    pipe.vae.requires_grad_(False)
+
+    def brightness(images, prompts):
+        assert images.shape == (2, 3, 16, 16)
+        assert images.requires_grad
+        assert bool(((images >= 0) & (images <= 1)).all())
+        return images.mean((1, 2, 3))
+
+    def images(callback=None):
+        return pipe(
+            PROMPTS, latents=noise(torch.float32), num_inference_steps=5, output_type="pt",
+            callback_on_step_end=callback,
+        ).images.mean((1, 2, 3))  # fmt: skip
+
+    plain = images()
+    with posterior_guidance(pipe, brightness, strength=0.3) as guidance:
+        assert bool((images(guidance) > plain).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dtype_of_the_latents_is_kept(dtype):
+    pipe = stable_diffusion(dtype=dtype)
+    with posterior_guidance(pipe, reward, decode=decode) as guidance:
+        assert sample(pipe, guidance, latents=noise(dtype)).dtype == dtype
+    assert guidance.rewards[0].dtype == torch.float64
+
+
+def test_pipeline_is_left_as_it_was_also_after_an_error():
+    def broken(images, prompts):
+        raise ZeroDivisionError("no judge")
+
+    pipe = stable_diffusion()
+    sample(pipe)
+    sample(pipe, steps=3)
+    names = set(vars(pipe.scheduler))
+    with pytest.raises(ZeroDivisionError, match="no judge"), posterior_guidance(pipe, broken, decode=decode) as guided:
+        sample(pipe, guided)
+    assert set(vars(pipe.scheduler)) == names
+    assert pipe.scheduler.step.__func__ is diffusers.DDIMScheduler.step
+    with posterior_guidance(pipe, reward, decode=decode):
+        pass  # no run at all is no error
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("strength", [0.0, -1.0, float("inf"), float("nan")])
+def test_strength_must_be_positive(strength):
+    with pytest.raises(InputError, match=r"`strength` is .*; allowed: positive, such as 0\.2"):
+        enter(stable_diffusion(), reward, strength=strength)
+
+
+def enter(pipe, *args, **kwargs):
+    with posterior_guidance(pipe, *args, **kwargs):
+        pass
+
+
+def test_pipelines_without_callback_or_autoencoder_are_refused():
+    with pytest.raises(UnsupportedError, match=r"DDPMPipeline takes no `callback_on_step_end`, .* its initial noise"):
+        enter(tiny.unconditional(), reward)
+    pipe = stable_diffusion()
+    pipe.vae = None
+    with pytest.raises(UnsupportedError, match=r"StableDiffusionPipeline has no autoencoder `vae`; pass `decode`"):
+        enter(pipe, reward)
+
+
+def test_packed_latents_need_a_decoder():
+    case = PIPELINES["Flux"]
+    pipe = case.make()
+    with (
+        pytest.raises(UnsupportedError, match=r"FluxPipeline packs its latents to \(2, 16, 16\); pass `decode`"),
+        posterior_guidance(pipe, reward) as guidance,
+    ):
+        case.sample(pipe, case.noise(), callback_on_step_end=guidance)
+
+
+def test_run_without_the_callback_is_an_error():
+    pipe = stable_diffusion()
+    with (
+        pytest.raises(TrajectoryError, match="ran without guidance: pass it `callback_on_step_end=guidance`"),
+        posterior_guidance(pipe, reward, decode=decode),
+    ):
+        sample(pipe)
+
+
+def test_callback_outside_of_the_block_is_an_error():
+    pipe = stable_diffusion()
+    with posterior_guidance(pipe, reward, decode=decode) as guidance:
+        sample(pipe, guidance)
+    with pytest.raises(TrajectoryError, match=r"Call the pipeline inside the `with posterior_guidance"):
+        sample(pipe, guidance)
+
+
+def test_callback_without_latents_is_an_error():
+    pipe = stable_diffusion()
+    with (
+        pytest.raises(InputError, match="The callback was given no latents"),
+        posterior_guidance(pipe, reward, decode=decode) as guidance,
+    ):
+        sample(pipe, guidance, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+
+
+BAD = {
+    "cut": (lambda images, prompts: images.detach().mean((1, 2, 3)), InputError, "is not differentiable"),
+    "shape": (lambda images, prompts: images.mean(), InputError, r"returned shape \(\) for 2 images"),
+    "nan": (lambda images, prompts: images.mean((1, 2, 3)) * torch.nan, NumericalError, "is not finite"),
+    "slope": (
+        lambda images, prompts: (images - images.detach()).sum((1, 2, 3)).sqrt(), NumericalError,
+        "The gradient at guided step 0 is not finite with DirectFisher",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_rewards_are_named(kind):
+    bad, error, message = BAD[kind]
+    pipe = stable_diffusion()
+    with pytest.raises(error, match=message), posterior_guidance(pipe, bad, decode=decode) as guidance:
+        sample(pipe, guidance)
+
+
+def test_estimators_of_the_runs_end_are_refused():
+    pipe = stable_diffusion()
+    with (
+        pytest.raises(InputError, match="EndpointFisher needs the clean end of the run"),
+        posterior_guidance(pipe, reward, decode=decode, estimator=EndpointFisher()) as guidance,
+    ):
+        sample(pipe, guidance)
+
+
+def test_images_that_are_not_finite_are_named():
+    pipe = stable_diffusion()
+    with (
+        pytest.raises(NumericalError, match="The images of guided step 0 are not finite"),
+        posterior_guidance(pipe, reward, decode=lambda latents: latents[:, :3] / 0) as guidance,
+    ):
+        sample(pipe, guidance)
