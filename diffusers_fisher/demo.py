@@ -21,7 +21,9 @@ TARGET = "ankle boot"
 NUM_IMAGES = 8
 SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 2.0}
 GUIDANCE: dict[str, Any] = {"num_guidance_steps": 10}
-LIKELIHOOD: dict[str, Any] = {"num_inference_steps": 20, "num_probes": 2}
+LIKELIHOOD: dict[str, Any] = {"num_inference_steps": 20}
+PROBES = "real, 2 probes"
+"""The same images without the trace model, for comparison."""
 
 ESTIMATORS: dict[str, Callable[[], Any]] = {
     "direct (default)": DirectFisher,
@@ -45,7 +47,9 @@ def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
     print(
         f"How likely are images under the checkpoint? ({len(images)} test images, bits/dim of the latent)", flush=True
     )
-    likelihoods = {name: _likelihood(pipe, version, labels, seed) for name, version in _versions(images, seed).items()}
+    versions_of = _versions(images, seed)
+    likelihoods = {name: _likelihood(pipe, version, labels, seed) for name, version in versions_of.items()}
+    likelihoods[PROBES] = _likelihood(pipe, images, labels, seed, estimator=AutodiffFisher(), num_probes=2)
     _print_likelihoods(likelihoods)
     print(f"\nSteering '{embedded_prompt(PROMPT_CLASS)}' toward '{TARGET}' ({NUM_IMAGES} images)", flush=True)
     reward = ClassifierReward.from_pretrained(Path(embedded_checkpoint()) / "classifier", target=TARGET)
@@ -76,11 +80,11 @@ def _versions(images: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
 
 
 def _likelihood(
-    pipe: StableDiffusionFisherPipeline, images: torch.Tensor, labels: torch.Tensor, seed: int
+    pipe: StableDiffusionFisherPipeline, images: torch.Tensor, labels: torch.Tensor, seed: int, **options: Any
 ) -> LikelihoodOutput:
     prompts = [embedded_prompt(int(label)) for label in labels]
     generator = torch.Generator().manual_seed(seed)
-    return pipe.log_likelihood(images, prompt=prompts, generator=generator, **LIKELIHOOD)
+    return pipe.log_likelihood(images, prompt=prompts, generator=generator, **LIKELIHOOD, **options)
 
 
 def _guide(pipe: StableDiffusionFisherPipeline, reward: ClassifierReward, estimator: Any, seed: int) -> GuidanceOutput:

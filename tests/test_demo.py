@@ -17,12 +17,12 @@ from diffusers_fisher import demo, embedded_test_images
 ESTIMATORS = [
     "direct (default)", "finite difference", "exact (autodiff)", "endpoint, centred", "endpoint, paper",
 ]  # fmt: skip
-VERSIONS = ["real", "inverted", "noise-corrupted"]
+VERSIONS = ["real", "inverted", "noise-corrupted", "real, 2 probes"]
 SMALL = {
     "NUM_IMAGES": 2,
     "SAMPLING": {"num_inference_steps": 3, "guidance_scale": 2.0},
     "GUIDANCE": {"num_guidance_steps": 1},
-    "LIKELIHOOD": {"num_inference_steps": 4, "num_probes": 2},
+    "LIKELIHOOD": {"num_inference_steps": 12},
 }
 
 
@@ -69,11 +69,17 @@ def test_likelihood_table_shows_the_report(run):
         assert table[name] == pytest.approx([row[column] for column in columns], abs=5.1e-4)  # three decimals
         assert row["mean"] == pytest.approx(sum(row["bits_per_dim"]) / 6, abs=1e-4)  # four decimals
         assert len(row["bits_per_dim"]) == 6
-        assert row["num_denoiser_calls"] == (4 + 1) + (2 + 1)
-        assert 0 < row["probe_standard_error"] < 1
+        assert row["num_denoiser_calls"] == 12 + 1
         assert row["discretisation_error"] > 0
         assert (row["space"], row["density"], row["prior"]) == ("latent", "smoothed", "moment-matched")
-        assert row["trace"] == "AutodiffFisher, 2 probes"
+        if name == "real, 2 probes":
+            assert 0 < row["probe_standard_error"] < 1
+            assert row["trace"] == "AutodiffFisher, 2 probes"
+        else:
+            assert row["probe_standard_error"] == 0
+            assert row["trace"] == "TraceMatchingFisher (target jacobian), exact"
+    real, probes = (report["likelihood"][name]["mean"] for name in ("real", "real, 2 probes"))
+    assert abs(real - probes) < 0.2  # of six images by two probes each: 0.05 of standard error, and the model's own
 
 
 def test_real_images_are_likelier_than_inverted_and_corrupted_ones(run):
@@ -131,7 +137,7 @@ def test_pictures_are_pictures(run, name, size):
 def test_progress_is_shown_on_stderr(run):
     _, _, stdout, stderr = run
     bars = re.findall(r"(\d+)/(\d+) \[", stderr)
-    assert bars.count(("8", "8")) >= len(VERSIONS)  # one a likelihood, of 5 + 3 evaluations
+    assert bars.count(("13", "13")) >= len(VERSIONS)  # one a likelihood, an evaluation a node
     assert bars.count(("2", "2")) >= len(ESTIMATORS)  # one a guided run, of 1 + 1 sampling runs
     assert re.search(r"2/2 \[.*reward=-?\d+\.\d+", stderr)
     assert "it/s" not in stdout
@@ -143,9 +149,9 @@ def test_seed_decides_everything(shrunken, run, tmp_path, monkeypatch):
 
     def bits(seed):
         report = demo.run_demo(tmp_path / str(seed), seed)
-        return report["likelihood"]["real"]["bits_per_dim"], report["guidance"]["direct (default)"]["rewards"]
+        return report["likelihood"]["noise-corrupted"]["bits_per_dim"], report["guidance"]["direct (default)"]["rewards"]
 
-    first = run[0]["likelihood"]["real"]["bits_per_dim"], run[0]["guidance"]["direct (default)"]["rewards"]
+    first = run[0]["likelihood"]["noise-corrupted"]["bits_per_dim"], run[0]["guidance"]["direct (default)"]["rewards"]
     assert bits(0) == first
     other = bits(1)
     assert other[0] != first[0]

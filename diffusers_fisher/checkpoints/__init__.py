@@ -18,7 +18,8 @@ _FILES = (
     "classifier/config.json", "classifier/model.safetensors", "classifier/preprocessor_config.json",
     "latent_statistics.safetensors", "model_index.json", "scheduler/scheduler_config.json", "test_images.safetensors",
     "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json",
-    "tokenizer/tokenizer_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+    "tokenizer/tokenizer_config.json", "trace_model/config.json", "trace_model/diffusion_pytorch_model.safetensors",
+    "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
     "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
 )  # fmt: skip
 
