@@ -3,7 +3,9 @@
 import json
 import math
 import sys
+from pathlib import Path
 
+import document_figures
 import pytest
 import tiny
 import torch
@@ -22,7 +24,13 @@ from diffusers_fisher import (
     UnsupportedError,
 )
 from diffusers_fisher.cli import app
-from diffusers_fisher.evaluation.transport_study import gaussian_map, parse_points, run_study, two_dimensional_cases
+from diffusers_fisher.evaluation.transport_study import (
+    gaussian_map,
+    learned_map,
+    parse_points,
+    run_study,
+    two_dimensional_cases,
+)
 from diffusers_fisher.testing import MixtureOracle, OracleDenoiser
 from diffusers_fisher.transport import (
     SCHEDULES,
@@ -72,6 +80,23 @@ def test_triangles_have_not(case, schedule):
     assert result.error < 1e-3
 
 
+def test_rates_by_hand():
+    time = torch.tensor(0.3, dtype=torch.float64)
+    beta = 1000 * (0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * time) ** 2
+    alpha, sigma = SCHEDULES["vp"].alpha(time), SCHEDULES["vp"].sigma(time)
+    expected = {
+        "vp": (-beta / 2, beta / (2 * sigma)),  # of d log(alpha)/dt = -beta/2 and alpha^2 + sigma^2 = 1
+        "sub-vp": (-beta / 2, beta * alpha**2 + (1 - alpha**2) * beta / 2),
+        "ve": (0, 0.5 / time.sqrt()),
+        "edm": (0, 1),
+        "flow-matching": (-1 / (1 - time), 1 + time / (1 - time)),
+    }
+    for name, pair in expected.items():
+        with torch.inference_mode():  # where autograd is off, and would give zeros
+            found = SCHEDULES[name].rates(time)
+        assert [float(value) for value in found] == pytest.approx([float(value) for value in pair], rel=1e-12)
+
+
 def test_jacobian_is_the_derivative_of_the_map():
     schedule, step = SCHEDULES["edm"], 1e-3
     field, start = exact_field(CASES["three Gaussians"].distribution), normal(3, 2)
@@ -117,16 +142,25 @@ def test_gaussian_map_is_the_optimal_one_pointwise(schedule):
     assert gaussian_map(CASES["triangle"].distribution, result.start, schedule) is None
 
 
-def test_fixed_steps_converge_at_second_order():
+def test_adaptive_steps_end_at_the_end():
+    """The last step lands there; interpolated back from beyond, the end would be off by more than the tolerance."""
+    for name in ("triangle", "rotated rectangle"):
+        exact, result = (found(name, SCHEDULES["sub-vp"], 20, Adaptive(tolerance)) for tolerance in (1e-11, 1e-8))
+        assert float((exact.end - result.end).abs().max()) < 1e-8
+        assert relative(result.jacobian, exact.jacobian) < result.error < 1e-4  # reported: that of ten times as coarse
+
+
+@pytest.mark.parametrize(("order", "steps"), [(2, (80, 160)), (4, (40, 80))])
+def test_fixed_steps_converge_at_their_order(order, steps):
     schedule = SCHEDULES["edm"]
     exact = found("three Gaussians", schedule).jacobian
     errors = [
-        relative(found("three Gaussians", schedule, integration=FixedSteps(n)).jacobian, exact) for n in (80, 160)
+        relative(found("three Gaussians", schedule, integration=FixedSteps(n, order)).jacobian, exact) for n in steps
     ]
-    assert errors[0] / errors[1] == pytest.approx(4, rel=0.2)
-    result = found("three Gaussians", schedule, integration=FixedSteps(80))
-    assert result.trajectory.shape == (81, 6, 2)
-    assert 0.5 * errors[0] < result.error  # the reported error is that against half as many steps
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.2)
+    result = found("three Gaussians", schedule, integration=FixedSteps(steps[0], order))
+    assert result.trajectory.shape == (steps[0] + 1, 6, 2)
+    assert errors[0] < result.error  # of the worst sample, against fewer steps
 
 
 def test_directions_give_the_products_alone():
@@ -168,6 +202,27 @@ def test_real_pipeline_and_its_jacobian_without_transposition():
     expected = torch.einsum("bde,kbe->bdk", whole.jacobian, normal(2, 1, 4, 4, 4, seed=2).flatten(2))
     assert relative(some.jacobian, expected) < 1e-3  # float32 products of an untrained network, in another order
     assert float(asymmetry(whole.jacobian)) > 1e-3  # a network is no gradient field
+
+
+def test_learned_study_is_the_maps_own_and_of_symmetrised_jacobians():
+    pipe = tiny.stable_diffusion(unet=tiny.unet(sample_size=4))
+    found = learned_map(0, count=2, steps=2, pipe=pipe)
+    denoiser = PipelineDenoiser(pipe, prompt=["a photo of a t-shirt", "a photo of a trouser"])
+    schedule, integration = model_schedule(denoiser), FixedSteps(2)
+    start = schedule.level(schedule.noise_time).noise_to_signal * normal(2, 4, 4, 4)
+    estimator = AutodiffFisher(denoiser, chunk_size=64)
+
+    def symmetrised(state, endpoint=None):
+        return estimator(state).symmetrised()
+
+    for key, one in (("map", estimator), ("map_of_symmetrised_jacobians", symmetrised)):
+        expected = transport_map(denoiser_field(denoiser, one), start, schedule, integration)
+        # Float32 products in other orders; forward and reverse mode in one.
+        assert found[key]["asymmetry"] == pytest.approx(float(asymmetry(expected.jacobian).mean()), rel=1e-3)
+    assert found["map_of_symmetrised_jacobians"]["asymmetry"] < found["map"]["asymmetry"]
+    assert found["fisher_asymmetry_by_level"][0] > 1e-4
+    assert len(found["noise_to_signal"]) == len(found["map_asymmetry_by_level"]) == 3
+    assert found["map_asymmetry_by_level"][-1] == pytest.approx(found["map"]["asymmetry"], rel=1e-12)
 
 
 # Indices and couplings
@@ -218,13 +273,15 @@ def test_too_many_dimensions_are_refused_with_products_offered():
 def test_too_few_steps_and_pairs_are_refused():
     with pytest.raises(InputError, match="`num_steps` is 1; allowed: at least 2"):
         FixedSteps(1)
+    with pytest.raises(InputError, match="`order` is 3; allowed: 2 or 4"):
+        FixedSteps(4, order=3)
     with pytest.raises(InputError, match="3 pairs in 2 batches; allowed: two batches or more of two pairs or more"):
         coupling_cost(normal(3, 2), normal(3, 2), batches=2)
     assert Adaptive(1e-6).coarser().tolerance > 1e-6
 
 
 @pytest.mark.parametrize("name", ["torchdiffeq", "ot"])
-def test_missing_extra_is_said_in_words(name, monkeypatch):
+def test_missing_extra_is_said_in_words_before_any_work(name, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, name, None)  # as though it were not installed
     with pytest.raises(
         UnsupportedError, match=rf"need the package '{name}'.*pip install 'diffusers_fisher.transport.'"
@@ -233,6 +290,9 @@ def test_missing_extra_is_said_in_words(name, monkeypatch):
             coupling_cost(normal(8, 2), normal(8, 2), batches=2)
         else:
             found("Gaussian", SCHEDULES["edm"])
+    with pytest.raises(UnsupportedError, match=f"need the package '{name}'"):
+        run_study(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_given_points_are_read_or_refused_in_words(tmp_path):
@@ -255,9 +315,32 @@ def test_command_writes_table_report_and_plots(tmp_path):
     report = json.loads((tmp_path / "transport.json").read_text())
     assert [row["schedule"] for row in report["maps"]] == list(SCHEDULES)
     assert "3 given points" in result.output
+    assert (tmp_path / "table.txt").read_text() in result.output
     for name in ("maps", "index_by_steps"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert min(picture.size) > 300
     refused = CliRunner().invoke(app, ["transport", "--output", str(tmp_path), "--points", "1"])
     assert refused.exit_code == 1
     assert "at least two points" in refused.output
+
+
+def test_kept_study_shows_what_theory_says():
+    """The documents' figures: zero where the map is known to be optimal, the paper's indices for its triangle."""
+    report = json.loads((Path(document_figures.FOLDER) / "transport.json").read_text())
+    rows = {(row["case"], row["schedule"]): row for row in report["maps"]}
+    for row in report["maps"]:
+        if row["optimal"]:
+            assert max(row["asymmetry"], row["off_diagonal_asymmetry"]) < 1e-6
+        else:
+            assert row["asymmetry"] > 0.01
+        assert row.get("distance_to_closed_form", 0) < 1e-6
+    for name, value in (("vp", 0.236), ("sub-vp", 0.236), ("ve", 0.240), ("edm", 0.240)):
+        row = rows["triangle", name]
+        assert row["runs"] >= 300
+        assert abs(row["off_diagonal_asymmetry"] - value) < 2 * row["off_diagonal_asymmetry_standard_error"]
+    for one, other in (("vp", "sub-vp"), ("ve", "edm")):
+        pair = [rows["triangle", name]["off_diagonal_asymmetry"] for name in (one, other)]
+        assert abs(pair[0] - pair[1]) < 2 * rows["triangle", one]["off_diagonal_asymmetry_standard_error"]
+    gaps = {row["case"]: row for row in report["couplings"]}
+    assert gaps["triangle"]["gap"] > 2 * gaps["triangle"]["standard_error"]
+    assert max(abs(gaps[name]["gap"]) for name in ("rotated rectangle", "Gaussian")) < 1e-12

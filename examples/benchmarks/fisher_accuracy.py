@@ -32,7 +32,8 @@ from diffusers_fisher import (
     embedded_prompt,
 )
 from diffusers_fisher.files import save_figure
-from diffusers_fisher.guidance.adjoint import ascend_noise, checked_reward
+from diffusers_fisher.guidance.adjoint import ascend_noise
+from diffusers_fisher.guidance.checks import checked_reward
 from diffusers_fisher.state import DenoisingState
 from diffusers_fisher.testing import OracleDenoiser
 
