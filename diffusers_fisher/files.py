@@ -44,7 +44,7 @@ def check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / ".writable") as temporary:
             temporary.write_text("")
-        (folder / ".writable").unlink()
+        (folder / ".writable").unlink(missing_ok=True)  # another process may have been as quick
     except OSError as error:
         raise InputError(f"The folder '{folder}' can't be written: {error}. Name another one.") from error
 

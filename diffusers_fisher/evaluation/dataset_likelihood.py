@@ -20,6 +20,7 @@ from ..errors import CoarseGridWarning, InputError, NumericalError
 from ..fisher import AutodiffFisher, FiniteDifferenceFisher, FisherEstimator
 from ..likelihood import DEFAULT_SCHEME, LikelihoodOutput
 from ..likelihood.schemes import scheme_of
+from ..pipelines import FisherPipelineMixin
 from ..training.checkpoints import flat_settings
 from ..training.state import step_generator
 from ..training.trace_config import DTYPES, DenoiserSettings, load_pipeline
@@ -109,19 +110,24 @@ def evaluate_dataset(output: Path, settings: DatasetSettings, batch_size: int = 
         images = open_images(settings.data, pipe._image_channels(), text_captions=hasattr(pipe, "tokenizer"))
         told = {**flat_settings(dataclasses.asdict(settings)), "estimator": name, **_digests(pipe, images)}
         records = Records(output, told)
-        before = Collected(records).count
+        before = Collected(records).positions
     begin = time.perf_counter()
     share = Share(pipe, images, dataclasses.replace(settings, estimator=name), records, batch_size, state)
-    count = share.run()
+    count = share.run(before)
     if not state.is_main_process:
         return None
     seconds = time.perf_counter() - begin
-    run = {"processes": state.num_processes, "batch_size": batch_size, "seconds": seconds, "images": count - before}
+    run = {
+        "processes": state.num_processes,
+        "batch_size": batch_size,
+        "seconds": seconds,
+        "images": count - len(before),
+    }
     return write_results(records, images, count, run)
 
 
 def process_state() -> Any:
-    """accelerate's state of this process; without it `torchrun` on machines of CPUs alone would be told apart by none.
+    """accelerate's state of this process, on CPUs too, where a plain `PartialState()` takes each for the only one.
 
     Processes wait for each other only where their shares are done, for as long as those may differ.
     """
@@ -165,8 +171,8 @@ class Share:
         if self.pipe.trace_model is not None:
             self.pipe.trace_model.to(state.device)
 
-    def run(self) -> int:
-        """Evaluates what has no record yet; returns the number of images of all processes, when all are done.
+    def run(self, done: frozenset[int]) -> int:
+        """Evaluates all but what is `done`; returns the number of images of all processes, when those are through.
 
         Raises:
             InputError: not one image of the whole data could be evaluated.
@@ -174,7 +180,7 @@ class Share:
         from tqdm.auto import tqdm
 
         begin = self.last = time.perf_counter()
-        done, index, number = Collected(self.records).positions, self.state.process_index, self.state.num_processes
+        index, number = self.state.process_index, self.state.num_processes
         rows = self._rows(done)
         expected = len(shard(range(self.total), index, number)) or None  # of a stream not known
         mine = sum(position % number == index for position in done)
@@ -231,25 +237,26 @@ class Share:
     def _likelihoods(self, group: Sequence[tuple[int, Example]]) -> list[dict[str, Any]]:
         settings = self.settings
         captions = [settings.prompt if settings.prompt is not None else example.caption for _, example in group]
-        conditions = [] if all(caption is None for caption in captions) else [[_said(text) for text in captions]]
-        options: dict[str, Any] = {}
+        conditions = None if all(caption is None for caption in captions) else [_said(text) for text in captions]
+        generators = [step_generator(settings.seed, "likelihood", position) for position, _ in group]
+        options: dict[str, Any] = {"scheme": settings.scheme, "bins": settings.bins, "generator": generators}
         if settings.estimator != "trace-model":
             estimator: FisherEstimator = AutodiffFisher()
             if settings.estimator == "finite-difference":
                 estimator = FiniteDifferenceFisher()
-            options = {"estimator": estimator, "num_probes": settings.num_probes or None}
+            options |= {"estimator": estimator, "num_probes": settings.num_probes or None}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", CoarseGridWarning)  # the summary says it once, for all
-                out = self.pipe.log_likelihood(
-                    torch.stack([example.pixels for _, example in group]), *conditions,
-                    num_inference_steps=settings.num_inference_steps, scheme=settings.scheme, bins=settings.bins,
-                    generator=[step_generator(settings.seed, "likelihood", position) for position, _ in group],
-                    **options,
+                out = FisherPipelineMixin.log_likelihood(  # whose conditions may be prompts, labels or none
+                    self.pipe, torch.stack([example.pixels for _, example in group]), conditions,
+                    num_inference_steps=settings.num_inference_steps, **options,
                 )  # fmt: skip
-        except NumericalError as error:
+        except (InputError, NumericalError) as error:
             if len(group) > 1:  # which of them it was
                 return [record for entry in group for record in self._likelihoods([entry])]
+            if self.method is None and isinstance(error, InputError):  # of the settings, most likely
+                raise
             position, example = group[0]
             return [_failure(position, example.name, f"Image '{example.name}': {error}")]
         if self.method is None:

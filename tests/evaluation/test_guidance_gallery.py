@@ -31,6 +31,11 @@ def done(tmp_path_factory):
     return folder, run_gallery(folder / "out", folder / "prompts.txt", SETTINGS, batch_size=2)
 
 
+def size(path):
+    with Image.open(path) as picture:
+        return picture.size
+
+
 def records(folder):
     return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "records").iterdir())}
 
@@ -44,7 +49,7 @@ def test_every_prompt_has_its_record_and_pictures(done):
         assert len(record["rewards"]) == len(record["held_out"]) == len(record["shell_distances"]) == 3
         assert record["rewards"][record["best_run"]] == max(record["rewards"])
         for name in ("before", "after"):
-            assert Image.open(folder / "out" / record[name]).size == (32, 32)
+            assert size(folder / "out" / record[name]) == (32, 32)
     assert summary["prompts"] == 3
     before, after = summary["means"]["reward"]
     assert before == pytest.approx(sum(record["rewards"][0] for record in found.values()) / 3)
@@ -57,7 +62,7 @@ def test_gallery_shows_every_prompt(done):
     assert all(prompt in page for prompt in PROMPTS)
     assert page.count("<img") == 1 + 2 * 3
     assert "held out" in page
-    assert Image.open(done[0] / "out" / "gallery.png").size[0] > 500
+    assert size(done[0] / "out" / "gallery.png")[0] > 500
 
 
 def test_result_does_not_depend_on_the_batches(done):

@@ -1,0 +1,165 @@
+"""Does an image's likelihood depend on how a dataset is shared out, and what is won by two processes?
+
+python examples/benchmarks/dataset_likelihood.py [sharing] [killed] [report]   # parts to run anew; none: all
+
+Runs `diffusers-fisher likelihood` on test images under the embedded checkpoint: with batches of 1 and 16 and with 1
+and 2 processes ("sharing": the per-image numbers compared, and times); killed with SIGKILL and taken up again
+("killed"); and once over all 10,000 test images ("report", half an hour on two cores), whose summary it keeps, with a
+picture of the likeliest and least likely in docs/images. Needs Fashion-MNIST (see examples/fashion_mnist.py) and, for
+the times, two cores with nothing else on them. Writes dataset_likelihood.json.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import FOLDER, machine
+
+from diffusers_fisher import StableDiffusionFisherPipeline, embedded_checkpoint
+from diffusers_fisher.files import save_figure, write_json
+
+sys.path.insert(0, str(FOLDER.parent))
+import fashion_mnist
+
+IMAGES = 256
+PARTS = ("sharing", "killed", "report")
+PICTURE = FOLDER.parent.parent / "docs" / "images" / "dataset_likelihood.png"
+RUNS = {"1 process, batches of 1": (1, 1), "1 process, batches of 16": (1, 16), "2 processes, batches of 16": (2, 16)}
+ONE, TWO = "1 process, batches of 16", "2 processes, batches of 16"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # a core a process
+
+
+def command(folder: Path, name: str, processes: int, batch_size: int, *options: str) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+    return [
+        sys.executable, *launcher, "-m", "diffusers_fisher.cli", "likelihood", "--model", "embedded", "--data",
+        str(folder / "images"), "--caption-column", "text", "--batch-size", str(batch_size), "--output",
+        str(folder / name), *options,
+    ]  # fmt: skip
+
+
+def bits(folder: Path) -> list[float]:
+    lines = (folder / "likelihoods.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["bits_per_dim"] for line in lines]
+
+
+def shared_out(folder: Path, estimator: str, count: int) -> dict[str, Any]:
+    """Runs every way; the largest difference from the first, and images a second."""
+    numbers, rates = {}, {}
+    for name, (processes, batch_size) in RUNS.items():
+        target = folder / f"{estimator} {name}"
+        shutil.rmtree(target, ignore_errors=True)
+        line = command(folder, target.name, processes, batch_size, "--estimator", estimator, "--limit", str(count))
+        subprocess.run(line, check=True, env=ENVIRONMENT)
+        run = json.loads((target / "summary.json").read_text())["last_run"]
+        if (run["processes"], run["images"]) != (processes, count):
+            raise RuntimeError(f"{name}: it ran {run['images']} images in {run['processes']} processes.")
+        numbers[name], rates[name] = bits(target), run["images_per_second"]
+    first = numbers[next(iter(RUNS))]
+    away = {name: max(abs(a - b) for a, b in zip(row, first, strict=True)) for name, row in numbers.items()}
+    return {
+        "images": count, "largest_difference_bits_per_dim": away, "images_per_second": rates,
+        "two_processes_over_one": rates[TWO] / rates[ONE],
+    }  # fmt: skip
+
+
+def killed_and_taken_up(folder: Path, estimator: str, count: int) -> dict[str, Any]:
+    """A run killed after a third of its records, and taken up by the same command."""
+    name = f"{estimator} killed"
+    shutil.rmtree(folder / name, ignore_errors=True)
+    line = command(folder, name, 1, 4, "--estimator", estimator, "--limit", str(count))
+    files = folder / name / "records"
+
+    def known() -> dict[int, dict[str, Any]]:
+        groups = [json.loads(path.read_text()) for path in files.glob("0*.json")]
+        return {row["position"]: row for group in groups for row in group["records"]}
+
+    process = subprocess.Popen(line, env=ENVIRONMENT)
+    while len(known()) < count // 3:
+        if process.poll() is not None:
+            raise RuntimeError("The run ended before it could be killed.")
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = known()
+    subprocess.run(line, check=True, env=ENVIRONMENT)
+    after = known()
+    summary = json.loads((folder / name / "summary.json").read_text())
+    whole = f"{estimator} {ONE}"
+    subprocess.run(command(folder, whole, 1, 16, "--estimator", estimator, "--limit", str(count)), check=True)
+    unbroken = bits(folder / whole)
+    return {
+        "images": count, "records_before": len(before), "computed_after": summary["last_run"]["images"],
+        "records_changed": sum(after[position] != row for position, row in before.items()),
+        "largest_difference_from_unbroken_bits_per_dim": max(
+            abs(a - b) for a, b in zip(bits(folder / name), unbroken, strict=True)
+        ),
+    }  # fmt: skip
+
+
+def report(folder: Path) -> dict[str, Any]:
+    """The summary of all test images, by the command of the documentation; a run that was killed goes on."""
+    subprocess.run(command(folder, "report", 2, 50), check=True, env=ENVIRONMENT)
+    lines = (folder / "report" / "likelihoods.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = sorted((json.loads(line) for line in lines), key=lambda row: row["bits_per_dim"])
+    PICTURE.parent.mkdir(exist_ok=True)
+    save_figure(_drawn(folder, rows), PICTURE)
+    return json.loads((folder / "report" / "summary.json").read_text())
+
+
+def _drawn(folder: Path, rows: list[dict[str, Any]]) -> Any:
+    """The histogram, and a row of images from each end: a matplotlib figure."""
+    import numpy
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    top, *strips = figure.subfigures(3, 1, height_ratios=[2.2, 1, 1])
+    axes = top.subplots()
+    axes.hist([row["bits_per_dim"] for row in rows], bins=80)
+    axes.set(xlabel="bits/dim of the latent (lower is likelier)", ylabel="images")
+    for part, title, chosen in zip(strips, ("Most likely", "Least likely"), (rows[:12], rows[:-13:-1]), strict=True):
+        part.suptitle(title, fontsize=10)
+        for place, row in zip(part.subplots(1, len(chosen)), chosen, strict=True):
+            with Image.open(folder / "images" / row["name"]) as picture:
+                place.imshow(numpy.asarray(picture), cmap="gray", vmin=0, vmax=255)
+            place.set(xticks=[], yticks=[])
+            place.set_xlabel(f"{row['bits_per_dim']:.2f}", fontsize=8)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"to run anew, of {', '.join(PARTS)}; none: all")
+    parser.add_argument("--images", type=int, default=IMAGES, help='of "sharing" and "killed"')
+    parser.add_argument("--output", type=Path, default=Path("outputs/dataset_likelihood"))
+    arguments = parser.parse_args()
+    if not set(arguments.parts) <= set(PARTS):
+        parser.error(f"parts are {arguments.parts}; allowed: {', '.join(PARTS)}")
+    folder, count, path = arguments.output, arguments.images, FOLDER / "dataset_likelihood.json"
+    if not (folder / "images" / "metadata.jsonl").is_file():
+        fashion_mnist.write_folder(folder / "images", "test")
+    estimators = ["autodiff"]
+    if StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint()).trace_model is not None:
+        estimators.insert(0, "trace-model")
+    tasks: dict[str, Callable[[], dict[str, Any]]] = {
+        "sharing": lambda: {name: shared_out(folder, name, count) for name in estimators},
+        "killed": lambda: killed_and_taken_up(folder, estimators[0], count),
+        "report": lambda: report(folder),
+    }
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    for part in arguments.parts or PARTS:
+        found[part] = {"machine": machine(), **tasks[part]()}
+        write_json(path, found)
+
+
+if __name__ == "__main__":
+    main()

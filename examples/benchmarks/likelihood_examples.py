@@ -1,0 +1,33 @@
+"""Results of examples/likelihood on the embedded checkpoint: likelihood_examples.json and .png.
+
+python examples/benchmarks/likelihood_examples.py
+
+Needs Fashion-MNIST (see examples/fashion_mnist.py). Ten minutes on one core; taken up where it was stopped.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+from common import FOLDER, save
+
+sys.path.insert(0, str(FOLDER.parent / "likelihood"))
+import out_of_distribution
+import sample_ranking
+
+IMAGES = 500
+SAMPLES = 500
+
+
+def main() -> None:
+    folder = Path("outputs/likelihood_examples")
+    found = {
+        "out_of_distribution": out_of_distribution.run(IMAGES, folder / "out_of_distribution"),
+        "sample_ranking": sample_ranking.run(SAMPLES, folder / "sample_ranking"),
+    }
+    shutil.copy(folder / "out_of_distribution" / "out_of_distribution.png", FOLDER / "likelihood_examples.png")
+    save("likelihood_examples", found)
+
+
+if __name__ == "__main__":
+    main()

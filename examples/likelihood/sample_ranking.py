@@ -1,0 +1,118 @@
+"""Are the likelihoods of generated samples a measure of how well they were made? On the embedded checkpoint.
+
+    python examples/likelihood/sample_ranking.py --samples 500
+
+Samples of every class are ranked by log p(x|prompt), and by log p(x|prompt) - log p(x|empty prompt), which asks how
+much better the prompt explains the sample than none does. Both are held against an image classifier's confidence in
+the prompted class. What was computed is kept in --output and taken up again.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+
+from diffusers_fisher import (
+    EMBEDDED_CLASSES,
+    StableDiffusionFisherPipeline,
+    embedded_checkpoint,
+    embedded_prompt,
+)
+from diffusers_fisher.evaluation.records import Records
+from diffusers_fisher.evaluation.report import save_picture
+from diffusers_fisher.guidance import ClassifierReward
+
+BATCH = 50
+STEPS = 24
+SAMPLING = {"num_inference_steps": 25, "guidance_scale": 1.0}  # without guidance: most samples that go wrong
+SCORES = ("log p(x|prompt)", "log p(x|prompt) - log p(x)")
+
+
+def evaluated(pipe: Any, count: int, folder: Path) -> dict[str, torch.Tensor]:
+    """By name (count,): the prompted label, log p(x|prompt), log p(x), the classifier's log-probability and right."""
+    records = Records(folder, {"samples": count, "steps": STEPS, **SAMPLING})
+    rows: dict[str, list[float]] = {}
+    for start in range(0, count, BATCH):
+        key = f"{start:06d}"
+        if key not in records.done():
+            records.write(key, _batch(pipe, range(start, min(count, start + BATCH)), folder / f"samples_{key}.png"))
+        for name, values in records.read(key).items():
+            rows.setdefault(name, []).extend(values)
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in rows.items()}
+
+
+def _batch(pipe: Any, numbers: range, picture: Path) -> dict[str, list[float]]:
+    labels = [number % 10 for number in numbers]
+    prompts = [embedded_prompt(label) for label in labels]
+    generators = [torch.Generator().manual_seed(number) for number in numbers]
+    images = pipe(prompts, generator=generators, output_type="pt", **SAMPLING).images.float()
+    reward = ClassifierReward.from_pretrained(
+        Path(embedded_checkpoint()) / "classifier", target=[EMBEDDED_CLASSES[label] for label in labels]
+    )
+    with torch.no_grad():
+        confidence, best = reward(images, prompts), reward.logits(images).argmax(1)
+    with_prompt, without = (
+        pipe.log_likelihood(
+            images, text, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0)
+        ).log_prob
+        for text in (prompts, "")
+    )
+    save_picture(torch.cat(list(images), dim=-1), picture)
+    return {
+        "label": labels, "with_prompt": with_prompt.tolist(), "without": without.tolist(),
+        "confidence": confidence.tolist(), "right": (best == torch.tensor(labels)).float().tolist(),
+    }  # fmt: skip
+
+
+def run(count: int, folder: Path) -> dict[str, Any]:
+    """The example's results."""
+    pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
+    pipe.set_progress_bar_config(disable=True)
+    found = evaluated(pipe, count, folder)
+    rankings = dict(zip(SCORES, (found["with_prompt"], found["with_prompt"] - found["without"]), strict=True))
+    table = {}
+    for name, score in rankings.items():
+        within = [found["label"] == label for label in range(10)]
+        own = [float(spearmanr(score[rows], found["confidence"][rows]).statistic) for rows in within]
+        best = [score[rows].argsort(descending=True)[: _quarter(rows)] for rows in within]
+        worst = [score[rows].argsort()[: _quarter(rows)] for rows in within]
+        table[name] = {
+            "rank_correlation": float(spearmanr(score, found["confidence"]).statistic),
+            "rank_correlation_within_classes": sum(own) / len(own),
+            "standard_error_within_classes": float(torch.tensor(own).std() / len(own) ** 0.5),
+            "right_of_best_quarter": _right(found, within, best),
+            "right_of_worst_quarter": _right(found, within, worst),
+        }
+    return {"samples": count, "steps": STEPS, **SAMPLING, "right": float(found["right"].mean()), "rankings": table}
+
+
+def _quarter(rows: torch.Tensor) -> int:
+    return max(1, int(rows.sum()) // 4)
+
+
+def _right(found: dict[str, torch.Tensor], within: list[torch.Tensor], chosen: list[torch.Tensor]) -> float:
+    """Share of the chosen samples of every class that are classified as prompted."""
+    values = [found["right"][rows][indices] for rows, indices in zip(within, chosen, strict=True)]
+    return float(torch.cat(values).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=500, help="at least 20, two a class")
+    parser.add_argument("--output", type=Path, default=Path("outputs/sample_ranking"))
+    arguments = parser.parse_args()
+    result = run(arguments.samples, arguments.output)
+    print(f"{result['right']:.1%} of {result['samples']} samples are classified as prompted")
+    for name, row in result["rankings"].items():
+        own, error = row["rank_correlation_within_classes"], row["standard_error_within_classes"]
+        print(
+            f"{name}: rank correlation with the classifier's confidence {row['rank_correlation']:.2f}, within classes "
+            f"{own:.2f} ± {error:.2f}; right of the best quarter {row['right_of_best_quarter']:.1%}, of the worst "
+            f"{row['right_of_worst_quarter']:.1%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,328 @@
+"""Likelihoods of a dataset: one record an image, the same by every way of sharing the work out."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy
+import pytest
+import tiny
+import torch
+from diffusers import StableDiffusionPipeline
+from image_folders import CAPTIONS, image_folder, saved_pipeline
+from PIL import Image
+from trace_cases import GaussianData
+from typer.testing import CliRunner
+
+from diffusers_fisher import AutodiffFisher, InputError, StableDiffusionFisherPipeline
+from diffusers_fisher.cli import app
+from diffusers_fisher.data import ImageData, open_images
+from diffusers_fisher.evaluation.dataset_likelihood import DatasetSettings, evaluate_dataset
+from diffusers_fisher.training.state import step_generator
+from diffusers_fisher.training.trace_config import DenoiserSettings
+
+AGREEMENT = 1e-5  # bits/dim: float32 sums of other orders, through a network
+STEPS = 2
+CORRUPT = (3, 7)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny pipeline and 12 images, two of them cut short."""
+    folder = tmp_path_factory.mktemp("data")
+    saved_pipeline(folder / "pipeline")
+    image_folder(folder / "images", corrupt=CORRUPT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(place):
+    """The run that others are compared with: one process, four images at once."""
+    return place / "done", evaluate_dataset(place / "done", settings_of(place), batch_size=4)
+
+
+def settings_of(place, data=(), **changes):
+    images = ImageData(**{"path": str(place / "images"), "caption_column": "text", **dict(data)})
+    changes = {"num_inference_steps": STEPS, **changes}
+    return DatasetSettings(**{"denoiser": DenoiserSettings(str(place / "pipeline")), "data": images, **changes})
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "likelihoods.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def bits(folder):
+    return torch.tensor([row["bits_per_dim"] for row in lines(folder) if "error" not in row], dtype=torch.float64)
+
+
+def command(place, output, *options):
+    return [
+        "-m", "diffusers_fisher.cli", "likelihood", "--model", str(place / "pipeline"), "--data",
+        str(place / "images"), "--caption-column", "text", "--num-inference-steps", str(STEPS), "--output",
+        str(output), *options,
+    ]  # fmt: skip
+
+
+def test_a_record_is_what_log_likelihood_gives_for_the_image_alone(place, done):
+    folder, _ = done
+    pipe = tiny.quiet(StableDiffusionFisherPipeline.from_pretrained(place / "pipeline"))
+    images = open_images(ImageData(str(place / "images"), caption_column="text"))
+    for row in (lines(folder)[position] for position in (0, 5)):
+        example, generator = images[row["position"]], step_generator(0, "likelihood", row["position"])
+        out = pipe.log_likelihood(
+            example.pixels[None], example.caption, num_inference_steps=STEPS, estimator=AutodiffFisher(),
+            num_probes=2, generator=generator,
+        )  # fmt: skip
+        assert row["caption"] == example.caption and row["dims"] == out.dims == 256
+        assert row["bits_per_dim"] == pytest.approx(float(out.bits_per_dim), abs=AGREEMENT)
+        assert row["log_prob"] == pytest.approx(row["prior_log_prob"] + row["trace_log_prob"], abs=1e-9)
+        assert row["r"] == pytest.approx(out.r[:, 0].tolist(), abs=1e-4)  # six decimals, of float32 networks
+
+
+def test_one_line_an_image_in_order_and_what_can_not_be_read_is_named(done):
+    folder, summary = done
+    rows = lines(folder)
+    assert [(row["position"], row["name"]) for row in rows] == [(n, f"train-{n}.png") for n in range(12)]
+    assert [row["position"] for row in rows if "error" in row] == list(CORRUPT)
+    assert "train-3.png" in rows[3]["error"] and "can't be read" in rows[3]["error"]
+    assert (summary["images"], summary["evaluated"], summary["left_out"]) == (12, 10, 2)
+    assert [entry["name"] for entry in summary["left_out_images"]] == ["train-3.png", "train-7.png"]
+
+
+def test_the_summary_is_that_of_the_records(done):
+    folder, summary = done
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    values, told = bits(folder), summary["bits_per_dim"]
+    assert told["mean"] == pytest.approx(float(values.mean())) and told["greatest"] == float(values.max())
+    assert told["standard_deviation"] == pytest.approx(float(values.std()))
+    assert told["quantiles"]["0.25"] == pytest.approx(float(values.quantile(0.25)))
+    rows = [row for row in lines(folder) if row.get("caption") == "c"]
+    own = next(row for row in summary["by_caption"] if row["caption"] == "c")
+    assert own["images"] == len(rows) and own["mean"] == pytest.approx(
+        sum(r["bits_per_dim"] for r in rows) / len(rows)
+    )
+    assert {row["caption"] for row in summary["by_caption"]} == set(CAPTIONS)
+    assert summary["method"]["trace"] == "AutodiffFisher, 2 probes" and summary["evaluations_an_image"] == STEPS + 1
+    assert summary["images_on_a_coarse_grid"] > 0  # two steps are few
+
+
+def test_the_page_shows_both_ends_and_what_was_left_out(done):
+    folder, _ = done
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    rows = sorted((row for row in lines(folder) if "error" not in row), key=lambda row: row["bits_per_dim"])
+    shown = re.findall(r"<figcaption>([\d.]+) bits/dim: (\S+), ", page)
+    order = [(f"{row['bits_per_dim']:.3f}", row["name"]) for row in rows]
+    assert shown == order + order[::-1]
+    assert page.count("data:image/png") == 1 + 2 * len(rows)
+    assert page.count("<td>train-3.png</td>") == 1 and page.count("<td>train-7.png</td>") == 1
+    with Image.open(folder / "histogram.png") as picture:
+        assert len(set(picture.convert("L").resize((64, 32)).get_flattened_data())) > 10
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_batch_sizes_do_not_change_the_numbers(place, done, tmp_path, batch_size):
+    evaluate_dataset(tmp_path / "run", settings_of(place), batch_size)
+    assert (bits(tmp_path / "run") - bits(done[0])).abs().max() < AGREEMENT
+
+
+def test_two_processes_give_the_numbers_of_one(place, done, tmp_path):
+    options = ("--nproc_per_node", "2", "--master_port", "29723")
+    run = [sys.executable, "-m", "torch.distributed.run", *options, *command(place, tmp_path / "run")]
+    subprocess.run(run, check=True, capture_output=True, timeout=600)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["last_run"]["processes"] == 2 and summary["last_run"]["images"] == 12
+    assert (bits(tmp_path / "run") - bits(done[0])).abs().max() < AGREEMENT
+    assert [row["name"] for row in lines(tmp_path / "run")] == [row["name"] for row in lines(done[0])]
+
+
+def test_a_killed_run_is_taken_up_without_losing_or_repeating_a_record(place, tmp_path):
+    """Killed with SIGKILL after its first file; the rest is computed with another batch size."""
+    image_folder(tmp_path / "images", count=60)
+    saved_pipeline(tmp_path / "pipeline")
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, *command(tmp_path, run, "--batch-size", "1")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        while not list((run / "records").glob("0*.json")):
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.01)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (run / "likelihoods.jsonl").exists()
+    before = {path.name: path.read_bytes() for path in (run / "records").glob("0*.json")}
+    known = {row["position"]: row for text in before.values() for row in json.loads(text)["records"]}
+    assert 0 < len(known) < 60
+    summary = evaluate_dataset(run, settings_of(tmp_path))
+    assert summary["last_run"]["images"] == 60 - len(known)
+    assert all((run / "records" / name).read_bytes() == text for name, text in before.items())
+    rows = lines(run)
+    assert [row["position"] for row in rows] == list(range(60))
+    assert all(rows[position] == row for position, row in known.items())
+    again = evaluate_dataset(run, settings_of(tmp_path))
+    assert again["last_run"]["images"] == 0 and again["bits_per_dim"] == summary["bits_per_dim"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    {
+        "steps": ({"num_inference_steps": 3}, "`num_inference_steps` was 2, is 3"),
+        "seed": ({"seed": 1}, "`seed` was 0, is 1"),
+        "data": ({"data": {"limit": 5}}, "`data.limit` was null, is 5; `images` was"),
+        "estimator": ({"estimator": "finite-difference"}, '`estimator` was "autodiff", is "finite-difference"'),
+    }.values(),
+    ids=["steps", "seed", "data", "estimator"],
+)
+def test_other_settings_are_refused_and_named(place, done, changes, words):
+    with pytest.raises(InputError, match=f"holds records of other settings: {words}"):
+        evaluate_dataset(done[0], settings_of(place, **changes))
+
+
+def test_other_weights_and_other_images_are_refused(place, done, tmp_path):
+    pipe = tiny.stable_diffusion()
+    with torch.no_grad():
+        pipe.unet.conv_out.bias += 1e-3
+    pipe.save_pretrained(tmp_path / "pipeline")
+    image_folder(tmp_path / "images")
+    evaluate_dataset(tmp_path / "run", settings_of(tmp_path))
+    tiny.stable_diffusion().save_pretrained(tmp_path / "pipeline")
+    with pytest.raises(InputError, match=r"of other settings: `weights` was"):
+        evaluate_dataset(tmp_path / "run", settings_of(tmp_path))
+    pipe.save_pretrained(tmp_path / "pipeline")
+    image_folder(tmp_path / "images", count=13)
+    with pytest.raises(InputError, match=r'of other settings: `images` was "12, .*", is "13, '):
+        evaluate_dataset(tmp_path / "run", settings_of(tmp_path))
+
+
+def test_a_stream_gives_the_same_records(place, done, tmp_path):
+    evaluate_dataset(tmp_path / "run", settings_of(place, data={"streaming": True}), batch_size=4)
+    assert lines(tmp_path / "run") == lines(done[0])
+
+
+def test_images_of_several_sizes_and_one_that_does_not_fit(place, tmp_path):
+    image_folder(tmp_path / "images", count=3)
+    for name, size in (("train-1.png", (24, 16)), ("train-2.png", (16, 17))):
+        Image.new("RGB", size, (200, 0, 0)).save(tmp_path / "images" / name)
+    settings = dataclasses.replace(settings_of(tmp_path), denoiser=DenoiserSettings(str(place / "pipeline")))
+    evaluate_dataset(tmp_path / "run", settings)
+    rows = lines(tmp_path / "run")
+    assert [row.get("dims") for row in rows] == [256, 384, None]
+    assert re.search(
+        r"'train-2.png' has 16x17 pixels; this pipeline takes multiples of \d+. Set `resolution`", rows[2]["error"]
+    )
+
+
+def test_an_image_without_a_finite_likelihood_is_named_and_spoils_no_other(place, done, tmp_path):
+    """The embedding of one word is not a number: images with that caption can't be evaluated, all others can."""
+    pipe = tiny.stable_diffusion()
+    token = pipe.tokenizer("f").input_ids[1]
+    with torch.no_grad():
+        pipe.text_encoder.get_input_embeddings().weight[token] = torch.nan
+    pipe.save_pretrained(tmp_path / "pipeline")
+    settings = dataclasses.replace(settings_of(place), denoiser=DenoiserSettings(str(tmp_path / "pipeline")))
+    summary = evaluate_dataset(tmp_path / "run", settings)
+    rows, wanted = lines(tmp_path / "run"), lines(done[0])
+    broken = [row["position"] for row in rows if "not finite" in row.get("error", "")]
+    assert broken == [n for n in range(12) if CAPTIONS[n % 4] == "f" and n not in CORRUPT] == [11]
+    assert summary["left_out"] == 3
+    for row, other in zip(rows, wanted, strict=True):
+        if "error" not in row:
+            assert row["bits_per_dim"] == pytest.approx(other["bits_per_dim"], abs=AGREEMENT)
+
+
+def test_a_folder_without_any_result_takes_other_settings(place, tmp_path):
+    image_folder(tmp_path / "images", size=(17, 17), count=3)
+    settings = dataclasses.replace(settings_of(tmp_path), denoiser=DenoiserSettings(str(place / "pipeline")))
+    with pytest.raises(InputError, match=r"Not one image could be evaluated\. The first: .* 17x17 pixels"):
+        evaluate_dataset(tmp_path / "run", settings)
+    resized = dataclasses.replace(settings, data=dataclasses.replace(settings.data, resolution=16))
+    assert evaluate_dataset(tmp_path / "run", resized)["evaluated"] == 3
+
+
+def test_the_pipelines_own_trace_model_is_the_default(place, tmp_path):
+    """With its statistics for the prior; and no number depends on a seed."""
+    pipe = tiny.quiet(
+        StableDiffusionFisherPipeline(**StableDiffusionPipeline.from_pretrained(place / "pipeline").components)
+    )
+    pipe.trace_model = GaussianData((4, 8, 8)).model()
+    pipe.trace_model.set_fingerprint(pipe)
+    pipe.latent_statistics = torch.full((4, 8, 8), 0.1), torch.full((4, 8, 8), 0.5)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    for seed in (0, 1):
+        settings = settings_of(place, denoiser=DenoiserSettings(str(tmp_path / "pipeline")), seed=seed)
+        summary = evaluate_dataset(tmp_path / f"run-{seed}", settings)
+    assert summary["method"]["trace"].startswith("TraceMatchingFisher")
+    assert summary["method"]["prior"] == "moment-matched"
+    assert json.loads((tmp_path / "run-0" / "settings.json").read_text())["estimator"] == "trace-model"
+    example = open_images(ImageData(str(place / "images"), caption_column="text"))[0]
+    alone = pipe.log_likelihood(example.pixels[None], example.caption, num_inference_steps=STEPS)
+    assert lines(tmp_path / "run-0")[0]["bits_per_dim"] == pytest.approx(float(alone.bits_per_dim), abs=AGREEMENT)
+    assert torch.equal(bits(tmp_path / "run-0"), bits(tmp_path / "run-1"))
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "changes"),
+    {
+        "pixels": (tiny.unconditional, {"caption_column": None, "resolution": 8}, {"bins": 256}),
+        "class labels": (tiny.dit, {"caption_column": "label"}, {"num_probes": 1}),
+        "prompt": (tiny.one_channel, {"caption_column": None, "resolution": 8}, {"prompt": "a b", "num_probes": 0}),
+    }.values(),
+    ids=["pixels", "class labels", "prompt"],
+)
+def test_every_kind_of_condition(tmp_path, make, data, changes):
+    saved_pipeline(tmp_path / "pipeline", make)
+    image_folder(tmp_path / "images", count=3)
+    evaluate_dataset(tmp_path / "run", settings_of(tmp_path, data=data, **changes), batch_size=3)
+    evaluate_dataset(tmp_path / "alone", settings_of(tmp_path, data=data, **changes), batch_size=1)
+    assert (bits(tmp_path / "run") - bits(tmp_path / "alone")).abs().max() < AGREEMENT
+    rows = lines(tmp_path / "run")
+    captions = {"label": [0, 1, 2]}.get(data["caption_column"], [changes.get("prompt")] * 3)
+    assert [row["caption"] for row in rows] == captions
+    assert (rows[0]["standard_error"] is None) == (changes.get("num_probes") == 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    {
+        "estimator": ({"estimator": "best"}, "`estimator` is 'best'; allowed: auto, trace-model"),
+        "no trace model": ({"estimator": "trace-model"}, "the pipeline has none; allowed: 'autodiff'"),
+        "dtype": ({"denoiser": DenoiserSettings("embedded", dtype="int8")}, "`dtype` is 'int8'"),
+        "scheme": ({"scheme": "heun"}, "`scheme` is 'heun'"),
+        "steps": ({"num_inference_steps": 1}, "`num_inference_steps` is 1"),
+        "both": ({"prompt": "a"}, "not both"),
+        "pipeline": ({"denoiser": DenoiserSettings("/nonexistent")}, "'/nonexistent' can't be loaded"),
+        "data": ({"data": {"path": "/nonexistent"}}, "'/nonexistent'.* can't be opened"),
+        "captions": ({"data": {"caption_column": "label"}}, "`prompt` is .*; allowed: a string"),
+        "bins": ({"bins": 256}, "bins"),
+    }.values(),
+)
+def test_what_can_not_be_run_is_refused_and_leaves_no_record(place, tmp_path, changes, words):
+    with pytest.raises(InputError, match=words):
+        evaluate_dataset(tmp_path / "run", settings_of(place, **changes))
+    assert not list(tmp_path.glob("run/records/*"))
+
+
+def test_captions_for_an_unconditional_pipeline_are_refused(tmp_path):
+    saved_pipeline(tmp_path / "pipeline", tiny.unconditional)
+    image_folder(tmp_path / "images", count=2)
+    with pytest.raises(InputError, match="is unconditional; it takes no `prompt`"):
+        evaluate_dataset(tmp_path / "run", settings_of(tmp_path, data={"resolution": 8}))
+
+
+def test_the_command_passes_its_options_on_and_tells_errors(place, done, tmp_path):
+    arguments = command(place, tmp_path / "run", "--limit", "3", "--num-probes", "1", "--seed", "5")[2:]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "3 of 3 images" in result.output and "index.html" in result.output
+    told = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert (told["data.limit"], told["num_probes"], told["seed"], told["estimator"]) == (3, 1, 5, "autodiff")
+    result = CliRunner().invoke(app, command(place, done[0], "--seed", "5")[2:])
+    assert result.exit_code == 1 and "Error: " in result.stderr and "`seed` was 0, is 5" in result.stderr
+    assert numpy.isfinite(bits(done[0]).numpy()).all()
