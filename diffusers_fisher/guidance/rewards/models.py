@@ -140,8 +140,7 @@ class TextImageReward:
         texts = [given] * len(images) if isinstance(given, str) else list(given)
         if len(texts) != len(images):
             raise InputError(f"{len(texts)} texts for {len(images)} images; give one, or one an image.")
-        features = self.model.get_image_features(pixel_values=self.image_input(images).to(self.model.dtype))
-        shown, said = _normalised(features.pooler_output), self._text_features(texts)
+        shown, said = _image_features(self.model, self.image_input(images)), self._text_features(texts)
         cosine = (shown * said.to(shown)).sum(-1)
         if not self.logits:
             return cosine
@@ -168,7 +167,7 @@ class AestheticReward:
     """The LAION aesthetic predictor: people's ratings, about 1 to 10, from a normalised CLIP image embedding.
 
     Args:
-        model: `CLIPVisionModelWithProjection`.
+        model: `CLIPModel`.
         head: (B, width) embeddings to (B, 1) scores.
         image_input: from images in [0, 1] to `pixel_values`.
     """
@@ -192,10 +191,12 @@ class AestheticReward:
         Raises:
             CheckpointError: the head's file is missing, damaged, or no chain of linear layers onto one number.
         """
-        from transformers import CLIPVisionModelWithProjection
+        from transformers import CLIPModel
 
         layers = aesthetic_head(head)  # before the large download
-        model = _frozen(CLIPVisionModelWithProjection.from_pretrained(path, **kwargs))
+        # The whole model: the vision tower alone takes its projection's width from a part of the config that not all
+        # checkpoints fill in.
+        model = _frozen(CLIPModel.from_pretrained(path, **kwargs))
         if layers[0].in_features != model.config.projection_dim:
             raise CheckpointError(
                 f"The head '{head}' takes {layers[0].in_features} numbers, but '{path}' embeds in "
@@ -204,8 +205,7 @@ class AestheticReward:
         return cls(model, layers.to(model.device), ImageInput.from_pretrained(path))
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        embeds = self.model(pixel_values=self.image_input(images).to(self.model.dtype)).image_embeds
-        return self.head(_normalised(embeds))[:, 0]
+        return self.head(_image_features(self.model, self.image_input(images)))[:, 0]
 
 
 def aesthetic_head(path: str | os.PathLike) -> Any:
@@ -251,6 +251,11 @@ def _head_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _numbers(name: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", name)]
+
+
+def _image_features(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Normalised embeddings (B, width)."""
+    return _normalised(model.get_image_features(pixel_values=pixels.to(model.dtype)).pooler_output)
 
 
 def _frozen(module: Any) -> Any:
