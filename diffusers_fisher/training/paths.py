@@ -105,23 +105,31 @@ def follow_paths(
         generator = step_generator(seed, "paths", number)
         clean, texts = _varied(space, piece, change, generator)
         texts = without(texts, torch.rand(len(clean), generator=generator) < caption_dropout)
-        recorder = _Recorder()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CoarseGridWarning)  # the way counts here, not the likelihood at its end
-            log_likelihood(
-                space.denoiser(texts, piece.samples), clean, recorder, num_steps=STEPS[number % len(STEPS)],
-                num_probes=None,
-            )  # fmt: skip
-        for state in recorder.states:
-            level = state.level
-            z = (state.sample - expand(level.alpha, clean) * clean) / expand(level.sigma, clean)
-            noises.append(z.float().cpu())
-            levels.append(level.log_noise_to_signal.double().cpu().reshape(1).expand(len(clean)))
-            owners.append(count + torch.arange(len(clean)))
+        for first in range(0, len(clean), space.piece_size):
+            part = slice(first, first + space.piece_size)
+            for state in _asked(space, texts[part], piece.samples[part], clean[part], STEPS[number % len(STEPS)]):
+                level = state.level
+                z = (state.sample - expand(level.alpha, state.sample) * clean[part]) / expand(
+                    level.sigma, state.sample
+                )
+                noises.append(z.float().cpu())
+                levels.append(level.log_noise_to_signal.double().cpu().reshape(1).expand(len(z)))
+                owners.append(count + torch.arange(first, first + len(z)))
         images.append(clean.cpu())
         count += len(clean)
         captions += texts
     return Paths(torch.cat(images), captions, torch.cat(owners), torch.cat(noises), torch.cat(levels))
+
+
+def _asked(
+    space: SampleSpace, captions: list[Any], data: torch.Tensor, clean: torch.Tensor, num_steps: int
+) -> list[DenoisingState]:
+    """Where a likelihood of `clean` asks."""
+    recorder = _Recorder()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CoarseGridWarning)  # the way counts here, not the likelihood at its end
+        log_likelihood(space.denoiser(captions, data), clean, recorder, num_steps=num_steps, num_probes=None)
+    return recorder.states
 
 
 @torch.no_grad()
@@ -132,7 +140,7 @@ def _varied(
     another image's."""
     pixels, clean = space.pixels(piece.samples), space.packed(piece.samples)
     unlike, exchanged = torch.rand(2, len(clean), generator=generator) < share
-    other = space.pipe._pack(space.encoded(changed(pixels.cpu(), generator)))
+    other = space.encoded(changed(pixels.cpu(), generator))
     clean = torch.where(unlike.to(clean.device).view(-1, *[1] * (clean.ndim - 1)), other, clean)
     order = torch.randint(len(clean), (len(clean),), generator=generator).tolist()
     rows = zip(piece.captions, order, exchanged.tolist(), strict=True)

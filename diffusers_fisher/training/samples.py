@@ -19,10 +19,12 @@ class SampleSpace:
     Args:
         pipe: one of the package's pipelines.
         latents: whether the data are cached latents, not images.
+        piece_size: samples that the autoencoder is given at a time.
     """
 
     pipe: Any
     latents: bool
+    piece_size: int = 16
 
     @torch.no_grad()
     def moments(self, data: torch.Tensor) -> torch.Tensor:
@@ -41,7 +43,10 @@ class SampleSpace:
                 f"Images are {data.shape[-2]}x{data.shape[-1]} pixels; this pipeline takes multiples of {multiple}. "
                 "Set `data.resolution`."
             )
-        mean, deviation = self.pipe._posterior((2 * data - 1).to(self.pipe._execution_device))
+        return torch.cat([self._moments(piece) for piece in data.split(self.piece_size)])
+
+    def _moments(self, pixels: torch.Tensor) -> torch.Tensor:
+        mean, deviation = self.pipe._posterior((2 * pixels - 1).to(self.pipe._execution_device))
         return torch.stack([mean, torch.zeros_like(mean) if deviation is None else deviation], dim=1)
 
     def pixels(self, data: torch.Tensor) -> torch.Tensor:
@@ -49,11 +54,12 @@ class SampleSpace:
         if not self.latents:
             return data
         sides = tuple(side * self.pipe._factor for side in data.shape[-2:])
-        return self.pipe._decode(self.packed(data), sides)
+        return torch.cat([self.pipe._decode(piece, sides) for piece in self.packed(data).split(self.piece_size)])
 
     def encoded(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Scaled latents (n, C, h, w) of images in [0, 1]."""
-        return self.pipe._encoded((2 * pixels - 1).to(self.pipe._execution_device))
+        """Scaled latents (n, C, h, w) of images in [0, 1], in the pipeline's layout."""
+        pieces = [self._moments(piece)[:, 0] for piece in pixels.split(self.piece_size)]
+        return self.pipe._pack(torch.cat(pieces))
 
     def packed(self, data: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Samples in the layout of the pipeline's own latents: drawn from the posterior by standard normal `noise`

@@ -71,7 +71,7 @@ class TraceMatching:
             self.folder.claim(dataclasses.asdict(config), FREE_SETTINGS)
         self.pipe = load_pipeline(config.denoiser).to(accelerator.device)
         self.data = TrainingData(self._source(), config.optimisation, config.validation.samples, config.seed)
-        self.space = SampleSpace(self.pipe, latents=config.latents is not None)
+        self.space = SampleSpace(self.pipe, config.latents is not None, config.piece_size)
         self.held_out = self.data.held_out()
         first = self.space.packed(self.held_out.samples[:1])
         denoiser = self.space.denoiser(self.held_out.captions[:1], self.held_out.samples[:1])  # refuses wrong captions
@@ -142,7 +142,7 @@ class TraceMatching:
         path, config = self.folder.path / "paths.safetensors", self.config
         with self.accelerator.main_process_first():
             if not path.exists() and self.accelerator.is_main_process:
-                size = config.piece_size
+                size = config.optimisation.batch_size
                 shown = tqdm(self.data.some(config.path_images, size), "paths", math.ceil(config.path_images / size))
                 follow_paths(self.space, shown, config.caption_dropout, config.path_change, config.seed).save(path)
             return Paths.load(path)
@@ -272,7 +272,7 @@ def fit_prior(model: FisherTraceModel, config: TraceMatchingConfig, data: Traini
     """
 
     def samples() -> Iterator[torch.Tensor]:
-        for number, piece in enumerate(data.some(config.prior_samples, config.piece_size)):
+        for number, piece in enumerate(data.some(config.prior_samples, config.optimisation.batch_size)):
             shape = (len(piece.captions), *space.unpacked_shape(piece.samples))
             noise = torch.randn(shape, generator=step_generator(config.seed, "prior", number))
             yield space.packed(piece.samples, noise).cpu()

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from trace_figures import trace_cost, trace_embedded, trace_mixture
+
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
 
@@ -45,6 +47,89 @@ def guidance() -> str:
         f"{result['import']['ratio']['median']:.2f} times as long as `import diffusers`.",
     ]
     return "\n".join(lines)
+
+
+def guidance_curves() -> str:
+    result = json.loads((FOLDER / "guidance.json").read_text())
+    setting, table = result["setting"], result["reward_after_ten_iterations"]
+    lines = [
+        f"Embedded checkpoint, {setting['prompts']} prompts, {setting['steps']} steps of {setting['scheduler']}, "
+        f"guidance scale {setting['guidance_scale']}, {setting['iterations']} guidance steps: seconds in all, the "
+        "mean best reward, and the held-out reward at it (another class: nearness to real images of it; the others: "
+        "the prompted class's log-probability)."
+    ]
+    for name, rows in table.items():
+        first = next(iter(rows.values()))
+        lines += [
+            "", f"{name}, from {first['before']:.3f} ({first['held_out_before']:.3f}):", "",
+            "| method | seconds | reward | held out |", "|---|---|---|---|",
+        ]  # fmt: skip
+        for method, row in rows.items():
+            lines.append(
+                f"| {method} | {row['seconds']:.0f} | {row['after']:.3f} ± {row['standard_error']:.3f} | "
+                f"{row['held_out_after']:.3f} ± {row['held_out_standard_error']:.3f} |"
+            )
+    shares = [
+        f"{name} in {row['share_of_its_time']:.0%}" if row["direct_seconds"] is not None else f"{name} not"
+        for name, row in result["time_to_exact"].items()
+    ]
+    exact = result["iteration"]["faster_exact_method"]
+    lines += ["", f"The default reaches {exact}'s last reward: {', '.join(shares)} of its time."]
+    return "\n".join(lines)
+
+
+def guidance_per_step() -> str:
+    result = json.loads((FOLDER / "guidance.json").read_text())
+    setting = result["setting"]
+    lines = [f"One run of {setting['steps']} steps for {setting['prompts']} prompts: reward (held out)."]
+    for name, rows in result["per_step"].items():
+        strengths = list(next(iter(rows.values())))
+        lines += [
+            "", f"{name}:", "",
+            "| estimator | seconds | " + " | ".join(f"strength {value}" for value in strengths) + " |",
+            "|---|---|" + "---|" * len(strengths),
+        ]  # fmt: skip
+        for estimator, cells in rows.items():
+            seconds = sum(cell["seconds"] for cell in cells.values()) / len(cells)
+            shown = [f"{cell['reward']:.3f} ({cell['held_out']:.3f})" for cell in cells.values()]
+            lines.append(f"| {estimator} | {seconds:.1f} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def guidance_gradients() -> str:
+    table = json.loads((FOLDER / "guidance.json").read_text())["gradients"]
+    lines = [
+        "Cosine with the stored graph's gradient at the noise, and the ratio of norms:", "",
+        "| method | " + " | ".join(table) + " |", "|---|" + "---|" * len(table),
+    ]  # fmt: skip
+    for method in next(iter(table.values())):
+        cells = [f"{rows[method]['cosine']:.3f} ({rows[method]['norm_ratio']:.2g})" for rows in table.values()]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    worst = max(rows["per-step recomputation"]["relative_error"] for rows in table.values())
+    return "\n".join([*lines, "", f"Per-step recomputation is the exact gradient: relative error {worst:.0e}."])
+
+
+def guidance_sd15_size() -> str:
+    lines = []
+    for path in sorted(FOLDER.glob("guidance_sd15_size_*.json")):
+        result = json.loads(path.read_text())
+        setting, rows = result["setting"], result["methods"]
+        parameters = next(row["unet_parameters"] for row in rows.values() if "unet_parameters" in row)
+        lines += [
+            "", f"Random weights, UNet of {parameters / 1e6:.0f} M, {setting['pixels']}x{setting['pixels']}, "
+            f"{setting['steps']} steps, guidance scale {setting['guidance_scale']}, {setting['dtype']}, "
+            f"{result['machine']['device']}, {result['machine']['threads']} threads: one guidance iteration.", "",
+            "| method | seconds | over the floor | peak memory, GB |", "|---|---|---|---|",
+        ]  # fmt: skip
+        for method, row in rows.items():
+            if "failed" in row:
+                lines.append(f"| {method} | did not fit | | |")
+            else:
+                cells = f"{row['seconds']:.1f} | {row['over_floor']:.3f} | {row['peak_memory'] / 1e9:.1f}"
+                lines.append(f"| {method} | {cells} |")
+        lines += ["", f"The faster exact method that fits, {result['faster_exact_method']}, takes "
+                  f"{result['exact_over_direct']:.2f} times as long as the default."]  # fmt: skip
+    return "\n".join(lines[1:])
 
 
 def embedded_checkpoint() -> str:
@@ -154,13 +239,167 @@ def transport() -> str:
             f"- {row['case']}, {row['points']} pairs: mean squared distance {row['pairs']:.6f}, optimal "
             f"{row['optimal']:.6f}, gap {row['gap']:.1e} ± {row['standard_error']:.0e}."
         )
+    machine = result["machine"]
+    lines.append(
+        f"- All of this: {result['seconds']:.0f} s on {machine['threads']} thread(s) of {machine['processor']}."
+    )
     return "\n".join(lines)
+
+
+def transport_learned() -> str:
+    found = json.loads((FOLDER / "transport.json").read_text())["learned"]
+    own, levels = found["fisher_asymmetry_by_level"], found["noise_to_signal"]
+    lines = [
+        f"{found['samples']} samples, noise to signal {levels[0]:.3g} to {levels[-1]:.2g}, {found['steps']} steps of "
+        f"a Runge-Kutta rule of order {found['order']}.",
+        "",
+        "| | asymmetry | off-diagonal index | least eigenvalue | integration error |",
+        "|---|---|---|---|---|",
+    ]
+    for title, key, error in (
+        ("the checkpoint's map", "map", "integration_error"),
+        ("the same with every Jacobian symmetrised", "map_of_symmetrised_jacobians", "integration_error_symmetrised"),
+    ):
+        row = found[key]
+        lines.append(
+            f"| {title} | {row['asymmetry']:.4f} ± {row['asymmetry_standard_error']:.4f} | "
+            f"{row['off_diagonal_asymmetry']:.3f} ± {row['off_diagonal_asymmetry_standard_error']:.3f} | "
+            f"{row['least_eigenvalue']:.2g} | {found[error]:.0e} |"
+        )
+    chosen = [min(range(len(own)), key=lambda index: abs(math.log(levels[index] / at))) for at in (10, 1, 0.1)]
+    values = ", ".join(f"{own[index]:.4f} at {levels[index]:.2g}" for index in chosen)
+    return "\n".join([*lines, "", f"Asymmetry of the network's own Fisher by noise to signal: {values}."])
+
+
+def lml_cells() -> str:
+    result = json.loads((FOLDER / "lml.json").read_text())
+    floors, cells = result["floors"], result["cells"]
+    chosen = ", ".join(
+        f"{name} lambda {row['lml_lambda']:g}, kappa {row['lml_kappa']:g}" for name, row in result["chosen"].items()
+    )
+    lines = [
+        f"{cells[0]['count']:,} samples a cell, equally many of each class. Chosen: {chosen}. For scale: two halves "
+        f"of the real images are {floors['real_halves']:.3f} apart (standard deviation over splits "
+        f"{floors['real_halves_standard_deviation']:.3f}), and {floors['reconstructed_half']:.3f} when one half has "
+        "been through the autoencoder.",
+    ]
+    settings = sorted({(row["guidance_scale"], row["seed"]) for row in cells})
+    for scale, seed in settings:
+        rows = [row for row in cells if (row["guidance_scale"], row["seed"]) == (scale, seed)]
+        calls = sorted({row["calls"] for row in rows})
+        lines += [
+            "",
+            f"Guidance scale {scale:g}, noise of seed {seed}: Frechet distance, and accuracy in brackets.",
+            "",
+        ]
+        lines += [
+            "| sampler | " + " | ".join(f"{count} calls" for count in calls) + " |",
+            "|---|" + "---|" * len(calls),
+        ]
+        for name in dict.fromkeys(row["sampler"] for row in rows):
+            own = {row["calls"]: row for row in rows if row["sampler"] == name}
+            lines.append(f"| {name} | " + " | ".join(_lml_cell(own.get(count)) for count in calls) + " |")
+    lines += ["", "Distance minus that of the parent from the same noise:", ""]
+    for row in result["differences"]:
+        lines.append(
+            f"- {row['sampler']}, {row['calls']} calls, guidance scale {row['guidance_scale']:g}, seed {row['seed']}: "
+            f"{row['difference']:+.4f} ± {row['standard_error']:.4f}"
+        )
+    return "\n".join(lines)
+
+
+def _lml_cell(row: dict | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['frechet_distance']:.3f} ± {row['frechet_standard_error']:.3f} ({row['accuracy']:.1%})"
+
+
+def lml_sweep() -> str:
+    sweep = json.loads((FOLDER / "lml.json").read_text())["sweep"]
+    names = ("DDIM", "DPM-Solver++")
+    found = {(row["sampler"], row["lml_lambda"], row["lml_kappa"]): row for row in sweep}
+    lines = [
+        f"{sweep[0]['calls']} calls, {sweep[0]['count']:,} samples, other noise: Frechet distance, and accuracy in "
+        "brackets.",
+        "",
+        "| kappa/lambda | lambda | kappa | " + " | ".join(f"LML-{name}" for name in names) + " |",
+        "|---|---|---|" + "---|" * len(names),
+    ]
+    lines.append("| 0 | | | " + " | ".join(_lml_cell(found[name, None, None]) for name in names) + " |")
+    options = sorted({key[1:] for key in found if key[1] is not None}, key=lambda pair: pair[1] / pair[0])
+    for damping, kappa in options:
+        cells = [_lml_cell(found[f"LML-{name}", damping, kappa]) for name in names]
+        lines.append(f"| {kappa / damping:g} | {damping:g} | {kappa:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def likelihood_closed_forms() -> str:
+    result = json.loads((FOLDER / "likelihood.json").read_text())["closed_forms"]
+    rows = result["summary"]
+    calls = sorted({row["calls"] for row in rows})
+    lines = [f"{len(result['laws'])} laws, {result['draws']} draws of each; bits/dim, mean (worst) by denoiser calls."]
+    for schedule in dict.fromkeys(row["schedule"] for row in rows):
+        lines += ["", f"Noise levels of {schedule}:", "", "| scheme | " + " | ".join(map(str, calls)) + " |"]
+        lines.append("|---|" + "---|" * len(calls))
+        for scheme in dict.fromkeys(row["scheme"] for row in rows):
+            found = [row for row in rows if (row["schedule"], row["scheme"]) == (schedule, scheme)]
+            cells = [f"{row['mean']:.4f} ({row['worst']:.4f})" for row in sorted(found, key=lambda row: row["calls"])]
+            lines.append(f"| {scheme} | " + " | ".join(cells) + " |")
+        lines += ["", "Error estimate: share of samples it covers, and its median over the median error.", ""]
+        lines += ["| scheme | " + " | ".join(map(str, calls)) + " |", "|---|" + "---|" * len(calls)]
+        for scheme in dict.fromkeys(row["scheme"] for row in rows if "covered" in row):
+            found = [row for row in rows if (row["schedule"], row["scheme"]) == (schedule, scheme)]
+            cells = [
+                f"{row['covered']:.1%}, {row['median_estimate_over_median_error']:.1f}"
+                for row in sorted(found, key=lambda row: row["calls"])
+            ]
+            lines.append(f"| {scheme} | " + " | ".join(cells) + " |")
+    floors = {row["law"]: row["prior_floor"] for row in result["by_law"] if row["schedule"] == rows[0]["schedule"]}
+    lines += ["", f"What the prior leaves at the noise levels of {rows[0]['schedule']}, in every figure above:", ""]
+    lines += ["| law | prior |", "|---|---|", *(f"| {law} | {floor:.5f} |" for law, floor in floors.items())]
+    return "\n".join(lines)
+
+
+def likelihood_checkpoint() -> str:
+    result = json.loads((FOLDER / "likelihood.json").read_text())["checkpoint"]
+    reference = result["reference"]
+    lines = [
+        f"{result['images']} test images. The reference took {reference['calls']} calls with 256 products each, and "
+        f"is off by up to {reference['error']:.4f} bits/dim by its tolerance.", "",
+        "| what | calls | mean error | worst | estimated error by the steps | standard error of the probes |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in result["rows"]:
+        probes = "" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
+        lines.append(
+            f"| {row['what']} | {row['calls']} | {row['mean']:.4f} | {row['worst']:.4f} | {row['estimate']:.4f} | "
+            f"{probes} |"
+        )
+    difference = result["bfloat16_less_float32"]
+    lines += ["", f"A network in bfloat16 changes the likelihood by {difference:.4f} bits/dim on average."]
+    return "\n".join(lines)
+
+
+def likelihood_comparison() -> str:
+    result = json.loads((FOLDER / "likelihood.json").read_text())["comparison"]
+    ode = result["squared_error_against_ode"]
+    return (
+        f"Embedded checkpoint, {result['images']} test images under the prompts of all {result['prompts']} classes, "
+        f"{result['levels']} levels: the image's own class is likeliest for {result['own_prompt_is_likeliest']:.0%}. "
+        f"Differences between prompts have a standard error of {result['standard_error_nats']:.2f} nats; without "
+        f"shared draws it would be {result['standard_error_nats_without_shared_draws']:.1f}. The squared-error "
+        "likelihood is "
+        f"{ode['ode_minus_squared_error_bits']:+.3f} ± {ode['standard_error_bits']:.3f} bits/dim below the ODE's for "
+        "noised latents."
+    )
 
 
 DOCUMENTS = {
     ROOT / "README.md": (guidance, embedded_checkpoint),
     ROOT / "docs" / "estimators.md": (fisher_levels, fisher_gradients, fisher_ascents),
-    ROOT / "docs" / "transport.md": (transport,),
+    ROOT / "docs" / "transport.md": (transport, transport_learned),
+    ROOT / "docs" / "lml.md": (lml_cells, lml_sweep),
+    ROOT / "docs" / "training.md": (trace_mixture, trace_embedded, trace_cost),
 }
 
 
