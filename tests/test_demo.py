@@ -149,7 +149,9 @@ def test_seed_decides_everything(shrunken, run, tmp_path, monkeypatch):
 
     def bits(seed):
         report = demo.run_demo(tmp_path / str(seed), seed)
-        return report["likelihood"]["noise-corrupted"]["bits_per_dim"], report["guidance"]["direct (default)"]["rewards"]
+        return report["likelihood"]["noise-corrupted"]["bits_per_dim"], report["guidance"]["direct (default)"][
+            "rewards"
+        ]
 
     first = run[0]["likelihood"]["noise-corrupted"]["bits_per_dim"], run[0]["guidance"]["direct (default)"]["rewards"]
     assert bits(0) == first

@@ -1,7 +1,6 @@
 """The likelihood integral over perfect denoisers, against densities in closed form."""
 
 import dataclasses
-import itertools
 import math
 
 import diffusers
@@ -57,21 +56,8 @@ def moments(oracle):
     return {"prior_mean": mean.view(ORACLE_SHAPE), "prior_variance": (oracle.weights @ spread).view(ORACLE_SHAPE)}
 
 
-@pytest.mark.parametrize("name", ORACLES)
-def test_integral_converges_with_order_two(name):
-    oracle = ORACLES[name]
-    samples = draws(oracle)
-    errors = []
-    for num_steps in (40, 80, 160):
-        out = likelihood(oracle, samples, num_steps=num_steps, step_halving=False)
-        errors.append(without_prior(oracle, out) - exact(oracle, samples, out))
-    for coarse, fine in itertools.pairwise(errors):
-        ratios = coarse / fine
-        assert bool(((ratios > 3.8) & (ratios < 4.2)).all())  # 2^order; third-order terms are below 5% at 40 steps
-
-
-# The largest errors of four draws from both oracles are 0.035 and 0.0014 bits/dim.
-@pytest.mark.parametrize(("num_steps", "bits"), [(20, 0.05), (100, 0.002)])
+# The largest errors of four draws from both oracles are 0.0011 bits/dim at 20 steps and 0.00001 at 80.
+@pytest.mark.parametrize(("num_steps", "bits"), [(20, 0.003), (100, 0.0001)])
 @pytest.mark.parametrize("name", ["gaussian", "mixture"])
 def test_density_is_the_oracles(name, num_steps, bits):
     oracle = ORACLES[name]
@@ -89,11 +75,12 @@ def test_discretisation_error_covers_the_true_error(name, num_steps):
     oracle = ORACLES[name]
     samples = draws(oracle)
     out = likelihood(oracle, samples, num_steps=num_steps, **moments(oracle))
-    true = without_prior(oracle, out) - exact(oracle, samples, out)
-    # Of order two, half as many steps err four times as much, so the difference is -3 errors; higher orders shift it.
-    ratios = out.discretisation_error / true
-    assert bool(((ratios > -4) & (ratios < -2)).all())
-    assert out.halved
+    true = (without_prior(oracle, out) - exact(oracle, samples, out)).abs()
+    # Cautious: of four draws by few steps it is up to 20 times the error; by 100 it may fall short by a tenth, where
+    # both are 1e-7 bits/dim.
+    assert bool((out.discretisation_error > 0.9 * true).all())
+    assert float(out.discretisation_error.median()) < 30 * float(true.median())
+    assert not out.halved
 
 
 def test_discretisation_error_can_be_measured_by_half_the_steps():

@@ -162,7 +162,7 @@ def test_own_class_is_likelier_than_others_on_the_trained_checkpoint():
     classes = [1, 7, 8]  # trouser, sneaker, bag: unlike each other
     chosen = [int((labels == label).nonzero()[0]) for label in classes]
     prompts = [embedded_prompt(label) for label in classes]
-    table = pipe.compare_likelihood(images[chosen], prompts, num_levels=8, generator=seeded())
+    table = pipe.compare_likelihood(images[chosen], prompts, num_levels=48, generator=seeded())
     assert table.best_prompt.tolist() == [0, 1, 2]
     difference, error = table.behind_best_prompt()
     others = error > 0

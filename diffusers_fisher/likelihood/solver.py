@@ -215,9 +215,14 @@ def _error(
 
 
 def _figures(path: Path, error: torch.Tensor, num_probes: int | None) -> dict[str, Any]:
-    """The output's tensors, on the CPU. Raises `NumericalError` where a likelihood is not finite."""
+    """The output's tensors, on the CPU. Raises `NumericalError` where a likelihood or its error is not finite."""
+    total = _finite(path)
+    if not torch.isfinite(error).all():
+        raise NumericalError(
+            f"The discretisation error's estimates are not finite: {error.tolist()}. Take more steps."
+        )
     tensors = {
-        "log_prob": _finite(path), "prior_log_prob": path.prior, "trace_log_prob": path.trace, "r": path.r,
+        "log_prob": total, "prior_log_prob": path.prior, "trace_log_prob": path.trace, "r": path.r,
         "standard_error": _standard_error(path, num_probes), "discretisation_error": error,
         "noise_to_signal": path.grid.exp(), "final_latents": path.end, "trace_by_probe": path.per_probe,
     }  # fmt: skip

@@ -298,8 +298,8 @@ def test_flow_models_on_gaussian_data_in_closed_form(name):
             pipe, latents=x, num_inference_steps=steps, num_probes=1, prior_mean=0.3, prior_variance=0.5
         )
         errors.append((out.log_prob - exact).abs().max())
-    assert float(errors[1]) < 0.1  # nats, of 70
-    assert 2.5 < float(errors[0] / errors[1]) < 6  # the rule is of order two: 4
+    assert float(errors[1]) < 1e-3  # nats, of 70
+    assert float(errors[0] / errors[1]) > 6  # the default scheme is of order three or more: 8, 16; rounding takes some
 
 
 # Folders

@@ -160,9 +160,8 @@ def test_value_is_that_of_a_loop_written_out_by_hand(kind):
     pipe, x = smooth_in_time(make(prediction_type=kind)), latents(1)
     out = score(pipe, latents=x, prompt="a b", num_inference_steps=24, num_probes=None, step_halving=True)
     prior, divergence = by_hand(pipe, x, "a b", steps=12)
-    error = abs(float(out.discretisation_error))
+    error = abs(float(out.discretisation_error)) + 0.02  # the loop's own, by 12 steps
     assert error < 0.4  # nats: the comparison is not idle
-    # Against half as many steps, a second-order rule shows three times its error; the loop's own is 0.02.
     assert abs(float(out.log_prob) - prior - divergence) < error
     assert float(out.prior_log_prob) == pytest.approx(prior, abs=error)
     assert float(out.trace_log_prob) == pytest.approx(divergence, abs=error)
