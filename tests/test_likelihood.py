@@ -70,17 +70,19 @@ def test_density_is_the_oracles(name, num_steps, bits):
 
 
 @pytest.mark.parametrize("num_steps", [20, 40, 100])
-@pytest.mark.parametrize("name", ["gaussian", "mixture"])
-def test_discretisation_error_covers_the_true_error(name, num_steps):
-    oracle = ORACLES[name]
-    samples = draws(oracle)
-    out = likelihood(oracle, samples, num_steps=num_steps, **moments(oracle))
-    true = (without_prior(oracle, out) - exact(oracle, samples, out)).abs()
-    # Cautious: of four draws by few steps it is up to 20 times the error; by 100 it may fall short by a tenth, where
-    # both are 1e-7 bits/dim.
-    assert bool((out.discretisation_error > 0.9 * true).all())
-    assert float(out.discretisation_error.median()) < 30 * float(true.median())
-    assert not out.halved
+def test_discretisation_error_covers_the_true_error(num_steps):
+    true, estimate = [], []
+    for name in ("gaussian", "mixture"):
+        oracle = ORACLES[name]
+        samples = draws(oracle, 16)
+        out = likelihood(oracle, samples, num_steps=num_steps)
+        true.append((without_prior(oracle, out) - exact(oracle, samples, out)).abs())
+        estimate.append(out.discretisation_error)
+        assert not out.halved
+    true, estimate = torch.cat(true), torch.cat(estimate)
+    assert float((estimate >= true).double().mean()) >= 0.95
+    # 6 to 10 times the true one on other draws: it does not know how smooth the Gaussian's path is.
+    assert float(estimate.median()) < 20 * float(true.median())
 
 
 def test_discretisation_error_can_be_measured_by_half_the_steps():

@@ -9,7 +9,7 @@ Each method takes the same number of denoiser calls a prompt, on the embedded ch
 - "diffusion classifier": the plain mean of squared errors at evenly spaced timesteps with the same noise for all
   prompts (Li et al., 2303.16203).
 
-Needs Fashion-MNIST (see examples/fashion_mnist.py). Writes prompt_matching.json. An hour on one core; records are kept
+Needs Fashion-MNIST (see examples/fashion_mnist.py). Writes prompt_matching.json. Hours on one core; records are kept
 in --output and taken up again.
 """
 
@@ -41,7 +41,7 @@ import fashion_mnist
 
 IMAGES = 2000
 BATCH = 50
-CALLS = (8, 16, 32)  # of the denoiser, a prompt
+CALLS = (8, 16)  # of the denoiser, a prompt
 PROMPTS = [embedded_prompt(label) for label in range(10)]
 
 
