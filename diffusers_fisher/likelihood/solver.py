@@ -184,16 +184,19 @@ def integrate(problem: Problem, num_steps: int, scheme: Scheme, on_step: Callabl
         all_by_probe.append(by_probe)
     values, dimensions = torch.stack(rests), x[0].numel()
     weights = quadrature_weights(grid, scheme.quadrature).to(x.device)
-    ends = [problem.prior(track.x) for track in (refined, companion, path)]
+    prior = problem.prior(refined.x)
     return Path(
-        refined.x, ends[0], dimensions * torch.einsum("n,nb->b", weights, values),
+        refined.x, prior, dimensions * torch.einsum("n,nb->b", weights, values),
         dimensions * torch.einsum("n,nkb->kb", weights, torch.stack(all_by_probe)), 1 - values, grid,
-        _error(ends, values, torch.stack(shifts), grid.to(x.device), scheme, dimensions),
+        _error(
+            prior, problem.prior(companion.x), values, torch.stack(shifts), grid.to(x.device), scheme, dimensions
+        ),
     )  # fmt: skip
 
 
 def _error(
-    ends: list[torch.Tensor],
+    prior: torch.Tensor,
+    companion: torch.Tensor,
     rests: torch.Tensor,
     shifts: torch.Tensor,
     grid: torch.Tensor,
@@ -202,19 +205,21 @@ def _error(
 ) -> torch.Tensor:
     """Size of the discretisation error, (B,) nats, from one run.
 
-    Its parts: the prior at the companion's end; a quarter of what moving the evaluations to the solution's own points
-    made of the prior; the trace's integral by another quadrature; and for the trace, which was taken at points a
-    `shifts` of a step beside the solution, that part of what r changed over the step beyond what a constant local
-    variance makes it (r = v/(v + s^2)), and of a tenth of its whole change. The fractions were set on Gaussians and
-    mixtures, where the sum then covers the error in 95% of cases.
+    Its parts: the prior at the companion's end; the trace's integral by another quadrature; and for the trace, which
+    was taken at points a `shifts` of a step beside the solution, twice that part of what r changed over the step beyond
+    what the step before foretold (local variances v = s^2 r/(1 - r) that keep growing or falling as they did), and a
+    twentieth of that part of its whole change. The fractions were set on Gaussians and mixtures, where the sum then
+    covers the error in 97% of cases or more and its median is 2 to 8 times the error's.
     """
-    prior, companion, path = ends
     others = [quadrature_weights(grid.cpu(), points) for points in (scheme.quadrature, scheme.companion_quadrature)]
     quadrature = torch.einsum("n,nb->b", (others[0] - others[1]).to(rests.device), rests)
-    steps, r = grid.diff()[:, None], (1 - rests).clamp(1e-9, 1 - 1e-9)
-    unexplained = (r[1:] - torch.sigmoid(r[:-1].logit() - 2 * steps)).abs()
-    beside = (shifts * steps * (unexplained + rests.diff(dim=0).abs() / 10)).sum(0)
-    return (companion - prior).abs() + (path - prior).abs() / 4 + dimensions * (quadrature.abs() + beside)
+    r = (1 - rests).clamp(1e-9, 1 - 1e-9)
+    growth = (r.logit() + 2 * grid[:, None]).diff(dim=0)
+    before = torch.nn.functional.pad(growth[:-1], (0, 0, 1, 0))
+    steps = grid.diff()[:, None]
+    surprise = (r[1:] - torch.sigmoid(r[:-1].logit() - 2 * steps + before)).abs()
+    beside = (shifts * steps * (2 * surprise + rests.diff(dim=0).abs() / 20)).sum(0)
+    return (companion - prior).abs() + dimensions * (quadrature.abs() + beside)
 
 
 def _figures(path: Path, error: torch.Tensor, num_probes: int | None) -> dict[str, Any]:
