@@ -169,6 +169,11 @@ class TraceCorrectedFisher:
         self.prior = prior
         self.trace = trace
 
+    @property
+    def needs_graph(self) -> bool:
+        """Whether a part differentiates the denoiser."""
+        return any(getattr(part, "needs_graph", False) for part in (self.prior, self.trace))
+
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> CombinedOperator:
         prior, trace = self.prior(state, endpoint), self.trace(state, endpoint)
         variance = state.level.sigma.cpu() ** 2

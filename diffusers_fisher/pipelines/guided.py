@@ -15,6 +15,7 @@ from ..denoiser import PipelineDenoiser, borrowed
 from ..errors import InputError
 from ..fisher.direct import DirectFisher
 from ..fisher.finite_difference import FiniteDifferenceFisher
+from ..fisher.gaussian_data import TraceCorrectedFisher
 from ..fisher.operator import FisherEstimator
 from ..guidance.adjoint import VARIABLES, GuidanceOutput, NoiseAscent, ascend_noise
 from ..guidance.checks import Reward, check_differentiable
@@ -122,18 +123,17 @@ class _Denoisers:
         scale = options.adjoint_guidance_scale
         if scale is not None and scale != arguments.get("guidance_scale", scale):
             self.backward = PipelineDenoiser(pipe, **{**arguments, "guidance_scale": scale})
-            if isinstance(estimator, FiniteDifferenceFisher) and not estimator.central:
-                # The run's own output is at another guidance scale, so it is no base of a difference.
-                estimator = FiniteDifferenceFisher(estimator.denoiser, estimator.relative_step, central=True)
+            estimator = each_part(estimator, _central)
         self.estimator: Any = bound(estimator, self.backward)
+        own = [getattr(part, "denoiser", None) for part in parts_of(self.estimator)]  # where they brought their own
         self.text = TextEmbedding() if "text" in options.optimise else None
         parts = {id(entry): entry for entry in (self.forward, self.backward)}.values()
         if self.text is not None:
             for denoiser in parts:
                 self.text.attach(denoiser)
             self.estimator = TextGradientEstimator(self.estimator, self.text, self.backward)
-        own: Any = getattr(self.estimator, "denoiser", None)  # the estimator's, where it brought one
-        counted = [*parts, *([own] if hasattr(own, "num_calls") and own is not self.backward else [])]
+        others = {id(entry): entry for entry in own if hasattr(entry, "num_calls") and entry is not self.backward}
+        counted: list[Any] = [*parts, *others.values()]
         self._counted: list[tuple[Any, int]] = [(entry, entry.num_calls) for entry in counted]
 
     def calls(self) -> int:
@@ -141,16 +141,40 @@ class _Denoisers:
         return sum(int(entry.num_calls) - before for entry, before in self._counted)
 
 
+def parts_of(estimator: Any) -> tuple[Any, ...]:
+    """The estimators that a combined one asks; itself alone where it is plain."""
+    if isinstance(estimator, TraceCorrectedFisher):
+        return parts_of(estimator.prior) + parts_of(estimator.trace)
+    return (estimator,)
+
+
+def each_part(estimator: Any, change: Callable[[Any], Any]) -> Any:
+    """The estimator with `change` made to its parts, see `parts_of`."""
+    if isinstance(estimator, TraceCorrectedFisher):
+        return TraceCorrectedFisher(each_part(estimator.prior, change), each_part(estimator.trace, change))
+    return change(estimator)
+
+
+def _central(estimator: Any) -> Any:
+    """Differences that need no output of the run, which at another guidance scale is no base of a difference."""
+    if isinstance(estimator, FiniteDifferenceFisher) and not estimator.central:
+        return FiniteDifferenceFisher(estimator.denoiser, estimator.relative_step, central=True)
+    return estimator
+
+
 def bound(estimator: Any, denoiser: PipelineDenoiser) -> FisherEstimator:
-    """The estimator with `denoiser`, or the pooled vectors of its conditions, where it needs them and has none."""
+    """The estimator with `denoiser`, or the pooled vectors of its conditions, where its parts need them and have
+    none."""
     from ..fisher.trace_matching import TraceMatchingFisher
 
-    if isinstance(estimator, TraceMatchingFisher) and estimator.pooled is None:
-        model = estimator.trace_model
-        if model.config["pooled_channels"] is not None:
-            pooled = denoiser.pipe._pooled(denoiser.call_arguments)
-            estimator = TraceMatchingFisher(model, pooled, estimator.check)
-    return estimator.bind(denoiser) if hasattr(estimator, "bind") else estimator
+    def one(part: Any) -> Any:
+        if isinstance(part, TraceMatchingFisher) and part.pooled is None:
+            model = part.trace_model
+            if model.config["pooled_channels"] is not None:
+                part = TraceMatchingFisher(model, denoiser.pipe._pooled(denoiser.call_arguments), part.check)
+        return part.bind(denoiser) if hasattr(part, "bind") else part
+
+    return each_part(estimator, one)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from ..likelihood import DEFAULT_SCHEME, LikelihoodOutput, log_likelihood
 from ..likelihood.comparison import LikelihoodComparison
 from .compared import compared_likelihoods
 from .conditions import text_conditions
-from .guided import GuidanceOptions, bound, guided_images
+from .guided import GuidanceOptions, bound, guided_images, parts_of
 from .inputs import UNIT_RANGE, check_likelihood
 from .parts import CheckpointParts
 
@@ -229,7 +229,7 @@ class FisherPipelineMixin(CheckpointParts):
         if estimator is None:
             estimator = AutodiffFisher() if self.trace_model is None else TraceMatchingFisher(self.trace_model)
         if num_probes == "auto":
-            num_probes = None if isinstance(estimator, TraceMatchingFisher) else 2
+            num_probes = None if isinstance(parts_of(estimator)[-1], TraceMatchingFisher) else 2
         return bound(estimator, denoiser), num_probes
 
     def _prior(self, mean: Any, variance: Any, samples: torch.Tensor) -> tuple[Any, Any]:

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
-import fashion_mnist
 import torch
 from common import FOLDER, machine
-from mixtures import fitted_mixture, small_images
+from mixtures import fashion_mnist, fitted_mixture, small_images
 
 from diffusers_fisher import (
     EMBEDDED_CLASSES,

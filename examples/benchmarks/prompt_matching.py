@@ -41,7 +41,7 @@ import fashion_mnist
 
 IMAGES = 2000
 BATCH = 50
-CALLS = (8, 16)  # of the denoiser, a prompt
+CALLS = (10,)  # of the denoiser, a prompt
 PROMPTS = [embedded_prompt(label) for label in range(10)]
 
 

@@ -9,10 +9,14 @@ from trace_cases import SMALL, disturbed
 from diffusers_fisher import (
     AutodiffFisher,
     CheckpointError,
+    Covariance,
+    FiniteDifferenceFisher,
     FisherTraceModel,
+    GaussianFisher,
     InputError,
     PipelineDenoiser,
     StableDiffusionFisherPipeline,
+    TraceCorrectedFisher,
     TraceMatchingFisher,
     UnsupportedError,
     fisher_scheduler,
@@ -167,6 +171,33 @@ def test_pooled_embeddings_that_come_with_the_prompt_s_embeddings():
     options = {"latents": x, "num_inference_steps": 3, "step_halving": False}
     out = pipe.log_likelihood(**options, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
     assert torch.equal(out.log_prob, pipe.log_likelihood(prompt=backbone.condition, **options).log_prob)
+
+
+def test_parts_of_a_trace_corrected_estimator_are_bound():
+    backbone = BACKBONES["StableDiffusion"]
+    pipe, other = backbone.ours(), backbone.ours()
+    other.unet.conv_in.bias.data += 0.1
+    own, foreign = (TraceMatchingFisher(model_of(backbone, each, pooled_channels=16)) for each in (pipe, other))
+    x = 0.5 * backbone.noise()
+    prior = GaussianFisher(Covariance.diagonal(torch.linspace(0.1, 2, x[0].numel()).view(1, *x[0].shape), x[0].shape))
+    out = backbone.score(pipe, latents=x, estimator=TraceCorrectedFisher(prior, own))
+    expected = backbone.score(pipe, latents=x, estimator=own)
+    torch.testing.assert_close(out.trace_log_prob, expected.trace_log_prob, rtol=1e-5, atol=1e-5)  # by float32 sums
+    with pytest.raises(InputError, match="trained for"):
+        guided(backbone, pipe, estimator=TraceCorrectedFisher(prior, foreign))
+
+
+def test_differences_inside_a_combination_need_no_output_of_another_guidance_scale():
+    backbone = BACKBONES["StableDiffusion"]
+    pipe = backbone.ours()
+    prior = GaussianFisher(Covariance.isotropic(0.5, backbone.shape))
+    options = {"adjoint_guidance_scale": 1.0, "num_inference_steps": 2}
+    central, forward = (
+        guided(backbone, pipe, estimator=TraceCorrectedFisher(FiniteDifferenceFisher(central=kind), prior), **options)
+        for kind in (True, False)
+    )
+    assert torch.equal(forward.rewards, central.rewards)
+    assert forward.num_denoiser_calls == central.num_denoiser_calls
 
 
 def test_embeddings_that_have_no_pooled_output_are_refused():

@@ -152,6 +152,19 @@ def test_cached_latents_train_to_the_parameters_that_images_do(tmp_path):
     assert torch.allclose(parameters(cached), parameters(direct), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch, when it traces and compiles
+def test_a_compiled_denoiser_trains_to_nearly_the_same_parameters(tmp_path):
+    from torch._functorch import config as compiler
+
+    config = trace_runs.config_of(tmp_path, target="jacobian")
+    plain = parameters(train(config))
+    compiled = dataclasses.replace(config.denoiser, compile=True)
+    with compiler.patch(donated_buffer=compiler.donated_buffer):  # training sets it
+        fused = parameters(train(dataclasses.replace(config, denoiser=compiled, output=str(tmp_path / "compiled"))))
+    assert 0 < (fused - plain).norm() < 1e-3 * plain.norm()  # fused kernels round otherwise
+
+
 def test_corrupt_images_are_skipped_counted_and_named(tmp_path, caplog):
     config = trace_runs.config_of(tmp_path, corrupt=(2, 5), latents=str(tmp_path / "latents"))
     train(dataclasses.replace(config, latents=None))
