@@ -126,8 +126,8 @@ class PipelineDenoiser(Denoiser):
         outdated: in words, what of the run that it stands for is not in its arguments; evaluations are then refused.
 
     Raises:
-        UnsupportedError: a pipeline whose call takes no `latents`, a scheduler whose levels are not known, or
-            conditioning by the step's index.
+        UnsupportedError: a pipeline whose call takes no `latents`, a scheduler whose levels are not known (or, of our
+            pipelines, of another family than the network's), or conditioning by the step's index.
     """
 
     def __init__(self, pipe: Any, guidance_scale: float = 1.0, **call_arguments: Any):
@@ -148,6 +148,8 @@ class PipelineDenoiser(Denoiser):
                 f"{indexed} acts by the step's index within a run, which a single evaluation does not have. Leave it "
                 "out, or differentiate a run with an estimator that needs no denoiser, such as DirectFisher()."
             )
+        if hasattr(pipe, "_check_scheduler"):  # one of our pipelines, which knows what its network was trained on
+            pipe._check_scheduler()
         super().__init__(pipe.scheduler)
         self.pipe = pipe
         self.guidance_scale = guidance_scale

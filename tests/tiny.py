@@ -169,7 +169,7 @@ def stable_diffusion_xl(cls=StableDiffusionXLPipeline):
     )  # fmt: skip
 
 
-def stable_diffusion_3(cls=StableDiffusion3Pipeline, texts=False):
+def stable_diffusion_3(cls=StableDiffusion3Pipeline, texts=False, **changes):
     """Stable Diffusion 3, with its three text encoders where `texts`."""
     torch.manual_seed(0)
     words = tokenizer()
@@ -183,10 +183,12 @@ def stable_diffusion_3(cls=StableDiffusion3Pipeline, texts=False):
                 "tokenizer" + name: words,
                 "text_encoder" + name: CLIPTextModelWithProjection(text_config(words, 8)),
             }
-    net = SD3Transformer2DModel(
-        sample_size=8, patch_size=1, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=32 if texts else 16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
-    )  # fmt: skip
+    config = {
+        "sample_size": 8, "patch_size": 1, "in_channels": 4, "num_layers": 1, "attention_head_dim": 8,
+        "num_attention_heads": 2, "joint_attention_dim": 32 if texts else 16, "caption_projection_dim": 16,
+        "pooled_projection_dim": 16, "out_channels": 4,
+    }  # fmt: skip
+    net = SD3Transformer2DModel(**{**config, **changes})
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return quiet(cls(transformer=net, scheduler=scheduler, vae=vae(shift_factor=0.06), **parts))
 

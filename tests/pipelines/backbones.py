@@ -31,9 +31,9 @@ class Backbone:
         shape: (C, h, w) of latents, at a size whose full Jacobians take no time.
         pixels: height and width that belong to it.
         flow: whether it is a flow model.
+        multiple: what the height and width of images must divide by.
         takes_latents: whether the stock call takes `latents`.
-        sequential_offload: whether diffusers offers it for the class.
-        offload: the same for model offload.
+        offload: whether diffusers offers model offload for the class.
     """
 
     make: Callable[..., Any]
@@ -46,6 +46,7 @@ class Backbone:
     shape: tuple[int, int, int] = (4, 4, 4)
     pixels: tuple[int, int] = (8, 8)
     flow: bool = False
+    multiple: int = 8
     takes_latents: bool = True
     offload: bool = True
 
@@ -108,6 +109,7 @@ UNBINNED = {"use_resolution_binning": False, "clean_caption": False}
 UNCONDITIONAL = {
     "network": "unet", "condition": None, "call": {"batch_size": 2}, "guidance_scale": None, "takes_latents": False
 }  # fmt: skip
+PIXELS = {**UNCONDITIONAL, "shape": (3, 4, 4), "pixels": (4, 4), "multiple": 2}
 LABELS = {"condition": [1, 5], "call": {"class_labels": [1, 5]}, "takes_latents": False}
 
 
@@ -118,19 +120,38 @@ def _with_texts(make: Callable, **settings: Any) -> Callable:
 _LINES = [
     Backbone(tiny.stable_diffusion, diffusers.StableDiffusionPipeline, "unet"),
     Backbone(tiny.stable_diffusion_xl, diffusers.StableDiffusionXLPipeline, "unet"),
-    Backbone(_with_texts(tiny.stable_diffusion_3), diffusers.StableDiffusion3Pipeline, options=SHORT, flow=True),
     Backbone(
-        _with_texts(tiny.flux, guidance_embeds=True),
-        diffusers.FluxPipeline,
-        options=SHORT,
-        guidance_scale=3.5,
-        flow=True,
+        _with_texts(tiny.stable_diffusion_3), diffusers.StableDiffusion3Pipeline, options=SHORT, flow=True, multiple=2
+    ),
+    Backbone(
+        _with_texts(tiny.flux, guidance_embeds=True), diffusers.FluxPipeline, options=SHORT, guidance_scale=3.5,
+        flow=True, multiple=4,
     ),
     Backbone(lambda cls: tiny.pixart(cls, 128), diffusers.PixArtAlphaPipeline, options=SHORT | UNBINNED),
     Backbone(tiny.pixart, diffusers.PixArtSigmaPipeline, options=SHORT | UNBINNED),
-    Backbone(tiny.dit, diffusers.DiTPipeline, **LABELS),
-    Backbone(tiny.unconditional, diffusers.DDPMPipeline, shape=(3, 4, 4), pixels=(4, 4), **UNCONDITIONAL),
-    Backbone(tiny.unconditional, diffusers.DDIMPipeline, shape=(3, 4, 4), pixels=(4, 4), **UNCONDITIONAL),
-    Backbone(tiny.latent_unconditional, diffusers.LDMPipeline, shape=(3, 4, 4), offload=False, **UNCONDITIONAL),
-]
+    Backbone(tiny.dit, diffusers.DiTPipeline, multiple=4, **LABELS),
+    Backbone(tiny.unconditional, diffusers.DDPMPipeline, **PIXELS),
+    Backbone(tiny.unconditional, diffusers.DDIMPipeline, **PIXELS),
+    Backbone(
+        tiny.latent_unconditional, diffusers.LDMPipeline, shape=(3, 4, 4), multiple=4, offload=False, **UNCONDITIONAL
+    ),
+]  # fmt: skip
 BACKBONES = {line.name: line for line in _LINES}
+
+
+def _variation(name: str, make: Callable, **changes: Any) -> Backbone:
+    return dataclasses.replace(BACKBONES[name], make=make, **changes)
+
+
+VARIATIONS = {
+    "Stable Diffusion 2": _variation(
+        "StableDiffusion",
+        lambda cls: tiny.stable_diffusion(cls, scheduler=tiny.scheduler(prediction_type="v_prediction")),
+    ),
+    "Stable Diffusion 3.5": _variation(
+        "StableDiffusion3",
+        _with_texts(tiny.stable_diffusion_3, num_layers=2, qk_norm="rms_norm", dual_attention_layers=(0,)),
+    ),
+    "Flux-schnell": _variation("Flux", _with_texts(tiny.flux), guidance_scale=None),
+}
+"""Checkpoints of the same classes with other networks."""

@@ -283,6 +283,8 @@ def test_scheduler_of_another_family_is_refused(name):
         backbone.score(pipe, latents=backbone.noise())
     with pytest.raises(UnsupportedError, match=message):
         backbone.guide(pipe, brightness)
+    with pytest.raises(UnsupportedError, match=message):
+        PipelineDenoiser(pipe, **backbone.call)
 
 
 def test_ddim_keeps_its_own_kind_of_scheduler_and_replaces_others():
@@ -296,14 +298,10 @@ def test_ddim_keeps_its_own_kind_of_scheduler_and_replaces_others():
     assert replaced.config.beta_end == 0.01
 
 
-MULTIPLES = {"StableDiffusion": 8, "StableDiffusionXL": 8, "StableDiffusion3": 2, "Flux": 4, "PixArtAlpha": 8,
-             "PixArtSigma": 8, "DiT": 4, "DDPM": 2, "DDIM": 2, "LDM": 4}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", BACKBONES)
 def test_sizes_that_do_not_divide_are_refused(name):
-    backbone, multiple = BACKBONES[name], MULTIPLES[name]
-    pipe = backbone.ours()
+    backbone = BACKBONES[name]
+    pipe, multiple = backbone.ours(), backbone.multiple
     odd = multiple + multiple // 2
     with pytest.raises(InputError, match=rf"Images are {multiple}x{odd} pixels; .* multiples of {multiple}\."):
         backbone.score(pipe, images=torch.full((2, 3, multiple, odd), 0.5))

@@ -114,15 +114,30 @@ def test_image_to_image_is_bit_for_bit_and_differentiable_at_its_first_sample(xl
     assert torch.equal(trajectory.gradient(loss), gradient)  # no factor, though Euler's init_noise_sigma is 14.6
 
 
-@VERSIONS
-def test_image_to_image_as_a_denoiser_is_refused_in_words(xl):
-    pipe = pipeline("Img2Img", xl)
-    if "latents" not in inspect.signature(type(pipe).__call__).parameters:
-        with pytest.raises(UnsupportedError, match="takes no `latents`, so it can't be evaluated at a given sample"):
-            PipelineDenoiser(pipe, prompt=PROMPTS, image=pictures())
-    else:
-        with pytest.raises(UnsupportedError, match=r"\{'strength': 0.8\} acts by the step's index within a run"):
-            PipelineDenoiser(pipe, prompt=PROMPTS, image=pictures(), strength=0.8)
+def test_image_to_image_as_a_denoiser_is_refused_in_words():
+    pipe = pipeline("Img2Img", xl=False)
+    with pytest.raises(UnsupportedError, match="takes no `latents`, so it can't be evaluated at a given sample"):
+        PipelineDenoiser(pipe, prompt=PROMPTS, image=pictures())
+    with pytest.raises(UnsupportedError, match=r"\{'strength': 0.8\} acts by the step's index within a run"):
+        PipelineDenoiser(pipeline("Img2Img", xl=True), prompt=PROMPTS, image=pictures(), strength=0.8)
+
+
+@pytest.mark.parametrize("cls", [diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler])
+def test_image_to_image_of_stable_diffusion_xl_at_strength_1_is_text_to_image(cls):
+    """Its call takes `latents`, as the first sample itself, and then does not look at the image."""
+    pipe, text = (
+        pipeline(kind, xl=True, scheduler=fisher_scheduler(cls).from_config(tiny.scheduler().config))
+        for kind in ("Img2Img", "")
+    )
+    denoiser = PipelineDenoiser(pipe, 4.0, prompt=PROMPTS, image=pictures())
+    assert torch.equal(denoiser(noise(), 500), PipelineDenoiser(text, 4.0, prompt=PROMPTS)(noise(), 500))
+    leaf = noise().requires_grad_()
+    reference = run(text, inspect.unwrap(type(text).__call__), latents=leaf)
+    (exact,) = torch.autograd.grad((weight() * reference).sum(), leaf)
+    with pipe.scheduler.differentiable(AutodiffFisher(denoiser)) as trajectory:
+        result = run(pipe, latents=noise() * text.scheduler.init_noise_sigma, image=pictures(), strength=1.0)
+    assert torch.equal(result.detach(), reference.detach())
+    assert relative(trajectory.gradient((weight() * result).sum()), exact) < GRADIENT
 
 
 # Inpainting: by a network that sees the mask, or by blending after every step
@@ -268,17 +283,20 @@ def test_bfloat16_weights_of_the_trained_checkpoint():
     images, prompts = images[:4], [embedded_prompt(int(label)) for label in labels[:4]]
     latents = load(torch.float32)._latents_to_score(images, None)  # for both: the density of the same latents
     start, half = torch.randn(latents.shape, generator=seeded(1)), images.shape[-1] // 2
-    bits, gradients = [], []
+    bits, gradients = [], {"direct": [], "autodiff": []}
     for dtype in (torch.float32, torch.bfloat16):
         pipe = load(dtype)
         options = {"num_inference_steps": 12, "num_probes": 4, "step_halving": False, "generator": seeded()}
         bits.append(pipe.log_likelihood(None, prompts, latents=latents, **options).bits_per_dim)
         pipe.scheduler = fisher_scheduler(type(pipe.scheduler)).from_config(pipe.scheduler.config)
         options = {"num_inference_steps": 12, "guidance_scale": 1.0, "output_type": "latent"}
-        with pipe.scheduler.differentiable(DirectFisher()) as trajectory:
-            result = pipe(prompts, latents=start.to(dtype), **options).images
-        decoded = pipe._decode(result)
-        loss = (decoded[..., :half] - decoded[..., half:]).mean((1, 2, 3)).sum()
-        gradients.append(trajectory.gradient(loss).flatten(1).float())
+        estimators = {"direct": DirectFisher(), "autodiff": AutodiffFisher(PipelineDenoiser(pipe, prompt=prompts))}
+        for name, estimator in estimators.items():
+            with pipe.scheduler.differentiable(estimator) as trajectory:
+                result = pipe(prompts, latents=start.to(dtype), **options).images
+            decoded = pipe._decode(result)
+            loss = (decoded[..., :half] - decoded[..., half:]).mean((1, 2, 3)).sum()
+            gradients[name].append(trajectory.gradient(loss).flatten(1).float())
     assert 0 < float((bits[1] - bits[0]).abs().max()) < 0.02
-    assert 0.99 < float(torch.cosine_similarity(*gradients).min()) < 1
+    for found in gradients.values():
+        assert 0.99 < float(torch.cosine_similarity(*found).min()) < 1
