@@ -27,16 +27,22 @@ DENSE_LIMIT = 4096
 Coefficient = Callable[[torch.Tensor], torch.Tensor]
 
 
+CHECKED = 101
+"""Times at which a schedule is checked, both ends among them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """A noise schedule in its own time and coordinates.
 
     Args:
         alpha, sigma: functions of the time, float64 scalars; differentiable.
-        data_time, noise_time: where the map ends and where it starts, both positive: steps are taken in log time.
+        data_time, noise_time: where the map ends and where it starts, 0 < data_time < noise_time: steps are taken in
+            log time.
 
     Raises:
-        InputError: time, sigma or alpha not positive and finite at one of the ends: the ODE is singular there.
+        InputError: time, sigma or alpha not positive and finite at one of the ends or between them: the ODE is
+            singular there; sigma/alpha that does not grow with time.
     """
 
     name: str
@@ -46,13 +52,26 @@ class Schedule:
     noise_time: float
 
     def __post_init__(self) -> None:
-        for time in (self.data_time, self.noise_time):
+        if not 0 < self.data_time < self.noise_time < math.inf:
+            raise InputError(
+                f"Schedule '{self.name}' has data_time {self.data_time}, noise_time {self.noise_time}; allowed: "
+                "0 < data_time < noise_time. Stop short of a singular end."
+            )
+        between = torch.linspace(math.log(self.data_time), math.log(self.noise_time), CHECKED, dtype=torch.float64)
+        before = 0.0
+        for time in (self.data_time, *between[1:-1].exp().tolist(), self.noise_time):
             level = self.level(time)
-            if not (time > 0 and 0 < float(level.alpha) < math.inf and 0 < float(level.sigma) < math.inf):
+            if not (0 < float(level.alpha) < math.inf and 0 < float(level.sigma) < math.inf):
                 raise InputError(
                     f"Schedule '{self.name}' has alpha {float(level.alpha):.3g}, sigma {float(level.sigma):.3g} at "
-                    f"time {time}; all must be positive and finite. Stop short of the singular end."
+                    f"time {time:.6g}; both must be positive and finite. Stop short of the singular time."
                 )
+            if float(level.noise_to_signal) <= before:
+                raise InputError(
+                    f"Schedule '{self.name}' has sigma/alpha {float(level.noise_to_signal):.3g} at time {time:.6g}, "
+                    f"{before:.3g} before it; allowed: growing with time, from the data to the noise."
+                )
+            before = float(level.noise_to_signal)
 
     def level(self, time: torch.Tensor | float) -> NoiseLevel:
         """Noise level at `time`."""

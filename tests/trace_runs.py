@@ -19,7 +19,7 @@ def settings(folder: Path, make=tiny.stable_diffusion, corrupt=(), **changes: An
         "data": {"path": str(image_folder(folder / "images", corrupt=corrupt)), "caption_column": "text"},
         "model": {"block_out_channels": [4, 8], "head_channels": 8, "time_channels": 8},
         "optimisation": {
-            "steps": 6, "batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.0, "warmup_steps": 2,
+            "steps": 6, "batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.0, "warmup_steps": 1,
             "ema_decay": 0.9, "save_every": 2, "log_every": 1,
         },
         "validation": {"every": 4, "samples": 3, "levels": 3, "probes": 2}, "prior_samples": 9,

@@ -9,6 +9,7 @@ run goes on where it was. Images that can't be read are left out, counted and na
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -23,14 +24,16 @@ from tqdm.auto import tqdm
 from ..data import LATENT_INDEX, Images, ImageStream, UnreadableImageError, open_images, shard_name
 from ..errors import FisherError, InputError
 from ..files import check_writable, load_tensors, read_json, save_tensors, write_json
-from .checkpoints import TrainingFolder
+from .checkpoints import TrainingFolder, writing
 from .config import load_config
+from .pieces import batched
 from .samples import SampleSpace
 from .trace_config import TraceMatchingConfig, load_pipeline
 
 logger = get_logger(__name__)
 
 SHARD_SIZE = 4096  # images a shard
+DISK_ADVICE = "make room and start again, whole shards are kept"
 
 
 def space_fingerprint(pipe: Any) -> dict[str, Any]:
@@ -47,25 +50,31 @@ def cache_latents(config: TraceMatchingConfig, batch_size: int = 16) -> int:
     """Writes what is missing of the cache; returns the number of latents in it.
 
     Raises:
-        InputError: a config without `data` or `latents`, or a folder with a cache of other settings.
+        InputError: a config without `data` or `latents`, a folder with a cache of other settings, or images of which
+            none can be read, or that are of several sizes or of one that the autoencoder does not take.
+        CheckpointError: a shard that can't be written.
     """
     if config.data is None or config.latents is None:
         raise InputError("Caching needs both `data` (the images) and `latents` (the folder to write) in the config.")
     state, folder = PartialState(), Path(config.latents)
+    settings = {"data": dataclasses.asdict(config.data), "denoiser": dataclasses.asdict(config.denoiser)}
     if state.is_main_process:
         check_writable(folder)
-        settings = {"data": dataclasses.asdict(config.data), "denoiser": dataclasses.asdict(config.denoiser)}
-        TrainingFolder(folder).claim(settings, free=())
+        TrainingFolder(folder).check(settings, free=("denoiser.compile",))
     if (folder / LATENT_INDEX).is_file():
         return sum(read_json(folder / LATENT_INDEX)["counts"])
-    pipe = load_pipeline(config.denoiser).to(state.device)
+    pipe = load_pipeline(dataclasses.replace(config.denoiser, compile=False)).to(state.device)
     with state.main_process_first():
         source = open_images(config.data, pipe._image_channels(), text_captions=hasattr(pipe, "tokenizer"))
     space = SampleSpace(pipe, latents=False)
+    first = _first_readable(source)
+    space.moments(first[None])  # refuses sizes that can't be encoded
+    if state.is_main_process:
+        TrainingFolder(folder).claim(settings)
     number = -1
-    for number, rows in enumerate(_shards(source)):
+    for number, rows in enumerate(batched(_rows(source), SHARD_SIZE)):
         if number % state.num_processes == state.process_index and not (folder / shard_name(number)).is_file():
-            _write_shard(folder, number, rows, source, space, batch_size)
+            _write_shard(folder / shard_name(number), rows, source, space, first, batch_size)
     state.wait_for_everyone()
     if state.is_main_process:
         _write_index(folder, number + 1, pipe)
@@ -73,63 +82,63 @@ def cache_latents(config: TraceMatchingConfig, batch_size: int = 16) -> int:
     return sum(read_json(folder / LATENT_INDEX)["counts"])
 
 
-def _shards(source: Images | ImageStream) -> Iterator[list[tuple[int, dict[str, Any]]]]:
-    """Undecoded rows with their positions, a shard at a time."""
-    rows: list[tuple[int, dict[str, Any]]] = []
-    for entry in enumerate(source.undecoded() if isinstance(source, ImageStream) else source.rows):
-        rows.append(entry)
-        if len(rows) == SHARD_SIZE:
-            yield rows
-            rows = []
-    if rows:
-        yield rows
+def _rows(source: Images | ImageStream) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Undecoded rows with their positions."""
+    yield from enumerate(source.undecoded() if isinstance(source, ImageStream) else source.rows)
+
+
+def _first_readable(source: Images) -> torch.Tensor:
+    """Pixels of the first image that can be read: all others must have its size."""
+    position = -1
+    for position, row in _rows(source):
+        with contextlib.suppress(UnreadableImageError):
+            return source.example(row, position).pixels
+    raise InputError(f"None of the {position + 1} images of '{source.data.path}' can be read.")
 
 
 def _write_shard(
-    folder: Path,
-    number: int,
+    path: Path,
     rows: list[tuple[int, dict[str, Any]]],
     source: Images,
     space: SampleSpace,
+    first: torch.Tensor,  # (C, H, W) pixels of the cache's first image
     batch_size: int,
 ) -> None:
-    pixels: list[torch.Tensor] = []
-    moments, captions, skipped = [], [], []
-    quiet = not PartialState().is_main_process
-    for position, row in tqdm(rows, f"shard {number}", disable=quiet):
-        try:
-            example = source.example(row, position)
-        except UnreadableImageError as error:
-            logger.warning(f"{error} It is left out.", main_process_only=False)
-            skipped.append(source.row_name(row, position))
-        else:
-            if pixels and pixels[0].shape != example.pixels.shape:
+    captions, skipped = [], []
+
+    def pixels() -> Iterator[torch.Tensor]:
+        for position, row in tqdm(rows, path.stem, disable=not PartialState().is_main_process):
+            try:
+                example = source.example(row, position)
+            except UnreadableImageError as error:
+                logger.warning(f"{error} It is left out.", main_process_only=False)
+                skipped.append(source.row_name(row, position))
+                continue
+            if example.pixels.shape != first.shape:
                 raise InputError(
-                    f"Image '{example.name}' has another size than those before; set `data.resolution`, which makes "
-                    "them one."
+                    f"Image '{example.name}' has size {tuple(example.pixels.shape)}, the first {tuple(first.shape)}; "
+                    "set `data.resolution`, which makes them one, and name a new folder for `latents`."
                 )
-            pixels.append(example.pixels)
             captions.append(example.caption)
-        if len(pixels) == batch_size:
-            moments.append(space.moments(torch.stack(pixels)).cpu())
-            pixels = []
-    if pixels:
-        moments.append(space.moments(torch.stack(pixels)).cpu())
-    if not moments:
-        raise InputError(f"None of the {len(rows)} images from '{skipped[0]}' on can be read.")
+            yield example.pixels
+
+    moments = [space.moments(first[None]).cpu()[:0]]  # a shard of unreadable images is empty
+    moments += [space.moments(torch.stack(group)).cpu() for group in batched(pixels(), batch_size)]
     metadata = {"captions": json.dumps(captions), "skipped": json.dumps(skipped)}
-    save_tensors(folder / shard_name(number), {"moments": torch.cat(moments)}, metadata)
+    with writing(path, DISK_ADVICE):
+        save_tensors(path, {"moments": torch.cat(moments)}, metadata)
 
 
 def _write_index(folder: Path, number: int, pipe: Any) -> None:
-    counts, skipped, shape = [], [], None
+    counts, skipped, shape = [], [], []
     for shard in range(number):
         tensors, metadata = load_tensors(folder / shard_name(shard))
         counts.append(len(tensors["moments"]))
         shape = list(tensors["moments"].shape[2:])
         skipped += json.loads(metadata["skipped"])
     index = {"shape": shape, "counts": counts, "skipped_images": skipped, "space": space_fingerprint(pipe)}
-    write_json(folder / LATENT_INDEX, index)
+    with writing(folder / LATENT_INDEX, DISK_ADVICE):
+        write_json(folder / LATENT_INDEX, index)
 
 
 def main() -> None:

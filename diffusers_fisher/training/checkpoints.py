@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 
 from ..errors import CheckpointError, InputError
 from ..files import atomic_path, read_json, write_json
+from ..models import fingerprint_differences
 from .state import load_training_state, save_training_state
 
 logger = logging.getLogger(__name__)
@@ -42,8 +44,23 @@ class TrainingFolder:
         states = self._states
         return f"the last good checkpoint is '{states[-1]}'" if states else "no checkpoint was written yet"
 
-    def claim(self, settings: Mapping[str, Any], free: tuple[str, ...]) -> None:
-        """Notes the settings of a new run; refuses to go on with a run of others.
+    @property
+    def skipped(self) -> list[str]:
+        """Names of images that could not be read up to the newest checkpoint."""
+        path = self.path / "skipped.json"
+        return read_json(path) if path.exists() else []
+
+    @skipped.setter
+    def skipped(self, names: list[str]) -> None:
+        with self.writing("skipped.json"):
+            write_json(self.path / "skipped.json", names)
+
+    def writing(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Around what writes file `name` of the folder. Raises `CheckpointError`: the disk is full, say."""
+        return writing(self.path / name, self.last_good)
+
+    def check(self, settings: Mapping[str, Any], free: tuple[str, ...]) -> None:
+        """Refuses to go on with a run of other settings.
 
         Args:
             settings: of the run, what JSON can say; sections nested.
@@ -53,19 +70,39 @@ class TrainingFolder:
             InputError: names the settings that differ.
         """
         path = self.path / "config.json"
-        now = {key: value for key, value in flat_settings(settings).items() if not key.startswith(free)}
-        if path.exists():
-            before = {key: value for key, value in flat_settings(read_json(path)).items() if not key.startswith(free)}
-            differing = {
-                key: (before.get(key), now.get(key)) for key in now | before if before.get(key) != now.get(key)
-            }
+        if not path.exists():
+            return
+        before, now = (
+            {key: value for key, value in flat_settings(found).items() if not key.startswith(free)}
+            for found in (read_json(path), settings)
+        )
+        differing = {key: (before.get(key), now.get(key)) for key in now | before if before.get(key) != now.get(key)}
+        if differing:
+            words = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in sorted(differing.items()))
+            raise InputError(
+                f"'{self.path}' holds a run with other settings: {words}. Resume with those, or name another output "
+                "folder."
+            )
+
+    def claim(self, settings: Mapping[str, Any], fingerprint: Mapping[str, Any] | None = None) -> None:
+        """Notes what the run is, once all of it was found to be right: settings, and the denoiser's fingerprint.
+
+        Raises:
+            InputError: the run was begun with another denoiser; says what differs.
+        """
+        path = self.path / "fingerprint.json"
+        if fingerprint is not None and path.exists():
+            differing = fingerprint_differences(read_json(path), fingerprint)
             if differing:
-                words = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in sorted(differing.items()))
                 raise InputError(
-                    f"'{self.path}' holds a run with other settings: {words}. Resume with those, or name another "
-                    "output folder."
+                    f"'{self.path}' holds a run of another denoiser. What differs: {'; '.join(differing)}. Resume "
+                    "with that denoiser, or name another output folder."
                 )
-        write_json(path, settings)
+        elif fingerprint is not None:
+            with self.writing(path.name):
+                write_json(path, fingerprint)
+        with self.writing("config.json"):
+            write_json(self.path / "config.json", settings)
 
     def save(
         self,
@@ -79,14 +116,12 @@ class TrainingFolder:
         Raises:
             CheckpointError: the disk is full, say; what was there before stays.
         """
-        path = self.path / "checkpoints" / f"step-{step:09d}.safetensors"
-        try:
-            path.parent.mkdir(exist_ok=True)
-            save_training_state(path, modules, optimizer, averages, step)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"The checkpoint '{path}' can't be written: {error}; {self.last_good}.") from error
-        for old in self._states[: -self.keep]:
-            old.unlink(missing_ok=True)
+        name = f"checkpoints/step-{step:09d}.safetensors"
+        with self.writing(name):
+            (self.path / "checkpoints").mkdir(exist_ok=True)
+            save_training_state(self.path / name, modules, optimizer, averages, step)
+            for old in self._states[: -self.keep]:
+                old.unlink(missing_ok=True)
 
     def resume(
         self, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, averages: list[torch.Tensor]
@@ -104,7 +139,8 @@ class TrainingFolder:
 
     def append(self, curve: str, record: Mapping[str, Any]) -> None:
         """Adds a line to a curve, such as "loss"."""
-        with open(self.path / f"{curve}.jsonl", "a", encoding="utf-8") as file:
+        name = f"{curve}.jsonl"
+        with self.writing(name), open(self.path / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def cut(self, curve: str, step: int) -> None:
@@ -120,8 +156,17 @@ class TrainingFolder:
                 whole = False
             if whole:
                 kept.append(line)
-        with atomic_path(path) as temporary:
+        with self.writing(path.name), atomic_path(path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def writing(path: Path, advice: str) -> Iterator[None]:
+    """Around what writes `path`. Raises `CheckpointError`, with the advice: the disk is full, say."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"'{path}' can't be written: {error}; {advice}.") from error
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -60,12 +60,21 @@ class Paths:
         return cls(**tensors, captions=json.loads(metadata["captions"]))
 
     def mixed(
-        self, draw: TraceDraw, samples: torch.Tensor, captions: list[Any], share: float, generator: torch.Generator
+        self,
+        draw: TraceDraw,
+        samples: torch.Tensor,
+        captions: list[Any],
+        share: float,
+        generator: torch.Generator,
+        batch_size: int,
+        part: slice,
     ) -> tuple[TraceDraw, torch.Tensor, list[Any]]:
-        """A batch of which a share of the rows is points of the paths."""
-        count = len(samples)
-        rows = torch.rand(count, generator=generator) < share
-        points = torch.randint(len(self.image), (count,), generator=generator)
+        """The rows `part` of a global batch of which a share is points of the paths.
+
+        Drawn for the whole batch, so that neither processes nor accumulation change it.
+        """
+        rows = (torch.rand(batch_size, generator=generator) < share)[part]
+        points = torch.randint(len(self.image), (batch_size,), generator=generator)[part]
         images = self.image[points]
         wide = rows.view(-1, *[1] * (samples.ndim - 1))
         mixed = dataclasses.replace(
@@ -105,16 +114,18 @@ def follow_paths(
         generator = step_generator(seed, "paths", number)
         clean, texts = _varied(space, piece, change, generator)
         texts = without(texts, torch.rand(len(clean), generator=generator) < caption_dropout)
-        for first in range(0, len(clean), space.piece_size):
-            part = slice(first, first + space.piece_size)
-            for state in _asked(space, texts[part], piece.samples[part], clean[part], STEPS[number % len(STEPS)]):
+        parts = [slice(first, first + space.piece_size) for first in range(0, len(clean), space.piece_size)]
+        num_steps = STEPS[number % len(STEPS)]
+        asked = [_asked(space, texts[part], piece.samples[part], clean[part], num_steps) for part in parts]
+        for states in zip(*asked, strict=True):  # level by level, so that the order is the same for parts of any size
+            for part, state in zip(parts, states, strict=True):
                 level = state.level
                 z = (state.sample - expand(level.alpha, state.sample) * clean[part]) / expand(
                     level.sigma, state.sample
                 )
                 noises.append(z.float().cpu())
                 levels.append(level.log_noise_to_signal.double().cpu().reshape(1).expand(len(z)))
-                owners.append(count + torch.arange(first, first + len(z)))
+                owners.append(count + torch.arange(part.start, part.start + len(z)))
         images.append(clean.cpu())
         count += len(clean)
         captions += texts

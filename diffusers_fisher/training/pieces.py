@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from ..errors import InputError
 from .schedule import Optimisation, batch_indices
 
 SHUFFLE_BUFFER = 1000  # images of a stream, undecoded
+Entry = tuple[torch.Tensor, Any, tuple[str, ...]]  # a sample, its caption, names of those it stands for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Piece:
     skipped: list[str]
 
     @classmethod
-    def of(cls, entries: Sequence[tuple[torch.Tensor, Any, tuple[str, ...]]]) -> Piece:
+    def of(cls, entries: Sequence[Entry]) -> Piece:
         """Raises `InputError` for samples of several sizes."""
         samples, captions, skipped = zip(*entries, strict=True)
         shapes = sorted({tuple(sample.shape) for sample in samples})
@@ -75,19 +77,31 @@ class TrainingData:
             )
 
     def held_out(self) -> Piece:
-        """The held-out samples."""
-        return self._first(self.num_held_out) if self.streaming else self._taken(len(self.source) - self.num_held_out)
+        """The held-out samples. Raises `InputError`: a stream has fewer, or none can be read."""
+        count = self.num_held_out
+        if isinstance(self.source, ImageStream):
+            rows = list(itertools.islice(self.source.undecoded(), count))
+            if len(rows) < count:
+                raise InputError(
+                    f"The stream '{self.source.data.path}' has {len(rows)} images; {count} are to be held out. Give "
+                    "more data or fewer held-out samples."
+                )
+            readable = _Readable(_StreamRows(self.source, iter(rows)), count)
+        else:
+            readable = _Readable(self.source, count, first=len(self.source) - count)
+        return Piece.of([readable[index] for index in range(count)])
 
     def some(self, count: int, size: int) -> Iterator[Piece]:
-        """About `count` training samples, `size` at a time, spread over the data (of a stream its first)."""
+        """About `count` training samples, `size` at a time, spread over the data (of a stream its first that can be
+        read)."""
         if isinstance(self.source, ImageStream):
             rows = itertools.islice(self.source.undecoded(self.num_held_out), count)
-            for number, group in enumerate(_batched(rows, size)):
-                yield _of_rows(self.source, group, self.num_held_out + size * number)
+            entries = _readable_rows(self.source, enumerate(rows, self.num_held_out))
+            yield from map(Piece.of, batched(entries, size))
             return
         readable = _Readable(self.source, len(self.source) - self.num_held_out)
         indices = torch.linspace(0, len(readable) - 1, min(count, len(readable))).long().tolist()
-        for group in _batched(iter(indices), size):
+        for group in batched(iter(indices), size):
             yield Piece.of([readable[index] for index in group])
 
     def pieces(self, share: Share, start: int, workers: int) -> Iterable[Piece]:
@@ -107,50 +121,96 @@ class TrainingData:
             generator=torch.Generator(),  # it seeds the workers, and would else draw from the global one
         )  # fmt: skip
 
-    def _first(self, count: int) -> Piece:
-        assert isinstance(self.source, ImageStream)
-        return _of_rows(self.source, list(itertools.islice(self.source.undecoded(), count)), 0)
 
-    def _taken(self, start: int) -> Piece:
-        readable = _Readable(self.source, len(self.source))
-        return Piece.of([readable[index] for index in range(start, len(self.source))])
+def batched(entries: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` entries, the last of what is left."""
+    while group := list(itertools.islice(entries, size)):
+        yield group
+
+
+class _StreamRows:
+    """Images of a stream by position; rows are kept, undecoded, from the last `drop` to the last asked for."""
+
+    def __init__(self, stream: ImageStream, rows: Iterator[dict[str, Any]]):
+        self.stream, self.rows, self.first = stream, rows, 0
+        self.kept: collections.deque[dict[str, Any]] = collections.deque()
+
+    def drop(self, position: int) -> None:
+        """Lets go of the rows before `position`."""
+        while self.first < position:
+            if self.kept:
+                self.kept.popleft()
+            else:
+                next(self.rows)
+            self.first += 1
+
+    def _row(self, position: int) -> dict[str, Any]:
+        while self.first + len(self.kept) <= position:
+            self.kept.append(next(self.rows))
+        return self.kept[position - self.first]
+
+    def __getitem__(self, position: int) -> Example:
+        return self.stream.example(self._row(position), position)
+
+    def name(self, position: int) -> str:
+        return self.stream.row_name(self._row(position), position)
+
+
+def _next_readable(source: Any, positions: Iterable[int]) -> Entry:
+    """The first sample of those at `positions` that can be read, with the names of those before it."""
+    skipped: list[str] = []
+    for position in positions:
+        try:
+            entry = source[position]
+        except UnreadableImageError:
+            skipped.append(source.name(position))
+            continue
+        if isinstance(entry, Example):
+            return entry.pixels, entry.caption, tuple(skipped)
+        return *entry, tuple(skipped)
+    raise InputError(f"None of {len(skipped)} images in a row can be read; the first is '{skipped[0]}'.")
+
+
+def _readable_rows(stream: ImageStream, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[Entry]:
+    """Those of the rows, with their positions, that can be read, each with the names of those before it that can't."""
+    skipped: list[str] = []
+    for position, row in rows:
+        try:
+            example = stream.example(row, position)
+        except UnreadableImageError:
+            skipped.append(stream.row_name(row, position))
+        else:
+            yield example.pixels, example.caption, tuple(skipped)
+            skipped = []
 
 
 class _Readable(torch.utils.data.Dataset):
-    """The first `count` samples; in the place of one that can't be read stands the next that can."""
+    """`count` samples from `first` on; in the place of one that can't be read stands the next of them that can."""
 
-    def __init__(self, source: Images | CachedLatents, count: int):
-        self.source, self.count = source, count
+    def __init__(self, source: Images | CachedLatents | _StreamRows, count: int, first: int = 0):
+        self.source, self.count, self.first = source, count, first
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any, tuple[str, ...]]:
-        skipped: list[str] = []
-        for position in itertools.islice(itertools.cycle(range(self.count)), index, index + self.count):
-            try:
-                entry = self.source[position]
-            except UnreadableImageError:
-                skipped.append(self.source.name(position))  # type: ignore[union-attr]
-                continue
-            if isinstance(entry, Example):
-                return entry.pixels, entry.caption, tuple(skipped)
-            return *entry, tuple(skipped)
-        raise InputError(f"None of the {self.count} images can be read; the first is '{skipped[0]}'.")
+    def __getitem__(self, index: int) -> Entry:
+        order = itertools.chain(range(index, self.count), range(index))
+        return _next_readable(self.source, (self.first + position for position in order))
 
 
 class _StreamPieces(torch.utils.data.IterableDataset):
+    """As `_Readable`: whichever process decodes a sample, and none decodes others' without need."""
+
     def __init__(self, stream: ImageStream, share: Share, skip: int, start: int, steps: int, seed: int):
         self.stream, self.share, self.skip, self.start, self.steps, self.seed = stream, share, skip, start, steps, seed
 
     def __iter__(self) -> Iterator[Piece]:
-        rows, size = self._endless(), self.share.batch_size
-        for _ in range(self.start * size):
-            next(rows)
+        rows, size = _StreamRows(self.stream, self._endless()), self.share.batch_size
         for step in range(self.start, self.steps):
-            batch = list(itertools.islice(rows, size))
+            rows.drop(step * size)
             for part in self.share.slices:
-                yield _of_rows(self.stream, batch[part], step * size + part.start)
+                positions = range(step * size + part.start, step * size + part.stop)
+                yield Piece.of([_next_readable(rows, range(first, first + SHUFFLE_BUFFER)) for first in positions])
 
     def _endless(self) -> Iterator[dict[str, Any]]:
         """Undecoded rows, shuffled within a buffer, epoch after epoch."""
@@ -165,23 +225,3 @@ class _StreamPieces(torch.utils.data.IterableDataset):
                 raise InputError(
                     f"The stream '{self.stream.data.path}' has no images beside the {self.skip} held out."
                 )
-
-
-def _batched(entries: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while group := list(itertools.islice(entries, size)):
-        yield group
-
-
-def _of_rows(stream: ImageStream, rows: list[dict[str, Any]], position: int) -> Piece:
-    """Decoded rows; those that can be read stand, in turn, for those that can't."""
-    entries, skipped = [], []
-    for offset, row in enumerate(rows):
-        try:
-            example = stream.example(row, position + offset)
-            entries.append((example.pixels, example.caption, ()))
-        except UnreadableImageError:
-            skipped.append(stream.row_name(row, position + offset))
-    if not entries:
-        raise InputError(f"None of {len(rows)} images from position {position} on can be read: {skipped[:5]}.")
-    piece = Piece.of([entries[number % len(entries)] for number in range(len(rows))])
-    return dataclasses.replace(piece, skipped=skipped)

@@ -173,6 +173,11 @@ class TraceMatchingConfig:
                 f"The config's numbers can't be used: {wrong or 'ema_decay, learning_rate or max_gradient_norm'} too "
                 "small; allowed: positive (levels and prior_samples from 2), and ema_decay from 0 to below 1."
             )
+        if not 0 <= o.warmup_steps < o.steps:
+            raise InputError(
+                f"optimisation.warmup_steps is {o.warmup_steps}; allowed: from 0 to below optimisation.steps "
+                f"({o.steps})."
+            )
         if o.save_every % o.log_every:
             raise InputError(
                 f"optimisation.save_every is {o.save_every}, log_every {o.log_every}; allowed: a multiple of it, so "
@@ -184,6 +189,23 @@ class TraceMatchingConfig:
                 f"optimisation.batch_size is {o.batch_size}; allowed: multiples of {pieces}, the number of processes "
                 f"({num_processes}) times gradient_accumulation ({o.gradient_accumulation})."
             )
+
+
+def check_trackers(names: list) -> None:
+    """Refuses a tracker that accelerate does not know, or leaves out because its package is missing.
+
+    Raises:
+        InputError: names it.
+    """
+    from accelerate.tracking import get_available_trackers
+
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    wrong = [name for name in names if name not in (*installed, "all")]
+    if wrong:
+        raise InputError(
+            f"trackers has {', '.join(map(repr, wrong))}; installed here: {', '.join(installed) or 'none'}. Install "
+            "the tracker's package, or leave it out."
+        )
 
 
 def load_pipeline(settings: DenoiserSettings) -> Any:

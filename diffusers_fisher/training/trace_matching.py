@@ -13,13 +13,14 @@ import argparse
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
@@ -38,7 +39,7 @@ from .pieces import Piece, Share, TrainingData
 from .samples import SampleSpace, without
 from .schedule import learning_rate
 from .state import step_generator
-from .trace_config import TraceMatchingConfig, load_pipeline, make_trace_model
+from .trace_config import TraceMatchingConfig, check_trackers, load_pipeline, make_trace_model
 from .trace_losses import TraceObjective, draw_trace_batch
 from .trace_validation import Validation, plot_validation, validate
 
@@ -46,9 +47,9 @@ logger = get_logger(__name__)
 
 FREE_SETTINGS = (
     "output", "trackers", "validation.every", "optimisation.keep_checkpoints", "optimisation.workers",
-    "optimisation.gradient_accumulation", "optimisation.save_every", "optimisation.log_every",
+    "optimisation.gradient_accumulation", "optimisation.save_every", "optimisation.log_every", "denoiser.compile",
 )  # fmt: skip
-"""What a resumed run may change: nothing that the parameters depend on."""
+"""What a resumed run may change: nothing that the parameters depend on, but by rounding."""
 
 
 class TraceMatching:
@@ -60,6 +61,7 @@ class TraceMatching:
 
     Raises:
         InputError: a config, data or denoiser that can't be used, or a folder that holds another run.
+        UnsupportedError: a denoiser with a schedule that is not known.
     """
 
     def __init__(self, config: TraceMatchingConfig, accelerator: Accelerator):
@@ -68,7 +70,7 @@ class TraceMatching:
         self.folder = TrainingFolder(Path(config.output), config.optimisation.keep_checkpoints)
         if accelerator.is_main_process:
             check_writable(self.folder.path)
-            self.folder.claim(dataclasses.asdict(config), FREE_SETTINGS)
+            self.folder.check(dataclasses.asdict(config), FREE_SETTINGS)
         self.pipe = load_pipeline(config.denoiser).to(accelerator.device)
         self.data = TrainingData(self._source(), config.optimisation, config.validation.samples, config.seed)
         self.space = SampleSpace(self.pipe, config.latents is not None, config.piece_size)
@@ -78,7 +80,20 @@ class TraceMatching:
         self.shape = tuple(first.shape[1:])
         pooled = self.pipe._pooled(denoiser.call_arguments).shape[1] if config.model.pooled else None
         self.model = make_trace_model(config, self.pipe, self.shape, pooled)
-        self.skipped: set[str] = set()
+        if accelerator.is_main_process:
+            self.folder.claim(dataclasses.asdict(config), self.model.config["fingerprint"])
+        self.skipped = set(self.folder.skipped)
+        if isinstance(self.data.source, CachedLatents):
+            self.skipped.update(self.data.source.index["skipped_images"])
+        self._note(self.held_out)
+
+    def _note(self, piece: Piece) -> Piece:
+        """Names what of a piece could not be read; each once."""
+        for name in piece.skipped:
+            if name not in self.skipped:
+                logger.warning(f"Image '{name}' can't be read; another stands in its place.", main_process_only=False)
+                self.skipped.add(name)
+        return piece
 
     def _source(self) -> Any:
         config = self.config
@@ -110,7 +125,8 @@ class TraceMatching:
         if average:
             average.optimization_step = start
         if start == 0:
-            fit_prior(self.model, config, self.data, self.space)
+            pieces = self.data.some(config.prior_samples, settings.batch_size)
+            fit_prior(self.model, config, map(self._note, pieces), self.space)
         self.paths = self._followed() if config.target == "jacobian" and config.on_path else None
         if accelerator.is_main_process:
             for curve in ("loss", "validation"):
@@ -125,9 +141,12 @@ class TraceMatching:
                 done = step + 1
                 if done % config.validation.every == 0 and done < settings.steps:
                     self._validate(average, parameters, done)
-                # Last: a curve ahead of the newest checkpoint is cut, one behind it would miss an entry.
-                if accelerator.is_main_process and (done % settings.save_every == 0 or done == settings.steps):
-                    self.folder.save(modules, optimizer.optimizer, shadow, done)
+                if done % settings.save_every == 0 or done == settings.steps:
+                    self.skipped.update(gather_object(sorted(self.skipped)))
+                    # Last: a curve ahead of the newest checkpoint is cut, one behind it would miss an entry.
+                    if accelerator.is_main_process:
+                        self.folder.skipped = sorted(self.skipped)
+                        self.folder.save(modules, optimizer.optimizer, shadow, done)
         except NumericalError as error:
             raise NumericalError(f"{error} Training stopped; {self.folder.last_good}.") from error
         if average:
@@ -144,7 +163,10 @@ class TraceMatching:
             if not path.exists() and self.accelerator.is_main_process:
                 size = config.optimisation.batch_size
                 shown = tqdm(self.data.some(config.path_images, size), "paths", math.ceil(config.path_images / size))
-                follow_paths(self.space, shown, config.caption_dropout, config.path_change, config.seed).save(path)
+                pieces = map(self._note, shown)
+                paths = follow_paths(self.space, pieces, config.caption_dropout, config.path_change, config.seed)
+                with self.folder.writing(path.name):
+                    paths.save(path)
             return Paths.load(path)
 
     def _steps(self, model: torch.nn.Module, optimizer: Any, start: int) -> Iterator[int]:
@@ -183,10 +205,7 @@ class TraceMatching:
 
     def _loss(self, model: torch.nn.Module, piece: Piece, step: int, part: slice) -> torch.Tensor:
         config = self.config
-        for name in piece.skipped:
-            if name not in self.skipped:
-                logger.warning(f"Image '{name}' can't be read; another stands in its place.", main_process_only=False)
-                self.skipped.add(name)
+        self._note(piece)
         jacobian = config.target == "jacobian"
         draw = draw_trace_batch(
             self.pipe.scheduler, self.shape, config.optimisation.batch_size, step, config.seed, part,
@@ -195,8 +214,10 @@ class TraceMatching:
         captions = self._with_dropout(piece.captions, step, part)
         samples = self.space.packed(piece.samples, self._posterior_noise(piece, step, part))
         if self.paths is not None:
-            generator = step_generator(config.seed, "paths", step * config.optimisation.batch_size + part.start)
-            draw, samples, captions = self.paths.mixed(draw, samples, captions, config.on_path, generator)
+            draw, samples, captions = self.paths.mixed(
+                draw, samples, captions, config.on_path, step_generator(config.seed, "paths", step),
+                config.optimisation.batch_size, part,
+            )  # fmt: skip
         denoiser = self.space.denoiser(captions, piece.samples, draw.copies)
         estimator: Any = None
         if jacobian and config.product == "finite_difference":
@@ -239,20 +260,20 @@ class TraceMatching:
                     average.restore(parameters)
             self.accelerator.log(result.summary(), step=step)
             self.folder.append("validation", {"step": step, **result.summary()})
-            plot_validation(result, self.folder.path / "validation.png")
+            with self.folder.writing("validation.png"):
+                plot_validation(result, self.folder.path / "validation.png")
         self.accelerator.wait_for_everyone()
         return result
 
     def _finish(self, result: Validation | None) -> None:
-        from accelerate.utils import gather_object
-
-        skipped = sorted(set(gather_object(sorted(self.skipped))))
         if result is None:
             return
-        self.model.save_pretrained(self.folder.path / "trace_model")
-        config = self.config
+        with self.folder.writing("trace_model"):
+            self.model.save_pretrained(self.folder.path / "trace_model")
+        config, skipped = self.config, sorted(self.skipped)
         report = {"steps": config.optimisation.steps, "target": config.target, "skipped_images": skipped}
-        write_json(self.folder.path / "report.json", {**report, "validation": result.report()})
+        with self.folder.writing("report.json"):
+            write_json(self.folder.path / "report.json", {**report, "validation": result.report()})
 
 
 def check_cache(cached: CachedLatents, pipe: Any) -> None:
@@ -264,15 +285,17 @@ def check_cache(cached: CachedLatents, pipe: Any) -> None:
         raise InputError(f"The cache '{cached.folder}' was made with another autoencoder: {words}. Make it again.")
 
 
-def fit_prior(model: FisherTraceModel, config: TraceMatchingConfig, data: TrainingData, space: SampleSpace) -> None:
-    """Sets the trace model's prior to the training data's statistics; every process finds the same.
+def fit_prior(
+    model: FisherTraceModel, config: TraceMatchingConfig, pieces: Iterable[Piece], space: SampleSpace
+) -> None:
+    """Sets the trace model's prior to the statistics of training data; every process finds the same.
 
     Raises:
         InputError: data without any variance.
     """
 
     def samples() -> Iterator[torch.Tensor]:
-        for number, piece in enumerate(data.some(config.prior_samples, config.optimisation.batch_size)):
+        for number, piece in enumerate(pieces):
             shape = (len(piece.captions), *space.unpacked_shape(piece.samples))
             noise = torch.randn(shape, generator=step_generator(config.seed, "prior", number))
             yield space.packed(piece.samples, noise).cpu()
@@ -300,6 +323,7 @@ def _tracked(config: TraceMatchingConfig) -> dict[str, Any]:
 
 def train(config: TraceMatchingConfig) -> FisherTraceModel:
     """Trains the trace model of `config`, or goes on with it. Raises as `TraceMatching`."""
+    check_trackers(config.trackers)
     accelerator = Accelerator(
         mixed_precision=config.optimisation.mixed_precision or "no",
         log_with=config.trackers or None,

@@ -55,7 +55,7 @@ def test_mixing_exchanges_whole_rows(space, paths):
     count = 64
     draw = draw_trace_batch(space.pipe.scheduler, (4, 8, 8), count, 0, 0, mirrored=False, with_probes=True)
     samples, captions = torch.randn(count, 4, 8, 8), ["x"] * count
-    mixed, clean, texts = paths.mixed(draw, samples, captions, 0.5, step_generator(0))
+    mixed, clean, texts = paths.mixed(draw, samples, captions, 0.5, step_generator(0), count, slice(None))
     own = torch.tensor([text == "x" for text in texts])
     assert 16 < int(own.sum()) < 48
     assert torch.equal(clean[own], samples[own]) and torch.equal(mixed.noise[own], draw.noise[own])
@@ -68,11 +68,25 @@ def test_mixing_exchanges_whole_rows(space, paths):
         assert any(torch.equal(clean[row], paths.clean[i]) and texts[row] == paths.captions[i] for i in images), image
 
 
+def test_parts_of_a_batch_are_those_of_the_whole(space, paths):
+    def taken(part):
+        scheduler = space.pipe.scheduler
+        draw = draw_trace_batch(scheduler, (4, 8, 8), 8, 0, 0, part, mirrored=False, with_probes=True)
+        samples, captions = torch.zeros(8, 4, 8, 8)[part], ["x"] * len(range(8)[part])
+        return paths.mixed(draw, samples, captions, 0.5, step_generator(0), 8, part)
+
+    whole, parts = taken(slice(0, 8)), [taken(slice(0, 3)), taken(slice(3, 8))]
+    assert torch.equal(whole[0].noise, torch.cat([part[0].noise for part in parts]))
+    assert torch.equal(whole[0].log_noise, torch.cat([part[0].log_noise for part in parts]))
+    assert torch.equal(whole[1], torch.cat([part[1] for part in parts]))
+    assert whole[2] == parts[0][2] + parts[1][2]
+
+
 def test_all_or_none(space, paths):
     draw = draw_trace_batch(space.pipe.scheduler, (4, 8, 8), 8, 0, 0, mirrored=False)
     samples = torch.randn(8, 4, 8, 8)
-    assert paths.mixed(draw, samples, ["x"] * 8, 0.0, step_generator(0))[2] == ["x"] * 8
-    assert "x" not in paths.mixed(draw, samples, ["x"] * 8, 1.0, step_generator(0))[2]
+    assert paths.mixed(draw, samples, ["x"] * 8, 0.0, step_generator(0), 8, slice(None))[2] == ["x"] * 8
+    assert "x" not in paths.mixed(draw, samples, ["x"] * 8, 1.0, step_generator(0), 8, slice(None))[2]
 
 
 def test_saved_and_loaded(paths, tmp_path):

@@ -13,9 +13,10 @@ import pytest
 import tiny
 import torch
 import trace_runs
-from diffusers import DiffusionPipeline
+from diffusers import CMStochasticIterativeScheduler, DiffusionPipeline
 
 from diffusers_fisher import (
+    FisherError,
     FisherTraceModel,
     InputError,
     NumericalError,
@@ -108,11 +109,14 @@ def test_a_killed_run_goes_on_to_the_same_parameters_and_curve(tmp_path):
     assert lines(run / "validation.jsonl") == lines(tmp_path / "unbroken" / "validation.jsonl")
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_give_the_parameters_of_one(tmp_path, accumulation):
+@pytest.mark.parametrize(("target", "accumulation"), [("residual", 1), ("jacobian", 2)])
+def test_two_processes_give_the_parameters_of_one(tmp_path, target, accumulation):
     """Only the order of float32 sums differs: 20 steps apart by less than 1e-4 of the parameters' norm."""
     found = trace_runs.settings(
-        tmp_path, optimisation={"steps": 20, "save_every": 20, "gradient_accumulation": accumulation}
+        tmp_path,
+        target=target,
+        corrupt=(2,),
+        optimisation={"steps": 20, "save_every": 20, "gradient_accumulation": accumulation},
     )
     config = trace_runs.written(tmp_path, found)
     subprocess.run(launched(config, "--num_processes", "2"), check=True, capture_output=True, timeout=300)
@@ -141,6 +145,8 @@ def test_two_processes_give_the_parameters_of_one(tmp_path, accumulation):
     )
     assert (one - start).norm() > 1e-2 * one.norm()  # it moved
     assert (two - one).norm() <= 1e-4 * one.norm()
+    reports = [json.loads((tmp_path / run / "report.json").read_text()) for run in ("run", "alone")]
+    assert [report["skipped_images"] for report in reports] == [["train-2.png"]] * 2
 
 
 def test_cached_latents_train_to_the_parameters_that_images_do(tmp_path):
@@ -213,6 +219,14 @@ def test_every_kind_of_pipeline_and_model(tmp_path, make, changes):
     assert torch.isfinite(parameters(model)).all()
 
 
+def unknown_prediction():
+    return tiny.stable_diffusion(scheduler=tiny.scheduler(prediction_type="foo"))
+
+
+def unknown_scheduler():
+    return tiny.stable_diffusion(scheduler=CMStochasticIterativeScheduler())
+
+
 @pytest.mark.parametrize(
     "changes, words",
     {
@@ -231,11 +245,18 @@ def test_every_kind_of_pipeline_and_model(tmp_path, make, changes):
         "norm diagonal": ({"target": "norm", "model": {"output": "diagonal"}}, "Target 'norm' gives the trace alone"),
         "size": ({"data": {"resolution": 15}}, "15x15 pixels; this pipeline takes multiples of"),
         "unknown key": ({"optimisation": {"lr": 1.0}}, r"unknown keys \['lr'\]"),
+        "warm-up": ({"optimisation": {"warmup_steps": -1}}, r"warmup_steps is -1; allowed: from 0 to below .*\(6\)"),
+        "long warm-up": ({"optimisation": {"warmup_steps": 6}}, "warmup_steps is 6; allowed"),
+        "unknown tracker": ({"trackers": ["tensorboards"]}, "trackers has 'tensorboards'; installed here: "),
+        "tracker not installed": ({"trackers": ["clearml"]}, "trackers has 'clearml'; installed here: "),
+        "prediction type": ({"make": unknown_prediction}, "`prediction_type` of DDIMScheduler is 'foo'"),
+        "scheduler": ({"make": unknown_scheduler}, "Noise levels of CMStochasticIterativeScheduler are not known"),
     }.values(),
 )
 def test_bad_configs_fail_before_the_first_step(tmp_path, changes, words):
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(FisherError, match=words):
         train(trace_runs.config_of(tmp_path, **changes))
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_a_folder_of_another_run_is_refused_and_kept(tmp_path):

@@ -1,0 +1,124 @@
+"""The cache of latents: shards, kills, unreadable images and wrong settings."""
+
+import dataclasses
+import json
+
+import pytest
+import tiny
+import torch
+import trace_runs
+from PIL import Image
+
+from diffusers_fisher import CheckpointError, InputError
+from diffusers_fisher.data import CachedLatents, open_images
+from diffusers_fisher.training import cache_latents as module
+from diffusers_fisher.training.cache_latents import cache_latents
+from diffusers_fisher.training.samples import SampleSpace
+from diffusers_fisher.training.trace_config import load_pipeline
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(module, "SHARD_SIZE", 4)
+
+
+def config_of(folder, **changes):
+    return trace_runs.config_of(folder, latents=str(folder / "latents"), **changes)
+
+
+def names(config):
+    images = open_images(config.data)
+    return [images.name(index) for index in range(len(images))]
+
+
+def cached(config):
+    latents = CachedLatents(config.latents)
+    moments, captions = zip(*(latents[index] for index in range(len(latents))), strict=True)
+    return torch.stack(moments), list(captions)
+
+
+def test_a_shard_of_unreadable_images_is_empty(tmp_path):
+    numbers = [int(name.removeprefix("train-").removesuffix(".png")) for name in names(config_of(tmp_path))]
+    config = config_of(tmp_path, corrupt=numbers[4:8])
+    assert cache_latents(config, batch_size=3) == 8
+    index = CachedLatents(config.latents).index
+    assert index["counts"] == [4, 0, 4] and index["skipped_images"] == names(config)[4:8]
+    images = open_images(config.data)
+    examples = [images[position] for position in (0, 1, 2, 3, 8, 9, 10, 11)]
+    space = SampleSpace(load_pipeline(config.denoiser), latents=False)
+    moments, captions = cached(config)
+    # Batches of encoding round otherwise.
+    assert torch.allclose(moments, space.moments(torch.stack([each.pixels for each in examples])), atol=1e-5)
+    assert captions == [each.caption for each in examples]
+
+
+def test_nothing_that_can_be_read_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"None of the 12 images of '.*images' can be read"):
+        cache_latents(config_of(tmp_path, corrupt=range(12)))
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_stopped_cache_goes_on_where_it_was(tmp_path, monkeypatch, failure):
+    config = config_of(tmp_path)
+    save, written = module.save_tensors, []
+
+    def stopping(path, *args):
+        if len(written) == 2:
+            raise failure
+        written.append(path.name)
+        save(path, *args)
+
+    monkeypatch.setattr(module, "save_tensors", stopping)
+    with pytest.raises((KeyboardInterrupt, CheckpointError)) as found:
+        cache_latents(config)
+    if isinstance(failure, OSError):
+        assert found.match(r"latents-00002.safetensors' can't be written: .*No space left.*whole shards are kept")
+    with pytest.raises(InputError, match="no finished cache"):
+        CachedLatents(config.latents)
+    written.clear()
+    assert cache_latents(config) == 12
+    assert written == ["latents-00002.safetensors"]
+    monkeypatch.undo()
+    whole = dataclasses.replace(config, latents=str(tmp_path / "whole"))
+    assert cache_latents(whole) == 12
+    assert torch.equal(cached(config)[0], cached(whole)[0]) and cached(config)[1] == cached(whole)[1]
+
+
+@pytest.mark.parametrize("position", [1, 3, 7], ids=["in a batch", "in a shard", "in the data"])
+def test_images_of_several_sizes_are_refused(tmp_path, position):
+    config = config_of(tmp_path)
+    name = names(config)[position]
+    Image.new("RGB", (24, 24), "red").save(tmp_path / "images" / name)
+    with pytest.raises(InputError, match=rf"'{name}' has size \(3, 24, 24\), the first \(3, 16, 16\).*resolution"):
+        cache_latents(config, batch_size=2)
+
+
+@pytest.mark.parametrize("wrong", [{"path": "/nonexistent"}, {"resolution": 15}])
+def test_a_corrected_config_takes_the_folder_of_a_wrong_one(tmp_path, wrong):
+    config = config_of(tmp_path)
+    with pytest.raises(InputError, match=r"can't be opened|multiples of"):
+        cache_latents(dataclasses.replace(config, data=dataclasses.replace(config.data, **wrong)))
+    assert cache_latents(config) == 12
+    with pytest.raises(InputError, match=r"other settings: data\.limit was None, is 5"):
+        cache_latents(dataclasses.replace(config, data=dataclasses.replace(config.data, limit=5)))
+
+
+def test_compiled_denoisers_share_the_cache_and_are_not_compiled_for_it(tmp_path, monkeypatch):
+    config = config_of(tmp_path)
+    cache_latents(config)
+    before = cached(config)
+    folder = tmp_path / "latents"
+    (folder / "index.json").unlink()
+    (folder / "latents-00001.safetensors").unlink()
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["denoiser"]["compile"]  # as caches were noted before there was this setting
+    (folder / "config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: pytest.fail("compiled"))
+    cache_latents(dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, compile=True)))
+    assert torch.equal(cached(config)[0], before[0])
+
+
+def test_pixels_are_cached_too(tmp_path):
+    config = config_of(tmp_path, make=tiny.unconditional, data={"resolution": 8, "caption_column": None})
+    assert cache_latents(config) == 12
+    assert cached(config)[0].shape == (12, 2, 3, 8, 8)

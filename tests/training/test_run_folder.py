@@ -1,0 +1,171 @@
+"""The folder of a run: who may go on with it, and what full disks, damaged files and unreadable images leave in it."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import trace_runs
+from image_folders import image_folder, saved_pipeline
+from torch._functorch import config as compiler
+
+from diffusers_fisher import CheckpointError, InputError
+from diffusers_fisher.training import checkpoints, trace_matching
+from diffusers_fisher.training.cache_latents import cache_latents
+from diffusers_fisher.training.trace_matching import train
+
+
+def parameters(model):
+    return torch.cat([value.flatten() for value in model.state_dict().values()])
+
+
+def unbroken(config):
+    return parameters(train(dataclasses.replace(config, output=f"{config.output}-unbroken")))
+
+
+def stop_at(monkeypatch, step, failure=KeyboardInterrupt):
+    """Training stops at the beginning of `step`."""
+    draw = trace_matching.draw_trace_batch
+
+    def stopping(scheduler, shape, batch_size, now, *args, **kwargs):
+        if now == step:
+            raise failure
+        return draw(scheduler, shape, batch_size, now, *args, **kwargs)
+
+    monkeypatch.setattr(trace_matching, "draw_trace_batch", stopping)
+
+
+@pytest.mark.parametrize(
+    "section, wrong, words",
+    [
+        ("data", {"path": "/nonexistent"}, "can't be opened"),
+        ("data", {"resolution": 15}, "multiples of"),
+        ("denoiser", {"path": "/nonexistent"}, "can't be loaded"),
+    ],
+)
+def test_a_corrected_config_takes_the_folder_of_a_wrong_one(tmp_path, section, wrong, words):
+    config = trace_runs.config_of(tmp_path, optimisation={"steps": 2})
+    with pytest.raises(InputError, match=words):
+        train(dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **wrong)}))
+    train(config)
+    assert (Path(config.output) / "trace_model").is_dir()
+
+
+def test_a_run_without_the_newer_notes_is_taken_up_with_a_compiled_denoiser(tmp_path, monkeypatch):
+    config = trace_runs.config_of(tmp_path)
+    stop_at(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    run = Path(config.output)
+    settings = json.loads((run / "config.json").read_text())
+    del settings["denoiser"]["compile"]
+    (run / "config.json").write_text(json.dumps(settings))
+    (run / "fingerprint.json").unlink()
+    (run / "skipped.json").unlink()
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(type(network).__name__))
+    with compiler.patch(donated_buffer=compiler.donated_buffer):  # training sets it
+        resumed = train(dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, compile=True)))
+    assert compiled == ["UNet2DConditionModel"]
+    assert torch.equal(parameters(resumed), unbroken(config))
+    assert (run / "fingerprint.json").is_file()
+
+
+def test_another_denoiser_at_the_same_path_is_refused(tmp_path):
+    config = trace_runs.config_of(tmp_path, optimisation={"steps": 2})
+    train(config)
+    train(config)
+    shutil.rmtree(config.denoiser.path)
+    saved_pipeline(Path(config.denoiser.path), lambda: tiny.stable_diffusion(unet=tiny.unet()))  # another seed
+    with pytest.raises(InputError, match=r"holds a run of another denoiser\. What differs: weights of the denoiser"):
+        train(config)
+
+
+def test_names_of_unreadable_images_outlast_a_stop(tmp_path, monkeypatch):
+    """Held-out ones too. That they can be read at last is no matter: others stood in their places before."""
+    config = trace_runs.config_of(tmp_path)
+    images = trace_matching.open_images(config.data)
+    numbers = [int(images.name(index).removeprefix("train-").removesuffix(".png")) for index in (1, 11)]
+    image_folder(tmp_path / "images", corrupt=numbers)
+    stop_at(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    image_folder(tmp_path / "images")
+    train(config)
+    report = json.loads((Path(config.output) / "report.json").read_text())
+    assert report["skipped_images"] == sorted(f"train-{number}.png" for number in numbers)
+
+
+def test_names_that_a_cache_left_out_are_reported(tmp_path):
+    config = trace_runs.config_of(tmp_path, corrupt=(2,), latents=str(tmp_path / "latents"))
+    cache_latents(config)
+    train(config)
+    assert json.loads((Path(config.output) / "report.json").read_text())["skipped_images"] == ["train-2.png"]
+
+
+def test_a_full_disk_stops_with_the_last_good_checkpoint_named(tmp_path, monkeypatch):
+    config = trace_runs.config_of(tmp_path)
+    save = checkpoints.save_training_state
+
+    def full(path, modules, optimizer, averages, step):
+        if step == 4:
+            raise OSError(28, "No space left on device")
+        save(path, modules, optimizer, averages, step)
+
+    monkeypatch.setattr(checkpoints, "save_training_state", full)
+    words = r"step-000000004\S* can't be written: .*No space left on device; the last good checkpoint is .*000000002"
+    with pytest.raises(CheckpointError, match=words):
+        train(config)
+    monkeypatch.undo()
+    assert torch.equal(parameters(train(config)), unbroken(config))
+
+
+@pytest.mark.parametrize(
+    "where, name, file",
+    [
+        (trace_matching, "plot_validation", "validation.png"),
+        (checkpoints, "open", "loss.jsonl"),
+        (checkpoints, "atomic_path", "loss.jsonl"),
+        (trace_matching.FisherTraceModel, "save_pretrained", "trace_model"),
+        (trace_matching, "write_json", "report.json"),
+    ],
+    ids=["plot", "curve", "cut", "model", "report"],
+)
+def test_whatever_cannot_be_written_is_named(tmp_path, monkeypatch, where, name, file):
+    config = trace_runs.config_of(tmp_path)
+    if name == "atomic_path":
+        train(config)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(where, name, full, raising=name != "open")
+    with pytest.raises(CheckpointError, match=rf"{file}' can't be written: .*No space left on device; .*checkpoint"):
+        train(config)
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path, monkeypatch, caplog):
+    config = trace_runs.config_of(tmp_path)
+    stop_at(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    newest = Path(config.output) / "checkpoints" / "step-000000004.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    resumed = train(config)
+    assert "step-000000004" in caplog.text and "Going on with the one before" in caplog.text
+    assert torch.equal(parameters(resumed), unbroken(config))
+
+
+def test_damaged_checkpoints_alone_are_an_error(tmp_path):
+    config = trace_runs.config_of(tmp_path, optimisation={"steps": 2})
+    train(config)
+    (path,) = (Path(config.output) / "checkpoints").iterdir()
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="step-000000002"):
+        train(config)
