@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, NumericalError
 from ..files import save_figure
 from ..fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDifferenceFisher
 from ..guidance import GuidanceOutput, named_reward
+from ..guidance.adjoint import COMPLETED
 from .records import Records, item_keys, shard
 from .report import Page, save_picture
 
@@ -66,7 +67,8 @@ def run_gallery(output: Path, prompts_file: Path, settings: GallerySettings, bat
         batch_size: prompts guided at once, each with its own history.
 
     Returns:
-        The mean rewards before and after, and the number of prompts (on every process).
+        The mean rewards before and after, the number of prompts, and that of those which "failed", whose images or
+        rewards were not finite at once (on every process).
 
     Raises:
         InputError: no prompts, unknown names, values out of range, or records of other settings in `output`.
@@ -144,14 +146,32 @@ def _guide_all(
     pipe = load_pipeline(settings.checkpoint, settings.dtype, state.device)
     pipe.set_progress_bar_config(disable=not state.is_main_process)
     for begin in range(0, len(todo), batch_size):
-        batch = todo[begin : begin + batch_size]
-        generators = [torch.Generator().manual_seed(settings.seed + int(key)) for key, _ in batch]
+        _guide_batch(pipe, rewards, records, settings, todo[begin : begin + batch_size])
+
+
+def _guide_batch(
+    pipe: Any, rewards: list[Any], records: Records, settings: GallerySettings, batch: Sequence[tuple[str, str]]
+) -> None:
+    """Guides and records a batch. Where a number is not finite, its prompts are guided one by one, so that none
+    suffers from another's; one that has no reward at all is recorded with the reason."""
+    generators = [torch.Generator().manual_seed(settings.seed + int(key)) for key, _ in batch]
+    stopped = None
+    try:
         out = pipe.guide(
             [prompt for _, prompt in batch], rewards[0], held_out_reward=rewards[1], generator=generators,
             num_guidance_steps=settings.num_guidance_steps, step_size=settings.step_size,
             num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
             estimator=ESTIMATORS[settings.estimator](), output_type="pt",
         )  # fmt: skip
+    except NumericalError as error:
+        stopped = str(error)
+    if len(batch) > 1 and (stopped is not None or out.status != COMPLETED):
+        for item in batch:
+            _guide_batch(pipe, rewards, records, settings, [item])
+    elif stopped is not None:
+        ((key, prompt),) = batch
+        records.write(key, {"prompt": prompt, "seed": settings.seed + int(key), "failed": stopped})
+    else:
         for index, (key, prompt) in enumerate(batch):
             _write(records, key, prompt, settings, out, index)
 
@@ -180,7 +200,13 @@ def _write(
 
 def write_gallery(folder: Path, records: Sequence[dict[str, Any]], settings: GallerySettings) -> None:
     """Writes `index.html` and `gallery.png` from the records of all prompts."""
-    page = Page("Guidance by a reward")
+    page, failed = Page("Guidance by a reward"), [record for record in records if "failed" in record]
+    for record in failed:
+        page.paragraph(f"Without a result: {record['prompt']}. {record['failed']}")
+    records = [record for record in records if "failed" not in record]
+    if not records:
+        page.write(folder / "index.html")
+        return
     page.paragraph(
         f"Checkpoint {settings.checkpoint}, reward {settings.reward}, estimator {settings.estimator}, "
         f"{settings.num_guidance_steps} steps of {settings.step_size} of the noise's norm; {len(records)} prompts."
@@ -245,11 +271,12 @@ def gallery(folder: Path, records: Sequence[dict[str, Any]]) -> Any:
 
 
 def _summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over prompts of the first run's numbers and the best run's."""
-    means = {}
+    """Means over prompts of the first run's numbers and the best run's, and how many prompts have none."""
+    failed, means = sum("failed" in record for record in records), {}
+    records = [record for record in records if "failed" not in record]
     for name, label in (("rewards", "reward"), ("held_out", "held-out reward"), ("shell_distances", "shell distance")):
-        if records[0][name]:
+        if records and records[0][name]:
             pairs = [(record[name][0], record[name][record["best_run"]]) for record in records]
             before, after = zip(*pairs, strict=True)
             means[label] = (sum(before) / len(records), sum(after) / len(records))
-    return {"prompts": len(records), "means": means}
+    return {"prompts": len(records) + failed, "failed": failed, "means": means}

@@ -235,8 +235,8 @@ def ascend_noise(
 
     Raises:
         InputError: noise that is all zero, a reward of the wrong kind. TrajectoryError: `sample` gives other latents
-            than the scheduler's last step did. NumericalError: in the first run, images, a reward or a gradient that
-            are not finite; in later ones the ascent stops there, and its `status` says so.
+            than the scheduler's last step did. NumericalError: in the first run, images or a reward that are not
+            finite; later, and for gradients, the ascent stops there, and its `status` says so.
     """
     run = GuidedRun(sample, decode, reward, prompts, scheduler, estimator, held_out_reward, optimise, text)
     ascent = NoiseAscent(torch.full((len(noise),), -torch.inf, dtype=torch.float64))
@@ -253,7 +253,7 @@ def ascend_noise(
                 mover = mover or _mover(moving, noise, step_size, optimizer)
                 variables |= mover.move(moving, gradients, improved)
         except NumericalError as error:
-            if step == 0:
+            if not ascent.rewards:  # nothing to return
                 raise
             ascent.status = f"stopped in run {step}: {error}"
             logger.warning("Guidance %s The best so far is returned.", ascent.status)

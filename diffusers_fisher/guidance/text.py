@@ -29,6 +29,7 @@ class TextEmbedding:
 
     def __init__(self) -> None:
         self._value: torch.Tensor | None = None
+        self._prompt: Any = None
         self.gradient: torch.Tensor | None = None
 
     @property
@@ -51,8 +52,11 @@ class TextEmbedding:
         encode = denoiser.encode_prompt
 
         def encode_prompt(*args: Any, **kwargs: Any) -> tuple:
-            encoded = encode(*args, **kwargs)
+            encoded, prompt = encode(*args, **kwargs), _asked(args, kwargs)
+            if self._value is not None and prompt != self._prompt:
+                return encoded  # of negative prompts, where a call encodes them by themselves (Flux)
             if self._value is None:
+                self._prompt = prompt
                 wide = torch.promote_types(encoded[0].dtype, torch.float32)
                 self._value = encoded[0].detach().to(wide, copy=True)
             return (self._value.to(encoded[0].dtype), *encoded[1:])
@@ -71,6 +75,11 @@ class TextEmbedding:
     def accumulate(self, gradient: torch.Tensor) -> None:
         """Adds one step's share to the gradient."""
         self.gradient = gradient if self.gradient is None else self.gradient + gradient
+
+
+def _asked(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, int]:
+    """The prompt that a call of `encode_prompt` is for: its words, or the ready embedding by identity."""
+    return kwargs.get("prompt", args[0] if args else None), id(kwargs.get("prompt_embeds"))
 
 
 class TextGradientEstimator:

@@ -97,19 +97,19 @@ def guided_images(
         pipe, scheduler, denoisers.forward, generator, pipe._noise_dtype(), denoisers.backward,
         num_inference_steps=steps, **call_arguments,
     )  # fmt: skip
-    with (
-        pipe._loaded(),
-        _decoding(pipe, options.decoder, options.checkpoint_decoder),
-        _progress(pipe, options.num_guidance_steps + 1) as show,
-    ):
-        ascent = ascend_noise(
-            run, functools.partial(pipe._decode, pixels=pixels), reward, noise, prompts, scheduler,
-            denoisers.estimator, options.num_guidance_steps, options.step_size, show, optimizer=optimizer,
-            patience=options.patience, held_out_reward=options.held_out_reward, optimise=options.optimise,
-            text=denoisers.text,
-        )  # fmt: skip
-    if options.decoder is not None:
-        _decode_anew(pipe, ascent, pixels)
+    with pipe._loaded():
+        with (
+            _decoding(pipe, options.decoder, options.checkpoint_decoder),
+            _progress(pipe, options.num_guidance_steps + 1) as show,
+        ):
+            ascent = ascend_noise(
+                run, functools.partial(pipe._decode, pixels=pixels), reward, noise, prompts, scheduler,
+                denoisers.estimator, options.num_guidance_steps, options.step_size, show, optimizer=optimizer,
+                patience=options.patience, held_out_reward=options.held_out_reward, optimise=options.optimise,
+                text=denoisers.text,
+            )  # fmt: skip
+        if options.decoder is not None:
+            _decode_anew(pipe, ascent, pixels)
     return _output(pipe, ascent, options.output_type, ascent.num_sampling_calls + denoisers.calls())
 
 

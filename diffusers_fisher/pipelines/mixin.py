@@ -111,7 +111,8 @@ class FisherPipelineMixin(CheckpointParts):
 
         "squared error" needs no graph: the denoiser's squared errors at random levels, as diffusion classifiers take
         them (Li et al., 2303.16203), weighted to a log-likelihood. "ode" is `log_likelihood` for every prompt, with
-        the same grid and probes. Differences and their paired standard errors are methods of the output.
+        the same grid and probes. Differences and their standard errors are methods of the output; between images those
+        of "ode" are no smaller than each side's, as every image has probes of its own.
 
         Args:
             images, latents: as in `log_likelihood`.

@@ -241,16 +241,23 @@ def summarised(cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def time_to_exact(rows: dict[str, Any], exact: str) -> dict[str, Any]:
-    """Seconds in which the default first reaches the exact method's last reward, relative to that method's.
+    """Seconds in which the default first reaches the exact method's last reward, relative to those in which that
+    method does, and both held-out rewards there.
 
     The first run, whose reward is nobody's merit, counts for both."""
-    wanted, table = rows[exact]["after"], rows["direct"]
-    reached = [second for second, value in zip(table["seconds_curve"], table["curve"], strict=True) if value >= wanted]
+    wanted = rows[exact]["after"]
+
+    def reached(row: dict[str, Any]) -> tuple[float | None, float | None]:
+        for place, value in enumerate(row["curve"]):
+            if value >= wanted:
+                return row["seconds_curve"][place], row["held_out_curve"][place]
+        return None, None
+
+    (slow, held_out), (fast, other) = reached(rows[exact]), reached(rows["direct"])
     return {
-        "exact_method": exact, "exact_seconds": rows[exact]["seconds"], "exact_reward": wanted,
-        "direct_seconds": reached[0] if reached else None,
-        "share_of_its_time": reached[0] / rows[exact]["seconds"] if reached else None,
-        "held_out_exact": rows[exact]["held_out_after"], "held_out_direct": table["held_out_after"],
+        "exact_method": exact, "exact_seconds": slow, "exact_reward": wanted, "direct_seconds": fast,
+        "share_of_its_time": None if fast is None else fast / slow,
+        "held_out_exact": held_out, "held_out_direct": other,
     }  # fmt: skip
 
 

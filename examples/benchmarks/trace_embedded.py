@@ -78,6 +78,13 @@ def squared_errors(pipe: Any, models: dict[str, FisherTraceModel], count: int) -
     return {"images": count, "mean": means, "standard_error": standard_error, "mean_absolute_difference": away}
 
 
+def gap_bits_per_dim(pipe: Any, means: dict[str, list[float]]) -> float:
+    """What the residual model's r adds to a likelihood's bits/dim over the jacobian model's, at noised images."""
+    log_noise = torch.linspace(*log_noise_to_signal_range(pipe.scheduler), LEVELS, dtype=torch.float64)
+    r = {name: torch.tensor(means[name], dtype=torch.float64) for name in ("residual", "jacobian")}
+    return float(torch.trapezoid(r["residual"] - r["jacobian"], log_noise) / math.log(2))
+
+
 def averaged_difference(left: list[float], right: list[float]) -> float:
     return sum(abs(a - b) for a, b in zip(left, right, strict=True)) / len(left)
 
@@ -159,7 +166,7 @@ def times(pipe: Any, model: FisherTraceModel, count: int, rounds: int) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True, help="output folders of trace matching")
+    parser.add_argument("--runs", nargs="+", required=True, help="output folders of trace matching, one a target")
     parser.add_argument("--images", type=int, default=32, help="with full Jacobians")
     parser.add_argument("--error-images", type=int, default=4000, help="for the squared errors")
     parser.add_argument("--rounds", type=int, default=5)
@@ -174,11 +181,12 @@ def main() -> None:
         models[model.target] = model
         config = json.loads((folder / "config.json").read_text())
         runs[model.target] = {**config["optimisation"], "parameters": model.num_parameters()}
+    errors = squared_errors(pipe, models, arguments.error_images)
     save(
         arguments.name,
         {
             "levels": LEVELS, "training": runs, "threads": torch.get_num_threads(),
-            "squared_errors": squared_errors(pipe, models, arguments.error_images),
+            "squared_errors": errors, "residual_less_jacobian_bits_per_dim": gap_bits_per_dim(pipe, errors["mean"]),
             "full_jacobians": full_jacobians(pipe, models, arguments.images),
             "likelihoods": likelihoods(pipe, models, arguments.images),
             "times": times(pipe, next(iter(models.values())), 16, arguments.rounds),

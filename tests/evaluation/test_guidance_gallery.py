@@ -85,6 +85,26 @@ def test_finished_run_recomputes_nothing(done, monkeypatch):
     assert run_gallery(folder / "out", folder / "prompts.txt", SETTINGS) == summary
 
 
+def test_a_prompt_whose_numbers_are_not_finite_spoils_no_other(done, tmp_path, monkeypatch):
+    make = guidance_gallery.named_reward
+
+    def blind(name):
+        """A reward that has no opinion on bags."""
+        reward = make(name)
+        return lambda images, prompts: torch.where(
+            torch.tensor([prompt == PROMPTS[1] for prompt in prompts]), torch.nan, reward(images, prompts)
+        )
+
+    monkeypatch.setattr(guidance_gallery, "named_reward", blind)
+    summary = run_gallery(tmp_path / "out", done[0] / "prompts.txt", SETTINGS, batch_size=3)
+    found, expected = records(tmp_path / "out"), records(done[0] / "out")
+    for key in ("00000", "00002"):  # float32, in other batches
+        assert found[key]["rewards"] == pytest.approx(expected[key]["rewards"], rel=1e-4)
+    assert found["00001"]["prompt"] == PROMPTS[1] and "is not finite" in found["00001"]["failed"]
+    assert (summary["prompts"], summary["failed"]) == (3, 1)
+    assert "Without a result: a photo of a bag. The reward" in (tmp_path / "out" / "index.html").read_text()
+
+
 def test_other_prompts_or_settings_are_refused(done):
     folder, _ = done
     other = folder / "other.txt"

@@ -238,12 +238,16 @@ def test_rewards_own_exception_comes_through_and_the_scheduler_can_be_used_again
     assert torch.equal(problem.ascend().best_rewards, Problem().ascend().best_rewards)
 
 
-def test_gradient_that_is_not_finite():
+def test_gradient_that_is_not_finite_at_once_leaves_the_unguided_run():
     def root(images, prompts):
         return (images - images.detach()).sum((1, 2, 3)).sqrt()  # 0, with an infinite slope
 
-    with pytest.raises(NumericalError, match=rf"The gradient through {STEPS} steps is not finite with AutodiffFisher"):
-        Problem().ascend(root)
+    problem = Problem()
+    ascent = problem.ascend(root)
+    words = f"stopped in run 0: The gradient through {STEPS} steps is not finite with AutodiffFisher"
+    assert ascent.status.startswith(words)
+    assert (len(ascent.rewards), len(ascent.gradient_norms), len(ascent.seconds)) == (1, 0, 1)
+    assert torch.equal(ascent.best_noise, problem.noises[0])
 
 
 def test_images_that_are_not_finite():

@@ -12,12 +12,14 @@ from diffusers_fisher import (
     DDPMFisherPipeline,
     DirectFisher,
     FiniteDifferenceFisher,
+    FluxFisherPipeline,
     InputError,
     PipelineDenoiser,
     StableDiffusionFisherPipeline,
     StableDiffusionXLFisherPipeline,
     UnsupportedError,
 )
+from diffusers_fisher.guidance.text import TextEmbedding
 
 PROMPTS = ["a b", "c"]
 WEIGHTS = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(5))
@@ -142,6 +144,26 @@ def test_text_of_the_best_images_gives_them_again(pipe):
     ).images  # fmt: skip
     torch.testing.assert_close(again, out.images, rtol=0, atol=1e-6)  # float32
     assert torch.equal(pipe.encode_prompt(PROMPTS, pipe.device, 1, True)[1], negative)  # nothing was left behind
+
+
+def test_negative_prompts_that_are_encoded_by_themselves_stay_as_they_are():
+    """Flux with `true_cfg_scale`."""
+    flux = tiny.flux(FluxFisherPipeline, texts=True)
+    options = {"height": 8, "width": 8, "max_sequence_length": 8, "true_cfg_scale": 3.0}
+    denoiser, text = PipelineDenoiser(flux, prompt="a b", negative_prompt="c", **options), TextEmbedding()
+    given, x = [], torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0))
+    flux.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
+    denoiser(x, 500.0)
+    text.attach(denoiser)
+    denoiser(x, 500.0)
+    text.value = 2 * text.value
+    denoiser(x, 500.0)
+    positive, negative = given[0::2], given[1::2]
+    assert torch.equal(positive[1], positive[0]) and torch.equal(positive[2], 2 * positive[0])
+    assert len(negative) == 3 and all(torch.equal(value, negative[0]) for value in negative)
+    assert not torch.equal(negative[0], positive[0])
 
 
 def test_text_of_pipelines_with_two_encoders():
