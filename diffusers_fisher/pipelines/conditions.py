@@ -69,6 +69,14 @@ def _embedded(
                 "pipeline's `encode_prompt` returns them."
             )
         found |= {name: arguments[name] for name in given}
+    for name in _names(""):
+        pair = [tuple(found[sign + name].shape[1:]) for sign in ("", "negative_") if sign + name in found]
+        # Calls with `true_cfg_scale` evaluate the two apart; the others put them beside each other.
+        if len(set(pair)) > 1 and "true_cfg_scale" not in taken:
+            raise InputError(
+                f"`{name}` and `negative_{name}` have shapes {pair[0]} and {pair[1]} a prompt; they must be the same: "
+                "encode both to one number of tokens, as `encode_prompt` does."
+            )
     sizes = {name: len(value) for name, value in found.items()}
     number = sizes["prompt_embeds"] if count is None else count
     if any(size not in (number, 1 if count is not None else number) for size in sizes.values()) or number < 1:

@@ -347,6 +347,20 @@ def test_custom_pipeline_file_of_an_unknown_class_is_refused():
         custom_pipeline_file("FooFisherPipeline")
 
 
+@pytest.mark.parametrize("name", ["StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "PixArtSigma"])
+def test_negative_embeddings_of_another_length_are_refused(name):
+    backbone = BACKBONES[name]
+    pipe = backbone.ours()
+    told = embeddings(backbone, pipe)
+    short = {**told, "negative_prompt_embeds": told["negative_prompt_embeds"][:, :-1]}
+    count, width = told["prompt_embeds"].shape[1:]
+    words = (
+        rf"`prompt_embeds` and `negative_prompt_embeds` have shapes \({count}, {width}\) and \({count - 1}, {width}\)"
+    )
+    with pytest.raises(InputError, match=words):
+        guide(backbone, pipe, None, **short)
+
+
 def test_labels_of_dit_are_passed_on():
     stock = tiny.dit(lambda **parts: diffusers.DiTPipeline(**parts, id2label={"0": "tench", "1": "goldfish"}))
     assert fisher_pipeline(stock).get_label_ids(["goldfish"]) == [1]
