@@ -15,6 +15,7 @@ from ..files import save_figure
 from ..fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDifferenceFisher
 from ..guidance import GuidanceOutput, named_reward
 from ..guidance.adjoint import COMPLETED
+from ..training.trace_config import DenoiserSettings, load_pipeline
 from .records import Records, item_keys, shard
 from .report import Page, save_picture
 
@@ -124,18 +125,6 @@ def _check(settings: GallerySettings, batch_size: int) -> None:
         raise InputError(f"`batch_size` is {batch_size}; allowed: at least 1.")
 
 
-def load_pipeline(checkpoint: str, dtype: str, device: Any) -> Any:
-    """The Fisher version of a checkpoint's pipeline, on `device`."""
-    from diffusers import DiffusionPipeline
-
-    from ..checkpoints import embedded_checkpoint
-    from ..pipelines import fisher_pipeline
-
-    path = embedded_checkpoint() if checkpoint == "embedded" else checkpoint
-    pipe = DiffusionPipeline.from_pretrained(path, dtype=getattr(torch, dtype))
-    return fisher_pipeline(pipe).to(device)
-
-
 def _guide_all(
     records: Records, settings: GallerySettings, todo: Sequence[tuple[str, str]], batch_size: int, state: Any
 ) -> None:
@@ -143,7 +132,7 @@ def _guide_all(
     for network in (getattr(reward, part, None) for reward in rewards for part in ("model", "head")):
         if isinstance(network, torch.nn.Module):
             network.to(state.device)
-    pipe = load_pipeline(settings.checkpoint, settings.dtype, state.device)
+    pipe = load_pipeline(DenoiserSettings(settings.checkpoint, dtype=settings.dtype)).to(state.device)
     pipe.set_progress_bar_config(disable=not state.is_main_process)
     for begin in range(0, len(todo), batch_size):
         _guide_batch(pipe, rewards, records, settings, todo[begin : begin + batch_size])

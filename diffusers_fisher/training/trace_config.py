@@ -232,7 +232,7 @@ def load_pipeline(settings: DenoiserSettings) -> Any:
         raise
     except (OSError, ValueError) as error:
         raise InputError(
-            f"denoiser.path '{settings.path}' can't be loaded as a pipeline: {error}. Give a folder or Hub id, or "
+            f"'{settings.path}' can't be loaded as a pipeline: {error}. Give a folder or Hub id, or "
             f"'{EMBEDDED}'."
         ) from error
     for part in pipe.components.values():

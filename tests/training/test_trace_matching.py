@@ -233,7 +233,7 @@ def unknown_scheduler():
         "target": ({"target": "trace"}, "target is 'trace'"),
         "no data": ({"data": None}, "neither `data` nor `latents`"),
         "data path": ({"data": {"path": "/nonexistent"}}, "'/nonexistent'.* can't be opened"),
-        "denoiser path": ({"denoiser": {"path": "/nonexistent"}}, "denoiser.path '/nonexistent' can't be loaded"),
+        "denoiser path": ({"denoiser": {"path": "/nonexistent"}}, "'/nonexistent' can't be loaded as a pipeline"),
         "no cache": ({"latents": "/nonexistent"}, "no finished cache"),
         "too few images": ({"optimisation": {"batch_size": 10}}, "12 samples; 3 are held out and a batch takes 10"),
         "batch and pieces": (
