@@ -17,6 +17,7 @@ import torch
 
 from .errors import CheckpointError, InputError
 from .files import read_json
+from .pipelines.inputs import eight_bit
 
 LATENT_INDEX = "index.json"
 
@@ -92,13 +93,16 @@ class Images(torch.utils.data.Dataset):
             return Path(path).relative_to(folder).as_posix()
         return str(position)
 
+    def row_caption(self, row: dict[str, Any]) -> Any:
+        """The caption or class label of a row; None without."""
+        caption = row[self.data.caption_column] if self.data.caption_column else None
+        return self.names[caption] if self.names is not None and isinstance(caption, int) else caption
+
     def example(self, row: dict[str, Any], position: int) -> Example:
         """A row of the dataset, decoded."""
         name = self.row_name(row, position)
-        caption = row[self.data.caption_column] if self.data.caption_column else None
-        if self.names is not None and isinstance(caption, int):
-            caption = self.names[caption]
-        return Example(name, _decode(row[self.data.image_column], name, self.data, self.channels), caption)
+        pixels = _decode(row[self.data.image_column], name, self.data, self.channels)
+        return Example(name, pixels, self.row_caption(row))
 
 
 class ImageStream(Images):
@@ -143,8 +147,13 @@ def open_images(data: ImageData, channels: int = 3, text_captions: bool = True) 
     if data.streaming:
         return ImageStream(rows, data, channels, text_captions)
     if not len(rows):
-        raise InputError(f"The data '{data.path}' (split '{data.split}') has no images.")
+        raise no_images(data)
     return Images(rows, data, channels, text_captions)
+
+
+def no_images(data: ImageData) -> InputError:
+    """The error of data that are empty, which of a stream is found out at its end."""
+    return InputError(f"The data '{data.path}' (split '{data.split}') has no images.")
 
 
 def _datasets() -> Any:
@@ -174,7 +183,7 @@ def _load(datasets: Any, data: ImageData) -> Any:
             return datasets.load_dataset(
                 data.path, data.name, split=data.split, revision=data.revision, streaming=data.streaming
             )
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, KeyError, IndexError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
             f"The data '{data.path}' (name {data.name}, split '{data.split}') can't be opened: {error}. Give a folder "
             "of images, a folder written by `save_to_disk`, or the name of a dataset."
@@ -206,7 +215,7 @@ def _decode(entry: dict[str, Any] | None, name: str, data: ImageData, channels: 
     try:
         entry = entry or {}
         with Image.open(io.BytesIO(entry["bytes"]) if entry.get("bytes") else entry["path"]) as opened:
-            image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
+            image = eight_bit(ImageOps.exif_transpose(opened), channels)
     except (OSError, SyntaxError, ValueError, KeyError, Image.DecompressionBombError) as error:
         raise UnreadableImageError(f"Image '{name}' of '{data.path}' can't be read: {error}") from error
     if data.resolution is not None and image.size != (data.resolution, data.resolution):

@@ -93,6 +93,15 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
     assert images[names.index("train-4.png")].name == "train-4.png"
 
 
+@pytest.mark.parametrize("kind", ["I;16", "F", "I"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_more_than_8_bits_are_named_and_not_clipped(tmp_path, kind, channels):
+    dtype = {"I;16": numpy.uint16, "F": numpy.float32, "I": numpy.int32}[kind]
+    Image.fromarray(numpy.full((8, 8), 200, dtype)).save(tmp_path / "deep.tiff")
+    with pytest.raises(UnreadableImageError, match=f"'deep.tiff' of .* has mode '{kind}' .* allowed: 8-bit modes"):
+        open_images(ImageData(str(tmp_path)), channels)[0]
+
+
 @pytest.mark.parametrize(
     "changes, words",
     {
@@ -108,6 +117,12 @@ def test_data_that_cannot_be_opened_is_refused(tmp_path, changes, words):
     folder = image_folder(tmp_path / "images")
     with pytest.raises(InputError, match=words):
         open_images(ImageData(**{"path": str(folder), **changes}))
+
+
+def test_an_empty_dataset_saved_to_disk_is_refused(tmp_path):
+    datasets.Dataset.from_dict({"image": []}).save_to_disk(tmp_path)
+    with pytest.raises(InputError, match="can't be opened"):
+        open_images(ImageData(str(tmp_path)))
 
 
 def test_a_folder_that_is_no_cache_is_refused(tmp_path):

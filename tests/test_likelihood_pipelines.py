@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from cases import relative
+from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_fisher import (
     AutodiffFisher,
@@ -92,6 +93,50 @@ def test_standard_error_of_a_difference_is_that_of_repetitions_and_below_each_si
     # 30 repetitions scatter by 13%; neighbouring strata's means differ, so the claim errs upwards.
     assert 0.6 * float(differences.std()) < float(claimed) < 4 * float(differences.std())
     assert float(differences.std()) < 0.5 * float(torch.stack([table.log_prob[0] for table in tables]).std())
+
+
+def test_standard_error_between_images_is_that_of_repetitions():
+    pipe, x = make(), latents()
+    tables = [
+        pipe.compare_likelihood(None, PROMPTS[:1], latents=x, num_levels=8, generator=seeded(seed))
+        for seed in range(30)
+    ]
+    differences = torch.stack([table.log_prob[0, 0] - table.log_prob[0, 1] for table in tables])
+    claimed = torch.stack([table.behind_best_image()[1].max() for table in tables]).square().mean().sqrt()
+    # As above: 30 repetitions scatter by 13%, and the claim errs upwards.
+    assert 0.6 * float(differences.std()) < float(claimed) < 4 * float(differences.std())
+    behind, error = tables[0].behind_best_image()
+    best = behind == 0
+    assert not error[best].any() and bool((error[~best] > 0).all())
+
+
+def test_standard_error_between_images_by_the_ode_has_the_probes_of_both():
+    options = {"method": "ode", "num_inference_steps": 3, "estimator": AutodiffFisher(), "generator": seeded()}
+    table = make().compare_likelihood(None, PROMPTS, latents=latents(), num_probes=4, **options)
+    _, error = table.behind_best_image()
+    between = table.contributions[:, :, 0] - table.contributions[:, :, 1]
+    assert torch.equal(error.max(1).values, between.std(0) / 2)  # the root of four probes
+    assert int((error == 0).sum()) == 3  # the best against itself
+
+
+@pytest.mark.parametrize("method", ["squared error", "ode"])
+def test_draws_that_are_not_seeded_come_from_the_generator_that_is_replayed(monkeypatch, method):
+    """On a GPU too, whose own generator noise comes from where none is named."""
+    seen = []
+
+    def draw(*arguments, **options):
+        seen.append(options["generator"])
+        return randn_tensor(*arguments, **options)
+
+    monkeypatch.setattr("diffusers.utils.torch_utils.randn_tensor", draw)
+    pipe, x = make(), latents()
+    options = {"num_inference_steps": 3, "num_probes": 2} if method == "ode" else {"num_levels": 4}
+    torch.manual_seed(0)
+    table = pipe.compare_likelihood(None, PROMPTS, latents=x, method=method, **options)
+    assert seen and all(generator is torch.default_generator for generator in seen)
+    torch.manual_seed(0)
+    seeded_table = pipe.compare_likelihood(None, PROMPTS, latents=x, method=method, generator=seeded(), **options)
+    assert torch.equal(table.log_prob, seeded_table.log_prob)
 
 
 def test_probes_pair_prompts_by_the_ode():

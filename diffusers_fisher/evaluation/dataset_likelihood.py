@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import itertools
 import math
 import time
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..data import Example, ImageData, Images, ImageStream, UnreadableImageError, open_images
+from ..data import Example, ImageData, Images, ImageStream, UnreadableImageError, no_images, open_images
 from ..errors import CoarseGridWarning, InputError, NumericalError
 from ..fisher import AutodiffFisher, FiniteDifferenceFisher, FisherEstimator
 from ..likelihood import DEFAULT_SCHEME, LikelihoodOutput
@@ -25,11 +24,11 @@ from ..training.checkpoints import flat_settings
 from ..training.state import step_generator
 from ..training.trace_config import DTYPES, DenoiserSettings, load_pipeline
 from .dataset_likelihood_report import Collected, write_results
+from .digests import images_digest, pipeline_digests
 from .records import Records, shard
 
 ESTIMATORS = ("auto", "trace-model", "autodiff", "finite-difference")
-DIGEST_NAMES = 1000  # names of images by which data are known again
-DIGEST_VALUES = 1024  # of every tensor, by which weights are
+ATTEMPTS = 64  # refused images after which settings are given up with which not one could be evaluated
 WRITE_SECONDS = (1.0, 60.0)  # least and most between two files of records
 WRITE_SHARE = 0.01  # of the time so far between two files: what a kill costs, with few files in the end
 
@@ -96,8 +95,8 @@ def evaluate_dataset(output: Path, settings: DatasetSettings, batch_size: int = 
     one of the trace model.
 
     Raises:
-        InputError: values out of range, data or a pipeline that can't be opened, records of other settings in
-            `output`, not one image that could be evaluated.
+        InputError: values out of range, data or a pipeline that can't be opened, no images, records of other settings
+            in `output`, not one image that could be evaluated (which is said after 64 that were refused).
         UnsupportedError: a pipeline without likelihoods. CheckpointError: a damaged checkpoint or record.
     """
     settings.check()
@@ -108,12 +107,12 @@ def evaluate_dataset(output: Path, settings: DatasetSettings, batch_size: int = 
     name = chosen_estimator(pipe, settings.estimator)
     with state.main_process_first():  # the others find what the first has downloaded
         images = open_images(settings.data, pipe._image_channels(), text_captions=hasattr(pipe, "tokenizer"))
-        told = {**flat_settings(dataclasses.asdict(settings)), "estimator": name, **_digests(pipe, images)}
-        records = Records(output, told)
-        before = Collected(records).positions
+        told = {**flat_settings(dataclasses.asdict(settings)), "estimator": name, "images": images_digest(images)}
+        records = Records(output, {**told, **pipeline_digests(pipe)})
+        before = Collected(records)
     begin = time.perf_counter()
     share = Share(pipe, images, dataclasses.replace(settings, estimator=name), records, batch_size, state)
-    count = share.run(before)
+    count = share.run(before.positions, before.method)
     if not state.is_main_process:
         return None
     seconds = time.perf_counter() - begin
@@ -121,7 +120,7 @@ def evaluate_dataset(output: Path, settings: DatasetSettings, batch_size: int = 
         "processes": state.num_processes,
         "batch_size": batch_size,
         "seconds": seconds,
-        "images": count - len(before),
+        "images": count - before.count,
     }
     return write_results(records, images, count, run)
 
@@ -165,20 +164,26 @@ class Share:
         self.pipe, self.images, self.settings, self.records = pipe, images, settings, records
         self.batch_size, self.state = batch_size, state
         self.multiple = pipe._size_multiple()
-        self.method: dict[str, Any] | None = None  # what the first output says of itself
+        self.method: dict[str, Any] | None = None  # what the outputs say of themselves; None before there is one
+        self.refused: list[str] = []  # what was said of images while there is none
         self.written: list[dict[str, Any]] = []  # records that are in no file yet
         self.total = 0 if isinstance(images, ImageStream) else len(images)
         if self.pipe.trace_model is not None:
             self.pipe.trace_model.to(state.device)
 
-    def run(self, done: frozenset[int]) -> int:
+    def run(self, done: frozenset[int], method: dict[str, Any] | None) -> int:
         """Evaluates all but what is `done`; returns the number of images of all processes, when those are through.
 
+        Args:
+            done: positions that have a record.
+            method: what those records say of themselves.
+
         Raises:
-            InputError: not one image of the whole data could be evaluated.
+            InputError: no images, or not one of the whole data could be evaluated.
         """
         from tqdm.auto import tqdm
 
+        self.method = method
         begin = self.last = time.perf_counter()
         index, number = self.state.process_index, self.state.num_processes
         rows = self._rows(done)
@@ -193,9 +198,12 @@ class Share:
                     self._write()
             self._write()
         self.state.wait_for_everyone()
+        if not self.total:
+            raise no_images(self.settings.data)
         if self.written:  # this process met no image that could be evaluated; others may have
             if not self.records.done():
-                raise InputError(f"Not one image could be evaluated. The first: {self.written[0]['error']}")
+                first = [*self.refused, self.written[0]["error"]][0]  # by the pipeline rather than unreadable
+                raise InputError(f"Not one image could be evaluated. The first: {first}")
             self._write(failed_only=True)
         self.state.wait_for_everyone()
         return self.total
@@ -255,10 +263,13 @@ class Share:
         except (InputError, NumericalError) as error:
             if len(group) > 1:  # which of them it was
                 return [record for entry in group for record in self._likelihoods([entry])]
-            if self.method is None and isinstance(error, InputError):  # of the settings, most likely
-                raise
             position, example = group[0]
-            return [_failure(position, example.name, f"Image '{example.name}': {error}")]
+            text = f"Image '{example.name}': {error}"
+            if self.method is None and isinstance(error, InputError):
+                self.refused.append(text)
+                if len(self.refused) == ATTEMPTS and not self.records.done():  # of the settings, most likely
+                    raise InputError(f"Not one of {ATTEMPTS} images could be evaluated. The last: {text}") from error
+            return [_failure(position, example.name, text)]
         if self.method is None:
             self.method = {name: getattr(out, name) for name in ("space", "density", "prior", "trace", "scheme")}
         return [
@@ -297,20 +308,3 @@ def _failure(position: int, name: str, error: object) -> dict[str, Any]:
 def _said(caption: Any) -> Any:
     """The condition: an image without a caption among others with theirs gets the empty prompt."""
     return "" if caption is None else caption
-
-
-def _digests(pipe: Any, images: Images) -> dict[str, Any]:
-    """By what data and weights are known again: the number of images and hashes."""
-    modules = [*pipe.components.values(), pipe.trace_model]
-    weights = hashlib.sha256()
-    for module in modules:
-        if isinstance(module, torch.nn.Module):
-            for name, tensor in module.state_dict().items():
-                weights.update(name.encode())
-                weights.update(tensor.flatten()[:DIGEST_VALUES].float().cpu().numpy().tobytes())
-    digests: dict[str, Any] = {"weights": weights.hexdigest()[:16]}
-    if not isinstance(images, ImageStream):
-        positions = range(0, len(images), max(1, len(images) // DIGEST_NAMES))
-        names = "\n".join(images.name(position) for position in positions)
-        digests["images"] = f"{len(images)}, sha256 {hashlib.sha256(names.encode()).hexdigest()[:16]}"
-    return digests

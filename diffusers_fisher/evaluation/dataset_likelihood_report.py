@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +47,6 @@ class Collected:
         self.records, self.seconds = records, 0.0
         self.method: dict[str, Any] | None = None
         self._places: dict[int, tuple[str, int]] = {}
-        self._group = functools.lru_cache(maxsize=64)(records.read)  # neighbours lie in one file a process
         for key in sorted(records.done()):
             group = records.read(key)
             self.seconds += group["seconds"]
@@ -73,11 +71,20 @@ class Collected:
             )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[position] for position in sorted(self._places))
+        left = Counter(key for key, _ in self._places.values())
+        files: dict[str, list[dict[str, Any]]] = {}  # neighbours lie in as many as there were processes
+        for position in sorted(self._places):
+            key, number = self._places[position]
+            if key not in files:
+                files[key] = self.records.read(key)["records"]
+            yield files[key][number]
+            left[key] -= 1
+            if not left[key]:
+                del files[key]
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         key, number = self._places[position]
-        return self._group(key)["records"][number]
+        return self.records.read(key)["records"][number]
 
 
 def write_results(records: Records, images: Images, total: int, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,26 +97,30 @@ def write_results(records: Records, images: Images, total: int, run: Mapping[str
     """
     collected, folder = Collected(records), records.folder
     collected.check(total)
-    positions, columns, failed = _table(collected, folder / "likelihoods.jsonl")
+    positions, captions, columns, failed = _table(collected, folder / "likelihoods.jsonl")
     bits = columns["bits_per_dim"]
     summary = _summary(collected, columns, failed, run)
-    summary["by_caption"] = _by_caption(collected, positions, bits)
+    summary["without_caption"] = captions.count(None) if records.settings["data.caption_column"] else 0
+    summary["by_caption"] = _by_caption(captions, bits)
     write_json(folder / "summary.json", summary)
     figure = histogram(bits, summary)
     save_figure(figure, folder / "histogram.png")
     order = bits.argsort(kind="stable")
     ends = {"Most likely": order[:SHOWN], "Least likely": order[::-1][:SHOWN]}
-    chosen = {title: [collected[int(positions[index])] for index in indices] for title, indices in ends.items()}
+    chosen = {title: [collected[positions[index]] for index in indices] for title, indices in ends.items()}
     _page(summary, records.settings, figure, chosen, images).write(folder / "index.html")
     print(_told(summary, folder), flush=True)
     return summary
 
 
-def _table(collected: Collected, path: Path) -> tuple[numpy.ndarray, dict[str, numpy.ndarray], list[dict[str, Any]]]:
-    """Writes the file of all records; returns what summaries need: positions and numbers of the images that have a
-    likelihood, and the records of those that have none."""
+def _table(
+    collected: Collected, path: Path
+) -> tuple[list[int], list[Any], dict[str, numpy.ndarray], list[dict[str, Any]]]:
+    """Writes the file of all records; returns what summaries need: positions, captions and numbers of the images that
+    have a likelihood, and the records of those that have none."""
     names = ("bits_per_dim", "discretisation_error", "standard_error", "dims")
     positions: list[int] = []
+    captions: list[Any] = []
     values: list[list[float]] = []
     failed = []
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -119,9 +130,10 @@ def _table(collected: Collected, path: Path) -> tuple[numpy.ndarray, dict[str, n
                 failed.append(row)
                 continue
             positions.append(row["position"])
+            captions.append(row["caption"])
             values.append([math.inf if row[name] is None else row[name] for name in names])
     columns = numpy.array(values, dtype=numpy.float64).T
-    return numpy.array(positions), dict(zip(names, columns, strict=True)), failed
+    return positions, captions, dict(zip(names, columns, strict=True)), failed
 
 
 def _summary(
@@ -155,11 +167,11 @@ def _summary(
     }  # fmt: skip
 
 
-def _by_caption(collected: Collected, positions: numpy.ndarray, bits: numpy.ndarray) -> list[dict[str, Any]]:
+def _by_caption(captions: Sequence[Any], bits: numpy.ndarray) -> list[dict[str, Any]]:
     """Mean and deviation for each caption, the likeliest first; none where there are many captions, or one."""
     groups: dict[Any, list[float]] = defaultdict(list)
-    for position, value in zip(positions.tolist(), bits.tolist(), strict=True):
-        groups[collected[position]["caption"]].append(value)
+    for caption, value in zip(captions, bits.tolist(), strict=True):
+        groups[caption].append(value)
         if len(groups) > CAPTIONS:
             return []
     if len(groups) < 2:
@@ -205,6 +217,8 @@ def _page(
         f"the {method['space']}, {method['density']}; prior {method['prior']}; trace {method['trace']}; scheme "
         f"{method['scheme']}, {summary['evaluations_an_image']} evaluations of the denoiser an image."
     )
+    if summary["without_caption"]:
+        page.paragraph(f"{summary['without_caption']} images have no caption and were given the empty prompt.")
     rows = [("mean", bits["mean"]), ("standard deviation", bits["standard_deviation"])]
     rows += [("standard error of the mean", bits["standard_error"]), ("least", bits["least"])]
     rows += [(f"quantile {name}", value) for name, value in bits["quantiles"].items()]
@@ -267,6 +281,8 @@ def _told(summary: Mapping[str, Any], folder: Path) -> str:
     if summary["left_out"]:
         first = summary["left_out_images"][0]["error"]
         lines.append(f"{summary['left_out']} images left out, named in summary.json; the first: {first}")
+    if summary["without_caption"]:
+        lines.append(f"{summary['without_caption']} images have no caption and were given the empty prompt.")
     if summary["images_on_a_coarse_grid"]:
         worst = summary["errors_in_bits_per_dim"]["discretisation_greatest"]
         lines.append(

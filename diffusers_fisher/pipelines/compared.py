@@ -31,6 +31,8 @@ def compared_likelihoods(
     candidates = [None] if prompts is None else prompts
     if isinstance(candidates, str) or not len(candidates):
         raise InputError(f"`prompts` is {prompts!r}; allowed: a list of at least one, each for all images.")
+    if generator is None:  # not None, by which noise on a GPU would come from its own generator, that is not replayed
+        generator = torch.default_generator
     samples = pipe._latents_to_score(images, latents, options.pop("data_range", UNIT_RANGE))
     rows: list[Any]
     if method == "ode":
@@ -56,7 +58,7 @@ def _squared_errors(
     samples: torch.Tensor,
     prompts: Sequence[Any],
     num_levels: int,
-    generator: torch.Generator | None,
+    generator: torch.Generator,
     options: dict[str, Any],
 ) -> list[Any]:
     pipe._check_scheduler()
@@ -75,10 +77,9 @@ def _squared_errors(
     return rows
 
 
-def _replayed(entries: Sequence[Any], generator: torch.Generator | None) -> Iterator[Any]:
-    """The entries, with the generator (or the global one) in the same state before each, once moved on in the end."""
-    source = torch.random.default_generator if generator is None else generator
-    state = source.get_state()
+def _replayed(entries: Sequence[Any], generator: torch.Generator) -> Iterator[Any]:
+    """The entries, with the generator in the same state before each, once moved on in the end."""
+    state = generator.get_state()
     for entry in entries:
-        source.set_state(state)
+        generator.set_state(state)
         yield entry

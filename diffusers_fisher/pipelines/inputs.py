@@ -117,8 +117,18 @@ def image_tensor(
     return tensor.float().clone(memory_format=torch.contiguous_format)
 
 
+def eight_bit(image: Any, channels: int) -> Any:
+    """A PIL image as grey (`channels` 1) or RGB. Raises `InputError` for modes that Pillow clips to 8 bits."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        raise InputError(
+            f"The PIL image has mode '{image.mode}' (16 or 32 bits a pixel), whose values have no range of their own; "
+            "allowed: 8-bit modes, such as L and RGB. Scale it to 8 bits first."
+        )
+    return image.convert("L" if channels == 1 else "RGB")
+
+
 def _pil_array(image: Any, channels: int) -> Any:
     import numpy
 
-    array = numpy.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=numpy.float32) / 255
+    array = numpy.asarray(eight_bit(image, channels), dtype=numpy.float32) / 255
     return array[..., None] if channels == 1 else array

@@ -32,6 +32,7 @@ from diffusers_fisher import (
     embedded_checkpoint,
     embedded_prompt,
 )
+from diffusers_fisher.evaluation.digests import pipeline_digests
 from diffusers_fisher.evaluation.records import Records
 from diffusers_fisher.guidance import ImageInput
 from diffusers_fisher.training.state import step_generator
@@ -91,7 +92,7 @@ def _counted(table: Any, calls: int) -> torch.Tensor:
 def measure(pipe: Any, count: int, folder: Path) -> dict[str, dict[str, list[int]]]:
     """The prompt that each method chooses for every image, by method and calls."""
     images, _ = fashion_mnist.load("test")
-    records = Records(folder, {"images": count, "trace_model": pipe.trace_model is not None})
+    records = Records(folder, {"images": count, **pipeline_digests(pipe)})
     chosen: dict[str, dict[str, list[int]]] = {name: {str(calls): [] for calls in CALLS} for name in METHODS}
     items = [(start, name, calls) for start in range(0, count, BATCH) for calls in CALLS for name in METHODS]
     for start, name, calls in tqdm(items):

@@ -19,6 +19,7 @@ import torch
 from scipy.stats import rankdata
 
 from diffusers_fisher import StableDiffusionFisherPipeline, embedded_checkpoint, embedded_prompt
+from diffusers_fisher.evaluation.digests import pipeline_digests
 from diffusers_fisher.evaluation.records import Records
 from diffusers_fisher.files import save_figure
 
@@ -53,7 +54,7 @@ def image_sets(count: int) -> dict[str, tuple[torch.Tensor, list[str]]]:
 def evaluated(pipe: Any, count: int, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict]:
     """bits/dim (count,) and features (count, levels + 1) of every set, and how they were computed."""
     about = {"images": count, "steps": STEPS, "noise": NOISE, "trace_model": pipe.trace_model is not None}
-    records = Records(folder, about)
+    records = Records(folder, {**about, **pipeline_digests(pipe)})
     bits: dict[str, list[float]] = {}
     features: dict[str, list[list[float]]] = {}
     for key, name, images, prompts in _batches(count):

@@ -20,6 +20,7 @@ from diffusers_fisher import (
     embedded_checkpoint,
     embedded_prompt,
 )
+from diffusers_fisher.evaluation.digests import pipeline_digests
 from diffusers_fisher.evaluation.records import Records
 from diffusers_fisher.evaluation.report import save_picture
 from diffusers_fisher.guidance import ClassifierReward
@@ -32,7 +33,7 @@ SCORES = ("log p(x|prompt)", "log p(x|prompt) - log p(x)")
 
 def evaluated(pipe: Any, count: int, folder: Path) -> dict[str, torch.Tensor]:
     """By name (count,): the prompted label, log p(x|prompt), log p(x), the classifier's log-probability and right."""
-    records = Records(folder, {"samples": count, "steps": STEPS, **SAMPLING})
+    records = Records(folder, {"samples": count, "steps": STEPS, **SAMPLING, **pipeline_digests(pipe)})
     rows: dict[str, list[float]] = {}
     for start in range(0, count, BATCH):
         key = f"{start:06d}"

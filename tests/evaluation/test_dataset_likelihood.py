@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import datasets
 import numpy
 import pytest
 import tiny
@@ -22,7 +23,10 @@ from typer.testing import CliRunner
 from diffusers_fisher import AutodiffFisher, InputError, StableDiffusionFisherPipeline
 from diffusers_fisher.cli import app
 from diffusers_fisher.data import ImageData, open_images
+from diffusers_fisher.evaluation import dataset_likelihood
 from diffusers_fisher.evaluation.dataset_likelihood import DatasetSettings, evaluate_dataset
+from diffusers_fisher.evaluation.dataset_likelihood_report import Collected
+from diffusers_fisher.evaluation.records import Records
 from diffusers_fisher.training.state import step_generator
 from diffusers_fisher.training.trace_config import DenoiserSettings
 
@@ -196,6 +200,10 @@ def test_other_weights_and_other_images_are_refused(place, done, tmp_path):
     with pytest.raises(InputError, match=r"of other settings: `weights` was"):
         evaluate_dataset(tmp_path / "run", settings_of(tmp_path))
     pipe.save_pretrained(tmp_path / "pipeline")
+    captions = (tmp_path / "images" / "metadata.jsonl").read_text()
+    (tmp_path / "images" / "metadata.jsonl").write_text(captions.replace('"a b"', '"b a"'))
+    with pytest.raises(InputError, match=r'of other settings: `images` was "12, .*", is "12, '):
+        evaluate_dataset(tmp_path / "run", settings_of(tmp_path))
     image_folder(tmp_path / "images", count=13)
     with pytest.raises(InputError, match=r'of other settings: `images` was "12, .*", is "13, '):
         evaluate_dataset(tmp_path / "run", settings_of(tmp_path))
@@ -217,6 +225,79 @@ def test_images_of_several_sizes_and_one_that_does_not_fit(place, tmp_path):
     assert re.search(
         r"'train-2.png' has 16x17 pixels; this pipeline takes multiples of \d+. Set `resolution`", rows[2]["error"]
     )
+
+
+def with_captions(folder, column, changes):
+    """An image folder in whose metadata the entries of some rows are others."""
+    image_folder(folder, count=4)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for number, caption in changes.items():
+        rows[number][column] = caption
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_first_image_that_is_refused_stops_neither_a_new_run_nor_one_taken_up(tmp_path, batch_size):
+    """It has no class label, which this pipeline needs."""
+    saved_pipeline(tmp_path / "pipeline", tiny.dit)
+    with_captions(tmp_path / "images", "label", {0: None})
+    settings, run = settings_of(tmp_path, data={"caption_column": "label"}), tmp_path / "run"
+    assert evaluate_dataset(run, settings, batch_size)["evaluated"] == 3
+    rows = lines(run)
+    assert ["error" in row for row in rows] == [True, False, False, False]
+    assert rows[0]["error"].startswith("Image 'train-0.png': ")
+    first = run / "records" / "000000000.json"  # a run killed before that image was through has no record of it
+    content = json.loads(first.read_text())
+    content["records"] = [row for row in content["records"] if row["position"] > 0]
+    (run / "records" / "000000001.json").write_text(json.dumps(content))
+    first.unlink()
+    assert evaluate_dataset(run, settings, batch_size)["last_run"]["images"] == 1
+    assert lines(run) == rows
+
+
+def test_settings_with_which_all_images_are_refused_are_given_up_early(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_likelihood, "ATTEMPTS", 3)
+    saved_pipeline(tmp_path / "pipeline", tiny.unconditional)
+    image_folder(tmp_path / "images")
+    words = r"Not one of 3 images could be evaluated\. The last: Image 'train-2\.png': .* takes no `prompt`"
+    with pytest.raises(InputError, match=words):
+        evaluate_dataset(tmp_path / "run", settings_of(tmp_path, data={"resolution": 8}), batch_size=2)
+    assert not list(tmp_path.glob("run/records/*"))
+
+
+def test_images_without_a_caption_are_counted(place, tmp_path):
+    with_captions(tmp_path / "images", "text", {1: None, 2: None})
+    data = {"path": str(tmp_path / "images")}
+    summary = evaluate_dataset(tmp_path / "run", settings_of(place, data=data))
+    assert (summary["evaluated"], summary["without_caption"]) == (4, 2)
+    assert "2 images have no caption and were given the empty prompt" in (tmp_path / "run/index.html").read_text()
+    empty = evaluate_dataset(tmp_path / "empty", settings_of(place, data={**data, "caption_column": None}))
+    assert empty["without_caption"] == 0  # there are none to miss
+    for number in (1, 2):
+        assert lines(tmp_path / "run")[number]["bits_per_dim"] == pytest.approx(
+            lines(tmp_path / "empty")[number]["bits_per_dim"], abs=AGREEMENT
+        )
+
+
+def test_an_empty_stream_is_refused(place, tmp_path):
+    features = datasets.Features({"image": datasets.Image()})
+    (tmp_path / "images").mkdir()
+    datasets.Dataset.from_dict({"image": []}, features=features).to_parquet(tmp_path / "images" / "train.parquet")
+    data = {"path": str(tmp_path / "images"), "caption_column": None, "streaming": True}
+    with pytest.raises(InputError, match=r"The data '.*images' \(split 'train'\) has no images"):
+        evaluate_dataset(tmp_path / "run", settings_of(place, data=data))
+
+
+def test_records_of_many_processes_are_read_once_each(tmp_path, monkeypatch):
+    """A hundred processes with three images each, whose positions alternate."""
+    records = Records(tmp_path, {})
+    for process in range(100):
+        rows = [{"position": process + 100 * number} for number in range(3)]
+        records.write(f"{process:03d}", {"method": None, "seconds": 1.0, "records": rows})
+    collected, read, count = Collected(records), Records.read, []
+    monkeypatch.setattr(Records, "read", lambda self, key: count.append(key) or read(self, key))
+    assert [row["position"] for row in collected] == list(range(300))
+    assert len(count) == 100
 
 
 def test_an_image_without_a_finite_likelihood_is_named_and_spoils_no_other(place, done, tmp_path):

@@ -52,6 +52,13 @@ def score(pipe, images=None, prompt=PROMPTS, **options):
 # Inputs
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("I;16", numpy.uint16), ("F", numpy.float32), ("I", numpy.int32)])
+def test_pil_images_of_more_than_8_bits_are_refused_and_not_clipped(kind, dtype):
+    picture = Image.fromarray(numpy.full((8, 8), 200, dtype))
+    with pytest.raises(InputError, match=f"has mode '{kind}' .* allowed: 8-bit modes, such as L and RGB"):
+        score(make(), picture, prompt="a")
+
+
 def forms(images):
     arrays = images.permute(0, 2, 3, 1).numpy()
     pictures = [Image.fromarray(numpy.round(array * 255).astype(numpy.uint8)) for array in arrays]
