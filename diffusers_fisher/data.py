@@ -94,9 +94,11 @@ class Images(torch.utils.data.Dataset):
         return str(position)
 
     def row_caption(self, row: dict[str, Any]) -> Any:
-        """The caption or class label of a row; None without."""
+        """The caption or class label of a row; None without (-1 is the datasets library's word for that)."""
         caption = row[self.data.caption_column] if self.data.caption_column else None
-        return self.names[caption] if self.names is not None and isinstance(caption, int) else caption
+        if self.names is None or not isinstance(caption, int):
+            return caption
+        return self.names[caption] if caption >= 0 else None
 
     def example(self, row: dict[str, Any], position: int) -> Example:
         """A row of the dataset, decoded."""
