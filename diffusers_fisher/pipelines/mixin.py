@@ -195,8 +195,8 @@ class FisherPipelineMixin(CheckpointParts):
             InputError: before sampling, arguments out of range, latents of the wrong shape, a reward that is not
                 differentiable or of the wrong shape.
             TrajectoryError: torch.inference_mode, latents changed between steps, a model with learned variance.
-            NumericalError: in the first run, images, a reward or a gradient that are not finite. In later ones the
-                best so far is returned, and `status` says what happened.
+            NumericalError: in the first run, images or a reward that are not finite. In later ones, and where a
+                gradient is not, the best so far is returned, and `status` says what happened.
         """
         options = GuidanceOptions(
             num_guidance_steps, step_size, estimator, optimise, optimizer, patience, held_out_reward,
