@@ -232,8 +232,7 @@ def load_pipeline(settings: DenoiserSettings) -> Any:
         raise
     except (OSError, ValueError) as error:
         raise InputError(
-            f"'{settings.path}' can't be loaded as a pipeline: {error}. Give a folder or Hub id, or "
-            f"'{EMBEDDED}'."
+            f"'{settings.path}' can't be loaded as a pipeline: {error}. Give a folder or Hub id, or '{EMBEDDED}'."
         ) from error
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
