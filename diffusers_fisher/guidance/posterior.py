@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,7 +20,10 @@ from ..fisher.direct import DirectFisher
 from ..fisher.operator import FisherEstimator
 from ..noise import NoiseLevel, SchedulerFamily, expand, noise_level, scheduler_family
 from ..state import DenoisingState, state_of
+from .adjoint import COMPLETED
 from .checks import Reward, check_images, checked_reward, norms, not_differentiable, unit
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -66,7 +70,8 @@ def posterior_guidance(
         InputError: `strength` not positive; in the run: a reward of the wrong shape or not differentiable.
         UnsupportedError: a pipeline without callbacks or autoencoder, a scheduler that is not known.
         TrajectoryError: the run was not given the callback, or the callback is called outside of the block.
-        NumericalError: images, a reward or a gradient that are not finite.
+        NumericalError: at the first guided step, images, a reward or a gradient that are not finite. At later ones the
+            run goes on without guidance, and its `status` says so.
     """
     if not 0 < strength < math.inf:
         raise InputError(f"`strength` is {strength}; allowed: positive, such as 0.2 of the score's norm.")
@@ -93,11 +98,13 @@ class PosteriorGuidance:
     Attributes:
         rewards: of the predicted clean samples before every guided step, a list of (B,) float64.
         gradient_norms: |J^T g|, likewise.
+        status: "completed", or at which step a number that was not finite ended the guidance; the run went on without.
     """
 
     def __init__(self, reward, prompts, strength, estimator, decode):
         self.rewards: list[torch.Tensor] = []
         self.gradient_norms: list[torch.Tensor] = []
+        self.status = COMPLETED
         self._reward = reward
         self._prompts = prompts
         self._strength = strength
@@ -126,7 +133,16 @@ class PosteriorGuidance:
             return callback_kwargs  # the second evaluation of a step forgets what is changed after the first
         begin, end = self._begin or state.level, self._level_now(state.timestep)
         self._begin, self._state = end, None
-        direction = self._direction(state, len(self.rewards))
+        if self.status != COMPLETED:
+            return callback_kwargs
+        try:
+            direction = self._direction(state, len(self.rewards))
+        except NumericalError as error:
+            if not self.rewards:  # nothing was guided yet
+                raise
+            self.status = f"stopped at guided step {len(self.rewards)}: {error}"
+            logger.warning("Guidance %s The run goes on without it.", self.status)
+            return callback_kwargs
         tilt = expand(_rotation(begin, end) * self._strength, direction) * norms(state.epsilon) * direction
         latents = callback_kwargs["latents"]
         return callback_kwargs | {"latents": (latents + tilt).to(latents.dtype)}
@@ -189,7 +205,7 @@ class PosteriorGuidance:
         scheduler = self._scheduler
         if scheduler.timesteps is not self._timesteps:  # another run
             self._timesteps, self._begin = scheduler.timesteps, None
-            self.rewards, self.gradient_norms = [], []
+            self.rewards, self.gradient_norms, self.status = [], [], COMPLETED
         if getattr(scheduler, "step_index", None) is None and hasattr(scheduler, "_init_step_index"):
             scheduler._init_step_index(timestep)
         wide = sample.detach().to(torch.promote_types(sample.dtype, torch.float32))

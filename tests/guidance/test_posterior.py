@@ -322,6 +322,32 @@ def test_callback_outside_of_the_block_is_an_error():
         sample(pipe, guidance)
 
 
+@pytest.mark.parametrize("kind", ["is NaN", "has an infinite slope"])
+def test_numbers_that_are_not_finite_later_end_the_guidance_and_not_the_run(kind, caplog):
+    pipe, calls = stable_diffusion(), []
+
+    def failing(images, prompts):
+        calls.append(None)
+        values = reward(images, prompts)
+        if len(calls) < 3:
+            return values
+        return values * torch.nan if kind == "is NaN" else values + (values - values.detach()).sqrt()
+
+    with posterior_guidance(pipe, failing, decode=decode) as guidance:
+        images = sample(pipe, guidance)
+        assert len(calls) == 3 and len(guidance.rewards) == 2
+        assert guidance.status.startswith("stopped at guided step 2: The ")
+        assert f"Guidance {guidance.status} The run goes on without it." in caplog.messages
+
+    def stopping(pipe, index, timestep, arguments):
+        return guided(pipe, index, timestep, arguments) if index < 2 else arguments
+
+    with posterior_guidance(pipe, reward, decode=decode) as guided:
+        expected = sample(pipe, stopping)
+        assert guided.status == "completed"
+    assert (torch.as_tensor(images) == torch.as_tensor(expected)).all()
+
+
 def test_callback_without_latents_is_an_error():
     pipe = stable_diffusion()
     with (
