@@ -187,6 +187,16 @@ def test_texts_are_encoded_once(folders):
     assert len(calls) == 1
 
 
+def test_all_files_are_taken_from_the_same_subfolder(folders):
+    folder, images = folders["clip"], smooth_images(2, 16, 16)
+    expected = TextImageReward.clip(path=str(folder))(images, TEXTS)
+    inside = {"path": str(folder.parent), "subfolder": folder.name}
+    assert torch.equal(TextImageReward.clip(**inside)(images, TEXTS), expected)
+    # The processor is in a repository of its own, where the model's subfolder says nothing.
+    score = TextImageReward.pick_score(**inside, processor=str(folder))(images, TEXTS)
+    assert torch.equal(score, TextImageReward.pick_score(path=str(folder), processor=str(folder))(images, TEXTS))
+
+
 def test_pick_score_is_the_logit_of_its_own_clip(folders):
     path, images = str(folders["clip"]), smooth_images(2, 16, 16)
     score = TextImageReward.pick_score(path=path, processor=path)(images, TEXTS)

@@ -44,7 +44,7 @@ class ClassifierReward:
         from transformers import AutoModelForImageClassification
 
         model = _frozen(AutoModelForImageClassification.from_pretrained(path, **kwargs))
-        return cls(model, target, ImageInput.from_pretrained(path))
+        return cls(model, target, ImageInput.from_pretrained(path, **_places(kwargs)))
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         targets = self.targets.to(images.device)
@@ -111,9 +111,9 @@ class TextImageReward:
         from transformers import AutoModel, AutoTokenizer
 
         model = _frozen(AutoModel.from_pretrained(path, **kwargs))
-        source = path if processor is None else processor
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        return cls(model, tokenizer, ImageInput.from_pretrained(source), text, logits)
+        source, places = (path if processor is None else processor), _places(kwargs, own=processor is None)
+        tokenizer = AutoTokenizer.from_pretrained(source, **places)
+        return cls(model, tokenizer, ImageInput.from_pretrained(source, **places), text, logits)
 
     @classmethod
     def clip(cls, text: str | Sequence[str] | None = None, path: str = CLIP_LARGE, **kwargs: Any) -> TextImageReward:
@@ -202,7 +202,7 @@ class AestheticReward:
                 f"The head '{head}' takes {layers[0].in_features} numbers, but '{path}' embeds in "
                 f"{model.config.projection_dim}; give the CLIP that it was trained on."
             )
-        return cls(model, layers.to(model.device), ImageInput.from_pretrained(path))
+        return cls(model, layers.to(model.device), ImageInput.from_pretrained(path, **_places(kwargs)))
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         return self.head(_image_features(self.model, self.image_input(images)))[:, 0]
@@ -247,6 +247,12 @@ def _head_tensors(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise CheckpointError(f"'{path}' holds a {type(content).__name__}; it must hold a table of tensors.")
     return content
+
+
+def _places(kwargs: dict[str, Any], own: bool = True) -> dict[str, Any]:
+    """Of the arguments for a model, those that say where its other files lie; `own`: in the same repository."""
+    names = {"token", "cache_dir", "local_files_only", "force_download"} | ({"revision", "subfolder"} if own else set())
+    return {name: value for name, value in kwargs.items() if name in names}
 
 
 def _numbers(name: str) -> list[int]:
