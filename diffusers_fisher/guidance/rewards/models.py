@@ -251,7 +251,7 @@ def _head_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _places(kwargs: dict[str, Any], own: bool = True) -> dict[str, Any]:
     """Of the arguments for a model, those that say where its other files lie; `own`: in the same repository."""
-    names = {"token", "cache_dir", "local_files_only", "force_download"} | ({"revision", "subfolder"} if own else set())
+    names = {"token", "cache_dir", "local_files_only", "force_download", *(("revision", "subfolder") if own else ())}
     return {name: value for name, value in kwargs.items() if name in names}
 
 
