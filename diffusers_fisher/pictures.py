@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .autoencoder import decoded, images_of, standardises
 from .errors import InputError
 from .fisher.estimate import Estimate, Probes
 from .fisher.numerics import per_sample
@@ -145,9 +146,7 @@ def decode_latents(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         raise InputError(
             f"{type(pipe).__name__} has no autoencoder `vae`; pass `decode`, latents to images in [0, 1]."
         )
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    decoded = vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
-    return (decoded.float() / 2 + 0.5).clamp(0, 1)
+    return images_of(decoded(vae, latents, standardises(pipe)))
 
 
 def _directions(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..autoencoder import decoded, images_of, standardises
 from ..errors import InputError, NumericalError, TrajectoryError, UnsupportedError
 from ..fisher.direct import DirectFisher
 from ..fisher.operator import FisherEstimator
@@ -235,7 +236,6 @@ def autoencoder_decoder(pipe: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         raise UnsupportedError(
             f"{type(pipe).__name__} has no autoencoder `vae`; pass `decode`, latents to images in [0, 1]."
         )
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
 
     def decode(latents: torch.Tensor) -> torch.Tensor:
         if latents.ndim != 4:
@@ -243,8 +243,7 @@ def autoencoder_decoder(pipe: Any) -> Callable[[torch.Tensor], torch.Tensor]:
                 f"{type(pipe).__name__} packs its latents to {tuple(latents.shape)}; pass `decode`, which unpacks "
                 "them and decodes them to images (B, 3, H, W) in [0, 1]."
             )
-        decoded = vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
-        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+        return images_of(decoded(vae, latents, standardises(pipe)))
 
     return decode
 

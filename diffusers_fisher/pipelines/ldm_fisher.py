@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from diffusers import LDMPipeline
 
+from ..autoencoder import decoded
 from .given_latents import call_with_latents
 from .unconditional import UnconditionalMixin
 
@@ -42,8 +43,7 @@ class LDMFisherPipeline(UnconditionalMixin, LDMPipeline):
         return self._factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
-        vae = self.vqvae
-        return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample
+        return decoded(self.vqvae, latents)
 
     def _posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         vae = self.vqvae

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..autoencoder import decoded, images_of
 from ..errors import InputError, UnsupportedError
 from ..noise import SchedulerFamily, scheduler_family
 from .inputs import UNIT_RANGE, image_tensor
@@ -57,13 +58,11 @@ class LatentSpace(_Stock):
 
     def _decode(self, latents: torch.Tensor, pixels: tuple[int, int] | None = None) -> torch.Tensor:
         """Latents in the pipeline's layout to images (B, 3, H, W) in [0, 1], float32, differentiable."""
-        return (self._decoded(self._unpack(latents, pixels)).float() / 2 + 0.5).clamp(0, 1)
+        return images_of(self._decoded(self._unpack(latents, pixels)))
 
     def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
         """What the autoencoder makes of scaled latents (B, C, h, w), about -1 to 1."""
-        vae = self.vae
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        return vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
+        return decoded(self.vae, latents)
 
     def _posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mean and standard deviation of scaled latents, (B, C, h, w) float32 each, of images (B, 3, H, W) in [-1, 1];

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from ..autoencoder import decoded, latent_moments
 from ..errors import InputError
 from .conditions import encoded_conditions
 from .mixin import FisherPipelineMixin
@@ -21,15 +22,13 @@ class StableDiffusionXLFisherPipeline(FisherPipelineMixin, StableDiffusionXLPipe
         return encoded_conditions(self, conditions)[2]
 
     def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
-        mean, deviation = self._latent_moments(latents)
-        vae = self._checked_vae()
-        return vae.decode((latents * deviation / vae.config.scaling_factor + mean).to(vae.dtype)).sample
+        return decoded(self._checked_vae(), latents, standardised=True)
 
     def _posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         vae = self._checked_vae()
         posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
         latents = posterior.mode().float()
-        mean, deviation = self._latent_moments(latents)
+        mean, deviation = latent_moments(vae, latents)
         factor = vae.config.scaling_factor / deviation
         return (latents - mean) * factor, posterior.std.float() * factor
 
@@ -37,16 +36,6 @@ class StableDiffusionXLFisherPipeline(FisherPipelineMixin, StableDiffusionXLPipe
         if self.watermark is None:
             return images, []
         return (self.watermark.apply_watermark(2 * images - 1) / 2 + 0.5).clamp(0, 1), []
-
-    def _latent_moments(self, like: torch.Tensor) -> tuple[Any, Any]:
-        """Mean and standard deviation a channel by which some autoencoders' latents are standardised."""
-        config = self.vae.config
-        if config.get("latents_mean") is None or config.get("latents_std") is None:
-            return 0.0, 1.0
-        mean, deviation = (
-            torch.tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std)
-        )
-        return mean.to(like), deviation.to(like)
 
     def _checked_vae(self) -> Any:
         if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:

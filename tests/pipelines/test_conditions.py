@@ -1,5 +1,7 @@
 """What backbones are conditioned on: prompts, embeddings with what belongs to them, labels, embedded guidance."""
 
+import functools
+
 import diffusers
 import pytest
 import tiny
@@ -12,6 +14,8 @@ from diffusers_fisher import (
     custom_pipeline_file,
     fisher_pipeline,
 )
+from diffusers_fisher.guidance.posterior import autoencoder_decoder
+from diffusers_fisher.pictures import decode_latents
 from diffusers_fisher.pipelines import given_latents
 from pipelines.backbones import BACKBONES, PROMPTS
 
@@ -387,6 +391,9 @@ def test_standardised_latents_of_stable_diffusion_xl():
         torch.from_numpy(backbone.sample(pipe, latents=x, steps=1, output_type="np")).permute(0, 3, 1, 2),
         pipe._decode(expected).detach(),
     )
+    stock = backbone.stock(**pipe.components)
+    for decode in (autoencoder_decoder(stock), functools.partial(decode_latents, stock)):
+        assert torch.equal(decode(x), images)
     shift, scale = (torch.tensor(values).view(1, 4, 1, 1) for values in (mean, deviation))
     with torch.no_grad():
         encoded = (pipe.vae.encode(2 * images - 1).latent_dist.mean - shift) * pipe.vae.config.scaling_factor / scale
