@@ -208,8 +208,8 @@ def _error(
     Its parts: the prior at the companion's end; the trace's integral by another quadrature; and for the trace, which
     was taken at points a `shifts` of a step beside the solution, twice that part of what r changed over the step
     beyond what the step before foretold (local variances v = s^2 r/(1 - r) that keep growing or falling as they did),
-    and a twentieth of that part of its whole change. The fractions were set on Gaussians and mixtures, where the sum
-    then covers the error in 97% of cases or more and its median is 2 to 8 times the error's.
+    and a twentieth of that part of its whole change. The fractions were set for the default scheme on Gaussians and
+    mixtures, where the sum then covers the error in 97% of cases or more and its median is 2 to 8 times the error's.
     """
     others = [quadrature_weights(grid.cpu(), points) for points in (scheme.quadrature, scheme.companion_quadrature)]
     quadrature = torch.einsum("n,nb->b", (others[0] - others[1]).to(rests.device), rests)

@@ -9,7 +9,7 @@ Each method takes the same number of denoiser calls a prompt, on the embedded ch
 - "diffusion classifier": the plain mean of squared errors at evenly spaced timesteps with the same noise for all
   prompts (Li et al., 2303.16203).
 
-Needs Fashion-MNIST (see examples/fashion_mnist.py). Writes prompt_matching.json. Hours on one core; records are kept
+Needs Fashion-MNIST (see examples/fashion_mnist.py). Writes prompt_matching.json. Long on one core; records are kept
 in --output and taken up again.
 """
 
