@@ -85,16 +85,17 @@ def sample_ranking() -> str:
 
 def prompt_matching() -> str:
     result = json.loads((FOLDER / "prompt_matching.json").read_text())
-    calls = list(next(iter(result["accuracy"].values())))
     lines = [
-        f"{result['images']:,} test images, {result['prompts']} prompts: share of images whose own prompt scores "
-        f"best, by denoiser calls a prompt ({result['trace']}). An image classifier trained for it gets "
-        f"{result['image_classifier']:.1%}.",
+        f"Share of test images whose own prompt, of {result['prompts']}, scores best; network in {result['dtype']}, "
+        f"the trace of the ODE by {result['trace']}.",
         "",
-        "| method | " + " | ".join(f"{count} calls" for count in calls) + " |",
-        "|---|" + "---|" * len(calls),
+        "| method | images | denoiser calls a prompt | right | image classifier, trained for it |",
+        "|---|---|---|---|---|",
     ]
-    for name, row in result["accuracy"].items():
-        cells = [f"{row[count]['accuracy']:.1%} ± {row[count]['standard_error']:.1%}" for count in calls]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for name, by_calls in result["methods"].items():
+        for calls, row in by_calls.items():
+            lines.append(
+                f"| {name} | {row['images']:,} | {calls} | {row['accuracy']:.1%} ± {row['standard_error']:.1%} | "
+                f"{row['image_classifier']:.1%} |"
+            )
     return "\n".join(lines)

@@ -361,8 +361,8 @@ def likelihood_closed_forms() -> str:
 
 
 def likelihood_checkpoint() -> str:
-    result = json.loads((FOLDER / "likelihood.json").read_text())["checkpoint"]
-    reference = result["reference"]
+    found = json.loads((FOLDER / "likelihood.json").read_text())
+    result, reference = found["checkpoint"], found["reference"]
     lines = [
         f"{result['images']} test images. The reference took {reference['calls']} calls with 256 products each, and "
         f"is off by up to {reference['error']:.4f} bits/dim by its tolerance.", "",

@@ -3,8 +3,9 @@
     python examples/benchmarks/trace_embedded.py --runs outputs/trace_embedded_*
 
 For every run of `diffusers_fisher.training.trace_matching`, by its target: r against the mean squared error of the
-denoiser over many draws ("residual", "norm") or against full Jacobians ("jacobian"); and the integrated trace of whole
-likelihoods against full Jacobians on the same path, beside 1 and 16 Hutchinson probes, with the time that each takes.
+denoiser over many draws ("residual", "norm") or against full Jacobians ("jacobian"), of all images and of single ones;
+and the integrated trace of whole likelihoods against full Jacobians on the same path, beside 1 and 16 Hutchinson
+probes, with the time that each takes.
 Needs Fashion-MNIST (Debian's dataset-fashion-mnist). Writes trace_embedded.json. A quarter of an hour on two cores.
 """
 
@@ -47,11 +48,11 @@ def test_data(pipe: Any, count: int) -> tuple[torch.Tensor, list[str]]:
     return torch.cat(pieces), [embedded_prompt(label) for label in labels[:count].tolist()]
 
 
-def states(pipe: Any, moments: torch.Tensor, captions: list[str], with_graph: bool = False) -> Any:
+def states(pipe: Any, moments: torch.Tensor, captions: list[str], seed: int, with_graph: bool = False) -> Any:
     """(state, noise, denoiser) of noised samples of the posterior at every level."""
     low, high = log_noise_to_signal_range(pipe.scheduler)
     for number, level in enumerate(torch.linspace(low, high, LEVELS, dtype=torch.float64)):
-        generator = step_generator(0, "noise", number, float(moments.sum()))
+        generator = step_generator(seed, "noise", number)
         posterior, noise = torch.randn(2, *moments[:, 0].shape, generator=generator)
         latents = moments[:, 0] + moments[:, 1] * posterior
         denoiser = PipelineDenoiser(pipe, prompt=captions)
@@ -62,27 +63,58 @@ def states(pipe: Any, moments: torch.Tensor, captions: list[str], with_graph: bo
 def squared_errors(pipe: Any, models: dict[str, FisherTraceModel], count: int) -> dict[str, Any]:
     """Mean r of every model, and of the squared errors, at every level."""
     moments, captions = test_data(pipe, count)
-    means: dict[str, list[float]] = {name: [] for name in [*models, "squared error"]}
-    errors, size = [], 250
+    pieces, size = [], 250
     for number in tqdm(range(0, count, size), "squared errors"):
         piece = slice(number, number + size)
-        rows = [
-            [residual_target(state, noise), *(model.r(state) for model in models.values())]
-            for state, noise, _ in states(pipe, moments[piece], captions[piece])
-        ]
-        errors.append(torch.stack([torch.stack([value.double() for value in row]) for row in rows]))
-    values = torch.cat(errors, dim=2)  # (levels, 1 + models, images)
+        pieces.append(errors_and_r(pipe, models, moments[piece], captions[piece], number))
+    values = torch.cat(pieces, dim=2)  # (levels, 1 + models, images)
     means = {name: values[:, index].mean(1).tolist() for index, name in enumerate(["squared error", *models])}
     standard_error = (values[:, 0].std(1) / count**0.5).tolist()
     away = {name: averaged_difference(means[name], means["squared error"]) for name in models}
     return {"images": count, "mean": means, "standard_error": standard_error, "mean_absolute_difference": away}
 
 
+def errors_and_r(pipe: Any, models: dict[str, FisherTraceModel], *drawn: Any) -> torch.Tensor:
+    """(levels, 1 + models, images): squared errors of a draw, and r by every model there; `drawn` as for `states`."""
+    rows = [
+        [residual_target(state, noise), *(model.r(state) for model in models.values())]
+        for state, noise, _ in states(pipe, *drawn)
+    ]
+    return torch.stack([torch.stack([value.double() for value in row]) for row in rows])
+
+
+def squared_errors_of_images(pipe: Any, models: dict[str, FisherTraceModel], count: int, draws: int) -> dict[str, Any]:
+    """Of single images: the integral over log(sigma/alpha) of r by every model, against that of the squared errors.
+
+    Averages over the same draws of both. A model is trained on the mean of all images that may be behind a noised one,
+    so that even a perfect one's correlation with an image's own errors is below 1.
+    """
+    moments, captions = test_data(pipe, count)
+    total = torch.zeros(LEVELS, 1 + len(models), count, dtype=torch.float64)
+    for draw in tqdm(range(draws), "squared errors of images"):
+        total += errors_and_r(pipe, models, moments, captions, 10**6 + draw) / draws
+    integrals = integral(pipe, total)
+    rows = {
+        name: {
+            "correlation": float(torch.corrcoef(torch.stack([found, integrals[0]]))[0, 1]),
+            "mean_difference": float((found - integrals[0]).mean()),
+            "mean_absolute_difference": float((found - integrals[0]).abs().mean()),
+        }
+        for name, found in zip(models, integrals[1:], strict=True)
+    }
+    return {"images": count, "draws": draws, "bits_per_dim": rows}
+
+
+def integral(pipe: Any, r: torch.Tensor) -> torch.Tensor:
+    """Of r by level (levels, ...) over log(sigma/alpha), in bits/dim."""
+    log_noise = torch.linspace(*log_noise_to_signal_range(pipe.scheduler), LEVELS, dtype=torch.float64)
+    return torch.trapezoid(r, log_noise, dim=0) / math.log(2)
+
+
 def gap_bits_per_dim(pipe: Any, means: dict[str, list[float]]) -> float:
     """What the residual model's r adds to a likelihood's bits/dim over the jacobian model's, at noised images."""
-    log_noise = torch.linspace(*log_noise_to_signal_range(pipe.scheduler), LEVELS, dtype=torch.float64)
     r = {name: torch.tensor(means[name], dtype=torch.float64) for name in ("residual", "jacobian")}
-    return float(torch.trapezoid(r["residual"] - r["jacobian"], log_noise) / math.log(2))
+    return float(integral(pipe, r["residual"] - r["jacobian"]))
 
 
 def averaged_difference(left: list[float], right: list[float]) -> float:
@@ -93,7 +125,7 @@ def full_jacobians(pipe: Any, models: dict[str, FisherTraceModel], count: int) -
     """r of every model and of the full Jacobian, at noised images, every level."""
     moments, captions = test_data(pipe, count)
     rows = []
-    for state, _, denoiser in tqdm(states(pipe, moments, captions, with_graph=True), "Jacobians", LEVELS):
+    for state, _, denoiser in tqdm(states(pipe, moments, captions, 0, with_graph=True), "Jacobians", LEVELS):
         trace = AutodiffFisher(denoiser)(state).trace(None).value
         exact = 1 - state.level.sigma**2 * trace / state.sample[0].numel()
         rows.append(torch.stack([exact.double(), *(model.r(state) for model in models.values())]))
@@ -169,6 +201,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", required=True, help="output folders of trace matching, one a target")
     parser.add_argument("--images", type=int, default=32, help="with full Jacobians")
     parser.add_argument("--error-images", type=int, default=4000, help="for the squared errors")
+    parser.add_argument("--draws", type=int, default=64, help="of the squared errors of single images")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--name", default="trace_embedded", help="of the JSON file")
     arguments = parser.parse_args()
@@ -187,6 +220,7 @@ def main() -> None:
         {
             "levels": LEVELS, "training": runs, "threads": torch.get_num_threads(),
             "squared_errors": errors, "residual_less_jacobian_bits_per_dim": gap_bits_per_dim(pipe, errors["mean"]),
+            "squared_errors_of_images": squared_errors_of_images(pipe, models, arguments.images, arguments.draws),
             "full_jacobians": full_jacobians(pipe, models, arguments.images),
             "likelihoods": likelihoods(pipe, models, arguments.images),
             "times": times(pipe, next(iter(models.values())), 16, arguments.rounds),

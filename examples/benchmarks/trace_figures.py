@@ -45,6 +45,17 @@ def trace_embedded() -> str:
     for name, training in result["training"].items():
         away = [part["mean_absolute_difference"][name] for part in (errors, jacobians)]
         lines.append(f"| {name} | {training['parameters']:,} | " + " | ".join(f"{value:.4f}" for value in away) + " |")
+    own = result["squared_errors_of_images"]
+    lines += [
+        "", f"Single images ({own['images']}): the integral of r over log(sigma/alpha) against that of the image's "
+        f"own squared errors, means over the same {own['draws']} draws of the noise, in bits/dim:", "",
+        "| target | correlation over images | mean difference | mean absolute |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for name, row in own["bits_per_dim"].items():
+        lines.append(
+            f"| {name} | {row['correlation']:.3f} | {row['mean_difference']:+.4f} | "
+            f"{row['mean_absolute_difference']:.4f} |"
+        )
     rows, gap = result["likelihoods"], result["residual_less_jacobian_bits_per_dim"]
     lines += [
         "", f"At noised images the residual model adds {gap:+.3f} bits/dim to what the jacobian model gives.",
