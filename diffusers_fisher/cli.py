@@ -82,18 +82,29 @@ def guide(
     guidance_scale: Annotated[
         float | None, typer.Option(help="Of classifier-free guidance; the pipeline's own default.")
     ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="For all prompts; the pipeline's own default.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="A name in torch.optim, such as Adam, with --step-size as its learning rate.")
+    ] = None,
+    patience: Annotated[int | None, typer.Option(help="Stop after so many runs without a new best.")] = None,
+    likelihood: Annotated[bool, typer.Option(help="Also bits/dim of every image before and after.")] = False,
     batch_size: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
+    checkpoint_decoder: Annotated[
+        bool, typer.Option(help="Recompute the decoder's activations: less memory.")
+    ] = False,
+    offload: Annotated[bool, typer.Option(help="A network is on the accelerator only while it works.")] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of the first prompt; each further one's is one more.")] = 0,
 ) -> None:
     """Guide every prompt of a file by a reward. Goes on where it was stopped; `accelerate launch` shares it out."""
-    from .evaluation.guidance_gallery import GallerySettings, run_gallery
+    from .evaluation.guidance_gallery import GallerySettings, Memory, run_gallery
 
     settings = GallerySettings(
-        checkpoint, reward, held_out, estimator, guidance_steps, step_size, steps, guidance_scale, dtype, seed
-    )
+        checkpoint, reward, held_out, estimator, guidance_steps, step_size, steps, guidance_scale, dtype, seed,
+        negative_prompt, optimizer, patience, likelihood,
+    )  # fmt: skip
     try:
-        run_gallery(output, prompts, settings, batch_size)
+        run_gallery(output, prompts, settings, Memory(batch_size, checkpoint_decoder, offload))
     except FisherError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
@@ -123,6 +134,7 @@ def likelihood(
     streaming: Annotated[bool, typer.Option(help="Never download the whole dataset.")] = False,
     limit: Annotated[int | None, typer.Option(help="Only the first so many images.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at once; the numbers do not depend on it.")] = 16,
+    retry_failed: Annotated[bool, typer.Option(help="Try images again that had an error before.")] = False,
     num_inference_steps: Annotated[int, typer.Option(help="Steps of the integration.")] = 32,
     scheme: Annotated[str | None, typer.Option(help="euler, trapezoid, adams3 or adams4; the library's own.")] = None,
     estimator: Annotated[
@@ -148,7 +160,7 @@ def likelihood(
         scheme or DEFAULT_SCHEME, estimator, num_probes, bins, seed,
     )  # fmt: skip
     try:
-        evaluate_dataset(output, settings, batch_size)
+        evaluate_dataset(output, settings, batch_size, retry_failed)
     except FisherError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error

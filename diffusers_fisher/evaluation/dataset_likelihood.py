@@ -16,6 +16,7 @@ import torch
 
 from ..data import Example, ImageData, Images, ImageStream, UnreadableImageError, no_images, open_images
 from ..errors import CoarseGridWarning, InputError, NumericalError
+from ..files import read_json, write_json
 from ..fisher import AutodiffFisher, FiniteDifferenceFisher, FisherEstimator
 from ..likelihood import DEFAULT_SCHEME, LikelihoodOutput
 from ..likelihood.schemes import scheme_of
@@ -25,12 +26,13 @@ from ..training.state import step_generator
 from ..training.trace_config import DTYPES, DenoiserSettings, load_pipeline
 from .dataset_likelihood_report import Collected, write_results
 from .digests import images_digest, pipeline_digests
-from .records import Records, shard
+from .records import SETTINGS, Records, shard
 
 ESTIMATORS = ("auto", "trace-model", "autodiff", "finite-difference")
 ATTEMPTS = 64  # refused images after which settings are given up with which not one could be evaluated
 WRITE_SECONDS = (1.0, 60.0)  # least and most between two files of records
 WRITE_SHARE = 0.01  # of the time so far between two files: what a kill costs, with few files in the end
+RETRY = "retry-"  # begins the names of records of later attempts, and sorts after those of the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,9 @@ class DatasetSettings:
             raise InputError("Give either `prompt`, one for all images, or `caption_column`: not both.")
 
 
-def evaluate_dataset(output: Path, settings: DatasetSettings, batch_size: int = 16) -> dict[str, Any] | None:
+def evaluate_dataset(
+    output: Path, settings: DatasetSettings, batch_size: int = 16, retry_failed: bool = False
+) -> dict[str, Any] | None:
     """Log-likelihoods of all images of a dataset, one record an image, with a summary and a report.
 
     Every process of `accelerate launch` takes every n-th image, all on the same grid. Records are written some at a
@@ -87,6 +91,8 @@ def evaluate_dataset(output: Path, settings: DatasetSettings, batch_size: int = 
         output: folder of `likelihoods.jsonl` (a line an image, in the order of the data), `summary.json`,
             `histogram.png`, `index.html`, and of `records/` and `settings.json`, by which a run is taken up.
         batch_size: images evaluated at once.
+        retry_failed: try those images again whose record is an error, because their files have been repaired. Images
+            are then known again by their number alone.
 
     Returns:
         The content of `summary.json` on the main process, None on the others.
@@ -108,11 +114,15 @@ def evaluate_dataset(output: Path, settings: DatasetSettings, batch_size: int = 
     with state.main_process_first():  # the others find what the first has downloaded
         images = open_images(settings.data, pipe._image_channels(), text_captions=hasattr(pipe, "tokenizer"))
         told = {**flat_settings(dataclasses.asdict(settings)), "estimator": name, "images": images_digest(images)}
-        records = Records(output, {**told, **pipeline_digests(pipe)})
+        records = _records(output, {**told, **pipeline_digests(pipe)}, retry_failed)
         before = Collected(records)
     begin = time.perf_counter()
     share = Share(pipe, images, dataclasses.replace(settings, estimator=name), records, batch_size, state)
-    count = share.run(before.positions, before.method)
+    done = before.positions
+    if retry_failed and before.failed:
+        done -= before.failed
+        share.attempt = 1 + sum(key.startswith(RETRY) for key in records.done())
+    count = share.run(done, before.method)
     if not state.is_main_process:
         return None
     seconds = time.perf_counter() - begin
@@ -120,9 +130,20 @@ def evaluate_dataset(output: Path, settings: DatasetSettings, batch_size: int = 
         "processes": state.num_processes,
         "batch_size": batch_size,
         "seconds": seconds,
-        "images": count - before.count,
+        "images": count - len(done),
     }
     return write_results(records, images, count, run)
+
+
+def _records(output: Path, told: dict[str, Any], retry_failed: bool) -> Records:
+    """The records of a run; with `retry_failed` also where, of as many images, some files have changed."""
+    file = output / SETTINGS
+    before = read_json(file).get("images") if retry_failed and file.is_file() else None
+    if before is None or before.split(",")[0] != told["images"].split(",")[0]:
+        return Records(output, told)
+    records = Records(output, {**told, "images": before})
+    write_json(file, told)
+    return records
 
 
 def process_state() -> Any:
@@ -163,6 +184,7 @@ class Share:
     ):
         self.pipe, self.images, self.settings, self.records = pipe, images, settings, records
         self.batch_size, self.state = batch_size, state
+        self.attempt = 0  # at images that failed before
         self.multiple = pipe._size_multiple()
         self.method: dict[str, Any] | None = None  # what the outputs say of themselves; None before there is one
         self.refused: list[str] = []  # what was said of images while there is none
@@ -284,7 +306,8 @@ class Share:
         if self.written and (self.method is not None or failed_only):
             rows = sorted(self.written, key=lambda row: row["position"])
             content = {"method": self.method, "seconds": now - self.last, "records": rows}
-            self.records.write(f"{rows[0]['position']:09d}", content)
+            attempt = f"{RETRY}{self.attempt:06d}-" if self.attempt else ""
+            self.records.write(f"{attempt}{rows[0]['position']:09d}", content)
             self.written = []
         self.last = now
 

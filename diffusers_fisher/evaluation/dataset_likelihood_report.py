@@ -37,6 +37,7 @@ class Collected:
 
     Attributes:
         seconds: of evaluation, the sum over all processes and runs.
+        failed: positions of images whose record is an error.
         method: what the likelihoods say of themselves; None where there are none yet.
 
     Raises:
@@ -46,12 +47,15 @@ class Collected:
     def __init__(self, records: Records):
         self.records, self.seconds = records, 0.0
         self.method: dict[str, Any] | None = None
+        self.failed: set[int] = set()
         self._places: dict[int, tuple[str, int]] = {}
-        for key in sorted(records.done()):
+        for key in sorted(records.done()):  # those of later attempts come last
             group = records.read(key)
             self.seconds += group["seconds"]
             self.method = self.method or group["method"]
-            self._places |= {row["position"]: (key, number) for number, row in enumerate(group["records"])}
+            for number, row in enumerate(group["records"]):
+                self._places[row["position"]] = (key, number)
+                (self.failed.add if "error" in row else self.failed.discard)(row["position"])
 
     @property
     def count(self) -> int:

@@ -22,10 +22,10 @@ def dataset_sharing() -> str:
     lines += [
         "",
         f"Embedded checkpoint, {killed['images']} test images, batches of 1 and 16, 1 and 2 processes "
-        f"({machine['device']}, one core a process). Killed with SIGKILL after {killed['records_before']} records and "
-        f"taken up: {killed['computed_after']} more were computed, {killed['records_changed']} of the first changed, "
-        f"and no number is further than {killed['largest_difference_from_unbroken_bits_per_dim']:.1e} from an "
-        "unbroken run's.",
+        f"({machine['device']}, one core a process). Two processes, killed with SIGKILL after "
+        f"{killed['records_before']} records and taken up: {killed['computed_after']} more were computed, "
+        f"{killed['records_changed']} of the first changed, and no number is further than "
+        f"{killed['largest_difference_from_unbroken_bits_per_dim']:.1e} from an unbroken run's.",
     ]
     return "\n".join(lines)
 

@@ -4,16 +4,16 @@ python examples/benchmarks/dataset_likelihood.py [sharing] [killed] [report]   #
 
 Runs `diffusers-fisher likelihood` on test images under the embedded checkpoint: with batches of 1 and 16 and with 1
 and 2 processes ("sharing": the per-image numbers compared, and times); killed with SIGKILL and taken up again
-("killed"); and once over all 10,000 test images ("report", half an hour on two cores), whose summary it keeps, with a
-picture of the likeliest and least likely in docs/images. Needs Fashion-MNIST (see examples/fashion_mnist.py) and, for
-the times, two cores with nothing else on them. Writes dataset_likelihood.json.
+("killed"); and the README's own commands over all 10,000 test images ("report", half an hour on two cores), whose
+summary it keeps, with a picture of the likeliest and least likely in docs/images. Needs Fashion-MNIST (see
+examples/fashion_mnist.py) and, for the times, two cores with nothing else on them. Writes dataset_likelihood.json.
 """
 
 import argparse
 import json
 import os
+import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 from common import FOLDER, machine
 
 from diffusers_fisher import StableDiffusionFisherPipeline, embedded_checkpoint
@@ -31,7 +32,8 @@ import fashion_mnist
 
 IMAGES = 256
 PARTS = ("sharing", "killed", "report")
-PICTURE = FOLDER.parent.parent / "docs" / "images" / "dataset_likelihood.png"
+ROOT = FOLDER.parent.parent
+PICTURE = ROOT / "docs" / "images" / "dataset_likelihood.png"
 RUNS = {"1 process, batches of 1": (1, 1), "1 process, batches of 16": (1, 16), "2 processes, batches of 16": (2, 16)}
 ONE, TWO = "1 process, batches of 16", "2 processes, batches of 16"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # a core a process
@@ -72,10 +74,10 @@ def shared_out(folder: Path, estimator: str, count: int) -> dict[str, Any]:
 
 
 def killed_and_taken_up(folder: Path, estimator: str, count: int) -> dict[str, Any]:
-    """A run killed after a third of its records, and taken up by the same command."""
+    """Two processes killed after a third of their records, and the run taken up by the same command."""
     name = f"{estimator} killed"
     shutil.rmtree(folder / name, ignore_errors=True)
-    line = command(folder, name, 1, 4, "--estimator", estimator, "--limit", str(count))
+    line = command(folder, name, 2, 4, "--estimator", estimator, "--limit", str(count))
     files = folder / name / "records"
 
     def known() -> dict[int, dict[str, Any]]:
@@ -87,7 +89,8 @@ def killed_and_taken_up(folder: Path, estimator: str, count: int) -> dict[str, A
         if process.poll() is not None:
             raise RuntimeError("The run ended before it could be killed.")
         time.sleep(0.2)
-    process.send_signal(signal.SIGKILL)
+    for each in (*psutil.Process(process.pid).children(recursive=True), process):  # workers have their own groups
+        each.kill()
     process.wait()
     before = known()
     subprocess.run(line, check=True, env=ENVIRONMENT)
@@ -105,17 +108,24 @@ def killed_and_taken_up(folder: Path, estimator: str, count: int) -> dict[str, A
     }  # fmt: skip
 
 
-def report(folder: Path) -> dict[str, Any]:
-    """The summary of all test images, by the command of the documentation; a run that was killed goes on."""
-    subprocess.run(command(folder, "report", 2, 50), check=True, env=ENVIRONMENT)
-    lines = (folder / "report" / "likelihoods.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = sorted((json.loads(line) for line in lines), key=lambda row: row["bits_per_dim"])
+def report() -> dict[str, Any]:
+    """The summary of all test images, by the README's commands as they stand; a run that was killed goes on."""
+    lines = [line.strip() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
+    make, evaluate = (
+        shlex.split(next(line for line in lines if line.startswith(begin)))
+        for begin in ("python examples/fashion_mnist.py", "diffusers-fisher likelihood")
+    )
+    images, output = (ROOT / evaluate[evaluate.index(option) + 1] for option in ("--data", "--output"))
+    scripts = Path(sys.executable).parent
+    for words in (make, evaluate):
+        subprocess.run([scripts / words[0], *words[1:]], check=True, cwd=ROOT)
+    rows = [json.loads(line) for line in (output / "likelihoods.jsonl").read_text(encoding="utf-8").splitlines()]
     PICTURE.parent.mkdir(exist_ok=True)
-    save_figure(_drawn(folder, rows), PICTURE)
-    return json.loads((folder / "report" / "summary.json").read_text())
+    save_figure(_drawn(images, sorted(rows, key=lambda row: row["bits_per_dim"])), PICTURE)
+    return json.loads((output / "summary.json").read_text())
 
 
-def _drawn(folder: Path, rows: list[dict[str, Any]]) -> Any:
+def _drawn(images: Path, rows: list[dict[str, Any]]) -> Any:
     """The histogram, and a row of images from each end: a matplotlib figure."""
     import numpy
     from matplotlib.figure import Figure
@@ -129,7 +139,7 @@ def _drawn(folder: Path, rows: list[dict[str, Any]]) -> Any:
     for part, title, chosen in zip(strips, ("Most likely", "Least likely"), (rows[:12], rows[:-13:-1]), strict=True):
         part.suptitle(title, fontsize=10)
         for place, row in zip(part.subplots(1, len(chosen)), chosen, strict=True):
-            with Image.open(folder / "images" / row["name"]) as picture:
+            with Image.open(images / row["name"]) as picture:
                 place.imshow(numpy.asarray(picture), cmap="gray", vmin=0, vmax=255)
             place.set(xticks=[], yticks=[])
             place.set_xlabel(f"{row['bits_per_dim']:.2f}", fontsize=8)
@@ -153,7 +163,7 @@ def main() -> None:
     tasks: dict[str, Callable[[], dict[str, Any]]] = {
         "sharing": lambda: {name: shared_out(folder, name, count) for name in estimators},
         "killed": lambda: killed_and_taken_up(folder, estimators[0], count),
-        "report": lambda: report(folder),
+        "report": report,
     }
     found = json.loads(path.read_text()) if path.is_file() else {}
     for part in arguments.parts or PARTS:

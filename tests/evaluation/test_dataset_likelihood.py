@@ -2,15 +2,15 @@
 
 import dataclasses
 import json
-import os
 import re
-import signal
+import shutil
 import subprocess
 import sys
 import time
 
 import datasets
 import numpy
+import psutil
 import pytest
 import tiny
 import torch
@@ -33,6 +33,7 @@ from diffusers_fisher.training.trace_config import DenoiserSettings
 AGREEMENT = 1e-5  # bits/dim: float32 sums of other orders, through a network
 STEPS = 2
 CORRUPT = (3, 7)
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29723")
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +136,7 @@ def test_batch_sizes_do_not_change_the_numbers(place, done, tmp_path, batch_size
 
 
 def test_two_processes_give_the_numbers_of_one(place, done, tmp_path):
-    options = ("--nproc_per_node", "2", "--master_port", "29723")
-    run = [sys.executable, "-m", "torch.distributed.run", *options, *command(place, tmp_path / "run")]
+    run = [sys.executable, *TWO_PROCESSES, *command(place, tmp_path / "run")]
     subprocess.run(run, check=True, capture_output=True, timeout=600)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["last_run"]["processes"] == 2 and summary["last_run"]["images"] == 12
@@ -144,13 +144,14 @@ def test_two_processes_give_the_numbers_of_one(place, done, tmp_path):
     assert [row["name"] for row in lines(tmp_path / "run")] == [row["name"] for row in lines(done[0])]
 
 
-def test_a_killed_run_is_taken_up_without_losing_or_repeating_a_record(place, tmp_path):
-    """Killed with SIGKILL after its first file; the rest is computed with another batch size."""
+@pytest.mark.parametrize("launcher", [(), TWO_PROCESSES], ids=["one process", "two processes"])
+def test_a_killed_run_is_taken_up_without_losing_or_repeating_a_record(tmp_path, launcher):
+    """Killed with SIGKILL after its first file; the rest is computed by one process with another batch size."""
     image_folder(tmp_path / "images", count=60)
     saved_pipeline(tmp_path / "pipeline")
     run = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, *command(tmp_path, run, "--batch-size", "1")],
+        [sys.executable, *launcher, *command(tmp_path, run, "--batch-size", "1")],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
@@ -158,7 +159,8 @@ def test_a_killed_run_is_taken_up_without_losing_or_repeating_a_record(place, tm
             assert process.poll() is None, "the run ended before it could be killed"
             time.sleep(0.01)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
+        for each in (*psutil.Process(process.pid).children(recursive=True), process):  # workers have their own groups
+            each.kill()
         process.wait()
     assert not (run / "likelihoods.jsonl").exists()
     before = {path.name: path.read_bytes() for path in (run / "records").glob("0*.json")}
@@ -277,6 +279,29 @@ def test_images_without_a_caption_are_counted(place, tmp_path):
         assert lines(tmp_path / "run")[number]["bits_per_dim"] == pytest.approx(
             lines(tmp_path / "empty")[number]["bits_per_dim"], abs=AGREEMENT
         )
+
+
+def test_images_that_failed_are_tried_again_when_asked(place, tmp_path):
+    """A repaired image gets its likelihood, one still cut short keeps its error, and no other is computed again."""
+    shutil.copytree(place / "images", tmp_path / "images")
+    settings, folder = settings_of(place, {"path": str(tmp_path / "images")}), tmp_path / "run"
+    evaluate_dataset(folder, settings, batch_size=4)
+    before = lines(folder)
+    whole, first, second = (tmp_path / "images" / before[position]["name"] for position in (CORRUPT[0] + 1, *CORRUPT))
+    shutil.copy(whole, second)  # the later of the two, so that its record's file begins with the other's position
+    with pytest.raises(InputError, match="`images` was"):
+        evaluate_dataset(folder, settings, batch_size=4)
+    for _ in range(2):  # the second time there is still one that fails
+        summary = evaluate_dataset(folder, settings, batch_size=4, retry_failed=True)
+        after = lines(folder)
+        assert summary["evaluated"] == len(before) - 1
+        assert [row["name"] for row in summary["left_out_images"]] == [first.name]
+        assert "error" not in after[CORRUPT[1]] and "error" in after[CORRUPT[0]]
+        assert [row for row in after if row["position"] != CORRUPT[1]] == [
+            row for row in before if row["position"] != CORRUPT[1]
+        ]
+    assert summary["last_run"]["images"] == 1
+    evaluate_dataset(folder, settings, batch_size=4)  # the images are known again as they are now
 
 
 def test_an_empty_stream_is_refused(place, tmp_path):
