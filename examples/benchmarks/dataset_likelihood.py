@@ -5,7 +5,7 @@ python examples/benchmarks/dataset_likelihood.py [sharing] [killed] [report]   #
 Runs `diffusers-fisher likelihood` on test images under the embedded checkpoint: with batches of 1 and 16 and with 1
 and 2 processes ("sharing": the per-image numbers compared, and times); killed with SIGKILL and taken up again
 ("killed"); and the README's own commands over all 10,000 test images ("report", half an hour on two cores), whose
-summary it keeps, with a picture of the likeliest and least likely in docs/images. Needs Fashion-MNIST (see
+summary it keeps, with the report and a picture of the likeliest and least likely in docs. Needs Fashion-MNIST (see
 examples/fashion_mnist.py) and, for the times, two cores with nothing else on them. Writes dataset_likelihood.json.
 """
 
@@ -34,6 +34,7 @@ IMAGES = 256
 PARTS = ("sharing", "killed", "report")
 ROOT = FOLDER.parent.parent
 PICTURE = ROOT / "docs" / "images" / "dataset_likelihood.png"
+PAGE = ROOT / "docs" / "dataset_likelihood_report.html"
 RUNS = {"1 process, batches of 1": (1, 1), "1 process, batches of 16": (1, 16), "2 processes, batches of 16": (2, 16)}
 ONE, TWO = "1 process, batches of 16", "2 processes, batches of 16"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # a core a process
@@ -121,6 +122,7 @@ def report() -> dict[str, Any]:
         subprocess.run([scripts / words[0], *words[1:]], check=True, cwd=ROOT)
     rows = [json.loads(line) for line in (output / "likelihoods.jsonl").read_text(encoding="utf-8").splitlines()]
     PICTURE.parent.mkdir(exist_ok=True)
+    shutil.copy(output / "index.html", PAGE)
     save_figure(_drawn(images, sorted(rows, key=lambda row: row["bits_per_dim"])), PICTURE)
     return json.loads((output / "summary.json").read_text())
 
