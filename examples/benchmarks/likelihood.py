@@ -48,7 +48,7 @@ SHAPE = (4, 8, 8)
 BIT = math.prod(SHAPE) * math.log(2)  # nats of one bit/dim
 DRAWS = 32
 CALLS = (11, 20, 41, 100)
-NUM_IMAGES = 8
+NUM_IMAGES = 4
 SCHEDULERS: dict[str, Callable[[], Any]] = {
     "Stable Diffusion": lambda: diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False
