@@ -2,10 +2,13 @@
 
 python examples/benchmarks/prompt_matching.py [--methods "weighted squared error" "diffusion classifier"]
 
-On the embedded checkpoint with its network in bfloat16:
+The two methods of examples/likelihood/which_prompt.py:
 
 - "likelihood": `compare_likelihood(method="ode")`, the probability-flow ODE;
 - "weighted squared error": `compare_likelihood(method="squared error")`, squared errors weighted to a log-likelihood;
+
+beside
+
 - "diffusion classifier": the plain mean of squared errors at evenly spaced timesteps with the same noise for all
   prompts (Li et al., 2303.16203).
 
@@ -17,47 +20,21 @@ computed is kept in --output and taken up again. prompt_matching.json is written
 import argparse
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import FOLDER, save
-from tqdm.auto import tqdm
-from transformers import AutoModelForImageClassification
 
-from diffusers_fisher import (
-    CoarseGridWarning,
-    PipelineDenoiser,
-    StableDiffusionFisherPipeline,
-    embedded_checkpoint,
-    embedded_prompt,
-)
-from diffusers_fisher.evaluation.digests import pipeline_digests
-from diffusers_fisher.evaluation.records import Records
-from diffusers_fisher.guidance import ImageInput
-from diffusers_fisher.training.state import step_generator
+from diffusers_fisher import CoarseGridWarning, PipelineDenoiser
 
-sys.path.insert(0, str(FOLDER.parent))
-import fashion_mnist
+sys.path.insert(0, str(FOLDER.parent / "likelihood"))
+import which_prompt
+from which_prompt import PROMPTS, Score
 
 IMAGES, CALLS = 2000, 10  # by every method; calls of the denoiser, a prompt
 ALL_IMAGES, ALL_CALLS = 10000, 6  # by METHOD_FOR_ALL
 METHOD_FOR_ALL = "weighted squared error"
-BATCH = 250
-PROMPTS = [embedded_prompt(label) for label in range(10)]
-
-
-def likelihood(pipe: Any, latents: torch.Tensor, calls: int, generator: torch.Generator) -> torch.Tensor:
-    """Scores (10, B), higher for the prompt that fits."""
-    options = {"num_inference_steps": calls - 1, "generator": generator}
-    return _counted(pipe.compare_likelihood(None, PROMPTS, latents=latents, method="ode", **options), calls)
-
-
-def weighted_squared_error(pipe: Any, latents: torch.Tensor, calls: int, generator: torch.Generator) -> torch.Tensor:
-    """Scores (10, B), higher for the prompt that fits."""
-    options = {"num_levels": calls, "generator": generator}
-    return _counted(pipe.compare_likelihood(None, PROMPTS, latents=latents, method="squared error", **options), calls)
 
 
 @torch.no_grad()
@@ -78,62 +55,7 @@ def diffusion_classifier(pipe: Any, latents: torch.Tensor, calls: int, generator
     return torch.stack(scores)
 
 
-METHODS: dict[str, Callable[[Any, torch.Tensor, int, torch.Generator], torch.Tensor]] = {
-    "likelihood": likelihood,
-    "weighted squared error": weighted_squared_error,
-    "diffusion classifier": diffusion_classifier,
-}
-
-
-def _counted(table: Any, calls: int) -> torch.Tensor:
-    if table.num_denoiser_calls != calls * len(PROMPTS):
-        raise RuntimeError(f"{table.num_denoiser_calls} denoiser calls for {len(PROMPTS)} prompts, not {calls} each.")
-    return table.log_prob
-
-
-def chosen(pipe: Any, name: str, count: int, calls: int, folder: Path) -> list[int]:
-    """The prompt that a method chooses for every image."""
-    images, _ = fashion_mnist.load("test")
-    records = Records(folder / name.replace(" ", "_") / str(calls), {"batch": BATCH, **pipeline_digests(pipe)})
-    labels: list[int] = []
-    for start in tqdm(range(0, count, BATCH), f"{name}, {calls} calls"):
-        key = f"{start:06d}"
-        if key not in records.done():
-            with torch.no_grad():
-                latents = pipe._encoded(fashion_mnist.to_rgb(images[start : start + BATCH]).to(pipe.vae.dtype)).float()
-            generator = step_generator(0, name, calls, start)
-            records.write(key, {"chosen": METHODS[name](pipe, latents, calls, generator).argmax(0).tolist()})
-        labels += records.read(key)["chosen"]
-    return labels[:count]
-
-
-def accuracy(labels: list[int]) -> dict[str, Any]:
-    """Share of the images whose own prompt was chosen."""
-    right = float((torch.tensor(labels) == fashion_mnist.load("test")[1][: len(labels)]).double().mean())
-    return {
-        "images": len(labels), "accuracy": right, "standard_error": (right * (1 - right) / len(labels)) ** 0.5,
-        "image_classifier": classified(len(labels)),
-    }  # fmt: skip
-
-
-@torch.no_grad()
-def classified(count: int) -> float:
-    """Accuracy of the image classifier that comes with the checkpoint."""
-    path = Path(embedded_checkpoint()) / "classifier"
-    model, image_input = AutoModelForImageClassification.from_pretrained(path).eval(), ImageInput.from_pretrained(path)
-    images, labels = fashion_mnist.load("test")
-    pixels = fashion_mnist.to_rgb(images[:count]) / 2 + 0.5
-    found = torch.cat([model(pixel_values=image_input(piece)).logits.argmax(1) for piece in pixels.split(500)])
-    return float((found == labels[:count]).double().mean())
-
-
-def pipeline(name: str) -> Any:
-    """The embedded checkpoint for a method; only the ODE asks for a trace."""
-    pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
-    if name != "likelihood":
-        pipe.trace_model = None  # another one does not make the records stale
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(torch.bfloat16)
+METHODS: dict[str, Score] = {**which_prompt.METHODS, "diffusion classifier": diffusion_classifier}
 
 
 def main() -> None:
@@ -144,12 +66,15 @@ def main() -> None:
     warnings.simplefilter("ignore", CoarseGridWarning)  # few calls are the point
     found: dict[str, Any] = {"prompts": len(PROMPTS), "dtype": "bfloat16", "methods": {}}
     for name in arguments.methods:
-        pipe = pipeline(name)
+        pipe = which_prompt.pipeline(name)
         if pipe.trace_model is not None:
             found["trace"] = f"trace model, target {pipe.trace_model.target}"
         sizes = [(IMAGES, CALLS)] + ([(ALL_IMAGES, ALL_CALLS)] if name == METHOD_FOR_ALL else [])
         found["methods"][name] = {
-            str(calls): accuracy(chosen(pipe, name, count, calls, arguments.output)) for count, calls in sizes
+            str(calls): which_prompt.accuracy(
+                which_prompt.chosen(pipe, name, METHODS[name], count, calls, arguments.output)
+            )
+            for count, calls in sizes
         }
         print(name, found["methods"][name], flush=True)
     if list(found["methods"]) == list(METHODS):

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import fashion_mnist
-import prompt_matching
 import pytest
 import torch
 
@@ -19,13 +18,18 @@ from diffusers_fisher import (
 sys.path.insert(0, str(Path(fashion_mnist.__file__).parent / "likelihood"))
 import out_of_distribution
 import sample_ranking
+import which_prompt
+
+
+def matched(pipe, count, folder):
+    return which_prompt.chosen(pipe, "likelihood", which_prompt.likelihood, count, 4, folder)
 
 
 @pytest.mark.filterwarnings(f"ignore::{CoarseGridWarning.__module__}.CoarseGridWarning")
 @pytest.mark.parametrize(
     "study",
-    [out_of_distribution.evaluated, sample_ranking.evaluated, prompt_matching.measure],
-    ids=["out_of_distribution", "sample_ranking", "prompt_matching"],
+    [out_of_distribution.evaluated, sample_ranking.evaluated, matched],
+    ids=["out_of_distribution", "sample_ranking", "which_prompt"],
 )
 def test_records_of_another_trace_model_are_refused(monkeypatch, tmp_path, study):
     images, labels = embedded_test_images()
@@ -34,7 +38,6 @@ def test_records_of_another_trace_model_are_refused(monkeypatch, tmp_path, study
     for module in (out_of_distribution, sample_ranking):
         monkeypatch.setattr(module, "STEPS", 2)
     monkeypatch.setitem(sample_ranking.SAMPLING, "num_inference_steps", 2)
-    monkeypatch.setattr(prompt_matching, "CALLS", (4,))
     pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
     pipe.set_progress_bar_config(disable=True)
     first = study(pipe, 1, tmp_path)

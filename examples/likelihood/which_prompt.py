@@ -1,0 +1,121 @@
+"""Which of ten prompts fits an image? By log-likelihoods of the embedded checkpoint, on test images.
+
+    python examples/likelihood/which_prompt.py --images 1000
+
+An image's prompts are compared with the same noise for all, or on the same path's grid with `--method likelihood`. The
+network is in bfloat16, which is faster and changes few choices. Needs Fashion-MNIST (see examples/fashion_mnist.py).
+What was computed is kept in --output and taken up again.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageClassification
+
+from diffusers_fisher import CoarseGridWarning, StableDiffusionFisherPipeline, embedded_checkpoint, embedded_prompt
+from diffusers_fisher.evaluation.digests import pipeline_digests
+from diffusers_fisher.evaluation.records import Records
+from diffusers_fisher.guidance import ImageInput
+from diffusers_fisher.training.state import step_generator
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import fashion_mnist
+
+BATCH = 250
+PROMPTS = [embedded_prompt(label) for label in range(10)]
+
+Score = Callable[[Any, torch.Tensor, int, torch.Generator], torch.Tensor]
+"""`score(pipe, latents, calls, generator)` -> (10, B), higher for the prompt that fits; `calls` of it each."""
+
+
+def likelihood(pipe: Any, latents: torch.Tensor, calls: int, generator: torch.Generator) -> torch.Tensor:
+    """Scores (10, B), higher for the prompt that fits."""
+    options = {"num_inference_steps": calls - 1, "generator": generator}
+    return _counted(pipe.compare_likelihood(None, PROMPTS, latents=latents, method="ode", **options), calls)
+
+
+def weighted_squared_error(pipe: Any, latents: torch.Tensor, calls: int, generator: torch.Generator) -> torch.Tensor:
+    """Scores (10, B), higher for the prompt that fits."""
+    options = {"num_levels": calls, "generator": generator}
+    return _counted(pipe.compare_likelihood(None, PROMPTS, latents=latents, method="squared error", **options), calls)
+
+
+def _counted(table: Any, calls: int) -> torch.Tensor:
+    if table.num_denoiser_calls != calls * len(PROMPTS):
+        raise RuntimeError(f"{table.num_denoiser_calls} denoiser calls for {len(PROMPTS)} prompts, not {calls} each.")
+    return table.log_prob
+
+
+METHODS: dict[str, Score] = {"weighted squared error": weighted_squared_error, "likelihood": likelihood}
+
+
+def chosen(pipe: Any, name: str, score: Score, count: int, calls: int, folder: Path) -> list[int]:
+    """The prompt that a method, `score` by its `name`, chooses for every image."""
+    images, _ = fashion_mnist.load("test")
+    records = Records(folder / name.replace(" ", "_") / str(calls), {"batch": BATCH, **pipeline_digests(pipe)})
+    labels: list[int] = []
+    for start in tqdm(range(0, count, BATCH), f"{name}, {calls} calls"):
+        key = f"{start:06d}"
+        if key not in records.done():
+            with torch.no_grad():
+                latents = pipe._encoded(fashion_mnist.to_rgb(images[start : start + BATCH]).to(pipe.vae.dtype)).float()
+            generator = step_generator(0, name, calls, start)
+            records.write(key, {"chosen": score(pipe, latents, calls, generator).argmax(0).tolist()})
+        labels += records.read(key)["chosen"]
+    return labels[:count]
+
+
+def accuracy(labels: list[int]) -> dict[str, Any]:
+    """Share of the images whose own prompt was chosen."""
+    right = float((torch.tensor(labels) == fashion_mnist.load("test")[1][: len(labels)]).double().mean())
+    return {
+        "images": len(labels), "accuracy": right, "standard_error": (right * (1 - right) / len(labels)) ** 0.5,
+        "image_classifier": classified(len(labels)),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def classified(count: int) -> float:
+    """Accuracy of the image classifier that comes with the checkpoint."""
+    path = Path(embedded_checkpoint()) / "classifier"
+    model, image_input = AutoModelForImageClassification.from_pretrained(path).eval(), ImageInput.from_pretrained(path)
+    images, labels = fashion_mnist.load("test")
+    pixels = fashion_mnist.to_rgb(images[:count]) / 2 + 0.5
+    found = torch.cat([model(pixel_values=image_input(piece)).logits.argmax(1) for piece in pixels.split(500)])
+    return float((found == labels[:count]).double().mean())
+
+
+def pipeline(name: str) -> Any:
+    """The embedded checkpoint for a method; only the ODE asks for a trace."""
+    pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
+    if name != "likelihood":
+        pipe.trace_model = None  # another one does not make the records stale
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(torch.bfloat16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=list(METHODS), default=next(iter(METHODS)))
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--calls", type=int, default=6, help="of the denoiser, a prompt")
+    parser.add_argument("--output", type=Path, default=Path("outputs/which_prompt"))
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore", CoarseGridWarning)  # few calls are the point
+    name = arguments.method
+    found = chosen(pipeline(name), name, METHODS[name], arguments.images, arguments.calls, arguments.output)
+    row = accuracy(found)
+    print(
+        f"{row['accuracy']:.1%} ± {row['standard_error']:.1%} of {row['images']} images have their own prompt chosen; "
+        f"an image classifier gets {row['image_classifier']:.1%}"
+    )
+
+
+if __name__ == "__main__":
+    main()
