@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import io
 import json
+import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ import torch
 from .errors import CheckpointError, InputError
 from .files import read_json
 from .pipelines.inputs import eight_bit
+
+logger = logging.getLogger(__name__)
 
 LATENT_INDEX = "index.json"
 
@@ -68,9 +72,14 @@ class Example:
 
 
 class Images(torch.utils.data.Dataset):
-    """Images by position. See `open_images`."""
+    """Images by position. See `open_images`.
+
+    Attributes:
+        files_left_out: names of files in the data's folder that are in no row; of streams not known.
+    """
 
     def __init__(self, rows: Any, data: ImageData, channels: int, text_captions: bool):
+        self.files_left_out: list[str] = []
         self.rows, self.data, self.channels = rows, data, channels
         self.names = _class_names(rows, data) if text_captions else None
 
@@ -144,13 +153,21 @@ def open_images(data: ImageData, channels: int = 3, text_captions: bool = True) 
     if kind is not None and not isinstance(kind, datasets.Image):
         raise InputError(f"Column '{data.image_column}' of '{data.path}' holds no images: {kind}.")
     rows = rows.cast_column(data.image_column, datasets.Image(decode=False))
+    left_out = [] if data.streaming or not _is_flat(Path(data.path), data) else _files_left_out(rows, data)
+    if left_out:
+        logger.warning(
+            "%d files of '%s' are not among its images, such as '%s': its metadata do not list them, or `datasets` "
+            "does not know their ending.", len(left_out), data.path, left_out[0],
+        )  # fmt: skip
     if data.limit is not None:
         rows = rows.take(data.limit)
     if data.streaming:
         return ImageStream(rows, data, channels, text_captions)
     if not len(rows):
         raise no_images(data)
-    return Images(rows, data, channels, text_captions)
+    images = Images(rows, data, channels, text_captions)
+    images.files_left_out = left_out
+    return images
 
 
 def no_images(data: ImageData) -> InputError:
@@ -177,8 +194,8 @@ def _load(datasets: Any, data: ImageData) -> Any:
                 loaded = datasets.load_from_disk(str(folder))
                 rows = loaded[data.split] if isinstance(loaded, dict) else loaded
                 return rows.to_iterable_dataset() if data.streaming else rows
-            if data.name is None and any(folder.glob("metadata.*")):
-                # By itself ImageFolder leaves out the metadata where file names have a split's name in them.
+            if _is_flat(folder, data):
+                # By itself ImageFolder takes "train" or "test" in a file's name for its split, without the others.
                 return datasets.load_dataset(
                     "imagefolder", data_files={data.split: f"{folder}/**"}, split=data.split, streaming=data.streaming
                 )
@@ -190,6 +207,31 @@ def _load(datasets: Any, data: ImageData) -> Any:
             f"The data '{data.path}' (name {data.name}, split '{data.split}') can't be opened: {error}. Give a folder "
             "of images, a folder written by `save_to_disk`, or the name of a dataset."
         ) from error
+
+
+def _is_flat(folder: Path, data: ImageData) -> bool:
+    """Whether it is a folder with images or their metadata on top, all of one split, not one folder a split."""
+    from PIL import Image
+
+    if data.name is not None or not folder.is_dir():
+        return False
+    known, files = Image.registered_extensions(), (path for path in folder.iterdir() if path.is_file())
+    return any(path.name.startswith("metadata.") or path.suffix.lower() in known for path in files)
+
+
+def _files_left_out(rows: Any, data: ImageData) -> list[str]:
+    """Files of a folder of images that are in no row: `metadata` does not list them, or `datasets` does not know their
+    ending. Hidden files and the metadata are none of them."""
+    folder = Path(data.path).resolve()
+    files = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        shown = [name for name in names if not name.startswith((".", "__", "metadata."))]
+        files += [Path(place, name).relative_to(folder).as_posix() for name in shown]
+    if len(files) == len(rows):
+        return []
+    paths = [Path(row[data.image_column]["path"]) for row in rows.select_columns(data.image_column)]
+    return sorted(set(files) - {path.relative_to(folder).as_posix() for path in paths})
 
 
 @contextlib.contextmanager
@@ -218,7 +260,7 @@ def _decode(entry: dict[str, Any] | None, name: str, data: ImageData, channels: 
         entry = entry or {}
         with Image.open(io.BytesIO(entry["bytes"]) if entry.get("bytes") else entry["path"]) as opened:
             image = eight_bit(ImageOps.exif_transpose(opened), channels)
-    except (OSError, SyntaxError, ValueError, KeyError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, KeyError, RuntimeError, Image.DecompressionBombError) as error:
         raise UnreadableImageError(f"Image '{name}' of '{data.path}' can't be read: {error}") from error
     if data.resolution is not None and image.size != (data.resolution, data.resolution):
         image = ImageOps.fit(image, (data.resolution, data.resolution), Image.Resampling.LANCZOS)

@@ -37,6 +37,33 @@ def test_a_folder_without_captions_and_a_limit(tmp_path):
     assert len(images) == 5 and images[0].caption is None
 
 
+@pytest.mark.parametrize("metadata", [False, True])
+def test_all_files_of_a_folder_are_read_or_named(tmp_path, metadata, caplog):
+    """Names that hold a split's name, and others; an image that the metadata do not list; an ending not known."""
+    folder = image_folder(tmp_path / "images", count=3)
+    (folder / "train-2.png").rename(folder / "dog.png")
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").unlink()
+    if metadata:
+        (folder / "metadata.jsonl").write_text("\n".join(lines[:2]) + "\n")
+    (folder / "notes.txt").write_text("about them")
+    (folder / ".hidden.png").write_bytes(b"")
+    images = open_images(ImageData(str(folder)))
+    names = ["train-0.png", "train-1.png"] if metadata else ["dog.png", "train-0.png", "train-1.png"]
+    left_out = ["dog.png", "notes.txt"] if metadata else ["notes.txt"]
+    assert [images.name(index) for index in range(len(images))] == names
+    assert images.files_left_out == left_out
+    assert f"{len(left_out)} files of '{folder}' are not among its images, such as '{left_out[0]}'" in caplog.text
+
+
+def test_a_folder_a_split(tmp_path):
+    image_folder(tmp_path / "images" / "train", count=2)
+    image_folder(tmp_path / "images" / "test", count=3)
+    found = [open_images(ImageData(str(tmp_path / "images"), split=split)) for split in ("train", "test")]
+    assert [len(images) for images in found] == [2, 3]
+    assert all(images.files_left_out == [] for images in found)
+
+
 def test_a_stream_gives_the_same_from_any_position(tmp_path):
     folder = image_folder(tmp_path / "images")
     data = ImageData(str(folder), caption_column="text", limit=10)

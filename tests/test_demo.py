@@ -77,7 +77,7 @@ def test_likelihood_table_shows_the_report(run):
             assert row["trace"] == "AutodiffFisher, 2 probes"
         else:
             assert row["probe_standard_error"] == 0
-            assert row["trace"] == "TraceMatchingFisher (target jacobian), exact"
+            assert row["trace"] == "TraceMatchingFisher (target jacobian), no probes"
     real, probes = (report["likelihood"][name]["mean"] for name in ("real", "real, 2 probes"))
     assert abs(real - probes) < 0.2  # of six images by two probes each: 0.05 of standard error, and the model's own
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import itertools
 import math
 import time
@@ -22,6 +21,7 @@ from ..likelihood import DEFAULT_SCHEME, LikelihoodOutput
 from ..likelihood.schemes import scheme_of
 from ..pipelines import FisherPipelineMixin
 from ..training.checkpoints import flat_settings
+from ..training.processes import process_state
 from ..training.state import step_generator
 from ..training.trace_config import DTYPES, DenoiserSettings, load_pipeline
 from .dataset_likelihood_report import Collected, write_results
@@ -88,8 +88,9 @@ def evaluate_dataset(
     says so.
 
     Args:
-        output: folder of `likelihoods.jsonl` (a line an image, in the order of the data), `summary.json`,
-            `histogram.png`, `index.html`, and of `records/` and `settings.json`, by which a run is taken up.
+        output: folder, seen by all processes, of `likelihoods.jsonl` (a line an image, in the order of the data),
+            `summary.json`, `histogram.png`, `index.html`, and of `records/` and `settings.json`, by which a run is
+            taken up.
         batch_size: images evaluated at once.
         retry_failed: try those images again whose record is an error, because their files have been repaired. Images
             are then known again by their number alone.
@@ -144,18 +145,6 @@ def _records(output: Path, told: dict[str, Any], retry_failed: bool) -> Records:
     records = Records(output, {**told, "images": before})
     write_json(file, told)
     return records
-
-
-def process_state() -> Any:
-    """accelerate's state of this process, on CPUs too, where a plain `PartialState()` takes each for the only one.
-
-    Processes wait for each other only where their shares are done, for as long as those may differ.
-    """
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=cpu, timeout=datetime.timedelta(days=7))
 
 
 def chosen_estimator(pipe: Any, name: str) -> str:
@@ -267,7 +256,7 @@ class Share:
     def _likelihoods(self, group: Sequence[tuple[int, Example]]) -> list[dict[str, Any]]:
         settings = self.settings
         captions = [settings.prompt if settings.prompt is not None else example.caption for _, example in group]
-        conditions = None if all(caption is None for caption in captions) else [_said(text) for text in captions]
+        conditions = None if all(caption is None for caption in captions) else [self._said(text) for text in captions]
         generators = [step_generator(settings.seed, "likelihood", position) for position, _ in group]
         options: dict[str, Any] = {"scheme": settings.scheme, "bins": settings.bins, "generator": generators}
         if settings.estimator != "trace-model":
@@ -275,6 +264,7 @@ class Share:
             if settings.estimator == "finite-difference":
                 estimator = FiniteDifferenceFisher()
             options |= {"estimator": estimator, "num_probes": settings.num_probes or None}
+        failed: Exception | None = None
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", CoarseGridWarning)  # the summary says it once, for all
@@ -282,22 +272,39 @@ class Share:
                     self.pipe, torch.stack([example.pixels for _, example in group]), conditions,
                     num_inference_steps=settings.num_inference_steps, **options,
                 )  # fmt: skip
-        except (InputError, NumericalError) as error:
-            if len(group) > 1:  # which of them it was
-                return [record for entry in group for record in self._likelihoods([entry])]
-            position, example = group[0]
-            text = f"Image '{example.name}': {error}"
-            if self.method is None and isinstance(error, InputError):
-                self.refused.append(text)
-                if len(self.refused) == ATTEMPTS and not self.records.done():  # of the settings, most likely
-                    raise InputError(f"Not one of {ATTEMPTS} images could be evaluated. The last: {text}") from error
-            return [_failure(position, example.name, text)]
+        except (
+            ValueError,
+            NumericalError,
+            torch.OutOfMemoryError,
+        ) as error:  # diffusers' own refusals are ValueErrors
+            failed = error.with_traceback(None)  # which would keep the tensors
+        if failed is not None:
+            return self._without(group, failed)
         if self.method is None:
             self.method = {name: getattr(out, name) for name in ("space", "density", "prior", "trace", "scheme")}
         return [
             _record(position, example.name, caption, out, index)
             for index, ((position, example), caption) in enumerate(zip(group, captions, strict=True))
         ]
+
+    def _said(self, caption: Any) -> Any:
+        """The condition: an image without a caption among others with theirs gets the empty prompt; a number that was
+        given as the prompt of a pipeline without texts is a class label."""
+        if isinstance(caption, str) and not hasattr(self.pipe, "tokenizer") and caption.isdecimal():
+            return int(caption)
+        return "" if caption is None else caption
+
+    def _without(self, group: Sequence[tuple[int, Example]], error: Exception) -> list[dict[str, Any]]:
+        """Records of images that could not be evaluated together: each by itself, or what was said of the one."""
+        if len(group) > 1:
+            return [record for entry in group for record in self._likelihoods([entry])]
+        ((position, example),) = group
+        text = f"Image '{example.name}': {error}"
+        if self.method is None and not isinstance(error, NumericalError):
+            self.refused.append(text)
+            if len(self.refused) == ATTEMPTS and not self.records.done():  # of the settings, most likely
+                raise InputError(f"Not one of {ATTEMPTS} images could be evaluated. The last: {text}") from error
+        return [_failure(position, example.name, text)]
 
     def _write(self, failed_only: bool = False) -> None:
         """Writes the records since the last file. Failures alone wait: settings under which nothing can be evaluated
@@ -326,8 +333,3 @@ def _record(position: int, name: str, caption: Any, out: LikelihoodOutput, index
 
 def _failure(position: int, name: str, error: object) -> dict[str, Any]:
     return {"position": position, "name": name, "error": str(error)}
-
-
-def _said(caption: Any) -> Any:
-    """The condition: an image without a caption among others with theirs gets the empty prompt."""
-    return "" if caption is None else caption

@@ -71,7 +71,8 @@ class Collected:
         if missing or len(self._places) > total:
             raise CheckpointError(
                 f"'{self.records.folder}' has {len(self._places)} records of {total} images, none of those at "
-                f"positions {missing[:5]}; run the same command again."
+                f"positions {missing[:5]}; run the same command again. Processes on several machines need one folder "
+                "that all of them see."
             )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -106,6 +107,7 @@ def write_results(records: Records, images: Images, total: int, run: Mapping[str
     summary = _summary(collected, columns, failed, run)
     summary["without_caption"] = captions.count(None) if records.settings["data.caption_column"] else 0
     summary["by_caption"] = _by_caption(captions, bits)
+    summary["files_not_read"] = {"count": len(images.files_left_out), "names": images.files_left_out[:NAMED]}
     write_json(folder / "summary.json", summary)
     figure = histogram(bits, summary)
     save_figure(figure, folder / "histogram.png")
@@ -164,6 +166,7 @@ def _summary(
             "probes_mean": float(probes.mean()) if numpy.isfinite(probes).all() else None,
         },
         "images_on_a_coarse_grid": int((steps > COARSE).sum()),
+        "several_sizes": len(set(columns["dims"].tolist())) > 1,
         "method": collected.method, "evaluations_an_image": settings["num_inference_steps"] + 1,
         "process_seconds": collected.seconds,
         "images_per_process_second": collected.count / max(collected.seconds, 1e-9),
@@ -221,8 +224,8 @@ def _page(
         f"the {method['space']}, {method['density']}; prior {method['prior']}; trace {method['trace']}; scheme "
         f"{method['scheme']}, {summary['evaluations_an_image']} evaluations of the denoiser an image."
     )
-    if summary["without_caption"]:
-        page.paragraph(f"{summary['without_caption']} images have no caption and were given the empty prompt.")
+    for sentence in _warnings(summary):
+        page.paragraph(sentence)
     rows = [("mean", bits["mean"]), ("standard deviation", bits["standard_deviation"])]
     rows += [("standard error of the mean", bits["standard_error"]), ("least", bits["least"])]
     rows += [(f"quantile {name}", value) for name, value in bits["quantiles"].items()]
@@ -285,12 +288,25 @@ def _told(summary: Mapping[str, Any], folder: Path) -> str:
     if summary["left_out"]:
         first = summary["left_out_images"][0]["error"]
         lines.append(f"{summary['left_out']} images left out, named in summary.json; the first: {first}")
-    if summary["without_caption"]:
-        lines.append(f"{summary['without_caption']} images have no caption and were given the empty prompt.")
-    if summary["images_on_a_coarse_grid"]:
+    return "\n".join([*lines, *_warnings(summary), f"The report is {(folder / 'index.html').resolve()}"])
+
+
+def _warnings(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader of the numbers must know."""
+    sentences, coarse, unread = [], summary["images_on_a_coarse_grid"], summary["files_not_read"]
+    if coarse:
         worst = summary["errors_in_bits_per_dim"]["discretisation_greatest"]
-        lines.append(
-            f"The grid is coarse for {summary['images_on_a_coarse_grid']} images: their error by the steps is "
-            f"estimated at up to {worst:.3f} bits/dim. Take more steps."
+        sentences.append(
+            f"The grid is coarse for {coarse} images: their error by the steps is estimated at up to {worst:.3f} "
+            "bits/dim. Take more steps."
         )
-    return "\n".join([*lines, f"The report is {(folder / 'index.html').resolve()}"])
+    if summary["several_sizes"]:
+        sentences.append("The images are of several sizes, whose likelihoods can't be compared; set a resolution.")
+    if unread["count"]:
+        sentences.append(
+            f"{unread['count']} files of the folder are not among the images, because its metadata do not list them "
+            f"or their ending is not known; the first: {', '.join(unread['names'][:5])}."
+        )
+    if summary["without_caption"]:
+        sentences.append(f"{summary['without_caption']} images have no caption and were given the empty prompt.")
+    return sentences

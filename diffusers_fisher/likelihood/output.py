@@ -36,7 +36,8 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
             the coordinates of `space`, at the given point (or, where `density` is "noised", at a noised one).
         prior_log_prob: (B,) nats, the part of the noise end.
         trace_log_prob: (B,) nats, the part of the integrated trace; the two add up to `log_prob`.
-        standard_error: (B,) nats, from the trace's probes; zero for exact traces, infinite for one probe.
+        standard_error: (B,) nats, from the trace's probes; zero without probes, where a trace model's own
+            error is in none of these; infinite for one probe.
         discretisation_error: (B,) nats, size of the error by the finite number of steps: an estimate from the same
             evaluations, or where `halved` is true the difference from half as many steps.
         r: (levels, B) mean posterior variance of the noise, tr Cov[eps|x]/d.
@@ -47,11 +48,11 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         space: "latent" or "pixel".
         prior: "standard" (mean 0, variance 1 for the data at the noise end) or "moment-matched".
         density: "smoothed" or "noised".
-        trace: how the trace was obtained.
+        trace: how the trace was obtained: the estimator, and its number of probes.
         halved: whether `discretisation_error` was measured with half as many steps.
         scheme: the integration scheme, of `diffusers_fisher.likelihood.SCHEMES`.
         offset_bits: what `bits_per_dim` adds for data in bins: log2 of the bins in a unit of the model's coordinates.
-        trace_by_probe: (k, B) nats, `trace_log_prob` by each probe alone, for paired comparisons; k = 0 where exact.
+        trace_by_probe: (k, B) nats, `trace_log_prob` by each probe alone, for paired comparisons; k = 0 without.
     """
 
     log_prob: torch.Tensor
@@ -80,11 +81,12 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         )
         offset = f", {self.offset_bits:.4f} of them for the bins" if self.offset_bits else ""
         how = "against half as many" if self.halved else "estimated"
+        by_probes = f"{probes:.4f} by the probes" if len(self.trace_by_probe) else "no probes"
         lines = [
             f"Log-likelihood of {count} {self.space} sample{'s' * (count > 1)} of {self.dims} dimensions",
             f"  bits/dim  {float(bits.mean()):.4f} on average, {float(bits.min()):.4f} to {float(bits.max()):.4f}"
             f"{offset}",
-            f"  errors    {steps:.4f} bits/dim by the steps ({how}), {probes:.4f} by the probes, on average",
+            f"  errors    {steps:.4f} bits/dim by the steps ({how}), {by_probes}, on average",
             f"  density   {self.density} with noise {float(self.noise_to_signal[0]):.4g}; prior {self.prior}",
             f"  trace     {self.trace}",
             f"  path      {self.scheme}, {len(self.noise_to_signal)} levels to noise-to-signal "

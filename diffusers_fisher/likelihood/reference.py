@@ -80,7 +80,7 @@ def reference_log_likelihood(
     return LikelihoodOutput(
         **{key: value.cpu() for key, value in tensors.items()}, dims=samples[0].numel(),
         num_denoiser_calls=denoiser.num_calls - before, space=space,
-        prior="standard" if prior_mean is None else "moment-matched", density="smoothed", trace=f"{name}, exact",
+        prior="standard" if prior_mean is None else "moment-matched", density="smoothed", trace=f"{name}, no probes",
         halved=False, scheme=f"dopri5, tolerance {tolerance:g}", offset_bits=0.0,
     )  # fmt: skip
 

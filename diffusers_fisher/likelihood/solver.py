@@ -149,7 +149,7 @@ def log_likelihood(
         **_figures(path, error, num_probes), dims=samples[0].numel(), space=space,
         num_denoiser_calls=denoiser.num_calls - before, density="noised" if noised else "smoothed",
         prior="standard" if prior_mean is None else "moment-matched", halved=step_halving,
-        trace=f"{name}, " + ("exact" if num_probes is None else f"{num_probes} probes"),
+        trace=f"{name}, " + ("no probes" if num_probes is None else f"{num_probes} probes"),
         scheme=scheme, offset_bits=offset_bits(bins),
     )  # fmt: skip
     _warn_if_coarse(output)

@@ -304,6 +304,39 @@ def test_images_that_failed_are_tried_again_when_asked(place, tmp_path):
     evaluate_dataset(folder, settings, batch_size=4)  # the images are known again as they are now
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), ValueError("too large for the network")])
+def test_an_image_that_the_network_can_not_take_is_named_and_spoils_no_other(
+    place, done, tmp_path, monkeypatch, error
+):
+    """As memory that runs out, or what diffusers itself refuses: here of one caption's images, whatever the batch."""
+    encode = StableDiffusionPipeline.encode_prompt
+
+    def limited(pipe, prompt, *arguments, **options):
+        if CAPTIONS[1] in prompt:
+            raise error
+        return encode(pipe, prompt, *arguments, **options)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "encode_prompt", limited)
+    evaluate_dataset(tmp_path / "run", settings_of(place), batch_size=4)
+    for row, expected in zip(lines(tmp_path / "run"), lines(done[0]), strict=True):
+        if expected.get("caption") == CAPTIONS[1]:
+            assert row["error"] == f"Image '{row['name']}': {error}"
+        elif "error" not in expected:
+            assert row["bits_per_dim"] == pytest.approx(expected["bits_per_dim"], abs=AGREEMENT)
+
+
+def test_files_that_are_no_images_and_several_sizes_are_told(place, tmp_path, capsys):
+    image_folder(tmp_path / "images", count=2)
+    Image.new("RGB", (32, 16)).save(tmp_path / "images" / "train-1.png")
+    (tmp_path / "images" / "notes.txt").write_text("about them")
+    summary = evaluate_dataset(tmp_path / "run", settings_of(place, {"path": str(tmp_path / "images")}))
+    assert summary["files_not_read"] == {"count": 1, "names": ["notes.txt"]} and summary["several_sizes"]
+    page, told = (tmp_path / "run" / "index.html").read_text(encoding="utf-8"), capsys.readouterr().out
+    for text in (page, told):
+        assert "1 files of the folder are not among the images" in text and "notes.txt" in text
+        assert "are of several sizes" in text and "The grid is coarse for 2 images" in text
+
+
 def test_an_empty_stream_is_refused(place, tmp_path):
     features = datasets.Features({"image": datasets.Image()})
     (tmp_path / "images").mkdir()
@@ -378,9 +411,10 @@ def test_the_pipelines_own_trace_model_is_the_default(place, tmp_path):
     {
         "pixels": (tiny.unconditional, {"caption_column": None, "resolution": 8}, {"bins": 256}),
         "class labels": (tiny.dit, {"caption_column": "label"}, {"num_probes": 1}),
+        "one class label": (tiny.dit, {"caption_column": None}, {"prompt": "1", "num_probes": 1}),
         "prompt": (tiny.one_channel, {"caption_column": None, "resolution": 8}, {"prompt": "a b", "num_probes": 0}),
     }.values(),
-    ids=["pixels", "class labels", "prompt"],
+    ids=["pixels", "class labels", "one class label", "prompt"],
 )
 def test_every_kind_of_condition(tmp_path, make, data, changes):
     saved_pipeline(tmp_path / "pipeline", make)
