@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 import diffusers_fisher
 from diffusers_fisher import CheckpointError, demo
 from diffusers_fisher.cli import app
+from diffusers_fisher.evaluation import guidance_gallery
 
 RUNNER = CliRunner()
 
@@ -73,6 +74,27 @@ def test_errors_of_the_package_are_words_without_a_traceback(tmp_path, monkeypat
     monkeypatch.setattr(demo, "embedded_checkpoint", damaged)
     result = RUNNER.invoke(app, ["demo", "--output", str(tmp_path)])
     assert (result.exit_code, result.stderr) == (1, "Error: A file is truncated; install the package again.\n")
+
+
+def test_guide_gets_its_options(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(guidance_gallery, "run_gallery", lambda *arguments: calls.append(arguments))
+    given = {
+        "checkpoint": "there", "reward": "clip", "held_out": "siglip", "estimator": "autodiff", "guidance_steps": 3,
+        "step_size": 0.5, "steps": 7, "guidance_scale": 2.5, "dtype": "bfloat16", "seed": 4, "negative_prompt": "grey",
+        "optimizer": "Adam", "patience": 6, "batch_size": 8,
+    }  # fmt: skip
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    flags = ["--likelihood", "--checkpoint-decoder", "--offload"]
+    prompts = tmp_path / "prompts.txt"
+    result = RUNNER.invoke(app, ["guide", "--prompts", str(prompts), "--output", str(tmp_path), *words, *flags])
+    assert (result.exit_code, result.output) == (0, "")
+    renamed = {"guidance_steps": "num_guidance_steps", "steps": "num_inference_steps"}
+    settings = {renamed.get(name, name): value for name, value in given.items() if name != "batch_size"}
+    expected = guidance_gallery.GallerySettings(**settings, likelihood=True)
+    assert calls == [(tmp_path, prompts, expected, guidance_gallery.Memory(8, True, True))]
+    RUNNER.invoke(app, ["guide", "--prompts", str(prompts), "--no-checkpoint-decoder"])
+    assert calls[1][1:] == (prompts, guidance_gallery.GallerySettings(), guidance_gallery.Memory())
 
 
 def test_other_errors_are_not_hidden(tmp_path, monkeypatch):

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
+import math
+import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import InputError, NumericalError
+from ..errors import CoarseGridWarning, InputError, NumericalError, UnsupportedError
 from ..files import save_figure
 from ..fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDifferenceFisher
 from ..guidance import GuidanceOutput, named_reward
 from ..guidance.adjoint import COMPLETED
-from ..training.trace_config import DenoiserSettings, load_pipeline
+from ..guidance.movers import optimizer_factory
+from ..training.trace_config import DTYPES, DenoiserSettings, load_pipeline
 from .records import Records, item_keys, shard
 from .report import Page, save_picture
 
@@ -42,6 +47,9 @@ class GallerySettings:
         estimator: a key of `ESTIMATORS`.
         num_inference_steps, guidance_scale: None: the pipeline's own defaults.
         seed: of the first prompt; each further one's is one more, whatever the batches.
+        negative_prompt: for all prompts; None: the pipeline's own default.
+        optimizer, patience: as `pipe.guide` takes them.
+        likelihood: whether bits/dim of every image before and after are recorded, `pipe.log_likelihood` of its prompt.
     """
 
     checkpoint: str = "embedded"
@@ -54,9 +62,30 @@ class GallerySettings:
     guidance_scale: float | None = None
     dtype: str = "float32"
     seed: int = 0
+    negative_prompt: str | None = None
+    optimizer: str | None = None
+    patience: int | None = None
+    likelihood: bool = False
 
 
-def run_gallery(output: Path, prompts_file: Path, settings: GallerySettings, batch_size: int = 1) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What saves memory and changes no result; a run may be taken up again with other values.
+
+    Args:
+        batch_size: prompts guided at once, each with its own history.
+        checkpoint_decoder: as `pipe.guide` takes it.
+        offload: by `enable_model_cpu_offload`: every network is on the accelerator only while it works.
+    """
+
+    batch_size: int = 1
+    checkpoint_decoder: bool = False
+    offload: bool = False
+
+
+def run_gallery(
+    output: Path, prompts_file: Path, settings: GallerySettings, memory: Memory = Memory()
+) -> dict[str, Any]:
     """Guides every prompt of a file and writes the gallery.
 
     Every process of `accelerate launch` takes its share. A prompt's record is written when it is done, so that a run
@@ -65,31 +94,34 @@ def run_gallery(output: Path, prompts_file: Path, settings: GallerySettings, bat
     Args:
         output: folder of `settings.json`, `records/`, `pictures/`, `index.html` and `gallery.png`.
         prompts_file: one prompt a line; empty lines are left out.
-        batch_size: prompts guided at once, each with its own history.
+        memory: how memory is saved.
 
     Returns:
         The mean rewards before and after, the number of prompts, and that of those which "failed", whose images or
         rewards were not finite at once (on every process).
 
     Raises:
-        InputError: no prompts, unknown names, values out of range, or records of other settings in `output`.
-        CheckpointError: a damaged checkpoint or record.
+        InputError: no prompts, unknown names, values out of range, offload without an accelerator, or records of other
+            settings in `output`; before the first prompt also what `pipe.log_likelihood` refuses, where it is asked.
+        UnsupportedError: a pipeline that diffusers can't offload. CheckpointError: a damaged checkpoint or record.
     """
     from accelerate import PartialState
 
     prompts = read_prompts(prompts_file)
-    _check(settings, batch_size)
+    state = PartialState()
+    _check(settings, memory, state.device)
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     records = Records(output, {**dataclasses.asdict(settings), "prompts": f"{len(prompts)}, sha256 {digest[:16]}"})
     (records.folder / PICTURES).mkdir(exist_ok=True)
-    state = PartialState()
     mine = shard(list(zip(item_keys(len(prompts)), prompts, strict=True)), state.process_index, state.num_processes)
     left = set(records.missing(key for key, _ in mine))
     todo = [item for item in mine if item[0] in left]
     if state.is_main_process:
         print(f"{len(prompts)} prompts, {len(mine) - len(todo)} of this process's {len(mine)} done", flush=True)
     if todo:
-        _guide_all(records, settings, todo, batch_size, state)
+        work = _prepared(records, settings, memory, state)
+        for begin in range(0, len(todo), memory.batch_size):
+            _guide_batch(work, todo[begin : begin + memory.batch_size])
     state.wait_for_everyone()
     collected = records.collected(item_keys(len(prompts)))
     if state.is_main_process:
@@ -116,75 +148,137 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _check(settings: GallerySettings, batch_size: int) -> None:
+def _check(settings: GallerySettings, memory: Memory, device: torch.device) -> None:
     if settings.estimator not in ESTIMATORS:
         raise InputError(f"The estimator is '{settings.estimator}'; allowed: {', '.join(ESTIMATORS)}.")
-    if settings.dtype not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"`dtype` is '{settings.dtype}'; allowed: float32, bfloat16, float16.")
-    if batch_size < 1:
-        raise InputError(f"`batch_size` is {batch_size}; allowed: at least 1.")
+    if settings.dtype not in DTYPES:
+        raise InputError(f"`dtype` is '{settings.dtype}'; allowed: {', '.join(DTYPES)}.")
+    if memory.batch_size < 1:
+        raise InputError(f"`batch_size` is {memory.batch_size}; allowed: at least 1.")
+    if settings.patience is not None and memory.batch_size > 1:
+        raise InputError(
+            f"`patience` counts runs of a whole batch, so with `batch_size` {memory.batch_size} results would depend "
+            "on the batches; take a batch size of 1, or leave `patience` out."
+        )
+    if memory.offload and device.type == "cpu":
+        raise InputError("`offload` needs an accelerator to load the networks onto, and none was found; leave it out.")
+    optimizer_factory(settings.optimizer, settings.step_size)
 
 
-def _guide_all(
-    records: Records, settings: GallerySettings, todo: Sequence[tuple[str, str]], batch_size: int, state: Any
-) -> None:
-    rewards: list[Any] = [named_reward(name) if name else None for name in (settings.reward, settings.held_out)]
-    for network in (getattr(reward, part, None) for reward in rewards for part in ("model", "head")):
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What every batch is guided with."""
+
+    pipe: Any
+    reward: Any
+    held_out: Any
+    records: Records
+    settings: GallerySettings
+    checkpoint_decoder: bool
+
+
+def _prepared(records: Records, settings: GallerySettings, memory: Memory, state: Any) -> _Work:
+    reward, held_out = (named_reward(name) if name else None for name in (settings.reward, settings.held_out))
+    for network in (getattr(found, part, None) for found in (reward, held_out) for part in ("model", "head")):
         if isinstance(network, torch.nn.Module):
             network.to(state.device)
-    pipe = load_pipeline(DenoiserSettings(settings.checkpoint, dtype=settings.dtype)).to(state.device)
+    pipe = load_pipeline(DenoiserSettings(settings.checkpoint, dtype=settings.dtype))
+    if memory.offload:
+        _offload(pipe, state.device)
+    else:
+        pipe = pipe.to(state.device)
+    pipe.set_progress_bar_config(disable=True)
+    if settings.likelihood:
+        _try_likelihood(pipe)
     pipe.set_progress_bar_config(disable=not state.is_main_process)
-    for begin in range(0, len(todo), batch_size):
-        _guide_batch(pipe, rewards, records, settings, todo[begin : begin + batch_size])
+    return _Work(pipe, reward, held_out, records, settings, memory.checkpoint_decoder)
 
 
-def _guide_batch(
-    pipe: Any, rewards: list[Any], records: Records, settings: GallerySettings, batch: Sequence[tuple[str, str]]
-) -> None:
+def _offload(pipe: Any, device: torch.device) -> None:
+    """`enable_model_cpu_offload` with its refusals as ours. Raises `UnsupportedError`."""
+    try:
+        pipe.enable_model_cpu_offload(device=device)
+    except (ValueError, RuntimeError, ImportError) as error:  # no order of its networks, no accelerator, no accelerate
+        raise UnsupportedError(
+            f"{type(pipe).__name__} can't be offloaded: {error} Leave `offload` out, or save memory with a smaller "
+            "batch and a checkpointed decoder."
+        ) from error
+
+
+def _try_likelihood(pipe: Any) -> None:
+    """Two steps for a grey image: a pipeline that has no likelihood says so here, before hours of guidance."""
+    grey = torch.full((1, pipe._image_channels(), *pipe._image_size(None, None)), 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CoarseGridWarning)
+        pipe.log_likelihood(grey, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+
+
+def _guide_batch(work: _Work, batch: Sequence[tuple[str, str]]) -> None:
     """Guides and records a batch. Where a number is not finite, its prompts are guided one by one, so that none
     suffers from another's; one that has no reward at all is recorded with the reason."""
+    settings, stopped = work.settings, None
     generators = [torch.Generator().manual_seed(settings.seed + int(key)) for key, _ in batch]
-    stopped = None
+    call = {} if settings.negative_prompt is None else {"negative_prompt": settings.negative_prompt}
     try:
-        out = pipe.guide(
-            [prompt for _, prompt in batch], rewards[0], held_out_reward=rewards[1], generator=generators,
+        out = work.pipe.guide(
+            [prompt for _, prompt in batch], work.reward, held_out_reward=work.held_out, generator=generators,
             num_guidance_steps=settings.num_guidance_steps, step_size=settings.step_size,
             num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
-            estimator=ESTIMATORS[settings.estimator](), output_type="pt",
+            estimator=ESTIMATORS[settings.estimator](), optimizer=settings.optimizer, patience=settings.patience,
+            checkpoint_decoder=work.checkpoint_decoder, output_type="pt", **call,
         )  # fmt: skip
     except NumericalError as error:
         stopped = str(error)
     if len(batch) > 1 and (stopped is not None or out.status != COMPLETED):
         for item in batch:
-            _guide_batch(pipe, rewards, records, settings, [item])
+            _guide_batch(work, [item])
     elif stopped is not None:
         ((key, prompt),) = batch
-        records.write(key, {"prompt": prompt, "seed": settings.seed + int(key), "failed": stopped})
+        work.records.write(key, {"prompt": prompt, "seed": settings.seed + int(key), "failed": stopped})
     else:
         for index, (key, prompt) in enumerate(batch):
-            _write(records, key, prompt, settings, out, index)
+            _write(work, key, prompt, out, index)
 
 
-def _write(
-    records: Records, key: str, prompt: str, settings: GallerySettings, out: GuidanceOutput, index: int
-) -> None:
+def _write(work: _Work, key: str, prompt: str, out: GuidanceOutput, index: int) -> None:
     """The pictures of one prompt, then its record."""
-    files = {}
-    for name, images in (("before", out.initial_images), ("after", out.images)):
-        files[name] = f"{PICTURES}/{key}_{name}.png"
-        save_picture(images[index], records.folder / files[name])
+    images = {"before": out.initial_images[index], "after": out.images[index]}
+    files = {name: f"{PICTURES}/{key}_{name}.png" for name in images}
+    for name, image in images.items():
+        save_picture(image, work.records.folder / files[name])
     histories: dict[str, Any] = {
         "rewards": out.rewards, "held_out": out.held_out_rewards, "shell_distances": out.shell_distances,
         "gradient_norms": out.gradient_norms,
     }  # fmt: skip
-    records.write(
+    # Where there is a safety checker, an image that is black all over is what it put in the place of another.
+    flagged = [name for name, image in images.items() if out.nsfw_content_detected and not bool(image.any())]
+    seed = work.settings.seed + int(key)
+    work.records.write(
         key,
         {
-            "prompt": prompt, "seed": settings.seed + int(key), "best_run": int(out.rewards[:, index].argmax()),
-            **{name: rows[:, index].tolist() for name, rows in histories.items()},
-            "seconds": out.seconds.tolist(), "status": out.status, **files,
+            "prompt": prompt, "seed": seed, "best_run": int(out.rewards[:, index].argmax()),
+            **{name: _plain(rows[:, index].tolist()) for name, rows in histories.items()},
+            **(_likelihoods(work.pipe, prompt, images, seed) if work.settings.likelihood else {}),
+            "seconds": out.seconds.tolist(), "status": out.status, "flagged": flagged, **files,
         },
     )  # fmt: skip
+
+
+def _likelihoods(pipe: Any, prompt: str, images: dict[str, torch.Tensor], seed: int) -> dict[str, Any]:
+    """Bits/dim of the images under their prompt, and the sizes of their errors by steps and probes together. Each
+    prompt by itself, so that batches do not matter."""
+    generator = torch.Generator().manual_seed(seed)
+    out = pipe.log_likelihood(torch.stack(list(images.values())), prompt, generator=generator)
+    errors = (out.standard_error + out.discretisation_error.abs()) / (out.dims * math.log(2))
+    return {
+        "bits_per_dim": dict(zip(images, _plain(out.bits_per_dim.tolist()), strict=True)),
+        "bits_per_dim_error": dict(zip(images, _plain(errors.tolist()), strict=True)),
+    }
+
+
+def _plain(values: list[float]) -> list[float | None]:
+    """For JSON, which has no NaN: None where a number is not finite."""
+    return [value if math.isfinite(value) else None for value in values]
 
 
 def write_gallery(folder: Path, records: Sequence[dict[str, Any]], settings: GallerySettings) -> None:
@@ -198,43 +292,97 @@ def write_gallery(folder: Path, records: Sequence[dict[str, Any]], settings: Gal
         return
     page.paragraph(
         f"Checkpoint {settings.checkpoint}, reward {settings.reward}, estimator {settings.estimator}, "
-        f"{settings.num_guidance_steps} steps of {settings.step_size} of the noise's norm; {len(records)} prompts."
+        f"{settings.num_guidance_steps} steps of {settings.step_size} "
+        + (f"by {settings.optimizer}" if settings.optimizer else "of the noise's norm")
+        + f"; {len(records)} prompts."
     )
     summary = _summary(records)
     page.table(("mean over prompts", "before", "after"), [(name, *row) for name, row in summary["means"].items()])
     page.figure(curves(records), "Reward by run: every prompt, and the mean. A held-out reward that falls while the "
                 "reward rises says that the reward is being gamed.")  # fmt: skip
+    page.figure(by_seconds(records), "The best reward so far, and the held-out reward of its image, by seconds of "
+                "guidance: means over the prompts.")  # fmt: skip
     page.heading("Prompts")
     if len(records) > SHOWN:
         page.paragraph(f"The first {SHOWN}; all pictures are in the folder '{PICTURES}', all numbers in 'records'.")
     for record in records[:SHOWN]:
-        page.paragraph(record["prompt"])
-        best = record["best_run"]
-        told = [f"{when}: reward {record['rewards'][run]:.4g}" for when, run in (("before", 0), ("after", best))]
-        if record["held_out"]:
-            told = [
-                f"{text}, held out {record['held_out'][run]:.4g}" for text, run in zip(told, (0, best), strict=True)
-            ]
-        page.pictures([(folder / record[name], text) for name, text in zip(("before", "after"), told, strict=True)])
-        if record["status"] != "completed":
-            page.paragraph(record["status"])
+        _show(page, folder, record)
     page.write(folder / "index.html")
     save_figure(gallery(folder, records[:DRAWN]), folder / "gallery.png")
+
+
+def _show(page: Page, folder: Path, record: dict[str, Any]) -> None:
+    """One prompt: its pictures with their numbers, and what else is to be said of it."""
+    page.paragraph(record["prompt"])
+    told = []
+    for when, run in (("before", 0), ("after", record["best_run"])):
+        numbers = [f"reward {record['rewards'][run]:.4g}"]
+        if record["held_out"]:
+            numbers.append(f"held out {_said(record['held_out'][run])}")
+        told.append(f"{when}: {', '.join([*numbers, *_bits(record, when)])}")
+    page.pictures([(folder / record[name], text) for name, text in zip(("before", "after"), told, strict=True)])
+    if record["flagged"]:
+        page.paragraph(f"Black, because the safety checker flagged it: the image {' and '.join(record['flagged'])}.")
+    if record["status"] != COMPLETED:
+        page.paragraph(record["status"])
+
+
+def _said(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def _bits(record: dict[str, Any], when: str) -> list[str]:
+    """Bits/dim of one image with their error, in words; empty without likelihoods."""
+    if "bits_per_dim" not in record:
+        return []
+    value, error = (record[name][when] for name in ("bits_per_dim", "bits_per_dim_error"))
+    return [f"{_said(value)} ± {_said(error)} bits/dim"]
+
+
+def _names(records: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Histories of rewards that the records hold, with what axes call them."""
+    return {"rewards": "reward"} | ({"held_out": "held-out reward"} if records[0]["held_out"] else {})
+
+
+def _row(record: dict[str, Any], name: str, length: int) -> list[float]:
+    """A history as numbers, NaN where one was not finite; its last value stands for runs that were not made."""
+    numbers = [math.nan if value is None else value for value in record[name][:length]]
+    return numbers + numbers[-1:] * (length - len(numbers))
 
 
 def curves(records: Sequence[dict[str, Any]]) -> Any:
     """Rewards by run, and held-out ones where there are any: a matplotlib figure."""
     from matplotlib.figure import Figure
 
-    names = ["rewards", *(["held_out"] if records[0]["held_out"] else [])]
+    names = _names(records)
     figure = Figure(figsize=(5 * len(names), 3.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for record in records:
-            axes.plot(record[name], color="0.8", linewidth=0.8)
+            axes.plot(_row(record, name, len(record[name])), color="0.8", linewidth=0.8)
         length = min(len(record[name]) for record in records)
-        means = torch.tensor([record[name][:length] for record in records], dtype=torch.float64).mean(0)
+        means = torch.tensor([_row(record, name, length) for record in records], dtype=torch.float64).nanmean(0)
         axes.plot(means.numpy(), color="C0", marker=".")
-        axes.set(xlabel="run", ylabel={"rewards": "reward", "held_out": "held-out reward"}[name])
+        axes.set(xlabel="run", ylabel=names[name])
+    return figure
+
+
+def by_seconds(records: Sequence[dict[str, Any]]) -> Any:
+    """Means over prompts of the best reward so far, and of the held-out reward at it, by mean seconds since the
+    beginning of a prompt's batch: a matplotlib figure. A prompt that stopped early stays where it was."""
+    from matplotlib.figure import Figure
+
+    names, length = _names(records), max(len(record["rewards"]) for record in records)
+    table = {
+        name: torch.tensor([_row(record, name, length) for record in records], dtype=torch.float64) for name in names
+    }
+    spent = [list(itertools.accumulate(record["seconds"])) for record in records]
+    seconds = torch.tensor([row + row[-1:] * (length - len(row)) for row in spent], dtype=torch.float64).mean(0)
+    _, where = table["rewards"].cummax(1)  # of equal ones the last, which has the same reward
+    figure = Figure(figsize=(5 * len(names), 3.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        axes.plot(seconds.numpy(), table[name].gather(1, where).nanmean(0).numpy(), color="C0", marker=".")
+        label = "best reward" if name == "rewards" else "held-out reward at the best"
+        axes.set(xlabel="seconds", ylabel=label)
     return figure
 
 
@@ -251,7 +399,7 @@ def gallery(folder: Path, records: Sequence[dict[str, Any]]) -> Any:
             with Image.open(folder / record[name]) as picture:
                 axes.imshow(numpy.asarray(picture))
             axes.set(xticks=[], yticks=[])
-            axes.set_title(name, fontsize=8)
+            axes.set_title("\n".join([name, *_bits(record, name)]), fontsize=8)
         row[0].set_ylabel(record["prompt"][:28], fontsize=8)
         row[2].plot(record["rewards"], marker=".")
         row[2].set_title("reward by run", fontsize=8)
@@ -260,12 +408,23 @@ def gallery(folder: Path, records: Sequence[dict[str, Any]]) -> Any:
 
 
 def _summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over prompts of the first run's numbers and the best run's, and how many prompts have none."""
-    failed, means = sum("failed" in record for record in records), {}
+    """Means over prompts of the first run's numbers and the best run's, and how many prompts have none. A number that
+    is not finite counts for none, before and after."""
+    failed = sum("failed" in record for record in records)
     records = [record for record in records if "failed" not in record]
+    pairs: dict[str, list[tuple[Any, Any]]] = {}
     for name, label in (("rewards", "reward"), ("held_out", "held-out reward"), ("shell_distances", "shell distance")):
         if records and records[0][name]:
-            pairs = [(record[name][0], record[name][record["best_run"]]) for record in records]
-            before, after = zip(*pairs, strict=True)
-            means[label] = (sum(before) / len(records), sum(after) / len(records))
+            pairs[label] = [(record[name][0], record[name][record["best_run"]]) for record in records]
+    if records and "bits_per_dim" in records[0]:
+        pairs["bits/dim"] = [(record["bits_per_dim"]["before"], record["bits_per_dim"]["after"]) for record in records]
+    means: dict[str, tuple[float | None, float | None]] = {}
+    for label, both in pairs.items():
+        finite = [pair for pair in both if None not in pair]
+        before, after = zip(*finite, strict=True) if finite else ((), ())
+        means[label] = (_mean(before), _mean(after))
     return {"prompts": len(records) + failed, "failed": failed, "means": means}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None

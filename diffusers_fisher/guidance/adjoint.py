@@ -11,7 +11,7 @@ from diffusers.utils import BaseOutput
 
 from ..errors import NumericalError, TrajectoryError
 from ..fisher.operator import FisherEstimator
-from .checks import Reward, check_images, checked_reward, not_differentiable, unit
+from .checks import Reward, check_images, check_reported, checked_reward, name_of, not_differentiable, unit
 from .movers import Mover, NormalisedAscent, OptimizerFactory, TorchAscent, check_sphere, shell_distance
 from .text import TextEmbedding
 
@@ -35,8 +35,10 @@ class GuidanceOutput(BaseOutput):
         seconds: (runs,) float64, wall time of each sampling run with its gradient.
         num_denoiser_calls: evaluations of the denoiser by the sampling runs and the estimator together.
         nsfw_content_detected: per image, where the pipeline has a safety checker; empty otherwise.
-        initial_images: what the first run gave, without guidance, in the form of `images`.
+        initial_images: what the first run gave, without guidance, in the form of `images` (and black, as those are,
+            where a safety checker flags them).
         held_out_rewards: (runs, B) float64, of the same images by the reward that is not optimised; no rows without.
+            NaN where it was not finite, which the log says once and which changes nothing else.
         shell_distances: (runs, B) float64, of the noise's norm from that of Gaussian noise, in standard deviations of
             the latter. Beyond some 3 the noise is none that the model was trained on.
         status: "completed", or why it stopped early.
@@ -103,7 +105,7 @@ class NoiseAscent:
         rewards = rewards.detach().double().cpu()
         self.rewards.append(rewards)
         if held_out is not None:
-            self.held_out_rewards.append(held_out.detach().double().cpu())
+            self.held_out_rewards.append(held_out)
         self.shell_distances.append(shell_distance(found["noise"]))
         better = rewards > self.best_rewards
         self.best_rewards = torch.where(better, rewards, self.best_rewards)
@@ -161,15 +163,26 @@ class GuidedRun:
             check_images(images, f"run {step}")
             rewards = checked_reward(self.reward, images, self.prompts)
             total = rewards.sum()  # here, because the caller may be under no_grad
-        held_out = None
-        if self.held_out_reward is not None:
-            with torch.no_grad():
-                held_out = checked_reward(self.held_out_reward, images.detach(), self.prompts)
+        held_out = self._held_out(images.detach(), step, ascent)
         improved = ascent.record(rewards, held_out, {**variables, "images": images, "latents": latents})
         if not with_gradient:
             return variables, improved, {}
         _check_connected(trajectory, latents, rewards, self.reward, step)
         return variables, improved, self._gradients(trajectory, total)
+
+    @torch.no_grad()
+    def _held_out(self, images: torch.Tensor, step: int, ascent: NoiseAscent) -> torch.Tensor | None:
+        """(B,) float64, NaN where the held-out reward is not finite; None without one."""
+        if self.held_out_reward is None:
+            return None
+        values = checked_reward(self.held_out_reward, images, self.prompts, finite=False).double().cpu()
+        finite = torch.isfinite(values)
+        if not finite.all() and all(bool(torch.isfinite(row).all()) for row in ascent.held_out_rewards):
+            logger.warning(
+                "The held-out reward %s is not finite in run %d: %s. Such values are recorded as NaN, here and in "
+                "later runs; the guidance goes on.", name_of(self.held_out_reward), step, values.tolist(),
+            )  # fmt: skip
+        return torch.where(finite, values, torch.nan)
 
     def _put(self, variables: dict[str, torch.Tensor]) -> list[torch.Tensor] | None:
         """Puts the text in its place for a run; gives the controls as the scheduler takes them, None for none."""
@@ -225,7 +238,8 @@ def ascend_noise(
         on_step: called with the rewards (B,) after each of the `num_guidance_steps + 1` runs.
         optimizer: from torch.optim, instead of normalised ascent.
         patience: stops after so many runs in which no sample reached a new best; None: never.
-        held_out_reward: recorded beside the reward, and not optimised.
+        held_out_reward: recorded beside the reward, and not optimised; its shape is tried before the first run, for
+            which one sample is decoded.
         optimise: names of what moves: "noise", "text" (with `text`), "control" (added to the model's output at every
             step, zero at first).
         text: the embedding that `sample` and `estimator` use.
@@ -243,6 +257,8 @@ def ascend_noise(
     variables, mover = {"noise": noise}, None
     if num_guidance_steps > 0 and optimizer is None:
         check_sphere(noise)
+    if held_out_reward is not None:
+        _try_held_out(held_out_reward, decode, noise, prompts)
     for step in range(num_guidance_steps + 1):
         begin = time.perf_counter()
         try:
@@ -265,6 +281,12 @@ def ascend_noise(
         if ascent.status != COMPLETED:
             break
     return ascent
+
+
+def _try_held_out(reward: Reward, decode: Callable, noise: torch.Tensor, prompts: Sequence[str]) -> None:
+    with torch.no_grad():
+        one = decode(noise[:1])  # for its size and device alone
+    check_reported(reward, (len(noise), *one.shape[1:]), prompts, one.device)
 
 
 def _mover(moving: dict[str, torch.Tensor], noise: torch.Tensor, step_size: float, optimizer: Any) -> Mover:

@@ -14,8 +14,8 @@ Reward = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
 """`reward(images, prompts) -> rewards`: images (B, 3, H, W) in [0, 1] with a graph, rewards (B,), higher is better."""
 
 
-def checked_reward(reward: Reward, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-    """Calls the reward and checks its shape and values.
+def checked_reward(reward: Reward, images: torch.Tensor, prompts: Sequence[str], finite: bool = True) -> torch.Tensor:
+    """Calls the reward and checks its shape and, with `finite`, its values.
 
     Raises:
         InputError: not a tensor of shape (B,). NumericalError: not finite.
@@ -27,7 +27,7 @@ def checked_reward(reward: Reward, images: torch.Tensor, prompts: Sequence[str])
             f"The reward {name_of(reward)} returned {got} for {len(images)} images; it must return a tensor of shape "
             f"({len(images)},), one number an image, higher is better."
         )
-    if not torch.isfinite(values).all():
+    if finite and not torch.isfinite(values).all():
         raise NumericalError(f"The reward {name_of(reward)} is not finite: {values.detach().cpu().tolist()}.")
     return values
 
@@ -44,15 +44,28 @@ def check_differentiable(reward: Reward, shape: Sequence[int], prompts: Sequence
             "torch.no_grad instead, or nothing: the denoiser builds no graph in any case."
         )
     with torch.enable_grad():
-        # No two pixels alike: a reward that divides by the images' contrast is fine on real ones.
-        ramp = torch.linspace(0.25, 0.75, math.prod(shape), device=device)
-        images = ramp.reshape(tuple(shape)).requires_grad_()
+        images = _ramps(shape, device).requires_grad_()
         values = checked_reward(reward, images, prompts)
         connected = values.requires_grad and (
             torch.autograd.grad(values.sum(), images, allow_unused=True)[0] is not None
         )
     if not connected:
         raise not_differentiable(reward)
+
+
+@torch.no_grad()
+def check_reported(reward: Reward, shape: Sequence[int], prompts: Sequence[str], device: torch.device) -> None:
+    """Tries a reward that is only reported, as `check_differentiable` does: its shape alone matters.
+
+    Raises:
+        InputError: not a tensor of shape (B,).
+    """
+    checked_reward(reward, _ramps(shape, device), prompts, finite=False)
+
+
+def _ramps(shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Images with no two pixels alike: a reward that divides by the images' contrast is fine on real ones."""
+    return torch.linspace(0.25, 0.75, math.prod(shape), device=device).reshape(tuple(shape))
 
 
 def not_differentiable(reward: Reward) -> InputError:

@@ -22,7 +22,7 @@ from ..fisher.operator import FisherEstimator
 from ..noise import NoiseLevel, SchedulerFamily, expand, noise_level, scheduler_family
 from ..state import DenoisingState, state_of
 from .adjoint import COMPLETED
-from .checks import Reward, check_images, checked_reward, norms, not_differentiable, unit
+from .checks import Reward, check_differentiable, check_images, checked_reward, norms, not_differentiable, unit
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 def posterior_guidance(
     pipe: Any,
     reward: Reward,
-    prompts: str | Sequence[str] = "",
+    prompts: str | Sequence[str] | None = None,
     *,
     strength: float = 0.2,
     estimator: FisherEstimator | None = None,
@@ -48,13 +48,15 @@ def posterior_guidance(
     network's own vector-Jacobian product, that of DPS (Chung et al., 2209.14687) and FreeDoM (Yu et al., 2303.09833).
     `FiniteDifferenceFisher` and `GaussianFisher` lie between; endpoint forms need the run's end and are refused.
 
-    The scheduler's `step` is watched inside the block, which gives the callback the state that a step began from; the
-    scheduler itself is untouched, and nothing of the pipeline is changed after the block.
+    The scheduler's `step` is watched inside the block, which gives the callback the state that a step began from, and
+    the pipeline's `prepare_latents`, after which the reward is tried on images of the run's number and size, before
+    the denoiser's first evaluation. Nothing of the pipeline is changed after the block.
 
     Args:
         pipe: a pipeline whose call takes `callback_on_step_end`; used as it is.
         reward: `reward(images, prompts) -> (B,)`, images (B, 3, H, W) in [0, 1] with a graph.
-        prompts: what the reward is told, one for all samples or one each.
+        prompts: what the reward is told, one for all samples or one each; None: nothing (an empty prompt each), which
+            rewards that compare images with their prompts refuse. It is not taken from the pipeline's call.
         strength: the tilt's size relative to the score: the score becomes score + strength alpha |score| u, with u
             the unit direction and alpha that of the variance-preserving sample. The predicted clean sample so moves
             by `strength` sigma |eps|, less than `strength` standard deviations of the noise at any level.
@@ -65,32 +67,48 @@ def posterior_guidance(
 
     Yields:
         The `PosteriorGuidance`, to be passed as `callback_on_step_end`. Cost: a decoding, a reward and their backward
-        pass a step, and the estimator's product.
+        pass a step, and the estimator's product; once a reward and its backward pass for the trial, and with `decode`
+        a decoding, for the images' size.
 
     Raises:
-        InputError: `strength` not positive; in the run: a reward of the wrong shape or not differentiable.
+        InputError: `strength` not positive; before the run's first evaluation, a reward of the wrong shape or not
+            differentiable, prompts of the wrong number.
         UnsupportedError: a pipeline without callbacks or autoencoder, a scheduler that is not known.
-        TrajectoryError: the run was not given the callback, or the callback is called outside of the block.
-        NumericalError: at the first guided step, images, a reward or a gradient that are not finite. At later ones the
-            run goes on without guidance, and its `status` says so.
+        TrajectoryError: the run was not given the callback, or the callback is called outside of the block;
+            torch.inference_mode.
+        NumericalError: in the trial a reward, or at the first guided step images, a reward or a gradient that are not
+            finite. At later ones the run goes on without guidance, and its `status` says so.
     """
     if not 0 < strength < math.inf:
         raise InputError(f"`strength` is {strength}; allowed: positive, such as 0.2 of the score's norm.")
     scheduler = pipe.scheduler
     scheduler_family(scheduler)
     _check_callback(pipe)
+    shape = None if decode is not None else functools.partial(_pixel_shape, pipe)
     guidance = PosteriorGuidance(
-        reward, prompts, strength, estimator or DirectFisher(), decode or autoencoder_decoder(pipe)
+        reward, prompts, strength, estimator or DirectFisher(), decode or autoencoder_decoder(pipe), shape
     )
-    own = {name: value for name, value in vars(scheduler).items() if name == "step"}  # one of the user's own
-    scheduler.step = guidance._watched(scheduler)
     try:
-        yield guidance
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_replaced(scheduler, "step", guidance._watched(scheduler)))
+            if hasattr(pipe, "prepare_latents"):  # else the first guided step finds out
+                stack.enter_context(_replaced(pipe, "prepare_latents", guidance._trying(pipe)))
+            yield guidance
     finally:
-        del scheduler.step
-        vars(scheduler).update(own)
         guidance._scheduler = None
     guidance._check_called()
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Sets one instance attribute for the block, past any `__setattr__`, and puts back what was there."""
+    own = {key: kept for key, kept in vars(owner).items() if key == name}  # one of the user's own
+    vars(owner)[name] = value
+    try:
+        yield
+    finally:
+        vars(owner).pop(name, None)
+        vars(owner).update(own)
 
 
 class PosteriorGuidance:
@@ -102,7 +120,7 @@ class PosteriorGuidance:
         status: "completed", or at which step a number that was not finite ended the guidance; the run went on without.
     """
 
-    def __init__(self, reward, prompts, strength, estimator, decode):
+    def __init__(self, reward, prompts, strength, estimator, decode, shape=None):
         self.rewards: list[torch.Tensor] = []
         self.gradient_norms: list[torch.Tensor] = []
         self.status = COMPLETED
@@ -111,6 +129,8 @@ class PosteriorGuidance:
         self._strength = strength
         self._estimator = estimator
         self._decode = decode
+        self._shape = shape  # of the images, from latents; None: of one decoding
+        self._tried: set[tuple[int, ...]] = set()
         self._scheduler: Any = None
         self._timesteps: Any = None
         self._state: DenoisingState | None = None
@@ -151,7 +171,7 @@ class PosteriorGuidance:
     def _direction(self, state: DenoisingState, step: int) -> torch.Tensor:
         """The unit direction in which the score is tilted, (B, ...)."""
         clean = state.pred_original_sample.detach()
-        prompts = [self._prompts] * len(clean) if isinstance(self._prompts, str) else self._prompts
+        prompts = self._prompts_of(len(clean))
         with torch.enable_grad():
             leaf = clean.requires_grad_()
             images = self._decode(leaf)
@@ -170,6 +190,39 @@ class PosteriorGuidance:
         self.rewards.append(values.detach().double().cpu())
         self.gradient_norms.append(length)
         return direction
+
+    def _prompts_of(self, count: int) -> Sequence[str]:
+        """One a sample."""
+        if self._prompts is None or isinstance(self._prompts, str):
+            return [self._prompts or ""] * count
+        if len(self._prompts) != count:
+            raise InputError(f"{len(self._prompts)} `prompts` were given for {count} samples; give one, or one each.")
+        return self._prompts
+
+    def _trying(self, pipe: Any) -> Callable:
+        """The pipeline's `prepare_latents`, after which the reward is tried."""
+        make = pipe.prepare_latents
+
+        @functools.wraps(make)
+        def watched(*args, **kwargs):
+            made = make(*args, **kwargs)
+            if pipe.scheduler is self._scheduler:  # not an estimator's own evaluation of the denoiser
+                self._try(made[0] if isinstance(made, (tuple, list)) else made)
+            return made
+
+        return watched
+
+    def _try(self, latents: Any) -> None:
+        """Tries the reward on images of the latents' number and size, once for each."""
+        if not isinstance(latents, torch.Tensor):
+            return
+        shape = self._shape(latents) if self._shape is not None else None
+        if shape is None:
+            with torch.no_grad():
+                shape = tuple(self._decode(latents).shape)
+        if shape not in self._tried:
+            check_differentiable(self._reward, shape, self._prompts_of(shape[0]), latents.device)
+            self._tried.add(shape)
 
     def _halfway(self) -> bool:
         """Whether a step of two evaluations (Heun, KDPM2) has had its first."""
@@ -246,6 +299,15 @@ def autoencoder_decoder(pipe: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         return images_of(decoded(vae, latents, standardises(pipe)))
 
     return decode
+
+
+def _pixel_shape(pipe: Any, latents: torch.Tensor) -> tuple[int, ...] | None:
+    """Shape of the images of latents (B, C, h, w) without decoding them, None where the pipeline does not say."""
+    factor = getattr(pipe, "vae_scale_factor", None)
+    if factor is None or latents.ndim != 4:
+        return None
+    channels = pipe.vae.config.get("out_channels", 3)
+    return (len(latents), channels, *(int(side * factor) for side in latents.shape[-2:]))
 
 
 def _rotation(begin: NoiseLevel, end: NoiseLevel) -> torch.Tensor:

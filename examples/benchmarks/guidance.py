@@ -1,9 +1,10 @@
 """Guidance on the embedded checkpoint: cost of an iteration, memory, gradients, reward and held-out reward by time.
 
-    python examples/benchmarks/guidance.py            # an hour or two on two cores
-    python examples/benchmarks/guidance.py --tiny     # only to see that it runs; writes no JSON
+    python examples/benchmarks/guidance.py                        # most of an hour on two cores
+    python examples/benchmarks/guidance.py --tiny --picture P.png # only to see that it runs; writes no JSON
 
-Writes guidance.json. Every cell (a part, or a method with a reward) is kept in the folder `--records` when it is done,
+Writes guidance.json and guidance.png. Classifier-free guidance left out of the backward pass is followed with the
+first reward alone. Every cell (a part, or a method with a reward) is kept in the folder `--records` when it is done,
 and a second run goes on from there. All seconds of one table should come from one quiet machine.
 """
 
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import paired_seconds, ratio, save
+from common import FOLDER, paired_seconds, ratio, save
 from guidance_methods import Methods, embeddings
+from matplotlib.figure import Figure
 
 from diffusers_fisher import (
     ClassifierReward,
@@ -33,11 +35,13 @@ from diffusers_fisher import (
     posterior_guidance,
 )
 from diffusers_fisher.evaluation.records import Records
+from diffusers_fisher.files import check_writable, save_figure
 from diffusers_fisher.guidance import ascend_noise
 from diffusers_fisher.guidance.checks import checked_reward
 
 EXACT = ("stored graph", "per-step recomputation")
-STRENGTHS = (0.05, 0.1, 0.2, 0.4)
+LEFT_OUT = "guidance left out"  # ends the names of methods that are followed with the first reward alone
+STRENGTHS = (0.2, 0.4)  # the default, and its double
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +55,13 @@ class Setting:
     step_size: float = 0.2
     iterations: int = 10
     rounds: int = 5
+    import_rounds: int = 7
     memory_steps: tuple[int, ...] = (5, 10, 20)
     scheduler: str = "DDIM"
     dtype: str = "float32"
 
 
-TINY = Setting(prompts=4, batch=2, steps=2, iterations=1, rounds=1, memory_steps=(1, 2))
+TINY = Setting(prompts=4, batch=2, steps=2, iterations=1, rounds=1, import_rounds=1, memory_steps=(1, 2))
 
 
 class Problem:
@@ -68,6 +73,8 @@ class Problem:
         self.pipe = StableDiffusionFisherPipeline.from_pretrained(str(self.folder))
         self.pipe.set_progress_bar_config(disable=True)
         self.images, self.labels = embedded_test_images()
+        self.latents = self.pipe._latents_to_score(self.images, None)
+        self.classifier = ClassifierReward.from_pretrained(self.folder / "classifier", target=0)
         noise = torch.randn(setting.prompts, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         self.noises = noise.split(setting.batch)
 
@@ -79,21 +86,22 @@ class Problem:
         """All methods for one batch's prompts."""
         prompts = [embedded_prompt(label) for label in self.batch_labels(batch)]
         embeds = embeddings(self.pipe, prompts)
-        latents = self.pipe._latents_to_score(self.images, None)
-        return Methods(self.pipe, embeds, steps or self.setting.steps, self.setting.guidance_scale, latents)
+        return Methods(self.pipe, embeds, steps or self.setting.steps, self.setting.guidance_scale, self.latents)
 
     def rewards(self, batch: int) -> dict[str, tuple[Any, Any]]:
         """Reward and held-out reward: another class (held out: nearness to real images of it), left minus right
         and inpainting of a real image's upper half (both: the prompted class's log-probability)."""
         labels = self.batch_labels(batch)
         target = [(label + 1) % 10 for label in labels]
-        classifier = ClassifierReward.from_pretrained(self.folder / "classifier", target=target)
-        prompted = ClassifierReward(classifier.model, labels, classifier.image_input)
+        other, prompted = (
+            ClassifierReward(self.classifier.model, classes, self.classifier.image_input)
+            for classes in (target, labels)
+        )
         known = torch.stack([self.images[self.labels == label][0] for label in labels])
         mask = torch.zeros(32, 32)
         mask[:16] = 1
         return {
-            "another class": (classifier, self._nearness(target)),
+            "another class": (other, self._nearness(target)),
             "left minus right": (LinearReward.left_minus_right(32, 32), prompted),
             "inpainting": (MeasurementReward(known, mask), prompted),
         }
@@ -131,10 +139,12 @@ def iteration_cost(problem: Problem) -> dict[str, Any]:
         tasks[name] = lambda method=method: one_iteration(problem, method, reward, noise)
     seconds = paired_seconds(tasks, problem.setting.rounds)
     exact = min(EXACT, key=lambda name: statistics.median(seconds[name]))
+    over = {name: ratio(seconds, name, "floor") for name in table}
     return {
         "rounds": problem.setting.rounds,
         "median_seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "over_floor": {name: ratio(seconds, name, "floor") for name in table},
+        "over_floor": {name: value for name, value in over.items() if not name.endswith(LEFT_OUT)},
+        "over_floor_with_guidance_left_out": {name: value for name, value in over.items() if name.endswith(LEFT_OUT)},
         "faster_exact_method": exact,
         "exact_over_direct": ratio(seconds, exact, "direct"),
         "stored_graph_over_direct": ratio(seconds, "stored graph", "direct"),
@@ -296,8 +306,10 @@ def run(setting: Setting, folder: Path) -> dict[str, Any]:
     names, methods = list(problem.rewards(0)), list(problem.methods(0).table)
     batches = range(len(problem.noises))
     curves: dict[str, Any] = {name: {} for name in names}
-    for name in names:
+    for place, name in enumerate(names):
         for method in methods:
+            if place and method.endswith(LEFT_OUT):
+                continue
             curves[name][method] = summarised([cells(curve, name, method, b, given=(problem,)) for b in batches])
     steps: dict[str, Any] = {name: {} for name in names}
     for name in names:
@@ -310,7 +322,7 @@ def run(setting: Setting, folder: Path) -> dict[str, Any]:
                 }  # fmt: skip
     return {
         "setting": dataclasses.asdict(setting),
-        "import": cells(import_time, given=(setting.rounds + 2,)),
+        "import": cells(import_time, given=(setting.import_rounds,)),
         "iteration": iteration,
         "memory": cells(memory, given=(problem,)),
         "gradients": {name: cells(gradients, name, given=(problem,)) for name in names},
@@ -324,14 +336,45 @@ def _mean(rows: list[dict[str, Any]], name: str) -> float:
     return float(torch.tensor([value for row in rows for value in row[name]], dtype=torch.float64).mean())
 
 
+def picture(result: dict[str, Any]) -> Figure:
+    """Mean best reward by the seconds that all prompts took: a panel a reward, a line a method, and per-step guidance
+    of every strength as points."""
+    table = result["reward_after_ten_iterations"]
+    figure = Figure(figsize=(4.4 * len(table), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(table), squeeze=False)[0]
+    colours = {method: f"C{place}" for place, method in enumerate(next(iter(table.values())))}
+    for axes, (name, rows) in zip(panels, table.items(), strict=True):
+        for method, row in rows.items():
+            axes.plot(
+                row["seconds_curve"], row["curve"], marker=".", color=colours[method], label=method,
+                linestyle="--" if method in EXACT else "-",
+            )  # fmt: skip
+        for estimator, cells in result["per_step"][name].items():
+            points = [(cell["seconds"], cell["reward"]) for cell in cells.values()]
+            axes.plot(
+                *zip(*points, strict=True), linestyle="", marker="*", markersize=9, color=colours[estimator],
+                label=f"step by step, {estimator}",
+            )  # fmt: skip
+        axes.set(title=name, xlabel="seconds", ylabel="reward", xscale="log")
+    handles, labels = panels[0].get_legend_handles_labels()  # the first has every method
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, default=Path("outputs/benchmarks/guidance"))
+    parser.add_argument("--picture", type=Path, help="the plot's file; guidance.png, and none with --tiny")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args(arguments)
+    drawn = options.picture or (None if options.tiny else FOLDER / "guidance.png")
+    if drawn is not None:
+        check_writable(drawn.parent)
     result = run(TINY if options.tiny else Setting(), options.records)
     if not options.tiny:
         save("guidance", result)
+    if drawn is not None:
+        save_figure(picture(result), drawn)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
     python examples/benchmarks/guidance_sd15_size.py                                # CPU, float32: hours
     python examples/benchmarks/guidance_sd15_size.py --device cuda --dtype float16
+    python examples/benchmarks/guidance_sd15_size.py --methods direct "endpoint, centred" --retry-failed
     python examples/benchmarks/guidance_sd15_size.py --tiny                         # only to see that it runs
 
 Writes guidance_sd15_size_DEVICE_DTYPE.json. A UNet of 860 M parameters, its autoencoder, 512x512 images, 25 steps of
 DDIM. Every method has a process of its own, for its peak of memory, in which the floor (the plain run, a decode, and
 its and the reward's backward pass) is timed beside it. Finished methods are kept in `--records`, and a second run goes
-on from there. Full back-propagation with a stored graph takes hundreds of GB here and is run only if asked for.
+on from there; so are those that failed (killed for memory, say), which `--retry-failed` tries again. `--methods` runs
+some alone; the JSON has all that are in the records. Full back-propagation with a stored graph takes hundreds of GB
+here and is run only if asked for.
 """
 
 import argparse
@@ -18,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,8 @@ METHODS = (
     "per-step recomputation", "recomputation, guidance left out",
 )  # fmt: skip
 AUTODIFF_FREE = ("direct", "gaussian", "endpoint, centred")
-EXACT = ("stored graph", "per-step recomputation")
+STORED = "stored graph"
+EXACT = (STORED, "per-step recomputation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,30 +153,39 @@ def _memory(cuda: bool) -> int:
     return torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def run(setting: Setting, methods: tuple[str, ...], folder: Path) -> dict[str, Any]:
-    """Every method in its own process, from its record where there is one."""
+def run(setting: Setting, methods: Sequence[str], folder: Path, retry_failed: bool = False) -> dict[str, Any]:
+    """Each of `methods` in its own process, unless it has a record.
+
+    Args:
+        retry_failed: whether the record of a failure counts for none.
+
+    Returns:
+        The rows of all methods in the records, these and those of earlier runs.
+    """
     records = Records(folder, dataclasses.asdict(setting) | {"threads": torch.get_num_threads()})
-    rows = {}
     for method in methods:
-        key = method.replace(",", "").replace(" ", "_")
-        if records.missing([key]):
-            command = [
-                sys.executable,
-                __file__,
-                "--cell",
-                method,
-                "--setting",
-                json.dumps(dataclasses.asdict(setting)),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                print(f"{method}: {done.stderr.strip().splitlines()[-1:] or done.returncode}", flush=True)
-                records.write(key, {"failed": f"exit status {done.returncode}"})  # killed for memory, say
-            else:
-                records.write(key, json.loads(done.stdout.splitlines()[-1]))
-        rows[method] = records.read(key)
-        print(f"{method:<40}{json.dumps(rows[method])}", flush=True)
+        key = _key(method)
+        if records.missing([key]) or (retry_failed and "failed" in records.read(key)):
+            records.write(key, _in_own_process(setting, method))
+        print(f"{method:<40}{json.dumps(records.read(key))}", flush=True)
+    known = dict.fromkeys((*METHODS, STORED, *methods))
+    rows = {method: records.read(_key(method)) for method in known if not records.missing([_key(method)])}
     return {"setting": dataclasses.asdict(setting), "methods": rows, **_ratios(rows)}
+
+
+def _key(method: str) -> str:
+    return method.replace(",", "").replace(" ", "_")
+
+
+def _in_own_process(setting: Setting, method: str) -> dict[str, Any]:
+    """What `measured` gives, or how the process "failed"."""
+    given = json.dumps(dataclasses.asdict(setting))
+    command = [sys.executable, __file__, "--cell", method, "--setting", given]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    print(f"{method}: {done.stderr.strip().splitlines()[-1:] or done.returncode}", flush=True)
+    return {"failed": f"exit status {done.returncode}"}  # killed for memory, say
 
 
 def _ratios(rows: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +210,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance-scale", type=float, default=7.5)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument(
+        "--methods", nargs="+", choices=(*METHODS, STORED), help="only these; all but the stored graph"
+    )
     parser.add_argument("--stored-graph", action="store_true", help="also full back-propagation, all in memory")
+    parser.add_argument("--retry-failed", action="store_true", help="try again what failed in an earlier run")
     parser.add_argument("--records", type=Path, default=None)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
@@ -210,8 +227,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.tiny:
         setting = dataclasses.replace(setting, steps=2, pixels=64, tiny=True)
     name = f"guidance_sd15_size_{options.device}_{options.dtype}"
-    methods = METHODS + (("stored graph",) if options.stored_graph or options.tiny else ())
-    result = run(setting, methods, options.records or Path("outputs/benchmarks") / name)
+    methods = tuple(options.methods or METHODS + ((STORED,) if options.tiny else ()))
+    methods += (STORED,) if options.stored_graph and STORED not in methods else ()
+    result = run(setting, methods, options.records or Path("outputs/benchmarks") / name, options.retry_failed)
     if not options.tiny:
         save(name, result)
 

@@ -8,14 +8,23 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffusers_fisher import InputError
+from diffusers_fisher import (
+    ClassifierReward,
+    DirectFisher,
+    InputError,
+    LDMFisherPipeline,
+    StableDiffusionFisherPipeline,
+    UnsupportedError,
+    embedded_checkpoint,
+)
 from diffusers_fisher.cli import app
 from diffusers_fisher.evaluation import guidance_gallery
-from diffusers_fisher.evaluation.guidance_gallery import GallerySettings, run_gallery
+from diffusers_fisher.evaluation.guidance_gallery import GallerySettings, Memory, run_gallery
 from diffusers_fisher.training.trace_config import DenoiserSettings, load_pipeline
 
 PROMPTS = ["a photo of a sneaker", "a photo of a bag", "a photo of a coat"]
@@ -29,7 +38,7 @@ def done(tmp_path_factory):
     """A finished run, with a batch that is not full."""
     folder = tmp_path_factory.mktemp("gallery")
     (folder / "prompts.txt").write_text("\n".join([PROMPTS[0], "", *PROMPTS[1:]]) + "\n")
-    return folder, run_gallery(folder / "out", folder / "prompts.txt", SETTINGS, batch_size=2)
+    return folder, run_gallery(folder / "out", folder / "prompts.txt", SETTINGS, Memory(2))
 
 
 def size(path):
@@ -61,7 +70,7 @@ def test_every_prompt_has_its_record_and_pictures(done):
 def test_gallery_shows_every_prompt(done):
     page = (done[0] / "out" / "index.html").read_text()
     assert all(prompt in page for prompt in PROMPTS)
-    assert page.count("<img") == 1 + 2 * 3
+    assert page.count("<img") == 2 + 2 * 3
     assert "held out" in page
     assert size(done[0] / "out" / "gallery.png")[0] > 500
 
@@ -83,7 +92,8 @@ def test_result_does_not_depend_on_the_batches(done):
 def test_finished_run_recomputes_nothing(done, monkeypatch):
     folder, summary = done
     monkeypatch.setattr(guidance_gallery, "load_pipeline", lambda *_: pytest.fail("work was done twice"))
-    assert run_gallery(folder / "out", folder / "prompts.txt", SETTINGS) == summary
+    other = Memory(3, checkpoint_decoder=True)  # changes no result, so binds nobody
+    assert run_gallery(folder / "out", folder / "prompts.txt", SETTINGS, other) == summary
 
 
 def test_a_prompt_whose_numbers_are_not_finite_spoils_no_other(done, tmp_path, monkeypatch):
@@ -97,13 +107,159 @@ def test_a_prompt_whose_numbers_are_not_finite_spoils_no_other(done, tmp_path, m
         )
 
     monkeypatch.setattr(guidance_gallery, "named_reward", blind)
-    summary = run_gallery(tmp_path / "out", done[0] / "prompts.txt", SETTINGS, batch_size=3)
+    summary = run_gallery(tmp_path / "out", done[0] / "prompts.txt", SETTINGS, Memory(3))
     found, expected = records(tmp_path / "out"), records(done[0] / "out")
     for key in ("00000", "00002"):  # float32, in other batches
         assert found[key]["rewards"] == pytest.approx(expected[key]["rewards"], rel=1e-4)
     assert found["00001"]["prompt"] == PROMPTS[1] and "is not finite" in found["00001"]["failed"]
     assert (summary["prompts"], summary["failed"]) == (3, 1)
     assert "Without a result: a photo of a bag. The reward" in (tmp_path / "out" / "index.html").read_text()
+
+
+def one(folder, memory=None, **changes):
+    """The record of a short run for one prompt."""
+    (folder / "prompts.txt").write_text("a photo of a bag")
+    changes = {"held_out": None, "num_guidance_steps": 1, **changes}
+    run_gallery(
+        folder / "out",
+        folder / "prompts.txt",
+        guidance_gallery.dataclasses.replace(SETTINGS, **changes),
+        memory or Memory(),
+    )
+    return records(folder / "out")["00000"]
+
+
+def by_hand(**options):
+    """The same by `pipe.guide`."""
+    pipe = load_pipeline(DenoiserSettings("embedded"))
+    reward = ClassifierReward.from_pretrained(f"{embedded_checkpoint()}/classifier", target="ankle boot")
+    out = pipe.guide(
+        "a photo of a bag", reward, num_guidance_steps=1, num_inference_steps=2, guidance_scale=2.0, output_type="pt",
+        estimator=DirectFisher(), generator=torch.Generator().manual_seed(5), **options,
+    )  # fmt: skip
+    return pipe, out
+
+
+def test_negative_prompt_and_optimiser_are_those_of_guide(tmp_path):
+    changes = {"negative_prompt": "a photo of a coat", "optimizer": "Adam", "step_size": 0.05}
+    _, out = by_hand(**changes)
+    record = one(tmp_path, memory=Memory(checkpoint_decoder=True), **changes)
+    # float32; the decoder's activations are computed twice
+    assert record["rewards"] == pytest.approx(out.rewards[:, 0].tolist(), rel=1e-5)
+    assert record["rewards"] != pytest.approx(by_hand(optimizer="Adam", step_size=0.05)[1].rewards[:, 0], rel=1e-3)
+    for name, value in {"negative_prompt": None, "optimizer": "SGD"}.items():
+        with pytest.raises(InputError, match=f"holds records of other settings: `{name}` was"):
+            one(tmp_path, **changes | {name: value})
+
+
+def test_patience_ends_a_prompt_and_needs_batches_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        guidance_gallery, "named_reward", lambda name: lambda images, prompts: 0 * images.sum((1, 2, 3))
+    )
+    record = one(tmp_path, num_guidance_steps=5, patience=2)
+    assert record["status"] == "stopped after 2 runs without a new best"
+    assert len(record["rewards"]) == 3
+    with pytest.raises(InputError, match="`patience` counts runs of a whole batch, so with `batch_size` 2 results"):
+        one(tmp_path, memory=Memory(2), patience=2)
+    (tmp_path / "new").mkdir()
+    with pytest.raises(InputError, match="`patience` is 0; allowed: at least 1 run"):
+        one(tmp_path / "new", patience=0)
+    assert not list((tmp_path / "new" / "out" / "records").iterdir())
+
+
+def test_held_out_rewards_that_are_not_finite_are_null_and_lose_nothing(tmp_path, monkeypatch):
+    make = guidance_gallery.named_reward
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
+
+    def blind(name):
+        """As held-out reward without an opinion on bags."""
+        reward = make(name)
+        if name != SETTINGS.held_out:
+            return reward
+        return lambda images, prompts: torch.where(
+            torch.tensor([prompt == PROMPTS[1] for prompt in prompts]), torch.nan, reward(images, prompts)
+        )
+
+    monkeypatch.setattr(guidance_gallery, "named_reward", blind)
+    summary = run_gallery(tmp_path / "out", tmp_path / "prompts.txt", SETTINGS, Memory(2))
+    sneaker, bag = records(tmp_path / "out").values()
+    assert bag["held_out"] == [None] * 3 and bag["status"] == "completed"
+    assert None not in sneaker["held_out"]
+    assert (summary["failed"], summary["means"]["held-out reward"][0]) == (0, sneaker["held_out"][0])
+    assert "held out not finite" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_likelihoods_are_those_of_the_pipeline_and_shown(tmp_path):
+    record = one(tmp_path, likelihood=True)
+    pipe, out = by_hand()
+    expected = pipe.log_likelihood(torch.cat([out.initial_images, out.images]), "a photo of a bag")
+    assert list(record["bits_per_dim"]) == list(record["bits_per_dim_error"]) == ["before", "after"]
+    # float32 twice through the same operations
+    assert list(record["bits_per_dim"].values()) == pytest.approx(expected.bits_per_dim.tolist(), abs=1e-4)
+    errors = expected.discretisation_error / (256 * 0.6931471805599453)  # a trace model's: no probes
+    assert list(record["bits_per_dim_error"].values()) == pytest.approx(errors.tolist(), abs=1e-4)
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "<td>bits/dim</td>" in page
+    for when, bits in record["bits_per_dim"].items():
+        assert f"{bits:.4g} ± {record['bits_per_dim_error'][when]:.4g} bits/dim" in page
+    titles = [axes.get_title() for axes in guidance_gallery.gallery(tmp_path / "out", [record]).axes]
+    assert (
+        titles[1]
+        == f"after\n{record['bits_per_dim']['after']:.4g} ± {record['bits_per_dim_error']['after']:.4g} bits/dim"
+    )
+    with pytest.raises(InputError, match="`likelihood` was true, is false"):
+        one(tmp_path)
+
+
+def test_pipeline_without_likelihood_is_refused_before_any_guidance(tmp_path, monkeypatch):
+    load = guidance_gallery.load_pipeline
+
+    def changed(settings):
+        """With a trace model of another denoiser, which guidance does not need."""
+        pipe = load(settings)
+        for parameter in pipe.unet.parameters():
+            parameter.data += 0.1
+        pipe.guide = lambda *args, **kwargs: pytest.fail("guidance was begun")
+        return pipe
+
+    monkeypatch.setattr(guidance_gallery, "load_pipeline", changed)
+    with pytest.raises(InputError, match="another denoiser"):
+        one(tmp_path, likelihood=True)
+
+
+def test_images_that_the_safety_checker_blackens_are_named(tmp_path, monkeypatch):
+    load = guidance_gallery.load_pipeline
+
+    def strict(settings):
+        pipe = load(settings)
+        pipe.register_modules(safety_checker=tiny.safety_checker(-1.0), feature_extractor=tiny.feature_extractor())
+        return pipe
+
+    monkeypatch.setattr(guidance_gallery, "load_pipeline", strict)
+    assert one(tmp_path)["flagged"] == ["before", "after"]
+    words = "Black, because the safety checker flagged it: the image before and after."
+    assert words in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_offload_needs_an_accelerator_and_an_order(tmp_path):
+    with pytest.raises(InputError, match=r"`offload` needs an accelerator .* none was found; leave it out"):
+        one(tmp_path, memory=Memory(offload=True))
+    cpu = torch.device("cpu")
+    with pytest.raises(UnsupportedError, match=r"LDMFisherPipeline can't be offloaded: .*Leave `offload` out"):
+        guidance_gallery._offload(tiny.latent_unconditional(LDMFisherPipeline), cpu)
+    pipe = tiny.stable_diffusion(StableDiffusionFisherPipeline)
+    guidance_gallery._offload(pipe, cpu)
+    assert pipe._all_hooks
+
+
+def test_curves_by_seconds_are_means_of_the_best_so_far():
+    first = {"rewards": [0.0, 2.0, 1.0], "held_out": [5.0, 4.0, 9.0], "seconds": [1.0, 1.0, 2.0]}
+    second = {"rewards": [1.0, 3.0], "held_out": [None, 6.0], "seconds": [3.0, 3.0]}  # stopped early
+    figure = guidance_gallery.by_seconds([first, second])
+    (reward,), (held_out,) = (axes.lines for axes in figure.axes)
+    assert reward.get_xydata().tolist() == [[2.0, 0.5], [4.0, 2.5], [5.0, 2.5]]
+    assert held_out.get_xydata().tolist() == [[2.0, 5.0], [4.0, 5.0], [5.0, 5.0]]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["best reward", "held-out reward at the best"]
 
 
 def test_other_prompts_or_settings_are_refused(done):
@@ -172,6 +328,7 @@ BAD = {
     "no file": (None, {}, InputError, r"prompts\.txt' can't be read"),
     "empty": ("\n \n", {}, InputError, r"prompts\.txt' are empty; give one prompt a line"),
     "estimator": ("a", {"estimator": "exact"}, InputError, "The estimator is 'exact'; allowed: direct, finite-diff"),
+    "optimizer": ("a", {"optimizer": "Adman"}, InputError, "`optimizer` is 'Adman'; allowed"),
     "dtype": ("a", {"dtype": "int8"}, InputError, "`dtype` is 'int8'; allowed: float32"),
     "reward": ("a", {"reward": "beauty"}, InputError, "The reward is 'beauty'; allowed"),
     "checkpoint": ("a", {"checkpoint": "EMPTY"}, InputError, "can't be loaded as a pipeline"),
@@ -193,7 +350,7 @@ def test_mistakes_are_refused_and_bind_nobody(tmp_path, kind):
 def test_batch_size_and_unwritable_folder(tmp_path):
     (tmp_path / "prompts.txt").write_text("a")
     with pytest.raises(InputError, match="`batch_size` is 0; allowed: at least 1"):
-        run_gallery(tmp_path / "out", tmp_path / "prompts.txt", SETTINGS, batch_size=0)
+        run_gallery(tmp_path / "out", tmp_path / "prompts.txt", SETTINGS, Memory(0))
     result = CliRunner().invoke(app, arguments(tmp_path, "--output", str(tmp_path / "prompts.txt" / "inside")))
     assert result.exit_code == 1
     assert "can't be written" in result.output

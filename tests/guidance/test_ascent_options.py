@@ -16,14 +16,49 @@ def test_held_out_reward_is_recorded_and_never_optimised():
     problem, seen = Problem(), []
 
     def held_out(images, prompts):
-        seen.append((images.requires_grad, torch.is_grad_enabled(), list(prompts)))
+        seen.append((images.requires_grad, torch.is_grad_enabled(), tuple(images.shape), list(prompts)))
         return images.mean((1, 2, 3))
 
     ascent = problem.ascend(held_out_reward=held_out, num_guidance_steps=3)
-    assert seen == [(False, False, PROMPTS)] * 4
+    assert seen == [(False, False, SHAPE, PROMPTS)] * 5  # one is the trial
     for row, noise in zip(ascent.held_out_rewards, problem.noises, strict=True):
         assert torch.equal(row, torch.sigmoid(problem.run(noise)).mean((1, 2, 3)).double())
     assert torch.equal(torch.stack(ascent.rewards), torch.stack(Problem().ascend(num_guidance_steps=3).rewards))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("first", [1, 3], ids=["at once", "later"])  # one call is the trial
+def test_held_out_reward_that_is_not_finite_stops_nothing(value, first, caplog):
+    problem, calls = Problem(), []
+
+    def held_out(images, prompts):
+        calls.append(None)
+        values = images.mean((1, 2, 3))
+        return values if len(calls) <= first else torch.where(torch.tensor([False, True]), value, values)
+
+    ascent, plain = problem.ascend(held_out_reward=held_out), Problem().ascend()
+    assert ascent.status == "completed"
+    assert torch.equal(torch.stack(ascent.rewards), torch.stack(plain.rewards))
+    assert torch.equal(ascent.best_images, plain.best_images)
+    rows = torch.stack(ascent.held_out_rewards)
+    assert bool(torch.isfinite(rows[:, 0]).all())
+    assert torch.isnan(rows[:, 1]).tolist() == [run >= first - 1 for run in range(5)]
+    (message,) = caplog.messages
+    assert message.startswith(f"The held-out reward 'held_out' is not finite in run {first - 1}: [0.")
+    assert message.endswith("Such values are recorded as NaN, here and in later runs; the guidance goes on.")
+
+
+def test_held_out_reward_of_the_wrong_shape_is_refused_before_sampling():
+    problem = Problem()
+
+    def scalar(images, prompts):
+        return images.mean()
+
+    with pytest.raises(InputError, match=r"The reward 'scalar' returned shape \(\) for 2 images"):
+        problem.ascend(held_out_reward=scalar)
+    assert problem.num_calls == 0 and problem.noises == []
+    blind = problem.ascend(held_out_reward=lambda images, prompts: images.mean((1, 2, 3)) * torch.nan)
+    assert bool(torch.isnan(torch.stack(blind.held_out_rewards)).all())  # never finite is no wrong shape
 
 
 def test_shell_distance_is_the_norms_in_standard_deviations():

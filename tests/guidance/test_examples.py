@@ -72,26 +72,48 @@ def test_pictures_of_the_embedded_checkpoint(tmp_path):
 def test_tiny_benchmark_has_every_table_and_computes_nothing_twice(tmp_path, monkeypatch):
     guidance = script(EXAMPLES / "benchmarks" / "guidance.py")
     setting = guidance.dataclasses.replace(guidance.TINY, prompts=2, batch=1, steps=1)
-    monkeypatch.setattr(guidance, "STRENGTHS", (0.2,))
-    result = guidance.run(setting, tmp_path)
+    monkeypatch.setattr(guidance, "TINY", setting)
+    result = guidance.run(setting, tmp_path / "records")
     methods = {
         "stored graph", "per-step recomputation", "direct", "finite difference", "gaussian", "endpoint, centred",
-        "endpoint, paper", "recomputation, guidance left out", "finite difference, guidance left out",
+        "endpoint, paper",
     }  # fmt: skip
-    rewards = {"another class", "left minus right", "inpainting"}
+    left_out = {"recomputation, guidance left out", "finite difference, guidance left out"}
+    rewards = ["another class", "left minus right", "inpainting"]
     assert set(result["iteration"]["over_floor"]) == methods
-    for part in ("gradients", "reward_after_ten_iterations"):
-        assert set(result[part]) == rewards
-        assert all(set(rows) == methods for rows in result[part].values())
+    assert set(result["iteration"]["over_floor_with_guidance_left_out"]) == left_out
+    assert list(result["gradients"]) == list(result["reward_after_ten_iterations"]) == rewards
+    assert all(set(rows) == methods | left_out for rows in result["gradients"].values())
+    for name, rows in result["reward_after_ten_iterations"].items():
+        assert set(rows) == methods | (left_out if name == "another class" else set())
     for rows in result["gradients"].values():
         assert rows["per-step recomputation"]["relative_error"] < 1e-5  # float32, exact up to the order of sums
     row = result["reward_after_ten_iterations"]["another class"]["direct"]
     assert row["prompts"] == 2
     assert len(row["curve"]) == len(row["seconds_curve"]) == len(row["held_out_curve"]) == 2
-    assert set(result["time_to_exact"]) == set(result["per_step"]) == rewards
+    assert list(result["time_to_exact"]) == list(result["per_step"]) == rewards
+    assert all(list(cells) == ["0.2", "0.4"] for rows in result["per_step"].values() for cells in rows.values())
     json.dumps(result, allow_nan=False)
+    check_plot(guidance.picture(result), result)
     monkeypatch.setattr(guidance, "one_iteration", lambda *_: pytest.fail("computed twice"))
-    assert guidance.run(setting, tmp_path) == result
+    assert guidance.run(setting, tmp_path / "records") == result
+    guidance.main(["--tiny", "--records", str(tmp_path / "records"), "--picture", str(tmp_path / "new" / "plot.png")])
+    assert (tmp_path / "new" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def check_plot(figure, result):
+    """Every curve and every per-step run is where its numbers are."""
+    table = result["reward_after_ten_iterations"]
+    for axes, (name, rows) in zip(figure.axes, table.items(), strict=True):
+        assert axes.get_title() == name
+        lines = {line.get_label(): line for line in axes.lines}
+        for method, row in rows.items():
+            assert lines[method].get_xydata().T.tolist() == [row["seconds_curve"], row["curve"]]
+        for estimator, cells in result["per_step"][name].items():
+            points = lines[f"step by step, {estimator}"]
+            assert points.get_xydata().tolist() == [[cell["seconds"], cell["reward"]] for cell in cells.values()]
+            assert points.get_color() == lines[estimator].get_color()
+        assert len(lines) == len(rows) + len(result["per_step"][name])
 
 
 def test_tiny_form_of_the_large_benchmark(tmp_path, capsys):
@@ -108,3 +130,30 @@ def test_tiny_form_of_the_large_benchmark(tmp_path, capsys):
     broken = benchmark.run(setting, ("no such method",), tmp_path)
     assert broken["methods"]["no such method"] == {"failed": "exit status 1"}
     assert "no such method" in capsys.readouterr().out
+    assert set(broken["methods"]) == {*result["methods"], "no such method"}  # with all that was done before
+
+
+def test_failures_of_the_large_benchmark_are_kept_or_tried_again(tmp_path, monkeypatch, capsys):
+    import guidance_sd15_size as benchmark
+
+    ran = []
+
+    def measured(setting, method):
+        """In place of its process."""
+        ran.append(method)
+        killed = method == "direct" and ran.count("direct") == 1
+        return {"failed": "exit status -9"} if killed else {"over_floor": 1.0, "seconds": 1.0}
+
+    monkeypatch.setattr(benchmark, "_in_own_process", measured)
+    arguments = ["--tiny", "--records", str(tmp_path), "--methods"]
+    benchmark.main([*arguments, "direct", "endpoint, centred"])
+    assert ran == ["direct", "endpoint, centred"]
+    benchmark.main([*arguments, "direct", "gaussian"])
+    assert ran[2:] == ["gaussian"]  # the failure stands
+    capsys.readouterr()
+    benchmark.main([*arguments, "direct", "gaussian", "--retry-failed"])
+    assert ran[3:] == ["direct"]  # what was well is not done twice
+    shown = capsys.readouterr().out
+    assert "direct" in shown and "gaussian" in shown and "failed" not in shown
+    with pytest.raises(SystemExit):
+        benchmark.main([*arguments, "no such method"])

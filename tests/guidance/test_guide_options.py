@@ -6,6 +6,7 @@ import tiny
 import torch
 from cases import relative
 from diffusers import AutoencoderTiny
+from diffusers.pipelines.stable_diffusion.safety_checker import cosine_distance
 
 from diffusers_fisher import (
     AutodiffFisher,
@@ -42,12 +43,12 @@ def noise(count=2):
     return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def guide(pipe, reward=reward, **options):
+def guide(pipe, reward=reward, prompts=PROMPTS, **options):
     settings = {
         "latents": noise(), "num_inference_steps": 3, "num_guidance_steps": 2, "guidance_scale": 3.0,
         "output_type": "pt", "generator": torch.Generator().manual_seed(1), "step_size": 0.1,
     }  # fmt: skip
-    return pipe.guide(PROMPTS, reward, **{**settings, **options})
+    return pipe.guide(prompts, reward, **{**settings, **options})
 
 
 # Reports
@@ -66,6 +67,21 @@ def test_first_images_and_held_out_rewards_are_of_the_runs(pipe):
     without = guide(pipe)
     assert without.held_out_rewards.shape == (0, 2)
     assert torch.equal(without.rewards, out.rewards)
+
+
+def test_held_out_reward_is_tried_before_the_network_is_called(pipe):
+    calls = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(None))
+    try:
+        with pytest.raises(InputError, match=r"returned shape \(2, 1\) for 2 images"):
+            guide(pipe, held_out_reward=lambda images, prompts: images.mean((1, 2, 3))[:, None])
+        assert calls == []
+        out = guide(pipe, held_out_reward=lambda images, prompts: brightness(images, prompts) / 0)
+    finally:
+        hook.remove()
+    assert out.status == "completed"
+    assert bool(torch.isnan(out.held_out_rewards).all())
+    assert torch.equal(out.rewards, guide(pipe).rewards)
 
 
 def test_later_failure_returns_the_best_so_far(pipe):
@@ -91,6 +107,50 @@ def test_patience_and_optimiser_are_passed_on(pipe):
     assert bool((adam.rewards[1] > adam.rewards[0]).all())
     moved = adam.latents - noise()
     torch.testing.assert_close(moved.abs(), torch.full_like(moved, 0.05), rtol=1e-3, atol=0)  # Adam's first step
+
+
+def similarities(pipe, images):
+    """What the safety checker compares with its threshold, for every image."""
+    pictures = pipe.image_processor.postprocess(2 * images - 1, output_type="pil")
+    pixels = pipe.feature_extractor(pictures, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        embeds = pipe.safety_checker.visual_projection(pipe.safety_checker.vision_model(pixels)[1])
+        return cosine_distance(embeds, pipe.safety_checker.concept_embeds).max(1).values
+
+
+def test_safety_checker_sees_the_guided_images_and_is_reported():
+    """Flags and black images as the stock call gives them for the noise that was found; the reward is not changed."""
+    pipe = tiny.stable_diffusion(
+        StableDiffusionFisherPipeline, safety_checker=tiny.safety_checker(2.0),
+        feature_extractor=tiny.feature_extractor(),
+    )  # fmt: skip
+    options = {"latents": 3 * noise(4), "num_guidance_steps": 2, "step_size": 0.3}
+
+    def run():
+        return guide(pipe, prompts=["a", "b", "c", "d"], **options)
+
+    clean = run()
+    assert clean.nsfw_content_detected == [False] * 4
+    assert bool((clean.best_rewards > clean.rewards[0]).all())
+    after, before = similarities(pipe, clean.images), similarities(pipe, clean.initial_images)
+    ordered = after.sort().values
+    place = int(ordered.diff().argmax())
+    threshold = float(ordered[place : place + 2].mean())
+    assert float((torch.cat([after, before]) - threshold).abs().min()) > 1e-3  # the checker rounds to three digits
+    pipe.safety_checker.concept_embeds_weights.data.fill_(threshold)
+    out = run()
+    assert out.nsfw_content_detected == (after > threshold).tolist()
+    assert 0 < sum(out.nsfw_content_detected) < 4
+    for images, unchecked, flagged in (
+        (out.images, clean.images, after > threshold), (out.initial_images, clean.initial_images, before > threshold)
+    ):  # fmt: skip
+        assert torch.equal(images, torch.where(flagged[:, None, None, None], 0, unchecked))
+    assert torch.equal(out.rewards, clean.rewards)
+    stock = pipe(
+        ["a", "b", "c", "d"], latents=out.latents, num_inference_steps=3, guidance_scale=3.0, output_type="pt"
+    )  # fmt: skip
+    assert stock.nsfw_content_detected == out.nsfw_content_detected
+    torch.testing.assert_close(stock.images, out.images, rtol=0, atol=1e-6)  # float32
 
 
 # Text and control

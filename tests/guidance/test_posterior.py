@@ -215,13 +215,13 @@ def test_history_is_that_of_the_last_run_and_exact():
     with posterior_guidance(pipe, told, PROMPTS, decode=decode) as guidance:
         sample(pipe, guidance, steps=4)
         sample(pipe, guidance, steps=3)
-    assert seen == [PROMPTS] * 7
+    assert seen == [PROMPTS] * 8  # one is the trial, which the second run of the same size needs no more
     assert (
         [tuple(row.shape) for row in guidance.rewards]
         == [(2,)] * 3
         == [tuple(row.shape) for row in guidance.gradient_norms]
     )
-    for row, images in zip(guidance.rewards, clean[4:], strict=True):
+    for row, images in zip(guidance.rewards, clean[5:], strict=True):
         assert torch.equal(row, reward(images, PROMPTS))
     assert bool((torch.stack(guidance.gradient_norms) > 0).all())
 
@@ -262,14 +262,16 @@ def test_pipeline_is_left_as_it_was_also_after_an_error():
     pipe = stable_diffusion()
     sample(pipe)
     sample(pipe, steps=3)
-    names = set(vars(pipe.scheduler))
+    names, attributes = set(vars(pipe.scheduler)), set(vars(pipe))
     with pytest.raises(ZeroDivisionError, match="no judge"), posterior_guidance(pipe, broken, decode=decode) as guided:
         sample(pipe, guided)
     assert set(vars(pipe.scheduler)) == names
+    assert set(vars(pipe)) == attributes
     assert pipe.scheduler.step.__func__ is diffusers.DDIMScheduler.step
     with posterior_guidance(pipe, reward, decode=decode):
         pass  # no run at all
     assert set(vars(pipe.scheduler)) == names
+    assert set(vars(pipe)) == attributes
 
 
 # What is refused
@@ -329,13 +331,13 @@ def test_numbers_that_are_not_finite_later_end_the_guidance_and_not_the_run(kind
     def failing(images, prompts):
         calls.append(None)
         values = reward(images, prompts)
-        if len(calls) < 3:
+        if len(calls) < 4:  # one call is the trial
             return values
         return values * torch.nan if kind == "is NaN" else values + (values - values.detach()).sqrt()
 
     with posterior_guidance(pipe, failing, decode=decode) as guidance:
         images = sample(pipe, guidance)
-        assert len(calls) == 3 and len(guidance.rewards) == 2
+        assert len(calls) == 4 and len(guidance.rewards) == 2
         assert guidance.status.startswith("stopped at guided step 2: The ")
         assert f"Guidance {guidance.status} The run goes on without it." in caplog.messages
 
@@ -368,12 +370,92 @@ BAD = {
 }  # fmt: skip
 
 
+def counted(network):
+    """What the network is called with from now on."""
+    calls = []
+    network.register_forward_pre_hook(lambda module, args: calls.append(args))
+    return calls
+
+
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_rewards_are_named(kind):
+def test_bad_rewards_are_named_before_any_evaluation(kind):
     bad, error, message = BAD[kind]
     pipe = stable_diffusion()
+    calls = counted(pipe.unet)
     with pytest.raises(error, match=message), posterior_guidance(pipe, bad, decode=decode) as guidance:
         sample(pipe, guidance)
+    assert len(calls) == (1 if kind == "slope" else 0)  # infinite slopes show at the run's own images only
+
+
+def test_trial_has_the_runs_number_and_size_and_decodes_nothing():
+    """A reward with a target for every sample of one run's size; and one that fits the trial only."""
+    pipe, seen = stable_diffusion(dtype=torch.float32), []
+    calls, decodings = counted(pipe.unet), counted(pipe.vae.decoder)
+    targets = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+
+    def per_sample(images, prompts):
+        seen.append((tuple(images.shape), list(prompts), len(calls), len(decodings)))
+        return -((images - targets) ** 2).mean((1, 2, 3))
+
+    with posterior_guidance(pipe, per_sample, "a b") as guidance:
+        pipe("c", height=32, width=32, num_images_per_prompt=3, num_inference_steps=2, callback_on_step_end=guidance)
+    shape = (3, 3, 32, 32)
+    assert seen == [(shape, ["a b"] * 3, 0, 0), (shape, ["a b"] * 3, 1, 1), (shape, ["a b"] * 3, 2, 2)]
+    with pytest.raises(RuntimeError, match="must match"), posterior_guidance(pipe, per_sample) as guidance:
+        pipe("c", num_inference_steps=2, callback_on_step_end=guidance)
+    assert len(calls) == 2
+
+
+def test_flow_pipelines_try_the_reward_too():
+    pipe = PIPELINES["SD3"].make()
+    calls, bad = counted(pipe.transformer), BAD["cut"][0]
+    with pytest.raises(InputError, match="not differentiable"), posterior_guidance(pipe, bad) as guidance:
+        pipe(num_inference_steps=2, guidance_scale=1.0, callback_on_step_end=guidance, **tiny.embeds(2))
+    assert calls == []
+
+
+def test_estimators_own_evaluations_are_no_runs_to_try_the_reward_for():
+    pipe, shapes = stable_diffusion(), []
+
+    def told(images, prompts):
+        shapes.append(tuple(images.shape))
+        return reward(images, prompts)
+
+    denoiser = PipelineDenoiser(pipe, guidance_scale=3.0, prompt=PROMPTS[0])
+
+    def one_only(state, endpoint=None):
+        """Evaluates the denoiser on another number of samples than the run's."""
+        denoiser(state.sample[:1], state.timestep)
+        return DirectFisher()(state)
+
+    with posterior_guidance(pipe, told, decode=decode, estimator=one_only) as guidance:
+        sample(pipe, guidance, steps=2)
+    assert denoiser.num_calls == 2
+    assert shapes == [(2, 3, 8, 8)] * 3
+
+
+def test_prompts_of_the_wrong_number_are_refused_at_once():
+    pipe = stable_diffusion()
+    calls = counted(pipe.unet)
+    with (
+        pytest.raises(InputError, match="3 `prompts` were given for 2 samples; give one, or one each"),
+        posterior_guidance(pipe, reward, ["a", "b", "c"], decode=decode) as guidance,
+    ):
+        sample(pipe, guidance)
+    assert calls == []
+
+
+@pytest.mark.parametrize(("prompts", "told"), [(None, ["", ""]), ("a", ["a", "a"]), (PROMPTS, PROMPTS)])
+def test_what_the_reward_is_told(prompts, told):
+    pipe, seen = stable_diffusion(), []
+
+    def noted(images, given):
+        seen.append(list(given))
+        return reward(images, given)
+
+    with posterior_guidance(pipe, noted, prompts, decode=decode) as guidance:
+        sample(pipe, guidance, steps=1)
+    assert seen == [told] * 2
 
 
 def test_estimators_of_the_runs_end_are_refused():

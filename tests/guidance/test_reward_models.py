@@ -33,6 +33,7 @@ from diffusers_fisher import (
     WeightedReward,
     embedded_test_images,
     named_reward,
+    posterior_guidance,
 )
 
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -174,6 +175,35 @@ def test_fixed_text_stands_for_all_prompts(folders):
     assert not torch.equal(values, by_prompt(images, TEXTS))
     with pytest.raises(InputError, match="1 texts for 2 images; give one, or one an image"):
         TextImageReward.clip(["a b"], path=str(folders["clip"]))(images, [])
+
+
+@pytest.mark.parametrize("prompts", [["a b", ""], ["a", " "], [3, 0]], ids=["empty", "blank", "class labels"])
+def test_similarity_to_no_words_is_refused(folders, prompts):
+    path, images = str(folders["clip"]), smooth_images(2, 16, 16)
+    by_prompt = TextImageReward.clip(path=path)
+    with pytest.raises(
+        InputError, match=r"a similarity to no words says nothing. Give the reward a `text`, or prompts"
+    ):
+        by_prompt(images, prompts)
+    with pytest.raises(InputError, match="similarity to no words"):
+        WeightedReward((1.0, by_prompt))(images, prompts)
+    assert TextImageReward.clip("", path=path)(images, prompts).shape == (2,)  # of the user's own will
+
+
+def test_guidance_by_a_similarity_asks_for_words_before_it_begins(folders):
+    pipe, reward = tiny.stable_diffusion(), TextImageReward.clip(path=str(folders["clip"]))
+    calls = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(None))
+
+    def run(*prompts):
+        with posterior_guidance(pipe, reward, *prompts) as guidance:
+            pipe("a b", num_inference_steps=1, callback_on_step_end=guidance)
+
+    with pytest.raises(InputError, match=r"\(`prompts=` of `posterior_guidance`\)"):
+        run()
+    assert calls == []
+    run("a b")
+    assert len(calls) == 1
 
 
 def test_texts_are_encoded_once(folders):

@@ -76,7 +76,8 @@ class TextImageReward:
         model: `CLIPModel`, `SiglipModel` or another with `get_image_features` and `get_text_features`.
         tokenizer: of the same checkpoint.
         image_input: from images in [0, 1] to `pixel_values`.
-        text: what the images should show, one for all or one an image; None: the prompts they were made from.
+        text: what the images should show, one for all or one an image; None: the prompts they were made from, which
+            may not be empty then.
         logits: the model's logit instead of the cosine.
     """
 
@@ -140,6 +141,11 @@ class TextImageReward:
         texts = [given] * len(images) if isinstance(given, str) else list(given)
         if len(texts) != len(images):
             raise InputError(f"{len(texts)} texts for {len(images)} images; give one, or one an image.")
+        if self.text is None and not all(isinstance(text, str) and text.strip() for text in texts):
+            raise InputError(
+                f"The images were made from the prompts {texts}, and a similarity to no words says nothing. Give the "
+                "reward a `text`, or prompts that are not empty (`prompts=` of `posterior_guidance`)."
+            )
         shown, said = _image_features(self.model, self.image_input(images)), self._text_features(texts)
         cosine = (shown * said.to(shown)).sum(-1)
         if not self.logits:
