@@ -12,12 +12,11 @@ import argparse
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
@@ -26,13 +25,15 @@ from ..errors import FisherError, InputError
 from ..files import check_writable, load_tensors, read_json, save_tensors, write_json
 from .checkpoints import TrainingFolder, writing
 from .config import load_config
-from .pieces import batched
+from .pieces import batched, data_note
+from .processes import process_state
 from .samples import SampleSpace
 from .trace_config import TraceMatchingConfig, load_pipeline
 
 logger = get_logger(__name__)
 
 SHARD_SIZE = 4096  # images a shard
+FREE_SETTINGS = ("denoiser.compile",)
 DISK_ADVICE = "make room and start again, whole shards are kept"
 
 
@@ -50,18 +51,22 @@ def cache_latents(config: TraceMatchingConfig, batch_size: int = 16) -> int:
     """Writes what is missing of the cache; returns the number of latents in it.
 
     Raises:
-        InputError: a config without `data` or `latents`, a folder with a cache of other settings, or images of which
-            none can be read, or that are of several sizes or of one that the autoencoder does not take.
+        InputError: a config without `data` or `latents`, a folder with a cache of other settings or of images that
+            have changed since, or images of which none can be read, or that are of several sizes or of one that the
+            autoencoder does not take.
         CheckpointError: a shard that can't be written.
     """
     if config.data is None or config.latents is None:
         raise InputError("Caching needs both `data` (the images) and `latents` (the folder to write) in the config.")
-    state, folder = PartialState(), Path(config.latents)
+    state, folder = process_state(), Path(config.latents)
+    notes = TrainingFolder(folder, work=(LATENT_INDEX, "latents-*.safetensors"))
     settings = {"data": dataclasses.asdict(config.data), "denoiser": dataclasses.asdict(config.denoiser)}
     if state.is_main_process:
         check_writable(folder)
-        TrainingFolder(folder).check(settings, free=("denoiser.compile",))
+        notes.check(settings, FREE_SETTINGS)
     if (folder / LATENT_INDEX).is_file():
+        if state.is_main_process and Path(config.data.path).is_dir():  # what is elsewhere would have to be downloaded
+            notes.check_data(data_note(open_images(config.data)))
         return sum(read_json(folder / LATENT_INDEX)["counts"])
     pipe = load_pipeline(dataclasses.replace(config.denoiser, compile=False)).to(state.device)
     with state.main_process_first():
@@ -70,11 +75,12 @@ def cache_latents(config: TraceMatchingConfig, batch_size: int = 16) -> int:
     first = _first_readable(source)
     space.moments(first[None])  # refuses sizes that can't be encoded
     if state.is_main_process:
-        TrainingFolder(folder).claim(settings)
+        notes.claim(settings, FREE_SETTINGS, data=data_note(source))
     number = -1
     for number, rows in enumerate(batched(_rows(source), SHARD_SIZE)):
         if number % state.num_processes == state.process_index and not (folder / shard_name(number)).is_file():
-            _write_shard(folder / shard_name(number), rows, source, space, first, batch_size)
+            shown = tqdm(rows, shard_name(number), disable=not state.is_main_process)
+            _write_shard(folder / shard_name(number), shown, source, space, first, batch_size)
     state.wait_for_everyone()
     if state.is_main_process:
         _write_index(folder, number + 1, pipe)
@@ -98,7 +104,7 @@ def _first_readable(source: Images) -> torch.Tensor:
 
 def _write_shard(
     path: Path,
-    rows: list[tuple[int, dict[str, Any]]],
+    rows: Iterable[tuple[int, dict[str, Any]]],
     source: Images,
     space: SampleSpace,
     first: torch.Tensor,  # (C, H, W) pixels of the cache's first image
@@ -107,7 +113,7 @@ def _write_shard(
     captions, skipped = [], []
 
     def pixels() -> Iterator[torch.Tensor]:
-        for position, row in tqdm(rows, path.stem, disable=not PartialState().is_main_process):
+        for position, row in rows:
             try:
                 example = source.example(row, position)
             except UnreadableImageError as error:

@@ -12,6 +12,8 @@ import torch
 
 from ..data import CachedLatents, Example, Images, ImageStream, UnreadableImageError
 from ..errors import InputError
+from ..files import read_json
+from .checkpoints import DATA_NOTE
 from .schedule import Optimisation, batch_indices
 
 SHUFFLE_BUFFER = 1000  # images of a stream, undecoded
@@ -38,6 +40,17 @@ class Piece:
         if len(shapes) > 1:
             raise InputError(f"The data has images of sizes {shapes}; set `data.resolution`, which makes them one.")
         return cls(torch.stack(samples), list(captions), [name for names in skipped for name in names])
+
+
+def data_note(source: Images | ImageStream | CachedLatents) -> dict[str, Any] | None:
+    """By what a resumed run knows its data again: how many images, the first and the last name; of cached latents
+    what the cache noted of its images, and their own number. None for streams, which have neither."""
+    if isinstance(source, ImageStream):
+        return None
+    if isinstance(source, CachedLatents):
+        note = source.folder / DATA_NOTE
+        return {**(read_json(note) if note.is_file() else {}), "latents": len(source)}
+    return {"images": len(source), "first": source.name(0), "last": source.name(len(source) - 1)}
 
 
 @dataclasses.dataclass(frozen=True)

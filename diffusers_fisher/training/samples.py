@@ -73,9 +73,16 @@ class SampleSpace:
         return (self.pipe._latent_channels(), *sides)
 
     def denoiser(self, captions: Sequence[Any], data: torch.Tensor, copies: int = 1) -> PipelineDenoiser:
-        """The denoiser of `log_likelihood`, conditioned on the captions, for `copies` of samples made of `data`."""
+        """The denoiser of `log_likelihood`, conditioned on the captions, for `copies` of samples made of `data`.
+        Where the pipeline takes text, a missing caption (None) is the empty prompt.
+
+        Raises:
+            InputError: captions or labels that the pipeline does not take.
+        """
         like = torch.empty(len(captions) * copies, *self.unpacked_shape(data), device="meta")
         prompts = None if all(caption is None for caption in captions) else list(captions) * copies
+        if prompts is not None and hasattr(self.pipe, "tokenizer"):
+            prompts = ["" if prompt is None else prompt for prompt in prompts]
         return self.pipe._likelihood_denoiser(like, self.pipe._likelihood_guidance({}), prompts, {})
 
 

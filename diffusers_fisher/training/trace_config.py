@@ -43,7 +43,8 @@ class ModelSettings:
     """The trace model; see `FisherTraceModel`.
 
     Args:
-        prior: shape of the data's statistics: "sample" (a number a coordinate) or "channel".
+        prior: shape of the data's statistics: "sample" (a number a coordinate) or "channel". For packed tokens both
+            are a number a channel, since a number a token would hold for one image size alone.
         pooled: take the pooled text embedding of the prompts.
     """
 
@@ -135,10 +136,9 @@ class TraceMatchingConfig:
     prior_samples: int = 1024
     trackers: list = dataclasses.field(default_factory=list)
 
-    @property
-    def piece_size(self) -> int:
-        """Samples that the denoiser is given at a time outside of training's own steps."""
-        return max(1, self.optimisation.batch_size // self.optimisation.gradient_accumulation)
+    def piece_size(self, num_processes: int) -> int:
+        """Samples that a process gives the denoiser at a time, outside of training's own steps too."""
+        return max(1, self.optimisation.batch_size // (num_processes * self.optimisation.gradient_accumulation))
 
     def check(self, num_processes: int) -> None:
         """Refuses what can't be run. Raises `InputError` naming the key."""
@@ -265,7 +265,7 @@ def make_trace_model(
             patch_size=settings.patch_size, head_channels=settings.head_channels,
             time_channels=settings.time_channels, use_prediction=settings.use_prediction,
             pooled_channels=pooled_channels,
-            prior_shape=shape if settings.prior == "sample" else per_channel,
+            prior_shape=shape if settings.prior == "sample" and layout == "image" else per_channel,
         )  # fmt: skip
     model.set_fingerprint(pipe)
     return model

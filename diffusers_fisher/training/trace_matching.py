@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,25 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..data import CachedLatents, open_images
+from ..denoiser import Denoiser
 from ..errors import FisherError, InputError, NumericalError
 from ..files import check_writable, write_json
 from ..fisher.autodiff import AutodiffFisher
 from ..fisher.finite_difference import FiniteDifferenceFisher
 from ..fisher.gaussian_data import GaussianFisher
+from ..fisher.operator import FisherEstimator
 from ..models import FisherTraceModel
 from .cache_latents import space_fingerprint
 from .checkpoints import TrainingFolder, flat_settings
 from .config import load_config
 from .paths import Paths, follow_paths
-from .pieces import Piece, Share, TrainingData
+from .pieces import Piece, Share, TrainingData, data_note
+from .processes import WAIT, uses_cpu
 from .samples import SampleSpace, without
 from .schedule import learning_rate
 from .state import step_generator
@@ -50,6 +54,8 @@ FREE_SETTINGS = (
     "optimisation.gradient_accumulation", "optimisation.save_every", "optimisation.log_every", "denoiser.compile",
 )  # fmt: skip
 """What a resumed run may change: nothing that the parameters depend on, but by rounding."""
+
+HALF_PRECISION_STEP = 0.05  # of finite differences: shorter ones drown in the rounding of such networks
 
 
 class TraceMatching:
@@ -73,19 +79,31 @@ class TraceMatching:
             self.folder.check(dataclasses.asdict(config), FREE_SETTINGS)
         self.pipe = load_pipeline(config.denoiser).to(accelerator.device)
         self.data = TrainingData(self._source(), config.optimisation, config.validation.samples, config.seed)
-        self.space = SampleSpace(self.pipe, config.latents is not None, config.piece_size)
+        size = config.piece_size(accelerator.num_processes)
+        self.space = SampleSpace(self.pipe, config.latents is not None, size)
         self.held_out = self.data.held_out()
-        first = self.space.packed(self.held_out.samples[:1])
-        denoiser = self.space.denoiser(self.held_out.captions[:1], self.held_out.samples[:1])  # refuses wrong captions
-        self.shape = tuple(first.shape[1:])
-        pooled = self.pipe._pooled(denoiser.call_arguments).shape[1] if config.model.pooled else None
-        self.model = make_trace_model(config, self.pipe, self.shape, pooled)
+        self.space.denoiser(self.held_out.captions, self.held_out.samples)  # refuses wrong captions
+        self.model = self._tried_model()
         if accelerator.is_main_process:
-            self.folder.claim(dataclasses.asdict(config), self.model.config["fingerprint"])
+            fingerprint, note = self.model.config["fingerprint"], data_note(self.data.source)
+            self.folder.claim(dataclasses.asdict(config), FREE_SETTINGS, fingerprint, note)
         self.skipped = set(self.folder.skipped)
         if isinstance(self.data.source, CachedLatents):
             self.skipped.update(self.data.source.index["skipped_images"])
         self._note(self.held_out)
+
+    def _tried_model(self) -> FisherTraceModel:
+        """An untrained trace model that takes a sample of the data. Sets `shape`, of samples."""
+        data = self.held_out.samples[:1]
+        sample = self.space.packed(data).cpu()
+        self.shape = tuple(sample.shape[1:])
+        pooled = None
+        if self.config.model.pooled:
+            pooled = self.pipe._pooled(self.space.denoiser(self.held_out.captions[:1], data).call_arguments).cpu()
+        model = make_trace_model(self.config, self.pipe, self.shape, None if pooled is None else pooled.shape[1])
+        with torch.no_grad():
+            model.forward(sample, torch.zeros(1), original=sample, epsilon=sample, pooled=pooled)
+        return model
 
     def _note(self, piece: Piece) -> Piece:
         """Names what of a piece could not be read; each once."""
@@ -151,9 +169,11 @@ class TraceMatching:
             raise NumericalError(f"{error} Training stopped; {self.folder.last_good}.") from error
         if average:
             average.copy_to(parameters)
-        result = self._validate(None, parameters, settings.steps)
+        if accelerator.is_main_process:  # first: whatever goes wrong with the validation, the result is there
+            with self.folder.writing("trace_model"):
+                self.model.save_pretrained(self.folder.path / "trace_model")
+        self._report(self._validate(None, parameters, settings.steps))
         accelerator.end_training()
-        self._finish(result)
         return self.model.eval()
 
     def _followed(self) -> Paths:
@@ -219,12 +239,7 @@ class TraceMatching:
                 config.optimisation.batch_size, part,
             )  # fmt: skip
         denoiser = self.space.denoiser(captions, piece.samples, draw.copies)
-        estimator: Any = None
-        if jacobian and config.product == "finite_difference":
-            estimator = FiniteDifferenceFisher(denoiser)
-        elif jacobian:
-            estimator = AutodiffFisher(denoiser, forward_mode=config.product == "forward")
-        objective = TraceObjective.of(self.model.config, estimator)
+        objective = TraceObjective.of(self.model.config, jacobian_estimator(config, denoiser) if jacobian else None)
         pooled = None
         if self.model.config["pooled_channels"]:
             pooled = self.pipe._pooled(denoiser.call_arguments)[: len(samples)]  # the draw repeats it
@@ -259,21 +274,29 @@ class TraceMatching:
                 if average:
                     average.restore(parameters)
             self.accelerator.log(result.summary(), step=step)
+            self.folder.cut("validation", step - 1)  # a run killed since then, or finished, has the entry already
             self.folder.append("validation", {"step": step, **result.summary()})
             with self.folder.writing("validation.png"):
                 plot_validation(result, self.folder.path / "validation.png")
         self.accelerator.wait_for_everyone()
         return result
 
-    def _finish(self, result: Validation | None) -> None:
+    def _report(self, result: Validation | None) -> None:
         if result is None:
             return
-        with self.folder.writing("trace_model"):
-            self.model.save_pretrained(self.folder.path / "trace_model")
         config, skipped = self.config, sorted(self.skipped)
         report = {"steps": config.optimisation.steps, "target": config.target, "skipped_images": skipped}
         with self.folder.writing("report.json"):
             write_json(self.folder.path / "report.json", {**report, "validation": result.report()})
+
+
+def jacobian_estimator(config: TraceMatchingConfig, denoiser: Denoiser) -> FisherEstimator:
+    """What gives target "jacobian" its products, by the config's `product`."""
+    if config.product != "finite_difference":
+        return AutodiffFisher(denoiser, forward_mode=config.product == "forward")
+    if config.denoiser.dtype == "float32":
+        return FiniteDifferenceFisher(denoiser)
+    return FiniteDifferenceFisher(denoiser, relative_step=HALF_PRECISION_STEP)
 
 
 def check_cache(cached: CachedLatents, pipe: Any) -> None:
@@ -302,7 +325,7 @@ def fit_prior(
 
     fitted = GaussianFisher.fit_diagonal(samples(), dct=config.model.basis == "dct")
     mean, variance = fitted.mean, fitted.covariance.variances.view(fitted.mean.shape)
-    if config.model.prior == "channel":
+    if model.prior.mean.shape != mean.shape:  # a number a channel
         axes = (1, 2) if mean.ndim == 3 else (0,)
         variance = variance.mean(axes, keepdim=True) + mean.var(axes, correction=0, keepdim=True)
         mean = mean.mean(axes, keepdim=True)
@@ -324,12 +347,19 @@ def _tracked(config: TraceMatchingConfig) -> dict[str, Any]:
 def train(config: TraceMatchingConfig) -> FisherTraceModel:
     """Trains the trace model of `config`, or goes on with it. Raises as `TraceMatching`."""
     check_trackers(config.trackers)
-    accelerator = Accelerator(
+    return TraceMatching(config, make_accelerator(config)).run()
+
+
+def make_accelerator(config: TraceMatchingConfig) -> Accelerator:
+    """An accelerator whose processes wait as long as the main one validates and follows paths."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return Accelerator(
         mixed_precision=config.optimisation.mixed_precision or "no",
         log_with=config.trackers or None,
         project_dir=config.output,
+        cpu=several and uses_cpu(),  # of which each process would else take itself for the only one
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
     )
-    return TraceMatching(config, accelerator).run()
 
 
 def main() -> None:

@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import tiny
 import torch
 import trace_runs
+from image_folders import image_folder
 from PIL import Image
 
 from diffusers_fisher import CheckpointError, InputError
@@ -101,6 +104,52 @@ def test_a_corrected_config_takes_the_folder_of_a_wrong_one(tmp_path, wrong):
     assert cache_latents(config) == 12
     with pytest.raises(InputError, match=r"other settings: data\.limit was None, is 5"):
         cache_latents(dataclasses.replace(config, data=dataclasses.replace(config.data, limit=5)))
+
+
+def test_images_added_since_are_noticed(tmp_path, monkeypatch):
+    """By a cache that is not finished, whose shards would hold others than the names say, and by a finished one."""
+    config = config_of(tmp_path)
+    write = module._write_index
+    monkeypatch.setattr(module, "_write_index", lambda *args: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        cache_latents(config)
+    monkeypatch.setattr(module, "_write_index", write)
+    words = r"latents' was made of other data: images was 12, is 13"
+    image_folder(tmp_path / "images", count=13)
+    with pytest.raises(InputError, match=words):
+        cache_latents(config)
+    (tmp_path / "images" / "train-12.png").unlink()
+    image_folder(tmp_path / "images")
+    assert cache_latents(config) == 12
+    image_folder(tmp_path / "images", count=13)
+    with pytest.raises(InputError, match=words):
+        cache_latents(config)
+    (tmp_path / "latents" / "data.json").unlink()  # as in caches of before there was this note
+    assert cache_latents(config) == 12
+
+
+def test_two_processes_take_turns_with_the_shards(tmp_path):
+    """By torch's own launcher, which does not say that they are to compute on CPUs."""
+    config = config_of(tmp_path)
+    script = tmp_path / "cache.py"
+    script.write_text(
+        "import os\n"
+        "from diffusers_fisher.training import cache_latents as module\n"
+        "module.SHARD_SIZE = 2\n"
+        "save = module.save_tensors\n"
+        "def noted(path, *arguments):\n"
+        f"    open(f'{tmp_path}/by-{{os.environ[\"RANK\"]}}', 'a').write(path.name + '\\n')\n"
+        "    save(path, *arguments)\n"
+        "module.save_tensors = noted\n"
+        "module.main()\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29731"]
+    command = [*launcher, str(script), "--config", str(tmp_path / "config.yaml")]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    for rank in (0, 1):
+        written = (tmp_path / f"by-{rank}").read_text().split()
+        assert written == [f"latents-{number:05d}.safetensors" for number in range(rank, 6, 2)]
+    assert len(cached(config)[1]) == 12
 
 
 def test_compiled_denoisers_share_the_cache_and_are_not_compiled_for_it(tmp_path, monkeypatch):

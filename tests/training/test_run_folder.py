@@ -85,6 +85,132 @@ def test_another_denoiser_at_the_same_path_is_refused(tmp_path):
         train(config)
 
 
+def test_another_denoiser_takes_the_folder_before_the_first_checkpoint(tmp_path, monkeypatch):
+    config = trace_runs.config_of(tmp_path, target="jacobian", optimisation={"steps": 2})
+    stop_at(monkeypatch, 0)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    shutil.rmtree(config.denoiser.path)
+    saved_pipeline(Path(config.denoiser.path), lambda: tiny.stable_diffusion(unet=tiny.unet()))  # another seed
+    resumed = parameters(train(config))
+    assert torch.equal(resumed, unbroken(config))  # with paths of its own
+
+
+def test_settings_may_be_corrected_before_the_first_checkpoint(tmp_path, monkeypatch):
+    """As where memory was too short for the first step: what was prepared with other settings is made again."""
+    config = trace_runs.config_of(tmp_path, target="jacobian")
+    stop_at(monkeypatch, 1)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    run = Path(config.output)
+    paths = run / "paths.safetensors"
+    before = paths.stat().st_mtime_ns
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert paths.stat().st_mtime_ns == before  # equal settings: what was prepared stays
+    smaller = dataclasses.replace(config, optimisation=dataclasses.replace(config.optimisation, batch_size=2))
+    monkeypatch.undo()
+    resumed = parameters(train(smaller))
+    assert paths.stat().st_mtime_ns > before
+    assert torch.equal(resumed, unbroken(smaller))
+    assert (run / "loss.jsonl").read_text() == (tmp_path / "run-unbroken" / "loss.jsonl").read_text()
+    with pytest.raises(InputError, match=r"other settings: optimisation\.batch_size was 2, is 4"):
+        train(config)
+
+
+def test_free_settings_leave_what_was_prepared(tmp_path, monkeypatch):
+    config = trace_runs.config_of(tmp_path, target="jacobian")
+    stop_at(monkeypatch, 0)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    paths = Path(config.output) / "paths.safetensors"
+    before = paths.stat().st_mtime_ns
+    with pytest.raises(KeyboardInterrupt):
+        train(dataclasses.replace(config, optimisation=dataclasses.replace(config.optimisation, save_every=1)))
+    assert paths.stat().st_mtime_ns == before
+
+
+def test_a_finished_model_without_its_checkpoints_is_kept(tmp_path):
+    config = trace_runs.config_of(tmp_path, optimisation={"steps": 2})
+    train(config)
+    shutil.rmtree(Path(config.output) / "checkpoints")
+    with pytest.raises(InputError, match=r"other settings: seed was 0, is 1"):
+        train(dataclasses.replace(config, seed=1))
+
+
+def test_images_added_since_are_noticed(tmp_path, monkeypatch):
+    config = trace_runs.config_of(tmp_path)
+    stop_at(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    image_folder(tmp_path / "images", count=13)
+    with pytest.raises(
+        InputError, match=r"run' was made of other data: images was 12, is 13; last was .*Images were added"
+    ):
+        train(config)
+    (Path(config.output) / "data.json").unlink()  # as in folders of before there was this note
+    train(config)
+    assert json.loads((Path(config.output) / "data.json").read_text())["images"] == 13
+
+
+def test_images_may_be_added_before_the_first_checkpoint(tmp_path, monkeypatch):
+    config = trace_runs.config_of(tmp_path, target="jacobian")
+    stop_at(monkeypatch, 0)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    image_folder(tmp_path / "images", count=13)
+    assert torch.equal(parameters(train(config)), unbroken(config))
+
+
+def test_images_exchanged_for_others_of_the_same_number_are_noticed(tmp_path):
+    config = trace_runs.config_of(tmp_path, optimisation={"steps": 2})
+    train(config)
+    last = trace_matching.open_images(config.data).name(11)
+    metadata = tmp_path / "images" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace(f'"{last}"', '"train-z.png"'))
+    (tmp_path / "images" / last).rename(tmp_path / "images" / "train-z.png")
+    with pytest.raises(InputError, match=rf"other data: last was '{last}', is 'train-z\.png'"):
+        train(config)
+
+
+def test_latents_cached_anew_of_other_images_are_noticed(tmp_path):
+    config = trace_runs.config_of(tmp_path, latents=str(tmp_path / "latents"), optimisation={"steps": 2})
+    cache_latents(config)
+    train(config)
+    shutil.rmtree(config.latents)
+    image_folder(tmp_path / "images", count=13)
+    cache_latents(config)
+    with pytest.raises(InputError, match=r"other data: images was 12, is 13; .*latents was 12, is 13"):
+        train(config)
+
+
+def test_the_model_is_saved_before_the_last_validation(tmp_path, monkeypatch):
+    config = trace_runs.config_of(tmp_path, validation={"every": 9})
+
+    def too_large(*args):
+        raise torch.OutOfMemoryError("validation")
+
+    monkeypatch.setattr(trace_matching, "validate", too_large)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(config)
+    saved = trace_matching.FisherTraceModel.from_pretrained(Path(config.output) / "trace_model")
+    monkeypatch.undo()
+    assert torch.equal(parameters(saved), parameters(train(config)))
+
+
+def test_a_finished_run_started_again_writes_no_entry_twice(tmp_path):
+    config = trace_runs.config_of(tmp_path)
+    train(config)
+    curve = Path(config.output) / "validation.jsonl"
+    before = curve.read_text()
+    train(config)
+    assert curve.read_text() == before
+
+
 def test_names_of_unreadable_images_outlast_a_stop(tmp_path, monkeypatch):
     """Held-out ones too. That they can be read at last is no matter: others stood in their places before."""
     config = trace_runs.config_of(tmp_path)

@@ -39,6 +39,13 @@ def parameters(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([value.flatten() for value in model.state_dict().values()])
 
 
+def rewrite_metadata(folder: Path, changes) -> None:
+    """Changes rows of an image folder's metadata by `changes(number, row)`."""
+    path = folder / "metadata.jsonl"
+    rows = [row | changes(number, row) for number, row in enumerate(lines(path))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def launched(config: Path, *options: str) -> list[str]:
     return [
         sys.executable, "-m", "accelerate.commands.launch", "--cpu", *options, "-m",
@@ -245,6 +252,7 @@ def unknown_scheduler():
         "norm diagonal": ({"target": "norm", "model": {"output": "diagonal"}}, "Target 'norm' gives the trace alone"),
         "size": ({"data": {"resolution": 15}}, "15x15 pixels; this pipeline takes multiples of"),
         "unknown key": ({"optimisation": {"lr": 1.0}}, r"unknown keys \['lr'\]"),
+        "patches": ({"model": {"patch_size": 3}}, "multiples of the trace model's `patch_size`, 3"),
         "warm-up": ({"optimisation": {"warmup_steps": -1}}, r"warmup_steps is -1; allowed: from 0 to below .*\(6\)"),
         "long warm-up": ({"optimisation": {"warmup_steps": 6}}, "warmup_steps is 6; allowed"),
         "unknown tracker": ({"trackers": ["tensorboards"]}, "trackers has 'tensorboards'; installed here: "),
@@ -292,6 +300,31 @@ def test_nan_stops_with_the_last_good_checkpoint_kept(tmp_path, monkeypatch):
     resumed = train(config)
     unbroken = train(dataclasses.replace(config, output=str(tmp_path / "unbroken")))
     assert torch.equal(parameters(resumed), parameters(unbroken))
+
+
+@pytest.mark.parametrize(("dtype", "step"), [("float32", 0.01), ("bfloat16", 0.05), ("float16", 0.05)])
+def test_finite_differences_of_half_precision_take_longer_steps(tmp_path, dtype, step):
+    config = trace_runs.config_of(tmp_path, product="finite_difference", denoiser={"dtype": dtype})
+    assert trace_matching.jacobian_estimator(config, None).relative_step == step
+
+
+@pytest.mark.parametrize("missing", [(0, 2), range(4)], ids=["some", "all"])
+def test_missing_captions_are_empty_prompts(tmp_path, missing):
+    """Two of the four captions, that is every other image: batches mix them with others."""
+    config = trace_runs.config_of(tmp_path, optimisation={"steps": 2})
+    rewrite_metadata(tmp_path / "images", lambda number, row: {"text": None} if number % 4 in missing else {})
+    captions = trace_matching.TraceMatching(config, trace_matching.Accelerator()).data.held_out().captions
+    assert None in captions
+    assert torch.isfinite(parameters(train(config))).all()
+
+
+def test_wrong_captions_of_any_held_out_sample_fail_before_the_first_step(tmp_path):
+    config = trace_runs.config_of(tmp_path, make=tiny.dit, data={"caption_column": "label"})
+    last = trace_matching.open_images(config.data).name(11)
+    rewrite_metadata(tmp_path / "images", lambda _, row: {"label": 9999} if row["file_name"] == last else {})
+    with pytest.raises(InputError, match=r"`class_labels` is \[.*9999\]; allowed: numbers from 0"):
+        train(config)
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.parametrize(
