@@ -18,6 +18,7 @@ import torch
 
 from .denoiser import Denoiser
 from .errors import InputError, NumericalError, UnsupportedError
+from .fisher.binding import bound
 from .fisher.operator import FisherEstimator, FisherOperator
 from .noise import NoiseLevel, expand, log_noise_to_signal_range, timestep_at
 
@@ -183,10 +184,14 @@ def exact_field(distribution: Any) -> Field:
 
 
 def denoiser_field(denoiser: Denoiser, estimator: FisherEstimator) -> Field:
-    """The field of a learned denoiser, its Jacobian by any estimator.
+    """The field of a learned denoiser, its Jacobian by any estimator; one without a denoiser gets this one.
 
     Cost an evaluation: one denoiser call, and the estimator's whole matrix (d products) or one product a direction.
+
+    Raises:
+        InputError: a trace model of another denoiser.
     """
+    estimator = bound(estimator, denoiser)
 
     def evaluate(x: torch.Tensor, level: NoiseLevel):
         timestep = timestep_at(denoiser.scheduler, level.log_noise_to_signal)

@@ -17,6 +17,7 @@ import torch
 
 from ..autoencoder import decoded, images_of, standardises
 from ..errors import InputError, NumericalError, TrajectoryError, UnsupportedError
+from ..fisher.binding import check_trace_models
 from ..fisher.direct import DirectFisher
 from ..fisher.operator import FisherEstimator
 from ..noise import NoiseLevel, SchedulerFamily, expand, noise_level, scheduler_family
@@ -71,8 +72,8 @@ def posterior_guidance(
         a decoding, for the images' size.
 
     Raises:
-        InputError: `strength` not positive; before the run's first evaluation, a reward of the wrong shape or not
-            differentiable, prompts of the wrong number.
+        InputError: `strength` not positive, a trace model of another denoiser; before the run's first evaluation, a
+            reward of the wrong shape or not differentiable, prompts of the wrong number.
         UnsupportedError: a pipeline without callbacks or autoencoder, a scheduler that is not known.
         TrajectoryError: the run was not given the callback, or the callback is called outside of the block;
             torch.inference_mode.
@@ -84,6 +85,7 @@ def posterior_guidance(
     scheduler = pipe.scheduler
     scheduler_family(scheduler)
     _check_callback(pipe)
+    check_trace_models(estimator, pipe)
     shape = None if decode is not None else functools.partial(_pixel_shape, pipe)
     guidance = PosteriorGuidance(
         reward, prompts, strength, estimator or DirectFisher(), decode or autoencoder_decoder(pipe), shape

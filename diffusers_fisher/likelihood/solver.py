@@ -17,6 +17,7 @@ import torch
 
 from ..denoiser import Denoiser
 from ..errors import CoarseGridWarning, InputError, NumericalError
+from ..fisher.binding import bound
 from ..fisher.estimate import Probes, rademacher
 from ..fisher.numerics import per_sample
 from ..fisher.operator import FisherEstimator
@@ -37,7 +38,7 @@ class Problem:
         denoiser: at guidance scale 1; a guided output is the score of no density.
         start: (B, ...) float64, the point.
         dtype: of the denoiser's inputs.
-        estimator: gives the trace at every node.
+        estimator: gives the trace at every node; is bound to the denoiser.
         probes: of the trace; None where exact.
         low, high: log(sigma/alpha) at the ends.
         mean, variance: of the data, for the prior.
@@ -52,6 +53,9 @@ class Problem:
     high: float
     mean: torch.Tensor | float
     variance: torch.Tensor | float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "estimator", bound(self.estimator, self.denoiser))  # refuses another's trace model
 
     def evaluate(self, x: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """eps (B, ...), 1 - r (B,) and its value by each probe (k, B) at x~ = `x`, all float64."""
@@ -110,7 +114,7 @@ def log_likelihood(
     Args:
         denoiser: at guidance scale 1; a guided output is the score of no density.
         samples: clean samples in the model's coordinates (scaled latents), finite; half precision becomes float32.
-        estimator: gives the trace at every node, such as `AutodiffFisher(denoiser)`.
+        estimator: gives the trace at every node, such as `AutodiffFisher()`; one without a denoiser gets this one.
         num_steps: steps of the grid, equal in log(sigma/alpha); at least 2.
         num_probes: Rademacher probes for Hutchinson's trace; None: the exact trace of the operator (d products).
         prior_mean, prior_variance: of the data, broadcastable to one sample; None for both: 0 and 1 ("standard").
@@ -125,7 +129,8 @@ def log_likelihood(
 
     Raises:
         InputError: too few steps or probes, samples that are not finite or not on their bins, half a prior or one that
-            does not fit, an unknown scheme, an estimator that needs a graph under `torch.inference_mode`.
+            does not fit, an unknown scheme, an estimator that needs a graph under `torch.inference_mode`, a trace
+            model of another denoiser.
         NumericalError: a result that is not finite.
     """
     chosen = scheme_of(scheme)

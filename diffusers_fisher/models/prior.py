@@ -18,7 +18,8 @@ class GaussianPrior(nn.Module):
 
     Args:
         shape: of the statistics; broadcastable to one sample. Variances of samples (C, H, W) of another size are
-            interpolated: over the image for pixels, over the frequencies for the DCT.
+            interpolated: over the image for pixels, over the frequencies for the DCT. Those of tokens (N, C) can't
+            be, and take N tokens alone; (1, C) takes any number.
         basis: "pixel" or "dct". The mean is in the sample's own coordinates either way.
     """
 
@@ -85,6 +86,12 @@ class GaussianPrior(nn.Module):
         if len(sizes) == 3 and len(shape) == 3 and sizes[0] in (1, shape[0]):
             resized = F.interpolate(statistic[None], shape[-2:], mode="bilinear", align_corners=False)[0]
             return resized.expand(shape)
+        if len(sizes) == len(shape) == 2:
+            raise InputError(
+                f"The trace model's prior has statistics of {sizes[0]} tokens of {sizes[1]} channels, samples have "
+                f"{shape[0]} of {shape[1]}; allowed: {sizes[0]} tokens, so images of the size it was trained on. For "
+                "other sizes train one with statistics a channel (`prior: channel`)."
+            )
         raise InputError(
             f"The trace model's prior has shape {sizes}, samples have {tuple(shape)}; allowed: the same number of "
             "axes and channels."

@@ -82,7 +82,8 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         head_channels, time_channels: of the head and of the embedding of the noise level.
         pooled_channels: of an additional vector a sample, such as a pooled text embedding; None: none.
         use_prediction: take the denoiser's predicted noise and x_0 too, which a sampler step knows anyway.
-        prior_shape: shape of the prior's statistics; None: one number a channel.
+        prior_shape: shape of the prior's statistics; None: one number a channel. With (N, C), for tokens, the model
+            takes N tokens alone.
         fingerprint: of the denoiser, see `diffusers_fisher.models.denoiser_fingerprint`; None: fits any.
     """
 

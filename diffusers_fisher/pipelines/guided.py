@@ -13,9 +13,9 @@ import torch
 
 from ..denoiser import PipelineDenoiser, borrowed
 from ..errors import InputError
+from ..fisher.binding import bound, each_part, parts_of
 from ..fisher.direct import DirectFisher
 from ..fisher.finite_difference import FiniteDifferenceFisher
-from ..fisher.gaussian_data import TraceCorrectedFisher
 from ..fisher.operator import FisherEstimator
 from ..guidance.adjoint import VARIABLES, GuidanceOutput, NoiseAscent, ascend_noise
 from ..guidance.checks import Reward, check_differentiable
@@ -141,40 +141,11 @@ class _Denoisers:
         return sum(int(entry.num_calls) - before for entry, before in self._counted)
 
 
-def parts_of(estimator: Any) -> tuple[Any, ...]:
-    """The estimators that a combined one asks; itself alone where it is plain."""
-    if isinstance(estimator, TraceCorrectedFisher):
-        return parts_of(estimator.prior) + parts_of(estimator.trace)
-    return (estimator,)
-
-
-def each_part(estimator: Any, change: Callable[[Any], Any]) -> Any:
-    """The estimator with `change` made to its parts, see `parts_of`."""
-    if isinstance(estimator, TraceCorrectedFisher):
-        return TraceCorrectedFisher(each_part(estimator.prior, change), each_part(estimator.trace, change))
-    return change(estimator)
-
-
 def _central(estimator: Any) -> Any:
     """Differences that need no output of the run, which at another guidance scale is no base of a difference."""
     if isinstance(estimator, FiniteDifferenceFisher) and not estimator.central:
         return FiniteDifferenceFisher(estimator.denoiser, estimator.relative_step, central=True)
     return estimator
-
-
-def bound(estimator: Any, denoiser: PipelineDenoiser) -> FisherEstimator:
-    """The estimator with `denoiser`, or the pooled vectors of its conditions, where its parts need them and have
-    none."""
-    from ..fisher.trace_matching import TraceMatchingFisher
-
-    def one(part: Any) -> Any:
-        if isinstance(part, TraceMatchingFisher) and part.pooled is None:
-            model = part.trace_model
-            if model.config["pooled_channels"] is not None:
-                part = TraceMatchingFisher(model, denoiser.pipe._pooled(denoiser.call_arguments), part.check)
-        return part.bind(denoiser) if hasattr(part, "bind") else part
-
-    return each_part(estimator, one)
 
 
 @contextlib.contextmanager

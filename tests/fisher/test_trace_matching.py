@@ -11,18 +11,23 @@ from trace_cases import IMAGE, TOKENS, GaussianData, GaussianDenoiser, disturbed
 
 from diffusers_fisher import (
     AutodiffFisher,
+    Covariance,
     DenoisingState,
     ExactFisher,
     FisherDDIMScheduler,
     FisherTraceModel,
+    GaussianFisher,
     InputError,
     NoiseLevel,
+    PipelineDenoiser,
     StableDiffusionFisherPipeline,
+    TraceCorrectedFisher,
     TraceMatchingFisher,
 )
-from diffusers_fisher.likelihood import log_likelihood
+from diffusers_fisher.likelihood import log_likelihood, reference_log_likelihood
 from diffusers_fisher.noise import Prediction
-from diffusers_fisher.testing import check_fisher
+from diffusers_fisher.testing import MixtureOracle, OracleDenoiser, check_fisher
+from diffusers_fisher.transport import denoiser_field
 
 KINDS = {
     "diagonal": (IMAGE, "pixel", {"output": "diagonal"}),
@@ -163,7 +168,7 @@ def test_likelihood_is_the_exact_one_at_the_cost_of_the_ode_alone():
     assert torch.allclose(out.log_prob, reference.log_prob, atol=1e-3)  # nats; float32 logits in 32 dimensions
     assert out.num_denoiser_calls == found.num_calls == 11
     assert bool((out.standard_error == 0).all())
-    assert out.trace == "TraceMatchingFisher (target residual), exact"
+    assert out.trace == "TraceMatchingFisher (target residual), no probes"
 
 
 @pytest.mark.parametrize("sampler", ["DDIM", "DPM++", "Euler"])
@@ -233,6 +238,76 @@ def test_pipeline_of_another_checkpoint_is_refused(model):
         other.log_likelihood(estimator=TraceMatchingFisher(model), **options)
     out = other.log_likelihood(estimator=TraceMatchingFisher(model, check=False), **options)
     assert bool(torch.isfinite(out.log_prob).all())
+
+
+CORE = {
+    "log_likelihood": lambda denoiser, x, estimator: log_likelihood(denoiser, x, estimator, 2, None),
+    "denoiser_field": lambda denoiser, x, estimator: denoiser_field(denoiser, estimator),
+}
+
+
+def combined(estimator):
+    return TraceCorrectedFisher(GaussianFisher(Covariance.isotropic(0.5, (1, 4, 4))), estimator)
+
+
+@pytest.mark.parametrize("wrapped", [lambda estimator: estimator, combined], ids=["plain", "combined"])
+@pytest.mark.parametrize("name", CORE)
+def test_denoisers_of_another_checkpoint_are_refused_without_a_pipeline_of_ours(name, wrapped, pipe, model):
+    x = torch.randn(1, 1, 4, 4, generator=seeded())
+    stock = tiny.one_channel()
+    other = tiny.one_channel()
+    with torch.no_grad():
+        for parameter in other.unet.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=seeded(1))
+    estimator = wrapped(TraceMatchingFisher(model))
+    CORE[name](PipelineDenoiser(stock, prompt="a"), x, estimator)
+    foreign = PipelineDenoiser(other, prompt="a")
+    with pytest.raises(InputError, match=r"trained for another denoiser\. What differs: weights of the denoiser"):
+        CORE[name](foreign, x, estimator)
+    assert foreign.num_calls == 0
+    with pytest.raises(InputError, match="trained for another denoiser"):
+        reference_log_likelihood(foreign, x, estimator)
+    CORE[name](foreign, x, wrapped(TraceMatchingFisher(model, check=False)))
+
+
+def test_denoisers_without_a_network_are_known_by_their_schedule():
+    data, model = GaussianData(), GaussianData().model()
+    model.set_fingerprint(GaussianDenoiser(data, vp()))
+    samples = data.sample(2, seeded(2))
+    out = log_likelihood(GaussianDenoiser(data, vp()), samples, TraceMatchingFisher(model), 4, None)
+    assert bool(torch.isfinite(out.log_prob).all())
+    with pytest.raises(InputError, match="What differs: schedule"):
+        log_likelihood(GaussianDenoiser(data, vp(beta_end=0.02)), samples, TraceMatchingFisher(model), 4, None)
+    model.set_fingerprint(tiny.stable_diffusion(scheduler=vp(steps_offset=1)))  # an oracle has no network
+    identity = torch.eye(samples[0].numel(), dtype=torch.float64)
+    oracle = OracleDenoiser(MixtureOracle(torch.zeros(1, len(identity)).double(), identity[None]), vp())
+    assert bool(torch.isfinite(log_likelihood(oracle, samples, TraceMatchingFisher(model), 4, None).log_prob).all())
+
+
+def test_estimators_get_the_denoiser_of_a_likelihood_and_of_a_field():
+    data = GaussianData()
+    denoiser, samples = GaussianDenoiser(data, vp()), data.sample(2, seeded(2))
+    outs = [
+        log_likelihood(denoiser, samples, AutodiffFisher(given, forward_mode=True), 4, None)
+        for given in (None, denoiser)
+    ]
+    assert torch.equal(outs[0].log_prob, outs[1].log_prob)
+    level, v = denoiser.level(500.0), torch.ones(1, 2, *IMAGE, dtype=torch.float64)
+    fields = [denoiser_field(denoiser, AutodiffFisher(given, forward_mode=True)) for given in (None, denoiser)]
+    products = [field(samples, level)[1](v) for field in fields]
+    assert torch.equal(*products)
+
+
+def test_pooled_vectors_are_those_of_our_pipeline_s_conditions(pipe):
+    pooled_model = FisherTraceModel(in_channels=1, block_out_channels=(4, 8), pooled_channels=16)
+    disturbed(pooled_model)
+    x = torch.randn(1, 1, 4, 4, generator=seeded())
+    denoiser = PipelineDenoiser(pipe, prompt="a")
+    out = log_likelihood(denoiser, x, TraceMatchingFisher(pooled_model), 2, None)
+    given = TraceMatchingFisher(pooled_model, pooled=pipe._pooled({"prompt": ["a"]}))
+    assert torch.equal(out.log_prob, log_likelihood(denoiser, x, given, 2, None).log_prob)
+    with pytest.raises(InputError, match=r"`pooled` has shape None; allowed: \(1, 16\)"):
+        log_likelihood(PipelineDenoiser(tiny.one_channel(), prompt="a"), x, TraceMatchingFisher(pooled_model), 2, None)
 
 
 def test_pooled_vectors_reach_the_model():

@@ -1,4 +1,4 @@
-"""The trace model: right at both ends and at the start, its inputs, files, card and fingerprint."""
+"""The trace model: right at both ends and at the start, its inputs, files and card."""
 
 import dataclasses
 import json
@@ -21,10 +21,8 @@ from diffusers_fisher import (
     FisherTraceModel,
     InputError,
     NoiseLevel,
-    PipelineDenoiser,
-    UnsupportedError,
 )
-from diffusers_fisher.models import denoiser_fingerprint, fingerprint_differences, trace_inputs
+from diffusers_fisher.models import trace_inputs
 from diffusers_fisher.noise import Prediction
 
 KINDS = {
@@ -153,6 +151,21 @@ def test_other_sizes_take_interpolated_variances(basis, output):
     level = NoiseLevel.from_log_noise_to_signal(torch.zeros((), dtype=torch.float64))
     r = flat.r(DenoisingState(x, x, level, Prediction("epsilon")))
     assert torch.allclose(r, torch.full((2,), 1 / 3, dtype=torch.float64), rtol=1e-6)
+
+
+def test_tokens_of_another_number_need_statistics_a_channel():
+    data = GaussianData(TOKENS)
+    x = torch.randn(2, 9, 3, generator=seeded())
+    state = DenoisingState(x, x, NoiseLevel.from_log_noise_to_signal(torch.zeros(())), Prediction("epsilon"))
+    with pytest.raises(
+        InputError,
+        match=r"statistics of 6 tokens of 3 channels, samples have 9 of 3; allowed: 6 tokens, so images of the size "
+        r"it was trained on\. For other sizes train one with statistics a channel \(`prior: channel`\)",
+    ):
+        data.model().r(state)
+    model = FisherTraceModel(**SMALL, in_channels=3, layout="tokens")
+    model.set_prior(0.0, 0.5)
+    assert torch.allclose(model.r(state), torch.full((2,), 1 / 3, dtype=torch.float64), rtol=1e-6)
 
 
 # Inputs
@@ -322,100 +335,15 @@ def test_class_is_the_package_s_and_importing_the_package_loads_no_models():
     assert done.stdout.split() == ["0", "True"]
 
 
-# Fingerprints
+# Bad input
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    return tiny.stable_diffusion()
-
-
-def test_fingerprint_is_json_and_the_same_for_pipeline_and_denoiser(pipe):
-    mark = denoiser_fingerprint(pipe)
-    assert json.loads(json.dumps(mark)) == mark
-    assert denoiser_fingerprint(PipelineDenoiser(pipe, prompt="a")) == mark
-    assert fingerprint_differences(mark, mark) == []
-
-
-def test_dtype_and_sampler_do_not_change_the_denoiser(pipe):
-    mark = denoiser_fingerprint(pipe)
-    for dtype in (torch.float16, torch.bfloat16):
-        other = tiny.stable_diffusion()
-        other.unet.to(dtype)
-        assert fingerprint_differences(mark, denoiser_fingerprint(other)) == []
-    for kind in (diffusers.EulerDiscreteScheduler, diffusers.DPMSolverMultistepScheduler, diffusers.DDPMScheduler):
-        other = tiny.stable_diffusion(scheduler=kind.from_config(pipe.scheduler.config))
-        assert fingerprint_differences(mark, denoiser_fingerprint(other)) == []
-
-
-def with_other_weights():
-    pipe = tiny.stable_diffusion()
-    with torch.no_grad():
-        for parameter in pipe.unet.parameters():  # a fine-tune by one per cent
-            parameter += 0.01 * parameter.std().nan_to_num() * torch.randn(parameter.shape, generator=seeded())
-    return pipe
-
-
-OTHERS = {
-    "weights of the denoiser": with_other_weights,
-    "configuration of the denoiser": lambda: tiny.stable_diffusion(unet=tiny.unet(act_fn="gelu")),
-    "names or shapes of parameters": lambda: tiny.stable_diffusion(unet=tiny.unet(layers_per_block=2)),
-    "prediction type: trained for epsilon, got v_prediction": lambda: tiny.stable_diffusion(
-        scheduler=tiny.scheduler(prediction_type="v_prediction")
-    ),
-    "schedule: trained for .*-3.535": lambda: tiny.stable_diffusion(scheduler=tiny.scheduler(beta_end=0.02)),
-}
-
-
-@pytest.mark.parametrize("words", OTHERS)
-def test_another_denoiser_is_refused_with_what_differs(words, pipe):
+def test_state_of_another_prediction_type_is_refused():
     model = GaussianData().model()
-    model.set_fingerprint(pipe)
-    model.check_fingerprint(pipe)
-    with pytest.raises(InputError, match=f"What differs: .*{words}"):
-        model.check_fingerprint(OTHERS[words]())
-
-
-def test_fingerprint_survives_saving(pipe, tmp_path):
-    model = GaussianData().model()
-    model.set_fingerprint(pipe)
-    model.save_pretrained(tmp_path)
-    loaded = FisherTraceModel.from_pretrained(tmp_path)
-    loaded.check_fingerprint(pipe)
-    with pytest.raises(InputError, match="was trained for another denoiser"):
-        loaded.check_fingerprint(with_other_weights())
-
-
-def test_model_without_a_fingerprint_fits_any(pipe):
-    GaussianData().model().check_fingerprint(pipe)
-
-
-@pytest.mark.parametrize("scheduler", [*SCHEDULERS, "EDM", "zero SNR"])
-def test_denoisers_without_a_network_have_prediction_and_schedule(scheduler):
-    made = {
-        "EDM": lambda: diffusers.EDMEulerScheduler(),
-        "zero SNR": lambda: diffusers.DDIMScheduler(**STABLE_DIFFUSION, **ZERO_SNR),
-    }.get(scheduler, lambda: make(scheduler))()
-    mark = denoiser_fingerprint(GaussianDenoiser(GaussianData(), made))
-    assert set(mark) == {"prediction_type", "schedule"}
-    assert json.loads(json.dumps(mark, allow_nan=False)) == mark
-    assert mark["schedule"] == sorted(mark["schedule"])
-
-
-def test_fingerprint_needs_a_scheduler():
-    with pytest.raises(UnsupportedError, match="needs a pipeline or a denoiser with a `scheduler`, got Linear"):
-        denoiser_fingerprint(torch.nn.Linear(1, 1))
-
-
-def test_state_of_another_prediction_type_is_refused(pipe):
-    model = GaussianData().model()
-    model.set_fingerprint(pipe)
+    model.set_fingerprint(tiny.stable_diffusion())
     state = state_of(GaussianData(), make("v_prediction"), [300.0])
     with pytest.raises(InputError, match="trained for prediction type 'epsilon', the state has 'v_prediction'"):
         model.r(state)
-
-
-# Bad input
 
 
 @pytest.mark.parametrize(
@@ -476,7 +404,7 @@ def test_other_inputs_that_do_not_fit_are_refused():
         data.model(patch_size=2).r(odd)
     tokens = GaussianData(TOKENS)
     x = torch.zeros(1, 5, 3)
-    with pytest.raises(InputError, match="prior has shape"):
+    with pytest.raises(InputError, match="prior has statistics of 6 tokens"):
         tokens.model().r(
             DenoisingState(x, x, NoiseLevel.from_log_noise_to_signal(torch.zeros(())), Prediction("epsilon"))
         )

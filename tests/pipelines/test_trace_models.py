@@ -20,9 +20,17 @@ from diffusers_fisher import (
     TraceMatchingFisher,
     UnsupportedError,
     fisher_scheduler,
+    posterior_guidance,
 )
 from diffusers_fisher.noise import timestep_at
 from diffusers_fisher.pipelines.persistence import load_trace_model
+from diffusers_fisher.training.trace_config import (
+    DenoiserSettings,
+    ModelSettings,
+    TraceMatchingConfig,
+    TraceOptimisation,
+    make_trace_model,
+)
 from pipelines.backbones import BACKBONES
 
 CONDITIONED = [name for name, backbone in BACKBONES.items() if backbone.condition is not None]
@@ -61,7 +69,7 @@ def test_likelihood_and_guidance_know_the_trace_from_it(backbone):
     before = backbone.score(pipe, latents=x)
     pipe.trace_model = model
     out = backbone.score(pipe, latents=x)
-    assert out.trace == "TraceMatchingFisher (target residual), exact"
+    assert out.trace == "TraceMatchingFisher (target residual), no probes"
     assert bool((out.standard_error == 0).all())
     assert out.num_denoiser_calls == 4
     again = backbone.score(pipe, latents=x, estimator=TraceMatchingFisher(model), generator=None)
@@ -97,9 +105,26 @@ def test_number_of_probes(name):
     pipe.trace_model = model_of(backbone, pipe)
     assert backbone.score(pipe, latents=x, num_probes=3).trace == "TraceMatchingFisher (target residual), 3 probes"
     own = backbone.score(pipe, 1, latents=x[:1], estimator=AutodiffFisher(), num_probes=None)
-    assert own.trace == "AutodiffFisher, exact"
+    assert own.trace == "AutodiffFisher, no probes"
     with pytest.raises(InputError, match="`num_probes` is 0; allowed: at least 1, or None"):
         backbone.score(pipe, latents=x, num_probes=0)
+
+
+@pytest.mark.parametrize("prior", ["sample", "channel"])
+def test_trace_models_of_packed_tokens_are_made_for_every_image_size(prior):
+    backbone = BACKBONES["Flux"]
+    pipe = backbone.ours()
+    x = 0.5 * backbone.noise(1)
+    shape = tuple(backbone.packed(pipe, x).shape[1:])
+    settings = ModelSettings(prior=prior, block_out_channels=[4, 8], head_channels=8, time_channels=8)
+    optimisation = TraceOptimisation(1, 1, 1e-3, 0.0, 0, 0.0, 1)
+    config = TraceMatchingConfig(0, "", "residual", DenoiserSettings(""), optimisation, settings)
+    model = make_trace_model(config, pipe, shape, None)
+    assert model.prior.mean.shape == (1, shape[1])
+    pipe.trace_model = model
+    for size in ((4, 4), (8, 4)):
+        latents = torch.randn(1, backbone.shape[0], *size, generator=torch.Generator().manual_seed(0))
+        assert bool(torch.isfinite(backbone.score(pipe, 1, latents=latents).log_prob).all())
 
 
 # Fingerprints
@@ -121,6 +146,24 @@ def test_fingerprint_is_that_of_the_pipeline_and_of_no_other(backbone):
         guided(backbone, pipe, estimator=TraceMatchingFisher(model))
     unchecked = TraceMatchingFisher(model, check=False)
     assert bool(torch.isfinite(backbone.score(pipe, latents=backbone.noise(), estimator=unchecked).log_prob).all())
+
+
+def test_guidance_step_by_step_refuses_a_trace_model_of_another_denoiser():
+    backbone = BACKBONES["StableDiffusion"]
+    pipe, other = backbone.make(cls=backbone.stock), backbone.make(cls=backbone.stock)
+    other.unet.conv_in.weight.data += 0.1
+    own = TraceMatchingFisher(model_of(backbone, backbone.ours()))
+    with posterior_guidance(pipe, brightness, estimator=own):
+        pass
+    prior = GaussianFisher(Covariance.isotropic(0.5, backbone.shape))
+    for estimator in (own, TraceCorrectedFisher(prior, own)):
+        with (
+            pytest.raises(InputError, match="What differs: weights of the denoiser"),
+            posterior_guidance(other, brightness, estimator=estimator),
+        ):
+            pass
+    with posterior_guidance(other, brightness, estimator=TraceMatchingFisher(own.trace_model, check=False)):
+        pass
 
 
 # Pooled embeddings

@@ -1,0 +1,217 @@
+"""Fingerprints: the same denoiser in every form passes, any other is refused with what differs."""
+
+import copy
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import tiny
+import torch
+from cases import STABLE_DIFFUSION, ZERO_SNR
+from peft import LoraConfig
+from trace_cases import GaussianData, GaussianDenoiser
+
+from diffusers_fisher import FisherTraceModel, InputError, PipelineDenoiser, UnsupportedError, embedded_checkpoint
+from diffusers_fisher.models import denoiser_fingerprint, fingerprint_differences
+
+FIRST = json.loads(Path(__file__).with_name("first_fingerprint.json").read_text())
+"""Of the embedded checkpoint, as fingerprints were at first: without `counts` and `matrices`."""
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.stable_diffusion()
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return tiny.quiet(diffusers.StableDiffusionPipeline.from_pretrained(embedded_checkpoint()))
+
+
+def as_at_first(mark):
+    return {key: value for key, value in mark.items() if key not in ("counts", "matrices")}
+
+
+def cast(pipe, dtype):
+    """The pipeline with its network in another dtype."""
+    return SimpleNamespace(unet=copy.deepcopy(pipe.unet).to(dtype), scheduler=pipe.scheduler)
+
+
+def test_fingerprint_is_json_and_the_same_for_pipeline_and_denoiser(pipe):
+    mark = denoiser_fingerprint(pipe)
+    assert json.loads(json.dumps(mark)) == mark
+    assert denoiser_fingerprint(PipelineDenoiser(pipe, prompt="a")) == mark
+    assert fingerprint_differences(mark, mark) == []
+
+
+def test_sampler_does_not_change_the_denoiser(pipe):
+    mark = denoiser_fingerprint(pipe)
+    for kind in (diffusers.EulerDiscreteScheduler, diffusers.DPMSolverMultistepScheduler, diffusers.DDPMScheduler):
+        other = tiny.stable_diffusion(scheduler=kind.from_config(pipe.scheduler.config))
+        assert fingerprint_differences(mark, denoiser_fingerprint(other)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_dtype_does_not_change_the_denoiser(pipe, embedded, dtype):
+    mark = denoiser_fingerprint(pipe)
+    assert fingerprint_differences(mark, denoiser_fingerprint(cast(pipe, dtype))) == []
+    assert fingerprint_differences(denoiser_fingerprint(cast(pipe, dtype)), mark) == []
+    other = cast(embedded, dtype)
+    assert fingerprint_differences(FIRST, denoiser_fingerprint(other)) == []
+    assert fingerprint_differences(denoiser_fingerprint(embedded), denoiser_fingerprint(other)) == []
+    FisherTraceModel.from_pretrained(embedded_checkpoint(), subfolder="trace_model").check_fingerprint(other)
+
+
+def test_weights_that_are_not_in_memory_fit_anything(pipe):
+    assert fingerprint_differences(denoiser_fingerprint(pipe), denoiser_fingerprint(cast(pipe, "meta"))) == []
+
+
+def test_compiled_network_is_the_same_denoiser(pipe):
+    mark = denoiser_fingerprint(pipe)
+    whole, part, in_place = (cast(pipe, torch.float32) for _ in range(3))
+    whole.unet = torch.compile(whole.unet, backend="eager")  # at the first call, which there is none of
+    part.unet.mid_block = torch.compile(part.unet.mid_block, backend="eager")
+    in_place.unet.compile(backend="eager")
+    assert type(whole.unet).__name__ == "OptimizedModule"
+    for other in (whole, part, in_place):
+        assert denoiser_fingerprint(other) == mark
+
+
+def with_other_weights():
+    pipe = tiny.stable_diffusion()
+    with torch.no_grad():
+        for parameter in pipe.unet.parameters():  # a fine-tune by one per cent
+            parameter += 0.01 * parameter.std().nan_to_num() * torch.randn(parameter.shape, generator=seeded())
+    return pipe
+
+
+OTHERS = {
+    "weights of the denoiser": with_other_weights,
+    "configuration of the denoiser": lambda: tiny.stable_diffusion(unet=tiny.unet(act_fn="gelu")),
+    "names or shapes of parameters": lambda: tiny.stable_diffusion(unet=tiny.unet(layers_per_block=2)),
+    "prediction type: trained for epsilon, got v_prediction": lambda: tiny.stable_diffusion(
+        scheduler=tiny.scheduler(prediction_type="v_prediction")
+    ),
+    "schedule: trained for .*-3.535": lambda: tiny.stable_diffusion(scheduler=tiny.scheduler(beta_end=0.02)),
+}
+
+
+class Matrices(torch.nn.Module):
+    """Eight layers of 65,536 weights."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(256, 256, bias=False) for _ in range(8))
+
+
+def changed(part, seed, layers=8):
+    """A pipeline of `Matrices` whose first layers are changed by a part of their size."""
+    network, generator = Matrices(), seeded(seed)
+    with torch.no_grad():
+        for layer in network.layers[:layers]:
+            layer.weight += part * layer.weight.std() * torch.randn(layer.weight.shape, generator=generator)
+    return SimpleNamespace(unet=network, scheduler=tiny.scheduler())
+
+
+@pytest.mark.parametrize("part", [0.01, 0.02, 0.03, 0.3])
+def test_changes_by_a_per_cent_are_noticed_however_large_the_tensors(part):
+    mark = denoiser_fingerprint(changed(0, 0))
+    for seed in range(10):
+        found = denoiser_fingerprint(changed(part, seed))
+        (words,) = fingerprint_differences(mark, found)
+        (size,) = re.findall(r"weights of the denoiser \(by about (\S+) of their size\)", words)
+        assert part / 2 < float(size) < 4 * part  # the largest of eight projections is 1.4 standard deviations or so
+        if part > 0.01:  # eight projections of a change by one per cent may all be below
+            assert len(fingerprint_differences(as_at_first(mark), found)) == 1
+
+
+def test_changes_of_a_few_matrices_are_noticed_by_their_share():
+    mark = denoiser_fingerprint(changed(0, 0))
+    for seed in range(10):
+        found = denoiser_fingerprint(changed(0.03, seed, layers=2))
+        difference = torch.tensor(found["matrices"]) - torch.tensor(mark["matrices"])
+        # 0.03 in two of eight; a root mean square of 32 projections is within 40% (three standard deviations)
+        assert float(difference.square().mean().sqrt()) == pytest.approx(0.03 / 2, rel=0.4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("targets", [["to_q", "to_k", "to_v", "to_out.0"], ["attn2.to_k", "attn2.to_v"]], ids=len)
+def test_fused_lora_is_noticed(embedded, targets, dtype):
+    mark = denoiser_fingerprint(embedded)
+    network = copy.deepcopy(embedded.unet)
+    network.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights="gaussian"))
+    generator = seeded()
+    sizes = []
+    with torch.no_grad():
+        for layer in network.modules():
+            if hasattr(layer, "lora_B"):
+                down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                up.copy_(torch.randn(up.shape, generator=generator))
+                up *= 0.05 * layer.weight.norm() / (up @ down).norm()  # by five per cent of the layer's own
+                sizes.append(float((up @ down).norm() / layer.weight.norm()))
+    assert sizes == pytest.approx([0.05] * len(sizes))
+    network.fuse_lora()
+    network.unload_lora()
+    fused = SimpleNamespace(unet=network.to(dtype), scheduler=embedded.scheduler)
+    found = denoiser_fingerprint(fused)
+    assert found["parameters"] == mark["parameters"]
+    (words,) = fingerprint_differences(mark, found)
+    assert words.startswith("weights of the denoiser")
+    assert words.endswith("another checkpoint, a fine-tune or a fused LoRA")
+
+
+@pytest.mark.parametrize("words", OTHERS)
+def test_another_denoiser_is_refused_with_what_differs(words, pipe):
+    model = GaussianData().model()
+    model.set_fingerprint(pipe)
+    model.check_fingerprint(pipe)
+    with pytest.raises(InputError, match=f"What differs: .*{words}"):
+        model.check_fingerprint(OTHERS[words]())
+
+
+def test_fingerprint_survives_saving(pipe, tmp_path):
+    model = GaussianData().model()
+    model.set_fingerprint(pipe)
+    model.save_pretrained(tmp_path)
+    loaded = FisherTraceModel.from_pretrained(tmp_path)
+    loaded.check_fingerprint(pipe)
+    with pytest.raises(InputError, match="was trained for another denoiser"):
+        loaded.check_fingerprint(with_other_weights())
+
+
+def test_model_without_a_fingerprint_fits_any(pipe):
+    GaussianData().model().check_fingerprint(pipe)
+
+
+SCHEDULERS = {
+    "epsilon": (diffusers.DDIMScheduler, {}),
+    "v_prediction": (diffusers.DDIMScheduler, {"prediction_type": "v_prediction"}),
+    "sample": (diffusers.DDIMScheduler, {"prediction_type": "sample"}),
+    "zero SNR": (diffusers.DDIMScheduler, {**STABLE_DIFFUSION, **ZERO_SNR}),
+    "k-diffusion": (diffusers.EulerDiscreteScheduler, {}),
+    "flow": (diffusers.FlowMatchEulerDiscreteScheduler, {}),
+    "EDM": (diffusers.EDMEulerScheduler, {}),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_denoisers_without_a_network_have_prediction_and_schedule(scheduler):
+    kind, config = SCHEDULERS[scheduler]
+    made = kind(**config)
+    mark = denoiser_fingerprint(GaussianDenoiser(GaussianData(), made))
+    assert set(mark) == {"prediction_type", "schedule"}
+    assert json.loads(json.dumps(mark, allow_nan=False)) == mark
+    assert mark["schedule"] == sorted(mark["schedule"])
+
+
+def test_fingerprint_needs_a_scheduler():
+    with pytest.raises(UnsupportedError, match="needs a pipeline or a denoiser with a `scheduler`, got Linear"):
+        denoiser_fingerprint(torch.nn.Linear(1, 1))
