@@ -33,7 +33,7 @@ import which_prompt
 from which_prompt import PROMPTS, Score
 
 IMAGES, CALLS = 2000, 10  # by every method; calls of the denoiser, a prompt
-ALL_IMAGES, ALL_CALLS = 10000, 6  # by METHOD_FOR_ALL
+ALL_IMAGES, ALL_CALLS = 10000, 4  # by METHOD_FOR_ALL
 METHOD_FOR_ALL = "weighted squared error"
 
 
