@@ -48,7 +48,8 @@ def trace_embedded() -> str:
     own = result["squared_errors_of_images"]
     lines += [
         "", f"Single images ({own['images']}): the integral of r over log(sigma/alpha) against that of the image's "
-        f"own squared errors, means over the same {own['draws']} draws of the noise, in bits/dim:", "",
+        f"own squared errors, means over the same {own['draws']} draws of the noise, in bits/dim (a model sees the "
+        "noised image alone, so that even a perfect one's correlation is below 1):", "",
         "| target | correlation over images | mean difference | mean absolute |", "|---|---|---|---|",
     ]  # fmt: skip
     for name, row in own["bits_per_dim"].items():
