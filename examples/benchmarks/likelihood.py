@@ -234,9 +234,6 @@ def checkpoint(known: dict[str, Any]) -> dict[str, Any]:
 
     for calls in (20, 40):
         note(f"{DEFAULT_SCHEME}, Jacobian trace", score(calls - 1, None))
-    for scheme in SCHEMES:
-        if scheme != DEFAULT_SCHEME:
-            note(f"{scheme}, Jacobian trace", score(39, None, scheme=scheme))
     for probes in (2, 16):
         note(f"{DEFAULT_SCHEME}, {probes} probes", score(39, probes))
     single = score(39, 2)
