@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dataset_figures import dataset_report, dataset_sharing, out_of_distribution, prompt_matching, sample_ranking
 from trace_figures import trace_cost, trace_embedded, trace_mixture
 
 FOLDER = Path(__file__).parent
@@ -387,10 +388,9 @@ def likelihood_comparison() -> str:
         f"Embedded checkpoint, {result['images']} test images under the prompts of all {result['prompts']} classes, "
         f"{result['levels']} levels: the image's own class is likeliest for {result['own_prompt_is_likeliest']:.0%}. "
         f"Differences between prompts have a standard error of {result['standard_error_nats']:.2f} nats; without "
-        f"shared draws it would be {result['standard_error_nats_without_shared_draws']:.1f}. The squared-error "
-        "likelihood is "
-        f"{ode['ode_minus_squared_error_bits']:+.3f} ± {ode['standard_error_bits']:.3f} bits/dim below the ODE's for "
-        "noised latents."
+        f"shared draws it would be {result['standard_error_nats_without_shared_draws']:.1f}. By squared errors noised "
+        f"latents have {ode['squared_error_minus_ode_bits']:+.3f} ± {ode['standard_error_bits']:.3f} bits/dim more "
+        "than by the ODE."
     )
 
 
@@ -399,6 +399,14 @@ DOCUMENTS = {
     ROOT / "docs" / "estimators.md": (fisher_levels, fisher_gradients, fisher_ascents),
     ROOT / "docs" / "transport.md": (transport, transport_learned),
     ROOT / "docs" / "lml.md": (lml_cells, lml_sweep),
+    ROOT / "docs" / "likelihood.md": (likelihood_closed_forms, likelihood_checkpoint, likelihood_comparison),
+    ROOT / "docs" / "dataset_likelihood.md": (
+        dataset_report,
+        dataset_sharing,
+        out_of_distribution,
+        sample_ranking,
+        prompt_matching,
+    ),
     ROOT / "docs" / "training.md": (trace_mixture, trace_embedded, trace_cost),
 }
 
