@@ -144,7 +144,9 @@ def test_two_processes_give_the_numbers_of_one(place, done, tmp_path):
     assert [row["name"] for row in lines(tmp_path / "run")] == [row["name"] for row in lines(done[0])]
 
 
-@pytest.mark.parametrize("launcher", [(), TWO_PROCESSES], ids=["one process", "two processes"])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param((), marks=pytest.mark.slow), TWO_PROCESSES], ids=["one process", "two processes"]
+)
 def test_a_killed_run_is_taken_up_without_losing_or_repeating_a_record(tmp_path, launcher):
     """Killed with SIGKILL after its first file; the rest is computed by one process with another batch size."""
     image_folder(tmp_path / "images", count=60)

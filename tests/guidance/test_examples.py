@@ -116,6 +116,7 @@ def check_plot(figure, result):
         assert len(lines) == len(rows) + len(result["per_step"][name])
 
 
+@pytest.mark.slow
 def test_tiny_form_of_the_large_benchmark(tmp_path, capsys):
     import guidance_sd15_size as benchmark
 
