@@ -272,11 +272,8 @@ class Share:
                     self.pipe, torch.stack([example.pixels for _, example in group]), conditions,
                     num_inference_steps=settings.num_inference_steps, **options,
                 )  # fmt: skip
-        except (
-            ValueError,
-            NumericalError,
-            torch.OutOfMemoryError,
-        ) as error:  # diffusers' own refusals are ValueErrors
+        # What diffusers itself refuses is a ValueError, as our InputError.
+        except (ValueError, NumericalError, torch.OutOfMemoryError) as error:
             failed = error.with_traceback(None)  # which would keep the tensors
         if failed is not None:
             return self._without(group, failed)

@@ -2,8 +2,8 @@
 
 python examples/benchmarks/likelihood.py [closed_forms] [reference] [checkpoint] [comparison]   # parts; none: all
 
-The parts that are named are run anew; "checkpoint" takes the last "reference". Half an hour on one core, most of it
-the reference. The closed forms need Fashion-MNIST (see examples/fashion_mnist.py).
+The parts that are named are run anew; "checkpoint" takes the last "reference". Half an hour on one core. The
+closed forms need Fashion-MNIST (see examples/fashion_mnist.py).
 """
 
 import json
