@@ -16,6 +16,7 @@ from trace_cases import GaussianData, GaussianDenoiser
 
 from diffusers_fisher import FisherTraceModel, InputError, PipelineDenoiser, UnsupportedError, embedded_checkpoint
 from diffusers_fisher.models import denoiser_fingerprint, fingerprint_differences
+from diffusers_fisher.models.fingerprint import _spread
 
 FIRST = json.loads(Path(__file__).with_name("first_fingerprint.json").read_text())
 """Of the embedded checkpoint, as fingerprints were at first: without `counts` and `matrices`."""
@@ -140,6 +141,24 @@ def test_changes_of_a_few_matrices_are_noticed_by_their_share():
         difference = torch.tensor(found["matrices"]) - torch.tensor(mark["matrices"])
         # 0.03 in two of eight; a root mean square of 32 projections is within 40% (three standard deviations)
         assert float(difference.square().mean().sqrt()) == pytest.approx(0.03 / 2, rel=0.4)
+
+
+def test_changes_beside_the_parameters_that_are_looked_at_one_by_one_are_noticed():
+    """The other 16 of 32 layers, by 3%."""
+    network = torch.nn.ModuleList(torch.nn.Linear(64, 64, bias=False) for _ in range(32))
+    pipe = SimpleNamespace(unet=network, scheduler=tiny.scheduler())
+    mark, before = denoiser_fingerprint(pipe), [layer.weight.clone() for layer in network]
+    parameters = dict(sorted(network.named_parameters()))
+    alone = {id(parameters[name]) for name in _spread(list(parameters))}
+    with torch.no_grad():
+        for layer in network:
+            if id(layer.weight) not in alone:
+                layer.weight += 0.03 * layer.weight.std() * torch.randn(64, 64, generator=seeded(1))
+    found = denoiser_fingerprint(pipe)
+    assert sum(torch.equal(layer.weight, old) for layer, old in zip(network, before, strict=True)) == 16
+    assert fingerprint_differences(as_at_first(mark), found) == []
+    (words,) = fingerprint_differences(mark, found)
+    assert "weights of the denoiser" in words
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
