@@ -18,8 +18,8 @@ _HOMES = {
     ".fisher": (
         "AutodiffFisher", "Covariance", "DCTBasis", "DiracMixture", "DirectFisher", "EndpointFisher", "Estimate",
         "ExactFisher", "FiniteDifferenceFisher", "FisherEstimator", "FisherOperator", "GaussianFisher",
-        "GaussianMixture", "Probes", "TraceCorrectedFisher", "TraceMatchingFisher", "centred_endpoint_error_bound",
-        "endpoint_error_bound", "norm_trace_error_bound", "residual_trace_error_bound",
+        "GaussianMixture", "OneStepFisher", "Probes", "TraceCorrectedFisher", "TraceMatchingFisher",
+        "centred_endpoint_error_bound", "endpoint_error_bound", "norm_trace_error_bound", "residual_trace_error_bound",
     ),
     ".guidance": (
         "AestheticReward", "ClassifierReward", "GuidanceOutput", "ImageInput", "LinearReward", "MeasurementReward",

@@ -74,8 +74,8 @@ def guide(
     ] = "classifier:embedded:ankle boot",
     held_out: Annotated[str | None, typer.Option(help="Another reward, reported and not optimised.")] = None,
     estimator: Annotated[
-        str, typer.Option(help="direct, finite-difference, autodiff, endpoint-centred or endpoint.")
-    ] = "direct",
+        str, typer.Option(help="one-step, direct, finite-difference, autodiff, endpoint-centred or endpoint.")
+    ] = "one-step",
     guidance_steps: Annotated[int, typer.Option(help="Gradient steps a prompt.")] = 10,
     step_size: Annotated[float, typer.Option(help="Of the first, relative to the noise's norm.")] = 0.2,
     steps: Annotated[int | None, typer.Option(help="Steps of a sampling run; the pipeline's own default.")] = None,

@@ -11,7 +11,7 @@ import torch
 from . import __version__
 from .checkpoints import EMBEDDED_CLASSES, embedded_checkpoint, embedded_prompt, embedded_test_images
 from .files import check_writable, save_figure, write_json
-from .fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDifferenceFisher
+from .fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDifferenceFisher, OneStepFisher
 from .guidance import ClassifierReward, GuidanceOutput
 from .likelihood import LikelihoodOutput
 from .pipelines import StableDiffusionFisherPipeline
@@ -26,7 +26,8 @@ PROBES = "real, 2 probes"
 """The same images without the trace model, for comparison."""
 
 ESTIMATORS: dict[str, Callable[[], Any]] = {
-    "direct (default)": DirectFisher,
+    "one step (default)": OneStepFisher,
+    "direct": DirectFisher,
     "finite difference": FiniteDifferenceFisher,
     "exact (autodiff)": AutodiffFisher,
     "endpoint, centred": lambda: EndpointFisher(centred=True),

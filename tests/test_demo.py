@@ -15,7 +15,7 @@ import diffusers_fisher
 from diffusers_fisher import demo, embedded_test_images
 
 ESTIMATORS = [
-    "direct (default)", "finite difference", "exact (autodiff)", "endpoint, centred", "endpoint, paper",
+    "one step (default)", "direct", "finite difference", "exact (autodiff)", "endpoint, centred", "endpoint, paper",
 ]  # fmt: skip
 VERSIONS = ["real", "inverted", "noise-corrupted", "real, 2 probes"]
 SMALL = {
@@ -107,8 +107,9 @@ def test_guidance_table_shows_the_report(run):
     before = {round(row["reward_before"], 3) for row in report["guidance"].values()}
     assert len(before) == 1  # all start from the same noise
     calls = {name: row["num_denoiser_calls"] for name, row in report["guidance"].items()}
-    assert calls["direct (default)"] == calls["endpoint, paper"] == 2 * 3  # sampling runs alone
-    assert calls["finite difference"] > calls["direct (default)"]
+    assert calls["direct"] == calls["endpoint, paper"] == 2 * 3  # sampling runs alone
+    assert calls["one step (default)"] == 2 * 3 + 1
+    assert calls["finite difference"] > calls["one step (default)"]
 
 
 def test_report_file_is_what_was_returned(run):
@@ -122,7 +123,7 @@ def test_report_file_is_what_was_returned(run):
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("likelihood", (1320, 480)), ("guidance", (720, 480)), ("gallery", (960, 972))]
+    ("name", "size"), [("likelihood", (1320, 480)), ("guidance", (720, 480)), ("gallery", (960, 1134))]
 )
 def test_pictures_are_pictures(run, name, size):
     with Image.open(run[1] / f"{name}.png") as image:
@@ -145,15 +146,18 @@ def test_progress_is_shown_on_stderr(run):
 
 def test_seed_decides_everything(shrunken, run, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "_write", lambda *_: None)
-    monkeypatch.setattr(demo, "ESTIMATORS", {"direct (default)": demo.ESTIMATORS["direct (default)"]})
+    monkeypatch.setattr(demo, "ESTIMATORS", {"one step (default)": demo.ESTIMATORS["one step (default)"]})
 
     def bits(seed):
         report = demo.run_demo(tmp_path / str(seed), seed)
-        return report["likelihood"]["noise-corrupted"]["bits_per_dim"], report["guidance"]["direct (default)"][
+        return report["likelihood"]["noise-corrupted"]["bits_per_dim"], report["guidance"]["one step (default)"][
             "rewards"
         ]
 
-    first = run[0]["likelihood"]["noise-corrupted"]["bits_per_dim"], run[0]["guidance"]["direct (default)"]["rewards"]
+    first = (
+        run[0]["likelihood"]["noise-corrupted"]["bits_per_dim"],
+        run[0]["guidance"]["one step (default)"]["rewards"],
+    )
     assert bits(0) == first
     other = bits(1)
     assert other[0] != first[0]

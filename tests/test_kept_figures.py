@@ -79,3 +79,21 @@ def test_likelihoods_of_a_dataset_do_not_depend_on_how_it_is_shared():
     assert killed["largest_difference_from_unbroken_bits_per_dim"] < 1e-5
     report = found["report"]
     assert report["evaluated"] == report["images"] == 10000
+
+
+def test_guidance_by_the_default_outpaces_the_exact_gradients():
+    found = kept("guidance")
+    assert found["setting"]["prompts"] == 64 and found["setting"]["steps"] == 25
+    for rows in found["time_to_exact"].values():
+        row = rows["one step"]
+        assert row["share_of_exact"] <= 0.5
+        assert row["held_out_difference"] > -2 * row["held_out_difference_standard_error"]
+        assert rows["direct"]["share_of_exact"] <= 0.5
+    assert max(rows["per-step recomputation"]["relative_error"] for rows in found["gradients"].values()) < 1e-5
+
+
+def test_guidance_at_stable_diffusions_size_costs_little_more_than_no_gradient():
+    found = kept("guidance_sd15_size_cpu_float32")
+    assert found["setting"]["steps"] == 25 and found["setting"]["pixels"] == 512
+    assert found["worst_autodiff_free_over_floor"] <= 1.05
+    assert found["exact_over_default"] >= 2.5

@@ -25,7 +25,7 @@ from diffusers import (
     UNet2DModel,
     VQModel,
 )
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker, cosine_distance
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -110,6 +110,15 @@ def safety_checker(threshold):
 
 def feature_extractor():
     return CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+
+
+def similarities(pipe, images):
+    """(B,) what the safety checker compares with its threshold, for every image."""
+    pictures = pipe.image_processor.postprocess(2 * images - 1, output_type="pil")
+    pixels = pipe.feature_extractor(pictures, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        embeds = pipe.safety_checker.visual_projection(pipe.safety_checker.vision_model(pixels)[1])
+        return cosine_distance(embeds, pipe.safety_checker.concept_embeds).max(1).values
 
 
 def snapshot(pipe):

@@ -14,6 +14,7 @@ from .estimate import Estimate, Probes, antithetic, gaussian, orthogonal, radema
 from .exact import DiracMixture, ExactFisher, GaussianMixture
 from .finite_difference import FiniteDifferenceFisher
 from .gaussian_data import GaussianFisher, TraceCorrectedFisher
+from .one_step import OneStepFisher
 from .operator import FisherEstimator, FisherMatrixOperator, FisherOperator, ModelFisherOperator
 from .trace_matching import TraceMatchingFisher
 
@@ -33,6 +34,7 @@ __all__ = [
     "GaussianFisher",
     "GaussianMixture",
     "ModelFisherOperator",
+    "OneStepFisher",
     "Probes",
     "TraceCorrectedFisher",
     "TraceMatchingFisher",

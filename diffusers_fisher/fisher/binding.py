@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .gaussian_data import TraceCorrectedFisher
+from .one_step import OneStepFisher
 from .operator import FisherEstimator
 from .trace_matching import TraceMatchingFisher
 
@@ -14,6 +15,8 @@ def parts_of(estimator: Any) -> tuple[Any, ...]:
     """The estimators that a combined one asks; itself alone where it is plain."""
     if isinstance(estimator, TraceCorrectedFisher):
         return parts_of(estimator.prior) + parts_of(estimator.trace)
+    if isinstance(estimator, OneStepFisher):
+        return parts_of(estimator.jacobian)
     return (estimator,)
 
 
@@ -21,6 +24,8 @@ def each_part(estimator: Any, change: Callable[[Any], Any]) -> Any:
     """The estimator with `change` made to its parts, see `parts_of`."""
     if isinstance(estimator, TraceCorrectedFisher):
         return TraceCorrectedFisher(each_part(estimator.prior, change), each_part(estimator.trace, change))
+    if isinstance(estimator, OneStepFisher):
+        return OneStepFisher(each_part(estimator.jacobian, change), estimator.noise_to_signal)
     return change(estimator)
 
 

@@ -410,6 +410,10 @@ class CombinedOperator(FisherMatrixOperator):
 
 
 class FisherEstimator(Protocol):
-    """Anything that makes a `FisherOperator` of a state; `endpoint` is the clean end of the run, where known."""
+    """Anything that makes a `FisherOperator` of a state; `endpoint` is the clean end of the run, where known.
+
+    One that also has `through_run(gradient, states)` is given the gradient at the noise of every differentiated run,
+    with the run's states, and gives the one that counts.
+    """
 
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> FisherOperator: ...

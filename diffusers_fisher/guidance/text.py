@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +92,10 @@ class TextGradientEstimator:
 
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> _TextOperator:
         return _TextOperator(self, state, endpoint)
+
+    def through_run(self, gradient: torch.Tensor, states: Sequence[DenoisingState]) -> torch.Tensor:
+        finish = getattr(self.estimator, "through_run", None)
+        return gradient if finish is None else finish(gradient, states)
 
 
 class _TextOperator:

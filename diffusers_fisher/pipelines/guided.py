@@ -14,8 +14,8 @@ import torch
 from ..denoiser import PipelineDenoiser, borrowed
 from ..errors import InputError
 from ..fisher.binding import bound, each_part, parts_of
-from ..fisher.direct import DirectFisher
 from ..fisher.finite_difference import FiniteDifferenceFisher
+from ..fisher.one_step import OneStepFisher
 from ..fisher.operator import FisherEstimator
 from ..guidance.adjoint import VARIABLES, GuidanceOutput, NoiseAscent, ascend_noise
 from ..guidance.checks import Reward, check_differentiable
@@ -119,7 +119,7 @@ class _Denoisers:
     def __init__(self, pipe: Any, options: GuidanceOptions, call_arguments: dict[str, Any]):
         arguments = {key: value for key, value in call_arguments.items() if not key.startswith("callback")}
         self.forward = self.backward = PipelineDenoiser(pipe, **arguments)
-        estimator: Any = options.estimator if options.estimator is not None else DirectFisher()
+        estimator: Any = options.estimator if options.estimator is not None else _default_estimator(pipe)
         scale = options.adjoint_guidance_scale
         if scale is not None and scale != arguments.get("guidance_scale", scale):
             self.backward = PipelineDenoiser(pipe, **{**arguments, "guidance_scale": scale})
@@ -139,6 +139,11 @@ class _Denoisers:
     def calls(self) -> int:
         """Evaluations since this was made, besides the sampling runs'."""
         return sum(int(entry.num_calls) - before for entry, before in self._counted)
+
+
+def _default_estimator(pipe: Any) -> OneStepFisher:
+    half = torch.finfo(pipe._noise_dtype()).bits < 32
+    return OneStepFisher(FiniteDifferenceFisher(relative_step=0.05) if half else None)
 
 
 def _central(estimator: Any) -> Any:

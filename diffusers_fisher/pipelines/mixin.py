@@ -169,7 +169,7 @@ class FisherPipelineMixin(CheckpointParts):
             num_guidance_steps: gradient steps; 0 samples and scores.
             step_size: length of the first step relative to the noise's norm; halved for a sample whose reward is no
                 better than its best before.
-            estimator: of the diffusion Fisher; None: `DirectFisher()`, the best reward a second as measured.
+            estimator: of the diffusion Fisher; None: `OneStepFisher()`, for one denoiser call a guidance step.
             num_inference_steps, guidance_scale: of the sampling runs; None: the stock call's own defaults.
             latents: initial noise of unit variance, (B, C, h, w), or packed where the pipeline's own are; None: drawn
                 with `generator` as the stock call does.

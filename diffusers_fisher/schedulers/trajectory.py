@@ -7,7 +7,9 @@ gradient is that of full back-propagation. Memory is O(steps x latent), whatever
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -55,6 +57,7 @@ class Trajectory:
         self._version = 0  # of what was returned, to see changes in place
         self._timesteps: Any = None
         self._noise_scale = 1.0
+        self._autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext  # as the last step ran
 
     def gradient(self, loss: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
         """Gradient of a scalar `loss` of the run's result with respect to the pipeline's `latents` argument.
@@ -86,7 +89,7 @@ class Trajectory:
         found = torch.autograd.grad(loss, leaves, retain_graph=retain_graph, allow_unused=True)
         if found[0] is None:
             raise TrajectoryError("The loss does not depend on this run's result; compute it from what the run gave.")
-        gradient = found[0] * self._noise_scale
+        gradient = self._through_run(found[0] * self._noise_scale)
         if not torch.isfinite(gradient).all():
             raise NumericalError(
                 f"The gradient through {len(self.states)} steps is not finite with {type(self.estimator).__name__}. "
@@ -96,6 +99,14 @@ class Trajectory:
         # A step that the result does not depend on (the first stage of some) leaves its control without one.
         others = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves[1:], found[1:], strict=True)]
         return gradient, others
+
+    def _through_run(self, gradient: torch.Tensor) -> torch.Tensor:
+        """What the estimator makes of the run as a whole, see `FisherEstimator`."""
+        finish = getattr(self.estimator, "through_run", None)
+        if finish is None:
+            return gradient
+        with torch.no_grad(), self._autocast():
+            return finish(gradient, self.states)
 
     def operator(self, index: int) -> FisherOperator:
         """The estimator's operator at the run's state `index`. Raises `TrajectoryError` before the run."""
@@ -116,7 +127,8 @@ class Trajectory:
             output = model_output.detach().to(current.dtype)
             state = state_of(scheduler, current.detach(), output, timestep, _step_index(scheduler))
             self.states.append(state)
-            attached = _AttachJacobian.apply(current, output, self._product(len(self.states) - 1, sample.device))
+            self._autocast = _current_autocast(sample.device.type)
+            attached = _AttachJacobian.apply(current, output, self._product(len(self.states) - 1))
             if self.controls is not None:
                 if len(self.controls) < len(self.states):
                     self.controls.append(torch.zeros_like(current).requires_grad_())
@@ -167,16 +179,22 @@ class Trajectory:
             "anything else has no known gradient. One `differentiable` block holds one run."
         )
 
-    def _product(self, index: int, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _product(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """The backward of step `index`. CUDA runs backward in another thread, so its modes are set inside."""
-        kind = device.type
-        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        autocast = self._autocast
 
         def product(gradient: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad(), torch.autocast(kind, dtype=autocast[1], enabled=autocast[0]):
+            with torch.no_grad(), autocast():
                 return self.operator(index).output_jacobian(gradient)
 
         return product
+
+
+def _current_autocast(kind: str) -> Callable[[], AbstractContextManager]:
+    """Makes contexts like the present one."""
+    return functools.partial(
+        torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
+    )
 
 
 class _AttachJacobian(torch.autograd.Function):

@@ -15,13 +15,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import FOLDER, paired_seconds, ratio, save
-from guidance_methods import Methods, embeddings
+from guidance_methods import DEFAULT, Methods, embeddings
 from matplotlib.figure import Figure
 
 from diffusers_fisher import (
@@ -46,9 +46,11 @@ STRENGTHS = (0.2, 0.4)  # the default, and its double
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Sizes of the benchmark. Prompts go through every method in batches."""
+    """Sizes of the benchmark. Prompts go through every method in batches, and `compared_prompts` in all through those
+    whose time to the exact reward is told."""
 
     prompts: int = 64
+    compared_prompts: int = 256
     batch: int = 16
     steps: int = 25
     guidance_scale: float = 2.0
@@ -61,7 +63,9 @@ class Setting:
     dtype: str = "float32"
 
 
-TINY = Setting(prompts=4, batch=2, steps=2, iterations=1, rounds=1, import_rounds=1, memory_steps=(1, 2))
+TINY = Setting(
+    prompts=4, compared_prompts=6, batch=2, steps=2, iterations=1, rounds=1, import_rounds=1, memory_steps=(1, 2)
+)
 
 
 class Problem:
@@ -75,7 +79,7 @@ class Problem:
         self.images, self.labels = embedded_test_images()
         self.latents = self.pipe._latents_to_score(self.images, None)
         self.classifier = ClassifierReward.from_pretrained(self.folder / "classifier", target=0)
-        noise = torch.randn(setting.prompts, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(setting.compared_prompts, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         self.noises = noise.split(setting.batch)
 
     def batch_labels(self, batch: int) -> list[int]:
@@ -146,9 +150,8 @@ def iteration_cost(problem: Problem) -> dict[str, Any]:
         "over_floor": {name: value for name, value in over.items() if not name.endswith(LEFT_OUT)},
         "over_floor_with_guidance_left_out": {name: value for name, value in over.items() if name.endswith(LEFT_OUT)},
         "faster_exact_method": exact,
-        "exact_over_direct": ratio(seconds, exact, "direct"),
-        "stored_graph_over_direct": ratio(seconds, "stored graph", "direct"),
-        "recomputation_over_direct": ratio(seconds, "per-step recomputation", "direct"),
+        "exact_over_default": ratio(seconds, exact, DEFAULT),
+        "recomputation_over_default": ratio(seconds, "per-step recomputation", DEFAULT),
     }
 
 
@@ -231,44 +234,64 @@ def per_step(problem: Problem, name: str, estimator: str, strength: float, batch
     return {**values, "seconds": time.perf_counter() - begin}
 
 
+def best_so_far(cells: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Reward of every prompt's best run so far and what is held out at it, (runs, prompts), and seconds, (runs,)."""
+    length = min(len(cell["rewards"]) for cell in cells)
+    rewards, held_out = (
+        torch.cat([torch.tensor(cell[name][:length], dtype=torch.float64) for cell in cells], dim=1)
+        for name in ("rewards", "held_out")
+    )
+    best, where = rewards.cummax(0)
+    seconds = torch.tensor([cell["seconds"][:length] for cell in cells], dtype=torch.float64).sum(0).cumsum(0)
+    return best, held_out.gather(0, where), seconds
+
+
 def summarised(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """All prompts of one method and reward: means by run, of the best so far and of what is held out at it."""
-    length = min(len(cell["rewards"]) for cell in cells)
-    rewards = torch.cat([torch.tensor(cell["rewards"][:length]) for cell in cells], dim=1).double()
-    held_out = torch.cat([torch.tensor(cell["held_out"][:length]) for cell in cells], dim=1).double()
-    best, where = rewards.cummax(0)
-    at_best = held_out.gather(0, where)
-    seconds = torch.tensor([cell["seconds"][:length] for cell in cells], dtype=torch.float64).sum(0).cumsum(0)
+    best, held_out, seconds = best_so_far(cells)
+    prompts = best.shape[1]
     return {
-        "before": float(rewards[0].mean()), "after": float(best[-1].mean()),
-        "standard_error": float(best[-1].std() / best.shape[1] ** 0.5),
-        "held_out_before": float(held_out[0].mean()), "held_out_after": float(at_best[-1].mean()),
-        "held_out_standard_error": float(at_best[-1].std() / best.shape[1] ** 0.5),
-        "curve": best.mean(1).tolist(), "held_out_curve": at_best.mean(1).tolist(), "seconds_curve": seconds.tolist(),
-        "seconds": float(seconds[-1]), "prompts": rewards.shape[1],
+        "before": float(best[0].mean()), "after": float(best[-1].mean()),
+        "standard_error": float(best[-1].std() / prompts**0.5),
+        "held_out_before": float(held_out[0].mean()), "held_out_after": float(held_out[-1].mean()),
+        "held_out_standard_error": float(held_out[-1].std() / prompts**0.5),
+        "curve": best.mean(1).tolist(), "held_out_curve": held_out.mean(1).tolist(), "seconds_curve": seconds.tolist(),
+        "seconds": float(seconds[-1]), "prompts": prompts,
         "stopped_early": [cell["status"] for cell in cells if cell["status"] != "completed"],
     }  # fmt: skip
 
 
-def time_to_exact(rows: dict[str, Any], exact: str) -> dict[str, Any]:
-    """Seconds in which the default first reaches the exact method's last reward, relative to those in which that
-    method does, and both held-out rewards there.
+def time_to_exact(
+    cells: dict[str, list[dict[str, Any]]], exact: str, followed: Sequence[str] = (DEFAULT, "direct")
+) -> dict[str, Any]:
+    """By method of `followed`: seconds in which it first reaches the exact method's last reward, relative to those in
+    which that one does, and how much higher the held-out reward then is, prompt by prompt.
 
-    The first run, whose reward is nobody's merit, counts for both."""
-    wanted = rows[exact]["after"]
+    The first run, whose reward is nobody's merit, counts for all."""
+    wanted = float(best_so_far(cells[exact])[0][-1].mean())
 
-    def reached(row: dict[str, Any]) -> tuple[float | None, float | None]:
-        for place, value in enumerate(row["curve"]):
-            if value >= wanted:
-                return row["seconds_curve"][place], row["held_out_curve"][place]
-        return None, None
+    def reached(method: str) -> tuple[Any, Any]:
+        best, held_out, seconds = best_so_far(cells[method])
+        places = (best.mean(1) >= wanted).nonzero().flatten().tolist()
+        return (float(seconds[places[0]]), held_out[places[0]]) if places else (None, None)
 
-    (slow, held_out), (fast, other) = reached(rows[exact]), reached(rows["direct"])
-    return {
-        "exact_method": exact, "exact_seconds": slow, "exact_reward": wanted, "direct_seconds": fast,
-        "share_of_its_time": None if fast is None else fast / slow,
-        "held_out_exact": held_out, "held_out_direct": other,
+    slow, at_exact = reached(exact)
+    rows: dict[str, Any] = {
+        "exact_method": exact, "exact_seconds": slow, "exact_reward": wanted, "prompts": len(at_exact),
+        "held_out_exact": float(at_exact.mean()),
     }  # fmt: skip
+    for method in followed:
+        fast, there = reached(method)
+        rows[method] = {"seconds": fast}
+        if fast is not None:
+            difference = there - at_exact
+            rows[method] |= {
+                "share_of_exact": fast / slow, "held_out": float(there.mean()),
+                "held_out_difference": float(difference.mean()),
+                "held_out_median_difference": float(difference.median()),
+                "held_out_difference_standard_error": float(difference.std() / len(difference) ** 0.5),
+            }  # fmt: skip
+    return rows
 
 
 def import_time(rounds: int) -> dict[str, Any]:
@@ -304,13 +327,18 @@ def run(setting: Setting, folder: Path) -> dict[str, Any]:
     iteration = cells(iteration_cost, given=(problem,))
     exact = iteration["faster_exact_method"]
     names, methods = list(problem.rewards(0)), list(problem.methods(0).table)
-    batches = range(len(problem.noises))
+    batches = range(setting.prompts // setting.batch)
     curves: dict[str, Any] = {name: {} for name in names}
     for place, name in enumerate(names):
         for method in methods:
             if place and method.endswith(LEFT_OUT):
                 continue
-            curves[name][method] = summarised([cells(curve, name, method, b, given=(problem,)) for b in batches])
+            curves[name][method] = [cells(curve, name, method, b, given=(problem,)) for b in batches]
+    compared: dict[str, Any] = {name: {} for name in names}
+    for name in names:
+        for method in (exact, DEFAULT, "direct"):
+            more = [cells(curve, name, method, b, given=(problem,)) for b in range(len(batches), len(problem.noises))]
+            compared[name][method] = curves[name][method] + more
     steps: dict[str, Any] = {name: {} for name in names}
     for name in names:
         for estimator in ("direct", "gaussian", "finite difference", "per-step recomputation"):
@@ -326,8 +354,10 @@ def run(setting: Setting, folder: Path) -> dict[str, Any]:
         "iteration": iteration,
         "memory": cells(memory, given=(problem,)),
         "gradients": {name: cells(gradients, name, given=(problem,)) for name in names},
-        "reward_after_ten_iterations": curves,
-        "time_to_exact": {name: time_to_exact(rows, exact) for name, rows in curves.items()},
+        "reward_after_ten_iterations": {
+            name: {method: summarised(found) for method, found in rows.items()} for name, rows in curves.items()
+        },
+        "time_to_exact": {name: time_to_exact(rows, exact) for name, rows in compared.items()},
         "per_step": steps,
     }
 

@@ -14,9 +14,12 @@ from diffusers_fisher import (
     EndpointFisher,
     FiniteDifferenceFisher,
     GaussianFisher,
+    OneStepFisher,
     PipelineDenoiser,
     fisher_scheduler,
 )
+
+DEFAULT = "one step"  # what `guide` takes
 
 
 class StoredGraph:
@@ -91,6 +94,7 @@ class Methods:
         found: dict[str, Any] = {
             "per-step recomputation": AutodiffFisher(guided),
             "direct": DirectFisher(),
+            DEFAULT: OneStepFisher(FiniteDifferenceFisher(guided)),
             "finite difference": FiniteDifferenceFisher(guided),
             "endpoint, centred": EndpointFisher(centred=True),
             "endpoint, paper": EndpointFisher(),

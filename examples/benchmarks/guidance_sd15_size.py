@@ -28,16 +28,16 @@ from typing import Any
 import torch
 from common import save
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from guidance_methods import Methods
+from guidance_methods import DEFAULT, Methods
 
 from diffusers_fisher import LinearReward
 from diffusers_fisher.evaluation.records import Records
 
 METHODS = (
-    "floor", "direct", "gaussian", "endpoint, centred", "finite difference", "finite difference, guidance left out",
-    "per-step recomputation", "recomputation, guidance left out",
+    "floor", DEFAULT, "direct", "gaussian", "endpoint, centred", "finite difference",
+    "finite difference, guidance left out", "per-step recomputation", "recomputation, guidance left out",
 )  # fmt: skip
-AUTODIFF_FREE = ("direct", "gaussian", "endpoint, centred")
+AUTODIFF_FREE = (DEFAULT, "direct", "gaussian", "endpoint, centred")
 STORED = "stored graph"
 EXACT = (STORED, "per-step recomputation")
 
@@ -191,12 +191,12 @@ def _in_own_process(setting: Setting, method: str) -> dict[str, Any]:
 def _ratios(rows: dict[str, Any]) -> dict[str, Any]:
     """What the default is against the floor and the faster exact method that fitted."""
     fitted = {name: rows[name]["over_floor"] for name in EXACT if "over_floor" in rows.get(name, {})}
-    if not fitted or "over_floor" not in rows.get("direct", {}):
+    if not fitted or "over_floor" not in rows.get(DEFAULT, {}):
         return {}
     exact = min(fitted, key=lambda name: fitted[name])
     return {
         "faster_exact_method": exact,
-        "exact_over_direct": fitted[exact] / rows["direct"]["over_floor"],
+        "exact_over_default": fitted[exact] / rows[DEFAULT]["over_floor"],
         "worst_autodiff_free_over_floor": max(
             rows[name]["over_floor"] for name in AUTODIFF_FREE if "over_floor" in rows.get(name, {})
         ),

@@ -71,12 +71,12 @@ def test_pictures_of_the_embedded_checkpoint(tmp_path):
 
 def test_tiny_benchmark_has_every_table_and_computes_nothing_twice(tmp_path, monkeypatch):
     guidance = script(EXAMPLES / "benchmarks" / "guidance.py")
-    setting = guidance.dataclasses.replace(guidance.TINY, prompts=2, batch=1, steps=1)
+    setting = guidance.dataclasses.replace(guidance.TINY, prompts=2, compared_prompts=3, batch=1, steps=1)
     monkeypatch.setattr(guidance, "TINY", setting)
     result = guidance.run(setting, tmp_path / "records")
     methods = {
-        "stored graph", "per-step recomputation", "direct", "finite difference", "gaussian", "endpoint, centred",
-        "endpoint, paper",
+        "stored graph", "per-step recomputation", "direct", "one step", "finite difference", "gaussian",
+        "endpoint, centred", "endpoint, paper",
     }  # fmt: skip
     left_out = {"recomputation, guidance left out", "finite difference, guidance left out"}
     rewards = ["another class", "left minus right", "inpainting"]
@@ -92,6 +92,7 @@ def test_tiny_benchmark_has_every_table_and_computes_nothing_twice(tmp_path, mon
     assert row["prompts"] == 2
     assert len(row["curve"]) == len(row["seconds_curve"]) == len(row["held_out_curve"]) == 2
     assert list(result["time_to_exact"]) == list(result["per_step"]) == rewards
+    assert all(row["prompts"] == 3 for row in result["time_to_exact"].values())
     assert all(list(cells) == ["0.2", "0.4"] for rows in result["per_step"].values() for cells in rows.values())
     json.dumps(result, allow_nan=False)
     check_plot(guidance.picture(result), result)
@@ -99,6 +100,22 @@ def test_tiny_benchmark_has_every_table_and_computes_nothing_twice(tmp_path, mon
     assert guidance.run(setting, tmp_path / "records") == result
     guidance.main(["--tiny", "--records", str(tmp_path / "records"), "--picture", str(tmp_path / "new" / "plot.png")])
     assert (tmp_path / "new" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_time_to_exact_compares_prompt_by_prompt_where_the_rewards_meet():
+    guidance = script(EXAMPLES / "benchmarks" / "guidance.py")
+    exact = {"rewards": [[0, 0], [1, 2], [3, 3]], "held_out": [[0, 0], [5, 5], [1, 2]], "seconds": [2, 3, 5]}
+    # The second prompt's second run is worse than its first, so its held-out reward is the first run's.
+    direct = {"rewards": [[0, 4], [3, 1], [4, 5]], "held_out": [[0, 7], [4, 9], [6, 6]], "seconds": [1, 1, 1]}
+    slow = {**direct, "rewards": [[0, 0], [0, 1], [1, 1]]}
+    cells = {"stored graph": [exact], "direct": [direct], "one step": [slow]}
+    found = guidance.time_to_exact(cells, "stored graph")
+    assert (found["exact_seconds"], found["exact_reward"], found["held_out_exact"]) == (10, 3, 1.5)
+    row = found["direct"]
+    assert (row["seconds"], row["share_of_exact"]) == (2, 0.2)
+    assert (row["held_out"], row["held_out_difference"]) == (5.5, 4)
+    assert row["held_out_difference_standard_error"] == pytest.approx(1)  # differences 3 and 5
+    assert found["one step"] == {"seconds": None}
 
 
 def check_plot(figure, result):
@@ -121,10 +138,11 @@ def test_tiny_form_of_the_large_benchmark(tmp_path, capsys):
     import guidance_sd15_size as benchmark
 
     setting = benchmark.Setting(steps=1, pixels=64, tiny=True)
-    result = benchmark.run(setting, ("floor", "direct", "per-step recomputation"), tmp_path)
+    result = benchmark.run(setting, ("floor", "direct", "one step", "per-step recomputation"), tmp_path)
     assert result["faster_exact_method"] == "per-step recomputation"
-    assert result["exact_over_direct"] > 0
-    assert result["worst_autodiff_free_over_floor"] == result["methods"]["direct"]["over_floor"]
+    assert result["exact_over_default"] > 0
+    free = [result["methods"][name]["over_floor"] for name in ("direct", "one step")]
+    assert result["worst_autodiff_free_over_floor"] == max(free)
     for row in result["methods"].values():
         assert row["peak_memory"] >= row["memory_before"] > 1e6
         assert row["seconds"] > 0

@@ -6,7 +6,6 @@ import tiny
 import torch
 from cases import relative
 from diffusers import AutoencoderTiny
-from diffusers.pipelines.stable_diffusion.safety_checker import cosine_distance
 
 from diffusers_fisher import (
     AutodiffFisher,
@@ -15,6 +14,7 @@ from diffusers_fisher import (
     FiniteDifferenceFisher,
     FluxFisherPipeline,
     InputError,
+    OneStepFisher,
     PipelineDenoiser,
     StableDiffusionFisherPipeline,
     StableDiffusionXLFisherPipeline,
@@ -109,15 +109,6 @@ def test_patience_and_optimiser_are_passed_on(pipe):
     torch.testing.assert_close(moved.abs(), torch.full_like(moved, 0.05), rtol=1e-3, atol=0)  # Adam's first step
 
 
-def similarities(pipe, images):
-    """What the safety checker compares with its threshold, for every image."""
-    pictures = pipe.image_processor.postprocess(2 * images - 1, output_type="pil")
-    pixels = pipe.feature_extractor(pictures, return_tensors="pt").pixel_values
-    with torch.no_grad():
-        embeds = pipe.safety_checker.visual_projection(pipe.safety_checker.vision_model(pixels)[1])
-        return cosine_distance(embeds, pipe.safety_checker.concept_embeds).max(1).values
-
-
 def test_safety_checker_sees_the_guided_images_and_is_reported():
     """Flags and black images as the stock call gives them for the noise that was found; the reward is not changed."""
     pipe = tiny.stable_diffusion(
@@ -132,7 +123,7 @@ def test_safety_checker_sees_the_guided_images_and_is_reported():
     clean = run()
     assert clean.nsfw_content_detected == [False] * 4
     assert bool((clean.best_rewards > clean.rewards[0]).all())
-    after, before = similarities(pipe, clean.images), similarities(pipe, clean.initial_images)
+    after, before = tiny.similarities(pipe, clean.images), tiny.similarities(pipe, clean.initial_images)
     ordered = after.sort().values
     place = int(ordered.diff().argmax())
     threshold = float(ordered[place : place + 2].mean())
@@ -318,6 +309,17 @@ def test_adjoint_at_another_guidance_scale_is_that_of_its_denoiser(pipe):
     central = gradient_norms(FiniteDifferenceFisher(own, central=True))
     assert torch.equal(differences, central)
     assert torch.equal(gradient_norms(DirectFisher(), adjoint_guidance_scale=1.0), gradient_norms(DirectFisher()))
+    default = gradient_norms(None, adjoint_guidance_scale=1.0)
+    assert torch.equal(default, gradient_norms(OneStepFisher(FiniteDifferenceFisher(own, central=True))))
+
+
+@pytest.mark.parametrize(("dtype", "step"), [(torch.float32, 0.01), (torch.bfloat16, 0.05)])
+def test_default_differences_suit_the_networks_precision(dtype, step):
+    pipe = tiny.stable_diffusion(StableDiffusionFisherPipeline).to(dtype)
+    given = OneStepFisher(FiniteDifferenceFisher(relative_step=step))
+    default, expected = (guide(pipe, estimator=entry, num_guidance_steps=2) for entry in (None, given))
+    assert torch.equal(default.rewards, expected.rewards)
+    assert torch.equal(default.gradient_norms, expected.gradient_norms)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

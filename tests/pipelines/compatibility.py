@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = (
-    "likelihood", "trace model", "guidance: direct", "guidance: finite difference", "guidance: autodiff",
-    "guidance: Gaussian", "guidance: endpoint", "guidance: centred endpoint", "model offload", "bfloat16", "float16",
+    "likelihood", "trace model", "guidance: one step", "guidance: direct", "guidance: finite difference",
+    "guidance: autodiff", "guidance: Gaussian", "guidance: endpoint",
+    "guidance: centred endpoint", "model offload", "bfloat16", "float16",
     "save and load",
 )  # fmt: skip
 SIGNS = {"passed": "yes", "failed": "FAILS", "skipped": "no"}

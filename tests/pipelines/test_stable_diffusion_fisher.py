@@ -14,6 +14,7 @@ from diffusers_fisher import (
     ClassifierReward,
     DirectFisher,
     FiniteDifferenceFisher,
+    OneStepFisher,
     PipelineDenoiser,
     StableDiffusionFisherPipeline,
     embedded_checkpoint,
@@ -245,15 +246,17 @@ def test_output_fields():
 
 
 @pytest.mark.parametrize(
-    ("estimator", "extra"),
+    ("estimator", "extra"),  # denoiser calls a gradient, in runs of four steps
     [
-        (None, 0),
+        (None, 1),
         (DirectFisher(), 0),
-        (AutodiffFisher(), 1),
-        (FiniteDifferenceFisher(), 1),
-        (FiniteDifferenceFisher(central=True), 2),
+        (OneStepFisher(), 1),
+        (OneStepFisher(AutodiffFisher()), 1),
+        (AutodiffFisher(), 4),
+        (FiniteDifferenceFisher(), 4),
+        (FiniteDifferenceFisher(central=True), 8),
     ],
-    ids=["default", "direct", "autodiff", "forward", "central"],
+    ids=["default", "direct", "one step", "one step, autodiff", "autodiff", "forward", "central"],
 )
 @pytest.mark.parametrize("own", [False, True], ids=["bound", "own denoiser"])
 def test_denoiser_calls_are_counted(estimator, extra, own):
@@ -264,7 +267,7 @@ def test_denoiser_calls_are_counted(estimator, extra, own):
         estimator = estimator.bind(denoiser)
     pipe.unet.register_forward_pre_hook(lambda module, inputs: seen.append(1))
     out = guide(pipe, generator=seeded(), estimator=estimator, num_guidance_steps=3)
-    assert out.num_denoiser_calls == len(seen) == 4 * 4 + 3 * 4 * extra
+    assert out.num_denoiser_calls == len(seen) == 4 * 4 + 3 * extra
 
 
 def test_reward_sees_a_prompt_for_every_image_in_order():
@@ -351,24 +354,13 @@ def test_progress_bar_is_shown_and_can_be_disabled(capsys):
 # The safety checker
 
 
-def similarities(pipe, images):
-    """What the safety checker compares with its threshold, for every image."""
-    from diffusers.pipelines.stable_diffusion.safety_checker import cosine_distance
-
-    pictures = pipe.image_processor.postprocess(2 * images - 1, output_type="pil")
-    pixels = pipe.feature_extractor(pictures, return_tensors="pt").pixel_values
-    with torch.no_grad():
-        embeds = pipe.safety_checker.visual_projection(pipe.safety_checker.vision_model(pixels)[1])
-        return cosine_distance(embeds, pipe.safety_checker.concept_embeds).max(1).values
-
-
 def test_safety_checker_blackens_what_the_stock_call_would():
     pipe = make(safety_checker=tiny.safety_checker(2.0), feature_extractor=tiny.feature_extractor())
     options = {"latents": 3 * noise(4), "prompt": ["a", "b", "c", "d"]}
     clean = guide(pipe, reward=flat, num_guidance_steps=0, **options)
     assert clean.nsfw_content_detected == [False] * 4
     assert torch.equal(clean.images, stock(pipe, **options))
-    middle = similarities(pipe, clean.images).sort().values[1:3].mean()
+    middle = tiny.similarities(pipe, clean.images).sort().values[1:3].mean()
     pipe.safety_checker.concept_embeds_weights.data.fill_(float(middle))
     out = guide(pipe, reward=flat, num_guidance_steps=0, **options)
     assert sorted(out.nsfw_content_detected) == [False, False, True, True]

@@ -1,0 +1,52 @@
+"""A whole run's Jacobian from that of the denoiser at one noise level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..noise import expand
+from ..state import DenoisingState
+from .direct import DirectFisher, DirectOperator
+from .finite_difference import FiniteDifferenceFisher
+
+
+class OneStepFisher:
+    """Takes the run from one noise level on for a single step to the predicted clean sample.
+
+    At every state it is `DirectFisher`, so a reward's gradient reaches the noise unchanged but for its scale. There it
+    is multiplied once by alpha dx_0/dx_t, the Jacobian of the predicted clean sample at the state nearest to
+    `noise_to_signal`, whose eigenvalues say how far the model's images still vary there: what is left are directions
+    in which images vary as a whole, and no pattern that the model would remove.
+
+    Cost: one product of `jacobian` a gradient: one denoiser call by the default.
+
+    Args:
+        jacobian: an estimator of the Jacobian at that state; None: `FiniteDifferenceFisher()`, which a pipeline's
+            `guide` gives its denoiser.
+        noise_to_signal: sigma/alpha; 1, where the noise's variance is that of latents. Higher levels turn the gradient
+            more, and make it slower to follow; lower ones less.
+    """
+
+    def __init__(self, jacobian: Any = None, noise_to_signal: float = 1.0):
+        if not (math.isfinite(noise_to_signal) and noise_to_signal > 0):
+            raise InputError(f"`noise_to_signal` is {noise_to_signal}; allowed: above 0 and finite, such as 1.")
+        self.jacobian = FiniteDifferenceFisher() if jacobian is None else jacobian
+        self.noise_to_signal = noise_to_signal
+        self._direct = DirectFisher()
+
+    def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> DirectOperator:
+        return self._direct(state, endpoint)
+
+    def through_run(self, gradient: torch.Tensor, states: Sequence[DenoisingState]) -> torch.Tensor:
+        """The gradient at the noise, from what the `states` of a run have made of it one by one."""
+        state = min(states, key=self._distance)
+        return expand(state.level.alpha, gradient) * self.jacobian(state).original_jacobian(gradient)
+
+    def _distance(self, state: DenoisingState) -> float:
+        ratio = state.level.noise_to_signal.double().log().mean()  # infinite at the ends of some schedules
+        return abs(float(ratio) - math.log(self.noise_to_signal))
