@@ -288,7 +288,8 @@ def test_other_prompts_or_settings_are_refused(done):
 def arguments(folder, *more):
     return [
         "guide", "--prompts", str(folder / "prompts.txt"), "--output", str(folder / "out"), "--guidance-steps", "2",
-        "--steps", "2", "--guidance-scale", "2", "--seed", "5", "--held-out", "classifier:embedded:sneaker", *more,
+        "--steps", "2", "--guidance-scale", "2", "--seed", "5", "--held-out", "classifier:embedded:sneaker",
+        "--estimator", SETTINGS.estimator, *more,
     ]  # fmt: skip
 
 
