@@ -20,6 +20,7 @@ from ..fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDiffere
 from ..guidance import GuidanceOutput, named_reward
 from ..guidance.adjoint import COMPLETED
 from ..guidance.movers import optimizer_factory
+from ..training.processes import process_state
 from ..training.trace_config import DTYPES, DenoiserSettings, load_pipeline
 from .records import Records, item_keys, shard
 from .report import Page, save_picture
@@ -106,10 +107,8 @@ def run_gallery(
             settings in `output`; before the first prompt also what `pipe.log_likelihood` refuses, where it is asked.
         UnsupportedError: a pipeline that diffusers can't offload. CheckpointError: a damaged checkpoint or record.
     """
-    from accelerate import PartialState
-
     prompts = read_prompts(prompts_file)
-    state = PartialState()
+    state = process_state()
     _check(settings, memory, state.device)
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     records = Records(output, {**dataclasses.asdict(settings), "prompts": f"{len(prompts)}, sha256 {digest[:16]}"})

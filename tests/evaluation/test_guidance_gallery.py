@@ -320,7 +320,6 @@ def test_kill_loses_nothing_that_was_done(done, tmp_path):
         )
 
 
-@pytest.mark.slow
 def test_processes_share_the_prompts(done, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     with socket.socket() as free:
