@@ -25,6 +25,10 @@ from ..schedulers.mixin import fisher_scheduler
 from .inputs import check_guidance
 from .run import SamplingRun
 
+HALF_PRECISION_STEPS = {torch.float16: 0.05, torch.bfloat16: 0.1}
+"""Relative lengths of the default estimator's differences. On the embedded checkpoint in bfloat16 a gradient's cosine
+with the exact product is 0.85 by 0.1, 0.82 by 0.05, and 0.43 by the 0.01 that float32 has (there 0.90)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class GuidanceOptions:
@@ -119,7 +123,7 @@ class _Denoisers:
     def __init__(self, pipe: Any, options: GuidanceOptions, call_arguments: dict[str, Any]):
         arguments = {key: value for key, value in call_arguments.items() if not key.startswith("callback")}
         self.forward = self.backward = PipelineDenoiser(pipe, **arguments)
-        estimator: Any = options.estimator if options.estimator is not None else _default_estimator(pipe)
+        estimator: Any = options.estimator if options.estimator is not None else default_estimator(pipe._noise_dtype())
         scale = options.adjoint_guidance_scale
         if scale is not None and scale != arguments.get("guidance_scale", scale):
             self.backward = PipelineDenoiser(pipe, **{**arguments, "guidance_scale": scale})
@@ -141,9 +145,10 @@ class _Denoisers:
         return sum(int(entry.num_calls) - before for entry, before in self._counted)
 
 
-def _default_estimator(pipe: Any) -> OneStepFisher:
-    half = torch.finfo(pipe._noise_dtype()).bits < 32
-    return OneStepFisher(FiniteDifferenceFisher(relative_step=0.05) if half else None)
+def default_estimator(dtype: torch.dtype) -> OneStepFisher:
+    """Differences long enough to stand out of the rounding of a network of `dtype`."""
+    step = HALF_PRECISION_STEPS.get(dtype)
+    return OneStepFisher(None if step is None else FiniteDifferenceFisher(relative_step=step))
 
 
 def _central(estimator: Any) -> Any:

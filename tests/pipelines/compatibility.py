@@ -7,9 +7,8 @@ from typing import Any
 
 COLUMNS = (
     "likelihood", "trace model", "guidance: one step", "guidance: direct", "guidance: finite difference",
-    "guidance: autodiff", "guidance: Gaussian", "guidance: endpoint",
-    "guidance: centred endpoint", "model offload", "bfloat16", "float16",
-    "save and load",
+    "guidance: autodiff", "guidance: Gaussian", "guidance: endpoint", "guidance: centred endpoint", "model offload",
+    "bfloat16", "float16", "save and load",
 )  # fmt: skip
 SIGNS = {"passed": "yes", "failed": "FAILS", "skipped": "no"}
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"

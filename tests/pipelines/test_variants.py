@@ -268,13 +268,15 @@ def test_attention_processors_act_in_every_door():
 
 
 def test_bfloat16_weights_of_the_trained_checkpoint():
-    """Bits a dimension within 0.02 of float32, guidance gradients within a cosine of 0.99."""
+    """Bits a dimension within 0.02 of float32, guidance gradients within a cosine of 0.99 (the default's: 0.95)."""
     from diffusers_fisher import (
         StableDiffusionFisherPipeline,
         embedded_checkpoint,
         embedded_prompt,
         embedded_test_images,
     )
+    from diffusers_fisher.fisher.binding import bound
+    from diffusers_fisher.pipelines.guided import default_estimator
 
     def load(dtype):
         return tiny.quiet(StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint(), dtype=dtype))
@@ -283,14 +285,18 @@ def test_bfloat16_weights_of_the_trained_checkpoint():
     images, prompts = images[:4], [embedded_prompt(int(label)) for label in labels[:4]]
     latents = load(torch.float32)._latents_to_score(images, None)  # for both: the density of the same latents
     start, half = torch.randn(latents.shape, generator=seeded(1)), images.shape[-1] // 2
-    bits, gradients = [], {"direct": [], "autodiff": []}
+    bits, gradients = [], {"direct": [], "autodiff": [], "default": []}
     for dtype in (torch.float32, torch.bfloat16):
         pipe = load(dtype)
         options = {"num_inference_steps": 12, "num_probes": 4, "step_halving": False, "generator": seeded()}
         bits.append(pipe.log_likelihood(None, prompts, latents=latents, **options).bits_per_dim)
         pipe.scheduler = fisher_scheduler(type(pipe.scheduler)).from_config(pipe.scheduler.config)
         options = {"num_inference_steps": 12, "guidance_scale": 1.0, "output_type": "latent"}
-        estimators = {"direct": DirectFisher(), "autodiff": AutodiffFisher(PipelineDenoiser(pipe, prompt=prompts))}
+        denoiser = PipelineDenoiser(pipe, prompt=prompts)
+        estimators = {
+            "direct": DirectFisher(), "autodiff": AutodiffFisher(denoiser),
+            "default": bound(default_estimator(dtype), denoiser),
+        }  # fmt: skip
         for name, estimator in estimators.items():
             with pipe.scheduler.differentiable(estimator) as trajectory:
                 result = pipe(prompts, latents=start.to(dtype), **options).images
@@ -298,5 +304,5 @@ def test_bfloat16_weights_of_the_trained_checkpoint():
             loss = (decoded[..., :half] - decoded[..., half:]).mean((1, 2, 3)).sum()
             gradients[name].append(trajectory.gradient(loss).flatten(1).float())
     assert 0 < float((bits[1] - bits[0]).abs().max()) < 0.02
-    for found in gradients.values():
-        assert 0.99 < float(torch.cosine_similarity(*found).min()) < 1
+    for name, found in gradients.items():
+        assert (0.95 if name == "default" else 0.99) < float(torch.cosine_similarity(*found).min()) < 1
