@@ -10,6 +10,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from .errors import InputError, NumericalError, UnsupportedError
+from .features import recorded
 from .noise import NoiseLevel, input_scale, noise_level, prediction_of
 from .state import DenoisingState
 
@@ -81,6 +82,7 @@ class Denoiser(abc.ABC):
         self.scheduler = scheduler
         self.prediction = prediction_of(scheduler)
         self.num_calls = 0
+        self._features: torch.Tensor | None = None  # of the last evaluation
 
     @abc.abstractmethod
     def model_output(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
@@ -94,7 +96,9 @@ class Denoiser(abc.ABC):
     def state(self, x: torch.Tensor, timestep: Any) -> DenoisingState:
         """The denoising state at model input `x` and (possibly fractional) `timestep`. Cost: one evaluation."""
         output = self.model_output(x, timestep)
-        return DenoisingState(x, output.to(x.dtype), self.level(timestep), self.prediction, timestep)
+        return DenoisingState(
+            x, output.to(x.dtype), self.level(timestep), self.prediction, timestep, features=self._features
+        )
 
     def level(self, timestep: Any) -> NoiseLevel:
         """Noise level of the model's input at `timestep`."""
@@ -111,7 +115,8 @@ class PipelineDenoiser(Denoiser):
     `width` given.
 
     Conditioning by the step's index (ControlNet's start and end) can't be had from one step and is refused. Flux
-    casts the timestep to the latents' dtype. What the pipeline draws in its call (an inpainting pipeline's encoding of
+    casts the timestep to the latents' dtype. Without guidance the states have `features`, where the network is not
+    compiled. What the pipeline draws in its call (an inpainting pipeline's encoding of
     its masked image) is drawn anew by every evaluation: give it ready-made (`masked_image_latents`). PixArt's binning
     of sizes is off: the latents decide.
 
@@ -189,11 +194,13 @@ class PipelineDenoiser(Denoiser):
         attributes = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}, **self.encoding()}
         arguments = {**self._size_arguments(x), **self.call_arguments}
         latents = x.to(self._latents_dtype())
-        with borrowed(self.pipe, **attributes):
+        with borrowed(self.pipe, **attributes), recorded(self._network()) as features:
             result = call(
                 self.pipe, latents=latents, num_inference_steps=1, output_type="latent", return_dict=False, **arguments
             )
         self.num_calls += 1
+        # With guidance there are two evaluations, or one of twice the batch: features of no single output.
+        self._features = features[0] if len(features) == 1 and len(features[0]) == len(x) else None
         output = result[0]
         name = type(self.pipe).__name__
         if scheduler.output is None:
@@ -229,10 +236,13 @@ class PipelineDenoiser(Denoiser):
             return arguments.get("true_cfg_scale", 1.0) > 1  # the other scale is an input of the network
         return self.guidance_scale > 1
 
-    def _latents_dtype(self) -> torch.dtype:
+    def _network(self) -> Any:
         found = (getattr(self.pipe, name, None) for name in ("unet", "transformer"))
-        network = next((part for part in found if part is not None), self.pipe)  # compiled ones have no truth value
-        return network.dtype
+        return next((part for part in found if part is not None), None)  # compiled ones have no truth value
+
+    def _latents_dtype(self) -> torch.dtype:
+        network = self._network()
+        return (self.pipe if network is None else network).dtype
 
     def _size_arguments(self, x: torch.Tensor) -> dict[str, int]:
         factor = getattr(self.pipe, "vae_scale_factor", None)

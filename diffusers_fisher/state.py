@@ -20,6 +20,8 @@ class DenoisingState:
         prediction: what `model_output` means.
         timestep: what the model was conditioned on.
         input_scale: the model was fed `input_scale * sample`; float64 tensor, shape () or (B,).
+        features: (B, channels) float32, detached: mean and deviation of the network's last hidden layer
+            (`diffusers_fisher.features`), which some trace models take; None where they were not recorded.
     """
 
     sample: torch.Tensor
@@ -28,6 +30,7 @@ class DenoisingState:
     prediction: Prediction
     timestep: Any = None
     input_scale: torch.Tensor = dataclasses.field(default_factory=lambda: torch.ones((), dtype=torch.float64))
+    features: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.model_output.shape != self.sample.shape:

@@ -14,6 +14,9 @@ from ..errors import InputError
 
 LOG_NOISE_LIMIT = 8.0  # the embedding sees log(sigma/alpha) clamped to +-8, beyond every usual schedule
 
+FEATURE_LEVELS = 48  # so dense that features are nearly linear in between
+OUTLIER = 8.0  # deviations of a feature, beyond which a sample is unlike all that was trained on
+
 
 def _start_at_zero(layer: nn.Module) -> None:
     for parameter in layer.parameters():
@@ -158,6 +161,79 @@ class TraceHead(nn.Module):
         scale, shift = self.modulation(embedding).chunk(2, dim=1)
         hidden = F.silu((1 + scale) * self.first(vector) + shift)
         return self.last(hidden + F.silu(self.second(hidden)))
+
+
+class FeatureStatistics(nn.Module):
+    """What the denoiser's features are on training data, by noise level; float32 whatever the model's dtype.
+
+    What differs between samples is small beside what differs between levels.
+    """
+
+    log_noise: torch.Tensor
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.register_buffer("log_noise", torch.linspace(-LOG_NOISE_LIMIT, LOG_NOISE_LIMIT, FEATURE_LEVELS))
+        self.register_buffer("mean", torch.zeros(FEATURE_LEVELS, features))
+        self.register_buffer("deviation", torch.ones(FEATURE_LEVELS, features))
+
+    def set(self, log_noise: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> None:
+        """Takes (levels,) rising log(sigma/alpha), `FEATURE_LEVELS` of them, and (levels, features) twice.
+
+        Raises:
+            InputError: shapes that do not fit, levels that do not rise, values that are no mean and deviation.
+        """
+        given = {"log_noise": log_noise, "mean": mean, "deviation": deviation}
+        for name, value in given.items():
+            wanted = tuple(getattr(self, name).shape)
+            if tuple(value.shape) != wanted or not bool(torch.isfinite(value).all()):
+                raise InputError(
+                    f"The features' `{name}` has shape {tuple(value.shape)}; allowed: {wanted}, finite numbers."
+                )
+        if bool((log_noise.diff() <= 0).any()) or bool((deviation < 0).any()):
+            raise InputError("The features' statistics need rising `log_noise`, and a `deviation` not below zero.")
+        for name, value in given.items():
+            getattr(self, name).copy_(value)
+
+    def standardised(self, features: torch.Tensor, log_noise: torch.Tensor) -> torch.Tensor:
+        """(B, features) of mean 0 and deviation 1 on training data of the same levels (B,), float32."""
+        mean, deviation = (self._at(log_noise.float(), table.float()) for table in (self.mean, self.deviation))
+        return ((features.float() - mean) / (deviation + 1e-5)).clamp(-OUTLIER, OUTLIER)
+
+    def _at(self, log_noise: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Linear between the levels, the ends beyond them."""
+        levels = self.log_noise.float()
+        value = log_noise.clamp(levels[0], levels[-1]).contiguous()
+        right = torch.searchsorted(levels, value).clamp(1, len(levels) - 1)
+        share = (value - levels[right - 1]) / (levels[right] - levels[right - 1])
+        return torch.lerp(table[right - 1], table[right], share[:, None])
+
+
+class FeatureEncoder(nn.Module):
+    """Summaries of the denoiser's last hidden layer to a vector, which starts at zero; one of its own for none.
+
+    Args:
+        features: numbers a sample.
+        channels: of the vector.
+    """
+
+    def __init__(self, features: int, embedding_channels: int, channels: int):
+        super().__init__()
+        self.features = features
+        self.statistics = FeatureStatistics(features)
+        self.head = TraceHead(features, embedding_channels, 3 * channels, channels)
+        self.none = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, features: torch.Tensor | None, log_noise: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """(B, features), or None, and (B,) to (B, channels)."""
+        if features is not None:
+            standard = self.statistics.standardised(features, log_noise)
+            return self.head(standard.to(embedding.dtype), embedding) + 0 * self.none
+        # All parameters take part in either case: processes that train together wait for the gradient of each.
+        absent = torch.zeros(len(log_noise), self.features, device=embedding.device, dtype=embedding.dtype)
+        return self.none + 0 * self.head(absent, embedding)
 
 
 class PixelHead(nn.Module):

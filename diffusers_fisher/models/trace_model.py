@@ -25,7 +25,7 @@ from ..fisher.trace_matching import LOG_NOISE_RANGE, noise_shares
 from ..noise import NoiseLevel, expand
 from ..state import DenoisingState
 from .card import model_card
-from .encoders import ImageEncoder, NoiseEmbedding, PixelHead, SpectralHead, TokenEncoder, TraceHead
+from .encoders import FeatureEncoder, ImageEncoder, NoiseEmbedding, PixelHead, SpectralHead, TokenEncoder, TraceHead
 from .fingerprint import check_fingerprint, denoiser_fingerprint
 from .prior import GaussianPrior
 
@@ -82,6 +82,9 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         head_channels, time_channels: of the head and of the embedding of the noise level.
         pooled_channels: of an additional vector a sample, such as a pooled text embedding; None: none.
         use_prediction: take the denoiser's predicted noise and x_0 too, which a sampler step knows anyway.
+        feature_channels: numbers a sample that sum up the denoiser's last hidden layer (`DenoisingState.features`, by
+            `PipelineDenoiser`), which its Jacobian goes through; None: none. States without them are taken too, with
+            the accuracy of a model that knows none.
         prior_shape: shape of the prior's statistics; None: one number a channel. With (N, C), for tokens, the model
             takes N tokens alone.
         fingerprint: of the denoiser, see `diffusers_fisher.models.denoiser_fingerprint`; None: fits any.
@@ -89,7 +92,7 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
 
     config_name = "config.json"  # type: ignore[assignment]
     _supports_gradient_checkpointing = False
-    _keep_in_fp32_modules = ["prior"]  # noqa: RUF012 - diffusers' attribute
+    _keep_in_fp32_modules = ["prior", "statistics"]  # noqa: RUF012 - diffusers' attribute
 
     @register_to_config
     def __init__(
@@ -106,6 +109,7 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         time_channels: int = 64,
         pooled_channels: int | None = None,
         use_prediction: bool = True,
+        feature_channels: int | None = None,
         prior_shape: Sequence[int] | None = None,
         fingerprint: Mapping[str, Any] | None = None,
     ):
@@ -123,7 +127,11 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         self.encoder = kind(inputs, channels, layers_per_block, patch_size, time_channels)
         spectral = output == "diagonal" and basis == "dct"
         numbers = 1 + (MIXED_FREQUENCIES if spectral else 0)
-        self.head = TraceHead(self.encoder.features + inputs, time_channels, head_channels, numbers)
+        self.summaries = (
+            None if feature_channels is None else FeatureEncoder(feature_channels, time_channels, head_channels)
+        )
+        known = self.encoder.features + inputs + (0 if feature_channels is None else head_channels)
+        self.head = TraceHead(known, time_channels, head_channels, numbers)
         self.map: PixelHead | SpectralHead | None = None
         if spectral:
             self.map = SpectralHead(in_channels, MIXED_FREQUENCIES)
@@ -146,12 +154,27 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         """
         self.prior.set(mean, variance)
 
+    def set_feature_statistics(self, log_noise: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> None:
+        """Sets what the denoiser's features are on training data, by level; before training.
+
+        Args:
+            log_noise: (48,) rising log(sigma/alpha).
+            mean, deviation: (48, feature_channels).
+
+        Raises:
+            InputError: a model without features, or values that do not fit.
+        """
+        if self.summaries is None:
+            raise InputError("This trace model takes no features; make it with `feature_channels`.")
+        self.summaries.statistics.set(log_noise, mean, deviation)
+
     def forward(
         self,
         sample: torch.Tensor,
         log_noise: torch.Tensor,
         original: torch.Tensor | None = None,
         epsilon: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
         pooled: torch.Tensor | None = None,
     ) -> FisherTraceOutput:
         """Evaluates the network; `trace_inputs(state)` gives all arguments but `pooled`.
@@ -160,6 +183,7 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
             sample: (B, ...), variance preserving: x_t/sqrt(alpha^2 + sigma^2).
             log_noise: (B,) log(sigma/alpha), float32.
             original, epsilon: (B, ...) the denoiser's predictions, x_0 faded as by `trace_inputs`.
+            features: (B, feature_channels) of the denoiser's last hidden layer; models without ignore them.
             pooled: (B, pooled_channels).
 
         Raises:
@@ -170,7 +194,11 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         vector, stem, h = self.encoder(x, embedding)
         axes = (2, 3) if self.config["layout"] == "image" else (1,)
         energies = (x.float().square().mean(axes) + 1e-6).log().to(x.dtype)
-        numbers = self.head(torch.cat([vector, energies], dim=1), embedding)
+        known = [vector, energies]
+        if self.summaries is not None:
+            self._check_features(features, len(sample))
+            known.append(self.summaries(features, log_noise, embedding))
+        numbers = self.head(torch.cat(known, dim=1), embedding)
         shape = sample.shape[1:]
         if self.config["target"] == "norm":
             moment = self.prior.second_moment(sample, log_noise)
@@ -289,6 +317,14 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
                 folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr, subfolder=subfolder
             )
 
+    def _check_features(self, features: torch.Tensor | None, count: int) -> None:
+        wanted = (count, self.config["feature_channels"])
+        if features is not None and features.shape != wanted:
+            raise InputError(
+                f"`features` has shape {tuple(features.shape)}; allowed: {wanted}, by the trace model's "
+                "`feature_channels`. Use the denoiser it was trained for."
+            )
+
     def _joined(
         self,
         sample: torch.Tensor,
@@ -337,7 +373,8 @@ def trace_inputs(state: DenoisingState) -> dict[str, torch.Tensor]:
     )  # fmt: skip
     fading = 1 / torch.hypot(torch.ones_like(norm), safe.level.noise_to_signal / FADING_NOISE)
     log_noise = level.log_noise_to_signal.clamp(-LOG_NOISE_RANGE, LOG_NOISE_RANGE)
-    return {
+    features = {} if state.features is None else {"features": state.features}
+    return features | {
         "sample": sample / expand(norm, sample),
         "log_noise": log_noise.to(sample.device, torch.float32).expand(len(sample)),
         "original": safe.pred_original_sample * expand(fading, sample),

@@ -46,6 +46,8 @@ class ModelSettings:
         prior: shape of the data's statistics: "sample" (a number a coordinate) or "channel". For packed tokens both
             are a number a channel, since a number a token would hold for one image size alone.
         pooled: take the pooled text embedding of the prompts.
+        features: take a summary of the denoiser's last hidden layer, which likelihoods record on the way. Such models
+            are more exact; where there is none (in a sampler's run, or by a compiled network) they do without.
     """
 
     output: str = "trace"
@@ -58,6 +60,7 @@ class ModelSettings:
     time_channels: int = 64
     pooled: bool = False
     use_prediction: bool = True
+    features: bool = False
 
 
 @dataclasses.dataclass
@@ -150,6 +153,10 @@ class TraceMatchingConfig:
         ):  # fmt: skip
             if value not in allowed:
                 raise InputError(f"{key} is {value!r}; allowed: {', '.join(map(repr, allowed))}.")
+        if self.model.features and self.denoiser.compile:
+            raise InputError(
+                "A compiled denoiser shows no features; leave out `denoiser.compile` or `model.features`."
+            )
         if self.data is None and self.latents is None:
             raise InputError("The config has neither `data` nor `latents`; give one of them.")
         for key, share in (
@@ -247,7 +254,11 @@ def load_pipeline(settings: DenoiserSettings) -> Any:
 
 
 def make_trace_model(
-    config: TraceMatchingConfig, pipe: Any, shape: tuple[int, ...], pooled_channels: int | None
+    config: TraceMatchingConfig,
+    pipe: Any,
+    shape: tuple[int, ...],
+    pooled_channels: int | None = None,
+    feature_channels: int | None = None,
 ) -> FisherTraceModel:
     """An untrained trace model for samples of `shape` in the pipeline's own layout."""
     import torch
@@ -264,7 +275,7 @@ def make_trace_model(
             block_out_channels=settings.block_out_channels, layers_per_block=settings.layers_per_block,
             patch_size=settings.patch_size, head_channels=settings.head_channels,
             time_channels=settings.time_channels, use_prediction=settings.use_prediction,
-            pooled_channels=pooled_channels,
+            pooled_channels=pooled_channels, feature_channels=feature_channels,
             prior_shape=shape if settings.prior == "sample" and layout == "image" else per_channel,
         )  # fmt: skip
     model.set_fingerprint(pipe)

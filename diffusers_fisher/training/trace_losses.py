@@ -255,6 +255,7 @@ class TraceObjective:
         samples: torch.Tensor,
         draw: TraceDraw,
         pooled: torch.Tensor | None = None,
+        with_features: bool = True,
     ) -> torch.Tensor:
         """Losses (n,) of every row of `draw`, with a graph to the model's parameters.
 
@@ -262,6 +263,7 @@ class TraceObjective:
             model: the trace model, or its wrapper for several processes.
             samples: clean samples, one for each of the draw's, in the model's coordinates (scaled latents).
             pooled: one vector for each sample.
+            with_features: give the model the denoiser's features, where the states have them.
 
         Raises:
             InputError: a draw without probes for target "jacobian".
@@ -271,7 +273,8 @@ class TraceObjective:
         with_graph = self.target == "jacobian" and getattr(self.estimator, "needs_graph", False)
         state = noised_state(denoiser, clean, draw, with_graph)
         target = self.targets(state, clean, draw)
-        output = model(**trace_inputs(state), pooled=None if pooled is None else draw.repeat(pooled))
+        given = trace_inputs(state if with_features else dataclasses.replace(state, features=None))
+        output = model(**given, pooled=None if pooled is None else draw.repeat(pooled))
         losses = trace_loss(output, target, FLOORS.get(self.target, 0.0))
         if not bool(torch.isfinite(losses).all()):
             raise NumericalError(f"The loss is not finite at log(sigma/alpha) {draw.log_noise.tolist()}.")

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ from ..errors import FisherError, InputError, NumericalError
 from ..files import check_writable, write_json
 from ..fisher.autodiff import AutodiffFisher
 from ..fisher.finite_difference import FiniteDifferenceFisher
-from ..fisher.gaussian_data import GaussianFisher
 from ..fisher.operator import FisherEstimator
 from ..models import FisherTraceModel
+from ..noise import log_noise_to_signal_range, timestep_at
 from .cache_latents import space_fingerprint
 from .checkpoints import TrainingFolder, flat_settings
 from .config import load_config
@@ -43,6 +43,7 @@ from .processes import WAIT, uses_cpu
 from .samples import SampleSpace, without
 from .schedule import learning_rate
 from .state import step_generator
+from .statistics import fit_features, fit_prior
 from .trace_config import TraceMatchingConfig, check_trackers, load_pipeline, make_trace_model
 from .trace_losses import TraceObjective, draw_trace_batch
 from .trace_validation import Validation, plot_validation, validate
@@ -54,6 +55,9 @@ FREE_SETTINGS = (
     "optimisation.gradient_accumulation", "optimisation.save_every", "optimisation.log_every", "denoiser.compile",
 )  # fmt: skip
 """What a resumed run may change: nothing that the parameters depend on, but by rounding."""
+
+FEATURELESS_EVERY = 8  # steps of which the last is without the denoiser's features, which samplers' states lack
+FEATURE_SAMPLES, FEATURE_PIECE = 64, 8  # for the features' statistics, and how many the denoiser is given at a time
 
 HALF_PRECISION_STEP = 0.05  # of finite differences: shorter ones drown in the rounding of such networks
 
@@ -97,12 +101,12 @@ class TraceMatching:
         data = self.held_out.samples[:1]
         sample = self.space.packed(data).cpu()
         self.shape = tuple(sample.shape[1:])
-        pooled = None
-        if self.config.model.pooled:
-            pooled = self.pipe._pooled(self.space.denoiser(self.held_out.captions[:1], data).call_arguments).cpu()
-        model = make_trace_model(self.config, self.pipe, self.shape, None if pooled is None else pooled.shape[1])
+        denoiser = self.space.denoiser(self.held_out.captions[:1], data)
+        pooled = self.pipe._pooled(denoiser.call_arguments).cpu() if self.config.model.pooled else None
+        features = features_of(denoiser, self.space.packed(data)).cpu() if self.config.model.features else None
+        model = make_trace_model(self.config, self.pipe, self.shape, _width(pooled), _width(features))
         with torch.no_grad():
-            model.forward(sample, torch.zeros(1), original=sample, epsilon=sample, pooled=pooled)
+            model.forward(sample, torch.zeros(1), original=sample, epsilon=sample, features=features, pooled=pooled)
         return model
 
     def _note(self, piece: Piece) -> Piece:
@@ -145,6 +149,9 @@ class TraceMatching:
         if start == 0:
             pieces = self.data.some(config.prior_samples, settings.batch_size)
             fit_prior(self.model, config, map(self._note, pieces), self.space)
+            if config.model.features:
+                pieces = self.data.some(FEATURE_SAMPLES, FEATURE_PIECE)
+                fit_features(self.model, config, map(self._note, pieces), self.space)
         self.paths = self._followed() if config.target == "jacobian" and config.on_path else None
         if accelerator.is_main_process:
             for curve in ("loss", "validation"):
@@ -243,7 +250,8 @@ class TraceMatching:
         pooled = None
         if self.model.config["pooled_channels"]:
             pooled = self.pipe._pooled(denoiser.call_arguments)[: len(samples)]  # the draw repeats it
-        return objective(model, denoiser, samples, draw, pooled).mean()
+        known = (step + 1) % FEATURELESS_EVERY != 0
+        return objective(model, denoiser, samples, draw, pooled, with_features=known).mean()
 
     def _posterior_noise(self, piece: Piece, step: int, part: slice) -> torch.Tensor:
         """Standard normal noise by which samples are drawn from the autoencoder's posterior, (n, C, h, w)."""
@@ -299,6 +307,24 @@ def jacobian_estimator(config: TraceMatchingConfig, denoiser: Denoiser) -> Fishe
     return FiniteDifferenceFisher(denoiser, relative_step=HALF_PRECISION_STEP)
 
 
+def features_of(denoiser: Denoiser, sample: torch.Tensor) -> torch.Tensor:
+    """Features of the denoiser at a sample. Raises `InputError` where there are none."""
+    low, high = log_noise_to_signal_range(denoiser.scheduler)
+    middle = timestep_at(denoiser.scheduler, torch.tensor((low + high) / 2, dtype=torch.float64))
+    with torch.no_grad():
+        features = denoiser.state(sample, middle.to(torch.float32)).features
+    if features is None:
+        raise InputError(
+            "`model.features` asks for the denoiser's last hidden layer, and this network has none that is known. "
+            "Leave it out."
+        )
+    return features
+
+
+def _width(values: torch.Tensor | None) -> int | None:
+    return None if values is None else values.shape[1]
+
+
 def check_cache(cached: CachedLatents, pipe: Any) -> None:
     """Refuses latents of another autoencoder. Raises `InputError` that says what differs."""
     found, wanted = cached.index["space"], space_fingerprint(pipe)
@@ -306,30 +332,6 @@ def check_cache(cached: CachedLatents, pipe: Any) -> None:
     if differing:
         words = "; ".join(f"{key} {old} in the cache, {new} in the pipeline" for key, (old, new) in differing.items())
         raise InputError(f"The cache '{cached.folder}' was made with another autoencoder: {words}. Make it again.")
-
-
-def fit_prior(
-    model: FisherTraceModel, config: TraceMatchingConfig, pieces: Iterable[Piece], space: SampleSpace
-) -> None:
-    """Sets the trace model's prior to the statistics of training data; every process finds the same.
-
-    Raises:
-        InputError: data without any variance.
-    """
-
-    def samples() -> Iterator[torch.Tensor]:
-        for number, piece in enumerate(pieces):
-            shape = (len(piece.captions), *space.unpacked_shape(piece.samples))
-            noise = torch.randn(shape, generator=step_generator(config.seed, "prior", number))
-            yield space.packed(piece.samples, noise).cpu()
-
-    fitted = GaussianFisher.fit_diagonal(samples(), dct=config.model.basis == "dct")
-    mean, variance = fitted.mean, fitted.covariance.variances.view(fitted.mean.shape)
-    if model.prior.mean.shape != mean.shape:  # a number a channel
-        axes = (1, 2) if mean.ndim == 3 else (0,)
-        variance = variance.mean(axes, keepdim=True) + mean.var(axes, correction=0, keepdim=True)
-        mean = mean.mean(axes, keepdim=True)
-    model.set_prior(mean, variance)
 
 
 def _alike(left: Any, right: Any) -> bool:

@@ -78,7 +78,7 @@ class Ways:
         self.pipe, self.steps = make_pipeline(tiny), steps
         side = self.pipe.unet.config.sample_size
         config = load_config(CONFIG, TraceMatchingConfig)
-        self.model = make_trace_model(config, self.pipe, (4, side, side), None).eval().to(self.pipe.device)
+        self.model = make_trace_model(config, self.pipe, (4, side, side)).eval().to(self.pipe.device)
         self.latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
 
     def run(self, way: str) -> Any:

@@ -29,6 +29,7 @@ KINDS = {
     "trace": (IMAGE, "pixel", {}),
     "trace, DCT prior": (IMAGE, "dct", {}),
     "trace of tokens": (TOKENS, "pixel", {}),
+    "trace with features": (IMAGE, "pixel", {"feature_channels": 6}),
     "diagonal": (IMAGE, "pixel", {"output": "diagonal"}),
     "diagonal, patches": (IMAGE, "pixel", {"output": "diagonal", "patch_size": 2}),
     "diagonal in DCT": (IMAGE, "dct", {"output": "diagonal"}),
@@ -202,6 +203,79 @@ def test_prediction_and_sample_both_matter_to_a_trained_network():
     assert set(trace_inputs(state)) == {"sample", "log_noise", "original", "epsilon"}
 
 
+def with_features(state, seed=3):
+    features = 3 + 2 * torch.randn(len(state.sample), 6, generator=seeded(seed))
+    return dataclasses.replace(state, features=features)
+
+
+@pytest.mark.parametrize("kind", ["trace", "diagonal in DCT", "diagonal of tokens", "second moment"])
+def test_features_condition_where_there_are_some(kind):
+    shape, basis, settings = KINDS[kind]
+    data = GaussianData(shape, basis)
+    model = disturbed(data.model(feature_channels=6, **settings))
+    state = state_of(data, make("epsilon"), [300.0, 700.0])
+    known, other = with_features(state), with_features(state, 4)
+    assert not torch.equal(model.r(known), model.r(other))
+    assert not torch.equal(model.r(known), model.r(state))
+    single = dataclasses.replace(known, sample=known.sample[1:], model_output=known.model_output[1:],
+        level=NoiseLevel(known.level.alpha[1:], known.level.sigma[1:]), features=known.features[1:])  # fmt: skip
+    assert torch.allclose(model.r(single), model.r(known)[1:], rtol=1e-4, atol=1e-6)  # float32, other batch
+    plain = disturbed(data.model(**settings))
+    assert torch.equal(plain.r(known), plain.r(state))
+
+
+def test_features_are_standardised_at_their_own_level():
+    """What they are on average at a level, wherever between the known ones, is as though they were all zero."""
+    data = GaussianData()
+    levels = torch.linspace(-4, 4, 48)
+    mean, deviation = levels[:, None] * torch.arange(6), 0.1 + torch.rand(48, 6, generator=seeded())
+    model = disturbed(data.model(feature_channels=6))
+    model.set_feature_statistics(levels, mean, deviation)
+    state = state_of(data, make("epsilon"), [300.0, 700.0])
+    log_noise = state.level.log_noise_to_signal.float()
+    average = log_noise[:, None] * torch.arange(6)
+    seen = []
+    model.summaries.head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    model.r(dataclasses.replace(state, features=average))
+    assert float(seen[0].abs().max()) < 1e-4  # float32
+    nodes = dataclasses.replace(state, level=NoiseLevel.from_log_noise_to_signal(levels[[2, 9]].double()))
+    model.r(dataclasses.replace(nodes, features=mean[[2, 9]] + 0.5 * deviation[[2, 9]]))
+    assert torch.allclose(seen[1], torch.full((2, 6), 0.5), atol=1e-3)  # 1e-5 is added to deviations
+    model.r(dataclasses.replace(nodes, features=mean[[2, 9]] + 1e4))
+    assert torch.allclose(seen[2], torch.full((2, 6), 8.0))
+    low = NoiseLevel.from_log_noise_to_signal(torch.tensor([-9.0, 9.0], dtype=torch.float64))
+    model.r(dataclasses.replace(state, level=low, features=mean[[0, 47]]))  # beyond the ends: as there
+    assert float(seen[3].abs().max()) < 1e-4
+
+
+STATISTICS = {
+    "shape": ({"mean": torch.zeros(48, 5)}, r"`mean` has shape \(48, 5\); allowed: \(48, 6\)"),
+    "number": ({"deviation": torch.full((48, 6), torch.nan)}, "`deviation` has shape .* finite"),
+    "order": ({"log_noise": torch.linspace(4, -4, 48)}, "rising `log_noise`"),
+    "sign": ({"deviation": -torch.ones(48, 6)}, "`deviation` not below zero"),
+}
+
+
+@pytest.mark.parametrize("kind", STATISTICS)
+def test_statistics_of_features_that_do_not_fit(kind):
+    changes, message = STATISTICS[kind]
+    given = {"log_noise": torch.linspace(-4, 4, 48), "mean": torch.zeros(48, 6), "deviation": torch.ones(48, 6)}
+    model = GaussianData().model(feature_channels=6)
+    model.set_feature_statistics(**given)
+    with pytest.raises(InputError, match=message):
+        model.set_feature_statistics(**{**given, **changes})
+    assert torch.equal(model.summaries.statistics.deviation, torch.ones(48, 6))
+    with pytest.raises(InputError, match="takes no features"):
+        GaussianData().model().set_feature_statistics(**given)
+
+
+def test_features_of_another_width_are_refused():
+    data = GaussianData()
+    state = with_features(state_of(data, make("epsilon"), [300.0, 700.0]))
+    with pytest.raises(InputError, match=r"`features` has shape \(2, 6\); allowed: \(2, 7\)"):
+        data.model(feature_channels=7).r(state)
+
+
 def test_pooled_vector_conditions():
     data = GaussianData()
     model = disturbed(data.model(pooled_channels=5))
@@ -235,13 +309,13 @@ def test_evaluation_builds_no_graph_and_training_does():
 
 
 def test_round_trip(tmp_path):
-    for kind in ("trace", "diagonal in DCT", "diagonal of tokens"):
+    for kind in ("trace", "diagonal in DCT", "diagonal of tokens", "trace with features"):
         shape, basis, settings = KINDS[kind]
         data = GaussianData(shape, basis)
         model = disturbed(data.model(**settings))
         model.save_pretrained(tmp_path)
         loaded = FisherTraceModel.from_pretrained(tmp_path)
-        state = state_of(data, make("epsilon"), [300.0, 700.0])
+        state = with_features(state_of(data, make("epsilon"), [300.0, 700.0]))
         assert torch.equal(loaded.r(state), model.r(state))
         assert {k: loaded.config[k] for k in SMALL} == {
             k: list(v) if isinstance(v, tuple) else v for k, v in SMALL.items()

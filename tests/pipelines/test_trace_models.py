@@ -1,5 +1,7 @@
 """A trace model of every backbone's denoiser: in likelihoods and guidance, with pooled embeddings, kept in folders."""
 
+import dataclasses
+
 import diffusers
 import pytest
 import tiny
@@ -23,6 +25,7 @@ from diffusers_fisher import (
     fisher_scheduler,
     posterior_guidance,
 )
+from diffusers_fisher.features import output_norm, recorded
 from diffusers_fisher.noise import timestep_at
 from diffusers_fisher.pipelines.persistence import load_trace_model
 from diffusers_fisher.training.trace_config import (
@@ -77,8 +80,7 @@ def test_likelihood_and_guidance_know_the_trace_from_it(backbone):
     assert torch.equal(out.log_prob, again.log_prob)
     # The integrand begins with the model's own r at the first node, x_t = alpha x.
     timestep = timestep_at(pipe.scheduler, out.noise_to_signal.log())[0]
-    calls = {**backbone.call, **backbone.options, **backbone.size()}
-    denoiser = PipelineDenoiser(pipe, pipe._likelihood_guidance({}), **calls)
+    denoiser = likelihood_denoiser(backbone, pipe)
     start = float(denoiser.level(timestep).alpha) * backbone.packed(pipe, x)
     r = model.r(denoiser.state(start, timestep.float()))
     torch.testing.assert_close(out.r[0], r, rtol=1e-4, atol=0)  # float32 samples, and logits of them
@@ -88,6 +90,75 @@ def test_likelihood_and_guidance_know_the_trace_from_it(backbone):
     best = guided(backbone, pipe, estimator=TraceMatchingFisher(model))
     assert bool((best.gradient_norms > 0).all())
     assert best.num_denoiser_calls == guided(backbone, pipe, estimator=DirectFisher()).num_denoiser_calls
+
+
+# Features of the denoiser
+
+
+def hidden_layers(backbone, pipe, call):
+    """What goes into the module before the output layers while `call` runs."""
+    network, seen = getattr(pipe, backbone.network), []
+    module = network.norm_out if hasattr(network, "norm_out") else network.conv_norm_out
+    handle = module.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    call()
+    handle.remove()
+    assert not module._forward_pre_hooks
+    return seen
+
+
+def likelihood_denoiser(backbone, pipe):
+    calls = {**backbone.call, **backbone.options, **backbone.size()}
+    return PipelineDenoiser(pipe, pipe._likelihood_guidance({}), **calls)
+
+
+def test_states_have_features_of_the_last_hidden_layer(backbone):
+    pipe = backbone.ours()
+    denoiser, x, states = likelihood_denoiser(backbone, pipe), backbone.packed(pipe, backbone.noise()), []
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            point = x.clone().requires_grad_(gradients)
+            (hidden,) = hidden_layers(backbone, pipe, lambda p=point: states.append(denoiser.state(p, 0.5)))
+        axes = (2, 3) if hidden.ndim == 4 else (1,)
+        expected = torch.cat([hidden.mean(axes), hidden.std(axes, correction=0)], dim=1)
+        assert torch.allclose(states[-1].features, expected, rtol=1e-5, atol=1e-6)  # float32 sums in another order
+        assert not states[-1].features.requires_grad
+
+
+def test_guided_states_have_no_features():
+    """Two conditions make the output: the features are those of neither."""
+    backbone = BACKBONES["StableDiffusion"]
+    pipe = backbone.ours()
+    denoiser = PipelineDenoiser(pipe, 3.0, **backbone.call, **backbone.size())
+    assert denoiser.state(backbone.noise(), 500).features is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about itself, when its compiler is imported
+def test_compiled_networks_show_no_features():
+    network = tiny.unet()
+    assert output_norm(network) is network.conv_norm_out
+    assert output_norm(torch.compile(network)) is None  # a wrapper, which compiles at its first call
+    network.compile()
+    with recorded(network) as found:
+        assert output_norm(network) is None and found == []
+    assert output_norm(None) is None and output_norm(torch.nn.Linear(2, 2)) is None
+
+
+def test_likelihood_and_guidance_of_a_model_with_features(backbone):
+    """The likelihood's states have them, the states of a sampler's run do not."""
+    pipe, x = backbone.ours(), 0.5 * backbone.noise()
+    denoiser = likelihood_denoiser(backbone, pipe)
+    start = backbone.packed(pipe, x)
+    width = denoiser.state(start, 0.5).features.shape[1]
+    pipe.trace_model = model = model_of(backbone, pipe, feature_channels=width)
+    torch.nn.init.constant_(model.summaries.none, 10.0)  # so that r without features is far off
+    out = backbone.score(pipe, latents=x)
+    timestep = timestep_at(pipe.scheduler, out.noise_to_signal.log())[0]
+    state = denoiser.state(float(denoiser.level(timestep).alpha) * start, timestep.float())
+    found, expected = out.r[0].logit(), model.r(state).logit()  # r is nearly 1 at the first level
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)  # float32 samples, and logits of them
+    without = model.r(dataclasses.replace(state, features=None)).logit()
+    assert float((without - expected).abs().min()) > 1e-2
+    assert bool((guided(backbone, pipe, estimator=TraceMatchingFisher(model)).gradient_norms > 0).all())
 
 
 @pytest.mark.parametrize("settings", [{"output": "diagonal"}, {"target": "norm"}], ids=str)
@@ -120,7 +191,7 @@ def test_trace_models_of_packed_tokens_are_made_for_every_image_size(prior):
     settings = ModelSettings(prior=prior, block_out_channels=[4, 8], head_channels=8, time_channels=8)
     optimisation = TraceOptimisation(1, 1, 1e-3, 0.0, 0, 0.0, 1)
     config = TraceMatchingConfig(0, "", "residual", DenoiserSettings(""), optimisation, settings)
-    model = make_trace_model(config, pipe, shape, None)
+    model = make_trace_model(config, pipe, shape)
     assert model.prior.mean.shape == (1, shape[1])
     pipe.trace_model = model
     for size in ((4, 4), (8, 4)):

@@ -89,11 +89,23 @@ def test_training_learns(tmp_path):
     assert losses[-1] < losses[0] - 0.1
 
 
+def test_features_that_a_denoiser_does_not_show(tmp_path, monkeypatch):
+    config = trace_runs.config_of(tmp_path, model={"features": True})
+    compiled = dataclasses.replace(config.denoiser, compile=True)
+    with pytest.raises(InputError, match=r"leave out `denoiser\.compile` or `model\.features`"):
+        train(dataclasses.replace(config, denoiser=compiled))
+    monkeypatch.setattr("diffusers_fisher.features.OUTPUT_NORMS", ())
+    with pytest.raises(InputError, match=r"`model\.features` asks for the denoiser's last hidden layer, and this"):
+        train(config)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_killed_run_goes_on_to_the_same_parameters_and_curve(tmp_path):
     """Killed with SIGKILL in the middle, resumed by the same command: bit for bit the unbroken run."""
     found = trace_runs.settings(
-        tmp_path, target="jacobian", optimisation={"steps": 40, "save_every": 4, "log_every": 2}
-    )
+        tmp_path, target="jacobian", model={"features": True},
+        optimisation={"steps": 40, "save_every": 4, "log_every": 2},
+    )  # fmt: skip
     config = trace_runs.written(tmp_path, found)
     process = subprocess.Popen(
         launched(config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -116,13 +128,14 @@ def test_a_killed_run_goes_on_to_the_same_parameters_and_curve(tmp_path):
     assert lines(run / "validation.jsonl") == lines(tmp_path / "unbroken" / "validation.jsonl")
 
 
-@pytest.mark.parametrize(("target", "accumulation"), [("residual", 1), ("jacobian", 2)])
-def test_two_processes_give_the_parameters_of_one(tmp_path, target, accumulation):
+@pytest.mark.parametrize(("target", "accumulation", "features"), [("residual", 1, True), ("jacobian", 2, False)])
+def test_two_processes_give_the_parameters_of_one(tmp_path, target, accumulation, features):
     """Only the order of float32 sums differs: 20 steps apart by less than 1e-4 of the parameters' norm."""
     found = trace_runs.settings(
         tmp_path,
         target=target,
         corrupt=(2,),
+        model={"features": features},
         optimisation={"steps": 20, "save_every": 20, "gradient_accumulation": accumulation},
     )
     config = trace_runs.written(tmp_path, found)

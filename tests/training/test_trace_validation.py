@@ -26,7 +26,7 @@ def validated(tmp_path):
     def run(size):
         config = dataclasses.replace(made, optimisation=dataclasses.replace(made.optimisation, batch_size=size))
         space = SampleSpace(pipe, latents=False, piece_size=config.piece_size(1))
-        model = make_trace_model(config, pipe, tuple(space.packed(pixels[:1]).shape[1:]), None).eval()
+        model = make_trace_model(config, pipe, tuple(space.packed(pixels[:1]).shape[1:])).eval()
         return trace_validation.validate(model, space, held_out, config)
 
     return run

@@ -1,0 +1,69 @@
+"""What a trace model knows before training: statistics of the data, and of the denoiser's features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from ..fisher.gaussian_data import GaussianFisher
+from ..models import FisherTraceModel
+from ..models.encoders import FEATURE_LEVELS
+from ..noise import log_noise_to_signal_range
+from .pieces import Piece
+from .samples import SampleSpace
+from .state import step_generator
+from .trace_config import TraceMatchingConfig
+from .trace_losses import TraceDraw, noised_state
+
+
+def fit_prior(
+    model: FisherTraceModel, config: TraceMatchingConfig, pieces: Iterable[Piece], space: SampleSpace
+) -> None:
+    """Sets the trace model's prior to the statistics of training data; every process finds the same.
+
+    Raises:
+        InputError: data without any variance.
+    """
+
+    def samples() -> Iterator[torch.Tensor]:
+        for number, piece in enumerate(pieces):
+            shape = (len(piece.captions), *space.unpacked_shape(piece.samples))
+            noise = torch.randn(shape, generator=step_generator(config.seed, "prior", number))
+            yield space.packed(piece.samples, noise).cpu()
+
+    fitted = GaussianFisher.fit_diagonal(samples(), dct=config.model.basis == "dct")
+    mean, variance = fitted.mean, fitted.covariance.variances.view(fitted.mean.shape)
+    if model.prior.mean.shape != mean.shape:  # a number a channel
+        axes = (1, 2) if mean.ndim == 3 else (0,)
+        variance = variance.mean(axes, keepdim=True) + mean.var(axes, correction=0, keepdim=True)
+        mean = mean.mean(axes, keepdim=True)
+    model.set_prior(mean, variance)
+
+
+def fit_features(
+    model: FisherTraceModel, config: TraceMatchingConfig, pieces: Iterable[Piece], space: SampleSpace
+) -> None:
+    """Sets mean and deviation of the denoiser's features at levels equal in log(sigma/alpha); every process finds the
+    same. A sample has one noise for all levels, so that the statistics are smooth in the level.
+
+    Cost: 48 evaluations of the denoiser a sample.
+
+    Raises:
+        NumericalError: the denoiser's output is not finite.
+    """
+    low, high = log_noise_to_signal_range(space.pipe.scheduler)
+    levels = torch.linspace(low, high, FEATURE_LEVELS, dtype=torch.float64)
+    found: list[list[torch.Tensor]] = [[] for _ in levels]
+    for number, piece in enumerate(pieces):
+        generator = step_generator(config.seed, "features", number)
+        count = len(piece.captions)
+        posterior = torch.randn(count, *space.unpacked_shape(piece.samples), generator=generator)
+        clean, denoiser = space.packed(piece.samples, posterior), space.denoiser(piece.captions, piece.samples)
+        noise = torch.randn(clean.shape, generator=generator)
+        for level, rows in zip(levels, found, strict=True):
+            features = noised_state(denoiser, clean, TraceDraw(level.expand(count), noise)).features
+            assert features is not None  # a model with features was made by some
+            rows.append(features.double().cpu())
+    values = torch.stack([torch.cat(rows) for rows in found])  # (levels, samples, features)
+    model.set_feature_statistics(levels, values.mean(1), values.std(1, correction=0))

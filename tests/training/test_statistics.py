@@ -1,0 +1,39 @@
+"""Statistics of the denoiser's features, by which a trace model standardises them."""
+
+import tiny
+import torch
+import trace_runs
+
+from diffusers_fisher import StableDiffusionFisherPipeline
+from diffusers_fisher.models.encoders import FEATURE_LEVELS
+from diffusers_fisher.noise import log_noise_to_signal_range
+from diffusers_fisher.training.pieces import Piece
+from diffusers_fisher.training.samples import SampleSpace
+from diffusers_fisher.training.statistics import fit_features
+from diffusers_fisher.training.trace_config import make_trace_model
+from diffusers_fisher.training.trace_losses import TraceDraw, noised_state
+
+
+def test_features_are_of_mean_zero_and_deviation_one_on_training_data(tmp_path):
+    """Of fresh noise, at one of the levels: between them a random network's features jump with the timestep."""
+    config = trace_runs.config_of(tmp_path, model={"features": True})
+    pipe = tiny.stable_diffusion(StableDiffusionFisherPipeline)
+    space = SampleSpace(pipe, latents=False)
+    pixels = torch.rand(128, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    captions = ["a b"] * len(pixels)
+    clean, denoiser = space.packed(pixels), space.denoiser(captions, pixels)
+    levels = torch.linspace(*log_noise_to_signal_range(pipe.scheduler), FEATURE_LEVELS, dtype=torch.float64)
+    level = levels[20].expand(len(clean))
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+    features = noised_state(denoiser, clean, TraceDraw(level, noise)).features
+    model = make_trace_model(config, pipe, tuple(clean.shape[1:]), feature_channels=features.shape[1])
+    pieces = [Piece(pixels[start : start + 64], captions[:64], []) for start in (0, 64)]
+    fit_features(model, config, pieces, space)
+    found = model.summaries.statistics.standardised(features, level)
+    # 128 samples on both sides: a mean to 1/sqrt(64) = 0.12, a deviation to 9%; four times that over 16 channels.
+    assert float(found.mean(0).abs().max()) < 0.5
+    assert bool(((found.std(0) > 0.7) & (found.std(0) < 1.4)).all())
+    again = make_trace_model(config, pipe, tuple(clean.shape[1:]), feature_channels=features.shape[1])
+    fit_features(again, config, pieces, space)
+    assert torch.equal(again.summaries.statistics.mean, model.summaries.statistics.mean)
+    assert torch.equal(model.summaries.statistics.log_noise, levels.float())
