@@ -223,7 +223,7 @@ class FeatureEncoder(nn.Module):
         super().__init__()
         self.features = features
         self.statistics = FeatureStatistics(features)
-        self.head = TraceHead(features, embedding_channels, 3 * channels, channels)
+        self.head = TraceHead(features, embedding_channels, 2 * channels, channels)
         self.none = nn.Parameter(torch.zeros(channels))
 
     def forward(self, features: torch.Tensor | None, log_noise: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
