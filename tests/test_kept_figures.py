@@ -43,7 +43,7 @@ def test_trace_models_of_the_embedded_checkpoint_know_what_they_were_trained_on(
     own = integrated["jacobian"]
     assert abs(own["mean_difference"]) < 0.02
     assert own["mean_absolute_difference"] < 0.05
-    assert own["mean_absolute_difference"] < integrated["Hutchinson, 1 probe"]["mean_absolute_difference"]
+    assert own["mean_absolute_difference"] < 0.5 * integrated["Hutchinson, 1 probe"]["mean_absolute_difference"]
 
 
 @pytest.mark.parametrize("schedule", ["Stable Diffusion", "flow matching"])
@@ -53,8 +53,7 @@ def test_likelihoods_are_those_of_closed_forms(schedule):
         for row in kept("likelihood")["closed_forms"]["summary"]
         if (row["schedule"], row["scheme"]) == (schedule, DEFAULT_SCHEME)
     }
-    # In one of seven laws a sample whose mode is decided between two nodes is off by more than 0.02, up to 0.024.
-    assert rows[20]["mean"] < 0.01 and rows[20]["worst"] < 0.025
+    assert rows[20]["mean"] < 0.01 and rows[20]["worst"] < 0.02
     assert rows[100]["mean"] < 0.001
     for row in rows.values():
         assert row["covered"] > 0.95
@@ -66,7 +65,7 @@ def test_likelihoods_of_the_embedded_checkpoint_are_the_references():
     rows = {(row["what"], row["calls"]): row for row in found["checkpoint"]["rows"]}
     assert rows[f"{DEFAULT_SCHEME}, Jacobian trace", 40]["worst"] < 0.02
     (trace_model,) = (row for (what, _), row in rows.items() if "DF-TM" in what)
-    assert trace_model["mean"] < 0.06  # the trace model's own error: 0.05 on average, see trace_embedded.json
+    assert trace_model["worst"] < 0.05
 
 
 def test_likelihoods_of_a_dataset_do_not_depend_on_how_it_is_shared():

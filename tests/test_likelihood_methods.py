@@ -31,7 +31,7 @@ from diffusers_fisher.likelihood import (
     reference_log_likelihood,
     squared_error_log_likelihood,
 )
-from diffusers_fisher.likelihood.schemes import quadrature_weights, step_weights
+from diffusers_fisher.likelihood.schemes import noise_grid, quadrature_weights, step_weights
 from diffusers_fisher.testing import OracleDenoiser
 
 ONE = torch.ones((), dtype=torch.float64)
@@ -203,6 +203,19 @@ def test_output_in_words():
     assert "AutodiffFisher, 2 probes" in text
     assert "prior standard" in text
     assert "21 denoiser calls" in text
+
+
+@pytest.mark.parametrize(("low", "high"), [(-3.5, 2.7), (-6.9, 6.9)])
+def test_grid_is_dense_where_modes_merge_and_thin_at_the_ends(low, high):
+    grid = noise_grid(low, high, 40)
+    assert grid.shape == (41,) and grid.dtype is torch.float64
+    assert (float(grid[0]), float(grid[-1])) == (low, high)
+    steps, middles = grid.diff(), (grid[1:] + grid[:-1]) / 2
+    assert bool((steps > 0).all())
+    assert abs(float(middles[steps.argmin()]) - 0.5) < 0.3  # a step's width
+    torch.testing.assert_close(noise_grid(low, high, 20), grid[::2], rtol=0, atol=1e-9)  # halving keeps nodes
+    thinnest = float(steps.max() / steps.min())
+    assert thinnest < 2.1 if high < 3 else 4 < thinnest < 30
 
 
 # The reference

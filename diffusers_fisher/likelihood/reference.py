@@ -13,6 +13,7 @@ from ..fisher.autodiff import AutodiffFisher
 from ..fisher.operator import FisherEstimator
 from ..noise import log_noise_to_signal_range, timestep_at
 from .output import LikelihoodOutput
+from .schemes import noise_grid
 from .solver import Problem, check_samples, checked_prior
 
 
@@ -36,7 +37,7 @@ def reference_log_likelihood(
         denoiser: at guidance scale 1.
         estimator: None: `AutodiffFisher(denoiser, chunk_size=64)`.
         tolerance: relative and absolute, of the state; below 1e-6 a float32 network's rounding makes steps collapse.
-        num_levels: at which `r` is kept.
+        num_levels: at which `r` is kept, those of the fixed schemes with as many nodes.
         prior_mean, prior_variance, space: as in `log_likelihood`.
 
     Returns:
@@ -64,7 +65,7 @@ def reference_log_likelihood(
     low, high = log_noise_to_signal_range(denoiser.scheduler)
     estimator = AutodiffFisher(denoiser, chunk_size=64) if estimator is None else estimator
     problem = Problem(denoiser, samples.double(), samples.dtype, estimator, None, low, high, *moments)
-    grid, before = torch.linspace(low, high, num_levels, dtype=torch.float64), denoiser.num_calls
+    grid, before = noise_grid(low, high, num_levels - 1), denoiser.num_calls
     end, trace, r = _solve(odeint, problem, grid, tolerance)
     rough_end, rough_trace, _ = _solve(odeint, problem, grid, 10 * tolerance)
     prior = problem.prior(end)

@@ -51,6 +51,25 @@ def scheme_of(name: str) -> Scheme:
     return SCHEMES[name]
 
 
+TRANSITION, WIDTH = 0.5, 1.2
+"""log s about which the grid is twice as dense, and how far: there separate modes merge, so that r changes fastest."""
+
+CORE = (-3.6, 2.7)
+"""Range of log s beyond which the grid thins out: below, r is nearly 1 and smooth, above, eps hardly changes."""
+
+THINNING = (0.2, 0.5)
+"""How fast, below and above: the logarithm of the density falls by so much for each unit of log s."""
+
+
+def noise_grid(low: float, high: float, num_steps: int) -> torch.Tensor:
+    """(num_steps + 1,) float64 log s from `low` to `high`, dense where Gaussian mixtures need it."""
+    u = numpy.linspace(low, high, 4001)
+    outside = THINNING[0] * numpy.maximum(CORE[0] - u, 0) + THINNING[1] * numpy.maximum(u - CORE[1], 0)
+    density = (1 + numpy.exp(-(((u - TRANSITION) / WIDTH) ** 2) / 2)) * numpy.exp(-outside)
+    share = numpy.concatenate([[0.0], numpy.cumsum(density[1:] + density[:-1])])
+    return torch.from_numpy(numpy.interp(numpy.linspace(0, share[-1], num_steps + 1), share, u))
+
+
 def quadrature_weights(grid: torch.Tensor, points: int) -> torch.Tensor:
     """(levels,) float64 w with integral of f over the grid = sum w_i f_i.
 

@@ -14,10 +14,12 @@ beside
 
 2,000 test images by every method with the same number of denoiser calls a prompt, and all 10,000 by the second with
 fewer. Needs Fashion-MNIST (see examples/fashion_mnist.py). Three quarters of an hour on one core; what was
-computed is kept in --output and taken up again. prompt_matching.json is written when all methods are through.
+computed is kept in --output and taken up again. prompt_matching.json is written when all methods are through; methods
+that are not named keep their figures there.
 """
 
 import argparse
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -77,8 +79,11 @@ def main() -> None:
             for count, calls in sizes
         }
         print(name, found["methods"][name], flush=True)
-    if list(found["methods"]) == list(METHODS):
-        save("prompt_matching", found)
+    file = FOLDER / "prompt_matching.json"
+    earlier = json.loads(file.read_text())["methods"] if file.exists() else {}
+    methods = {**earlier, **found["methods"]}
+    if set(methods) == set(METHODS):
+        save("prompt_matching", {**found, "methods": {name: methods[name] for name in METHODS}})
 
 
 if __name__ == "__main__":

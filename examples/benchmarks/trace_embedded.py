@@ -5,11 +5,12 @@
 For every run of `diffusers_fisher.training.trace_matching`, by its target: r against the mean squared error of the
 denoiser over many draws ("residual", "norm") or against full Jacobians ("jacobian"), of all images and of single ones;
 and the integrated trace of whole likelihoods against full Jacobians on the same path, beside 1 and 16 Hutchinson
-probes, with the time that each takes.
+probes, with the time that each takes. A target without a run here keeps its figures: all draws are the same.
 Needs Fashion-MNIST (Debian's dataset-fashion-mnist). Writes trace_embedded.json. A quarter of an hour on two cores.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import paired_seconds, ratio, save
+from common import FOLDER, paired_seconds, ratio, save
 from tqdm.auto import tqdm
 
 from diffusers_fisher import (
@@ -29,9 +30,9 @@ from diffusers_fisher import (
     embedded_checkpoint,
     embedded_prompt,
 )
-from diffusers_fisher.noise import log_noise_to_signal_range
+from diffusers_fisher.noise import expand, log_noise_to_signal_range
 from diffusers_fisher.training.state import step_generator
-from diffusers_fisher.training.trace_losses import TraceDraw, noised_state, residual_target
+from diffusers_fisher.training.trace_losses import TraceDraw, mirrored_noise, noised_state, residual_target
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fashion_mnist
@@ -72,6 +73,36 @@ def squared_errors(pipe: Any, models: dict[str, FisherTraceModel], count: int) -
     standard_error = (values[:, 0].std(1) / count**0.5).tolist()
     away = {name: averaged_difference(means[name], means["squared error"]) for name in models}
     return {"images": count, "mean": means, "standard_error": standard_error, "mean_absolute_difference": away}
+
+
+def norm_estimate(pipe: Any, count: int) -> dict[str, Any]:
+    """What target "norm" estimates: r = (|x_0|^2 - |predicted x_0|^2)/(d s^2), the mean over images at every level.
+
+    Each has two mirrored draws of the noise, by which the fluctuation at small noise cancels. An error of the
+    denoiser enters by 2 <predicted x_0, error>/(d s^2).
+    """
+    moments, captions = test_data(pipe, count)
+    rows = []
+    for number in tqdm(range(0, count, 250), "norm"):
+        piece = slice(number, number + 250)
+        rows.append([])
+        for state, noise, denoiser in states(pipe, moments[piece], captions[piece], number):
+            level, x = state.level, state.sample.double()
+            clean = (x - expand(level.sigma, x) * noise.double()) / expand(level.alpha, x)
+            draw = TraceDraw(level.log_noise_to_signal, mirrored_noise(noise))
+            other = noised_state(denoiser, clean.to(state.sample.dtype), draw)
+            both = [(clean.square() - each.pred_original_sample.double().square()) for each in (state, other)]
+            rows[-1].append(sum(both).flatten(1).mean(1) / (2 * level.noise_to_signal**2))
+    values = torch.cat([torch.stack(row) for row in rows], dim=1)  # (levels, images)
+    return {
+        "images": count, "mean": values.mean(1).tolist(), "standard_error": (values.std(1) / count**0.5).tolist()
+    }  # fmt: skip
+
+
+def with_earlier(found: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """`found` with what only `earlier` has, such as the rows of other targets."""
+    both = {key: with_earlier(found[key], earlier[key]) for key in found if isinstance(earlier.get(key), dict)}
+    return {**earlier, **found, **both}
 
 
 def errors_and_r(pipe: Any, models: dict[str, FisherTraceModel], *drawn: Any) -> torch.Tensor:
@@ -142,12 +173,24 @@ def full_jacobians(pipe: Any, models: dict[str, FisherTraceModel], count: int) -
     }  # fmt: skip
 
 
+class Featureless(TraceMatchingFisher):
+    """A trace model that is not told of the denoiser's last hidden layer, as in a sampler's run."""
+
+    def __call__(self, state: Any, endpoint: Any = None) -> Any:
+        return super().__call__(dataclasses.replace(state, features=None), endpoint)
+
+
 def likelihoods(pipe: Any, models: dict[str, FisherTraceModel], count: int) -> dict[str, Any]:
     """Integrated traces on the same paths, in bits a dimension."""
     moments, captions = test_data(pipe, count)
     latents = moments[:, 0]
     estimators: dict[str, tuple[Any, int | None]] = {
         name: (TraceMatchingFisher(model), None) for name, model in models.items()
+    }
+    estimators |= {
+        f"{name}, without features": (Featureless(model), None)
+        for name, model in models.items()
+        if model.config["feature_channels"] is not None
     }
     estimators |= {"Hutchinson, 1 probe": (AutodiffFisher(), 1), "Hutchinson, 16 probes": (AutodiffFisher(), 16)}
 
@@ -214,18 +257,21 @@ def main() -> None:
         models[model.target] = model
         config = json.loads((folder / "config.json").read_text())
         runs[model.target] = {**config["optimisation"], "parameters": model.num_parameters()}
-    errors = squared_errors(pipe, models, arguments.error_images)
-    save(
-        arguments.name,
-        {
-            "levels": LEVELS, "training": runs, "threads": torch.get_num_threads(),
-            "squared_errors": errors, "residual_less_jacobian_bits_per_dim": gap_bits_per_dim(pipe, errors["mean"]),
-            "squared_errors_of_images": squared_errors_of_images(pipe, models, arguments.images, arguments.draws),
-            "full_jacobians": full_jacobians(pipe, models, arguments.images),
-            "likelihoods": likelihoods(pipe, models, arguments.images),
-            "times": times(pipe, next(iter(models.values())), 16, arguments.rounds),
-        },
-    )  # fmt: skip
+    found = {
+        "levels": LEVELS, "training": runs, "threads": torch.get_num_threads(),
+        "squared_errors": squared_errors(pipe, models, arguments.error_images),
+        "norm_estimate": norm_estimate(pipe, arguments.error_images),
+        "squared_errors_of_images": squared_errors_of_images(pipe, models, arguments.images, arguments.draws),
+        "full_jacobians": full_jacobians(pipe, models, arguments.images),
+        "likelihoods": likelihoods(pipe, models, arguments.images),
+        "times": times(pipe, next(iter(models.values())), 16, arguments.rounds),
+    }  # fmt: skip
+    file = FOLDER / f"{arguments.name}.json"
+    if file.exists():
+        earlier = json.loads(file.read_text())
+        found = with_earlier(found, {key: value for key, value in earlier.items() if key != "machine"})
+    found["residual_less_jacobian_bits_per_dim"] = gap_bits_per_dim(pipe, found["squared_errors"]["mean"])
+    save(arguments.name, found)
 
 
 if __name__ == "__main__":

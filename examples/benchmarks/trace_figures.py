@@ -45,6 +45,13 @@ def trace_embedded() -> str:
     for name, training in result["training"].items():
         away = [part["mean_absolute_difference"][name] for part in (errors, jacobians)]
         lines.append(f"| {name} | {training['parameters']:,} | " + " | ".join(f"{value:.4f}" for value in away) + " |")
+    norm, least = result["norm_estimate"], errors["mean"]["squared error"]
+    lines += [
+        "", "What target norm estimates, by the same images with mirrored noise: at the three smallest noise levels "
+        + ", ".join(f"{m:.2f} +- {e:.2f}" for m, e in zip(norm["mean"][:3], norm["standard_error"][:3], strict=True))
+        + ", where squared errors give " + ", ".join(f"{value:.2f}" for value in least[:3]) + ". The denoiser's own "
+        "error in |x_0|^2 is divided by s^2 there, so no model of that target can be right.",
+    ]  # fmt: skip
     own = result["squared_errors_of_images"]
     lines += [
         "", f"Single images ({own['images']}): the integral of r over log(sigma/alpha) against that of the image's "
