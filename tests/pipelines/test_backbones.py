@@ -25,6 +25,7 @@ from diffusers_fisher import (
     fisher_pipeline,
     fisher_scheduler,
 )
+from diffusers_fisher.likelihood.schemes import noise_grid
 from pipelines.backbones import BACKBONES, VARIATIONS
 
 GRADIENT = 1e-5  # float32, the same products in another order: measured up to 2e-6
@@ -222,8 +223,7 @@ def by_hand(backbone, pipe, x, steps):
     network, dimensions = network_call(backbone, pipe), x.numel()
     limit = torch.tensor(999.0, dtype=torch.float64).log()
     low, high = (-limit, limit) if backbone.flow else table_of(backbone, pipe)[[0, -1]]
-    nodes = torch.linspace(low, high, steps + 1, dtype=torch.float64)
-    h = float(nodes[1] - nodes[0])
+    nodes = noise_grid(float(low), float(high), steps)
 
     def at(x, u):
         """eps and the trace at x~ = x."""
@@ -244,6 +244,7 @@ def by_hand(backbone, pipe, x, steps):
     for step in range(1, steps + 1):
         x = x + float(nodes[step].exp() - nodes[step - 1].exp()) * epsilon
         epsilon, trace_there = at(x, nodes[step])
+        h = float(nodes[step] - nodes[step - 1])
         integral, trace = integral + h / 2 * (trace + trace_there), trace_there
     variance = 1 + float((2 * high).exp())
     prior = -0.5 * float(x.square().sum()) / variance - dimensions / 2 * math.log(2 * math.pi * variance)
