@@ -27,6 +27,23 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", line)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Of several workers, one runs all the tests of a file, so that its fixtures are made once.
+
+    The files that decide the table in docs/compatibility.md go to the worker of the test that compares it.
+    """
+    from pipelines.compatibility import FILES
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.split("::")[0]
+            return "docs/compatibility.md" if path.endswith((*FILES, "test_compatibility.py")) else path
+
+    return ByFile(config, log)
+
+
 def pytest_unconfigure(config):
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 

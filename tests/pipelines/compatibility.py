@@ -10,6 +10,7 @@ COLUMNS = (
     "guidance: autodiff", "guidance: Gaussian", "guidance: endpoint", "guidance: centred endpoint", "model offload",
     "bfloat16", "float16", "save and load",
 )  # fmt: skip
+FILES = ("test_backbones.py", "test_trace_models.py")
 SIGNS = {"passed": "yes", "failed": "FAILS", "skipped": "no"}
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
 BEGIN, END = "<!-- table: from the test run -->\n", "<!-- end of table -->\n"
@@ -71,5 +72,5 @@ class _Writer:
 if __name__ == "__main__":
     import pytest
 
-    files = [str(Path(__file__).with_name(name)) for name in ("test_backbones.py", "test_trace_models.py")]
+    files = [str(Path(__file__).with_name(name)) for name in FILES]
     sys.exit(pytest.main(["-q", *files], plugins=[_Writer()]))
