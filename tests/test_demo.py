@@ -61,16 +61,19 @@ def rows(stdout, names):
 def test_likelihood_table_shows_the_report(run):
     report, _, stdout, _ = run
     assert "(6 test images, bits/dim of the latent)" in stdout
-    assert re.search(r"images +bits/dim +std +probe s\.e\. +step error +calls", stdout)
+    assert re.search(r"images +bits/dim +std +probe s\.e\. +step error +at most +calls", stdout)
     table = rows(stdout, VERSIONS)
     assert list(table) == list(report["likelihood"]) == VERSIONS
     for name, row in report["likelihood"].items():
-        columns = ("mean", "standard_deviation", "probe_standard_error", "discretisation_error", "num_denoiser_calls")
+        columns = (
+            "mean", "standard_deviation", "probe_standard_error", "discretisation_error",
+            "largest_discretisation_error", "num_denoiser_calls",
+        )  # fmt: skip
         assert table[name] == pytest.approx([row[column] for column in columns], abs=5.1e-4)  # three decimals
         assert row["mean"] == pytest.approx(sum(row["bits_per_dim"]) / 6, abs=1e-4)  # four decimals
         assert len(row["bits_per_dim"]) == 6
         assert row["num_denoiser_calls"] == 12 + 1
-        assert row["discretisation_error"] > 0
+        assert 0 < row["discretisation_error"] <= row["largest_discretisation_error"]
         assert (row["space"], row["density"], row["prior"]) == ("latent", "smoothed", "moment-matched")
         if name == "real, 2 probes":
             assert 0 < row["probe_standard_error"] < 1
