@@ -163,6 +163,25 @@ def test_estimate_covers_the_error_and_is_of_its_size(closed_forms, calls):
     assert float(errors.median()) < float(estimates.median()) < 10 * float(errors.median())
 
 
+# euler and trapezoid: their companions are of higher order, so that the estimate is little more than the error;
+# adams3: its companion is of order 2, 3 to 10 times the error on these grids.
+@pytest.mark.parametrize("calls", [11, 40])
+@pytest.mark.parametrize(("scheme", "size"), [("euler", 2), ("trapezoid", 5), ("adams3", 10)])
+def test_estimates_of_the_other_schemes_cover_their_errors(scheme, size, calls):
+    errors, estimates = [], []
+    for law in laws().values():
+        samples, denoiser = law.sample(16, seeded(1)), OracleDenoiser(law, vp())
+        fine, out = (
+            log_likelihood(denoiser, samples, ExactFisher(law), number - 1, None, scheme=name)
+            for number, name in ((201, DEFAULT_SCHEME), (calls, scheme))
+        )
+        errors.append((out.log_prob - fine.log_prob).abs())
+        estimates.append(out.discretisation_error)
+    found, foretold = torch.cat(errors), torch.cat(estimates)
+    assert float((foretold >= found).double().mean()) >= 0.95
+    assert float(found.median()) < float(foretold.median()) < size * float(found.median())
+
+
 def test_coarse_grids_are_warned_about_with_the_error():
     oracle = ORACLES["mixture"]
     with pytest.warns(CoarseGridWarning, match=r"grid of 4 steps is coarse: its error .* up to \d\.\d{3} bits/dim"):

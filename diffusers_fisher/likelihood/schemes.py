@@ -25,21 +25,24 @@ class Scheme:
         order: of the path's error in the step size; also the number of nodes of the corrector.
         companion: order of a second solution by the same evaluations; the difference tells the error.
         quadrature, companion_quadrature: nodes of the polynomial under the trace's integral, likewise.
-        overstated: by the differences on fine grids, as a factor; 1 where a companion is of higher order.
+        fine, coarse: what these differences count in the error's estimate, on grids of small steps and of large ones.
+            More than 1 where the companion is of higher order, so that the difference is the error but for what the
+            companion itself is off; less where it is of lower order, so that the difference overstates the error.
     """
 
     order: int
     companion: int
     quadrature: int
     companion_quadrature: int
-    overstated: float = 1.0
+    fine: float
+    coarse: float
 
 
 SCHEMES = {
-    "euler": Scheme(1, 2, 2, 4),
-    "trapezoid": Scheme(2, 3, 2, 4),
-    "adams3": Scheme(3, 2, 4, 3),
-    "adams4": Scheme(4, 3, 4, 3, overstated=1 / 0.3),
+    "euler": Scheme(1, 2, 2, 4, 1.25, 1.25),
+    "trapezoid": Scheme(2, 3, 2, 4, 1.25, 1.25),
+    "adams3": Scheme(3, 2, 4, 3, 0.4, 1.0),
+    "adams4": Scheme(4, 3, 4, 3, 0.3, 1.0),
 }
 """By name. Each costs one evaluation of the denoiser a node."""
 

@@ -213,10 +213,9 @@ def _error(
     Its parts: the prior at the companion's end; the trace's integral by another quadrature; and for the trace, which
     was taken at points a `shifts` of a step beside the solution, twice that part of what r changed over the step
     beyond what the step before foretold (local variances v = s^2 r/(1 - r) that keep growing or falling as they did),
-    and a twentieth of that part of its whole change. For the default scheme all but the surprise are of lower order
-    than the error, so that they overstate it more the finer the grid: of steps below 3 in log s they count less. The
-    fractions were set for the default scheme on Gaussians and mixtures, where the sum then covers the error in 97% of
-    cases or more and its median is 2 to 8 times the error's.
+    and a twentieth of that part of its whole change. Where all but the surprise are of lower order than the error
+    they overstate it more the finer the grid: of steps below 3 in log s they count less (`Scheme.fine`). The fractions
+    were set on Gaussians and mixtures: docs/likelihood.md tells the cases that the sum then covers, and its size.
     """
     others = [quadrature_weights(grid.cpu(), points) for points in (scheme.quadrature, scheme.companion_quadrature)]
     quadrature = torch.einsum("n,nb->b", (others[0] - others[1]).to(rests.device), rests)
@@ -226,8 +225,7 @@ def _error(
     steps = grid.diff()[:, None]
     surprise = (r[1:] - torch.sigmoid(r[:-1].logit() - 2 * steps + before)).abs()
     aside = shifts * steps
-    least = 1 / scheme.overstated
-    share = least + (1 - least) * min(1.0, float(steps.max()) / 3)
+    share = scheme.fine + (scheme.coarse - scheme.fine) * min(1.0, float(steps.max()) / 3)
     lower = (companion - prior).abs() + dimensions * (quadrature.abs() + (aside * rests.diff(dim=0).abs()).sum(0) / 20)
     return share * lower + 2 * dimensions * (aside * surprise).sum(0)
 
