@@ -95,6 +95,7 @@ def guide(
     offload: Annotated[bool, typer.Option(help="A network is on the accelerator only while it works.")] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of the first prompt; each further one's is one more.")] = 0,
+    retry_failed: Annotated[bool, typer.Option(help="Guide the prompts again that failed before.")] = False,
 ) -> None:
     """Guide every prompt of a file by a reward. Goes on where it was stopped; `accelerate launch` shares it out."""
     from .evaluation.guidance_gallery import GallerySettings, Memory, run_gallery
@@ -104,10 +105,17 @@ def guide(
         negative_prompt, optimizer, patience, likelihood,
     )  # fmt: skip
     try:
-        run_gallery(output, prompts, settings, Memory(batch_size, checkpoint_decoder, offload))
+        summary = run_gallery(output, prompts, settings, Memory(batch_size, checkpoint_decoder, offload), retry_failed)
     except FisherError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
+    if summary["failed"]:
+        typer.echo(
+            f"{summary['failed']} of {summary['prompts']} prompts failed; the gallery says why, and --retry-failed "
+            "tries them again.", err=True,
+        )  # fmt: skip
+        if summary["failed"] == summary["prompts"]:
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -145,7 +145,8 @@ class PipelineDenoiser(Denoiser):
             )
         unknown = sorted(set(call_arguments) - set(parameters))
         if unknown:
-            raise InputError(f"{type(pipe).__name__} does not take {unknown}; it takes {sorted(parameters)}.")
+            allowed = sorted(set(parameters) - {"self", "kwargs"})
+            raise InputError(f"The call of {type(pipe).__name__} does not take {unknown}; it takes {allowed}.")
         indexed = {key: call_arguments[key] for key, neutral in STEP_INDEXED.items() if key in call_arguments}
         indexed = {key: value for key, value in indexed.items() if not _neutral(value, STEP_INDEXED[key])}
         if indexed:

@@ -78,7 +78,7 @@ def test_errors_of_the_package_are_words_without_a_traceback(tmp_path, monkeypat
 
 def test_guide_gets_its_options(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(guidance_gallery, "run_gallery", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(guidance_gallery, "run_gallery", lambda *given: calls.append(given) or {"failed": 0})
     given = {
         "checkpoint": "there", "reward": "clip", "held_out": "siglip", "estimator": "autodiff", "guidance_steps": 3,
         "step_size": 0.5, "steps": 7, "guidance_scale": 2.5, "dtype": "bfloat16", "seed": 4, "negative_prompt": "grey",
@@ -92,9 +92,17 @@ def test_guide_gets_its_options(tmp_path, monkeypatch):
     renamed = {"guidance_steps": "num_guidance_steps", "steps": "num_inference_steps"}
     settings = {renamed.get(name, name): value for name, value in given.items() if name != "batch_size"}
     expected = guidance_gallery.GallerySettings(**settings, likelihood=True)
-    assert calls == [(tmp_path, prompts, expected, guidance_gallery.Memory(8, True, True))]
-    RUNNER.invoke(app, ["guide", "--prompts", str(prompts), "--no-checkpoint-decoder"])
-    assert calls[1][1:] == (prompts, guidance_gallery.GallerySettings(), guidance_gallery.Memory())
+    assert calls == [(tmp_path, prompts, expected, guidance_gallery.Memory(8, True, True), False)]
+    RUNNER.invoke(app, ["guide", "--prompts", str(prompts), "--no-checkpoint-decoder", "--retry-failed"])
+    assert calls[1][1:] == (prompts, guidance_gallery.GallerySettings(), guidance_gallery.Memory(), True)
+
+
+@pytest.mark.parametrize(("failed", "code"), [(1, 0), (2, 1)])
+def test_guide_says_how_many_prompts_failed(tmp_path, monkeypatch, failed, code):
+    monkeypatch.setattr(guidance_gallery, "run_gallery", lambda *_: {"failed": failed, "prompts": 2})
+    result = RUNNER.invoke(app, ["guide", "--prompts", str(tmp_path / "prompts.txt")])
+    assert result.exit_code == code
+    assert f"{failed} of 2 prompts failed; the gallery says why, and --retry-failed" in result.stderr
 
 
 def test_other_errors_are_not_hidden(tmp_path, monkeypatch):

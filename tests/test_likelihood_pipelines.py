@@ -190,6 +190,19 @@ def test_comparison_leaves_everything_as_it_was():
         ({"prompts": ["a"], "method": "elbo"}, "`method` is 'elbo'; allowed: squared error, ode"),
         ({"prompts": ["a"], "num_levels": 3}, "`num_levels` is 3; allowed: even, at least 4"),
         ({"prompts": ["a"], "guidance_scale": 4.0}, r"`guidance_scale` is 4\.0; a likelihood is at 1\.0"),
+        ({"prompt": ["a"]}, "`compare_likelihood` takes its prompts as `prompts`"),
+        ({"prompts": ["a"], "prompt": "b", "method": "ode"}, "`compare_likelihood` takes its prompts as `prompts`"),
+        (
+            {"prompts": ["a"], "num_inference_steps": 9},
+            "`num_inference_steps` belongs to method='ode'; 'squared error'",
+        ),
+        ({"prompts": ["a"], "estimator": AutodiffFisher()}, "`estimator` belongs to method='ode'"),
+        (
+            {"prompts": ["a"], "num_levels": 8, "method": "ode"},
+            "`num_levels` belongs to method 'squared error'; 'ode'",
+        ),
+        ({"prompts": ["a"], "levels": 8}, "`compare_likelihood` does not take `levels`. Did you mean `num_levels`"),
+        ({"prompts": ["a"], "negative_prompt": "b"}, "`negative_prompt` is 'b'; a likelihood is without guidance"),
         ({"prompts": ["a"], "bins": 256}, "`bins` is 256, but StableDiffusionFisherPipeline is in latents"),
         ({"prompts": ["a"], "prior_mean": 0.0}, "Give both `prior_mean` and `prior_variance`"),
     ],
@@ -198,6 +211,20 @@ def test_comparison_refuses(arguments, message):
     pipe = make()
     with pytest.raises(InputError, match=message):
         pipe.compare_likelihood(None, latents=latents(), **arguments)
+
+
+def test_comparison_is_told_in_words():
+    table = make().compare_likelihood(None, PROMPTS, latents=latents(), num_levels=8, generator=seeded())
+    difference, error = table.behind_best_prompt()
+    lines = str(table).splitlines()
+    assert lines[0].endswith(
+        f"under {len(PROMPTS)} prompts, by method 'squared error' with {8 * len(PROMPTS)} denoiser calls"
+    )
+    for index, line in enumerate(lines[1:]):
+        second = table.prompt_order[1, index]
+        behind, off = -float(difference[second, index]), float(error[second, index])
+        best = int(table.best_prompt[index])
+        assert line == f"  image {index}: prompt {best} is likeliest, the next by {behind:.4g} +- {off:.2g} nats less"
 
 
 def test_own_class_is_likelier_than_others_on_the_trained_checkpoint():
@@ -232,7 +259,11 @@ def test_declared_range_is_the_same_image():
 @pytest.mark.parametrize(
     ("images", "data_range", "message"),
     [
-        (grey().float(), (0, 1), r"values from 0 to 25\d; allowed: floating point in \[0, 1\], .* Divide 8-bit"),
+        (
+            grey().float(),
+            (0, 1),
+            r"values from 0 to 25\d; allowed: floating point in \[0, 1\], .* such as `data_range=\(0, 255\)`",
+        ),
         (grey(), (0, 100), r"values from 0 to 25\d; allowed: numbers in \[0, 100\], without NaN. Declare the range"),
         (grey().float() / 255, (1, 0), r"`data_range` is \(1, 0\); allowed: two finite numbers, the lower first"),
         (grey().float() / 255, (0, math.inf), r"`data_range` is \(0, inf\); allowed"),

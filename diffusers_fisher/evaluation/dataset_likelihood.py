@@ -24,8 +24,8 @@ from ..training.checkpoints import flat_settings
 from ..training.processes import process_state
 from ..training.state import step_generator
 from ..training.trace_config import DTYPES, DenoiserSettings, load_pipeline
-from .dataset_likelihood_report import Collected, write_results
-from .digests import images_digest, pipeline_digests
+from .dataset_likelihood_report import FILE, Collected, write_results
+from .digests import images_digest, pipeline_digests, row_digest
 from .records import SETTINGS, Records, shard
 
 ESTIMATORS = ("auto", "trace-model", "autodiff", "finite-difference")
@@ -92,8 +92,8 @@ def evaluate_dataset(
             `summary.json`, `histogram.png`, `index.html`, and of `records/` and `settings.json`, by which a run is
             taken up.
         batch_size: images evaluated at once.
-        retry_failed: try those images again whose record is an error, because their files have been repaired. Images
-            are then known again by their number alone.
+        retry_failed: try those images again whose record is an error, because their files have been repaired. All
+            others must be as they were (of a stream their number alone is known).
 
     Returns:
         The content of `summary.json` on the main process, None on the others.
@@ -102,20 +102,24 @@ def evaluate_dataset(
     one of the trace model.
 
     Raises:
-        InputError: values out of range, data or a pipeline that can't be opened, no images, records of other settings
-            in `output`, not one image that could be evaluated (which is said after 64 that were refused).
+        InputError: values out of range, data or a pipeline that can't be opened, no images, an output in the folder of
+            the data, records of other settings in `output`, not one image that could be evaluated (which is said
+            after 64 that were refused).
         UnsupportedError: a pipeline without likelihoods. CheckpointError: a damaged checkpoint or record.
     """
     settings.check()
     if batch_size < 1:
         raise InputError(f"`batch_size` is {batch_size}; allowed: at least 1.")
+    _check_apart(output, settings.data)
     state = process_state()
     pipe = load_pipeline(settings.denoiser).to(state.device)
+    _check_resolution(settings.data, pipe)
+    pipe._checked_bins(settings.bins)
     name = chosen_estimator(pipe, settings.estimator)
     with state.main_process_first():  # the others find what the first has downloaded
         images = open_images(settings.data, pipe._image_channels(), text_captions=hasattr(pipe, "tokenizer"))
         told = {**flat_settings(dataclasses.asdict(settings)), "estimator": name, "images": images_digest(images)}
-        records = _records(output, {**told, **pipeline_digests(pipe)}, retry_failed)
+        records = _records(output, {**told, **pipeline_digests(pipe)}, images, retry_failed)
         before = Collected(records)
     begin = time.perf_counter()
     share = Share(pipe, images, dataclasses.replace(settings, estimator=name), records, batch_size, state)
@@ -136,15 +140,53 @@ def evaluate_dataset(
     return write_results(records, images, count, run)
 
 
-def _records(output: Path, told: dict[str, Any], retry_failed: bool) -> Records:
+def _check_apart(output: Path, data: ImageData) -> None:
+    folder = Path(data.path)
+    if folder.is_dir() and output.resolve().is_relative_to(folder.resolve()):
+        raise InputError(
+            f"The output '{output}' lies in the data's folder '{data.path}', whose images its pictures would become; "
+            "name another folder."
+        )
+
+
+def _check_resolution(data: ImageData, pipe: Any) -> None:
+    multiple = pipe._size_multiple()
+    if data.resolution is not None and data.resolution % multiple:
+        raise InputError(f"`resolution` is {data.resolution}; allowed for this pipeline: multiples of {multiple}.")
+
+
+def _records(output: Path, told: dict[str, Any], images: Images, retry_failed: bool) -> Records:
     """The records of a run; with `retry_failed` also where, of as many images, some files have changed."""
     file = output / SETTINGS
-    before = read_json(file).get("images") if retry_failed and file.is_file() else None
+    before = read_json(file).get("images") if file.is_file() else None
     if before is None or before.split(",")[0] != told["images"].split(",")[0]:
         return Records(output, told)
+    if not retry_failed:
+        try:
+            return Records(output, told)
+        except InputError as error:
+            if before == told["images"]:
+                raise
+            raise InputError(
+                f"{error} Some files of the data have changed; if they have been repaired, --retry-failed takes them."
+            ) from error
     records = Records(output, {**told, "images": before})
+    _check_evaluated(records, images)
     write_json(file, told)
     return records
+
+
+def _check_evaluated(records: Records, images: Images) -> None:
+    """Refuses images that have changed since their likelihood was recorded; those that failed may."""
+    if isinstance(images, ImageStream):
+        return
+    for record in Collected(records):
+        position = record["position"]
+        if "error" not in record and record[FILE] != row_digest(images, images.rows[position], position):
+            raise InputError(
+                f"Image '{record['name']}' has changed since its likelihood was recorded in '{records.folder}'; only "
+                "images that failed are tried again. Name another folder."
+            )
 
 
 def chosen_estimator(pipe: Any, name: str) -> str:
@@ -251,7 +293,11 @@ class Share:
             sizes.setdefault(tuple(example.pixels.shape), []).append((position, example))
         for group in sizes.values():
             records += self._likelihoods(group)
-        return records
+        rows = dict(batch)
+        return [
+            {**record, FILE: row_digest(self.images, rows[record["position"]], record["position"])}
+            for record in records
+        ]
 
     def _likelihoods(self, group: Sequence[tuple[int, Example]]) -> list[dict[str, Any]]:
         settings = self.settings

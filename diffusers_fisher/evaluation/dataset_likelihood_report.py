@@ -26,6 +26,7 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 SHOWN = 24  # images of each end on the page
 NAMED = 100  # images left out that summary and page name; likelihoods.jsonl has them all
 CAPTIONS = 50  # most different captions for which means are told
+FILE = "file"  # of a record: the hash by which its image is known again
 PICTURE = 256  # pixels of a picture's longer side on the page
 
 
@@ -131,7 +132,8 @@ def _table(
     failed = []
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for row in collected:
-            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            told = {name: value for name, value in row.items() if name != FILE}
+            file.write(json.dumps(told, ensure_ascii=False, allow_nan=False) + "\n")
             if "error" in row:
                 failed.append(row)
                 continue

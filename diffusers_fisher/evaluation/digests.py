@@ -50,10 +50,19 @@ def images_digest(images: Images) -> str:
         said = str(len(images))
     found = hashlib.sha256()
     for position, row in rows:
-        size, end = _size_and_end(row[images.data.image_column] or {})
-        told = (images.row_name(row, position), images.row_caption(row), size)
-        found.update(json.dumps(told, default=str).encode() + end)
+        found.update(_said(images, row, position))
     return f"{said}, sha256 {found.hexdigest()[:16]}"
+
+
+def row_digest(images: Images, row: Mapping[str, Any], position: int) -> str:
+    """A hash of the name and caption of one image, and of its file's size and end."""
+    return hashlib.sha256(_said(images, row, position)).hexdigest()[:12]
+
+
+def _said(images: Images, row: Any, position: int) -> bytes:
+    size, end = _size_and_end(row[images.data.image_column] or {})
+    told = (images.row_name(row, position), images.row_caption(row), size)
+    return json.dumps(told, default=str).encode() + end
 
 
 def _settings(component: Any) -> Any:

@@ -86,7 +86,11 @@ class Memory:
 
 
 def run_gallery(
-    output: Path, prompts_file: Path, settings: GallerySettings, memory: Memory = Memory()
+    output: Path,
+    prompts_file: Path,
+    settings: GallerySettings,
+    memory: Memory = Memory(),
+    retry_failed: bool = False,
 ) -> dict[str, Any]:
     """Guides every prompt of a file and writes the gallery.
 
@@ -97,6 +101,7 @@ def run_gallery(
         output: folder of `settings.json`, `records/`, `pictures/`, `index.html` and `gallery.png`.
         prompts_file: one prompt a line; empty lines are left out.
         memory: how memory is saved.
+        retry_failed: guide the prompts again that failed.
 
     Returns:
         The mean rewards before and after, the number of prompts, and that of those which "failed", whose images or
@@ -115,6 +120,8 @@ def run_gallery(
     (records.folder / PICTURES).mkdir(exist_ok=True)
     mine = shard(list(zip(item_keys(len(prompts)), prompts, strict=True)), state.process_index, state.num_processes)
     left = set(records.missing(key for key, _ in mine))
+    if retry_failed:
+        left |= {key for key, _ in mine if key not in left and "failed" in records.read(key)}
     todo = [item for item in mine if item[0] in left]
     if state.is_main_process:
         print(f"{len(prompts)} prompts, {len(mine) - len(todo)} of this process's {len(mine)} done", flush=True)

@@ -11,7 +11,16 @@ from diffusers.utils import BaseOutput
 
 from ..errors import NumericalError, TrajectoryError
 from ..fisher.operator import FisherEstimator
-from .checks import Reward, check_images, check_reported, checked_reward, name_of, not_differentiable, unit
+from .checks import (
+    Reward,
+    check_images,
+    check_reported,
+    checked_reward,
+    name_of,
+    not_differentiable,
+    unit,
+    watch_gradient,
+)
 from .movers import Mover, NormalisedAscent, OptimizerFactory, TorchAscent, check_sphere, shell_distance
 from .text import TextEmbedding
 
@@ -60,6 +69,19 @@ class GuidanceOutput(BaseOutput):
     status: str = COMPLETED
     prompt_embeds: torch.Tensor | None = None
     controls: torch.Tensor | None = None
+
+    def __str__(self) -> str:
+        lines = [
+            f"Guidance of {len(self.best_rewards)} sample{'s' * (len(self.best_rewards) > 1)}, {self.status}",
+            f"  reward    {float(self.rewards[0].mean()):.4g} before, {float(self.best_rewards.mean()):.4g} at its "
+            f"best, on average, in {len(self.rewards)} runs",
+        ]
+        if self.held_out_rewards is not None and len(self.held_out_rewards):
+            best = self.held_out_rewards.gather(0, self.rewards.argmax(0)[None])
+            before = float(self.held_out_rewards[0].mean())
+            lines.append(f"  held out  {before:.4g} before, {float(best.mean()):.4g} at the best reward")
+        lines.append(f"  cost      {float(self.seconds.sum()):.1f} s, {self.num_denoiser_calls} denoiser calls")
+        return "\n".join(lines)
 
 
 @dataclasses.dataclass
@@ -162,6 +184,7 @@ class GuidedRun:
             images = self.decode(latents)
             check_images(images, f"run {step}")
             rewards = checked_reward(self.reward, images, self.prompts)
+            watch_gradient(images, self.reward, f"run {step}")
             total = rewards.sum()  # here, because the caller may be under no_grad
         held_out = self._held_out(images.detach(), step, ascent)
         improved = ascent.record(rewards, held_out, {**variables, "images": images, "latents": latents})
@@ -265,6 +288,7 @@ def ascend_noise(
             variables, improved, gradients = run(variables, step, step < num_guidance_steps, ascent)
             if gradients:
                 ascent.gradient_norms.append(_joint_norm(gradients))
+                _warn_of_flat_rewards(ascent, reward)
                 moving = {name: variables[name] for name in gradients}
                 mover = mover or _mover(moving, noise, step_size, optimizer)
                 variables |= mover.move(moving, gradients, improved)
@@ -291,6 +315,16 @@ def _try_held_out(reward: Reward, decode: Callable, noise: torch.Tensor, prompts
 
 def _mover(moving: dict[str, torch.Tensor], noise: torch.Tensor, step_size: float, optimizer: Any) -> Mover:
     return NormalisedAscent(moving, noise, step_size) if optimizer is None else TorchAscent(moving, optimizer)
+
+
+def _warn_of_flat_rewards(ascent: NoiseAscent, reward: Reward) -> None:
+    """Says of the first gradients which samples can't move."""
+    still = (ascent.gradient_norms[-1] == 0).nonzero().flatten().tolist()
+    if still and len(ascent.gradient_norms) == 1:
+        logger.warning(
+            "The gradient of the reward %s is zero for samples %s, which do not move: the reward does not change with "
+            "the image there, or its gradient is lost to rounding.", name_of(reward), still,
+        )  # fmt: skip
 
 
 def _joint_norm(gradients: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,6 +44,7 @@ def check_differentiable(reward: Reward, shape: Sequence[int], prompts: Sequence
             "Guidance needs gradients, which torch.inference_mode forbids whatever is set inside it; use "
             "torch.no_grad instead, or nothing: the denoiser builds no graph in any case."
         )
+    _check_callable(reward)
     with torch.enable_grad():
         images = _ramps(shape, device).requires_grad_()
         values = checked_reward(reward, images, prompts)
@@ -51,6 +53,8 @@ def check_differentiable(reward: Reward, shape: Sequence[int], prompts: Sequence
         )
     if not connected:
         raise not_differentiable(reward)
+    for _, term in getattr(reward, "terms", ()):  # one with a graph would hide the others of a sum
+        check_differentiable(term, shape, prompts, device)
 
 
 @torch.no_grad()
@@ -60,7 +64,20 @@ def check_reported(reward: Reward, shape: Sequence[int], prompts: Sequence[str],
     Raises:
         InputError: not a tensor of shape (B,).
     """
+    _check_callable(reward)
     checked_reward(reward, _ramps(shape, device), prompts, finite=False)
+
+
+def _check_callable(reward: Reward) -> None:
+    try:
+        inspect.signature(reward).bind(None, None)
+    except TypeError as error:
+        raise InputError(
+            f"The reward {name_of(reward)} can't be called as reward(images, prompts): {error}. It must take both, "
+            "images (B, 3, H, W) in [0, 1] and a prompt each, whether it uses the prompts or not."
+        ) from error
+    except ValueError:  # a builtin that does not tell its arguments
+        return
 
 
 def _ramps(shape: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -75,6 +92,23 @@ def not_differentiable(reward: Reward) -> InputError:
         "a graph to them. Keep to torch operations on the tensor; processors that go through PIL or numpy, `.item()`, "
         "`.detach()`, argmax and torch.no_grad cut gradients."
     )
+
+
+def watch_gradient(images: torch.Tensor, reward: Reward, where: str) -> None:
+    """Has the backward pass through `images` refuse a gradient of the reward that is not finite, named with `where`.
+
+    The pass then raises `NumericalError`, before the gradient goes on to the denoiser.
+    """
+
+    def check(gradient: torch.Tensor) -> None:
+        if not torch.isfinite(gradient).all():
+            raise NumericalError(
+                f"The gradient of the reward {name_of(reward)} with respect to the images of {where} is not finite. A "
+                "root or a logarithm at 0, or a division by 0, is the usual cause."
+            )
+
+    if images.requires_grad:
+        images.register_hook(check)
 
 
 def check_images(images: torch.Tensor, where: str) -> None:

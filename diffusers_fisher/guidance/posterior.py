@@ -23,12 +23,50 @@ from ..fisher.operator import FisherEstimator
 from ..noise import NoiseLevel, SchedulerFamily, expand, noise_level, scheduler_family
 from ..state import DenoisingState, state_of
 from .adjoint import COMPLETED
-from .checks import Reward, check_differentiable, check_images, checked_reward, norms, not_differentiable, unit
+from .checks import (
+    Reward,
+    check_differentiable,
+    check_images,
+    checked_reward,
+    norms,
+    not_differentiable,
+    unit,
+    watch_gradient,
+)
 
 logger = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
+class _Block(contextlib.AbstractContextManager):
+    """A context manager that says so to those who pass it on without entering it."""
+
+    def __init__(self, inner: contextlib.AbstractContextManager):
+        self._inner = inner
+
+    def __enter__(self) -> Any:
+        return self._inner.__enter__()
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        return self._inner.__exit__(*raised)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TrajectoryError(
+            "posterior_guidance is a context manager: write `with posterior_guidance(pipe, reward) as guidance:`, and "
+            "in the block pass `callback_on_step_end=guidance`."
+        )
+
+
+def _entered(block: Callable) -> Callable:
+    make = contextlib.contextmanager(block)
+
+    @functools.wraps(block)
+    def made(*args, **kwargs):
+        return _Block(make(*args, **kwargs))
+
+    return made
+
+
+@_entered
 def posterior_guidance(
     pipe: Any,
     reward: Reward,
@@ -85,6 +123,11 @@ def posterior_guidance(
     scheduler = pipe.scheduler
     scheduler_family(scheduler)
     _check_callback(pipe)
+    if hasattr(estimator, "through_run"):
+        raise UnsupportedError(
+            f"{type(estimator).__name__} takes a whole run, which a single step is not. Take one of the "
+            "denoiser's Jacobian: FiniteDifferenceFisher(PipelineDenoiser(pipe, ...)), or DirectFisher()."
+        )
     check_trace_models(estimator, pipe)
     shape = None if decode is not None else functools.partial(_pixel_shape, pipe)
     guidance = PosteriorGuidance(
@@ -181,6 +224,7 @@ class PosteriorGuidance:
             values = checked_reward(self._reward, images, prompts)
             if not values.requires_grad:
                 raise not_differentiable(self._reward)
+            watch_gradient(images, self._reward, f"guided step {step}")
             (gradient,) = torch.autograd.grad(values.sum(), leaf)
         product = self._estimator(state).original_jacobian(gradient)
         if not torch.isfinite(product).all():

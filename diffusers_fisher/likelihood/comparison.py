@@ -11,6 +11,7 @@ from diffusers.utils import BaseOutput
 from .squared_error import stratified_error
 
 METHODS = ("squared error", "ode")
+SHOWN = 10  # images, when printed
 
 
 @dataclasses.dataclass
@@ -35,6 +36,23 @@ class LikelihoodComparison(BaseOutput):
     num_denoiser_calls: int
     space: str
     method: str
+
+    def __str__(self) -> str:
+        prompts, images = self.log_prob.shape
+        lines = [
+            f"Log-likelihoods of {images} {self.space} sample{'s' * (images > 1)} under {prompts} "
+            f"prompt{'s' * (prompts > 1)}, by method '{self.method}' with {self.num_denoiser_calls} denoiser calls"
+        ]
+        if prompts > 1:
+            difference, error = (each.gather(0, self.prompt_order[1:2])[0] for each in self.behind_best_prompt())
+            lines += [
+                f"  image {index}: prompt {best} is likeliest, the next by {-behind:.4g} +- {off:.2g} nats less"
+                for index, (best, behind, off) in enumerate(
+                    zip(self.best_prompt.tolist()[:SHOWN], difference.tolist(), error.tolist(), strict=False)
+                )
+            ]
+            lines += ["  ..."] * (images > SHOWN)
+        return "\n".join(lines)
 
     @property
     def best_prompt(self) -> torch.Tensor:

@@ -36,6 +36,8 @@ def __getattr__(name: str) -> Any:
 def fisher_pipeline(pipe: Any) -> Any:
     """The Fisher version of a stock pipeline, over the same components; of a pipeline class, the class.
 
+    A trace model and latent statistics in the folder that the pipeline was loaded from are found there.
+
     Raises:
         UnsupportedError: there is none for that class.
     """
@@ -57,6 +59,7 @@ def fisher_pipeline(pipe: Any) -> Any:
     parameters = inspect.signature(cls.__init__).parameters
     settings = {key: pipe.config[key] for key in parameters if key not in components and key in pipe.config}
     made_pipe = made(**components, **settings)
+    made_pipe.register_to_config(_name_or_path=pipe.config.get("_name_or_path"))
     if hasattr(pipe, "labels"):
         made_pipe.labels = dict(pipe.labels)  # of DiT, whose names of classes are in no config
     return made_pipe

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,23 +13,27 @@ from ..errors import InputError
 from ..likelihood import LikelihoodOutput
 from ..likelihood.comparison import METHODS, LikelihoodComparison
 from ..likelihood.squared_error import squared_error_log_likelihood
-from .inputs import UNIT_RANGE
+from .inputs import UNIT_RANGE, check_arguments
+
+NUM_LEVELS = 64
+SQUARED_ERROR_OPTIONS = ("prior_mean", "prior_variance", "bins")
 
 
 def compared_likelihoods(
     pipe: Any,
-    score: Callable[..., LikelihoodOutput],
+    score: functools.partial[LikelihoodOutput],
     images: Any,
     prompts: Sequence[Any] | None,
     latents: torch.Tensor | None,
     method: str,
-    num_levels: int,
+    num_levels: int | None,
     generator: torch.Generator | None,
     options: dict[str, Any],
 ) -> LikelihoodComparison:
     """See `FisherPipelineMixin.compare_likelihood`, whose `log_likelihood` is `score`."""
     if method not in METHODS:
         raise InputError(f"`method` is {method!r}; allowed: {', '.join(METHODS)}.")
+    _check_options(pipe, score.func, method, num_levels, options)
     candidates = [None] if prompts is None else prompts
     if isinstance(candidates, str) or not len(candidates):
         raise InputError(f"`prompts` is {prompts!r}; allowed: a list of at least one, each for all images.")
@@ -43,7 +49,7 @@ def compared_likelihoods(
         errors = torch.stack([row.discretisation_error for row in rows])
         draws = [row.prior_log_prob + row.trace_by_probe for row in rows]
     else:
-        rows = _squared_errors(pipe, samples, candidates, num_levels, generator, options)
+        rows = _squared_errors(pipe, samples, candidates, num_levels or NUM_LEVELS, generator, options)
         errors = torch.zeros(len(rows), len(samples), dtype=torch.float64)
         draws = [row.contributions for row in rows]
     return LikelihoodComparison(
@@ -51,6 +57,26 @@ def compared_likelihoods(
         discretisation_error=errors, dims=rows[0].dims,
         num_denoiser_calls=sum(row.num_denoiser_calls for row in rows), space=rows[0].space, method=method,
     )  # fmt: skip
+
+
+def _check_options(pipe: Any, score: Callable, method: str, num_levels: int | None, options: dict[str, Any]) -> None:
+    """Refuses options that are not the method's, before they are passed on or ignored."""
+    if "prompt" in options:
+        raise InputError(
+            "`compare_likelihood` takes its prompts as `prompts`, a list, each for all images; got `prompt`."
+        )
+    if method == "ode":
+        if num_levels is not None:
+            raise InputError("`num_levels` belongs to method 'squared error'; 'ode' takes `num_inference_steps`.")
+        return
+    others = set(inspect.signature(score).parameters) - {*SQUARED_ERROR_OPTIONS, "data_range"}
+    for name in sorted(others & set(options)):
+        raise InputError(
+            f"`{name}` belongs to method='ode'; 'squared error' takes num_levels, {', '.join(SQUARED_ERROR_OPTIONS)}, "
+            "data_range and arguments of the pipeline's call."
+        )
+    given = {name: value for name, value in options.items() if name not in (*SQUARED_ERROR_OPTIONS, "data_range")}
+    check_arguments(pipe, type(pipe).compare_likelihood, given)
 
 
 def _squared_errors(
@@ -62,7 +88,7 @@ def _squared_errors(
     options: dict[str, Any],
 ) -> list[Any]:
     pipe._check_scheduler()
-    given = {name: options.pop(name, None) for name in ("prior_mean", "prior_variance", "bins")}
+    given = {name: options.pop(name, None) for name in SQUARED_ERROR_OPTIONS}
     mean, variance = pipe._prior(given["prior_mean"], given["prior_variance"], samples)
     guidance = pipe._likelihood_guidance(options)
     denoisers = [pipe._likelihood_denoiser(samples, guidance, prompt, dict(options)) for prompt in prompts]

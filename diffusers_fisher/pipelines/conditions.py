@@ -11,7 +11,9 @@ import torch
 from ..errors import InputError
 from .inputs import one_each, prompt_list
 
-PROMPT_ARGUMENTS = ("negative_prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")
+NEGATIVE_PROMPTS = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
+
+PROMPT_ARGUMENTS = ("prompt_2", "prompt_3", *NEGATIVE_PROMPTS)
 """Arguments beside `prompt` that take a string or one for each prompt."""
 
 EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")

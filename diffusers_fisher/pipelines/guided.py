@@ -102,6 +102,8 @@ def guided_images(
         num_inference_steps=steps, **call_arguments,
     )  # fmt: skip
     with pipe._loaded():
+        if options.decoder is not None:
+            _check_decoder(pipe, options.decoder, noise, pixels)
         with (
             _decoding(pipe, options.decoder, options.checkpoint_decoder),
             _progress(pipe, options.num_guidance_steps + 1) as show,
@@ -178,6 +180,20 @@ def _decoding(pipe: Any, decoder: Any, checkpointed: bool) -> Iterator[None]:
         if checkpointed:
             stack.enter_context(_checkpointed(pipe.vae))
         yield
+
+
+@torch.no_grad()
+def _check_decoder(pipe: Any, decoder: Any, noise: torch.Tensor, pixels: tuple[int, int]) -> None:
+    """Refuses what decodes to images of another size, by one sample."""
+    if not hasattr(decoder, "decode"):
+        raise InputError(f"`decoder` is a {type(decoder).__name__}; allowed: an autoencoder, such as AutoencoderTiny.")
+    with _decoding(pipe, decoder, False):
+        found = tuple(pipe._decode(noise[:1], pixels=pixels).shape[-2:])
+    if found != tuple(pixels):
+        raise InputError(
+            f"`decoder` makes {found[0]}x{found[1]} pixels of this pipeline's latents, whose autoencoder makes "
+            f"{pixels[0]}x{pixels[1]}; give a decoder of the same latents."
+        )
 
 
 @contextlib.contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +40,19 @@ def _strings(name: str, value: Any) -> list[str]:
     return list(value)
 
 
+def check_arguments(pipe: Any, method: Callable, arguments: Mapping[str, Any]) -> None:
+    """Refuses arguments that neither our `method` nor the pipeline's call has, with the nearest names."""
+    own, call = ({*inspect.signature(each).parameters} - {"self", "kwargs"} for each in (method, type(pipe).__call__))
+    options = sorted(own - {"options", "call_arguments"})
+    for name in sorted(set(arguments) - call):
+        near = difflib.get_close_matches(name, [*options, *sorted(call)], n=3)
+        meant = f" Did you mean {', '.join(f'`{each}`' for each in near)}?" if near else ""
+        raise InputError(
+            f"`{method.__name__}` does not take `{name}`.{meant} It takes {', '.join(options)}; and arguments of "
+            f"{type(pipe).__name__}'s call."
+        )
+
+
 def check_likelihood(num_inference_steps: int) -> None:
     """Refuses numbers of steps that `log_likelihood` can't use."""
     if num_inference_steps < 2:
@@ -46,10 +61,11 @@ def check_likelihood(num_inference_steps: int) -> None:
 
 def check_guidance(num_guidance_steps: int, step_size: float, num_inference_steps: int, output_type: str) -> None:
     """Refuses numbers of steps, step sizes and output types that `guide` can't use."""
-    if num_guidance_steps < 0 or num_inference_steps < 1:
+    whole = isinstance(num_guidance_steps, int) and isinstance(num_inference_steps, int)
+    if not whole or num_guidance_steps < 0 or num_inference_steps < 1:
         raise InputError(
-            f"`num_guidance_steps` is {num_guidance_steps}, `num_inference_steps` {num_inference_steps}; allowed: at "
-            "least 0 and at least 1."
+            f"`num_guidance_steps` is {num_guidance_steps}, `num_inference_steps` {num_inference_steps}; allowed: "
+            "whole numbers, at least 0 and at least 1."
         )
     if not 0 < step_size < math.inf:
         raise InputError(f"`step_size` is {step_size}; allowed: positive, such as 0.2 of the noise's norm.")
@@ -88,12 +104,15 @@ def image_tensor(
         if len(shapes) != 1:
             raise InputError(f"Images of one call must have one size, got {shapes}; call once a size.")
         images = torch.stack(arrays) if isinstance(arrays[0], torch.Tensor) else numpy.stack(arrays)
+    if isinstance(images, (numpy.ndarray, torch.Tensor)) and images.ndim == 3:
+        images = images[None]  # one image, as PIL images may be one
     tensor = images
     if isinstance(images, numpy.ndarray) and images.dtype.kind in "biuf":
         tensor = torch.from_numpy(numpy.ascontiguousarray(images))  # flipped arrays have negative strides
         tensor = tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4 or tensor.shape[1] != channels or not len(tensor):
-        got = f"of shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else f"a {type(images).__name__}"
+        shaped = isinstance(images, torch.Tensor) or tensor is not images
+        got = f"of shape {tuple(images.shape)}" if shaped else f"a {type(images).__name__} {images!r:.40}"
         kind = "RGB as" if channels == 3 else "grey" if channels == 1 else "no"
         raise InputError(
             f"Images are {got}; allowed: {kind} PIL, array (B, H, W, {channels}) or tensor (B, {channels}, H, W)."
@@ -101,7 +120,7 @@ def image_tensor(
     scaled = (low, high) != UNIT_RANGE
     if not (tensor.is_floating_point() or scaled) or not bool(((tensor >= low) & (tensor <= high)).all()):
         allowed = f"numbers in [{low}, {high}]" if scaled else "floating point in [0, 1]"
-        advice = "Declare the range they are in." if scaled else "Divide 8-bit images by 255."
+        advice = "Declare the range they are in" + ("." if scaled else ", such as `data_range=(0, 255)` or (-1, 1).")
         raise InputError(
             f"Images have dtype {tensor.dtype} and values from {float(tensor.min()):.4g} to "
             f"{float(tensor.max()):.4g}; allowed: {allowed}, without NaN. {advice}"

@@ -21,9 +21,9 @@ from ..guidance.movers import OptimizerFactory
 from ..likelihood import DEFAULT_SCHEME, LikelihoodOutput, log_likelihood
 from ..likelihood.comparison import LikelihoodComparison
 from .compared import compared_likelihoods
-from .conditions import text_conditions
+from .conditions import NEGATIVE_PROMPTS, text_conditions
 from .guided import GuidanceOptions, bound, guided_images, parts_of
-from .inputs import UNIT_RANGE, check_likelihood
+from .inputs import UNIT_RANGE, check_arguments, check_likelihood
 from .parts import CheckpointParts
 
 
@@ -73,7 +73,8 @@ class FisherPipelineMixin(CheckpointParts):
             data_range: what arrays and tensors of images reach from and to, such as (0, 255).
             bins: for pipelines in pixels, the number of values an image can have, 256 for 8 bits: each pixel is moved
                 to a random point of its bin, and `bits_per_dim` is that of the discrete image. None: of the density.
-            **call_arguments: to the pipeline's call, such as `prompt_embeds` with what belongs to them.
+            **call_arguments: to the pipeline's call, such as `prompt_embeds` with what belongs to them. Negative
+                prompts count for nothing without guidance, and are refused.
 
         Returns:
             `LikelihoodOutput`. Cost: `num_inference_steps` + 1 evaluations, half as many again with `step_halving`,
@@ -103,7 +104,7 @@ class FisherPipelineMixin(CheckpointParts):
         *,
         latents: torch.Tensor | None = None,
         method: str = "squared error",
-        num_levels: int = 64,
+        num_levels: int | None = None,
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> LikelihoodComparison:
@@ -118,8 +119,8 @@ class FisherPipelineMixin(CheckpointParts):
             images, latents: as in `log_likelihood`.
             prompts: each for all images (class labels where the pipeline takes those); None: unconditional.
             method: "squared error" or "ode".
-            num_levels: draws of "squared error", even.
-            generator: its draws are repeated for every prompt.
+            num_levels: draws of "squared error", even; None: 64.
+            generator: its draws are repeated for every prompt. Without one the numbers change from call to call.
             **options: "ode": of `log_likelihood`. "squared error": `prior_mean`, `prior_variance`, `data_range`,
                 `bins`, and arguments of the pipeline's call.
 
@@ -127,7 +128,7 @@ class FisherPipelineMixin(CheckpointParts):
             `LikelihoodComparison`. Cost: for every prompt `num_levels` evaluations, or those of `log_likelihood`.
 
         Raises:
-            InputError: no prompts, an unknown method; else as `log_likelihood`.
+            InputError: no prompts, an unknown method, options of the other method; else as `log_likelihood`.
         """
         score = functools.partial(FisherPipelineMixin.log_likelihood, self)
         return compared_likelihoods(self, score, images, prompts, latents, method, num_levels, generator, options)
@@ -202,6 +203,7 @@ class FisherPipelineMixin(CheckpointParts):
             num_guidance_steps, step_size, estimator, optimise, optimizer, patience, held_out_reward,
             adjoint_guidance_scale, decoder, checkpoint_decoder, output_type,
         )  # fmt: skip
+        check_arguments(self, FisherPipelineMixin.guide, call_arguments)
         output = guided_images(
             self, prompt, reward, options, (height, width), num_inference_steps, guidance_scale,
             num_images_per_prompt, generator, latents, call_arguments,
@@ -212,6 +214,12 @@ class FisherPipelineMixin(CheckpointParts):
         self, samples: torch.Tensor, guidance_scale: float, prompt: Any, call_arguments: dict[str, Any]
     ) -> PipelineDenoiser:
         """The pipeline's denoiser for (B, C, h, w) samples with one condition each."""
+        negative = [name for name, text in call_arguments.items() if name in NEGATIVE_PROMPTS and text]
+        if negative:
+            raise InputError(
+                f"`{negative[0]}` is {call_arguments[negative[0]]!r}; a likelihood is without guidance, where "
+                "negative prompts count for nothing. Leave it out; `compare_likelihood` compares two prompts."
+            )
         _, conditions = self._conditions(prompt, call_arguments, len(samples))
         sizes = self._size_arguments((samples.shape[-2] * self._factor, samples.shape[-1] * self._factor))
         return PipelineDenoiser(self, guidance_scale, **{**sizes, **call_arguments, **conditions})
@@ -221,7 +229,9 @@ class FisherPipelineMixin(CheckpointParts):
         check_likelihood(num_inference_steps)
         self._check_scheduler()
         self._checked_bins(bins)
-        return self._likelihood_guidance(call_arguments)
+        guidance = self._likelihood_guidance(call_arguments)
+        check_arguments(self, FisherPipelineMixin.log_likelihood, call_arguments)
+        return guidance
 
     def _trace_estimator(
         self, estimator: FisherEstimator | None, num_probes: int | Literal["auto"] | None, denoiser: PipelineDenoiser

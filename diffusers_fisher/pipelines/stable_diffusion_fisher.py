@@ -13,7 +13,8 @@ class StableDiffusionFisherPipeline(FisherPipelineMixin, StableDiffusionPipeline
     """`StableDiffusionPipeline` with `log_likelihood` and `guide`; its call is the stock one.
 
     Made with `from_pretrained` from any Stable Diffusion 1.x or 2.x checkpoint, or from a pipeline at hand with
-    `StableDiffusionFisherPipeline(**pipe.components)`.
+    `fisher_pipeline(pipe)`. `StableDiffusionFisherPipeline(**pipe.components)` knows of no trace model and no latent
+    statistics, which are no components; they may be set.
     """
 
     @torch.no_grad()

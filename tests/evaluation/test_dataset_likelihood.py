@@ -173,7 +173,7 @@ def test_a_killed_run_is_taken_up_without_losing_or_repeating_a_record(tmp_path,
     assert all((run / "records" / name).read_bytes() == text for name, text in before.items())
     rows = lines(run)
     assert [row["position"] for row in rows] == list(range(60))
-    assert all(rows[position] == row for position, row in known.items())
+    assert all({**rows[position], "file": row["file"]} == row for position, row in known.items())
     again = evaluate_dataset(run, settings_of(tmp_path))
     assert again["last_run"]["images"] == 0 and again["bits_per_dim"] == summary["bits_per_dim"]
 
@@ -304,6 +304,11 @@ def test_images_that_failed_are_tried_again_when_asked(place, tmp_path):
         ]
     assert summary["last_run"]["images"] == 1
     evaluate_dataset(folder, settings, batch_size=4)  # the images are known again as they are now
+    shutil.copy(first.with_name("train-1.png"), first.with_name("train-2.png"))
+    with pytest.raises(InputError, match=r"Image 'train-2.png' has changed since its likelihood was recorded in"):
+        evaluate_dataset(folder, settings, batch_size=4, retry_failed=True)
+    with pytest.raises(InputError, match=r"`images` was .* Some files of the data have changed; .* --retry-failed"):
+        evaluate_dataset(folder, settings, batch_size=4)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), ValueError("too large for the network")])
@@ -442,13 +447,20 @@ def test_every_kind_of_condition(tmp_path, make, data, changes):
         "pipeline": ({"denoiser": DenoiserSettings("/nonexistent")}, "'/nonexistent' can't be loaded"),
         "data": ({"data": {"path": "/nonexistent"}}, "'/nonexistent'.* can't be opened"),
         "captions": ({"data": {"caption_column": "label"}}, "`prompt` is .*; allowed: a string"),
-        "bins": ({"bins": 256}, "bins"),
+        "bins": ({"bins": 256}, "`bins` is 256, but"),
+        "resolution": ({"data": {"resolution": 12}}, "`resolution` is 12; allowed for this pipeline: multiples of 8"),
     }.values(),
 )
 def test_what_can_not_be_run_is_refused_and_leaves_no_record(place, tmp_path, changes, words):
     with pytest.raises(InputError, match=words):
         evaluate_dataset(tmp_path / "run", settings_of(place, **changes))
     assert not list(tmp_path.glob("run/records/*"))
+
+
+def test_output_in_the_datas_folder_is_refused(place):
+    with pytest.raises(InputError, match=r"lies in the data's folder .* whose images its pictures would become"):
+        evaluate_dataset(place / "images" / "run", settings_of(place))
+    assert not (place / "images" / "run").exists()
 
 
 def test_captions_for_an_unconditional_pipeline_are_refused(tmp_path):

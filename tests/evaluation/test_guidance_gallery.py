@@ -119,6 +119,11 @@ def test_a_prompt_whose_numbers_are_not_finite_spoils_no_other(done, tmp_path, m
     assert found["00001"]["prompt"] == PROMPTS[1] and "is not finite" in found["00001"]["failed"]
     assert (summary["prompts"], summary["failed"]) == (3, 1)
     assert "Without a result: a photo of a bag. The reward" in (tmp_path / "out" / "index.html").read_text()
+    monkeypatch.setattr(guidance_gallery, "named_reward", make)
+    for retry_failed in (False, True):
+        summary = run_gallery(tmp_path / "out", done[0] / "prompts.txt", SETTINGS, Memory(3), retry_failed)
+        assert summary["failed"] == (0 if retry_failed else 1)
+    assert records(tmp_path / "out")["00001"]["rewards"] == pytest.approx(expected["00001"]["rewards"], rel=1e-4)
 
 
 def one(folder, memory=None, **changes):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import latents, relative
 
-from diffusers_fisher import DirectFisher, InputError, NumericalError, TrajectoryError
+from diffusers_fisher import DirectFisher, InputError, NumericalError, TrajectoryError, WeightedReward
 from diffusers_fisher.guidance.checks import check_differentiable, checked_reward
 
 from .ascent_cases import PROMPTS, SHAPE, STEPS, Problem, norms, projection, scripted
@@ -116,7 +116,7 @@ def test_zero_steps_sample_and_score():
     assert torch.equal(ascent.best_rewards, ascent.rewards[0])
 
 
-def test_sample_without_gradient_stays_where_it_is():
+def test_sample_without_gradient_stays_where_it_is(caplog):
     problem = Problem()
 
     def second_only(images, prompts):
@@ -127,6 +127,10 @@ def test_sample_without_gradient_stays_where_it_is():
         assert torch.equal(noise[0], problem.noises[0][0])
         assert not torch.equal(noise[1], problem.noises[0][1])
     assert torch.stack(ascent.gradient_norms)[:, 0].tolist() == [0.0, 0.0]
+    (warning,) = caplog.records  # of the first run alone
+    assert warning.getMessage().startswith(
+        "The gradient of the reward 'second_only' is zero for samples [0], which do"
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
@@ -213,7 +217,8 @@ def test_gradient_that_is_not_finite_later_stops_with_that_runs_reward():
 
     ascent = problem.ascend(reward)
     assert (len(ascent.rewards), len(ascent.gradient_norms), len(ascent.seconds)) == (3, 2, 3)
-    assert ascent.status.startswith(f"stopped in run 2: The gradient through {STEPS} steps is not finite")
+    words = "stopped in run 2: The gradient of the reward 'reward' with respect to the images of run 2 is not finite"
+    assert ascent.status.startswith(words)
     assert torch.equal(ascent.best_rewards, torch.stack(ascent.rewards).max(0).values)
 
 
@@ -244,7 +249,7 @@ def test_gradient_that_is_not_finite_at_once_leaves_the_unguided_run():
 
     problem = Problem()
     ascent = problem.ascend(root)
-    words = f"stopped in run 0: The gradient through {STEPS} steps is not finite with AutodiffFisher"
+    words = "stopped in run 0: The gradient of the reward 'root' with respect to the images of run 0 is not finite"
     assert ascent.status.startswith(words)
     assert (len(ascent.rewards), len(ascent.gradient_norms), len(ascent.seconds)) == (1, 0, 1)
     assert torch.equal(ascent.best_noise, problem.noises[0])
@@ -337,6 +342,8 @@ def test_trial_refuses_rewards_whose_graph_is_cut(kind):
     with pytest.raises(InputError, match=message):
         check_differentiable(score, SHAPE, PROMPTS, torch.device("cpu"))
     assert SCALE.grad is None
+    with pytest.raises(InputError, match=message):  # whatever other terms have a graph
+        check_differentiable(WeightedReward((1.0, projection), (10.0, score)), SHAPE, PROMPTS, torch.device("cpu"))
 
 
 def test_messages_name_a_class_whose_object_is_the_reward():

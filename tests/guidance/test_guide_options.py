@@ -270,6 +270,21 @@ def test_tiny_autoencoder_decodes_for_the_reward_alone(pipe):
     assert bool((out.best_rewards > out.rewards[0]).any())
 
 
+def test_decoder_of_another_size_is_refused(pipe):
+    larger = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8), num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1), upsampling_scaling_factor=2, latent_channels=4,
+    )  # fmt: skip
+    calls = []
+    hook = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(
+        InputError, match=r"`decoder` makes 32x32 pixels of .* makes 16x16; give a decoder of the same"
+    ):
+        guide(pipe, decoder=larger)
+    hook.remove()
+    assert not calls
+
+
 def test_checkpointed_decoder_keeps_less_and_changes_nothing(pipe):
     kept = []
 

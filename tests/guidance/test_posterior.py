@@ -16,6 +16,7 @@ from diffusers_fisher import (
     FiniteDifferenceFisher,
     InputError,
     NumericalError,
+    OneStepFisher,
     PipelineDenoiser,
     TrajectoryError,
     UnsupportedError,
@@ -316,6 +317,12 @@ def test_run_without_the_callback_is_an_error():
         sample(pipe)
 
 
+def test_block_that_was_not_entered_says_so():
+    pipe = stable_diffusion()
+    with pytest.raises(TrajectoryError, match=r"write `with posterior_guidance\(pipe, reward\) as guidance:`"):
+        sample(pipe, posterior_guidance(pipe, reward, decode=decode))
+
+
 def test_callback_outside_of_the_block_is_an_error():
     pipe = stable_diffusion()
     with posterior_guidance(pipe, reward, decode=decode) as guidance:
@@ -365,7 +372,7 @@ BAD = {
     "nan": (lambda images, prompts: images.mean((1, 2, 3)) * torch.nan, NumericalError, "is not finite"),
     "slope": (
         lambda images, prompts: (images - images.detach()).sum((1, 2, 3)).sqrt(), NumericalError,
-        "The gradient at guided step 0 is not finite with DirectFisher",
+        "The gradient of the reward '<lambda>' with respect to the images of guided step 0 is not finite",
     ),
 }  # fmt: skip
 
@@ -465,6 +472,15 @@ def test_estimators_of_the_runs_end_are_refused():
         posterior_guidance(pipe, reward, decode=decode, estimator=EndpointFisher()) as guidance,
     ):
         sample(pipe, guidance)
+
+
+def test_estimators_of_whole_runs_are_refused():
+    pipe = stable_diffusion()
+    with (
+        pytest.raises(UnsupportedError, match="OneStepFisher takes a whole run, which a single step is not"),
+        posterior_guidance(pipe, reward, decode=decode, estimator=OneStepFisher()),
+    ):
+        pass
 
 
 def test_images_that_are_not_finite_are_named():

@@ -102,7 +102,14 @@ GUIDANCE = {
     "step size": (lambda: {"step_size": 0.0}, "`step_size` is 0.0; allowed: positive, such as 0.2"),
     "step size is NaN": (lambda: {"step_size": NAN}, "`step_size` is nan; allowed: positive"),
     "output type": (lambda: {"output_type": "latent"}, "`output_type` is 'latent'; allowed: pil, np, pt"),
-    "unknown argument": (lambda: {"promptt": "a"}, r"StableDiffusionFisherPipeline does not take \['promptt'\]"),
+    "reward of images alone": (
+        lambda: {"reward": lambda images: images.mean((1, 2, 3))},
+        r"reward '<lambda>' can't be called as reward\(images, prompts\): too many positional arguments. It must take",
+    ),
+    "reward is a name": (lambda: {"reward": "brightness"}, "reward 'str' can't be called as reward"),
+    "half a step": (lambda: {"num_guidance_steps": 1.5}, "`num_guidance_steps` is 1.5, .* whole numbers"),
+    "no decoder": (lambda: {"decoder": object()}, "`decoder` is a object; allowed: an autoencoder"),
+    "unknown argument": (lambda: {"promptt": "a"}, r"`guide` does not take `promptt`. Did you mean `prompt`"),
 }
 
 
@@ -389,21 +396,32 @@ IMAGES = {
         lambda: {"images": [Image.new("RGB", (8, 8)), Image.new("RGB", (16, 8))]},
         r"Images of one call must have one size, got \[\(8, 8, 3\), \(8, 16, 3\)\]; call once a size",
     ),
-    "no batch": (lambda: {"images": image(size=(3, 16, 16))}, r"Images are of shape \(3, 16, 16\); allowed: RGB as"),
-    "no image": (lambda: {"images": []}, r"Images are a list; allowed: RGB as PIL, array \(B, H, W, 3\) or tensor"),
+    "no batch": (lambda: {"images": image(size=(16, 16))}, r"Images are of shape \(16, 16\); allowed: RGB as"),
+    "no image": (lambda: {"images": []}, r"Images are a list \[\]; allowed: RGB as PIL, array \(B, H, W, 3\) or t"),
     "empty batch": (lambda: {"images": image(size=(0, 3, 16, 16))}, r"Images are of shape \(0, 3, 16, 16\); allowed"),
     "grey tensor": (lambda: {"images": image(size=(2, 1, 16, 16))}, r"Images are of shape \(2, 1, 16, 16\); allowed"),
-    "array by channels": (lambda: {"images": image().numpy()}, r"Images are of shape \(2, 16, 3, 16\); allowed"),
+    "array by channels": (lambda: {"images": image().numpy()}, r"Images are of shape \(2, 3, 16, 16\); allowed"),
     "file names": (lambda: {"images": ["a.png", "b.png"]}, "Images are a list of str; allowed: PIL images, arrays or"),
     "of two kinds": (
         lambda: {"images": [image()[0], Image.new("RGB", (16, 16))]}, "Images are a list of Tensor, ndarray; allowed"
     ),
-    "one name": (lambda: {"images": "a.png"}, "Images are a str; allowed: RGB as PIL"),
-    "array of objects": (lambda: {"images": numpy.array([None])}, "Images are a ndarray; allowed: RGB as PIL"),
+    "one name": (lambda: {"images": "a.png"}, "Images are a str 'a.png'; allowed: RGB as PIL"),
+    "array of objects": (lambda: {"images": numpy.array([None])}, "Images are a ndarray array.* allowed: RGB as PIL"),
     "above 1": (lambda: {"images": image(1.5)}, "values from 1.5 to 1.5; allowed: floating point in .0, 1., without"),
     "below 0": (lambda: {"images": image(-0.1)}, "values from -0.1 to -0.1; allowed: floating point in .0, 1."),
     "NaN": (lambda: {"images": image(NAN)}, "values from nan to nan; allowed: floating point in .0, 1., without NaN"),
-    "8 bits": (lambda: {"images": image().to(torch.uint8)}, "dtype torch.uint8 .* Divide 8-bit images by 255"),
+    "8 bits": (
+        lambda: {"images": image().to(torch.uint8)},
+        r"dtype torch.uint8 .* in, such as `data_range=\(0, 255\)` or \(-1, 1\)",
+    ),
+    "negative prompt": (
+        lambda: {"images": image(), "negative_prompt": "d"},
+        "`negative_prompt` is 'd'; a likelihood is without guidance, where negative prompts count for nothing",
+    ),
+    "misspelt option": (
+        lambda: {"images": image(), "num_probe": 3}, "`log_likelihood` does not take `num_probe`. Did you mean `num_p"
+    ),
+    "option of nobody": (lambda: {"images": image(), "zzz": 3}, "`log_likelihood` does not take `zzz`. It takes bins"),
     "latents' channels": (
         lambda: {"latents": latents(2, 3, 8, 8)},
         r"Latents have shape \(2, 3, 8, 8\); allowed: a tensor \(B, 4, h, w\), h and w multiples of 4",
@@ -426,6 +444,17 @@ def test_likelihood_refuses_arguments_before_any_evaluation(kind):
     pipe, arguments = make(), arguments()
     with refused(pipe, InputError, message):
         score(pipe, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["PIL", "array", "tensor"])
+def test_one_image_needs_no_batch(kind):
+    pipe, grey = make(), image(size=(3, 16, 16))
+    one = {
+        "PIL": Image.new("RGB", (16, 16), (51, 51, 51)), "array": numpy.full((16, 16, 3), 0.2, dtype=numpy.float32),
+        "tensor": torch.full_like(grey, 0.2),
+    }[kind]  # fmt: skip
+    expected = score(pipe, image(0.2, (1, 3, 16, 16)), "a b").log_prob
+    assert torch.equal(score(pipe, one, "a b").log_prob, expected)
 
 
 def test_likelihood_under_inference_mode_says_so_where_a_graph_is_needed():

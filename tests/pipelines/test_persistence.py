@@ -19,6 +19,7 @@ from diffusers_fisher import (
     StableDiffusionFisherPipeline,
     custom_pipeline_file,
     embedded_checkpoint,
+    fisher_pipeline,
     fisher_scheduler,
 )
 from diffusers_fisher.pipelines.persistence import load_parts
@@ -172,6 +173,15 @@ def test_from_pipe_shares_the_components_and_finds_the_statistics(saved):
     assert all(getattr(pipe, name) is part for name, part in stock.components.items())
     assert same_statistics(pipe)
     assert torch.equal(sample(pipe), sample(stock))
+
+
+def test_our_version_of_a_loaded_pipeline_finds_what_its_folder_has(saved, tmp_path):
+    pipe = tiny.quiet(fisher_pipeline(load(saved, DiffusionPipeline)))
+    assert type(pipe) is StableDiffusionFisherPipeline and same_statistics(pipe)
+    trained = fisher_pipeline(StableDiffusionPipeline.from_pretrained(embedded_checkpoint()))
+    assert trained.trace_model.target == "jacobian"
+    trained.save_pretrained(tmp_path)
+    assert StableDiffusionFisherPipeline.from_pretrained(tmp_path).trace_model.target == "jacobian"
 
 
 def test_stock_pipeline_from_ours_keeps_the_fisher_scheduler():

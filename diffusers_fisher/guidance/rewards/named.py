@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ...errors import InputError
+from ...errors import FisherError, InputError
 from ..checks import Reward, name_of
 from .models import AestheticReward, ClassifierReward, TextImageReward
 
@@ -43,6 +43,15 @@ def named_reward(name: str) -> Reward:
     Raises:
         InputError: another form, a module or function that is not there, a class the classifier has not.
     """
+    try:
+        return _named(name)
+    except FisherError:
+        raise
+    except (OSError, ValueError) as error:  # of transformers: not there, not reachable, not a model
+        raise InputError(f"The reward '{name}' can't be loaded: {error}") from error
+
+
+def _named(name: str) -> Reward:
     kind, _, rest = name.partition(":")
     parts = rest.split(":") if rest else []
     if kind == "classifier" and len(parts) == 2:
