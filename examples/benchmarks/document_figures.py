@@ -372,6 +372,25 @@ def likelihood_closed_forms() -> str:
     return "\n".join(lines)
 
 
+def likelihood_other_laws() -> str:
+    result = json.loads((FOLDER / "likelihood.json").read_text())["other_laws"]
+    rows = [row for row in result["by_law"] if row["scheme"] != "practice"]
+    schedules, calls = (list(dict.fromkeys(row[key] for row in rows)) for key in ("schedule", "calls"))
+    calls = [each for each in calls if each in (20, 41, 100)]
+    lines = [
+        f"{len(result['laws'])} laws, {result['draws']} draws of each, {rows[0]['scheme']}; bits/dim, mean (worst), "
+        "and the share of draws whose error by the steps is covered.", "",
+        "| law | " + " | ".join(f"{schedule}, {each}" for schedule in schedules for each in calls) + " | prior |",
+        "|---|" + "---|" * (len(schedules) * len(calls) + 1),
+    ]  # fmt: skip
+    found = {(row["law"], row["schedule"], row["calls"]): row for row in rows}
+    for law in result["laws"]:
+        chosen = [found[law, schedule, each] for schedule in schedules for each in calls]
+        cells = [f"{row['mean']:.4f} ({row['worst']:.4f}), {row['covered']:.0%}" for row in chosen]
+        lines.append(f"| {law} | " + " | ".join(cells) + f" | {chosen[0]['prior_floor']:.4f} |")
+    return "\n".join(lines)
+
+
 def likelihood_checkpoint() -> str:
     found = json.loads((FOLDER / "likelihood.json").read_text())
     result, reference = found["checkpoint"], found["reference"]
@@ -411,7 +430,12 @@ DOCUMENTS = {
     ROOT / "docs" / "estimators.md": (fisher_levels, fisher_gradients, fisher_ascents),
     ROOT / "docs" / "transport.md": (transport, transport_learned),
     ROOT / "docs" / "lml.md": (lml_cells, lml_sweep),
-    ROOT / "docs" / "likelihood.md": (likelihood_closed_forms, likelihood_checkpoint, likelihood_comparison),
+    ROOT / "docs" / "likelihood.md": (
+        likelihood_closed_forms,
+        likelihood_other_laws,
+        likelihood_checkpoint,
+        likelihood_comparison,
+    ),
     ROOT / "docs" / "dataset_likelihood.md": (
         dataset_report,
         dataset_sharing,

@@ -1,16 +1,16 @@
 """Likelihoods against closed forms, against the adaptive reference, and against each other: likelihood.json.
 
-python examples/benchmarks/likelihood.py [closed_forms] [reference] [checkpoint] [comparison]   # parts; none: all
+python examples/benchmarks/likelihood.py [closed_forms] [other_laws] [reference] [checkpoint] [comparison]
 
-The parts that are named are run anew; "checkpoint" takes the last "reference". Half an hour on one core. The
-closed forms need Fashion-MNIST (see examples/fashion_mnist.py).
+The parts that are named are run anew, all without names; "checkpoint" takes the last "reference". An hour on one core.
+The closed forms need Fashion-MNIST (see examples/fashion_mnist.py).
 """
 
 import json
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffusers
@@ -87,6 +87,28 @@ def distributions() -> dict[str, GaussianMixture]:
     }
 
 
+def other_distributions() -> dict[str, GaussianMixture]:
+    """Laws on which nothing of the grid and of the error estimate was chosen."""
+    generator = torch.Generator().manual_seed(77)
+
+    def modes(count: int, scale: float, low: float, high: float) -> GaussianMixture:
+        centres = scale * torch.randn(count, *SHAPE, dtype=torch.float64, generator=generator)
+        variances = torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64)
+        return GaussianMixture(centres, Covariance.diagonal(variances.view(-1, 1, 1, 1).expand(count, *SHAPE).clone()))
+
+    def gaussian(variance: float) -> GaussianMixture:
+        return GaussianMixture(torch.zeros(1, *SHAPE, dtype=torch.float64), Covariance.isotropic(variance, SHAPE))
+
+    return {
+        "Gaussian, variance 0.01": gaussian(0.01), "Gaussian, variance 4": gaussian(4.0),
+        "2 modes of scale 1.5, variance 0.1": modes(2, 1.5, 0.1, 0.1),
+        "3 modes of scale 1, variances 0.01 to 0.1": modes(3, 1.0, 0.01, 0.1),
+        "50 modes of scale 0.3, variances 0.003 to 0.1": modes(50, 0.3, 0.003, 0.1),
+        "20 modes of scale 2, variances 0.01 to 1": modes(20, 2.0, 0.01, 1.0),
+        "200 modes of scale 0.7, variances 0.001 to 0.01": modes(200, 0.7, 0.001, 0.01),
+    }  # fmt: skip
+
+
 def moments(law: GaussianMixture) -> dict[str, torch.Tensor]:
     """Mean and variance of every element."""
     mean = torch.einsum("k,kchw->chw", law.weights, law.means)
@@ -116,13 +138,13 @@ def practice(law: GaussianMixture, samples: torch.Tensor, scheduler: Any, calls:
     return normal.log_prob(x).flatten(1).sum(1) + integral
 
 
-def closed_forms() -> dict[str, Any]:
+def closed_forms(laws: dict[str, GaussianMixture], draws: int, schemes: Sequence[str]) -> dict[str, Any]:
     """Errors against exact densities, by scheme and calls, with the coverage of the error estimates."""
-    laws, rows = distributions(), []
+    rows = []
     for schedule, make in SCHEDULERS.items():
         scheduler = make()
         for name, law in laws.items():
-            samples = law.sample(DRAWS, torch.Generator().manual_seed(1))
+            samples = law.sample(draws, torch.Generator().manual_seed(1))
             given = moments(law)
 
             def run(calls: int, scheme: str, law=law, given=given, samples=samples, scheduler=scheduler):
@@ -137,7 +159,7 @@ def closed_forms() -> dict[str, Any]:
                 row = {"schedule": schedule, "law": name, "calls": calls, "prior_floor": float(floor.mean())}
                 peers = ((practice(law, samples, scheduler, calls) - exact) / BIT).abs()
                 rows.append({**row, "scheme": "practice", "errors": peers.tolist()})
-                for scheme in SCHEMES:
+                for scheme in schemes:
                     out = run(calls, scheme)
                     rows.append({
                         **row, "scheme": scheme,
@@ -146,14 +168,14 @@ def closed_forms() -> dict[str, Any]:
                         "estimates": (out.discretisation_error / BIT).tolist(),
                     })  # fmt: skip
             print(schedule, name, flush=True)
-    return {"laws": list(laws), "draws": DRAWS, "summary": _summary(rows), "by_law": [_by_law(row) for row in rows]}
+    return {"laws": list(laws), "draws": draws, "summary": _summary(rows), "by_law": [_by_law(row) for row in rows]}
 
 
 def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Over all laws together, by schedule, scheme and calls."""
     result = []
     for schedule in SCHEDULERS:
-        for scheme in ("practice", *SCHEMES):
+        for scheme in dict.fromkeys(row["scheme"] for row in rows):
             for calls in CALLS:
                 chosen = [
                     row for row in rows if (row["schedule"], row["scheme"], row["calls"]) == (schedule, scheme, calls)
@@ -180,6 +202,10 @@ def _joined(rows: list[dict[str, Any]], key: str) -> torch.Tensor:
 
 def _by_law(row: dict[str, Any]) -> dict[str, Any]:
     kept = {key: row[key] for key in ("schedule", "law", "scheme", "calls", "prior_floor")}
+    if row["scheme"] != "practice":
+        kept["covered"] = float(
+            (_joined([row], "estimates") >= _joined([row], "discretisation_errors")).double().mean()
+        )
     return kept | {"mean": float(_joined([row], "errors").mean()), "worst": float(_joined([row], "errors").max())}
 
 
@@ -289,7 +315,8 @@ def squared_error_likelihood_against_ode(pipe: Any, images: torch.Tensor, prompt
 
 
 PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "closed_forms": lambda found: closed_forms(),
+    "closed_forms": lambda found: closed_forms(distributions(), DRAWS, tuple(SCHEMES)),
+    "other_laws": lambda found: closed_forms(other_distributions(), DRAWS // 2, (DEFAULT_SCHEME,)),
     "reference": lambda found: reference(),
     "checkpoint": lambda found: checkpoint(found["reference"]),
     "comparison": lambda found: comparison(),
