@@ -21,7 +21,7 @@ demo: install
 	$(BIN)/diffusers-fisher demo
 
 test: install
-	$(BIN)/python -m pytest -n auto --maxprocesses 8
+	$(BIN)/python -m pytest -n logical --maxprocesses 8
 
 lint: install
 	$(BIN)/ruff check .

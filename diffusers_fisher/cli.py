@@ -109,13 +109,8 @@ def guide(
     except FisherError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
-    if summary["failed"]:
-        typer.echo(
-            f"{summary['failed']} of {summary['prompts']} prompts failed; the gallery says why, and --retry-failed "
-            "tries them again.", err=True,
-        )  # fmt: skip
-        if summary["failed"] == summary["prompts"]:
-            raise typer.Exit(1)
+    if summary["failed"] == summary["prompts"]:
+        raise typer.Exit(1)
 
 
 @app.command()

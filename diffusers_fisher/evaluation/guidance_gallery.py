@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import logging
 import math
 import statistics
 import warnings
@@ -24,6 +25,8 @@ from ..training.processes import process_state
 from ..training.trace_config import DTYPES, DenoiserSettings, load_pipeline
 from .records import Records, item_keys, shard
 from .report import Page, save_picture
+
+logger = logging.getLogger(__name__)
 
 PICTURES = "pictures"
 SHOWN = 100  # prompts on the page, whose pictures it holds
@@ -131,10 +134,16 @@ def run_gallery(
             _guide_batch(work, todo[begin : begin + memory.batch_size])
     state.wait_for_everyone()
     collected = records.collected(item_keys(len(prompts)))
+    summary = _summary(collected)
     if state.is_main_process:
         write_gallery(records.folder, collected, settings)
         print(f"The gallery is {(records.folder / 'index.html').resolve()}", flush=True)
-    return _summary(collected)
+        if summary["failed"]:
+            logger.warning(
+                "%d of %d prompts failed: the gallery says why, and --retry-failed tries them again.",
+                summary["failed"], summary["prompts"],
+            )  # fmt: skip
+    return summary
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -101,7 +101,7 @@ def test_finished_run_recomputes_nothing(done, monkeypatch):
     assert run_gallery(folder / "out", folder / "prompts.txt", SETTINGS, other) == summary
 
 
-def test_a_prompt_whose_numbers_are_not_finite_spoils_no_other(done, tmp_path, monkeypatch):
+def test_a_prompt_whose_numbers_are_not_finite_spoils_no_other(done, tmp_path, monkeypatch, caplog):
     make = guidance_gallery.named_reward
 
     def blind(name):
@@ -118,6 +118,7 @@ def test_a_prompt_whose_numbers_are_not_finite_spoils_no_other(done, tmp_path, m
         assert found[key]["rewards"] == pytest.approx(expected[key]["rewards"], rel=1e-4)
     assert found["00001"]["prompt"] == PROMPTS[1] and "is not finite" in found["00001"]["failed"]
     assert (summary["prompts"], summary["failed"]) == (3, 1)
+    assert "1 of 3 prompts failed: the gallery says why, and --retry-failed" in caplog.text
     assert "Without a result: a photo of a bag. The reward" in (tmp_path / "out" / "index.html").read_text()
     monkeypatch.setattr(guidance_gallery, "named_reward", make)
     for retry_failed in (False, True):
