@@ -189,6 +189,7 @@ def test_comparison_leaves_everything_as_it_was():
         ({"prompts": []}, r"`prompts` is \[\]; allowed: a list"),
         ({"prompts": ["a"], "method": "elbo"}, "`method` is 'elbo'; allowed: squared error, ode"),
         ({"prompts": ["a"], "num_levels": 3}, "`num_levels` is 3; allowed: even, at least 4"),
+        ({"prompts": ["a"], "num_levels": 0}, "`num_levels` is 0; allowed: even, at least 4"),
         ({"prompts": ["a"], "guidance_scale": 4.0}, r"`guidance_scale` is 4\.0; a likelihood is at 1\.0"),
         ({"prompt": ["a"]}, "`compare_likelihood` takes its prompts as `prompts`"),
         ({"prompts": ["a"], "prompt": "b", "method": "ode"}, "`compare_likelihood` takes its prompts as `prompts`"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ SQUARED_ERROR_OPTIONS = ("prior_mean", "prior_variance", "bins")
 
 def compared_likelihoods(
     pipe: Any,
-    score: functools.partial[LikelihoodOutput],
+    score: Callable[..., LikelihoodOutput],
     images: Any,
     prompts: Sequence[Any] | None,
     latents: torch.Tensor | None,
@@ -33,7 +32,7 @@ def compared_likelihoods(
     """See `FisherPipelineMixin.compare_likelihood`, whose `log_likelihood` is `score`."""
     if method not in METHODS:
         raise InputError(f"`method` is {method!r}; allowed: {', '.join(METHODS)}.")
-    _check_options(pipe, score.func, method, num_levels, options)
+    _check_options(pipe, score, method, num_levels, options)
     candidates = [None] if prompts is None else prompts
     if isinstance(candidates, str) or not len(candidates):
         raise InputError(f"`prompts` is {prompts!r}; allowed: a list of at least one, each for all images.")
@@ -49,7 +48,8 @@ def compared_likelihoods(
         errors = torch.stack([row.discretisation_error for row in rows])
         draws = [row.prior_log_prob + row.trace_by_probe for row in rows]
     else:
-        rows = _squared_errors(pipe, samples, candidates, num_levels or NUM_LEVELS, generator, options)
+        count = NUM_LEVELS if num_levels is None else num_levels
+        rows = _squared_errors(pipe, samples, candidates, count, generator, options)
         errors = torch.zeros(len(rows), len(samples), dtype=torch.float64)
         draws = [row.contributions for row in rows]
     return LikelihoodComparison(

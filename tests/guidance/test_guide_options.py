@@ -69,6 +69,20 @@ def test_first_images_and_held_out_rewards_are_of_the_runs(pipe):
     assert torch.equal(without.rewards, out.rewards)
 
 
+def test_output_is_told_in_words(pipe):
+    out = guide(pipe, held_out_reward=brightness)
+    held_out = torch.stack([out.held_out_rewards[out.rewards[:, index].argmax(), index] for index in range(2)])
+    before, best = float(out.held_out_rewards[0].mean()), float(held_out.mean())
+    assert str(out).splitlines() == [
+        "Guidance of 2 samples, completed",
+        f"  reward    {float(out.rewards[0].mean()):.4g} before, {float(out.best_rewards.mean()):.4g} at its best, on "
+        "average, in 3 runs",
+        f"  held out  {before:.4g} before, {best:.4g} at the best reward",
+        f"  cost      {float(out.seconds.sum()):.1f} s, {out.num_denoiser_calls} denoiser calls",
+    ]
+    assert "held out" not in str(guide(pipe))
+
+
 def test_held_out_reward_is_tried_before_the_network_is_called(pipe):
     calls = []
     hook = pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(None))
