@@ -395,8 +395,8 @@ def likelihood_checkpoint() -> str:
     found = json.loads((FOLDER / "likelihood.json").read_text())
     result, reference = found["checkpoint"], found["reference"]
     lines = [
-        f"{result['images']} test images. The reference took {reference['calls']} calls with 256 products each, and "
-        f"is off by up to {reference['error']:.4f} bits/dim by its tolerance.", "",
+        f"{result['images']} test images. The reference took up to {reference['calls']} calls with 256 products "
+        f"each, and is off by up to {reference['error']:.4f} bits/dim by its tolerance.", "",
         "| what | calls | mean error | worst | estimated error by the steps | standard error of the probes |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
