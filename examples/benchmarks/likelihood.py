@@ -1,6 +1,6 @@
 """Likelihoods against closed forms, against the adaptive reference, and each other: likelihood.json.
 
-python examples/benchmarks/likelihood.py [closed_forms] [other_laws] [reference] [checkpoint] [comparison]
+python examples/benchmarks/likelihood.py [closed_forms|other_laws|reference|checkpoint|trace_model|comparison ...]
 
 The parts that are named are run anew, all without names; "checkpoint" takes the last "reference". Two hours.
 The closed forms need Fashion-MNIST (see examples/fashion_mnist.py).
@@ -49,6 +49,7 @@ BIT = math.prod(SHAPE) * math.log(2)  # nats of one bit/dim
 DRAWS = 32
 CALLS = (11, 20, 41, 100)
 NUM_IMAGES = 16
+MORE_IMAGES = 32  # of which the trace model is held against whole Jacobians alone
 GROUP = 4  # images that share the reference's steps, which the worst of them decides
 SCHEDULERS: dict[str, Callable[[], Any]] = {
     "Stable Diffusion": lambda: diffusers.DDIMScheduler(
@@ -217,11 +218,11 @@ def _pipe() -> tuple[Any, torch.Tensor, torch.Tensor]:
     return pipe, images, labels
 
 
-def _problem() -> tuple[Any, torch.Tensor, list[str]]:
+def _problem(count: int = NUM_IMAGES) -> tuple[Any, torch.Tensor, list[str]]:
     """The pipeline, latents of the first test images, and their prompts."""
     pipe, images, labels = _pipe()
-    prompts = [embedded_prompt(int(label)) for label in labels[:NUM_IMAGES]]
-    return pipe, pipe._latents_to_score(images[:NUM_IMAGES], None), prompts
+    prompts = [embedded_prompt(int(label)) for label in labels[:count]]
+    return pipe, pipe._latents_to_score(images[:count], None), prompts
 
 
 def reference() -> dict[str, Any]:
@@ -280,6 +281,30 @@ def checkpoint(known: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def trace_model() -> dict[str, Any]:
+    """DF-TM against the whole Jacobian at the same 40 calls, image by image."""
+    pipe, latents, prompts = _problem(MORE_IMAGES)
+
+    def score(first: int, estimator: Any) -> torch.Tensor:
+        group = slice(first, first + GROUP)
+        out = pipe.log_likelihood(
+            latents=latents[group], prompt=prompts[group], num_inference_steps=39, num_probes=None, estimator=estimator
+        )
+        print(f"{out.trace}: {first + GROUP} images", flush=True)
+        return out.log_prob
+
+    learned, exact = TraceMatchingFisher(pipe.trace_model), AutodiffFisher(chunk_size=64)
+    found, expected = (
+        torch.cat([score(first, estimator) for first in range(0, MORE_IMAGES, GROUP)])
+        for estimator in (learned, exact)
+    )
+    errors = (found - expected) / BIT
+    return {
+        "images": MORE_IMAGES, "calls": 40, "errors": errors.tolist(), "mean": float(errors.abs().mean()),
+        "worst": float(errors.abs().max()), "within_0.05": int((errors.abs() < 0.05).sum()),
+    }  # fmt: skip
+
+
 def comparison() -> dict[str, Any]:
     """Prompts ranked for test images by squared errors with shared draws, and what sharing is worth."""
     pipe, images, labels = _pipe()
@@ -326,6 +351,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "other_laws": lambda found: closed_forms(other_distributions(), DRAWS // 2, (DEFAULT_SCHEME,)),
     "reference": lambda found: reference(),
     "checkpoint": lambda found: checkpoint(found["reference"]),
+    "trace_model": lambda found: trace_model(),
     "comparison": lambda found: comparison(),
 }
 
