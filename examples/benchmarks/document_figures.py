@@ -410,7 +410,8 @@ def likelihood_checkpoint() -> str:
     lines += [
         "", f"A network in bfloat16 changes the likelihood by {difference:.4f} bits/dim on average. Of "
         f"{more['images']} test images DF-TM is within 0.05 bits/dim of the whole Jacobian at the same "
-        f"{more['calls']} calls for {more['within_0.05']}: {more['mean']:.4f} on average, {more['worst']:.4f} at most.",
+        f"{more['calls']} calls for {more['within_0.05']}: {more['mean']:.4f} on average, "
+        f"{more['worst']:.4f} at most.",
     ]  # fmt: skip
     return "\n".join(lines)
 
