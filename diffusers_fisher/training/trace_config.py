@@ -117,6 +117,8 @@ class TraceMatchingConfig:
         path_images: images whose ways are taken, the first of the training data; integrated before the first step.
         path_change: share of those that are made unlike the data (inverted, noised, turned, ...), and of captions that
             are exchanged, so that likelihoods of unusual images are right as well.
+        squared_weight: of (r - y)^2, added to the loss of r, in which relative errors count: more of it makes r more
+            exact where it is neither near 0 nor near 1, which is where likelihoods have most of their error.
         caption_dropout: share of captions that are left out.
         prior_samples: samples from which the prior's statistics are taken.
         trackers: of accelerate, such as ["tensorboard"].
@@ -135,6 +137,7 @@ class TraceMatchingConfig:
     on_path: float = 0.5
     path_images: int = 512
     path_change: float = 0.5
+    squared_weight: float = 0.0
     caption_dropout: float = 0.1
     prior_samples: int = 1024
     trackers: list = dataclasses.field(default_factory=list)
@@ -179,6 +182,11 @@ class TraceMatchingConfig:
             raise InputError(
                 f"The config's numbers can't be used: {wrong or 'ema_decay, learning_rate or max_gradient_norm'} too "
                 "small; allowed: positive (levels and prior_samples from 2), and ema_decay from 0 to below 1."
+            )
+        most = 0 if self.target == "norm" else 1e6  # the paper's loss for "norm" is a squared error already
+        if not 0 <= self.squared_weight <= most:
+            raise InputError(
+                f"squared_weight is {self.squared_weight}; allowed with target {self.target!r}: from 0 to {most:g}."
             )
         if not 0 <= o.warmup_steps < o.steps:
             raise InputError(

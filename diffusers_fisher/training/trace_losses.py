@@ -12,6 +12,7 @@ of one pixel is NPR of Bao et al., 2206.07309):
 Losses are Bregman divergences, so the minimum is at E[y|x_t] whatever the law of y. "residual" and "jacobian" take
 the Itakura-Saito divergence (the negative log-likelihood of a Gamma variable, which y nearly is) on both sides,
 log r + y/r + log(1-r) + (1-y)/(1-r): relative errors of r at large noise and of 1 - r at small noise count alike.
+A likelihood integrates r itself over log(sigma/alpha); (r - y)^2, another such divergence, can be added for it.
 
 Every draw depends on the seed, the step and the sample's place in the global batch alone, so neither the number of
 processes nor a resumption changes it.
@@ -197,7 +198,9 @@ def scale_free_loss(logits: torch.Tensor, target: torch.Tensor, floor: float = 0
     return _one_sided(torch.sigmoid(logits), target, floor) + _one_sided(torch.sigmoid(-logits), 1 - target, floor)
 
 
-def trace_loss(output: FisherTraceOutput, target: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
+def trace_loss(
+    output: FisherTraceOutput, target: torch.Tensor, floor: float = 0.0, squared_weight: float = 0.0
+) -> torch.Tensor:
     """The loss of every sample, (B,): squared error for second moments, `scale_free_loss` for r.
 
     For a diagonal it is that of the mean, so that the trace is right, plus the mean over coordinates of
@@ -205,6 +208,7 @@ def trace_loss(output: FisherTraceOutput, target: torch.Tensor, floor: float = 0
 
     Args:
         target: (B,), or (B, ...) for a diagonal.
+        squared_weight: of (r - y)^2 of the trace, which is added to the loss of r.
 
     Raises:
         InputError: a target of another shape than the model's output.
@@ -220,10 +224,11 @@ def trace_loss(output: FisherTraceOutput, target: torch.Tensor, floor: float = 0
     if output.logits is None:
         return (prediction - target).square()
     if prediction.ndim == 1:
-        return scale_free_loss(prediction, target, floor)
+        squared = (torch.sigmoid(prediction) - target).square()
+        return scale_free_loss(prediction, target, floor) + squared_weight * squared
     r, rest, y = (each.flatten(1) for each in (torch.sigmoid(prediction), torch.sigmoid(-prediction), target))
     means = _one_sided(r.mean(1), y.mean(1), floor) + _one_sided(rest.mean(1), 1 - y.mean(1), floor)
-    return means + _one_sided(r, y, floor).mean(1)
+    return means + _one_sided(r, y, floor).mean(1) + squared_weight * (r.mean(1) - y.mean(1)).square()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,20 +238,25 @@ class TraceObjective:
     Args:
         target, basis: of the model; `basis` None for models of the trace alone.
         estimator: for "jacobian": gives v^T J v, such as `AutodiffFisher(denoiser)`.
+        squared_weight: see `trace_loss`.
     """
 
     target: str
     basis: str | None
     estimator: FisherEstimator | None = None
+    squared_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.target == "jacobian" and self.estimator is None:
             raise InputError("Target 'jacobian' needs an estimator, such as AutodiffFisher(denoiser).")
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], estimator: FisherEstimator | None = None) -> TraceObjective:
+    def of(
+        cls, config: Mapping[str, Any], estimator: FisherEstimator | None = None, squared_weight: float = 0.0
+    ) -> TraceObjective:
         """For a model with this config. Raises `InputError` for target "jacobian" without an estimator."""
-        return cls(config["target"], config["basis"] if config["output"] == "diagonal" else None, estimator)
+        basis = config["basis"] if config["output"] == "diagonal" else None
+        return cls(config["target"], basis, estimator, squared_weight)
 
     def __call__(
         self,
@@ -275,7 +285,7 @@ class TraceObjective:
         target = self.targets(state, clean, draw)
         given = trace_inputs(state if with_features else dataclasses.replace(state, features=None))
         output = model(**given, pooled=None if pooled is None else draw.repeat(pooled))
-        losses = trace_loss(output, target, FLOORS.get(self.target, 0.0))
+        losses = trace_loss(output, target, FLOORS.get(self.target, 0.0), self.squared_weight)
         if not bool(torch.isfinite(losses).all()):
             raise NumericalError(f"The loss is not finite at log(sigma/alpha) {draw.log_noise.tolist()}.")
         return losses

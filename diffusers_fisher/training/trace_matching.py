@@ -246,7 +246,8 @@ class TraceMatching:
                 config.optimisation.batch_size, part,
             )  # fmt: skip
         denoiser = self.space.denoiser(captions, piece.samples, draw.copies)
-        objective = TraceObjective.of(self.model.config, jacobian_estimator(config, denoiser) if jacobian else None)
+        estimator = jacobian_estimator(config, denoiser) if jacobian else None
+        objective = TraceObjective.of(self.model.config, estimator, config.squared_weight)
         pooled = None
         if self.model.config["pooled_channels"]:
             pooled = self.pipe._pooled(denoiser.call_arguments)[: len(samples)]  # the draw repeats it

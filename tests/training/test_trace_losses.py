@@ -186,6 +186,16 @@ def test_loss_counts_relative_errors_alike_at_both_ends():
     assert max(costs) < 1.03 * min(costs)
 
 
+@pytest.mark.parametrize("shape", [(), IMAGE])
+def test_squared_weight_adds_the_squared_error_of_the_trace(shape):
+    generator = seeded()
+    output = FisherTraceOutput(logits=torch.randn(3, *shape, generator=generator))
+    target = torch.rand(3, *shape, generator=generator)
+    added = trace_loss(output, target, 1e-2, squared_weight=100.0) - trace_loss(output, target, 1e-2)
+    r, y = (each.view(3, -1).mean(1) for each in (torch.sigmoid(output.logits), target))
+    assert torch.allclose(added, 100 * (r - y).square(), atol=1e-5)  # float32 differences of losses of a few units
+
+
 @pytest.mark.parametrize("kind", ["trace", "diagonal", "norm"])
 def test_loss_is_least_at_the_truth_on_gaussian_data(kind):
     """The mean loss over posterior draws, as a function of a shift of the model's output."""
@@ -206,8 +216,9 @@ def test_loss_is_least_at_the_truth_on_gaussian_data(kind):
                 output = FisherTraceOutput(second_moment=exact.second_moment + shift)
             else:
                 output = FisherTraceOutput(logits=exact.logits + shift)
-            losses[shift] = float(trace_loss(output, target).mean())
-        assert losses[0.0] < min(losses[-0.1], losses[0.1])
+            losses[shift] = [float(trace_loss(output, target, 0.0, weight).mean()) for weight in (0.0, 100.0)]
+        for weight in (0, 1):
+            assert losses[0.0][weight] < min(losses[-0.1][weight], losses[0.1][weight])
 
 
 def test_gradient_at_the_truth_vanishes_on_average():

@@ -89,6 +89,13 @@ def test_training_learns(tmp_path):
     assert losses[-1] < losses[0] - 0.1
 
 
+def test_squared_weight_takes_part(tmp_path):
+    """Its gradient is not the other loss's, so neither are the parameters."""
+    plain = trace_runs.config_of(tmp_path)
+    weighted = dataclasses.replace(plain, output=str(tmp_path / "weighted"), squared_weight=100.0)
+    assert not torch.equal(parameters(train(plain)), parameters(train(weighted)))
+
+
 def test_features_that_a_denoiser_does_not_show(tmp_path, monkeypatch):
     config = trace_runs.config_of(tmp_path, model={"features": True})
     compiled = dataclasses.replace(config.denoiser, compile=True)
@@ -267,6 +274,14 @@ def unknown_scheduler():
         "unknown key": ({"optimisation": {"lr": 1.0}}, r"unknown keys \['lr'\]"),
         "patches": ({"model": {"patch_size": 3}}, "multiples of the trace model's `patch_size`, 3"),
         "warm-up": ({"optimisation": {"warmup_steps": -1}}, r"warmup_steps is -1; allowed: from 0 to below .*\(6\)"),
+        "negative weight": (
+            {"squared_weight": -1.0},
+            r"squared_weight is -1\.0; allowed with target 'residual': from 0",
+        ),
+        "weight of a squared error": (
+            {"target": "norm", "squared_weight": 1.0},
+            r"squared_weight is 1\.0; allowed with target 'norm': from 0 to 0",
+        ),
         "long warm-up": ({"optimisation": {"warmup_steps": 6}}, "warmup_steps is 6; allowed"),
         "unknown tracker": ({"trackers": ["tensorboards"]}, "trackers has 'tensorboards'; installed here: "),
         "tracker not installed": ({"trackers": ["clearml"]}, "trackers has 'clearml'; installed here: "),
