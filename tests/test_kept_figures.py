@@ -81,6 +81,7 @@ def test_likelihoods_of_the_embedded_checkpoint_are_the_references():
     assert rows[f"{DEFAULT_SCHEME}, Jacobian trace", 40]["worst"] < 0.02
     (trace_model,) = (row for (what, _), row in rows.items() if "DF-TM" in what)
     assert found["checkpoint"]["images"] >= 16 and trace_model["worst"] < 0.05
+    assert found["trace_model"]["images"] >= 32 and found["trace_model"]["worst"] < 0.05
 
 
 def test_likelihoods_of_a_dataset_do_not_depend_on_how_it_is_shared():
