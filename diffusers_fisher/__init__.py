@@ -11,14 +11,15 @@ __version__ = "0.1.0"
 _HOMES = {
     ".checkpoints": ("EMBEDDED_CLASSES", "embedded_checkpoint", "embedded_prompt", "embedded_test_images"),
     ".denoiser": ("PipelineDenoiser",),
+    ".distributions": ("Covariance", "DCTBasis", "DiracMixture", "GaussianMixture"),
     ".errors": (
         "CheckpointError", "CoarseGridWarning", "FisherError", "InputError", "NumericalError", "TrajectoryError",
         "UnsupportedError",
     ),
     ".fisher": (
-        "AutodiffFisher", "Covariance", "DCTBasis", "DiracMixture", "DirectFisher", "EndpointFisher", "Estimate",
-        "ExactFisher", "FiniteDifferenceFisher", "FisherEstimator", "FisherOperator", "GaussianFisher",
-        "GaussianMixture", "OneStepFisher", "Probes", "TraceCorrectedFisher", "TraceMatchingFisher",
+        "AutodiffFisher", "DirectFisher", "EndpointFisher", "Estimate", "ExactFisher", "FiniteDifferenceFisher",
+        "FisherEstimator", "FisherOperator", "GaussianFisher", "OneStepFisher", "Probes", "TraceCorrectedFisher",
+        "TraceMatchingFisher",
         "centred_endpoint_error_bound", "endpoint_error_bound", "norm_trace_error_bound", "residual_trace_error_bound",
     ),
     ".guidance": (
@@ -28,7 +29,7 @@ _HOMES = {
     ),
     ".likelihood": ("LikelihoodComparison", "LikelihoodOutput", "SquaredErrorOutput"),
     ".models": ("FisherTraceModel",),
-    ".noise": ("NoiseLevel", "noise_level"),
+    ".noise": ("DenoisingState", "NoiseLevel", "noise_level"),
     ".pictures": ("fisher_pictures", "trace_plot"),
     ".pipelines": (
         "DDIMFisherPipeline", "DDPMFisherPipeline", "DiTFisherPipeline", "FisherPipelineMixin", "FluxFisherPipeline",
@@ -46,8 +47,7 @@ _HOMES = {
         "FisherLCMScheduler", "FisherLMSDiscreteScheduler", "FisherPNDMScheduler", "FisherSASolverScheduler",
         "FisherTCDScheduler", "FisherUniPCMultistepScheduler",
     ),
-    ".schedulers.lml": ("LMLDDIMScheduler", "LMLDPMSolverMultistepScheduler", "LMLFlowMatchEulerDiscreteScheduler"),
-    ".state": ("DenoisingState",),
+    ".studies.lml": ("LMLDDIMScheduler", "LMLDPMSolverMultistepScheduler", "LMLFlowMatchEulerDiscreteScheduler"),
     "diffusers": ("ModelMixin", "SchedulerMixin"),  # diffusers' loader asks a component's module for these names
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

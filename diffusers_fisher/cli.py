@@ -47,7 +47,7 @@ def transport(
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
 ) -> None:
     """Is the probability-flow ODE's map an optimal transport map? Under a minute; minutes more with --learned."""
-    from .evaluation.transport_study import parse_points, run_study
+    from .studies.transport_study import parse_points, run_study
 
     try:
         run_study(output, runs, parse_points(points), learned, seed)
@@ -152,8 +152,8 @@ def likelihood(
     """Log-likelihoods of a dataset. Begins again where it was stopped; `accelerate launch` shares it out."""
     from .data import ImageData
     from .evaluation.dataset_likelihood import DatasetSettings, evaluate_dataset
+    from .jobs.pipelines import DenoiserSettings
     from .likelihood import DEFAULT_SCHEME
-    from .training.trace_config import DenoiserSettings
 
     images = ImageData(
         data, data_name, split, data_revision, image_column, caption_column, resolution, streaming, limit

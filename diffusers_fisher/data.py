@@ -19,7 +19,7 @@ import torch
 
 from .errors import CheckpointError, InputError
 from .files import read_json
-from .pipelines.inputs import eight_bit
+from .images import eight_bit
 
 logger = logging.getLogger(__name__)
 

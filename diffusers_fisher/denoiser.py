@@ -11,8 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from .errors import InputError, NumericalError, UnsupportedError
 from .features import recorded
-from .noise import NoiseLevel, input_scale, noise_level, prediction_of
-from .state import DenoisingState
+from .noise import DenoisingState, NoiseLevel, input_scale, noise_level, prediction_of
 
 
 @contextlib.contextmanager
@@ -99,6 +98,15 @@ class Denoiser(abc.ABC):
         return DenoisingState(
             x, output.to(x.dtype), self.level(timestep), self.prediction, timestep, features=self._features
         )
+
+    @property
+    def network(self) -> torch.nn.Module | None:
+        """The network behind the denoiser; None where there is none, as for closed forms."""
+        return None
+
+    def pooled_condition(self) -> torch.Tensor | None:
+        """One vector per sample, (B, width), that stands for what the samples are conditioned on; None without."""
+        return None
 
     def level(self, timestep: Any) -> NoiseLevel:
         """Noise level of the model's input at `timestep`."""
@@ -195,7 +203,7 @@ class PipelineDenoiser(Denoiser):
         attributes = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}, **self.encoding()}
         arguments = {**self._size_arguments(x), **self.call_arguments}
         latents = x.to(self._latents_dtype())
-        with borrowed(self.pipe, **attributes), recorded(self._network()) as features:
+        with borrowed(self.pipe, **attributes), recorded(self.network) as features:
             result = call(
                 self.pipe, latents=latents, num_inference_steps=1, output_type="latent", return_dict=False, **arguments
             )
@@ -237,12 +245,19 @@ class PipelineDenoiser(Denoiser):
             return arguments.get("true_cfg_scale", 1.0) > 1  # the other scale is an input of the network
         return self.guidance_scale > 1
 
-    def _network(self) -> Any:
+    @property
+    def network(self) -> Any:
+        """The pipeline's `unet` or `transformer`."""
         found = (getattr(self.pipe, name, None) for name in ("unet", "transformer"))
         return next((part for part in found if part is not None), None)  # compiled ones have no truth value
 
+    def pooled_condition(self) -> torch.Tensor | None:
+        """See `Denoiser.pooled_condition`; of our pipelines alone."""
+        pooled_of = getattr(self.pipe, "_pooled", None)
+        return None if pooled_of is None else pooled_of(self.call_arguments)
+
     def _latents_dtype(self) -> torch.dtype:
-        network = self._network()
+        network = self.network
         return (self.pipe if network is None else network).dtype
 
     def _size_arguments(self, x: torch.Tensor) -> dict[str, int]:

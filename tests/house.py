@@ -107,21 +107,22 @@ def module_name(file: Path, root: Path = ROOT) -> str:
 
 
 def imports(trees: Mapping[Path, ast.Module], root: Path = ROOT) -> dict[str, set[str]]:
-    """Which modules of the package each module imports, inside functions too, for type checkers alone not."""
+    """Which modules of the package each module imports: inside functions and for type checkers too. The package's own
+    __init__ is left out: it names everything and is imported by nothing but for the version."""
     names = {module_name(file, root) for file in trees}
     found: dict[str, set[str]] = {}
     for file, tree in trees.items():
         name = module_name(file, root)
+        if name == PACKAGE:
+            continue
         package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-        found[name] = {module for module in _imported(tree, package, names) if module != name}
+        found[name] = {module for module in _imported(tree, package, names) if module not in (name, PACKAGE)}
     return found
 
 
 def _imported(tree: ast.AST, package: str, names: set[str]) -> Iterator[str]:
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            yield from (each for child in node.orelse for each in _imported(child, package, names))
-        elif isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom):
             parts = package.split(".")
             base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
             module = ".".join(part for part in (base, node.module or "") if part)
@@ -191,7 +192,9 @@ def main(root: Path = ROOT) -> None:
     print(f"longest file {longest.relative_to(root)}: {len(longest.read_text(encoding='utf-8').splitlines())} lines")
     print("longest functions " + ", ".join(f"{name} {count}" for count, name in bodies[:3]))
     print(f"functions of 60 lines or more: {sum(count >= 60 for count, _ in bodies)}")
-    print("more than ten parameters: " + (", ".join(f"{name} {count}" for count, name in wide if count > 10) or "none"))
+    print(
+        "more than ten parameters: " + (", ".join(f"{name} {count}" for count, name in wide if count > 10) or "none")
+    )
     print(f"Any in {len(known)} annotations: {bare} bare ({bare / len(known):.1%}), {any_at_all} in all "
           f"({any_at_all / len(known):.1%})")  # fmt: skip
     print(f"circles of files: {circles(files) or 'none'}")

@@ -78,7 +78,7 @@ def test_imports_are_light():
         "from diffusers_fisher import EMBEDDED_CLASSES, InputError, embedded_prompt": {"torch", "diffusers"},
         "import diffusers_fisher.cli": {"torch", "diffusers"},
         "from diffusers_fisher import DirectFisher, DenoisingState, noise_level": {"diffusers"},
-        "import diffusers_fisher.testing, diffusers_fisher.likelihood, diffusers_fisher.training.config": set(),
+        "import diffusers_fisher.testing, diffusers_fisher.likelihood, diffusers_fisher.jobs.config": set(),
         "from diffusers_fisher import PipelineDenoiser": set(),
     }
     never = {"transformers", "accelerate", "matplotlib", "scipy"}

@@ -7,7 +7,7 @@ import tiny
 import yaml
 from image_folders import image_folder, saved_pipeline
 
-from diffusers_fisher.training.config import load_config
+from diffusers_fisher.jobs.config import load_config
 from diffusers_fisher.training.trace_config import TraceMatchingConfig
 
 

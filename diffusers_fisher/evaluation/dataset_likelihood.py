@@ -17,16 +17,16 @@ from ..data import Example, ImageData, Images, ImageStream, UnreadableImageError
 from ..errors import CoarseGridWarning, InputError, NumericalError
 from ..files import read_json, write_json
 from ..fisher import AutodiffFisher, FiniteDifferenceFisher, FisherEstimator
+from ..jobs.config import flat_settings
+from ..jobs.identity import images_digest, pipeline_digests, row_digest
+from ..jobs.pipelines import DTYPES, DenoiserSettings, load_pipeline
+from ..jobs.processes import process_state
+from ..jobs.records import SETTINGS, Records, shard
+from ..jobs.seeds import step_generator
 from ..likelihood import DEFAULT_SCHEME, LikelihoodOutput
 from ..likelihood.schemes import scheme_of
 from ..pipelines import FisherPipelineMixin
-from ..training.checkpoints import flat_settings
-from ..training.processes import process_state
-from ..training.state import step_generator
-from ..training.trace_config import DTYPES, DenoiserSettings, load_pipeline
 from .dataset_likelihood_report import FILE, Collected, write_results
-from .digests import images_digest, pipeline_digests, row_digest
-from .records import SETTINGS, Records, shard
 
 ESTIMATORS = ("auto", "trace-model", "autodiff", "finite-difference")
 ATTEMPTS = 64  # refused images after which settings are given up with which not one could be evaluated

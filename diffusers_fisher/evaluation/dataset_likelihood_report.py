@@ -15,9 +15,9 @@ import torch
 from ..data import Images, ImageStream
 from ..errors import CheckpointError
 from ..files import atomic_path, save_figure, write_json
+from ..jobs.pages import Page
+from ..jobs.records import Records
 from ..likelihood.solver import COARSE
-from .records import Records
-from .report import Page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

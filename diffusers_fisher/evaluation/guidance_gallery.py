@@ -19,12 +19,12 @@ from ..errors import CoarseGridWarning, InputError, NumericalError, UnsupportedE
 from ..files import save_figure
 from ..fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDifferenceFisher
 from ..guidance import GuidanceOutput, named_reward
-from ..guidance.adjoint import COMPLETED
 from ..guidance.movers import optimizer_factory
-from ..training.processes import process_state
-from ..training.trace_config import DTYPES, DenoiserSettings, load_pipeline
-from .records import Records, item_keys, shard
-from .report import Page, save_picture
+from ..guidance.noise_ascent import COMPLETED
+from ..jobs.pages import Page, save_picture
+from ..jobs.pipelines import DTYPES, DenoiserSettings, load_pipeline
+from ..jobs.processes import process_state
+from ..jobs.records import Records, item_keys, shard
 
 logger = logging.getLogger(__name__)
 

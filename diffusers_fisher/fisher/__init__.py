@@ -7,11 +7,10 @@ from .bounds import (
     norm_trace_error_bound,
     residual_trace_error_bound,
 )
-from .covariance import Covariance, DCTBasis
 from .direct import DirectFisher
 from .endpoint import EndpointFisher
 from .estimate import Estimate, Probes, antithetic, gaussian, orthogonal, rademacher
-from .exact import DiracMixture, ExactFisher, GaussianMixture
+from .exact import ExactFisher
 from .finite_difference import FiniteDifferenceFisher
 from .gaussian_data import GaussianFisher, TraceCorrectedFisher
 from .one_step import OneStepFisher
@@ -20,9 +19,6 @@ from .trace_matching import TraceMatchingFisher
 
 __all__ = [
     "AutodiffFisher",
-    "Covariance",
-    "DCTBasis",
-    "DiracMixture",
     "DirectFisher",
     "EndpointFisher",
     "Estimate",
@@ -32,7 +28,6 @@ __all__ = [
     "FisherMatrixOperator",
     "FisherOperator",
     "GaussianFisher",
-    "GaussianMixture",
     "ModelFisherOperator",
     "OneStepFisher",
     "Probes",

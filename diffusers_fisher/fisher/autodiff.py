@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, UnsupportedError
-from ..noise import expand
-from ..state import DenoisingState
+from ..noise import DenoisingState, expand
 from .operator import FisherOperator, ModelFisherOperator
 
 

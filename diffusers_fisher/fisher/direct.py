@@ -2,8 +2,7 @@
 
 import torch
 
-from ..noise import expand
-from ..state import DenoisingState
+from ..noise import DenoisingState, expand
 from .numerics import per_sample
 from .operator import FisherOperator
 

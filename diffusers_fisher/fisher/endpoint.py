@@ -3,8 +3,7 @@
 import torch
 
 from ..errors import InputError
-from ..noise import expand
-from ..state import DenoisingState
+from ..noise import DenoisingState, expand
 from .numerics import dot, per_sample
 from .operator import FisherOperator
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..noise import expand
-from ..state import DenoisingState
-from .distributions import Distribution, GaussianMixture, Posterior
+from ..distributions import Distribution, Posterior
+from ..noise import DenoisingState, expand
 from .operator import FisherOperator
-from .points import DiracMixture
-
-__all__ = ["DiracMixture", "ExactFisher", "ExactOperator", "GaussianMixture"]
 
 
 class ExactFisher:

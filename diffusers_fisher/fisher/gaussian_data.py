@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from ..distributions.banks import BANK_SUFFIXES, as_bank
+from ..distributions.covariance import Covariance, DCTBasis, EigenBasis, ShiftedCovariance
 from ..errors import CheckpointError, InputError, UnsupportedError
 from ..files import load_tensors, save_tensors
-from ..state import DenoisingState
-from .banks import BANK_SUFFIXES, as_bank
-from .covariance import Covariance, DCTBasis, EigenBasis, ShiftedCovariance
+from ..noise import DenoisingState
 from .operator import CombinedOperator, FisherMatrixOperator
 
 Samples = torch.Tensor | Iterable[torch.Tensor] | str | os.PathLike

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..noise import expand
-from ..state import DenoisingState
+from ..noise import DenoisingState, expand
 from .direct import DirectFisher, DirectOperator
 from .finite_difference import FiniteDifferenceFisher
 

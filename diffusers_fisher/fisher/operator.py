@@ -14,8 +14,7 @@ from typing import Protocol
 import torch
 
 from ..errors import InputError, NumericalError, UnsupportedError
-from ..noise import expand
-from ..state import DenoisingState
+from ..noise import DenoisingState, expand
 from .estimate import Estimate, Probes
 from .numerics import conjugate_gradients, dot, extreme_eigenpairs, per_sample
 

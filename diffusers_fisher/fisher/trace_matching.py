@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..distributions.covariance import DCTBasis
 from ..errors import InputError
-from ..noise import expand
-from ..state import DenoisingState
-from .covariance import DCTBasis
+from ..noise import DenoisingState, expand
 from .numerics import per_sample
 from .operator import FisherOperator
 

@@ -1,7 +1,7 @@
 """Guidance by differentiable rewards."""
 
-from .adjoint import GuidanceOutput, ascend_noise
 from .checks import Reward
+from .noise_ascent import GuidanceOutput, ascend_noise
 from .posterior import PosteriorGuidance, posterior_guidance
 from .rewards import (
     AestheticReward,

@@ -20,9 +20,7 @@ from ..errors import InputError, NumericalError, TrajectoryError, UnsupportedErr
 from ..fisher.binding import check_trace_models
 from ..fisher.direct import DirectFisher
 from ..fisher.operator import FisherEstimator
-from ..noise import NoiseLevel, SchedulerFamily, expand, noise_level, scheduler_family
-from ..state import DenoisingState, state_of
-from .adjoint import COMPLETED
+from ..noise import DenoisingState, NoiseLevel, SchedulerFamily, expand, noise_level, scheduler_family, state_of
 from .checks import (
     Reward,
     check_differentiable,
@@ -33,6 +31,7 @@ from .checks import (
     unit,
     watch_gradient,
 )
+from .noise_ascent import COMPLETED
 
 logger = logging.getLogger(__name__)
 

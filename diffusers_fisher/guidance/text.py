@@ -12,8 +12,7 @@ from ..denoiser import PipelineDenoiser
 from ..errors import InputError, UnsupportedError
 from ..fisher.autodiff import AutodiffFisher
 from ..fisher.operator import FisherEstimator
-from ..noise import expand
-from ..state import DenoisingState
+from ..noise import DenoisingState, expand
 
 
 class TextEmbedding:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..distributions.covariance import DCTBasis
 from ..errors import InputError
-from ..fisher.covariance import DCTBasis
 
 VARIANCE_FLOOR = 1e-6  # of the mean variance: coordinates that never vary must not have an infinite logarithm
 

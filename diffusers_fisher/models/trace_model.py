@@ -22,8 +22,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, BaseOutput
 from ..errors import CheckpointError, InputError
 from ..files import atomic_path, check_safetensors, read_json, save_tensors
 from ..fisher.trace_matching import LOG_NOISE_RANGE, noise_shares
-from ..noise import NoiseLevel, expand
-from ..state import DenoisingState
+from ..noise import DenoisingState, NoiseLevel, expand
 from .card import model_card
 from .encoders import FeatureEncoder, ImageEncoder, NoiseEmbedding, PixelHead, SpectralHead, TokenEncoder, TraceHead
 from .fingerprint import check_fingerprint, denoiser_fingerprint

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..images import UNIT_RANGE
 from ..likelihood import LikelihoodOutput
 from ..likelihood.comparison import METHODS, LikelihoodComparison
 from ..likelihood.squared_error import squared_error_log_likelihood
-from .inputs import UNIT_RANGE, check_arguments
+from .inputs import check_arguments
 
 NUM_LEVELS = 64
 SQUARED_ERROR_OPTIONS = ("prior_mean", "prior_variance", "bins")

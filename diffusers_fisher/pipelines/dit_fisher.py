@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from diffusers import DiTPipeline
 
-from ..guidance.adjoint import GuidanceOutput
 from ..guidance.checks import Reward
+from ..guidance.noise_ascent import GuidanceOutput
 from ..likelihood import LikelihoodOutput
 from .conditions import class_conditions
 from .given_latents import call_with_latents

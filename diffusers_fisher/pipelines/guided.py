@@ -17,9 +17,9 @@ from ..fisher.binding import bound, each_part, parts_of
 from ..fisher.finite_difference import FiniteDifferenceFisher
 from ..fisher.one_step import OneStepFisher
 from ..fisher.operator import FisherEstimator
-from ..guidance.adjoint import VARIABLES, GuidanceOutput, NoiseAscent, ascend_noise
 from ..guidance.checks import Reward, check_differentiable
 from ..guidance.movers import optimizer_factory
+from ..guidance.noise_ascent import VARIABLES, GuidanceOutput, NoiseAscent, ascend_noise
 from ..guidance.text import TextEmbedding, TextGradientEstimator
 from ..schedulers.mixin import fisher_scheduler
 from .inputs import check_guidance

@@ -15,15 +15,16 @@ from ..errors import InputError, UnsupportedError
 from ..fisher.autodiff import AutodiffFisher
 from ..fisher.operator import FisherEstimator
 from ..fisher.trace_matching import TraceMatchingFisher
-from ..guidance.adjoint import GuidanceOutput
 from ..guidance.checks import Reward
 from ..guidance.movers import OptimizerFactory
+from ..guidance.noise_ascent import GuidanceOutput
+from ..images import UNIT_RANGE
 from ..likelihood import DEFAULT_SCHEME, LikelihoodOutput, log_likelihood
 from ..likelihood.comparison import LikelihoodComparison
 from .compared import compared_likelihoods
 from .conditions import NEGATIVE_PROMPTS, text_conditions
 from .guided import GuidanceOptions, bound, guided_images, parts_of
-from .inputs import UNIT_RANGE, check_arguments, check_likelihood
+from .inputs import check_arguments, check_likelihood
 from .parts import CheckpointParts
 
 

@@ -9,8 +9,8 @@ import torch
 
 from ..autoencoder import decoded, images_of
 from ..errors import InputError, UnsupportedError
+from ..images import UNIT_RANGE, image_tensor
 from ..noise import SchedulerFamily, scheduler_family
-from .inputs import UNIT_RANGE, image_tensor
 
 if TYPE_CHECKING:
     from typing import Any as _Stock  # a stock pipeline class, which the mixins stand before

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import InputError
-from ..guidance.adjoint import GuidanceOutput
 from ..guidance.checks import Reward
+from ..guidance.noise_ascent import GuidanceOutput
 from ..likelihood import LikelihoodOutput
 from .mixin import FisherPipelineMixin
 

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import InputError, NumericalError, TrajectoryError
 from ..fisher.operator import FisherEstimator, FisherOperator
-from ..state import DenoisingState, state_of
+from ..noise import DenoisingState, state_of
 
 CHANGED_LATENTS = ("refuse", "additive")
 

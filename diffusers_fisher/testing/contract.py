@@ -12,8 +12,7 @@ from ..errors import FisherError, InputError, UnsupportedError
 from ..fisher.estimate import Estimate, gaussian, rademacher
 from ..fisher.numerics import per_sample
 from ..fisher.operator import FisherEstimator, FisherOperator
-from ..noise import NoiseLevel
-from ..state import DenoisingState
+from ..noise import DenoisingState, NoiseLevel
 
 NUM_PROBES, SKETCH = 4, 2  # of one estimate
 

@@ -23,12 +23,13 @@ from tqdm.auto import tqdm
 from ..data import LATENT_INDEX, Images, ImageStream, UnreadableImageError, open_images, shard_name
 from ..errors import FisherError, InputError
 from ..files import check_writable, load_tensors, read_json, save_tensors, write_json
+from ..jobs.config import load_config
+from ..jobs.pipelines import load_pipeline
+from ..jobs.processes import process_state
 from .checkpoints import TrainingFolder, writing
-from .config import load_config
 from .pieces import batched, data_note
-from .processes import process_state
 from .samples import SampleSpace
-from .trace_config import TraceMatchingConfig, load_pipeline
+from .trace_config import TraceMatchingConfig
 
 logger = get_logger(__name__)
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from ..errors import CheckpointError, InputError
 from ..files import atomic_path, read_json, write_json
+from ..jobs.config import flat_settings
 from ..models import fingerprint_differences
 from .state import load_training_state, save_training_state
 
@@ -227,11 +228,3 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterab
     """In words, entries that differ; missing ones are None."""
     pairs = ((key, before.get(key), now.get(key)) for key in keys)
     return [f"{key} was {old!r}, is {new!r}" for key, old, new in pairs if old != new]
-
-
-def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings with keys "section.key"."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat

@@ -18,13 +18,12 @@ import torch
 from ..errors import CoarseGridWarning
 from ..files import load_tensors, save_tensors
 from ..fisher.direct import DirectFisher, DirectOperator
+from ..jobs.seeds import step_generator
 from ..likelihood import log_likelihood
-from ..noise import expand
-from ..state import DenoisingState
+from ..noise import DenoisingState, expand
 from .changes import changed
 from .pieces import Piece
 from .samples import SampleSpace, without
-from .state import step_generator
 from .trace_losses import TraceDraw
 
 STEPS = (8, 10, 12)  # of the integrations, so that many noise levels are met; images count for more than levels

@@ -6,7 +6,7 @@ import math
 import torch
 
 from ..errors import InputError
-from .state import step_generator
+from ..jobs.seeds import step_generator
 
 
 @dataclasses.dataclass

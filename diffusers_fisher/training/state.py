@@ -1,6 +1,7 @@
 """Resumable training state in safetensors: parameters, optimizer moments, moving averages and the step.
 
-Randomness needs no saving: training code draws from `step_generator`, which depends only on the seed and the step.
+Randomness needs no saving: training code draws from `jobs.seeds.step_generator`, which depends only on the
+seed and the step.
 """
 
 import os
@@ -10,14 +11,6 @@ import torch
 
 from ..errors import CheckpointError
 from ..files import load_tensors, save_tensors
-
-
-def step_generator(seed: int, *keys: int | str) -> torch.Generator:
-    """A CPU generator determined by `seed` and `keys`, so that a resumed run draws what an unbroken one would."""
-    import hashlib
-
-    digest = hashlib.sha256(repr((seed, *keys)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def save_training_state(

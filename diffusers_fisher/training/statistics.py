@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ..fisher.gaussian_data import GaussianFisher
+from ..jobs.seeds import step_generator
 from ..models import FisherTraceModel
 from ..models.encoders import FEATURE_LEVELS
 from ..noise import log_noise_to_signal_range
 from .pieces import Piece
 from .samples import SampleSpace
-from .state import step_generator
 from .trace_config import TraceMatchingConfig
 from .trace_losses import TraceDraw, noised_state
 

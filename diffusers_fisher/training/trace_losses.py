@@ -27,14 +27,13 @@ from typing import Any
 import torch
 
 from ..denoiser import Denoiser
+from ..distributions.covariance import DCTBasis
 from ..errors import InputError, NumericalError
-from ..fisher.covariance import DCTBasis
 from ..fisher.numerics import dot
 from ..fisher.operator import FisherEstimator, FisherOperator
+from ..jobs.seeds import step_generator
 from ..models import FisherTraceOutput, trace_inputs
-from ..noise import expand, log_noise_to_signal_at, log_noise_to_signal_range, timestep_at
-from ..state import DenoisingState
-from .state import step_generator
+from ..noise import DenoisingState, expand, log_noise_to_signal_at, log_noise_to_signal_range, timestep_at
 
 FLOORS = {"residual": 1e-3, "jacobian": 1e-2}
 """Added to both sides of the scale-free loss: smaller r and 1 - r count by their absolute error. Probes of a learned

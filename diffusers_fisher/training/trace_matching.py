@@ -32,19 +32,20 @@ from ..files import check_writable, write_json
 from ..fisher.autodiff import AutodiffFisher
 from ..fisher.finite_difference import FiniteDifferenceFisher
 from ..fisher.operator import FisherEstimator
+from ..jobs.config import flat_settings, load_config
+from ..jobs.pipelines import load_pipeline
+from ..jobs.processes import WAIT, uses_cpu
+from ..jobs.seeds import step_generator
 from ..models import FisherTraceModel
 from ..noise import log_noise_to_signal_range, timestep_at
 from .cache_latents import space_fingerprint
-from .checkpoints import TrainingFolder, flat_settings
-from .config import load_config
+from .checkpoints import TrainingFolder
 from .paths import Paths, follow_paths
 from .pieces import Piece, Share, TrainingData, data_note
-from .processes import WAIT, uses_cpu
 from .samples import SampleSpace, without
 from .schedule import learning_rate
-from .state import step_generator
 from .statistics import fit_features, fit_prior
-from .trace_config import TraceMatchingConfig, check_trackers, load_pipeline, make_trace_model
+from .trace_config import TraceMatchingConfig, check_trackers, make_trace_model
 from .trace_losses import TraceObjective, draw_trace_batch
 from .trace_validation import Validation, plot_validation, validate
 

@@ -12,11 +12,11 @@ import torch
 from ..files import save_figure
 from ..fisher.autodiff import AutodiffFisher
 from ..fisher.estimate import rademacher
+from ..jobs.seeds import step_generator
 from ..models import FisherTraceModel
 from ..noise import log_noise_to_signal_range
 from .pieces import Piece
 from .samples import SampleSpace
-from .state import step_generator
 from .trace_config import TraceMatchingConfig
 from .trace_losses import TraceDraw, noised_state, residual_target
 

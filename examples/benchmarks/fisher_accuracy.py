@@ -32,9 +32,9 @@ from diffusers_fisher import (
     embedded_prompt,
 )
 from diffusers_fisher.files import save_figure
-from diffusers_fisher.guidance.adjoint import ascend_noise
 from diffusers_fisher.guidance.checks import checked_reward
-from diffusers_fisher.state import DenoisingState
+from diffusers_fisher.guidance.noise_ascent import ascend_noise
+from diffusers_fisher.noise import DenoisingState
 from diffusers_fisher.testing import OracleDenoiser
 
 STEPS, SCALES, LEVELS, ITERATIONS, STEP_SIZE = (10, 25, 50), (1.0, 5.0), 12, 5, 0.2

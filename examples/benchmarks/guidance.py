@@ -34,10 +34,10 @@ from diffusers_fisher import (
     embedded_test_images,
     posterior_guidance,
 )
-from diffusers_fisher.evaluation.records import Records
 from diffusers_fisher.files import check_writable, save_figure
 from diffusers_fisher.guidance import ascend_noise
 from diffusers_fisher.guidance.checks import checked_reward
+from diffusers_fisher.jobs.records import Records
 
 EXACT = ("stored graph", "per-step recomputation")
 LEFT_OUT = "guidance left out"  # ends the names of methods that are followed with the first reward alone

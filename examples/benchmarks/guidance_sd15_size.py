@@ -31,7 +31,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from guidance_methods import DEFAULT, Methods
 
 from diffusers_fisher import LinearReward
-from diffusers_fisher.evaluation.records import Records
+from diffusers_fisher.jobs.records import Records
 
 METHODS = (
     "floor", DEFAULT, "direct", "gaussian", "endpoint, centred", "finite difference",

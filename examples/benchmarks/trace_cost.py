@@ -29,7 +29,7 @@ from diffusers_fisher import (
     StableDiffusionFisherPipeline,
     TraceMatchingFisher,
 )
-from diffusers_fisher.training.config import load_config
+from diffusers_fisher.jobs.config import load_config
 from diffusers_fisher.training.trace_config import TraceMatchingConfig, make_trace_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

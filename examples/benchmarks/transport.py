@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import FOLDER, save
 
-from diffusers_fisher.evaluation.transport_study import run_study
+from diffusers_fisher.studies.transport_study import run_study
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ import torch
 from diffusers import AutoencoderTiny, DDIMScheduler
 
 from diffusers_fisher import AestheticReward, StableDiffusionFisherPipeline, TextImageReward
-from diffusers_fisher.evaluation.report import Page, save_picture
 from diffusers_fisher.files import check_writable
+from diffusers_fisher.jobs.pages import Page, save_picture
 
 
 def parser() -> argparse.ArgumentParser:

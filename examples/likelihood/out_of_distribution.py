@@ -19,9 +19,9 @@ import torch
 from scipy.stats import rankdata
 
 from diffusers_fisher import StableDiffusionFisherPipeline, embedded_checkpoint, embedded_prompt
-from diffusers_fisher.evaluation.digests import pipeline_digests
-from diffusers_fisher.evaluation.records import Records
 from diffusers_fisher.files import save_figure
+from diffusers_fisher.jobs.identity import pipeline_digests
+from diffusers_fisher.jobs.records import Records
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fashion_mnist

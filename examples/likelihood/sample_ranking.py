@@ -20,10 +20,10 @@ from diffusers_fisher import (
     embedded_checkpoint,
     embedded_prompt,
 )
-from diffusers_fisher.evaluation.digests import pipeline_digests
-from diffusers_fisher.evaluation.records import Records
-from diffusers_fisher.evaluation.report import save_picture
 from diffusers_fisher.guidance import ClassifierReward
+from diffusers_fisher.jobs.identity import pipeline_digests
+from diffusers_fisher.jobs.pages import save_picture
+from diffusers_fisher.jobs.records import Records
 
 BATCH = 50
 STEPS = 24

@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification
 
 from diffusers_fisher import CoarseGridWarning, StableDiffusionFisherPipeline, embedded_checkpoint, embedded_prompt
-from diffusers_fisher.evaluation.digests import pipeline_digests
-from diffusers_fisher.evaluation.records import Records
 from diffusers_fisher.guidance import ImageInput
-from diffusers_fisher.training.state import step_generator
+from diffusers_fisher.jobs.identity import pipeline_digests
+from diffusers_fisher.jobs.records import Records
+from diffusers_fisher.jobs.seeds import step_generator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fashion_mnist

@@ -26,9 +26,9 @@ from diffusers_fisher.data import ImageData, open_images
 from diffusers_fisher.evaluation import dataset_likelihood
 from diffusers_fisher.evaluation.dataset_likelihood import DatasetSettings, evaluate_dataset
 from diffusers_fisher.evaluation.dataset_likelihood_report import Collected
-from diffusers_fisher.evaluation.records import Records
-from diffusers_fisher.training.state import step_generator
-from diffusers_fisher.training.trace_config import DenoiserSettings
+from diffusers_fisher.jobs.pipelines import DenoiserSettings
+from diffusers_fisher.jobs.records import Records
+from diffusers_fisher.jobs.seeds import step_generator
 
 AGREEMENT = 1e-5  # bits/dim: float32 sums of other orders, through a network
 STEPS = 2

@@ -25,7 +25,7 @@ from diffusers_fisher import (
 from diffusers_fisher.cli import app
 from diffusers_fisher.evaluation import guidance_gallery
 from diffusers_fisher.evaluation.guidance_gallery import GallerySettings, Memory, run_gallery
-from diffusers_fisher.training.trace_config import DenoiserSettings, load_pipeline
+from diffusers_fisher.jobs.pipelines import DenoiserSettings, load_pipeline
 
 PROMPTS = ["a photo of a sneaker", "a photo of a bag", "a photo of a coat"]
 SETTINGS = GallerySettings(

@@ -4,8 +4,7 @@ import torch
 from cases import ORACLES, Network, SchedulerCase, latents
 
 from diffusers_fisher import DenoisingState, FisherOperator, NoiseLevel, noise_level
-from diffusers_fisher.noise import Prediction, input_scale
-from diffusers_fisher.state import state_of
+from diffusers_fisher.noise import Prediction, input_scale, state_of
 from diffusers_fisher.testing import MixtureOracle, OracleDenoiser
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}

@@ -15,8 +15,8 @@ from diffusers_fisher import (
     TraceCorrectedFisher,
     UnsupportedError,
 )
+from diffusers_fisher.distributions.covariance import Covariance, DCTBasis
 from diffusers_fisher.files import save_tensors
-from diffusers_fisher.fisher.covariance import Covariance, DCTBasis
 from diffusers_fisher.noise import Prediction
 
 SHAPE = (3, 2, 4)

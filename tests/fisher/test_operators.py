@@ -16,8 +16,7 @@ from diffusers_fisher import (
     FisherOperator,
     noise_level,
 )
-from diffusers_fisher.noise import expand, input_scale, prediction_of
-from diffusers_fisher.state import state_of
+from diffusers_fisher.noise import expand, input_scale, prediction_of, state_of
 from diffusers_fisher.testing import OracleDenoiser
 
 from .problems import COORDINATES, Problem, apply

@@ -26,8 +26,8 @@ from diffusers_fisher import (
 )
 from diffusers_fisher.likelihood import log_likelihood, reference_log_likelihood
 from diffusers_fisher.noise import Prediction
+from diffusers_fisher.studies.transport import denoiser_field
 from diffusers_fisher.testing import MixtureOracle, OracleDenoiser, check_fisher
-from diffusers_fisher.transport import denoiser_field
 
 KINDS = {
     "diagonal": (IMAGE, "pixel", {"output": "diagonal"}),

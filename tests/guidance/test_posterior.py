@@ -22,7 +22,7 @@ from diffusers_fisher import (
     UnsupportedError,
     posterior_guidance,
 )
-from diffusers_fisher.state import state_of
+from diffusers_fisher.noise import state_of
 
 PROMPTS = ["a b", "c"]
 WEIGHTS = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)

@@ -26,10 +26,10 @@ from diffusers_fisher import (
     posterior_guidance,
 )
 from diffusers_fisher.features import output_norm, recorded
+from diffusers_fisher.jobs.pipelines import DenoiserSettings
 from diffusers_fisher.noise import timestep_at
 from diffusers_fisher.pipelines.persistence import load_trace_model
 from diffusers_fisher.training.trace_config import (
-    DenoiserSettings,
     ModelSettings,
     TraceMatchingConfig,
     TraceOptimisation,

@@ -28,8 +28,7 @@ from diffusers_fisher import (
     FisherOperator,
     fisher_scheduler,
 )
-from diffusers_fisher.noise import expand
-from diffusers_fisher.state import state_of
+from diffusers_fisher.noise import expand, state_of
 
 ALL_CASES = CASES + CHURNED_CASES + OUTSIDE_CASES
 ADJOINT = 1e-10  # float64: the same products in another order, measured up to 1e-14

@@ -14,10 +14,10 @@ from PIL import Image
 
 from diffusers_fisher import CheckpointError, InputError
 from diffusers_fisher.data import CachedLatents, open_images
+from diffusers_fisher.jobs.pipelines import load_pipeline
 from diffusers_fisher.training import cache_latents as module
 from diffusers_fisher.training.cache_latents import cache_latents
 from diffusers_fisher.training.samples import SampleSpace
-from diffusers_fisher.training.trace_config import load_pipeline
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from diffusers_fisher.jobs.seeds import step_generator
 from diffusers_fisher.training import changes
-from diffusers_fisher.training.state import step_generator
 
 WAYS = ["_inverted", "_noised", "_turned", "_blurred", "_mixed", "_shuffled", "_faded", "_plain"]
 

@@ -24,9 +24,9 @@ from diffusers_fisher import (
     TraceMatchingFisher,
 )
 from diffusers_fisher.files import load_tensors
+from diffusers_fisher.jobs.config import load_config
 from diffusers_fisher.training import trace_matching
 from diffusers_fisher.training.cache_latents import cache_latents
-from diffusers_fisher.training.config import load_config
 from diffusers_fisher.training.trace_config import TraceMatchingConfig
 from diffusers_fisher.training.trace_matching import train
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_fisher.evaluation.report import Page, save_picture
+from diffusers_fisher.jobs.pages import Page, save_picture
 
 
 class Reader(HTMLParser):

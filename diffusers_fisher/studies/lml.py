@@ -22,8 +22,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from ..errors import InputError
 from ..fisher.numerics import dot, per_sample
 from ..fisher.operator import FisherMatrixOperator
-from ..noise import expand
-from ..state import DenoisingState, state_of
+from ..noise import DenoisingState, expand, state_of
 
 OPTIONS = {"lml_lambda": 1.0, "lml_kappa": 0.1, "lml_freeze": 0.0}
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from diffusers_fisher import CheckpointError, InputError
-from diffusers_fisher.evaluation.records import Records, item_keys, shard
+from diffusers_fisher.jobs.records import Records, item_keys, shard
 
 SETTINGS = {"steps": 3, "prompts": ["a", "b"], "scale": 2.0}
 
@@ -100,7 +100,7 @@ def test_shards_are_a_partition(processes):
 
 WRITER = """
 import sys
-from diffusers_fisher.evaluation.records import Records
+from diffusers_fisher.jobs.records import Records
 records = Records(sys.argv[1], {})
 print("ready", flush=True)
 for index in range(10**6):

@@ -13,7 +13,7 @@ from trace_cases import GaussianData
 
 from diffusers_fisher import StableDiffusionFisherPipeline
 from diffusers_fisher.data import ImageData, open_images
-from diffusers_fisher.evaluation.digests import images_digest, pipeline_digests
+from diffusers_fisher.jobs.identity import images_digest, pipeline_digests
 
 
 def make():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import trace_runs
 
-from diffusers_fisher.training.processes import uses_cpu
+from diffusers_fisher.jobs.processes import uses_cpu
 from diffusers_fisher.training.trace_matching import make_accelerator
 
 

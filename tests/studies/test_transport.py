@@ -24,17 +24,7 @@ from diffusers_fisher import (
     UnsupportedError,
 )
 from diffusers_fisher.cli import app
-from diffusers_fisher.evaluation.transport_study import (
-    MatrixOperator,
-    gaussian_map,
-    learned_map,
-    parse_points,
-    report_learned,
-    run_study,
-    two_dimensional_cases,
-)
-from diffusers_fisher.testing import MixtureOracle, OracleDenoiser
-from diffusers_fisher.transport import (
+from diffusers_fisher.studies.transport import (
     SCHEDULES,
     Adaptive,
     FixedSteps,
@@ -48,6 +38,16 @@ from diffusers_fisher.transport import (
     off_diagonal_asymmetry,
     transport_map,
 )
+from diffusers_fisher.studies.transport_study import (
+    MatrixOperator,
+    gaussian_map,
+    learned_map,
+    parse_points,
+    report_learned,
+    run_study,
+    two_dimensional_cases,
+)
+from diffusers_fisher.testing import MixtureOracle, OracleDenoiser
 
 QUICK = Adaptive(1e-7)
 CASES = {case.name: case for case in two_dimensional_cases()}

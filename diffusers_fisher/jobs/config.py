@@ -4,7 +4,7 @@ import dataclasses
 import os
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,3 +88,11 @@ def _change(values: Any, change: str) -> None:
         values[key] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"The change '{change}' has a value that is no YAML: {error}") from error
+
+
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with keys "section.key"."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
-from .errors import InputError
-from .noise import NoiseLevel, Prediction, expand, input_scale, noise_level, prediction_of
+from ..errors import InputError
+from .level import NoiseLevel, expand
+from .prediction import Prediction
+from .schedules import input_scale, noise_level, prediction_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,9 @@ from diffusers_fisher.noise import (
     log_noise_to_signal_at,
     log_noise_to_signal_range,
     prediction_of,
+    state_of,
     timestep_at,
 )
-from diffusers_fisher.state import state_of
 
 UNCLIPPED = [case for case in CASES + OUTSIDE_CASES if not {"clip_sample", "thresholding"} & set(case.changes)]
 # Their tables and sigmas are float32 and 1 - alphas_cumprod cancels: measured up to 2e-6 of the sample's size.

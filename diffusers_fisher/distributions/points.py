@@ -24,7 +24,7 @@ import torch
 from ..errors import InputError
 from ..noise import NoiseLevel
 from .banks import Bank, TensorBank, as_bank
-from .distributions import (
+from .mixtures import (
     DEFAULT_MEMORY,
     NEGLIGIBLE,
     Distribution,

@@ -6,7 +6,6 @@ Notation: x_t = alpha_t x_0 + sigma_t eps, eps ~ N(0, I); s = sigma/alpha is the
 variance-preserving and flow-matching schedulers, x_t/alpha_t for k-diffusion style and EDM ones.
 """
 
-import dataclasses
 import enum
 import functools
 import math
@@ -14,7 +13,9 @@ from typing import Any
 
 import torch
 
-from .errors import InputError, UnsupportedError
+from ..errors import InputError, UnsupportedError
+from .level import NoiseLevel
+from .prediction import PREDICTION_TYPES, Prediction
 
 
 class SchedulerFamily(enum.Enum):
@@ -57,8 +58,6 @@ FAMILIES = {
 }
 """Scheduler family by class name; subclasses inherit their parent's."""
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
-
 
 def scheduler_family(scheduler: Any) -> SchedulerFamily:
     """The family of `scheduler`.
@@ -73,117 +72,6 @@ def scheduler_family(scheduler: Any) -> SchedulerFamily:
         f"Noise levels of {type(scheduler).__name__} are not known; supported schedulers: {', '.join(FAMILIES)}, and "
         "subclasses of these. Use one of them, such as FisherDDIMScheduler.from_config(scheduler.config)."
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class NoiseLevel:
-    """One noise level, or one a sample.
-
-    Args:
-        alpha: float64 tensor, shape () or (B,); factor on the clean sample.
-        sigma: float64 tensor, same shape; standard deviation of the noise.
-    """
-
-    alpha: torch.Tensor
-    sigma: torch.Tensor
-
-    @classmethod
-    def from_log_noise_to_signal(cls, log_s: torch.Tensor) -> "NoiseLevel":
-        """The variance-preserving level with log(sigma/alpha) = `log_s`; infinite values are allowed."""
-        log_s = torch.as_tensor(log_s, dtype=torch.float64)
-        return cls(torch.sigmoid(-2 * log_s).sqrt(), torch.sigmoid(2 * log_s).sqrt())
-
-    @property
-    def noise_to_signal(self) -> torch.Tensor:
-        """s = sigma/alpha; infinite where alpha is 0."""
-        return self.sigma / self.alpha
-
-    @property
-    def log_noise_to_signal(self) -> torch.Tensor:
-        """log(sigma/alpha)."""
-        return self.sigma.log() - self.alpha.log()
-
-    @property
-    def norm(self) -> torch.Tensor:
-        """sqrt(alpha^2 + sigma^2): 1 for variance-preserving levels."""
-        return torch.hypot(self.alpha, self.sigma)
-
-    def scaled(self, factor: torch.Tensor | float) -> "NoiseLevel":
-        """The level of the same sample multiplied by `factor`."""
-        return NoiseLevel(self.alpha * factor, self.sigma * factor)
-
-
-def expand(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Shapes a level's coefficient to multiply `like` (B, ...) without widening its dtype."""
-    if value.ndim == 0:
-        return value.to(like.device, like.dtype)
-    if value.shape != like.shape[:1]:
-        raise InputError(f"A noise level a sample was given for {len(value)} samples, but the batch has {len(like)}.")
-    return value.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """What the raw model output means, as affine relations between sample, output, epsilon and x_0.
-
-    Epsilon and x_0 are each obtained from the raw output, never one from the other, because alpha = 0 exists.
-
-    Args:
-        kind: one of `PREDICTION_TYPES`, or "edm" for an output behind EDM's preconditioning (Karras et al., 2022).
-        sigma_data: EDM's data standard deviation.
-        edm_kind: EDM's own prediction type, "epsilon" or "v_prediction", which decides the sign of the output.
-    """
-
-    kind: str
-    sigma_data: float = 0.5
-    edm_kind: str = "epsilon"
-
-    def epsilon_coefficients(self, level: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor]:
-        """(a, b) with epsilon = a * sample + b * output."""
-        alpha, sigma, norm = level.alpha, level.sigma, level.norm
-        if self.kind == "epsilon":
-            return torch.zeros_like(alpha), torch.ones_like(alpha)
-        if self.kind == "v_prediction":
-            return sigma / norm**2, alpha / norm
-        if self.kind == "flow_prediction":
-            return 1 / (alpha + sigma), alpha / (alpha + sigma)
-        skip, out = self.original_coefficients(level)
-        return (1 - alpha * skip) / sigma, -alpha * out / sigma
-
-    def original_coefficients(self, level: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor]:
-        """(a, b) with x_0 = a * sample + b * output; infinite for epsilon prediction at alpha = 0."""
-        alpha, sigma, norm = level.alpha, level.sigma, level.norm
-        if self.kind == "epsilon":
-            return 1 / alpha, -sigma / alpha
-        if self.kind == "sample":
-            return torch.zeros_like(alpha), torch.ones_like(alpha)
-        if self.kind == "v_prediction":
-            return alpha / norm**2, -sigma / norm
-        if self.kind == "flow_prediction":
-            return 1 / (alpha + sigma), -sigma / (alpha + sigma)
-        return self._edm_coefficients(level)
-
-    def output_coefficients(self, level: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(a, b, c) with output = a * epsilon + b * x_0 + c * sample; none divides by alpha."""
-        alpha, sigma, norm = level.alpha, level.sigma, level.norm
-        zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-        if self.kind == "epsilon":
-            return one, zero, zero
-        if self.kind == "sample":
-            return zero, one, zero
-        if self.kind == "v_prediction":
-            return alpha / norm, -sigma / norm, zero
-        if self.kind == "flow_prediction":
-            return one, -one, zero
-        skip, out = self._edm_coefficients(level)
-        return zero, 1 / out, -skip / out
-
-    def _edm_coefficients(self, level: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor]:
-        """EDM's c_skip and c_out, for a sample carried as x/alpha (alpha = 1) or scaled by the level's alpha."""
-        noise_to_signal = level.sigma / level.alpha
-        total = noise_to_signal**2 + self.sigma_data**2
-        sign = -1.0 if self.edm_kind == "v_prediction" else 1.0
-        return self.sigma_data**2 / total / level.alpha, sign * noise_to_signal * self.sigma_data / total.sqrt()
 
 
 def prediction_of(scheduler: Any) -> Prediction:

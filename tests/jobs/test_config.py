@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_fisher import InputError
-from diffusers_fisher.training.config import build_config, load_config
+from diffusers_fisher.jobs.config import build_config, load_config
 
 
 @dataclasses.dataclass

@@ -8,7 +8,6 @@ import diffusers
 import pytest
 import torch
 from cases import ORACLE_SHAPE, ORACLES, relative
-from test_likelihood import BIT, draws, exact, likelihood, moments, vp, without_prior
 
 from diffusers_fisher import (
     AutodiffFisher,
@@ -33,6 +32,7 @@ from diffusers_fisher.likelihood import (
 )
 from diffusers_fisher.likelihood.schemes import noise_grid, quadrature_weights, step_weights
 from diffusers_fisher.testing import OracleDenoiser
+from likelihood.test_likelihood import BIT, draws, exact, likelihood, moments, vp, without_prior
 
 ONE = torch.ones((), dtype=torch.float64)
 

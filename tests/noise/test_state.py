@@ -8,8 +8,7 @@ import torch
 from cases import latents
 
 from diffusers_fisher import DenoisingState, InputError, NoiseLevel, noise_level
-from diffusers_fisher.noise import Prediction, input_scale
-from diffusers_fisher.state import state_of
+from diffusers_fisher.noise import Prediction, input_scale, state_of
 
 
 def level_of(alpha, sigma):

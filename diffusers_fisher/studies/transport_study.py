@@ -13,14 +13,13 @@ from tqdm.auto import tqdm
 
 from ..checkpoints import EMBEDDED_CLASSES, embedded_checkpoint, embedded_prompt
 from ..denoiser import PipelineDenoiser
+from ..distributions import Covariance, GaussianMixture
 from ..errors import InputError
 from ..files import atomic_path, check_writable, save_figure, write_json
 from ..fisher.autodiff import AutodiffFisher
-from ..fisher.covariance import Covariance
-from ..fisher.exact import GaussianMixture
 from ..fisher.operator import FisherMatrixOperator, FisherOperator
-from ..state import DenoisingState
-from ..transport import (
+from ..noise import DenoisingState
+from .transport import (
     SCHEDULES,
     FixedSteps,
     Schedule,

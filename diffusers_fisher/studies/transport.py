@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from .denoiser import Denoiser
-from .errors import InputError, NumericalError, UnsupportedError
-from .fisher.binding import bound
-from .fisher.operator import FisherEstimator, FisherOperator
-from .noise import NoiseLevel, expand, log_noise_to_signal_range, timestep_at
+from ..denoiser import Denoiser
+from ..errors import InputError, NumericalError, UnsupportedError
+from ..fisher.binding import bound
+from ..fisher.operator import FisherEstimator, FisherOperator
+from ..noise import NoiseLevel, expand, log_noise_to_signal_range, timestep_at
 
 DENSE_LIMIT = 4096
 """Largest dimension of one sample whose whole Jacobian is carried."""

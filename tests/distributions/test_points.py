@@ -4,13 +4,12 @@ import numpy
 import pytest
 import torch
 from cases import relative
+from fisher.exact_cases import LEVELS, check_posterior, noisy, normal
 from safetensors.torch import save_file
 
 from diffusers_fisher import CheckpointError, Covariance, DiracMixture, GaussianMixture, InputError, NoiseLevel
-from diffusers_fisher.fisher import points as points_module
+from diffusers_fisher.distributions import points as points_module
 from diffusers_fisher.testing import MixtureOracle
-
-from .exact_cases import LEVELS, check_posterior, noisy, normal
 
 BANK = 403
 

@@ -19,7 +19,7 @@ from diffusers_fisher import (
     NoiseLevel,
 )
 from diffusers_fisher.noise import Prediction, noise_level
-from diffusers_fisher.schedulers.lml import DampedRankOneOperator, preconditioned
+from diffusers_fisher.studies.lml import DampedRankOneOperator, preconditioned
 
 EXACT = 1e-12  # float64
 VP = {**STABLE_DIFFUSION, "clip_sample": False}

@@ -1,0 +1,89 @@
+"""Images as users give them (PIL, arrays, tensors), as checked tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from .errors import InputError
+
+UNIT_RANGE = (0.0, 1.0)
+
+
+def image_tensor(
+    images: Any, multiple: int, channels: int = 3, data_range: tuple[float, float] = UNIT_RANGE
+) -> torch.Tensor:
+    """Images as (B, channels, H, W) float32 in [0, 1], checked; nothing is resized behind the caller's back.
+
+    Arrays and tensors are in `data_range`, integers too where it is not [0, 1]; PIL images have their own.
+    """
+    import numpy
+    from PIL.Image import Image
+
+    if isinstance(images, Image):
+        images = [images]
+    low, high = data_range
+    if not -math.inf < low < high < math.inf:
+        raise InputError(f"`data_range` is {data_range}; allowed: two finite numbers, the lower first.")
+    if isinstance(images, (list, tuple)) and any(isinstance(image, Image) for image in images):
+        low, high = UNIT_RANGE
+    if isinstance(images, (list, tuple)) and images:
+        arrays = [_pil_array(image, channels) if isinstance(image, Image) else image for image in images]
+        kinds = sorted({type(array).__name__ for array in arrays})
+        if len(kinds) != 1 or not isinstance(arrays[0], (numpy.ndarray, torch.Tensor)):
+            raise InputError(
+                f"Images are a list of {', '.join(kinds)}; allowed: PIL images, arrays or tensors, of one kind."
+            )
+        shapes = sorted({tuple(array.shape) for array in arrays})
+        if len(shapes) != 1:
+            raise InputError(f"Images of one call must have one size, got {shapes}; call once a size.")
+        images = torch.stack(arrays) if isinstance(arrays[0], torch.Tensor) else numpy.stack(arrays)
+    if isinstance(images, (numpy.ndarray, torch.Tensor)) and images.ndim == 3:
+        images = images[None]  # one image, as PIL images may be one
+    tensor = images
+    if isinstance(images, numpy.ndarray) and images.dtype.kind in "biuf":
+        tensor = torch.from_numpy(numpy.ascontiguousarray(images))  # flipped arrays have negative strides
+        tensor = tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
+    if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4 or tensor.shape[1] != channels or not len(tensor):
+        shaped = isinstance(images, torch.Tensor) or tensor is not images
+        got = f"of shape {tuple(images.shape)}" if shaped else f"a {type(images).__name__} {images!r:.40}"
+        kind = "RGB as" if channels == 3 else "grey" if channels == 1 else "no"
+        raise InputError(
+            f"Images are {got}; allowed: {kind} PIL, array (B, H, W, {channels}) or tensor (B, {channels}, H, W)."
+        )
+    scaled = (low, high) != UNIT_RANGE
+    if not (tensor.is_floating_point() or scaled) or not bool(((tensor >= low) & (tensor <= high)).all()):
+        allowed = f"numbers in [{low}, {high}]" if scaled else "floating point in [0, 1]"
+        advice = "Declare the range they are in" + ("." if scaled else ", such as `data_range=(0, 255)` or (-1, 1).")
+        raise InputError(
+            f"Images have dtype {tensor.dtype} and values from {float(tensor.min()):.4g} to "
+            f"{float(tensor.max()):.4g}; allowed: {allowed}, without NaN. {advice}"
+        )
+    if scaled:
+        tensor = (tensor.double() - low) / (high - low)
+    if tensor.shape[2] % multiple or tensor.shape[3] % multiple:
+        raise InputError(
+            f"Images are {tensor.shape[2]}x{tensor.shape[3]} pixels; this checkpoint takes heights and widths that "
+            f"are multiples of {multiple}. Resize or pad them first."
+        )
+    # So that every form gives the same bits: layouts have their own kernels. Of one channel `contiguous` keeps any.
+    return tensor.float().clone(memory_format=torch.contiguous_format)
+
+
+def eight_bit(image: Any, channels: int) -> Any:
+    """A PIL image as grey (`channels` 1) or RGB. Raises `InputError` for modes that Pillow clips to 8 bits."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        raise InputError(
+            f"The PIL image has mode '{image.mode}' (16 or 32 bits a pixel), whose values have no range of their own; "
+            "allowed: 8-bit modes, such as L and RGB. Scale it to 8 bits first."
+        )
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _pil_array(image: Any, channels: int) -> Any:
+    import numpy
+
+    array = numpy.asarray(eight_bit(image, channels), dtype=numpy.float32) / 255
+    return array[..., None] if channels == 1 else array

@@ -1,0 +1,1 @@
+"""What long runs share: configuration, processes, records and resumption, identity, report pages, pipelines."""

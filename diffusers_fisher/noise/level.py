@@ -1,0 +1,57 @@
+"""One noise level, and how its coefficients multiply samples.
+
+Notation: x_t = alpha_t x_0 + sigma_t eps, eps ~ N(0, I); s = sigma/alpha is the noise-to-signal ratio.
+"""
+
+import dataclasses
+
+import torch
+
+from ..errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseLevel:
+    """One noise level, or one a sample.
+
+    Args:
+        alpha: float64 tensor, shape () or (B,); factor on the clean sample.
+        sigma: float64 tensor, same shape; standard deviation of the noise.
+    """
+
+    alpha: torch.Tensor
+    sigma: torch.Tensor
+
+    @classmethod
+    def from_log_noise_to_signal(cls, log_s: torch.Tensor) -> "NoiseLevel":
+        """The variance-preserving level with log(sigma/alpha) = `log_s`; infinite values are allowed."""
+        log_s = torch.as_tensor(log_s, dtype=torch.float64)
+        return cls(torch.sigmoid(-2 * log_s).sqrt(), torch.sigmoid(2 * log_s).sqrt())
+
+    @property
+    def noise_to_signal(self) -> torch.Tensor:
+        """s = sigma/alpha; infinite where alpha is 0."""
+        return self.sigma / self.alpha
+
+    @property
+    def log_noise_to_signal(self) -> torch.Tensor:
+        """log(sigma/alpha)."""
+        return self.sigma.log() - self.alpha.log()
+
+    @property
+    def norm(self) -> torch.Tensor:
+        """sqrt(alpha^2 + sigma^2): 1 for variance-preserving levels."""
+        return torch.hypot(self.alpha, self.sigma)
+
+    def scaled(self, factor: torch.Tensor | float) -> "NoiseLevel":
+        """The level of the same sample multiplied by `factor`."""
+        return NoiseLevel(self.alpha * factor, self.sigma * factor)
+
+
+def expand(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Shapes a level's coefficient to multiply `like` (B, ...) without widening its dtype."""
+    if value.ndim == 0:
+        return value.to(like.device, like.dtype)
+    if value.shape != like.shape[:1]:
+        raise InputError(f"A noise level a sample was given for {len(value)} samples, but the batch has {len(like)}.")
+    return value.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
