@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from .errors import InputError
 
+if TYPE_CHECKING:
+    import numpy
+    from PIL.Image import Image
+
+ImageLike = "Image | numpy.ndarray | torch.Tensor | Sequence[Image] | Sequence[numpy.ndarray] | Sequence[torch.Tensor]"
+"""One image or several: PIL, arrays (H, W, C) or (B, H, W, C), tensors (C, H, W) or (B, C, H, W)."""
+
 UNIT_RANGE = (0.0, 1.0)
 
 
 def image_tensor(
-    images: Any, multiple: int, channels: int = 3, data_range: tuple[float, float] = UNIT_RANGE
+    images: ImageLike | None, multiple: int, channels: int = 3, data_range: tuple[float, float] = UNIT_RANGE
 ) -> torch.Tensor:
     """Images as (B, channels, H, W) float32 in [0, 1], checked; nothing is resized behind the caller's back.
 
@@ -72,7 +79,7 @@ def image_tensor(
     return tensor.float().clone(memory_format=torch.contiguous_format)
 
 
-def eight_bit(image: Any, channels: int) -> Any:
+def eight_bit(image: Image, channels: int) -> Image:
     """A PIL image as grey (`channels` 1) or RGB. Raises `InputError` for modes that Pillow clips to 8 bits."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         raise InputError(
@@ -82,7 +89,7 @@ def eight_bit(image: Any, channels: int) -> Any:
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def _pil_array(image: Any, channels: int) -> Any:
+def _pil_array(image: Image, channels: int) -> numpy.ndarray:
     import numpy
 
     array = numpy.asarray(eight_bit(image, channels), dtype=numpy.float32) / 255

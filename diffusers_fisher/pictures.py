@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import DiffusionPipeline
 
-from .autoencoder import decoded, images_of, standardises
+from .backbones import backbone_of
 from .errors import InputError
 from .fisher.estimate import Estimate, Probes
 from .fisher.numerics import per_sample
@@ -38,7 +39,7 @@ class _Column:
 
 
 def fisher_pictures(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     operator: FisherOperator,
     count: int = 1,
     scale: float = 0.3,
@@ -135,18 +136,15 @@ def trace_plot(
 
 
 @torch.no_grad()
-def decode_latents(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+def decode_latents(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
     """Images (B, 3, H, W) float32 in [0, 1] of scaled latents (B, C, h, w), by the pipeline's autoencoder.
 
     Raises:
-        InputError: the pipeline has none.
+        UnsupportedError: the pipeline has none.
     """
-    vae = getattr(pipe, "vae", None)
-    if vae is None:
-        raise InputError(
-            f"{type(pipe).__name__} has no autoencoder `vae`; pass `decode`, latents to images in [0, 1]."
-        )
-    return images_of(decoded(vae, latents, standardises(pipe)))
+    backbone = backbone_of(pipe, any_pipeline=True)
+    backbone.check_decoder()
+    return backbone.decode(latents)
 
 
 def _directions(

@@ -1,7 +1,7 @@
 """Guidance by differentiable rewards."""
 
 from .checks import Reward
-from .noise_ascent import GuidanceOutput, ascend_noise
+from .noise_ascent import AscentSettings, GuidanceOutput, GuidedRun, ascend_noise
 from .posterior import PosteriorGuidance, posterior_guidance
 from .rewards import (
     AestheticReward,
@@ -16,7 +16,8 @@ from .rewards import (
 )
 
 __all__ = [
-    "AestheticReward", "ClassifierReward", "GuidanceOutput", "ImageInput", "LinearReward", "MeasurementReward",
+    "AestheticReward", "AscentSettings", "ClassifierReward", "GuidanceOutput", "GuidedRun", "ImageInput",
+    "LinearReward", "MeasurementReward",
     "PosteriorGuidance", "Reward", "TextImageReward", "WeightedReward", "ascend_noise", "gaussian_blur",
     "named_reward", "posterior_guidance",
 ]  # fmt: skip

@@ -15,6 +15,20 @@ Reward = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
 """`reward(images, prompts) -> rewards`: images (B, 3, H, W) in [0, 1] with a graph, rewards (B,), higher is better."""
 
 
+def check_guidance(num_guidance_steps: int, step_size: float, num_inference_steps: int, output_type: str) -> None:
+    """Refuses numbers of steps, step sizes and output types that `guide` can't use. Raises `InputError`."""
+    whole = isinstance(num_guidance_steps, int) and isinstance(num_inference_steps, int)
+    if not whole or num_guidance_steps < 0 or num_inference_steps < 1:
+        raise InputError(
+            f"`num_guidance_steps` is {num_guidance_steps}, `num_inference_steps` {num_inference_steps}; allowed: "
+            "whole numbers, at least 0 and at least 1."
+        )
+    if not 0 < step_size < math.inf:
+        raise InputError(f"`step_size` is {step_size}; allowed: positive, such as 0.2 of the noise's norm.")
+    if output_type not in ("pil", "np", "pt"):
+        raise InputError(f"`output_type` is '{output_type}'; allowed: pil, np, pt.")
+
+
 def checked_reward(reward: Reward, images: torch.Tensor, prompts: Sequence[str], finite: bool = True) -> torch.Tensor:
     """Calls the reward and checks its shape and, with `finite`, its values.
 

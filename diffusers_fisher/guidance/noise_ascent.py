@@ -10,7 +10,8 @@ import torch
 from diffusers.utils import BaseOutput
 
 from ..errors import NumericalError, TrajectoryError
-from ..fisher.operator import FisherEstimator
+from ..fisher.estimator import FisherEstimator
+from ..schedulers import FisherSchedulerMixin, Trajectory
 from .checks import (
     Reward,
     check_images,
@@ -145,18 +146,28 @@ class NoiseAscent:
 class GuidedRun:
     """One sampling run with its rewards and their gradients, as a function of what is optimised.
 
-    Arguments as of `ascend_noise`.
+    Args:
+        sample: noise (B, ...) to final latents, one run of `scheduler`.
+        decode: latents to images (B, 3, H, W) in [0, 1], differentiable.
+        reward: of images and prompts.
+        prompts: one per sample, or class labels.
+        scheduler: the differentiable scheduler that `sample` runs on.
+        estimator: of the diffusion Fisher, in the place of the denoiser's Jacobian.
+        held_out_reward: recorded beside the reward, and not optimised.
+        optimise: names of what moves: "noise", "text" (with `text`), "control" (added to the model's output at every
+            step, zero at first).
+        text: the embedding that `sample` and `estimator` use.
     """
 
     sample: Callable[[torch.Tensor], torch.Tensor]
     decode: Callable[[torch.Tensor], torch.Tensor]
     reward: Reward
-    prompts: Sequence[str]
-    scheduler: Any
+    prompts: Sequence[str] | Sequence[int]
+    scheduler: FisherSchedulerMixin
     estimator: FisherEstimator
-    held_out_reward: Reward | None
-    optimise: Collection[str]
-    text: TextEmbedding | None
+    held_out_reward: Reward | None = None
+    optimise: Collection[str] = ("noise",)
+    text: TextEmbedding | None = None
 
     def __call__(
         self, variables: dict[str, torch.Tensor], step: int, with_gradient: bool, ascent: NoiseAscent
@@ -218,7 +229,7 @@ class GuidedRun:
         before = variables["control"].unbind(1) if "control" in variables else ()
         return [control.clone().requires_grad_() for control in before]
 
-    def _gradients(self, trajectory: Any, total: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _gradients(self, trajectory: Trajectory, total: torch.Tensor) -> dict[str, torch.Tensor]:
         if "control" in self.optimise:
             noise, controls = trajectory.gradients(total)
             gradients = {"noise": noise, "control": torch.stack(controls, dim=1)}
@@ -232,40 +243,36 @@ class GuidedRun:
         return {name: gradients[name] for name in VARIABLES if name in self.optimise}
 
 
-def ascend_noise(
-    sample: Callable[[torch.Tensor], torch.Tensor],
-    decode: Callable[[torch.Tensor], torch.Tensor],
-    reward: Reward,
-    noise: torch.Tensor,
-    prompts: Sequence[str],
-    scheduler: Any,
-    estimator: FisherEstimator,
-    num_guidance_steps: int,
-    step_size: float,
-    on_step: Callable[[torch.Tensor], None] = lambda rewards: None,
-    *,
-    optimizer: OptimizerFactory | None = None,
-    patience: int | None = None,
-    held_out_reward: Reward | None = None,
-    optimise: Collection[str] = ("noise",),
-    text: TextEmbedding | None = None,
-) -> NoiseAscent:
-    """Gradient ascent of the reward on the initial noise, and on request on what else a run depends on.
+@dataclasses.dataclass(frozen=True)
+class AscentSettings:
+    """How far and by which steps an ascent goes.
 
     Args:
-        sample: noise (B, ...) to final latents, one run of `scheduler`.
-        decode: latents to images (B, 3, H, W) in [0, 1], differentiable.
-        noise: (B, ...) float32 initial noise.
-        scheduler: the differentiable scheduler that `sample` runs on.
+        num_guidance_steps: gradient steps; 0 samples and scores.
         step_size: of normalised ascent, see `NormalisedAscent`.
-        on_step: called with the rewards (B,) after each of the `num_guidance_steps + 1` runs.
-        optimizer: from torch.optim, instead of normalised ascent.
+        optimizer: makes one of torch.optim, instead of normalised ascent.
         patience: stops after so many runs in which no sample reached a new best; None: never.
-        held_out_reward: recorded beside the reward, and not optimised; its shape is tried before the first run, for
-            which one sample is decoded.
-        optimise: names of what moves: "noise", "text" (with `text`), "control" (added to the model's output at every
-            step, zero at first).
-        text: the embedding that `sample` and `estimator` use.
+    """
+
+    num_guidance_steps: int = 10
+    step_size: float = 0.2
+    optimizer: OptimizerFactory | None = None
+    patience: int | None = None
+
+
+def ascend_noise(
+    run: GuidedRun,
+    noise: torch.Tensor,
+    settings: AscentSettings,
+    on_step: Callable[[torch.Tensor], None] = lambda rewards: None,
+) -> NoiseAscent:
+    """Climbs the reward by gradient steps on the initial noise, and on request on what else a run depends on.
+
+    Args:
+        run: a sampling run with its reward. The shape of a held-out reward is tried before the first run, for which
+            one sample is decoded.
+        noise: (B, ...) float32 initial noise.
+        on_step: called with the rewards (B,) after each of the `num_guidance_steps + 1` runs.
 
     Cost: `num_guidance_steps + 1` sampling runs and decodes, `num_guidance_steps` decoder and reward gradients, and
     the estimator's products. The denoiser never builds a graph, unless the estimator does, or the text is optimised.
@@ -275,22 +282,22 @@ def ascend_noise(
             than the scheduler's last step did. NumericalError: in the first run, images or a reward that are not
             finite; later, and for gradients, the ascent stops there, and its `status` says so.
     """
-    run = GuidedRun(sample, decode, reward, prompts, scheduler, estimator, held_out_reward, optimise, text)
+    steps, patience = settings.num_guidance_steps, settings.patience
     ascent = NoiseAscent(torch.full((len(noise),), -torch.inf, dtype=torch.float64))
     variables, mover = {"noise": noise}, None
-    if num_guidance_steps > 0 and optimizer is None:
+    if steps > 0 and settings.optimizer is None:
         check_sphere(noise)
-    if held_out_reward is not None:
-        _try_held_out(held_out_reward, decode, noise, prompts)
-    for step in range(num_guidance_steps + 1):
+    if run.held_out_reward is not None:
+        _try_held_out(run, run.held_out_reward, noise)
+    for step in range(steps + 1):
         begin = time.perf_counter()
         try:
-            variables, improved, gradients = run(variables, step, step < num_guidance_steps, ascent)
+            variables, improved, gradients = run(variables, step, step < steps, ascent)
             if gradients:
                 ascent.gradient_norms.append(_joint_norm(gradients))
-                _warn_of_flat_rewards(ascent, reward)
+                _warn_of_flat_rewards(ascent, run.reward)
                 moving = {name: variables[name] for name in gradients}
-                mover = mover or _mover(moving, noise, step_size, optimizer)
+                mover = mover or _mover(moving, noise, settings)
                 variables |= mover.move(moving, gradients, improved)
         except NumericalError as error:
             if not ascent.rewards:  # nothing to return
@@ -300,21 +307,23 @@ def ascend_noise(
         if len(ascent.rewards) == step + 1:
             ascent.seconds.append(time.perf_counter() - begin)
             on_step(ascent.rewards[-1])
-        if patience is not None and ascent.runs_without_gain >= patience and step < num_guidance_steps:
+        if patience is not None and ascent.runs_without_gain >= patience and step < steps:
             ascent.status = f"stopped after {patience} runs without a new best"
         if ascent.status != COMPLETED:
             break
     return ascent
 
 
-def _try_held_out(reward: Reward, decode: Callable, noise: torch.Tensor, prompts: Sequence[str]) -> None:
+def _try_held_out(run: GuidedRun, reward: Reward, noise: torch.Tensor) -> None:
     with torch.no_grad():
-        one = decode(noise[:1])  # for its size and device alone
-    check_reported(reward, (len(noise), *one.shape[1:]), prompts, one.device)
+        one = run.decode(noise[:1])  # for its size and device alone
+    check_reported(reward, (len(noise), *one.shape[1:]), run.prompts, one.device)
 
 
-def _mover(moving: dict[str, torch.Tensor], noise: torch.Tensor, step_size: float, optimizer: Any) -> Mover:
-    return NormalisedAscent(moving, noise, step_size) if optimizer is None else TorchAscent(moving, optimizer)
+def _mover(moving: dict[str, torch.Tensor], noise: torch.Tensor, settings: AscentSettings) -> Mover:
+    if settings.optimizer is None:
+        return NormalisedAscent(moving, noise, settings.step_size)
+    return TorchAscent(moving, settings.optimizer)
 
 
 def _warn_of_flat_rewards(ascent: NoiseAscent, reward: Reward) -> None:
@@ -332,7 +341,9 @@ def _joint_norm(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.linalg.vector_norm(torch.stack([unit(gradient)[1] for gradient in gradients.values()]), dim=0)
 
 
-def _check_connected(trajectory: Any, latents: torch.Tensor, rewards: torch.Tensor, reward: Reward, step: int) -> None:
+def _check_connected(
+    trajectory: Trajectory, latents: torch.Tensor, rewards: torch.Tensor, reward: Reward, step: int
+) -> None:
     """Refuses a run whose latents, or a reward whose values, have lost the graph to the noise."""
     if trajectory.states and not latents.requires_grad:
         raise TrajectoryError(

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
-from ..autoencoder import decoded, images_of, standardises
+from ..backbones import backbone_of
 from ..errors import InputError, NumericalError, TrajectoryError, UnsupportedError
 from ..fisher.binding import check_trace_models
 from ..fisher.direct import DirectFisher
@@ -130,7 +131,7 @@ def posterior_guidance(
     check_trace_models(estimator, pipe)
     shape = None if decode is not None else functools.partial(_pixel_shape, pipe)
     guidance = PosteriorGuidance(
-        reward, prompts, strength, estimator or DirectFisher(), decode or autoencoder_decoder(pipe), shape
+        reward, prompts, strength, estimator or DirectFisher(), decode or _decoder(pipe), shape
     )
     try:
         with contextlib.ExitStack() as stack:
@@ -323,32 +324,29 @@ class PosteriorGuidance:
             )
 
 
-def autoencoder_decoder(pipe: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def _decoder(pipe: DiffusionPipeline) -> Callable[[torch.Tensor], torch.Tensor]:
     """Scaled latents (B, C, h, w) to images (B, 3, H, W) float32 in [0, 1] by the autoencoder, with a graph.
 
     Raises:
         UnsupportedError: the pipeline has no autoencoder, or packs its latents (at the first call).
     """
-    vae = getattr(pipe, "vae", None)
-    if vae is None:
-        raise UnsupportedError(
-            f"{type(pipe).__name__} has no autoencoder `vae`; pass `decode`, latents to images in [0, 1]."
-        )
+    backbone = backbone_of(pipe, any_pipeline=True)
+    backbone.check_decoder()
 
     def decode(latents: torch.Tensor) -> torch.Tensor:
         if latents.ndim != 4:
             raise UnsupportedError(
-                f"{type(pipe).__name__} packs its latents to {tuple(latents.shape)}; pass `decode`, which unpacks "
-                "them and decodes them to images (B, 3, H, W) in [0, 1]."
+                f"{backbone.name} packs its latents to {tuple(latents.shape)}; pass `decode`, which unpacks them and "
+                "decodes them to images (B, 3, H, W) in [0, 1]."
             )
-        return images_of(decoded(vae, latents, standardises(pipe)))
+        return backbone.decode(latents)
 
     return decode
 
 
-def _pixel_shape(pipe: Any, latents: torch.Tensor) -> tuple[int, ...] | None:
-    """Shape of the images of latents (B, C, h, w) without decoding them, None where the pipeline does not say."""
-    factor = getattr(pipe, "vae_scale_factor", None)
+def _pixel_shape(pipe: DiffusionPipeline, latents: torch.Tensor) -> tuple[int, ...] | None:
+    """Shape of the images of latents (B, C, h, w) without decoding them; None where the pipeline does not tell."""
+    factor = vars(pipe).get("vae_scale_factor")
     if factor is None or latents.ndim != 4:
         return None
     channels = pipe.vae.config.get("out_channels", 3)

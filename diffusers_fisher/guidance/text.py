@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
-from ..denoiser import PipelineDenoiser
+from ..backbones import PipelineDenoiser
 from ..errors import InputError, UnsupportedError
 from ..fisher.autodiff import AutodiffFisher
 from ..fisher.operator import FisherEstimator
@@ -28,7 +27,7 @@ class TextEmbedding:
 
     def __init__(self) -> None:
         self._value: torch.Tensor | None = None
-        self._prompt: Any = None
+        self._prompt: tuple[object, int] | None = None
         self.gradient: torch.Tensor | None = None
 
     @property
@@ -42,25 +41,28 @@ class TextEmbedding:
         self._value = value
 
     def attach(self, denoiser: PipelineDenoiser) -> None:
-        """Puts the variable in the place of the prompts' embedding in all of `denoiser`'s evaluations."""
-        if "encode_prompt" not in denoiser.encoding():
+        """Puts the variable in the place of the prompts' embedding in all of `denoiser`'s evaluations.
+
+        Raises:
+            UnsupportedError: its pipeline encodes no prompts.
+        """
+        if not denoiser.backbone.encodes_prompts:
             raise UnsupportedError(
-                f"{type(denoiser.pipe).__name__} encodes no prompts, so there is no text embedding to optimise; "
-                "optimise the noise, or a control."
+                f"{denoiser.backbone.name} encodes no prompts, so there is no text embedding to optimise; optimise "
+                "the noise, or a control."
             )
-        encode = denoiser.encode_prompt
+        denoiser.substitute = self._substitute
 
-        def encode_prompt(*args: Any, **kwargs: Any) -> tuple:
-            encoded, prompt = encode(*args, **kwargs), _asked(args, kwargs)
-            if self._value is not None and prompt != self._prompt:
-                return encoded  # of negative prompts, where a call encodes them by themselves (Flux)
-            if self._value is None:
-                self._prompt = prompt
-                wide = torch.promote_types(encoded[0].dtype, torch.float32)
-                self._value = encoded[0].detach().to(wide, copy=True)
-            return (self._value.to(encoded[0].dtype), *encoded[1:])
-
-        denoiser.encode_prompt = encode_prompt  # type: ignore[method-assign]
+    def _substitute(self, encoded: tuple, prompt: object, prompt_embeds: torch.Tensor | None) -> tuple:
+        """What `encode_prompt` returned, with the variable in the place of the embedding; it begins at that."""
+        source = prompt, id(prompt_embeds)
+        if self._value is not None and source != self._prompt:
+            return encoded  # of negative prompts, where a call encodes them by themselves (Flux)
+        if self._value is None:
+            self._prompt = source
+            wide = torch.promote_types(encoded[0].dtype, torch.float32)
+            self._value = encoded[0].detach().to(wide, copy=True)
+        return (self._value.to(encoded[0].dtype), *encoded[1:])
 
     @contextlib.contextmanager
     def held(self, value: torch.Tensor) -> Iterator[None]:
@@ -74,11 +76,6 @@ class TextEmbedding:
     def accumulate(self, gradient: torch.Tensor) -> None:
         """Adds one step's share to the gradient."""
         self.gradient = gradient if self.gradient is None else self.gradient + gradient
-
-
-def _asked(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, int]:
-    """The prompt that a call of `encode_prompt` is for: its words, or the ready embedding by identity."""
-    return kwargs.get("prompt", args[0] if args else None), id(kwargs.get("prompt_embeds"))
 
 
 class TextGradientEstimator:

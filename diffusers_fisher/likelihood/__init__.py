@@ -5,17 +5,18 @@ from .comparison import LikelihoodComparison
 from .output import LikelihoodOutput, SquaredErrorOutput
 from .reference import reference_log_likelihood
 from .schemes import DEFAULT_SCHEME, SCHEMES
-from .solver import log_likelihood
+from .solver import Integration, integrate_log_likelihood
 from .squared_error import squared_error_log_likelihood
 
 __all__ = [
     "DEFAULT_SCHEME",
     "SCHEMES",
+    "Integration",
     "LikelihoodComparison",
     "LikelihoodOutput",
     "SquaredErrorOutput",
     "dequantised",
-    "log_likelihood",
+    "integrate_log_likelihood",
     "offset_bits",
     "reference_log_likelihood",
     "squared_error_log_likelihood",

@@ -18,7 +18,7 @@ import torch
 from ..denoiser import Denoiser
 from ..errors import CoarseGridWarning, InputError, NumericalError
 from ..fisher.binding import bound
-from ..fisher.estimate import Probes, rademacher
+from ..fisher.estimate import Generators, Probes, rademacher
 from ..fisher.numerics import per_sample
 from ..fisher.operator import FisherEstimator
 from ..noise import expand, log_noise_to_signal_range, timestep_at
@@ -27,7 +27,7 @@ from .output import LikelihoodOutput
 from .schemes import DEFAULT_SCHEME, Scheme, Track, noise_grid, quadrature_weights, scheme_of
 
 COARSE = 0.05
-"""Discretisation error, in bits/dim, above which `log_likelihood` warns."""
+"""Discretisation error, in bits/dim, above which a likelihood warns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,23 +90,41 @@ class Path:
         return self.prior + self.trace
 
 
-def log_likelihood(
-    denoiser: Denoiser,
-    samples: torch.Tensor,
-    estimator: FisherEstimator,
-    num_steps: int = 20,
-    num_probes: int | None = 2,
-    prior_mean: torch.Tensor | float | None = None,
-    prior_variance: torch.Tensor | float | None = None,
-    noised: bool = False,
-    step_halving: bool = False,
-    generator: torch.Generator | None = None,
-    space: str = "latent",
-    on_step: Callable[[], None] = lambda: None,
-    scheme: str = DEFAULT_SCHEME,
-    bins: int | None = None,
+@dataclasses.dataclass(frozen=True)
+class Integration:
+    """How a log-likelihood is integrated, and what density it is of.
+
+    Args:
+        num_steps: steps of the grid in log(sigma/alpha), see `noise_grid`; at least 2.
+        num_probes: Rademacher probes for Hutchinson's trace; None: the exact trace of the operator (d products).
+        prior_mean, prior_variance: of the data, broadcastable to one sample; None for both: 0 and 1 ("standard").
+        noised: evaluate at `samples + s_0 * noise` instead of at `samples`.
+        step_halving: measure the discretisation error by half as many steps, for half as many evaluations again.
+        generator: draws the probes, the place in the bins, and the noise of `noised`, in this order.
+        scheme: "euler", "trapezoid", "adams3" or "adams4", of order 1 to 4.
+        bins: the samples lie on so many equally spaced values from -1 to 1: each is moved to a random point of its
+            bin, and `bits_per_dim` is that of the bins.
+        space: "latent" or "pixel", for the output.
+        on_step: called after every evaluation.
+    """
+
+    num_steps: int = 20
+    num_probes: int | None = 2
+    prior_mean: torch.Tensor | float | None = None
+    prior_variance: torch.Tensor | float | None = None
+    noised: bool = False
+    step_halving: bool = False
+    generator: Generators = None
+    scheme: str = DEFAULT_SCHEME
+    bins: int | None = None
+    space: str = "latent"
+    on_step: Callable[[], object] = lambda: None
+
+
+def integrate_log_likelihood(
+    denoiser: Denoiser, samples: torch.Tensor, estimator: FisherEstimator, integration: Integration | None = None
 ) -> LikelihoodOutput:
-    """Log-likelihood of clean `samples` (B, ...) under the model behind `denoiser`.
+    """Integrates the log-likelihood of clean `samples` (B, ...) under the model behind `denoiser`.
 
     The probes are the same at every node. Cost: `num_steps + 1` evaluations with the estimator's trace at each; the
     error estimate needs no more. Where the estimate exceeds 0.05 bits/dim, a `CoarseGridWarning` says so.
@@ -115,17 +133,7 @@ def log_likelihood(
         denoiser: at guidance scale 1; a guided output is the score of no density.
         samples: clean samples in the model's coordinates (scaled latents), finite; half precision becomes float32.
         estimator: gives the trace at every node, such as `AutodiffFisher()`; one without a denoiser gets this one.
-        num_steps: steps of the grid in log(sigma/alpha), see `noise_grid`; at least 2.
-        num_probes: Rademacher probes for Hutchinson's trace; None: the exact trace of the operator (d products).
-        prior_mean, prior_variance: of the data, broadcastable to one sample; None for both: 0 and 1 ("standard").
-        noised: evaluate at `samples + s_0 * noise` instead of at `samples`.
-        step_halving: measure the discretisation error by half as many steps, for half as many evaluations again.
-        generator: draws the probes, the place in the bins, and the noise of `noised`, in this order.
-        space: "latent" or "pixel", for the output.
-        on_step: called after every evaluation.
-        scheme: "euler", "trapezoid", "adams3" or "adams4", of order 1 to 4.
-        bins: the samples lie on so many equally spaced values from -1 to 1: each is moved to a random point of its
-            bin, and `bits_per_dim` is that of the bins.
+        integration: how; None: `Integration()`.
 
     Raises:
         InputError: too few steps or probes, samples that are not finite or not on their bins, half a prior or one that
@@ -133,32 +141,43 @@ def log_likelihood(
             model of another denoiser.
         NumericalError: a result that is not finite.
     """
-    chosen = scheme_of(scheme)
-    _check(samples, num_steps, num_probes)
-    moments = checked_prior(samples, prior_mean, prior_variance)
-    _check_grad_mode(estimator)
-    samples = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
-    low, high = log_noise_to_signal_range(denoiser.scheduler)
-    probes = None if num_probes is None else rademacher(num_probes, samples, generator)
-    start = samples.double() if bins is None else dequantised(samples, bins, generator)
-    if noised:
-        start = start + math.exp(low) * _noise(samples, generator)
-    problem = Problem(denoiser, start, samples.dtype, estimator, probes, low, high, *moments)
+    chosen = integration or Integration()
+    scheme, steps = scheme_of(chosen.scheme), chosen.num_steps
+    problem = _problem(denoiser, samples, estimator, chosen)
     before = denoiser.num_calls
-    path = integrate(problem, num_steps, chosen, on_step)
+    path = integrate(problem, steps, scheme, chosen.on_step)
     error = path.error
-    if step_halving:
-        error = (_finite(path) - _finite(integrate(problem, num_steps // 2, chosen, on_step), halved=True)).abs()
+    if chosen.step_halving:
+        half = integrate(problem, steps // 2, scheme, chosen.on_step)
+        error = (_finite(path) - _finite(half, halved=True)).abs()
     name = getattr(estimator, "description", type(estimator).__name__)
+    probes = "no probes" if chosen.num_probes is None else f"{chosen.num_probes} probes"
     output = LikelihoodOutput(
-        **_figures(path, error, num_probes), dims=samples[0].numel(), space=space,
-        num_denoiser_calls=denoiser.num_calls - before, density="noised" if noised else "smoothed",
-        prior="standard" if prior_mean is None else "moment-matched", halved=step_halving,
-        trace=f"{name}, " + ("no probes" if num_probes is None else f"{num_probes} probes"),
-        scheme=scheme, offset_bits=offset_bits(bins),
+        **_figures(path, error, chosen.num_probes), dims=samples[0].numel(), space=chosen.space,
+        num_denoiser_calls=denoiser.num_calls - before, density="noised" if chosen.noised else "smoothed",
+        prior="standard" if chosen.prior_mean is None else "moment-matched", halved=chosen.step_halving,
+        trace=f"{name}, {probes}", scheme=chosen.scheme, offset_bits=offset_bits(chosen.bins),
     )  # fmt: skip
     _warn_if_coarse(output)
     return output
+
+
+def _problem(
+    denoiser: Denoiser, samples: torch.Tensor, estimator: FisherEstimator, integration: Integration
+) -> Problem:
+    """What is to be integrated, checked, with all random draws made."""
+    generator, bins = integration.generator, integration.bins
+    _check(samples, integration.num_steps, integration.num_probes)
+    moments = checked_prior(samples, integration.prior_mean, integration.prior_variance)
+    _check_grad_mode(estimator)
+    samples = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
+    low, high = log_noise_to_signal_range(denoiser.scheduler)
+    count = integration.num_probes
+    probes = None if count is None else rademacher(count, samples, generator)
+    start = samples.double() if bins is None else dequantised(samples, bins, generator)
+    if integration.noised:
+        start = start + math.exp(low) * _noise(samples, generator)
+    return Problem(denoiser, start, samples.dtype, estimator, probes, low, high, *moments)
 
 
 def integrate(problem: Problem, num_steps: int, scheme: Scheme, on_step: Callable[[], None] = lambda: None) -> Path:

@@ -1,68 +1,84 @@
-"""Pipelines with likelihood and guidance, one file a backbone."""
+"""Pipelines with likelihood and guidance: stock classes with `FisherPipelineMixin` before them."""
 
-import importlib
-import inspect
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, overload
+
+from diffusers import DiffusionPipeline
 
 from ..errors import UnsupportedError
 from .mixin import FisherPipelineMixin
+from .persistence import over_components_of
+from .text_to_image import (
+    FluxFisherPipeline,
+    PixArtAlphaFisherPipeline,
+    PixArtSigmaFisherPipeline,
+    StableDiffusion3FisherPipeline,
+    StableDiffusionFisherPipeline,
+    StableDiffusionXLFisherPipeline,
+)
+from .without_text import DDIMFisherPipeline, DDPMFisherPipeline, DiTFisherPipeline, LDMFisherPipeline
 
-BACKBONES = {
-    "DDIMFisherPipeline": ".ddim_fisher",
-    "DDPMFisherPipeline": ".ddpm_fisher",
-    "DiTFisherPipeline": ".dit_fisher",
-    "FluxFisherPipeline": ".flux_fisher",
-    "LDMFisherPipeline": ".ldm_fisher",
-    "PixArtAlphaFisherPipeline": ".pixart_alpha_fisher",
-    "PixArtSigmaFisherPipeline": ".pixart_sigma_fisher",
-    "StableDiffusion3FisherPipeline": ".stable_diffusion_3_fisher",
-    "StableDiffusionFisherPipeline": ".stable_diffusion_fisher",
-    "StableDiffusionXLFisherPipeline": ".stable_diffusion_xl_fisher",
-}
-"""Pipeline classes and their files, each loaded when its name is asked for."""
+__all__ = [
+    "PIPELINES", "DDIMFisherPipeline", "DDPMFisherPipeline", "DiTFisherPipeline", "FisherPipelineMixin",
+    "FluxFisherPipeline", "LDMFisherPipeline", "PixArtAlphaFisherPipeline", "PixArtSigmaFisherPipeline",
+    "StableDiffusion3FisherPipeline", "StableDiffusionFisherPipeline", "StableDiffusionXLFisherPipeline",
+    "custom_pipeline_file", "fisher_pipeline",
+]  # fmt: skip
 
-__all__ = ["BACKBONES", "FisherPipelineMixin", "custom_pipeline_file", "fisher_pipeline", *sorted(BACKBONES)]
+PIPELINES: dict[str, type[FisherPipelineMixin]] = {
+    cls.__name__: cls
+    for cls in (
+        DDIMFisherPipeline, DDPMFisherPipeline, DiTFisherPipeline, FluxFisherPipeline, LDMFisherPipeline,
+        PixArtAlphaFisherPipeline, PixArtSigmaFisherPipeline, StableDiffusion3FisherPipeline,
+        StableDiffusionFisherPipeline, StableDiffusionXLFisherPipeline,
+    )
+}  # fmt: skip
+"""Our pipeline classes by name."""
 
-
-def __getattr__(name: str) -> Any:
-    if name not in BACKBONES:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'; it has: {', '.join(__all__)}")
-    value = getattr(importlib.import_module(BACKBONES[name], __name__), name)
-    globals()[name] = value
-    return value
+Fisher = TypeVar("Fisher", bound=FisherPipelineMixin)
 
 
-def fisher_pipeline(pipe: Any) -> Any:
-    """The Fisher version of a stock pipeline, over the same components; of a pipeline class, the class.
+@overload
+def fisher_pipeline(pipe: Fisher) -> Fisher: ...
+@overload
+def fisher_pipeline(pipe: DiffusionPipeline) -> FisherPipelineMixin: ...
+@overload
+def fisher_pipeline(pipe: type[DiffusionPipeline]) -> type[FisherPipelineMixin]: ...
+def fisher_pipeline(
+    pipe: DiffusionPipeline | type[DiffusionPipeline],
+) -> FisherPipelineMixin | type[FisherPipelineMixin]:
+    """Makes the Fisher version of a stock pipeline, over the same components; of a pipeline class, gives the class.
 
     A trace model and latent statistics in the folder that the pipeline was loaded from are found there.
 
     Raises:
         UnsupportedError: there is none for that class.
     """
-    cls = pipe if isinstance(pipe, type) else type(pipe)
-    if issubclass(cls, FisherPipelineMixin):
+    if isinstance(pipe, type):
+        return _fisher_class(pipe)
+    if isinstance(pipe, FisherPipelineMixin):
         return pipe
-    name = cls.__name__.removesuffix("Pipeline") + "FisherPipeline"
-    made = __getattr__(name) if name in BACKBONES else None
+    made = over_components_of(pipe, _fisher_class(type(pipe)))
+    made.register_to_config(_name_or_path=pipe.config.get("_name_or_path"))
+    if "labels" in vars(pipe):
+        made.labels = dict(pipe.labels)  # of DiT, whose names of classes are in no config
+    return made
+
+
+def _fisher_class(cls: type[DiffusionPipeline]) -> type[FisherPipelineMixin]:
+    if issubclass(cls, FisherPipelineMixin):
+        return cls
+    made = PIPELINES.get(cls.__name__.removesuffix("Pipeline") + "FisherPipeline")
     if made is None or not issubclass(made, cls):
-        supported = ", ".join(name.replace("Fisher", "") for name in BACKBONES)
+        supported = ", ".join(name.replace("Fisher", "") for name in PIPELINES)
         raise UnsupportedError(
             f"There is no Fisher version of {cls.__name__}; supported: {supported}. Its sampling runs may be "
             "differentiated all the same: set pipe.scheduler = fisher_scheduler(type(pipe.scheduler))"
             ".from_config(pipe.scheduler.config) and call it inside `with pipe.scheduler.differentiable(...)`."
         )
-    if pipe is cls:
-        return made
-    components = pipe.components
-    parameters = inspect.signature(cls.__init__).parameters
-    settings = {key: pipe.config[key] for key in parameters if key not in components and key in pipe.config}
-    made_pipe = made(**components, **settings)
-    made_pipe.register_to_config(_name_or_path=pipe.config.get("_name_or_path"))
-    if hasattr(pipe, "labels"):
-        made_pipe.labels = dict(pipe.labels)  # of DiT, whose names of classes are in no config
-    return made_pipe
+    return made
 
 
 def custom_pipeline_file(pipeline: str = "StableDiffusionFisherPipeline") -> str:
@@ -79,11 +95,11 @@ def custom_pipeline_file(pipeline: str = "StableDiffusionFisherPipeline") -> str
     """
     if pipeline == "StableDiffusionFisherPipeline":
         return str(Path(__file__).parent / "custom_pipeline.py")
-    if pipeline not in BACKBONES:
-        raise UnsupportedError(f"There is no pipeline '{pipeline}'; there are: {', '.join(BACKBONES)}.")
+    if pipeline not in PIPELINES:
+        raise UnsupportedError(f"There is no pipeline '{pipeline}'; there are: {', '.join(PIPELINES)}.")
     from diffusers.utils import dynamic_modules_utils
 
-    file = Path(dynamic_modules_utils.HF_MODULES_CACHE) / "diffusers_fisher" / f"{BACKBONES[pipeline][1:]}_custom.py"
+    file = Path(dynamic_modules_utils.HF_MODULES_CACHE) / "diffusers_fisher" / f"{pipeline}_custom.py"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"from diffusers_fisher import {pipeline}  # noqa: F401\n", encoding="utf-8")
     return str(file)

@@ -1,28 +1,43 @@
-"""Saving and loading of the Fisher parts of a pipeline folder.
+"""Saving and loading of our pipelines.
 
-The folder's index is that of the stock pipeline with the stock scheduler, so that any diffusers reads it; our parts
-lie beside it: `fisher.json` (the scheduler's class), `latent_statistics.safetensors` (mean and variance) and the
-folder `trace_model`.
+A folder's index is that of the stock pipeline with the stock scheduler, so that any diffusers reads it; our parts lie
+beside it: `fisher.json` (the scheduler's class), `latent_statistics.safetensors` (mean and variance) and the folder
+`trace_model`.
 """
+
+from __future__ import annotations
 
 import contextlib
 import inspect
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
-from ..errors import CheckpointError
-from ..files import check_safetensors, load_tensors, read_json, save_tensors, write_json
+from ..backbones.parts import (
+    MARK,
+    STATISTICS,
+    TRACE_MODEL,
+    CheckpointParts,
+    load_scheduler_name,
+    load_statistics,
+    load_trace_model,
+    read_table,
+    set_checkpoint_parts,
+)
+from ..errors import CheckpointError, InputError
+from ..files import check_safetensors, read_json, save_tensors, write_json
 from ..models import FisherTraceModel
-from ..schedulers.mixin import FisherSchedulerMixin
+from ..schedulers import FisherSchedulerMixin, fisher_scheduler
 
-MARK = "fisher.json"
-STATISTICS = "latent_statistics.safetensors"
-TRACE_MODEL = "trace_model"
+if TYPE_CHECKING:
+    from .mixin import FisherPipelineMixin
+
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+
 NEEDED_FILES = (
     ("Scheduler", ["scheduler_config.json"]),
     # Without these a tokenizer loads all the same, and maps every word to the unknown one or knows no length.
@@ -32,32 +47,60 @@ NEEDED_FILES = (
 )
 """Files (any one of each list) of components whose class name has the word in it."""
 
-Statistics = tuple[torch.Tensor, torch.Tensor]  # mean and variance, each of one sample's shape
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
 
 
-def stock_class(cls: type) -> Any:
+def stock_class(cls: type) -> type[Any]:
     """The first class of diffusers itself in the MRO of `cls`."""
     own = (parent for parent in cls.__mro__ if parent.__module__.split(".")[0] == "diffusers")
     return next(parent for parent in own if not issubclass(parent, FisherSchedulerMixin))  # made ones bear its module
 
 
-def stock_pipeline(pipe: Any) -> Any:
-    """The stock pipeline over the same components, with the stock scheduler."""
-    cls = stock_class(type(pipe))
-    components = dict(pipe.components)
-    scheduler: Any = components["scheduler"]
-    if issubclass(type(scheduler), FisherSchedulerMixin):
-        components["scheduler"] = stock_class(type(scheduler)).from_config(scheduler.config)
+def over_components_of(pipe: DiffusionPipeline, cls: type[Pipeline], **components: Any) -> Pipeline:
+    """A pipeline of class `cls` over the components and settings of `pipe`, some of them exchanged."""
+    parts = {**pipe.components, **components}
     parameters = inspect.signature(cls.__init__).parameters
-    settings = {key: pipe.config[key] for key in parameters if key not in components and key in pipe.config}
-    return cls(**components, **settings)
+    settings = {key: pipe.config[key] for key in parameters if key not in parts and key in pipe.config}
+    return cls(**parts, **settings)
 
 
-def save_parts(pipe: Any, folder: str | os.PathLike) -> None:
-    """Writes the Fisher parts of `pipe` beside the stock index in `folder`."""
+def stock_pipeline(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """The stock pipeline over the same components, with the stock scheduler."""
+    scheduler = pipe.scheduler
+    if isinstance(scheduler, FisherSchedulerMixin):
+        scheduler = stock_class(type(scheduler)).from_config(scheduler.config)
+    return over_components_of(pipe, stock_class(type(pipe)), scheduler=scheduler)
+
+
+def load_pipeline_parts(
+    load: Callable[..., Pipeline], source: str | os.PathLike, arguments: dict[str, Any]
+) -> Pipeline:
+    """Loads a pipeline by the stock `load`, and its Fisher parts.
+
+    Raises:
+        CheckpointError: a local folder with a missing or truncated file.
+    """
+    check_folder(source, given=arguments)
+    pipe = load(source, **arguments)
+    hub = {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
+    set_checkpoint_parts(pipe, CheckpointParts(load_trace_model(source, **hub), load_statistics(source, **hub)))
+    if load_scheduler_name(source, **hub) is not None and "scheduler" not in arguments:
+        pipe.scheduler = fisher_scheduler(type(pipe.scheduler)).from_config(pipe.scheduler.config)
+    return pipe
+
+
+def save_pipeline(pipe: FisherPipelineMixin, folder: str | os.PathLike, arguments: dict[str, Any]) -> None:
+    """Saves the stock pipeline, and the Fisher parts beside its index.
+
+    Raises:
+        InputError: an upload, or another form than safetensors.
+    """
+    if arguments.get("push_to_hub") or arguments.get("safe_serialization") is False:
+        raise InputError("Save to a folder, in safetensors; push the finished folder with huggingface_hub.")
+    stock_pipeline(pipe).save_pretrained(folder, **arguments)
     folder = Path(folder)
-    scheduler = pipe.scheduler if isinstance(pipe.scheduler, FisherSchedulerMixin) else None
-    write_json(folder / MARK, {"scheduler": type(scheduler).__name__ if scheduler is not None else None})
+    scheduler = type(pipe.scheduler).__name__ if isinstance(pipe.scheduler, FisherSchedulerMixin) else None
+    write_json(folder / MARK, {"scheduler": scheduler})
     _save_trace_model(pipe.trace_model, folder / TRACE_MODEL)
     if pipe.latent_statistics is None:
         (folder / STATISTICS).unlink(missing_ok=True)  # of another pipeline that was saved there
@@ -77,38 +120,6 @@ def _save_trace_model(model: FisherTraceModel | None, folder: Path) -> None:
         folder.rmdir()
 
 
-def load_trace_model(source: str | os.PathLike, **hub_arguments: Any) -> FisherTraceModel | None:
-    """The trace model kept with checkpoint `source`, None where there is none.
-
-    Raises:
-        CheckpointError: one of its files is damaged.
-    """
-    if _find(source, f"{TRACE_MODEL}/{FisherTraceModel.config_name}", hub_arguments) is None:
-        return None
-    return FisherTraceModel.from_pretrained(source, subfolder=TRACE_MODEL, **hub_arguments)
-
-
-def load_parts(
-    source: str | os.PathLike, **hub_arguments: Any
-) -> tuple[str | None, tuple[torch.Tensor, torch.Tensor] | None]:
-    """The scheduler class and the latents' (mean, variance) kept with checkpoint `source`, each None where absent.
-
-    Raises:
-        CheckpointError: one of the two files is damaged.
-    """
-    mark = _find(source, MARK, hub_arguments)
-    statistics = _find(source, STATISTICS, hub_arguments)
-    scheduler = _read_table(mark).get("scheduler") if mark else None
-    if statistics is None:
-        return scheduler, None
-    tensors, _ = load_tensors(statistics)
-    if not {"mean", "variance"} <= tensors.keys():
-        raise CheckpointError(
-            f"'{statistics}' holds {sorted(tensors)}; it must hold mean and variance. Save it again."
-        )
-    return scheduler, (tensors["mean"], tensors["variance"])
-
-
 def check_folder(source: str | os.PathLike, given: Collection[str] = ()) -> None:
     """Refuses a local checkpoint folder with a missing or damaged file, before anything is loaded.
 
@@ -126,7 +137,7 @@ def check_folder(source: str | os.PathLike, given: Collection[str] = ()) -> None
             f"'{folder}' has no model_index.json; pass a folder saved by a diffusers pipeline, or install the package "
             "again if it is the embedded checkpoint."
         )
-    for name, value in _read_table(folder / "model_index.json").items():
+    for name, value in read_table(folder / "model_index.json").items():
         if name in given or not isinstance(value, list) or not value or value[0] is None:
             continue
         if not (folder / name).is_dir():
@@ -149,23 +160,3 @@ def _check_component(folder: Path, class_name: str) -> None:
             raise CheckpointError(f"'{folder}' has no {' or '.join(names)}; {again}")
     for file in sorted(folder.glob("*.safetensors")):
         check_safetensors(file)
-
-
-def _read_table(file: Path) -> dict[str, Any]:
-    table = read_json(file)
-    if not isinstance(table, dict):
-        raise CheckpointError(f"Checkpoint file '{file}' holds a {type(table).__name__}; it must hold a JSON object.")
-    return table
-
-
-def _find(source: str | os.PathLike, name: str, hub_arguments: dict[str, Any]) -> Path | None:
-    if Path(source).is_dir():
-        file = Path(source) / name
-        return file if file.is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(str(source), name, **hub_arguments))
-    except (EntryNotFoundError, LocalEntryNotFoundError):  # a checkpoint without our parts, or never fetched
-        return None

@@ -19,7 +19,7 @@ from ..errors import CoarseGridWarning
 from ..files import load_tensors, save_tensors
 from ..fisher.direct import DirectFisher, DirectOperator
 from ..jobs.seeds import step_generator
-from ..likelihood import log_likelihood
+from ..likelihood import Integration, integrate_log_likelihood
 from ..noise import DenoisingState, expand
 from .changes import changed
 from .pieces import Piece
@@ -138,7 +138,9 @@ def _asked(
     recorder = _Recorder()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CoarseGridWarning)  # the way counts here, not the likelihood at its end
-        log_likelihood(space.denoiser(captions, data), clean, recorder, num_steps=num_steps, num_probes=None)
+        integrate_log_likelihood(
+            space.denoiser(captions, data), clean, recorder, Integration(num_steps=num_steps, num_probes=None)
+        )
     return recorder.states
 
 

@@ -31,9 +31,10 @@ from diffusers_fisher import (
     embedded_checkpoint,
     embedded_prompt,
 )
+from diffusers_fisher.backbones import backbone_of
 from diffusers_fisher.files import save_figure
 from diffusers_fisher.guidance.checks import checked_reward
-from diffusers_fisher.guidance.noise_ascent import ascend_noise
+from diffusers_fisher.guidance.noise_ascent import AscentSettings, GuidedRun, ascend_noise
 from diffusers_fisher.noise import DenoisingState
 from diffusers_fisher.testing import OracleDenoiser
 
@@ -188,7 +189,7 @@ def on_the_checkpoint(batch: int) -> dict[str, Any]:
         estimators = family.estimators(denoiser, priors, autodiff=True)
 
         def loss(result: torch.Tensor, reward: Any = reward) -> torch.Tensor:
-            return checked_reward(reward, pipe._decode(result), [""] * batch).sum()
+            return checked_reward(reward, backbone_of(pipe).decode(result), [""] * batch).sum()
 
         gradients[key] = gradient_cosines(runs, AutodiffFisher(denoiser), estimators, loss)
         ascents[key] = {
@@ -213,9 +214,8 @@ def ascent(pipe: Any, denoiser: Any, steps: int, noise: torch.Tensor, estimator:
 
     prompts, begin = [""] * len(noise), time.perf_counter()
     try:
-        found = ascend_noise(
-            sample, pipe._decode, reward, noise, prompts, scheduler, family.fresh(estimator), ITERATIONS, STEP_SIZE
-        )
+        run = GuidedRun(sample, backbone_of(pipe).decode, reward, prompts, scheduler, family.fresh(estimator))
+        found = ascend_noise(run, noise, AscentSettings(ITERATIONS, STEP_SIZE))
     except ArithmeticError as error:
         return {"failed": str(error).split(".")[0]}
     seconds = time.perf_counter() - begin

@@ -34,8 +34,9 @@ from diffusers_fisher import (
     embedded_test_images,
     posterior_guidance,
 )
+from diffusers_fisher.backbones import backbone_of
 from diffusers_fisher.files import check_writable, save_figure
-from diffusers_fisher.guidance import ascend_noise
+from diffusers_fisher.guidance import AscentSettings, GuidedRun, ascend_noise
 from diffusers_fisher.guidance.checks import checked_reward
 from diffusers_fisher.jobs.records import Records
 
@@ -77,7 +78,7 @@ class Problem:
         self.pipe = StableDiffusionFisherPipeline.from_pretrained(str(self.folder))
         self.pipe.set_progress_bar_config(disable=True)
         self.images, self.labels = embedded_test_images()
-        self.latents = self.pipe._latents_to_score(self.images, None)
+        self.latents = backbone_of(self.pipe).samples_of(self.images)
         self.classifier = ClassifierReward.from_pretrained(self.folder / "classifier", target=0)
         noise = torch.randn(setting.compared_prompts, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         self.noises = noise.split(setting.batch)
@@ -126,13 +127,13 @@ def one_iteration(problem: Problem, method: tuple, reward: Any, noise: torch.Ten
     sample, scheduler, estimator = method
     with scheduler.differentiable(estimator) as trajectory:
         latents = sample(noise)
-    return trajectory.gradient(checked_reward(reward, problem.pipe._decode(latents), []).sum())
+    return trajectory.gradient(checked_reward(reward, backbone_of(problem.pipe).decode(latents), []).sum())
 
 
 def floor(problem: Problem, method: tuple, reward: Any, noise: torch.Tensor) -> torch.Tensor:
     """What no method can do without: an untracked run, decoding, and the reward's gradient at the latents."""
     latents = method[0](noise).detach().requires_grad_()
-    return torch.autograd.grad(checked_reward(reward, problem.pipe._decode(latents), []).sum(), latents)[0]
+    return torch.autograd.grad(checked_reward(reward, backbone_of(problem.pipe).decode(latents), []).sum(), latents)[0]
 
 
 def iteration_cost(problem: Problem) -> dict[str, Any]:
@@ -210,10 +211,8 @@ def curve(problem: Problem, name: str, method: str, batch: int) -> dict[str, Any
     setting, noise = problem.setting, problem.noises[batch]
     reward, held_out = problem.rewards(batch)[name]
     sample, scheduler, estimator = problem.methods(batch).table[method]
-    ascent = ascend_noise(
-        sample, problem.pipe._decode, reward, noise, [], scheduler, estimator, setting.iterations, setting.step_size,
-        held_out_reward=held_out,
-    )  # fmt: skip
+    run = GuidedRun(sample, backbone_of(problem.pipe).decode, reward, [], scheduler, estimator, held_out)
+    ascent = ascend_noise(run, noise, AscentSettings(setting.iterations, setting.step_size))
     return {
         "rewards": torch.stack(ascent.rewards).tolist(), "held_out": torch.stack(ascent.held_out_rewards).tolist(),
         "seconds": ascent.seconds, "status": ascent.status,
@@ -229,7 +228,7 @@ def per_step(problem: Problem, name: str, estimator: str, strength: float, batch
     with posterior_guidance(pipe, reward, strength=strength, estimator=methods.estimators()[estimator]) as guidance:
         latents = pipe(latents=noise, callback_on_step_end=guidance, **methods.arguments)[0]
     with torch.no_grad():
-        images = problem.pipe._decode(latents)
+        images = backbone_of(problem.pipe).decode(latents)
         values = {"rewards": reward(images, []).tolist(), "held_out": held_out(images, []).tolist()}
     return {**values, "seconds": time.perf_counter() - begin}
 

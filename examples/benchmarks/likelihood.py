@@ -34,15 +34,18 @@ from diffusers_fisher import (
     embedded_prompt,
     embedded_test_images,
 )
+from diffusers_fisher.backbones import backbone_of
 from diffusers_fisher.files import write_json
 from diffusers_fisher.likelihood import (
     DEFAULT_SCHEME,
     SCHEMES,
+    Integration,
     LikelihoodOutput,
-    log_likelihood,
+    integrate_log_likelihood,
     reference_log_likelihood,
     squared_error_log_likelihood,
 )
+from diffusers_fisher.likelihood.pipeline import unguided_denoiser
 from diffusers_fisher.noise import log_noise_to_signal_range, timestep_at
 from diffusers_fisher.testing import OracleDenoiser
 
@@ -153,7 +156,9 @@ def closed_forms(laws: dict[str, GaussianMixture], draws: int, schemes: Sequence
 
             def run(calls: int, scheme: str, law=law, given=given, samples=samples, scheduler=scheduler):
                 denoiser = OracleDenoiser(law, scheduler)
-                return log_likelihood(denoiser, samples, ExactFisher(law), calls - 1, None, **given, scheme=scheme)
+                return integrate_log_likelihood(
+                    denoiser, samples, ExactFisher(law), Integration(calls - 1, None, **given, scheme=scheme)
+                )
 
             fine = run(401, "adams4")
             smoothing = NoiseLevel(torch.ones((), dtype=torch.float64), fine.noise_to_signal[0])
@@ -224,7 +229,7 @@ def _problem(count: int = NUM_IMAGES) -> tuple[Any, torch.Tensor, list[str]]:
     """The pipeline, latents of the first test images, and their prompts."""
     pipe, images, labels = _pipe()
     prompts = [embedded_prompt(int(label)) for label in labels[:count]]
-    return pipe, pipe._latents_to_score(images[:count], None), prompts
+    return pipe, backbone_of(pipe).samples_of(images[:count]), prompts
 
 
 def reference() -> dict[str, Any]:
@@ -233,7 +238,7 @@ def reference() -> dict[str, Any]:
     found = []
     for first in range(0, NUM_IMAGES, GROUP):
         group = slice(first, first + GROUP)
-        denoiser = pipe._likelihood_denoiser(latents[group], 1.0, prompts[group], {})
+        denoiser = unguided_denoiser(backbone_of(pipe), latents[group], 1.0, prompts[group], {})
         found.append(reference_log_likelihood(denoiser, latents[group], None, 1e-4, 9, *pipe.latent_statistics))
         print(f"reference of {first + GROUP} images", flush=True)
     return {
@@ -334,8 +339,8 @@ def comparison() -> dict[str, Any]:
 
 def squared_error_likelihood_against_ode(pipe: Any, images: torch.Tensor, prompts: list[str]) -> dict[str, float]:
     """Both estimate the noised density; the network's squared error is above its Jacobian's r."""
-    latents = pipe._latents_to_score(images, None)
-    denoiser = pipe._likelihood_denoiser(latents, 1.0, prompts, {})
+    latents = backbone_of(pipe).samples_of(images)
+    denoiser = unguided_denoiser(backbone_of(pipe), latents, 1.0, prompts, {})
     mean, variance = pipe.latent_statistics
     squared = squared_error_log_likelihood(denoiser, latents, 256, mean, variance, torch.Generator().manual_seed(0))
     draws = [

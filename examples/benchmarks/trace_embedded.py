@@ -30,6 +30,7 @@ from diffusers_fisher import (
     embedded_checkpoint,
     embedded_prompt,
 )
+from diffusers_fisher.backbones import backbone_of
 from diffusers_fisher.jobs.seeds import step_generator
 from diffusers_fisher.noise import expand, log_noise_to_signal_range
 from diffusers_fisher.training.trace_losses import TraceDraw, mirrored_noise, noised_state, residual_target
@@ -45,7 +46,10 @@ def test_data(pipe: Any, count: int) -> tuple[torch.Tensor, list[str]]:
     """Mean and deviation (count, 2, 4, 8, 8) of the latents of the first test images, and their captions."""
     images, labels = fashion_mnist.load("test")
     with torch.no_grad():
-        pieces = [torch.stack(pipe._posterior(fashion_mnist.to_rgb(piece)), 1) for piece in images[:count].split(250)]
+        pieces = [
+            torch.stack(backbone_of(pipe).encode(fashion_mnist.to_rgb(piece)), 1)
+            for piece in images[:count].split(250)
+        ]
     return torch.cat(pieces), [embedded_prompt(label) for label in labels[:count].tolist()]
 
 

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification
 
 from diffusers_fisher import CoarseGridWarning, StableDiffusionFisherPipeline, embedded_checkpoint, embedded_prompt
+from diffusers_fisher.backbones import backbone_of
 from diffusers_fisher.guidance import ImageInput
 from diffusers_fisher.jobs.identity import pipeline_digests
 from diffusers_fisher.jobs.records import Records
@@ -64,7 +65,11 @@ def chosen(pipe: Any, name: str, score: Score, count: int, calls: int, folder: P
         key = f"{start:06d}"
         if key not in records.done():
             with torch.no_grad():
-                latents = pipe._encoded(fashion_mnist.to_rgb(images[start : start + BATCH]).to(pipe.vae.dtype)).float()
+                latents = (
+                    backbone_of(pipe)
+                    .encode(fashion_mnist.to_rgb(images[start : start + BATCH]).to(pipe.vae.dtype))[0]
+                    .float()
+                )
             generator = step_generator(0, name, calls, start)
             records.write(key, {"chosen": score(pipe, latents, calls, generator).argmax(0).tolist()})
         labels += records.read(key)["chosen"]

@@ -24,7 +24,8 @@ from diffusers_fisher import (
     TraceCorrectedFisher,
     TraceMatchingFisher,
 )
-from diffusers_fisher.likelihood import log_likelihood, reference_log_likelihood
+from diffusers_fisher.backbones import backbone_of
+from diffusers_fisher.likelihood import Integration, integrate_log_likelihood, reference_log_likelihood
 from diffusers_fisher.noise import Prediction
 from diffusers_fisher.studies.transport import denoiser_field
 from diffusers_fisher.testing import MixtureOracle, OracleDenoiser, check_fisher
@@ -163,8 +164,8 @@ def test_likelihood_is_the_exact_one_at_the_cost_of_the_ode_alone():
     samples = data.sample(3, seeded(2))
     found, exact = (GaussianDenoiser(data, vp()) for _ in range(2))
     options = {"num_steps": 10, "num_probes": None}
-    out = log_likelihood(found, samples, TraceMatchingFisher(data.model()), **options)
-    reference = log_likelihood(exact, samples, AutodiffFisher(exact), **options)
+    out = integrate_log_likelihood(found, samples, TraceMatchingFisher(data.model()), Integration(**options))
+    reference = integrate_log_likelihood(exact, samples, AutodiffFisher(exact), Integration(**options))
     assert torch.allclose(out.log_prob, reference.log_prob, atol=1e-3)  # nats; float32 logits in 32 dimensions
     assert out.num_denoiser_calls == found.num_calls == 11
     assert bool((out.standard_error == 0).all())
@@ -241,7 +242,9 @@ def test_pipeline_of_another_checkpoint_is_refused(model):
 
 
 CORE = {
-    "log_likelihood": lambda denoiser, x, estimator: log_likelihood(denoiser, x, estimator, 2, None),
+    "log_likelihood": lambda denoiser, x, estimator: integrate_log_likelihood(
+        denoiser, x, estimator, Integration(2, None)
+    ),
     "denoiser_field": lambda denoiser, x, estimator: denoiser_field(denoiser, estimator),
 }
 
@@ -274,21 +277,29 @@ def test_denoisers_without_a_network_are_known_by_their_schedule():
     data, model = GaussianData(), GaussianData().model()
     model.set_fingerprint(GaussianDenoiser(data, vp()))
     samples = data.sample(2, seeded(2))
-    out = log_likelihood(GaussianDenoiser(data, vp()), samples, TraceMatchingFisher(model), 4, None)
+    out = integrate_log_likelihood(
+        GaussianDenoiser(data, vp()), samples, TraceMatchingFisher(model), Integration(4, None)
+    )
     assert bool(torch.isfinite(out.log_prob).all())
     with pytest.raises(InputError, match="What differs: schedule"):
-        log_likelihood(GaussianDenoiser(data, vp(beta_end=0.02)), samples, TraceMatchingFisher(model), 4, None)
+        integrate_log_likelihood(
+            GaussianDenoiser(data, vp(beta_end=0.02)), samples, TraceMatchingFisher(model), Integration(4, None)
+        )
     model.set_fingerprint(tiny.stable_diffusion(scheduler=vp(steps_offset=1)))  # an oracle has no network
     identity = torch.eye(samples[0].numel(), dtype=torch.float64)
     oracle = OracleDenoiser(MixtureOracle(torch.zeros(1, len(identity)).double(), identity[None]), vp())
-    assert bool(torch.isfinite(log_likelihood(oracle, samples, TraceMatchingFisher(model), 4, None).log_prob).all())
+    assert bool(
+        torch.isfinite(
+            integrate_log_likelihood(oracle, samples, TraceMatchingFisher(model), Integration(4, None)).log_prob
+        ).all()
+    )
 
 
 def test_estimators_get_the_denoiser_of_a_likelihood_and_of_a_field():
     data = GaussianData()
     denoiser, samples = GaussianDenoiser(data, vp()), data.sample(2, seeded(2))
     outs = [
-        log_likelihood(denoiser, samples, AutodiffFisher(given, forward_mode=True), 4, None)
+        integrate_log_likelihood(denoiser, samples, AutodiffFisher(given, forward_mode=True), Integration(4, None))
         for given in (None, denoiser)
     ]
     assert torch.equal(outs[0].log_prob, outs[1].log_prob)
@@ -303,11 +314,16 @@ def test_pooled_vectors_are_those_of_our_pipeline_s_conditions(pipe):
     disturbed(pooled_model)
     x = torch.randn(1, 1, 4, 4, generator=seeded())
     denoiser = PipelineDenoiser(pipe, prompt="a")
-    out = log_likelihood(denoiser, x, TraceMatchingFisher(pooled_model), 2, None)
-    given = TraceMatchingFisher(pooled_model, pooled=pipe._pooled({"prompt": ["a"]}))
-    assert torch.equal(out.log_prob, log_likelihood(denoiser, x, given, 2, None).log_prob)
+    out = integrate_log_likelihood(denoiser, x, TraceMatchingFisher(pooled_model), Integration(2, None))
+    given = TraceMatchingFisher(pooled_model, pooled=backbone_of(pipe).pooled({"prompt": ["a"]}))
+    assert torch.equal(out.log_prob, integrate_log_likelihood(denoiser, x, given, Integration(2, None)).log_prob)
     with pytest.raises(InputError, match=r"`pooled` has shape None; allowed: \(1, 16\)"):
-        log_likelihood(PipelineDenoiser(tiny.one_channel(), prompt="a"), x, TraceMatchingFisher(pooled_model), 2, None)
+        integrate_log_likelihood(
+            PipelineDenoiser(tiny.one_channel(), prompt="a"),
+            x,
+            TraceMatchingFisher(pooled_model),
+            Integration(2, None),
+        )
 
 
 def test_pooled_vectors_reach_the_model():

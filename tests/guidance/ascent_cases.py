@@ -1,10 +1,12 @@
 """A small sampling problem for ascents: a network, a scheduler, and its exact gradient."""
 
+import dataclasses
+
 import torch
 from cases import Network, SchedulerCase, latents, sampling_run
 
 from diffusers_fisher import AutodiffFisher, fisher_scheduler
-from diffusers_fisher.guidance import ascend_noise
+from diffusers_fisher.guidance import AscentSettings, GuidedRun, ascend_noise
 
 PROMPTS = ["one", "two"]
 SHAPE = (2, 3, 2, 2)
@@ -39,12 +41,14 @@ class Problem:
         return sampling_run(self.scheduler, self.network, noise, STEPS)[-1]
 
     def ascend(self, reward=projection, estimator=None, noise=None, decode=torch.sigmoid, sample=None, **options):
-        options = {"num_guidance_steps": 4, "step_size": 0.2, **options}
+        names = {field.name for field in dataclasses.fields(AscentSettings)}
+        given = {"num_guidance_steps": 4, "step_size": 0.2, **options}
+        settings = AscentSettings(**{name: value for name, value in given.items() if name in names})
+        options = {name: value for name, value in options.items() if name not in names and name != "on_step"}
         estimator = AutodiffFisher(self.network) if estimator is None else estimator
         noise = latents(torch.float32, SHAPE) if noise is None else noise
-        return ascend_noise(
-            sample or self.sample, decode, reward, noise, PROMPTS, self.scheduler, estimator, **options
-        )
+        run = GuidedRun(sample or self.sample, decode, reward, PROMPTS, self.scheduler, estimator, **options)
+        return ascend_noise(run, noise, settings, given.get("on_step", lambda rewards: None))
 
     def exact_gradient(self, noise, reward=projection):
         """By automatic differentiation through the whole run."""

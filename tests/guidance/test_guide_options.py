@@ -20,6 +20,7 @@ from diffusers_fisher import (
     StableDiffusionXLFisherPipeline,
     UnsupportedError,
 )
+from diffusers_fisher.backbones import backbone_of
 from diffusers_fisher.guidance.text import TextEmbedding
 
 PROMPTS = ["a b", "c"]
@@ -186,7 +187,7 @@ def test_gradient_of_the_text_is_that_of_full_back_propagation(pipe, estimator):
             pipe, prompt_embeds=leaf, negative_prompt_embeds=negative.detach(), latents=noise(), num_inference_steps=3,
             guidance_scale=3.0, output_type="latent", return_dict=False,
         )[0]  # fmt: skip
-        (gradient,) = torch.autograd.grad(reward(pipe._decode(end), PROMPTS).sum(), leaf)
+        (gradient,) = torch.autograd.grad(reward(backbone_of(pipe).decode(end), PROMPTS).sum(), leaf)
     length = torch.linalg.vector_norm(gradient.flatten(1), dim=1)[:, None, None]
     size = torch.linalg.vector_norm(positive.detach().flatten(1), dim=1)[:, None, None]
     expected = 0.1 * size * gradient / length
@@ -252,7 +253,7 @@ def test_control_of_every_step_raises_the_reward_and_replays(pipe):
         end = stock(
             PROMPTS, latents=out.latents, num_inference_steps=3, guidance_scale=3.0, output_type="latent"
         ).images  # fmt: skip
-    torch.testing.assert_close(pipe._decode(end).detach(), out.images, rtol=0, atol=1e-6)  # float32
+    torch.testing.assert_close(backbone_of(pipe).decode(end).detach(), out.images, rtol=0, atol=1e-6)  # float32
 
 
 # Decoders
@@ -275,7 +276,7 @@ def test_tiny_autoencoder_decodes_for_the_reward_alone(pipe):
     assert pipe.vae is before
     end = pipe(PROMPTS, latents=out.latents, num_inference_steps=3, guidance_scale=3.0, output_type="latent").images
     # float32; the images are the autoencoder's, those of the reward the tiny one's
-    torch.testing.assert_close(out.images, pipe._decode(end).detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(out.images, backbone_of(pipe).decode(end).detach(), rtol=0, atol=1e-6)
     with torch.no_grad():
         expected = (little.decode(pipe(
             PROMPTS, latents=noise(), num_inference_steps=3, guidance_scale=3.0, output_type="latent"

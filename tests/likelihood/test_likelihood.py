@@ -17,7 +17,7 @@ from diffusers_fisher import (
     NumericalError,
 )
 from diffusers_fisher.denoiser import Denoiser
-from diffusers_fisher.likelihood import log_likelihood
+from diffusers_fisher.likelihood import Integration, integrate_log_likelihood
 from diffusers_fisher.testing import MixtureOracle, OracleDenoiser
 
 DIMENSIONS = math.prod(ORACLE_SHAPE)
@@ -35,7 +35,9 @@ def draws(oracle, count=4):
 
 def likelihood(oracle, samples, scheduler=None, num_steps=20, num_probes=None, **options):
     denoiser = OracleDenoiser(oracle, scheduler or vp())
-    return log_likelihood(denoiser, samples, AutodiffFisher(denoiser), num_steps, num_probes, **options)
+    return integrate_log_likelihood(
+        denoiser, samples, AutodiffFisher(denoiser), Integration(num_steps, num_probes, **options)
+    )
 
 
 def exact(oracle, samples, out):
@@ -274,7 +276,7 @@ def test_finite_differences_need_no_graph_and_are_counted(central, products):
     denoiser = OracleDenoiser(oracle, vp())
     denoiser(draws(oracle), 500)  # what was called before does not count
     estimator = FiniteDifferenceFisher(denoiser, relative_step=1e-5, central=central)
-    out = log_likelihood(denoiser, draws(oracle), estimator, 10, None)
+    out = integrate_log_likelihood(denoiser, draws(oracle), estimator, Integration(10, None))
     assert out.num_denoiser_calls == 11 * (1 + products * DIMENSIONS)
     reference = likelihood(oracle, draws(oracle), num_steps=10)
     assert relative(out.log_prob, reference.log_prob) < 1e-3  # O(h) and O(h^2) with h = 1e-5 |x| against s_0 = 0.03
@@ -331,7 +333,7 @@ def test_narrower_samples(dtype, tolerance):
             return OracleDenoiser(oracle, self.scheduler).model_output(x.double(), timestep).to(x.dtype)
 
     denoiser = Recording(vp())
-    out = log_likelihood(denoiser, draws(oracle).to(dtype), AutodiffFisher(denoiser), 20, None)
+    out = integrate_log_likelihood(denoiser, draws(oracle).to(dtype), AutodiffFisher(denoiser), Integration(20, None))
     assert seen == {torch.float32}  # half precision is the network's own business
     assert out.log_prob.dtype == torch.float64
     assert 0 < relative(out.log_prob, likelihood(oracle, draws(oracle)).log_prob) < tolerance
@@ -404,7 +406,9 @@ class Breaking(Denoiser):
 def test_nan_never_leaves_silently(bad, message):
     denoiser = Breaking(bad)
     with pytest.raises(NumericalError, match=message):
-        log_likelihood(denoiser, draws(ORACLES["gaussian"]), AutodiffFisher(denoiser), 10, None, step_halving=True)
+        integrate_log_likelihood(
+            denoiser, draws(ORACLES["gaussian"]), AutodiffFisher(denoiser), Integration(10, None, step_halving=True)
+        )
 
 
 BAD_SAMPLES = torch.zeros(2, *ORACLE_SHAPE)
@@ -438,8 +442,9 @@ def test_mistakes_are_refused_before_any_evaluation(name):
     changes, message = MISTAKES[name]
     denoiser = OracleDenoiser(ORACLES["gaussian"], vp())
     arguments = {"samples": BAD_SAMPLES.double(), "num_steps": 4, "num_probes": None, **changes}
+    samples = arguments.pop("samples")
     with pytest.raises(InputError, match=message):
-        log_likelihood(denoiser, estimator=AutodiffFisher(denoiser), **arguments)
+        integrate_log_likelihood(denoiser, samples, AutodiffFisher(denoiser), Integration(**arguments))
     assert denoiser.num_calls == 0
 
 
@@ -450,12 +455,17 @@ def test_inference_mode_is_refused_where_a_graph_is_needed():
         torch.inference_mode(),
         pytest.raises(InputError, match=r"AutodiffFisher differentiates .* use torch.no_grad instead, or FiniteDiff"),
     ):
-        log_likelihood(denoiser, draws(oracle), AutodiffFisher(denoiser), 4, None)
+        integrate_log_likelihood(denoiser, draws(oracle), AutodiffFisher(denoiser), Integration(4, None))
     assert denoiser.num_calls == 0
     estimator = FiniteDifferenceFisher(denoiser)
     with torch.inference_mode():
-        inside, samples = log_likelihood(denoiser, draws(oracle), estimator, 4, None), draws(oracle)
-    assert torch.equal(inside.log_prob, log_likelihood(denoiser, draws(oracle), estimator, 4, None).log_prob)
+        inside, samples = (
+            integrate_log_likelihood(denoiser, draws(oracle), estimator, Integration(4, None)),
+            draws(oracle),
+        )
+    assert torch.equal(
+        inside.log_prob, integrate_log_likelihood(denoiser, draws(oracle), estimator, Integration(4, None)).log_prob
+    )
     # Samples that were made in inference mode are fine outside it.
     assert torch.equal(likelihood(oracle, samples).log_prob, likelihood(oracle, draws(oracle)).log_prob)
 
@@ -463,5 +473,5 @@ def test_inference_mode_is_refused_where_a_graph_is_needed():
 def test_unbound_estimator_uses_the_evaluation_at_hand():
     oracle = ORACLES["gaussian"]
     denoiser = OracleDenoiser(oracle, vp())
-    out = log_likelihood(denoiser, draws(oracle), AutodiffFisher(), 20, None)
+    out = integrate_log_likelihood(denoiser, draws(oracle), AutodiffFisher(), Integration(20, None))
     assert torch.equal(out.log_prob, likelihood(oracle, draws(oracle)).log_prob)

@@ -24,8 +24,9 @@ from diffusers_fisher.denoiser import Denoiser
 from diffusers_fisher.likelihood import (
     DEFAULT_SCHEME,
     SCHEMES,
+    Integration,
     dequantised,
-    log_likelihood,
+    integrate_log_likelihood,
     offset_bits,
     reference_log_likelihood,
     squared_error_log_likelihood,
@@ -121,7 +122,10 @@ def closed_forms():
     found = {}
     for name, law in laws().items():
         samples, denoiser = law.sample(16, seeded(1)), OracleDenoiser(law, vp())
-        outs = {n: log_likelihood(denoiser, samples, ExactFisher(law), n - 1, None) for n in (20, 40, 301)}
+        outs = {
+            n: integrate_log_likelihood(denoiser, samples, ExactFisher(law), Integration(n - 1, None))
+            for n in (20, 40, 301)
+        }
         level = NoiseLevel(ONE, outs[301].noise_to_signal[-1])
         density = NoiseLevel(ONE, outs[301].noise_to_signal[0])
         for calls, out in outs.items():
@@ -147,9 +151,8 @@ def test_density_with_the_moment_matched_prior(name):
     own = [law.covariance.select(modes[k : k + 1]).dense()[0].diagonal().view(SHAPE) for k in range(len(modes))]
     variance = torch.einsum("k,kchw->chw", law.weights, torch.stack(own) + (law.means - mean).square())
     samples, denoiser = law.sample(16, seeded(1)), OracleDenoiser(law, vp())
-    out = log_likelihood(
-        denoiser, samples, ExactFisher(law), 99, None, prior_mean=mean, prior_variance=variance
-    )  # fmt: skip
+    prior = {"prior_mean": mean, "prior_variance": variance}
+    out = integrate_log_likelihood(denoiser, samples, ExactFisher(law), Integration(99, None, **prior))
     error = (out.log_prob - law.log_density(samples, NoiseLevel(ONE, out.noise_to_signal[0]))).abs() / LARGE_BIT
     assert (out.num_denoiser_calls, out.prior) == (100, "moment-matched")
     assert float(error.mean()) < 1e-3
@@ -172,7 +175,7 @@ def test_estimates_of_the_other_schemes_cover_their_errors(scheme, size, calls):
     for law in laws().values():
         samples, denoiser = law.sample(16, seeded(1)), OracleDenoiser(law, vp())
         fine, out = (
-            log_likelihood(denoiser, samples, ExactFisher(law), number - 1, None, scheme=name)
+            integrate_log_likelihood(denoiser, samples, ExactFisher(law), Integration(number - 1, None, scheme=name))
             for number, name in ((201, DEFAULT_SCHEME), (calls, scheme))
         )
         errors.append((out.log_prob - fine.log_prob).abs())
@@ -205,7 +208,7 @@ def test_steps_do_not_lose_the_digits_of_a_float32_network():
     samples = draws(oracle).float()
     law = GaussianMixture(oracle.means.view(1, *ORACLE_SHAPE), Covariance.full(oracle.covariances, ORACLE_SHAPE))
     pairs = ((single, samples), (double, samples.double()))
-    runs = [log_likelihood(denoiser, x, ExactFisher(law), 20, None) for denoiser, x in pairs]
+    runs = [integrate_log_likelihood(denoiser, x, ExactFisher(law), Integration(20, None)) for denoiser, x in pairs]
     # Rounding of inputs and outputs of float32, 6e-8 each, over 21 evaluations
     assert relative(runs[0].final_latents, runs[1].final_latents) < 3e-6
 
@@ -367,7 +370,7 @@ def test_bits_of_bins_are_a_probability():
     samples = (law.sample(64, seeded()) * 127.5 - 0.5).round().clamp(-128, 127) / 127.5 + 0.5 / 127.5
     denoiser = OracleDenoiser(law, vp())
     given = {"prior_mean": 0.0, "prior_variance": variance, "bins": bins, "generator": seeded(2)}
-    out = log_likelihood(denoiser, samples, ExactFisher(law), 60, None, **given)
+    out = integrate_log_likelihood(denoiser, samples, ExactFisher(law), Integration(60, None, **given))
     smoothed = variance + float(out.noise_to_signal[0]) ** 2
     edges = torch.distributions.Normal(0.0, smoothed**0.5)
     probability = edges.cdf(samples + 0.5 / 127.5) - edges.cdf(samples - 0.5 / 127.5)
@@ -389,7 +392,7 @@ def test_samples_off_their_bins_are_refused_before_any_evaluation(value, message
     denoiser = OracleDenoiser(ORACLES["gaussian"], vp())
     samples = torch.full((2, *ORACLE_SHAPE), value, dtype=torch.float64)
     with pytest.raises(InputError, match=message):
-        log_likelihood(denoiser, samples, AutodiffFisher(denoiser), 4, None, bins=256)
+        integrate_log_likelihood(denoiser, samples, AutodiffFisher(denoiser), Integration(4, None, bins=256))
     with pytest.raises(InputError, match=message):
         squared_error_log_likelihood(denoiser, samples, 4, bins=256)
     assert denoiser.num_calls == 0

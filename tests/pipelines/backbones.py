@@ -12,6 +12,7 @@ import tiny
 import torch
 
 import diffusers_fisher
+from diffusers_fisher.backbones import backbone_of
 
 PROMPTS = ["a b", "c"]
 
@@ -68,7 +69,7 @@ class Backbone:
 
     def packed(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         """In the layout of the stock call."""
-        return pipe._pack(latents) if isinstance(pipe, diffusers_fisher.FisherPipelineMixin) else latents
+        return backbone_of(pipe).pack(latents) if isinstance(pipe, diffusers_fisher.FisherPipelineMixin) else latents
 
     def size(self) -> dict[str, int]:
         return dict(zip(("height", "width"), self.pixels, strict=True)) if self.takes_latents else {}

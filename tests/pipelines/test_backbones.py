@@ -25,6 +25,7 @@ from diffusers_fisher import (
     fisher_pipeline,
     fisher_scheduler,
 )
+from diffusers_fisher.backbones import backbone_of
 from diffusers_fisher.likelihood.schemes import noise_grid
 from pipelines.backbones import BACKBONES, VARIATIONS
 
@@ -64,8 +65,8 @@ def test_given_latents_are_what_the_stock_call_would_have_drawn(backbone):
     """And final latents those that it decodes."""
     ours, drawn = backbone.ours(), []
     size = {} if backbone.takes_latents else {"height": None, "width": None}
-    pixels = ours._image_size(*(size or backbone.size()).values())
-    noise = ours._initial_noise(None, 2, pixels, seeded())
+    pixels = backbone_of(ours).image_size(*(size or backbone.size()).values())
+    noise = backbone_of(ours).initial_noise(None, 2, pixels, seeded())
     generators = (seeded(), seeded())
     expected = backbone.sample(ours, generator=generators[0], output_type="np")
     torch.empty(noise.shape if noise.ndim == 4 else (2, *backbone.shape)).normal_(generator=generators[1])
@@ -74,7 +75,7 @@ def test_given_latents_are_what_the_stock_call_would_have_drawn(backbone):
         generator.set_state(generators[1].get_state())
         drawn.append(backbone.sample(ours, generator=generator, latents=noise, output_type=output_type))
     assert (drawn[1] == expected).all()
-    decoded = ours._decode(drawn[0], pixels).detach().permute(0, 2, 3, 1)
+    decoded = backbone_of(ours).decode(drawn[0], pixels).detach().permute(0, 2, 3, 1)
     assert abs(decoded.numpy() - expected).max() == 0
 
 
@@ -136,10 +137,10 @@ def test_guidance_by_each_estimator(backbone, name):
         assert bool((out.rewards[1] > out.rewards[0]).all())
     assert tiny.snapshot(pipe)["attributes"] == before["attributes"]
     again = backbone.sample(
-        pipe, latents=out.latents.to(pipe._noise_dtype()), output_type="latent", generator=seeded(5)
+        pipe, latents=out.latents.to(backbone_of(pipe).dtype), output_type="latent", generator=seeded(5)
     )
     if backbone.stock is not diffusers.DDPMPipeline and type(pipe.scheduler).__name__ != "DDPMScheduler":
-        decoded = pipe._decode(again, backbone.pixels).detach()
+        decoded = backbone_of(pipe).decode(again, backbone.pixels).detach()
         assert torch.equal(decoded, out.images)
 
 
@@ -423,7 +424,7 @@ def test_sliced_and_tiled_autoencoder(name):
     plain, pipe, stock = backbone.ours(), tiled(backbone.ours()), tiled(backbone.make(cls=backbone.stock))
     latents = backbone.sample(pipe, generator=seeded())
     with torch.no_grad():
-        decoded, whole = (each._decode(latents, backbone.pixels) for each in (pipe, plain))
+        decoded, whole = (backbone_of(each).decode(latents, backbone.pixels) for each in (pipe, plain))
     images = backbone.sample(stock, generator=seeded(), output_type="np")
     assert (decoded.permute(0, 2, 3, 1).numpy() == images).all()
     assert relative(decoded, whole) > 1e-3

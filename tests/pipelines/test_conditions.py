@@ -14,6 +14,7 @@ from diffusers_fisher import (
     custom_pipeline_file,
     fisher_pipeline,
 )
+from diffusers_fisher.backbones import backbone_of
 from diffusers_fisher.guidance.posterior import autoencoder_decoder
 from diffusers_fisher.pictures import decode_latents
 from diffusers_fisher.pipelines import given_latents
@@ -175,7 +176,7 @@ def test_true_guidance_of_flux_is_the_pipelines_own_evaluation():
     """Its call encodes twice, prompts and negative prompts, and the denoiser must remember both."""
     backbone = BACKBONES["Flux"]
     pipe, x = backbone.ours(), backbone.noise()
-    packed = pipe._pack(x)
+    packed = backbone_of(pipe).pack(x)
     told = {"prompt": PROMPTS, "negative_prompt": ["d", "e"], "true_cfg_scale": 3.0, "max_sequence_length": 8}
     told |= {"height": 8, "width": 8}
     denoiser = PipelineDenoiser(pipe, 3.5, **told)
@@ -373,7 +374,7 @@ def test_labels_of_dit_are_passed_on():
 def test_packed_latents_need_a_size_to_be_decoded():
     backbone = BACKBONES["Flux"]
     with pytest.raises(InputError, match="Packed latents don't tell the image's shape; give `pixels`"):
-        backbone.ours()._decode(torch.zeros(1, 4, 16))
+        backbone_of(backbone.ours()).decode(torch.zeros(1, 4, 16))
 
 
 # Autoencoders of Stable Diffusion XL
@@ -385,11 +386,11 @@ def test_standardised_latents_of_stable_diffusion_xl():
     mean, deviation = [0.1, -0.2, 0.3, 0.4], [0.5, 1.0, 2.0, 1.5]
     pipe.vae.register_to_config(latents_mean=mean, latents_std=deviation)
     x = backbone.noise()
-    images = pipe._decode(x).detach()
+    images = backbone_of(pipe).decode(x).detach()
     expected = backbone.sample(pipe, latents=x, steps=1, output_type="latent")
     assert torch.equal(
         torch.from_numpy(backbone.sample(pipe, latents=x, steps=1, output_type="np")).permute(0, 3, 1, 2),
-        pipe._decode(expected).detach(),
+        backbone_of(pipe).decode(expected).detach(),
     )
     stock = backbone.stock(**pipe.components)
     for decode in (autoencoder_decoder(stock), functools.partial(decode_latents, stock)):
@@ -397,7 +398,7 @@ def test_standardised_latents_of_stable_diffusion_xl():
     shift, scale = (torch.tensor(values).view(1, 4, 1, 1) for values in (mean, deviation))
     with torch.no_grad():
         encoded = (pipe.vae.encode(2 * images - 1).latent_dist.mean - shift) * pipe.vae.config.scaling_factor / scale
-    torch.testing.assert_close(pipe._latents_to_score(images, None), encoded)
+    torch.testing.assert_close(backbone_of(pipe).samples_of(images), encoded)
 
 
 def test_half_precision_autoencoder_of_stable_diffusion_xl_is_refused():

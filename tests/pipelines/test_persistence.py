@@ -22,7 +22,7 @@ from diffusers_fisher import (
     fisher_pipeline,
     fisher_scheduler,
 )
-from diffusers_fisher.pipelines.persistence import load_parts
+from diffusers_fisher.backbones.parts import load_scheduler_name, load_statistics
 
 STATISTICS = (torch.linspace(-1, 1, 256).view(4, 8, 8), torch.linspace(0.5, 2, 256).view(4, 8, 8))
 SCHEDULERS = [
@@ -237,7 +237,8 @@ def test_parts_are_fetched_from_the_hub_where_there_are_any(saved, monkeypatch):
         return str(saved / name)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    name, statistics = load_parts("someone/checkpoint", revision="v2")
+    name = load_scheduler_name("someone/checkpoint", revision="v2")
+    statistics = load_statistics("someone/checkpoint", revision="v2")
     assert name == "FisherDDIMScheduler"
     assert torch.equal(statistics[1], STATISTICS[1])
     expected = [
@@ -246,7 +247,7 @@ def test_parts_are_fetched_from_the_hub_where_there_are_any(saved, monkeypatch):
     assert asked == expected
     for error in (EntryNotFoundError, LocalEntryNotFoundError):
         missing[:] = [error]
-        assert load_parts("someone/checkpoint") == (None, None)
+        assert (load_scheduler_name("someone/checkpoint"), load_statistics("someone/checkpoint")) == (None, None)
 
 
 # Damage

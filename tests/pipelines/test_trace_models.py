@@ -25,10 +25,11 @@ from diffusers_fisher import (
     fisher_scheduler,
     posterior_guidance,
 )
+from diffusers_fisher.backbones import backbone_of
+from diffusers_fisher.backbones.parts import load_trace_model
 from diffusers_fisher.features import output_norm, recorded
 from diffusers_fisher.jobs.pipelines import DenoiserSettings
 from diffusers_fisher.noise import timestep_at
-from diffusers_fisher.pipelines.persistence import load_trace_model
 from diffusers_fisher.training.trace_config import (
     ModelSettings,
     TraceMatchingConfig,
@@ -108,7 +109,7 @@ def hidden_layers(backbone, pipe, call):
 
 def likelihood_denoiser(backbone, pipe):
     calls = {**backbone.call, **backbone.options, **backbone.size()}
-    return PipelineDenoiser(pipe, pipe._likelihood_guidance({}), **calls)
+    return PipelineDenoiser(pipe, backbone_of(pipe).unguided_scale({}), **calls)
 
 
 def test_states_have_features_of_the_last_hidden_layer(backbone):

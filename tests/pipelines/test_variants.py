@@ -16,6 +16,7 @@ from diffusers_fisher import (
     UnsupportedError,
     fisher_scheduler,
 )
+from diffusers_fisher.backbones import backbone_of
 
 GRADIENT = 1e-5  # float32, the same products in another order
 PROMPTS = ["a b", "c"]
@@ -276,14 +277,14 @@ def test_bfloat16_weights_of_the_trained_checkpoint():
         embedded_test_images,
     )
     from diffusers_fisher.fisher.binding import bound
-    from diffusers_fisher.pipelines.guided import default_estimator
+    from diffusers_fisher.guidance.pipeline import default_estimator
 
     def load(dtype):
         return tiny.quiet(StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint(), dtype=dtype))
 
     images, labels = embedded_test_images()
     images, prompts = images[:4], [embedded_prompt(int(label)) for label in labels[:4]]
-    latents = load(torch.float32)._latents_to_score(images, None)  # for both: the density of the same latents
+    latents = backbone_of(load(torch.float32)).samples_of(images)  # for both: the density of the same latents
     start, half = torch.randn(latents.shape, generator=seeded(1)), images.shape[-1] // 2
     bits, gradients = [], {"direct": [], "autodiff": [], "default": []}
     for dtype in (torch.float32, torch.bfloat16):
@@ -300,7 +301,7 @@ def test_bfloat16_weights_of_the_trained_checkpoint():
         for name, estimator in estimators.items():
             with pipe.scheduler.differentiable(estimator) as trajectory:
                 result = pipe(prompts, latents=start.to(dtype), **options).images
-            decoded = pipe._decode(result)
+            decoded = backbone_of(pipe).decode(result)
             loss = (decoded[..., :half] - decoded[..., half:]).mean((1, 2, 3)).sum()
             gradients[name].append(trajectory.gradient(loss).flatten(1).float())
     assert 0 < float((bits[1] - bits[0]).abs().max()) < 0.02

@@ -6,7 +6,7 @@ import torch
 
 from diffusers_fisher import DirectFisher, NoiseLevel, StableDiffusionFisherPipeline
 from diffusers_fisher.jobs.seeds import step_generator
-from diffusers_fisher.likelihood import log_likelihood
+from diffusers_fisher.likelihood import Integration, integrate_log_likelihood
 from diffusers_fisher.noise import expand
 from diffusers_fisher.training.paths import STEPS, Paths, follow_paths
 from diffusers_fisher.training.pieces import Piece
@@ -35,7 +35,7 @@ def test_points_are_those_where_the_likelihood_asks(space, paths):
             return super().__call__(state)
 
     denoiser = space.denoiser(["a b", "c", "d"], torch.empty(3, 3, 16, 16))
-    log_likelihood(denoiser, paths.clean[:3], Asked(), STEPS[0], None)
+    integrate_log_likelihood(denoiser, paths.clean[:3], Asked(), Integration(STEPS[0], None))
     assert len(asked) == STEPS[0] + 1
     for number, state in enumerate(asked):
         rows = slice(3 * number, 3 * number + 3)

@@ -1,36 +1,37 @@
-"""Stock calls that take no `latents`, given them, and asked for the latents that they end with.
+"""Stock calls that take no `latents`, made to start from latents and to return the latents that they end with.
 
-The stock call itself runs: only the function by which it draws its noise, and the scheduler that it sees, are put in
-its place for one call.
+The stock call itself runs, on a shallow copy of the pipeline: only the function by which it draws its noise, its
+scheduler and its autoencoder are others for that call.
 """
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
-from ..denoiser import borrowed
 from ..errors import InputError
 
 
 def call_with_latents(
-    pipe: Any,
-    stock: type,
+    pipe: DiffusionPipeline,
+    stock: type[DiffusionPipeline],
     count: int,
     latents: torch.Tensor | None,
     output_type: str,
     return_dict: bool,
     **arguments: Any,
 ) -> Any:
-    """The call of class `stock` on `pipe`, from `latents` and, for `output_type` "latent", to the final latents.
+    """Runs the call of class `stock` from `latents` and, for `output_type` "latent", up to the final latents.
 
-    Without either it is the stock call. No autoencoder runs for `output_type` "latent".
+    Without either it is the stock call. No autoencoder runs for `output_type` "latent". The caller decides on the
+    grad mode.
 
     Args:
         count: samples of the call.
@@ -41,29 +42,40 @@ def call_with_latents(
     """
     from diffusers import ImagePipelineOutput
 
-    call = inspect.unwrap(stock.__call__)  # the caller decides on the grad mode
+    call = inspect.unwrap(stock.__call__)
     if latents is None and output_type != "latent":
         return call(pipe, output_type=output_type, return_dict=return_dict, **arguments)
     if latents is not None:
         _check(pipe, latents, count)
         call = _drawing(call, latents)
     watched = _WatchedScheduler(pipe.scheduler, count)
-    with borrowed(pipe, scheduler=watched):
-        if output_type != "latent":
-            return call(pipe, output_type=output_type, return_dict=return_dict, **arguments)
-        with _not_decoding(getattr(pipe, "vae", getattr(pipe, "vqvae", None))):
-            call(pipe, output_type="pt", return_dict=return_dict, **arguments)
+    if output_type != "latent":
+        return call(
+            shallow_copy(pipe, scheduler=watched), output_type=output_type, return_dict=return_dict, **arguments
+        )
+    silent = {name: _NoDecoder(pipe.components[name]) for name in ("vae", "vqvae") if name in pipe.components}
+    call(shallow_copy(pipe, scheduler=watched, **silent), output_type="pt", return_dict=return_dict, **arguments)
     return ImagePipelineOutput(images=watched.last) if return_dict else (watched.last,)
 
 
-def _check(pipe: Any, latents: torch.Tensor, count: int) -> None:
-    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+def shallow_copy(pipe: DiffusionPipeline, **attributes: Any) -> DiffusionPipeline:
+    """A pipeline over the same components, with `attributes` of its own.
+
+    They are written past the pipeline's `__setattr__`, which would note the change in the configuration.
+    """
+    made = copy.copy(pipe)
+    vars(made).update(attributes)
+    return made
+
+
+def _check(pipe: DiffusionPipeline, latents: torch.Tensor, count: int) -> None:
+    network = pipe.components.get("unet", pipe.components.get("transformer"))
     shape, channels = tuple(latents.shape), network.config.in_channels
     if len(shape) != 4 or shape[:2] != (count, channels):
         raise InputError(f"`latents` have shape {shape}; allowed: ({count}, {channels}, h, w).")
 
 
-def _drawing(call: Any, latents: torch.Tensor) -> Callable:
+def _drawing(call: Callable, latents: torch.Tensor) -> Callable:
     """The function `call` with `latents` for what it draws: its code, over names of which one means another thing."""
 
     def randn_tensor(shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, **_: Any):
@@ -112,17 +124,14 @@ class _WatchedScheduler:
         return result
 
 
-@contextlib.contextmanager
-def _not_decoding(autoencoder: Any) -> Iterator[None]:
-    """Skips the autoencoder's `decode` in the block, which costs more than a step of most networks."""
-    if autoencoder is None:
-        yield
-        return
-    nothing = types.SimpleNamespace(sample=torch.zeros(1, 1, 1, 1))
-    before = {name: value for name, value in vars(autoencoder).items() if name == "decode"}  # one of the user's own
-    autoencoder.decode = lambda *args, **kwargs: nothing
-    try:
-        yield
-    finally:
-        del autoencoder.decode
-        vars(autoencoder).update(before)
+class _NoDecoder:
+    """An autoencoder in whose place nothing is decoded, which would cost more than a step of most networks."""
+
+    def __init__(self, autoencoder: torch.nn.Module):
+        self._autoencoder = autoencoder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._autoencoder, name)
+
+    def decode(self, *args: Any, **kwargs: Any) -> types.SimpleNamespace:
+        return types.SimpleNamespace(sample=torch.zeros(1, 1, 1, 1))

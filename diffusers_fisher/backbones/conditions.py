@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..errors import InputError
 from .inputs import one_each, prompt_list
+
+Condition = str | int | Sequence[str] | Sequence[int] | torch.Tensor | None
+"""What samples are conditioned on: one prompt or class label, or several; None: nothing, or the empty prompt."""
+
+Conditions = tuple[Sequence[str] | Sequence[int], dict[str, Any]]
+"""One condition per sample, as a reward is told of it, and the call arguments that say them."""
 
 NEGATIVE_PROMPTS = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
@@ -21,15 +27,22 @@ EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
 
 
 def text_conditions(
-    pipe: Any, prompt: Any, arguments: dict[str, Any], count: int | None, num_images_per_prompt: int = 1
+    name: str,
+    parameters: Mapping[str, inspect.Parameter],
+    prompt: Condition,
+    arguments: dict[str, Any],
+    count: int | None,
+    num_images_per_prompt: int = 1,
 ) -> tuple[list[str], dict[str, Any]]:
-    """Prompts (or embeddings) one for every sample.
+    """Makes one prompt (or embedding) per sample.
 
     Args:
-        pipe: whose call takes them.
+        name: class of the pipeline, for messages.
+        parameters: what its call takes.
         prompt: a string, several, or None where `arguments` has `prompt_embeds`.
         arguments: the call's other arguments.
-        count: samples that must be met by one condition each, or by one for all; None: as many as conditions.
+        count: number of samples, for which there must be one condition each, or one for all; None: as many as
+            conditions.
         num_images_per_prompt: how often every condition is taken.
 
     Returns:
@@ -40,7 +53,7 @@ def text_conditions(
             the tensors that belong to them.
     """
     if any(arguments.get(name) is not None for name in _names("") + _names("negative_")):
-        return _embedded(pipe, prompt, arguments, count, num_images_per_prompt)
+        return _embedded(name, parameters, prompt, arguments, count, num_images_per_prompt)
     if count is None:
         given = prompt_list(prompt, num_images_per_prompt)
     else:
@@ -54,30 +67,34 @@ def text_conditions(
 
 
 def _embedded(
-    pipe: Any, prompt: Any, arguments: dict[str, Any], count: int | None, num_images_per_prompt: int
+    pipeline: str,
+    parameters: Mapping[str, inspect.Parameter],
+    prompt: Condition,
+    arguments: dict[str, Any],
+    count: int | None,
+    num_images_per_prompt: int,
 ) -> tuple[list[str], dict[str, Any]]:
     if prompt is not None:
         raise InputError("Give either `prompt` or `prompt_embeds`: exactly one of them.")
-    taken = inspect.signature(type(pipe).__call__).parameters
     found: dict[str, torch.Tensor] = {}
     for sign in ("", "negative_"):
-        names = [name for name in _names(sign) if name in taken]
+        names = [name for name in _names(sign) if name in parameters]
         given = [name for name in names if arguments.get(name) is not None]
         missing = [name for name in names if name not in given]
         if missing and (given or not sign):
             have = f"`{'`, `'.join(given)}` without " if given else "no "
             raise InputError(
-                f"{type(pipe).__name__} was given {have}`{'`, `'.join(missing)}`; they belong together, as the "
+                f"{pipeline} was given {have}`{'`, `'.join(missing)}`; they belong together, as the "
                 "pipeline's `encode_prompt` returns them."
             )
         found |= {name: arguments[name] for name in given}
     for name in _names(""):
         pair = [tuple(found[sign + name].shape[1:]) for sign in ("", "negative_") if sign + name in found]
         # Calls with `true_cfg_scale` evaluate the two apart; the others put them beside each other.
-        if len(set(pair)) > 1 and "true_cfg_scale" not in taken:
+        if len(set(pair)) > 1 and "true_cfg_scale" not in parameters:
             raise InputError(
-                f"`{name}` and `negative_{name}` have shapes {pair[0]} and {pair[1]} a prompt; they must be the same: "
-                "encode both to one number of tokens, as `encode_prompt` does."
+                f"`{name}` and `negative_{name}` have shapes {pair[0]} and {pair[1]} per prompt; they must be the "
+                "same: encode both to one number of tokens, as `encode_prompt` does."
             )
     sizes = {name: len(value) for name, value in found.items()}
     number = sizes["prompt_embeds"] if count is None else count
@@ -87,21 +104,23 @@ def _embedded(
         )
     if num_images_per_prompt < 1:
         raise InputError(f"`num_images_per_prompt` is {num_images_per_prompt}; allowed: at least 1.")
-    one_a_sample: dict[str, Any] = {
+    one_per_sample: dict[str, Any] = {
         name: value.expand(number, *value.shape[1:]).repeat_interleave(num_images_per_prompt, dim=0)
         for name, value in found.items()
     }
     if "negative_prompt_embeds" in found and "negative_prompt" not in arguments:
-        one_a_sample["negative_prompt"] = None  # where a call has a default for it (PixArt), it would refuse both
-    return [""] * (number * num_images_per_prompt), one_a_sample
+        one_per_sample["negative_prompt"] = None  # where a call has a default for it (PixArt), it would refuse both
+    return [""] * (number * num_images_per_prompt), one_per_sample
 
 
 def _names(sign: str) -> list[str]:
     return [sign + name for name in EMBEDDINGS]
 
 
-def class_conditions(labels: Any, num_classes: int, count: int | None, num_images_per_prompt: int = 1) -> list[int]:
-    """Class labels, one for every sample. Arguments and errors as `text_conditions`."""
+def class_conditions(
+    labels: Condition, num_classes: int, count: int | None, num_images_per_prompt: int = 1
+) -> list[int]:
+    """Makes one class label per sample. Arguments and errors are those of `text_conditions`."""
     if isinstance(labels, int):
         entries: Sequence[Any] = [labels] * (count or 1)
     else:
@@ -110,18 +129,7 @@ def class_conditions(labels: Any, num_classes: int, count: int | None, num_image
     if not known or not entries or not all(0 <= label < num_classes for label in entries):
         raise InputError(f"`class_labels` is {labels!r}; allowed: numbers from 0 to {num_classes - 1}, at least one.")
     if count is not None and len(entries) != count:
-        raise InputError(f"`class_labels` has {len(entries)} entries for {count} images; give one, or one an image.")
+        raise InputError(f"`class_labels` has {len(entries)} entries for {count} images; give one, or one per image.")
     if num_images_per_prompt < 1:
         raise InputError(f"`num_images_per_prompt` is {num_images_per_prompt}; allowed: at least 1.")
     return [label for label in entries for _ in range(num_images_per_prompt)]
-
-
-@torch.no_grad()
-def encoded_conditions(pipe: Any, conditions: dict[str, Any]) -> tuple:
-    """What `pipe.encode_prompt` gives for the call arguments `conditions`, without what guidance needs."""
-    defaults = inspect.signature(type(pipe).__call__).parameters
-    taken = inspect.signature(pipe.encode_prompt).parameters
-    arguments = {name: conditions.get(name, defaults[name].default) for name in taken if name in defaults}
-    if "do_classifier_free_guidance" in taken:
-        arguments["do_classifier_free_guidance"] = False
-    return pipe.encode_prompt(**arguments)

@@ -1,0 +1,46 @@
+"""Pipelines of a family that is not known: what can be said of any of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .autoencoder import decode_latents
+from .base import Backbone
+
+
+class AnyPipelineBackbone(Backbone):
+    """A pipeline by its call alone: it can be evaluated at latents and, with an autoencoder, decode them.
+
+    It has no likelihood: nothing is known of its guidance, nor of its latents' layout.
+    """
+
+    @property
+    def network(self) -> torch.nn.Module | None:
+        components = self.pipe.components
+        return next((components[name] for name in ("unet", "transformer") if components.get(name) is not None), None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pipe.dtype if self.network is None else self._known_network.dtype
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along one side; 0 where the pipeline does not tell."""
+        return int(vars(self.pipe).get("vae_scale_factor") or 0)
+
+    def size_arguments_of(self, latents: torch.Tensor) -> dict[str, Any]:
+        return super().size_arguments_of(latents) if self.factor else {}
+
+    def decode_scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        # All of Stable Diffusion XL's pipelines standardise, whatever they are for.
+        standardised = self.name.startswith("StableDiffusionXL")
+        return decode_latents(self._known_autoencoder, latents, standardised)
+
+    def pooled(self, conditions: dict[str, Any]) -> None:
+        """None: how this family pools its conditions is not known."""
+        return None
+
+    def check_scheduler(self) -> None:
+        """Checks nothing: what the network was trained with is not known."""

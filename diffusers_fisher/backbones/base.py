@@ -1,0 +1,469 @@
+"""One object per pipeline that knows what is particular to its family: a `Backbone`.
+
+The defaults here are those of a text-to-image pipeline in latents (B, C, h, w) of a Kullback-Leibler autoencoder. A
+family overrides what differs; `backbones/stable_diffusion_3.py` shows how little that may be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..errors import InputError, UnsupportedError
+from ..images import UNIT_RANGE, ImageLike, image_tensor
+from ..models import FisherTraceModel
+from ..noise import noise_schedule
+from .autoencoder import decode_latents, encode_pixels, images_of
+from .conditions import Condition, Conditions, text_conditions
+from .given_latents import shallow_copy
+from .parts import LatentStatistics, checkpoint_parts
+
+Generators = torch.Generator | list[torch.Generator] | None
+Moment = torch.Tensor | float | None
+
+
+class Backbone:
+    """What the library must know of one pipeline: its layouts, sizes, conditions, and how it is called.
+
+    Nothing of the pipeline is changed: calls are made on shallow copies of it, which share its components. These keep
+    state of their own (offload hooks, adapters, caches), so one pipeline's components serve one thread at a time.
+
+    Args:
+        pipe: the pipeline, stock or one of ours.
+
+    Attributes:
+        space: "latent", or "pixel" where samples are the images themselves.
+        predicts_flow: whether the network was trained on (1 - s) x_0 + s eps.
+        scales_samples: whether the call multiplies noise and model input by the scheduler's factors.
+        network_name, autoencoder_name: names of these components.
+    """
+
+    space: ClassVar[str] = "latent"
+    predicts_flow: ClassVar[bool] = False
+    scales_samples: ClassVar[bool] = True
+    network_name: ClassVar[str] = "transformer"
+    autoencoder_name: ClassVar[str] = "vae"
+
+    def __init__(self, pipe: DiffusionPipeline):
+        self.pipe = pipe
+        self._keeps_loaded = False
+
+    # Parts
+
+    @property
+    def name(self) -> str:
+        """The pipeline's class, for messages."""
+        return type(self.pipe).__name__
+
+    @property
+    def scheduler(self) -> SchedulerMixin:
+        """The pipeline's scheduler."""
+        return self.pipe.scheduler
+
+    @property
+    def network(self) -> torch.nn.Module | None:
+        """The denoising network."""
+        return self.pipe.components[self.network_name]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The network's configuration."""
+        return self._known_network.config
+
+    @property
+    def autoencoder(self) -> torch.nn.Module | None:
+        """The autoencoder; None where the pipeline has none."""
+        return self.pipe.components.get(self.autoencoder_name)
+
+    @property
+    def trace_model(self) -> FisherTraceModel | None:
+        """The trace model of this checkpoint, where there is one."""
+        return checkpoint_parts(self.pipe).trace_model
+
+    @property
+    def latent_statistics(self) -> LatentStatistics | None:
+        """Mean and variance of the training data's latents, each of one sample's shape, where they are known."""
+        return checkpoint_parts(self.pipe).latent_statistics
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes."""
+        return self.pipe._execution_device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the latents that the call is given: that of the network's weights."""
+        return self._known_network.dtype
+
+    @property
+    def _known_network(self) -> Any:
+        """The network as diffusers' ModelMixin, whose `config` and `dtype` torch's own type lacks."""
+        return self.network
+
+    # The call
+
+    @functools.cached_property
+    def function(self) -> Callable[..., Any]:
+        """The pipeline's call as a function of the pipeline and `latents`.
+
+        Raises:
+            UnsupportedError: it takes no `latents`.
+        """
+        call = type(self.pipe).__call__
+        if "latents" in inspect.signature(call).parameters:
+            return call
+        if self.latents_call is None:
+            raise UnsupportedError(
+                f"{self.name} takes no `latents`, so it can't be evaluated at a given sample; supported: pipelines "
+                "whose call has `latents`, such as StableDiffusionPipeline."
+            )
+        return self.latents_call
+
+    latents_call: ClassVar[Callable[..., Any] | None] = None
+    """For families whose stock call takes no `latents`: a static method `(pipe, ..., latents)` that does."""
+
+    @functools.cached_property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """What the call takes, by name."""
+        return inspect.signature(self.function).parameters
+
+    @property
+    def encodes_prompts(self) -> bool:
+        """Whether the pipeline has an `encode_prompt`."""
+        return callable(getattr(type(self.pipe), "encode_prompt", None))
+
+    def call(
+        self,
+        scheduler: object,
+        latents: torch.Tensor,
+        with_graph: bool = False,
+        encode_prompt: Callable[..., tuple] | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Runs the pipeline's call on a shallow copy with a scheduler of its own, without a progress bar.
+
+        Args:
+            scheduler: what the call runs on.
+            latents: in the pipeline's layout.
+            with_graph: leave the call's `torch.no_grad` out.
+            encode_prompt: takes the place of the pipeline's own; its first argument is that one.
+            **arguments: to the call.
+        """
+        own = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
+        # Under model offload a copy would keep books of its own over hooks that all copies share.
+        if self.is_offloaded:
+            own["maybe_free_model_hooks"] = _do_nothing if self._keeps_loaded else self.pipe.maybe_free_model_hooks
+        made = shallow_copy(self.pipe, **own)
+        if encode_prompt is not None and self.encodes_prompts:
+            vars(made)["encode_prompt"] = functools.partial(
+                encode_prompt, functools.partial(type(made).encode_prompt, made)
+            )
+        call = inspect.unwrap(self.function) if with_graph else self.function
+        with contextlib.nullcontext() if with_graph or self.latents_call is None else torch.no_grad():
+            return call(made, latents=latents, **arguments)
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether the pipeline's networks are on the device only while they work (model offload)."""
+        return bool(vars(self.pipe).get("_all_hooks"))
+
+    @contextlib.contextmanager
+    def loaded(self) -> Iterator[None]:
+        """Under model offload the network stays on its device between the block's calls, and is offloaded after."""
+        if not self.is_offloaded:
+            yield
+            return
+        self._keeps_loaded = True
+        try:
+            yield
+        finally:
+            self._keeps_loaded = False
+            self.pipe.maybe_free_model_hooks()
+
+    def with_autoencoder(self, autoencoder: torch.nn.Module | None) -> Backbone:
+        """The same with another autoencoder; itself for None."""
+        if autoencoder is None:
+            return self
+        return type(self)(shallow_copy(self.pipe, **{self.autoencoder_name: autoencoder}))
+
+    # Sizes and layouts
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along one side."""
+        return self.pipe.vae_scale_factor
+
+    @property
+    def size_multiple(self) -> int:
+        """What heights and widths of images must divide by."""
+        return math.lcm(8, self.factor)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of unpacked latents."""
+        return self.config["in_channels"]
+
+    @property
+    def sample_size(self) -> int | Sequence[int]:
+        """The network's own size, in latents: one number, or height and width."""
+        return self.config["sample_size"]
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of images."""
+        return 3
+
+    def image_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Height and width in pixels, the network's own where one is None. Raises `InputError` unless they divide."""
+        default = self.sample_size
+        rows, columns = (default, default) if isinstance(default, int) else default
+        size = (height or rows * self.factor, width or columns * self.factor)
+        if any(side <= 0 or side % self.size_multiple for side in size):
+            raise InputError(f"`height` and `width` are {size}; allowed: positive multiples of {self.size_multiple}.")
+        return size
+
+    def size_arguments(self, pixels: tuple[int, int]) -> dict[str, Any]:
+        """The call's arguments for images of height and width `pixels`."""
+        return dict(zip(("height", "width"), pixels, strict=True)) if "height" in self.parameters else {}
+
+    def size_arguments_of(self, latents: torch.Tensor) -> dict[str, Any]:
+        """The same for latents (B, C, h, w); nothing for packed ones, which do not tell their size."""
+        if latents.ndim != 4 or "height" not in self.parameters:
+            return {}
+        return {"height": latents.shape[-2] * self.factor, "width": latents.shape[-1] * self.factor}
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """Brings latents (B, C, h, w) into the layout of the pipeline's own `latents`."""
+        return latents
+
+    def unpack(self, latents: torch.Tensor, pixels: tuple[int, int] | None) -> torch.Tensor:
+        """Brings latents in the pipeline's layout back to (B, C, h, w), for images of height and width `pixels`."""
+        return latents
+
+    def pack_statistic(self, value: Moment, samples: torch.Tensor) -> Moment:
+        """Brings a statistic of one sample (C, h, w), or a number, into the pipeline's layout."""
+        if not isinstance(value, torch.Tensor) or value.ndim == 0 or self.pack(samples).shape == samples.shape:
+            return value
+        return self.pack(value.expand(1, *samples.shape[1:]))[0]
+
+    # Pixels and latents
+
+    def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mean and standard deviation of scaled latents, (B, C, h, w) float32 each, of pixels (B, 3, H, W) in [-1, 1].
+
+        The deviation is None where encoding is not random.
+        """
+        return encode_pixels(self._known_autoencoder, pixels)
+
+    def decode_scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W), about -1 to 1, of scaled latents (B, C, h, w)."""
+        return decode_latents(self._known_autoencoder, latents)
+
+    def decode(self, latents: torch.Tensor, pixels: tuple[int, int] | None = None) -> torch.Tensor:
+        """Images (B, 3, H, W) in [0, 1], float32, of latents in the pipeline's layout; differentiable."""
+        return images_of(self.decode_scaled(self.unpack(latents, pixels)))
+
+    def finish(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
+        """Does what the stock call does to images (B, 3, H, W) in [0, 1] at its end, and says which were flagged as
+        unsafe (an empty list where nothing looks)."""
+        return images, []
+
+    def check_decoder(self) -> None:
+        """Refuses a pipeline whose latents can't be decoded. Raises `UnsupportedError`."""
+        if self.autoencoder is None:
+            raise UnsupportedError(
+                f"{self.name} has no autoencoder `{self.autoencoder_name}`; pass `decode`, latents to images in "
+                "[0, 1]."
+            )
+
+    @property
+    def _known_autoencoder(self) -> Any:
+        """The autoencoder as diffusers' ModelMixin, whose `config` and `encode` torch's own type lacks."""
+        self.check_decoder()
+        return self.autoencoder
+
+    # What a likelihood or a guided run begins with
+
+    @torch.no_grad()
+    def samples_of(
+        self,
+        images: ImageLike | None,
+        latents: torch.Tensor | None = None,
+        data_range: tuple[float, float] = UNIT_RANGE,
+    ) -> torch.Tensor:
+        """Scaled latents (B, C, h, w) float32 of images, or of the latents that were passed instead; checked.
+
+        The mean of the autoencoder's posterior stands for an image.
+
+        Raises:
+            InputError: both or neither, or of a kind, size or range that the pipeline does not take.
+        """
+        if (images is None) == (latents is None):
+            raise InputError("Give either `images` or `latents`: exactly one of them.")
+        if latents is None:
+            tensor = image_tensor(images, self.size_multiple, self.image_channels, data_range)
+            return self.encode((2 * tensor - 1).to(self.device))[0]
+        channels, multiple = self.latent_channels, self.size_multiple // self.factor
+        shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else ()
+        if len(shape) != 4 or shape[1] != channels or any(side % multiple for side in shape[2:]):
+            raise InputError(
+                f"Latents {_form(latents)}; allowed: a tensor (B, {channels}, h, w), h and w multiples of {multiple}."
+            )
+        return latents.to(self.device, torch.float32)
+
+    def initial_noise(
+        self, latents: torch.Tensor | None, count: int, pixels: tuple[int, int], generator: Generators
+    ) -> torch.Tensor:
+        """Initial noise float32 in the pipeline's layout: `latents` checked, or drawn as the stock call draws it."""
+        shape: tuple[int, ...] = (count, self.latent_channels, *(side // self.factor for side in pixels))
+        if latents is None:
+            if isinstance(generator, list) and len(generator) != count:
+                raise InputError(f"{len(generator)} generators were given for {count} images; give one, or as many.")
+            return self.pack(randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)).float()
+        shape = tuple(self.pack(torch.empty(shape, device="meta")).shape)
+        if not isinstance(latents, torch.Tensor) or latents.shape != shape or not torch.isfinite(latents).all():
+            raise InputError(f"`latents` {_form(latents)}; allowed: a tensor {shape}, finite, of unit variance.")
+        return latents.detach().to(self.device, torch.float32)
+
+    def prior(self, mean: Moment, variance: Moment, samples: torch.Tensor) -> tuple[Moment, Moment]:
+        """Moments of the data in the pipeline's layout: those passed, or else the checkpoint's, or None."""
+        if mean is None and variance is None and self.latent_statistics is not None:
+            mean, variance = (_fit(value, samples[0]) for value in self.latent_statistics)
+        return self.pack_statistic(mean, samples), self.pack_statistic(variance, samples)
+
+    # Conditions
+
+    def conditions(
+        self, prompt: Condition, call_arguments: dict[str, Any], count: int | None, num_images_per_prompt: int = 1
+    ) -> Conditions:
+        """What a reward is told of every sample, and the call arguments that say it; see `text_conditions`."""
+        return text_conditions(self.name, self.parameters, prompt, call_arguments, count, num_images_per_prompt)
+
+    def pooled(self, conditions: dict[str, Any]) -> torch.Tensor | None:
+        """One vector per sample, (B, width), that stands for its condition, for trace models with `pooled_channels`.
+
+        Args:
+            conditions: the call's arguments, with one condition per sample as `conditions` gives them.
+        """
+        raise UnsupportedError(
+            f"{self.name} has no conditions, so no pooled vector for a trace model with `pooled_channels`. Use a "
+            "trace model with pooled_channels=None."
+        )
+
+    def encoded_conditions(self, conditions: dict[str, Any]) -> tuple:
+        """What `encode_prompt` gives for the call arguments `conditions`, without what guidance needs."""
+        encode = self.pipe.encode_prompt
+        wanted = inspect.signature(encode).parameters
+        arguments = {
+            name: conditions.get(name, self.parameters[name].default) for name in wanted if name in self.parameters
+        }
+        if "do_classifier_free_guidance" in wanted:
+            arguments["do_classifier_free_guidance"] = False
+        with torch.no_grad():
+            return encode(**arguments)
+
+    def unguided_scale(self, call_arguments: dict[str, Any]) -> float:
+        """The guidance scale at which the output is a score, taken out of `call_arguments`: 1.
+
+        Raises:
+            InputError: they have another one.
+        """
+        scale = call_arguments.pop("guidance_scale", 1.0)
+        if scale != 1.0:
+            raise guided_likelihood("guidance_scale", scale)
+        return 1.0
+
+    # Checks
+
+    def check_scheduler(self) -> None:
+        """Refuses schedulers of another kind than the network's, or whose scaling the stock call leaves out.
+
+        Raises:
+            UnsupportedError: says which to use.
+        """
+        schedule = noise_schedule(self.scheduler)
+        name = f"{self.name} was given {type(self.scheduler).__name__}"
+        if schedule.is_flow != self.predicts_flow:
+            kinds = ("flow matching", "variance-preserving noise")
+            mine, other = kinds if self.predicts_flow else kinds[::-1]
+            instead = "FlowMatchEulerDiscreteScheduler" if self.predicts_flow else "DDIMScheduler"
+            raise UnsupportedError(
+                f"{name}, a scheduler of {other}, but its network was trained with {mine}. Use {instead} or another "
+                "of that family, with the checkpoint's own scheduler config."
+            )
+        if not self.scales_samples and schedule.scales_samples:
+            raise UnsupportedError(
+                f"{name}, whose noise and model input must be scaled, which the stock call does not do. Use "
+                "DDIMScheduler, DDPMScheduler or another whose init_noise_sigma is 1."
+            )
+
+    def check_bins(self, bins: int | None) -> None:
+        """Refuses `bins` for densities of latents. Raises `InputError`."""
+        if bins is not None and self.space != "pixel":
+            raise InputError(
+                f"`bins` is {bins}, but {self.name} is in latents, whose density is not that of pixels in bins. Leave "
+                "it out."
+            )
+
+
+class PixelBackbone(Backbone):
+    """Samples are the images themselves, (B, C, H, W) in [-1, 1]."""
+
+    space = "pixel"
+    scales_samples = False
+    network_name = "unet"
+
+    @property
+    def factor(self) -> int:
+        return 1
+
+    @property
+    def size_multiple(self) -> int:
+        """The network halves its input between its blocks."""
+        return 2 ** (len(self.config["block_out_channels"]) - 1)
+
+    @property
+    def image_channels(self) -> int:
+        return self.config["in_channels"]
+
+    def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return pixels, None
+
+    def decode_scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+    def check_decoder(self) -> None:
+        """Checks nothing: samples are images."""
+
+
+def guided_likelihood(name: str, scale: float) -> InputError:
+    """The error for a likelihood that is asked of a guided output."""
+    return InputError(
+        f"`{name}` is {scale}; a likelihood is at 1.0, because a guided output is the score of no density. Leave it "
+        "out."
+    )
+
+
+def _do_nothing() -> None:
+    """In the place of what would offload the networks between two calls."""
+
+
+def _form(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"have shape {tuple(value.shape)}"
+    return f"are a {type(value).__name__}"
+
+
+def _fit(statistic: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A per-element statistic for latents of its own size; its mean over space for others."""
+    if statistic.shape == like.shape:
+        return statistic
+    return statistic.mean(dim=(-2, -1), keepdim=True)

@@ -1,0 +1,238 @@
+"""A pipeline as a function: `(x, t) -> epsilon` through any unmodified diffusers pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+from ..denoiser import Denoiser
+from ..errors import InputError, NumericalError, UnsupportedError
+from ..features import recorded
+from .base import Backbone
+from .registry import backbone_of
+
+STEP_INDEXED = {
+    "control_guidance_start": 0.0, "control_guidance_end": 1.0, "adapter_conditioning_factor": 1.0,
+    "skip_guidance_layers": None, "denoising_start": None, "denoising_end": None, "strength": 1.0,
+}  # fmt: skip
+"""Call arguments that act by the step's index within its run, with the value that does not."""
+
+FIXED = {"strength": 1.0, "use_resolution_binning": False}
+"""Call arguments that every evaluation is given unless the caller gives another value."""
+
+
+class EchoScheduler:
+    """A scheduler of one step that hands the model output back."""
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    def __init__(self, scheduler: Any, timestep: Any):
+        self.config = scheduler.config
+        timestep = torch.as_tensor(timestep)
+        # Pipelines iterate over timesteps: there is one entry, which may hold one timestep per sample.
+        self.timesteps = timestep.reshape(1) if timestep.numel() == 1 else timestep.reshape(1, -1)
+        self.sigmas = torch.ones(2)
+        self.output: torch.Tensor | None = None
+
+    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None):
+        self.timesteps = self.timesteps.to(device)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        pass
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        return sample
+
+    def step(
+        self, model_output, timestep, sample, return_dict: bool = True, generator=None, eta=None,
+        use_clipped_model_output=None,
+    ):  # fmt: skip
+        self.output = model_output
+        return SchedulerOutput(prev_sample=model_output) if return_dict else (model_output, model_output)
+
+
+class PipelineDenoiser(Denoiser):
+    """Calls a pipeline for one step and returns the (guided) model output.
+
+    A shallow copy of the pipeline is called, with a scheduler of its own, so nothing on the pipeline changes. Prompts
+    are encoded once, at the first call. Samples are in the model's own input coordinates (variance preserving for
+    k-diffusion style schedulers), in the pipeline's latent layout: (B, C, H, W), or packed (B, N, C) with `height` and
+    `width` given.
+
+    Conditioning by the step's index (ControlNet's start and end) can't be had from one step and is refused. Flux
+    casts the timestep to the latents' dtype. Without guidance the states have `features`, where the network is not
+    compiled. What the pipeline draws in its call (an inpainting pipeline's encoding of its masked image) is drawn anew
+    by every evaluation: give it ready-made (`masked_image_latents`). PixArt's binning of sizes is off: the latents
+    decide.
+
+    Args:
+        pipe: a diffusers pipeline whose call takes `latents`, or one of the families that have a backbone.
+        guidance_scale: classifier-free guidance; 1.0 is none. With guidance the output is the score of no density.
+        **call_arguments: passed to every call: `prompt`, `negative_prompt`, `prompt_embeds`, `height`, ...
+
+    Attributes:
+        num_calls: evaluations so far (with classifier-free guidance each runs the network on twice the batch).
+        call_arguments: what every call of the pipeline is given.
+        substitute: a function of what `encode_prompt` returned, of its prompt and of its `prompt_embeds`, whose result
+            takes its place in every evaluation; None: nothing does.
+        outdated: in words, what of the run that it stands for is not in its arguments; evaluations are then refused.
+
+    Raises:
+        UnsupportedError: a pipeline whose call takes no `latents`, a scheduler whose levels are not known or of
+            another family than the network's, or conditioning by the step's index.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline | Backbone, guidance_scale: float = 1.0, **call_arguments: Any):
+        self.backbone = pipe if isinstance(pipe, Backbone) else backbone_of(pipe, any_pipeline=True)
+        parameters = self.backbone.parameters
+        unknown = sorted(set(call_arguments) - set(parameters))
+        if unknown:
+            allowed = sorted(set(parameters) - {"self", "pipe", "kwargs"})
+            raise InputError(f"The call of {self.backbone.name} does not take {unknown}; it takes {allowed}.")
+        _check_step_indexed(call_arguments)
+        self.backbone.check_scheduler()
+        super().__init__(self.backbone.scheduler)
+        self.guidance_scale = guidance_scale
+        if "guidance_scale" in parameters:
+            call_arguments = {"guidance_scale": guidance_scale, **call_arguments}
+        self.call_arguments = {name: value for name, value in FIXED.items() if name in parameters} | call_arguments
+        self._encoded: dict[Hashable, tuple[Any, ...]] = {}
+        self.outdated: str | None = None
+        self.substitute: Callable[[tuple, object, torch.Tensor | None], tuple] | None = None
+
+    @property
+    def pipe(self) -> DiffusionPipeline:
+        """The pipeline that it calls."""
+        return self.backbone.pipe
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes."""
+        return self.backbone.device
+
+    @property
+    def network(self) -> torch.nn.Module | None:
+        """The pipeline's denoising network."""
+        return self.backbone.network
+
+    def pooled_condition(self) -> torch.Tensor | None:
+        """See `Denoiser.pooled_condition`: (B, width), of the call's conditions."""
+        return self.backbone.pooled(self.call_arguments)
+
+    def model_output(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
+        """Raw (guided) model output at model input `x`. Builds a graph only where `x` asks for one.
+
+        Args:
+            x: (B, ...).
+            timestep: one, possibly fractional, or without guidance one per sample, (B,).
+
+        Raises:
+            InputError: timesteps of another number than samples; what the pipeline refuses, in its own words.
+            UnsupportedError: a call that does not step, or that changes what the step returned.
+            NumericalError: the output is not finite.
+        """
+        if self.outdated is not None:
+            raise UnsupportedError(
+                f"{self.outdated}; a single evaluation of the denoiser knows nothing of it. Leave it out, or use an "
+                "estimator that needs no denoiser, such as DirectFisher()."
+            )
+        self._check_timesteps(x, timestep)
+        scheduler = EchoScheduler(self.scheduler, timestep)
+        arguments = {
+            "num_inference_steps": 1, "output_type": "latent", "return_dict": False,
+            **self.backbone.size_arguments_of(x), **self.call_arguments,
+        }  # fmt: skip
+        with recorded(self.network) as features:
+            result = self.backbone.call(
+                scheduler, x.to(self.backbone.dtype), with_graph=torch.is_grad_enabled() and x.requires_grad,
+                encode_prompt=self.encode_prompt, **arguments,
+            )  # fmt: skip
+        self.num_calls += 1
+        # With guidance there are two evaluations, or one of twice the batch: features of no single output.
+        self._features = features[0] if len(features) == 1 and len(features[0]) == len(x) else None
+        return self._checked_output(result[0], scheduler.output, timestep)
+
+    def _checked_output(self, output: torch.Tensor, stepped: torch.Tensor | None, timestep: Any) -> torch.Tensor:
+        """What the call returned, where it is what the scheduler's step was given, and finite."""
+        name = self.backbone.name
+        if stepped is None:
+            raise UnsupportedError(
+                f"{name} ended its call without a step of its scheduler, so there is no model output. Leave out what "
+                "shortens or interrupts its run."
+            )
+        if output is not stepped and not _same(output, stepped):
+            raise UnsupportedError(
+                f"{name} changed the latents after its scheduler's step (an inpainting blend, or a callback), so what "
+                "it returned is not the model output. Use the text-to-image pipeline over the same components."
+            )
+        if not torch.isfinite(output).all():
+            raise NumericalError(
+                f"The denoiser's output at timestep {timestep} is not finite. Half-precision weights or inputs far "
+                "outside the noise level's range are the usual causes."
+            )
+        return output
+
+    def _check_timesteps(self, x: torch.Tensor, timestep: Any) -> None:
+        count = torch.as_tensor(timestep).numel()
+        if count not in (1, len(x)):
+            raise InputError(
+                f"{count} timesteps were given for {len(x)} samples; allowed: one for all, or one per sample."
+            )
+        if count > 1 and self._doubles_batch():
+            raise UnsupportedError(
+                f"With guidance (scale {self.guidance_scale}) {self.backbone.name} runs twice the batch, which has no "
+                "such timesteps; call once for every timestep, or at guidance scale 1."
+            )
+
+    def _doubles_batch(self) -> bool:
+        if "true_cfg_scale" in self.backbone.parameters:
+            return self.call_arguments.get("true_cfg_scale", 1.0) > 1  # the other scale is an input of the network
+        return self.guidance_scale > 1
+
+    def encode_prompt(self, encode: Callable[..., tuple], *args: Any, **kwargs: Any) -> tuple:
+        """Encodes each prompt once by the pipeline's own `encode`, without a graph, and remembers the result."""
+        key = _key((args, kwargs))
+        if key not in self._encoded:
+            with torch.no_grad():
+                # With the arguments, so that no other tensor takes the place in memory that the key knows it by.
+                self._encoded[key] = encode(*args, **kwargs), args, kwargs
+        encoded = self._encoded[key][0]
+        if self.substitute is None:
+            return encoded
+        return self.substitute(encoded, kwargs.get("prompt", args[0] if args else None), kwargs.get("prompt_embeds"))
+
+
+def _check_step_indexed(call_arguments: dict[str, Any]) -> None:
+    indexed = {
+        name: call_arguments[name]
+        for name, neutral in STEP_INDEXED.items()
+        if name in call_arguments and not _equal(call_arguments[name], neutral)
+    }
+    if indexed:
+        raise UnsupportedError(
+            f"{indexed} acts by the step's index within a run, which a single evaluation does not have. Leave it "
+            "out, or differentiate a run with an estimator that needs no denoiser, such as DirectFisher()."
+        )
+
+
+def _key(value: object) -> Hashable:
+    """A hashable stand-in for call arguments: strings and numbers by value, tensors by identity."""
+    if isinstance(value, dict):
+        return tuple((name, _key(entry)) for name, entry in sorted(value.items()))
+    if isinstance(value, (list, tuple)):
+        return tuple(_key(entry) for entry in value)
+    return value if isinstance(value, (str, int, float, type(None), torch.device, torch.dtype)) else id(value)
+
+
+def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.shape == right.shape and bool(((left == right) | (left.isnan() & right.isnan())).all())
+
+
+def _equal(value: object, neutral: float | None) -> bool:
+    """Whether an argument, or every entry of it, is `neutral`."""
+    return all(entry == neutral for entry in value) if isinstance(value, (list, tuple)) else value == neutral

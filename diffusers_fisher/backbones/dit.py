@@ -1,0 +1,61 @@
+"""Class-conditional DiT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiTPipeline
+
+from .base import Backbone
+from .conditions import Condition, Conditions, class_conditions
+from .given_latents import call_with_latents
+
+
+def call_dit(
+    pipe: DiTPipeline,
+    class_labels: list[int],
+    guidance_scale: float = 4.0,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    num_inference_steps: int = 50,
+    output_type: str = "pil",
+    return_dict: bool = True,
+    latents: torch.Tensor | None = None,  # (B, C, h, w) initial noise of unit variance
+) -> Any:
+    """Runs the stock call; also from `latents`, and with `output_type` "latent" up to the final latents."""
+    return call_with_latents(
+        pipe, DiTPipeline, len(class_labels), latents, output_type, return_dict, class_labels=class_labels,
+        guidance_scale=guidance_scale, generator=generator, num_inference_steps=num_inference_steps,
+    )  # fmt: skip
+
+
+class DiTBackbone(Backbone):
+    """DiT: class labels stand where text pipelines have prompts."""
+
+    scales_samples = False
+    latents_call = staticmethod(call_dit)
+
+    @property
+    def factor(self) -> int:
+        return 2 ** (len(self._known_autoencoder.config.block_out_channels) - 1)
+
+    @property
+    def size_multiple(self) -> int:
+        return self.factor * self.config["patch_size"]
+
+    def decode_scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        vae = self._known_autoencoder
+        return vae.decode((1 / vae.config.scaling_factor * latents).to(vae.dtype)).sample  # rounded as the stock call
+
+    def conditions(
+        self, prompt: Condition, call_arguments: dict[str, Any], count: int | None, num_images_per_prompt: int = 1
+    ) -> Conditions:
+        # The class beyond the last stands for none.
+        labels = class_conditions(prompt, self.config["num_embeds_ada_norm"], count, num_images_per_prompt)
+        return labels, {"class_labels": labels}
+
+    @torch.no_grad()
+    def pooled(self, conditions: dict[str, Any]) -> torch.Tensor:
+        """The labels' embeddings in the network's first block."""
+        table = self.pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
+        return table(torch.tensor(conditions["class_labels"], device=table.weight.device))

@@ -1,0 +1,57 @@
+"""Checks of prompts and of the names of arguments, before any long work."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..errors import InputError
+
+
+def one_each(name: str, value: object, count: int, unit: str = "image") -> list[str]:
+    """Makes a list of `count` strings of one string for all, or of one for each."""
+    entries = _strings(name, [value] * count if isinstance(value, str) else value)
+    if len(entries) != count:
+        raise InputError(
+            f"`{name}` has {len(entries)} entries for {count} {unit}s; give one string, or one for each {unit}."
+        )
+    return entries
+
+
+def prompt_list(prompt: object, num_images_per_prompt: int) -> list[str]:
+    """Makes a list of at least one prompt, each of which is to be used `num_images_per_prompt` times."""
+    prompts = _strings("prompt", [prompt] if isinstance(prompt, str) else prompt)
+    if not prompts or num_images_per_prompt < 1:
+        raise InputError(
+            f"{len(prompts)} prompts were given with `num_images_per_prompt` {num_images_per_prompt}; allowed: at "
+            "least 1 of each."
+        )
+    return prompts
+
+
+def _strings(name: str, value: object) -> list[str]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) for entry in value):
+        raise InputError(f"`{name}` is {value!r}; allowed: a string, or a list of strings.")
+    return list(value)
+
+
+def check_arguments(
+    pipeline: str, parameters: Mapping[str, inspect.Parameter], function: Callable, arguments: Mapping[str, Any]
+) -> None:
+    """Refuses arguments that neither our `function` nor the pipeline's call takes, and names the nearest.
+
+    Args:
+        pipeline: class of the pipeline.
+        parameters: what its call takes.
+    """
+    options = sorted(set(inspect.signature(function).parameters) - {"pipe", "options", "call_arguments"})
+    call = set(parameters) - {"self", "pipe", "kwargs"}
+    for name in sorted(set(arguments) - call):
+        near: Sequence[str] = difflib.get_close_matches(name, [*options, *sorted(call)], n=3)
+        meant = f" Did you mean {', '.join(f'`{each}`' for each in near)}?" if near else ""
+        raise InputError(
+            f"`{function.__name__}` does not take `{name}`.{meant} It takes {', '.join(options)}; and arguments of "
+            f"{pipeline}'s call."
+        )

@@ -1,0 +1,112 @@
+"""What a checkpoint's folder keeps beside the stock components: statistics of the training data, and a trace model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..errors import CheckpointError
+from ..files import load_tensors, read_json
+from ..models import FisherTraceModel
+
+MARK = "fisher.json"
+STATISTICS = "latent_statistics.safetensors"
+TRACE_MODEL = "trace_model"
+
+LatentStatistics = tuple[torch.Tensor, torch.Tensor]
+"""Mean and variance of the training data's scaled latents, each of one sample's shape."""
+
+
+@dataclasses.dataclass
+class CheckpointParts:
+    """Parts of a checkpoint that stock diffusers knows nothing of; None where the checkpoint has none."""
+
+    trace_model: FisherTraceModel | None = None
+    latent_statistics: LatentStatistics | None = None
+
+
+_STOCK: weakref.WeakKeyDictionary[DiffusionPipeline, CheckpointParts] = weakref.WeakKeyDictionary()
+_OWN = "_checkpoint_parts"  # the attribute of our own pipelines, which copies of them keep
+
+
+def checkpoint_parts(pipe: DiffusionPipeline) -> CheckpointParts:
+    """The parts of a pipeline: those that were set on it, else those of the folder that it was loaded from.
+
+    Nothing is written on a stock pipeline. A folder is read once.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    parts = vars(pipe).get(_OWN) or _STOCK.get(pipe)
+    if parts is None:
+        source = pipe.config.get("_name_or_path")
+        known = bool(source) and os.path.isdir(source)
+        parts = CheckpointParts(load_trace_model(source), load_statistics(source)) if known else CheckpointParts()
+        _STOCK[pipe] = parts
+    return parts
+
+
+def set_checkpoint_parts(pipe: DiffusionPipeline, parts: CheckpointParts) -> None:
+    """Makes `parts` those of a pipeline of ours, in the place of its folder's."""
+    vars(pipe)[_OWN] = parts
+
+
+def load_trace_model(source: str | os.PathLike, **hub_arguments: Any) -> FisherTraceModel | None:
+    """Loads the trace model kept with checkpoint `source`; None where there is none.
+
+    Raises:
+        CheckpointError: one of its files is damaged.
+    """
+    if find_file(source, f"{TRACE_MODEL}/{FisherTraceModel.config_name}", hub_arguments) is None:
+        return None
+    return FisherTraceModel.from_pretrained(source, subfolder=TRACE_MODEL, **hub_arguments)
+
+
+def load_statistics(source: str | os.PathLike, **hub_arguments: Any) -> LatentStatistics | None:
+    """Loads the latents' (mean, variance) kept with checkpoint `source`; None where there are none.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    file = find_file(source, STATISTICS, hub_arguments)
+    if file is None:
+        return None
+    tensors, _ = load_tensors(file)
+    if not {"mean", "variance"} <= tensors.keys():
+        raise CheckpointError(f"'{file}' holds {sorted(tensors)}; it must hold mean and variance. Save it again.")
+    return tensors["mean"], tensors["variance"]
+
+
+def load_scheduler_name(source: str | os.PathLike, **hub_arguments: Any) -> str | None:
+    """The Fisher scheduler's class that checkpoint `source` was saved with; None for a stock scheduler."""
+    file = find_file(source, MARK, hub_arguments)
+    return read_table(file).get("scheduler") if file else None
+
+
+def read_table(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises `CheckpointError` for anything else."""
+    table = read_json(file)
+    if not isinstance(table, dict):
+        raise CheckpointError(f"Checkpoint file '{file}' holds a {type(table).__name__}; it must hold a JSON object.")
+    return table
+
+
+def find_file(source: str | os.PathLike, name: str, hub_arguments: Mapping[str, Any]) -> Path | None:
+    """A file of a folder or of a repository on the Hub; None where there is none."""
+    if Path(source).is_dir():
+        file = Path(source) / name
+        return file if file.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(source), name, **hub_arguments))
+    except (EntryNotFoundError, LocalEntryNotFoundError):  # a checkpoint without our parts, or never fetched
+        return None

@@ -1,0 +1,43 @@
+"""Stable Diffusion 1.x and 2.x."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from .base import Backbone
+
+
+class StableDiffusionBackbone(Backbone):
+    """Stable Diffusion 1.x and 2.x."""
+
+    network_name = "unet"
+
+    @torch.no_grad()
+    def pooled(self, conditions: dict[str, Any]) -> torch.Tensor:
+        """The text encoder's pooled output, its last hidden state at the end of the text; the network is given the
+        states of all tokens. Embeddings in place of prompts do not tell where the text ends."""
+        prompts = conditions.get("prompt")
+        if prompts is None:
+            raise InputError(
+                "The trace model takes the text encoder's pooled output, which `prompt_embeds` do not have. Give "
+                "prompts, or estimator=TraceMatchingFisher(trace_model, pooled=...)."
+            )
+        words, encoder = self.pipe.tokenizer, self.pipe.text_encoder
+        tokens = words(
+            self.pipe.maybe_convert_prompt(prompts, words), padding="max_length", max_length=words.model_max_length,
+            truncation=True, return_tensors="pt",
+        ).to(self.device)  # fmt: skip
+        masked = getattr(encoder.config, "use_attention_mask", False)  # only some encoders' configurations have it
+        return encoder(tokens.input_ids, attention_mask=tokens.attention_mask if masked else None).pooler_output
+
+    def finish(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
+        if self.pipe.safety_checker is None:
+            return images, []
+        checked, found = self.pipe.run_safety_checker(2 * images - 1, images.device, self.pipe.dtype)
+        flagged = [bool(entry) for entry in found]
+        # As in the stock call, what the checker puts in place (black) is taken as it is.
+        chosen = torch.tensor(flagged, device=images.device)[:, None, None, None]
+        return torch.where(chosen, checked, images), flagged

@@ -1,0 +1,309 @@
+"""Guidance of a pipeline through the whole sampling run: from what a user passes to the best images."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+
+from ..backbones import Backbone, PipelineDenoiser, backbone_of
+from ..backbones.base import Generators
+from ..backbones.conditions import Condition
+from ..backbones.inputs import check_arguments
+from ..backbones.run import SamplingRun
+from ..denoiser import Denoiser
+from ..errors import InputError
+from ..fisher.estimator import FisherEstimator
+from ..fisher.finite_difference import FiniteDifferenceFisher
+from ..fisher.one_step import OneStepFisher
+from ..images import ImageLike
+from ..schedulers import fisher_scheduler
+from .checks import Reward, check_differentiable, check_guidance
+from .movers import OptimizerFactory, optimizer_factory
+from .noise_ascent import VARIABLES, AscentSettings, GuidanceOutput, GuidedRun, NoiseAscent, ascend_noise
+from .text import TextEmbedding, TextGradientEstimator
+
+HALF_PRECISION_STEPS = {torch.float16: 0.05, torch.bfloat16: 0.1}
+"""Relative lengths of the default estimator's differences. On the embedded checkpoint in bfloat16 a gradient's cosine
+with the exact product is 0.85 by 0.1, 0.82 by 0.05, and 0.43 by the 0.01 that float32 has (there 0.90)."""
+
+
+def guide(
+    pipe: DiffusionPipeline,
+    prompt: Condition,
+    reward: Reward,
+    *,
+    num_guidance_steps: int = 10,
+    step_size: float = 0.2,
+    estimator: FisherEstimator | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    num_images_per_prompt: int = 1,
+    generator: Generators = None,
+    latents: torch.Tensor | None = None,
+    output_type: str = "pil",
+    return_dict: bool = True,
+    optimise: Sequence[str] = ("noise",),
+    optimizer: str | OptimizerFactory | None = None,
+    patience: int | None = None,
+    held_out_reward: Reward | None = None,
+    adjoint_guidance_scale: float | None = None,
+    decoder: torch.nn.Module | None = None,
+    checkpoint_decoder: bool = False,
+    **call_arguments: Any,
+) -> GuidanceOutput | tuple:
+    """Steers generation by a reward, by ascent on the initial noise through the whole sampling run.
+
+    The denoiser builds no graph: its place in the backward pass is taken by `estimator`. The best image of every
+    sample is kept.
+
+    Args:
+        pipe: a pipeline that has a backbone, stock or ours; nothing on it is changed.
+        prompt: one, or several; None where `prompt_embeds` are given. Class labels for pipelines that take those.
+        reward: `reward(images, prompts) -> (B,)`, images (B, 3, H, W) in [0, 1] with a graph, higher is better.
+        num_guidance_steps: gradient steps; 0 samples and scores.
+        step_size: length of the first step relative to the noise's norm; halved for a sample whose reward is no better
+            than its best before.
+        estimator: of the diffusion Fisher; None: `OneStepFisher()`, for one denoiser call per guidance step.
+        num_inference_steps, guidance_scale: of the sampling runs; None: the stock call's own defaults.
+        latents: initial noise of unit variance, (B, C, h, w), or packed where the pipeline's own are; None: drawn with
+            `generator` as the stock call does.
+        output_type: "pil", "np", "pt".
+        optimise: what moves: "noise"; "text", the prompts' embedding, by the network's own derivative (a graph of one
+            evaluation at a time); "control", added to the model's output at every step.
+        optimizer: None for normalised ascent, which keeps the noise on its sphere; or a name in torch.optim, with
+            `step_size` as its learning rate, or a factory from parameters to an optimiser.
+        patience: stops after so many runs in which no sample reached a new best; None: never.
+        held_out_reward: reported beside the reward and not optimised: where it falls, the reward is being gamed.
+        adjoint_guidance_scale: guidance scale of the denoiser in the backward pass, 1.0 to keep classifier-free
+            guidance out of it; None: as in the runs. Nothing to estimators without a denoiser.
+        decoder: decodes for the reward in the autoencoder's place, such as an `AutoencoderTiny`; the images that are
+            returned are the autoencoder's.
+        checkpoint_decoder: recomputes the decoder's activations in its backward pass instead of keeping them.
+        **call_arguments: to the pipeline's call, such as `negative_prompt`.
+
+    Returns:
+        `GuidanceOutput`. Cost: `num_guidance_steps + 1` ordinary runs with decoding, and a decoder and reward gradient
+        per guidance step; see the estimator for its own.
+
+    Raises:
+        InputError: before sampling, arguments out of range, latents of the wrong shape, a reward that is not
+            differentiable or of the wrong shape. UnsupportedError: a pipeline without a backbone.
+        TrajectoryError: torch.inference_mode, latents changed between steps, a model with learned variance.
+        NumericalError: in the first run, images or a reward that are not finite. In later ones, and where a gradient
+            is not, the best so far is returned, and `status` says what happened.
+    """
+    backbone = backbone_of(pipe)
+    check_arguments(backbone.name, backbone.parameters, guide, call_arguments)
+    steps = backbone.parameters["num_inference_steps"].default if num_inference_steps is None else num_inference_steps
+    check_guidance(num_guidance_steps, step_size, steps, output_type)
+    options = GuidanceOptions(
+        estimator, optimise, held_out_reward, adjoint_guidance_scale, decoder, checkpoint_decoder, patience
+    )
+    options.check(backbone)
+    settings = AscentSettings(num_guidance_steps, step_size, optimizer_factory(optimizer, step_size), patience)
+    backbone.check_scheduler()
+    prompts, conditions = backbone.conditions(prompt, call_arguments, None, num_images_per_prompt)
+    pixels = backbone.image_size(height, width)
+    noise = backbone.initial_noise(latents, len(prompts), pixels, generator)
+    check_differentiable(reward, (len(prompts), backbone.image_channels, *pixels), prompts, noise.device)
+    arguments = {**call_arguments, **conditions, **backbone.size_arguments(pixels), "num_inference_steps": steps}
+    if "guidance_scale" in backbone.parameters:
+        default = backbone.parameters["guidance_scale"].default
+        arguments["guidance_scale"] = default if guidance_scale is None else guidance_scale
+    problem = GuidanceProblem(backbone, reward, options, prompts, pixels, noise, generator, arguments)
+    output = problem.solve(settings, output_type)
+    return output if return_dict else output.to_tuple()
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidanceOptions:
+    """Arguments of `guide` that say what is optimised and by what. See there."""
+
+    estimator: FisherEstimator | None
+    optimise: Sequence[str]
+    held_out_reward: Reward | None
+    adjoint_guidance_scale: float | None
+    decoder: torch.nn.Module | None
+    checkpoint_decoder: bool
+    patience: int | None
+
+    def check(self, backbone: Backbone) -> None:
+        """Refuses values out of range. Raises `InputError` that says which."""
+        if isinstance(self.optimise, str) or not self.optimise or not set(self.optimise) <= set(VARIABLES):
+            raise InputError(f"`optimise` is {self.optimise!r}; allowed: some of {', '.join(VARIABLES)}, as a list.")
+        if self.patience is not None and self.patience < 1:
+            raise InputError(f"`patience` is {self.patience}; allowed: at least 1 run, or None.")
+        if (self.decoder is not None or self.checkpoint_decoder) and backbone.autoencoder is None:
+            raise InputError(
+                f"{backbone.name} has no autoencoder `vae`; leave out `decoder` and `checkpoint_decoder`."
+            )
+        if "text" in self.optimise and self.estimator is not None and self.estimator.denoiser is not None:
+            raise InputError(
+                "The estimator has a denoiser of its own, whose prompts stay as they are while the text embedding is "
+                f"optimised. Make it without: {type(self.estimator).__name__}()."
+            )
+
+
+class GuidanceProblem:
+    """One call of `guide`, checked: what is sampled, decoded and rewarded.
+
+    Args:
+        prompts: one per sample, as the reward is told of them.
+        pixels: height and width of the images.
+        noise: (B, ...) initial noise in the pipeline's layout.
+        generator: of the scheduler's noise.
+        arguments: to the pipeline's call.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        reward: Reward,
+        options: GuidanceOptions,
+        prompts: Sequence[str] | Sequence[int],
+        pixels: tuple[int, int],
+        noise: torch.Tensor,
+        generator: Generators,
+        arguments: dict[str, Any],
+    ):
+        self.backbone, self.reward, self.options = backbone, reward, options
+        self.prompts, self.pixels, self.noise = prompts, pixels, noise
+        self.denoisers = _Denoisers(backbone, options, arguments)
+        self.scheduler = fisher_scheduler(type(backbone.scheduler)).from_config(backbone.scheduler.config)
+        self.run = SamplingRun(self.denoisers.forward, self.scheduler, generator, self.denoisers.backward, **arguments)
+
+    def solve(self, settings: AscentSettings, output_type: str) -> GuidanceOutput:
+        """Runs the ascent and finishes its images."""
+        backbone, options = self.backbone, self.options
+        decoding = backbone.with_autoencoder(options.decoder)
+        with backbone.loaded():
+            if options.decoder is not None:
+                self._check_decoder(decoding, options.decoder)
+            checkpointed = (
+                _checkpointed(decoding.autoencoder) if options.checkpoint_decoder else contextlib.nullcontext()
+            )
+            with checkpointed, _progress(backbone.pipe, settings.num_guidance_steps + 1) as show:
+                run = GuidedRun(
+                    self.run, functools.partial(decoding.decode, pixels=self.pixels), self.reward, self.prompts,
+                    self.scheduler, self.denoisers.estimator, options.held_out_reward, options.optimise,
+                    self.denoisers.text,
+                )  # fmt: skip
+                ascent = ascend_noise(run, self.noise, settings, show)
+            if options.decoder is not None:
+                self._decode_anew(ascent)
+        return self._output(ascent, output_type)
+
+    @torch.no_grad()
+    def _check_decoder(self, decoding: Backbone, decoder: torch.nn.Module) -> None:
+        """Refuses what decodes to images of another size, by one sample."""
+        if not callable(getattr(decoder, "decode", None)):
+            raise InputError(
+                f"`decoder` is a {type(decoder).__name__}; allowed: an autoencoder, such as AutoencoderTiny."
+            )
+        size = tuple(decoding.decode(self.noise[:1], self.pixels).shape[-2:])
+        if size != self.pixels:
+            raise InputError(
+                f"`decoder` makes {size[0]}x{size[1]} pixels of this pipeline's latents, whose autoencoder makes "
+                f"{self.pixels[0]}x{self.pixels[1]}; give a decoder of the same latents."
+            )
+
+    @torch.no_grad()
+    def _decode_anew(self, ascent: NoiseAscent) -> None:
+        """Makes the images by the pipeline's own autoencoder, where another decoded them for the reward."""
+        for kept in (ascent.best, ascent.initial):
+            kept["images"] = self.backbone.decode(kept["latents"], self.pixels)
+
+    def _output(self, ascent: NoiseAscent, output_type: str) -> GuidanceOutput:
+        processor = vars(self.backbone.pipe).get("image_processor") or VaeImageProcessor()
+        finished, initial = (self.backbone.finish(kept["images"]) for kept in (ascent.best, ascent.initial))
+        count = len(ascent.best_rewards)
+
+        def shown(images: torch.Tensor) -> ImageLike:
+            return processor.postprocess(images, output_type, do_denormalize=[False] * count)
+
+        def rows(history: list[torch.Tensor]) -> torch.Tensor:
+            return torch.stack(history) if history else torch.zeros(0, count, dtype=torch.float64)
+
+        return GuidanceOutput(
+            images=shown(finished[0]), rewards=rows(ascent.rewards), best_rewards=ascent.best_rewards,
+            latents=ascent.best_noise, gradient_norms=rows(ascent.gradient_norms),
+            seconds=torch.tensor(ascent.seconds, dtype=torch.float64),
+            num_denoiser_calls=ascent.num_sampling_calls + self.denoisers.calls(),
+            nsfw_content_detected=finished[1], initial_images=shown(initial[0]),
+            held_out_rewards=rows(ascent.held_out_rewards), shell_distances=rows(ascent.shell_distances),
+            status=ascent.status, prompt_embeds=ascent.best.get("text"), controls=ascent.best.get("control"),
+        )  # fmt: skip
+
+
+class _Denoisers:
+    """The denoiser of the sampling run, that of the backward pass, and the estimator bound to the latter."""
+
+    def __init__(self, backbone: Backbone, options: GuidanceOptions, arguments: dict[str, Any]):
+        arguments = {
+            key: value
+            for key, value in arguments.items()
+            if not key.startswith("callback") and key != "num_inference_steps"
+        }
+        self.forward = self.backward = PipelineDenoiser(backbone, **arguments)
+        estimator = default_estimator(backbone.dtype) if options.estimator is None else options.estimator
+        scale = options.adjoint_guidance_scale
+        if scale is not None and scale != arguments.get("guidance_scale", scale):
+            self.backward = PipelineDenoiser(backbone, **{**arguments, "guidance_scale": scale})
+            estimator = estimator.without_model_output()
+        self.estimator = estimator.bind(self.backward)
+        counted: dict[int, Denoiser] = {id(each): each for each in (self.forward, self.backward)}
+        counted |= {id(each): each for each in self.estimator.denoisers}  # some bring their own
+        self._calls_before = [(each, each.num_calls) for each in counted.values()]
+        self.text = TextEmbedding() if "text" in options.optimise else None
+        if self.text is not None:
+            for denoiser in {id(each): each for each in (self.forward, self.backward)}.values():
+                self.text.attach(denoiser)
+            self.estimator = TextGradientEstimator(self.estimator, self.text, self.backward)
+
+    def calls(self) -> int:
+        """Evaluations since this was made, besides the sampling runs'."""
+        return sum(each.num_calls - before for each, before in self._calls_before)
+
+
+def default_estimator(dtype: torch.dtype) -> OneStepFisher:
+    """`OneStepFisher` by differences long enough to stand out of the rounding of a network of `dtype`."""
+    step = HALF_PRECISION_STEPS.get(dtype)
+    return OneStepFisher(None if step is None else FiniteDifferenceFisher(relative_step=step))
+
+
+@contextlib.contextmanager
+def _progress(pipe: DiffusionPipeline, total: int) -> Iterator[Callable[[torch.Tensor], None]]:
+    with pipe.progress_bar(total=total) as progress:
+
+        def show(rewards: torch.Tensor) -> None:
+            progress.set_postfix(reward=f"{float(rewards.mean()):.3f}")
+            progress.update()
+
+        yield show
+
+
+@contextlib.contextmanager
+def _checkpointed(autoencoder: Any) -> Iterator[None]:
+    """Recomputes the autoencoder's activations in the block's backward passes rather than keeping them; not for None."""
+    if autoencoder is None:
+        yield
+        return
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    before = [(part, {k: v for k, v in vars(part).items() if k in names}) for part in autoencoder.modules()]
+    try:
+        autoencoder.enable_gradient_checkpointing()
+        yield
+    finally:
+        for part, values in before:
+            for name in names:
+                vars(part).pop(name, None)
+            vars(part).update(values)

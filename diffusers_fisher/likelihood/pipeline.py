@@ -1,0 +1,264 @@
+"""Likelihoods of images under a pipeline: from what a user passes to what is integrated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..backbones import Backbone, PipelineDenoiser, backbone_of
+from ..backbones.base import Generators, Moment
+from ..backbones.conditions import NEGATIVE_PROMPTS, Condition
+from ..backbones.inputs import check_arguments
+from ..errors import InputError
+from ..fisher.autodiff import AutodiffFisher
+from ..fisher.estimator import FisherEstimator
+from ..fisher.trace_matching import TraceMatchingFisher
+from ..images import UNIT_RANGE, ImageLike
+from .comparison import METHODS, LikelihoodComparison
+from .output import LikelihoodOutput, SquaredErrorOutput
+from .schemes import DEFAULT_SCHEME
+from .solver import Integration, integrate_log_likelihood
+from .squared_error import squared_error_log_likelihood
+
+NUM_PROBES = 2  # Hutchinson probes where the trace has no cheaper way
+NUM_LEVELS = 64
+SQUARED_ERROR_OPTIONS = ("prior_mean", "prior_variance", "bins", "data_range")
+
+
+def log_likelihood(
+    pipe: DiffusionPipeline,
+    images: ImageLike | None = None,
+    prompt: Condition = None,
+    *,
+    latents: torch.Tensor | None = None,
+    num_inference_steps: int = 32,
+    estimator: FisherEstimator | None = None,
+    num_probes: int | Literal["auto"] | None = "auto",
+    noised: bool = False,
+    step_halving: bool = False,
+    prior_mean: Moment = None,
+    prior_variance: Moment = None,
+    generator: Generators = None,
+    scheme: str = DEFAULT_SCHEME,
+    data_range: tuple[float, float] = UNIT_RANGE,
+    bins: int | None = None,
+    **call_arguments: Any,
+) -> LikelihoodOutput:
+    """Scores images by their log-likelihood under a checkpoint, without classifier-free guidance.
+
+    With an autoencoder it is a density of the latents, not of pixels (the output's `space`): comparable between images
+    of one size under one autoencoder. The mean of the autoencoder's posterior stands for the image.
+
+    Args:
+        pipe: a pipeline that has a backbone, stock or ours; nothing on it is changed.
+        images: PIL images, arrays (B, H, W, 3) or tensors (B, 3, H, W), in `data_range`; height and width multiples
+            of 8 and of the autoencoder's factor.
+        prompt: one for all, or one per image; None: the empty prompt. Class labels for pipelines that take those.
+        latents: (B, C, h, w) scaled latents, instead of `images`.
+        num_inference_steps: steps of the integration.
+        estimator: gives the trace of the diffusion Fisher; None: `TraceMatchingFisher` with the checkpoint's trace
+            model, or where it has none the network's own trace, `AutodiffFisher()`.
+        num_probes: Hutchinson probes; None: the exact trace, with `AutodiffFisher` by C*h*w backward passes per step;
+            "auto": None for trace models, else 2.
+        noised, step_halving, generator, scheme: see `diffusers_fisher.likelihood.Integration`.
+        prior_mean, prior_variance: of the training data's latents; None: the checkpoint's `latent_statistics`, or 0
+            and 1 where it has none. The output says which.
+        data_range: what arrays and tensors of images reach from and to, such as (0, 255).
+        bins: for pipelines in pixels, the number of values an image can have, 256 for 8 bits: each pixel is moved to a
+            random point of its bin, and `bits_per_dim` is that of the discrete image. None: of the density.
+        **call_arguments: to the pipeline's call, such as `prompt_embeds` with what belongs to them. Negative prompts
+            count for nothing without guidance, and are refused.
+
+    Returns:
+        `LikelihoodOutput`. Cost: `num_inference_steps` + 1 evaluations, half as many again with `step_halving`, each
+        with one backward pass per probe, or with one evaluation of the trace model. Warns where the discretisation
+        error exceeds 0.05 bits/dim (`CoarseGridWarning`).
+
+    Raises:
+        InputError: images, latents or conditions of the wrong kind, size, range or number; guidance; a trace model of
+            another denoiser. UnsupportedError: a pipeline without a backbone, or a scheduler of another family than
+            the model's.
+    """
+    backbone = backbone_of(pipe)
+    backbone.check_bins(bins)
+    guidance = _checked_scale(backbone, num_inference_steps, call_arguments)
+    samples = backbone.samples_of(images, latents, data_range)
+    denoiser = unguided_denoiser(backbone, samples, guidance, prompt, call_arguments)
+    trace = trace_estimator(backbone, estimator).bind(denoiser)
+    if num_probes == "auto":
+        num_probes = None if trace.has_cheap_trace else NUM_PROBES
+    mean, variance = backbone.prior(prior_mean, prior_variance, samples)
+    nodes = num_inference_steps + 1 + (num_inference_steps // 2 + 1 if step_halving else 0)
+    with backbone.loaded(), pipe.progress_bar(total=nodes) as progress:
+        integration = Integration(
+            num_inference_steps, num_probes, mean, variance, noised, step_halving, generator, scheme, bins,
+            backbone.space, progress.update,
+        )  # fmt: skip
+        return integrate_log_likelihood(denoiser, backbone.pack(samples), trace, integration)
+
+
+def compare_likelihood(
+    pipe: DiffusionPipeline,
+    images: ImageLike | None = None,
+    prompts: Sequence[Condition] | None = None,
+    *,
+    latents: torch.Tensor | None = None,
+    method: str = "squared error",
+    num_levels: int | None = None,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> LikelihoodComparison:
+    """Compares every image under every prompt, with equal draws: which prompt fits an image, which image is likelier.
+
+    "squared error" needs no graph: the denoiser's squared errors at random levels, as diffusion classifiers take them
+    (Li et al., 2303.16203), weighted to a log-likelihood. "ode" is `log_likelihood` for every prompt, with the same
+    grid and probes. Differences and their standard errors are methods of the output; between images those of "ode" are
+    no smaller than each side's, as every image has probes of its own.
+
+    Args:
+        images, latents: as in `log_likelihood`.
+        prompts: each for all images (class labels where the pipeline takes those); None: unconditional.
+        method: "squared error" or "ode".
+        num_levels: draws of "squared error", even; None: 64.
+        generator: its draws are repeated for every prompt. Without one the numbers change from call to call.
+        **options: "ode": of `log_likelihood`. "squared error": `prior_mean`, `prior_variance`, `data_range`, `bins`,
+            and arguments of the pipeline's call.
+
+    Returns:
+        `LikelihoodComparison`. Cost: for every prompt `num_levels` evaluations, or those of `log_likelihood`.
+
+    Raises:
+        InputError: no prompts, an unknown method, options of the other method; else as `log_likelihood`.
+    """
+    backbone = backbone_of(pipe)
+    if method not in METHODS:
+        raise InputError(f"`method` is {method!r}; allowed: {', '.join(METHODS)}.")
+    _check_options(backbone, method, num_levels, options)
+    candidates = [None] if prompts is None else prompts
+    if isinstance(candidates, str) or not len(candidates):
+        raise InputError(f"`prompts` is {prompts!r}; allowed: a list of at least one, each for all images.")
+    if generator is None:  # not None, by which noise on a GPU would come from its own generator, that is not replayed
+        generator = torch.default_generator
+    samples = backbone.samples_of(images, latents, options.pop("data_range", UNIT_RANGE))
+    rows: list[LikelihoodOutput] | list[SquaredErrorOutput]
+    if method == "ode":
+        rows = scores = [
+            log_likelihood(pipe, None, prompt, latents=samples, generator=generator, **options)
+            for prompt in _replayed(candidates, generator)
+        ]
+        errors = torch.stack([row.discretisation_error for row in scores])
+        draws = [row.prior_log_prob + row.trace_by_probe for row in scores]
+    else:
+        rows = squares = _squared_errors(
+            backbone, samples, candidates, NUM_LEVELS if num_levels is None else num_levels, generator, options
+        )
+        errors = torch.zeros(len(squares), len(samples), dtype=torch.float64)
+        draws = [row.contributions for row in squares]
+    return LikelihoodComparison(
+        log_prob=torch.stack([row.log_prob for row in rows]), contributions=torch.stack(draws, dim=1),
+        discretisation_error=errors, dims=rows[0].dims,
+        num_denoiser_calls=sum(row.num_denoiser_calls for row in rows), space=rows[0].space, method=method,
+    )  # fmt: skip
+
+
+def unguided_denoiser(
+    backbone: Backbone,
+    samples: torch.Tensor,
+    guidance_scale: float,
+    prompt: Condition,
+    call_arguments: dict[str, Any],
+) -> PipelineDenoiser:
+    """The pipeline's denoiser for samples (B, C, h, w) with one condition each.
+
+    Args:
+        guidance_scale: that at which the network's output is a score, see `Backbone.unguided_scale`.
+
+    Raises:
+        InputError: negative prompts, which count for nothing; conditions that the pipeline does not take.
+    """
+    negative = [name for name in NEGATIVE_PROMPTS if call_arguments.get(name)]
+    if negative:
+        raise InputError(
+            f"`{negative[0]}` is {call_arguments[negative[0]]!r}; a likelihood is without guidance, where negative "
+            "prompts count for nothing. Leave it out; `compare_likelihood` compares two prompts."
+        )
+    _, conditions = backbone.conditions(prompt, call_arguments, len(samples))
+    pixels = samples.shape[-2] * backbone.factor, samples.shape[-1] * backbone.factor
+    arguments = {**backbone.size_arguments(pixels), **call_arguments, **conditions}
+    return PipelineDenoiser(backbone, guidance_scale, **arguments)
+
+
+def trace_estimator(backbone: Backbone, estimator: FisherEstimator | None = None) -> FisherEstimator:
+    """The estimator of a likelihood's trace: the one passed, else the checkpoint's trace model, else the network."""
+    if estimator is not None:
+        return estimator
+    model = backbone.trace_model
+    return AutodiffFisher() if model is None else TraceMatchingFisher(model)
+
+
+def _checked_scale(backbone: Backbone, num_inference_steps: int, call_arguments: dict[str, Any]) -> float:
+    """Refuses what a likelihood can't use; returns the guidance scale, taken out of `call_arguments`."""
+    if num_inference_steps < 2:
+        raise InputError(f"`num_inference_steps` is {num_inference_steps}; allowed: at least 2, sensibly 20 or more.")
+    backbone.check_scheduler()
+    scale = backbone.unguided_scale(call_arguments)
+    check_arguments(backbone.name, backbone.parameters, log_likelihood, call_arguments)
+    return scale
+
+
+def _check_options(backbone: Backbone, method: str, num_levels: int | None, options: dict[str, Any]) -> None:
+    """Refuses options that are not the method's, before they are passed on or ignored."""
+    if "prompt" in options:
+        raise InputError(
+            "`compare_likelihood` takes its prompts as `prompts`, a list, each for all images; got `prompt`."
+        )
+    if method == "ode":
+        if num_levels is not None:
+            raise InputError("`num_levels` belongs to method 'squared error'; 'ode' takes `num_inference_steps`.")
+        return
+    others = {field.name for field in dataclasses.fields(Integration)} | {"num_inference_steps", "estimator"}
+    for name in sorted((others - set(SQUARED_ERROR_OPTIONS)) & set(options)):
+        raise InputError(
+            f"`{name}` belongs to method='ode'; 'squared error' takes num_levels, "
+            f"{', '.join(SQUARED_ERROR_OPTIONS)} and arguments of the pipeline's call."
+        )
+    arguments = {name: value for name, value in options.items() if name not in SQUARED_ERROR_OPTIONS}
+    check_arguments(backbone.name, backbone.parameters, compare_likelihood, arguments)
+
+
+def _squared_errors(
+    backbone: Backbone,
+    samples: torch.Tensor,
+    prompts: Sequence[Condition],
+    num_levels: int,
+    generator: torch.Generator,
+    options: dict[str, Any],
+) -> list[SquaredErrorOutput]:
+    backbone.check_scheduler()
+    moments = options.pop("prior_mean", None), options.pop("prior_variance", None)
+    bins = options.pop("bins", None)
+    backbone.check_bins(bins)
+    mean, variance = backbone.prior(*moments, samples)
+    guidance = backbone.unguided_scale(options)
+    denoisers = [unguided_denoiser(backbone, samples, guidance, prompt, dict(options)) for prompt in prompts]
+    rows = []
+    with backbone.loaded(), backbone.pipe.progress_bar(total=num_levels * len(denoisers)) as progress:
+        for denoiser in _replayed(denoisers, generator):
+            out = squared_error_log_likelihood(
+                denoiser, backbone.pack(samples), num_levels, mean, variance, generator, backbone.space,
+                progress.update, bins,
+            )  # fmt: skip
+            rows.append(out)
+    return rows
+
+
+def _replayed(entries: Sequence[Any], generator: torch.Generator) -> Iterator[Any]:
+    """The entries, with the generator in the same state before each, once moved on in the end."""
+    state = generator.get_state()
+    for entry in entries:
+        generator.set_state(state)
+        yield entry

@@ -1,0 +1,89 @@
+"""Unconditional and class-conditional pipelines with likelihood and guidance, and calls that take `latents`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiTPipeline, LDMPipeline, SchedulerMixin
+
+from ..backbones.dit import call_dit
+from ..backbones.ldm import call_ldm
+from ..backbones.unconditional import call_ddim, call_ddpm
+from ..guidance import GuidanceOutput, Reward
+from ..guidance import pipeline as guidance
+from ..images import ImageLike
+from ..likelihood import LikelihoodOutput
+from ..likelihood import pipeline as likelihood
+from .mixin import FisherPipelineMixin
+
+
+class UnconditionalMixin(FisherPipelineMixin):
+    """`FisherPipelineMixin` without prompts."""
+
+    def log_likelihood(self, images: ImageLike | None = None, **options: Any) -> LikelihoodOutput:  # type: ignore[override]
+        """Scores images as `diffusers_fisher.log_likelihood` does, without a prompt."""
+        return likelihood.log_likelihood(self, images, **options)
+
+    def guide(self, reward: Reward, batch_size: int = 1, **options: Any) -> GuidanceOutput | tuple:  # type: ignore[override]
+        """Guides `batch_size` samples as `diffusers_fisher.guide` does; a reward's prompts are empty strings."""
+        return guidance.guide(self, None, reward, batch_size=batch_size, **options)
+
+
+class DDPMFisherPipeline(UnconditionalMixin, DDPMPipeline):
+    """`DDPMPipeline` with `log_likelihood` and `guide`, and a call that takes `latents` and gives them.
+
+    Its space is that of the pixels, scaled to [-1, 1].
+    """
+
+    __call__ = torch.no_grad()(call_ddpm)
+
+
+class DDIMFisherPipeline(UnconditionalMixin, DDIMPipeline):
+    """`DDIMPipeline` with `log_likelihood` and `guide`, and a call that takes `latents` and gives them.
+
+    Its space is that of the pixels, scaled to [-1, 1]. A `DDIMScheduler` is kept, also a Fisher one; any other is
+    replaced by one, as the stock pipeline does with every scheduler.
+    """
+
+    def __init__(self, unet: torch.nn.Module, scheduler: SchedulerMixin):
+        super().__init__(unet, scheduler)
+        if isinstance(scheduler, DDIMScheduler):
+            self.register_modules(scheduler=scheduler)
+
+    __call__ = torch.no_grad()(call_ddim)
+
+
+class LDMFisherPipeline(UnconditionalMixin, LDMPipeline):
+    """`LDMPipeline` with `log_likelihood` and `guide`, and a call that takes `latents` and gives them.
+
+    Latents are those of the vector-quantised autoencoder before its quantisation, scaled.
+    """
+
+    __call__ = torch.no_grad()(call_ldm)
+
+
+class DiTFisherPipeline(FisherPipelineMixin, DiTPipeline):
+    """`DiTPipeline` with `log_likelihood` and `guide`, and a call that takes `latents` and gives them.
+
+    Class labels stand where text pipelines have prompts; a reward gets them as its second argument.
+    """
+
+    __call__ = torch.no_grad()(call_dit)
+
+    def log_likelihood(  # type: ignore[override]
+        self, images: ImageLike | None = None, class_labels: int | Sequence[int] | None = None, **options: Any
+    ) -> LikelihoodOutput:
+        """Scores images as `diffusers_fisher.log_likelihood` does, with one class label for all or one per image."""
+        return likelihood.log_likelihood(self, images, class_labels, **options)
+
+    def guide(  # type: ignore[override]
+        self, class_labels: int | Sequence[int], reward: Reward, **options: Any
+    ) -> GuidanceOutput | tuple:
+        """Guides samples as `diffusers_fisher.guide` does, with class labels for prompts."""
+        return guidance.guide(self, class_labels, reward, **options)
+
+
+for _class in (DDPMFisherPipeline, DDIMFisherPipeline, LDMFisherPipeline, DiTFisherPipeline):
+    _class.__module__ = "diffusers_fisher"  # the public module is what a saved component names
