@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     ".checkpoints": ("EMBEDDED_CLASSES", "embedded_checkpoint", "embedded_prompt", "embedded_test_images"),
-    ".denoiser": ("PipelineDenoiser",),
+    ".backbones": ("PipelineDenoiser", "backbone_of"),
     ".distributions": ("Covariance", "DCTBasis", "DiracMixture", "GaussianMixture"),
     ".errors": (
         "CheckpointError", "CoarseGridWarning", "FisherError", "InputError", "NumericalError", "TrajectoryError",

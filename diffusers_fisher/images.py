@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy
     from PIL.Image import Image
 
-ImageLike = "Image | numpy.ndarray | torch.Tensor | Sequence[Image] | Sequence[numpy.ndarray] | Sequence[torch.Tensor]"
+ImageLike: TypeAlias = "Image | numpy.ndarray | torch.Tensor | list[Image] | list[numpy.ndarray] | list[torch.Tensor]"
 """One image or several: PIL, arrays (H, W, C) or (B, H, W, C), tensors (C, H, W) or (B, C, H, W)."""
 
 UNIT_RANGE = (0.0, 1.0)
@@ -22,9 +22,12 @@ UNIT_RANGE = (0.0, 1.0)
 def image_tensor(
     images: ImageLike | None, multiple: int, channels: int = 3, data_range: tuple[float, float] = UNIT_RANGE
 ) -> torch.Tensor:
-    """Images as (B, channels, H, W) float32 in [0, 1], checked; nothing is resized behind the caller's back.
+    """Brings images into the form (B, channels, H, W) float32 in [0, 1], checked; nothing is resized.
 
     Arrays and tensors are in `data_range`, integers too where it is not [0, 1]; PIL images have their own.
+
+    Raises:
+        InputError: images of another kind, shape, size or range.
     """
     import numpy
     from PIL.Image import Image
@@ -36,30 +39,42 @@ def image_tensor(
         raise InputError(f"`data_range` is {data_range}; allowed: two finite numbers, the lower first.")
     if isinstance(images, (list, tuple)) and any(isinstance(image, Image) for image in images):
         low, high = UNIT_RANGE
-    if isinstance(images, (list, tuple)) and images:
-        arrays = [_pil_array(image, channels) if isinstance(image, Image) else image for image in images]
-        kinds = sorted({type(array).__name__ for array in arrays})
-        if len(kinds) != 1 or not isinstance(arrays[0], (numpy.ndarray, torch.Tensor)):
-            raise InputError(
-                f"Images are a list of {', '.join(kinds)}; allowed: PIL images, arrays or tensors, of one kind."
-            )
-        shapes = sorted({tuple(array.shape) for array in arrays})
-        if len(shapes) != 1:
-            raise InputError(f"Images of one call must have one size, got {shapes}; call once a size.")
-        images = torch.stack(arrays) if isinstance(arrays[0], torch.Tensor) else numpy.stack(arrays)
-    if isinstance(images, (numpy.ndarray, torch.Tensor)) and images.ndim == 3:
-        images = images[None]  # one image, as PIL images may be one
-    tensor = images
-    if isinstance(images, numpy.ndarray) and images.dtype.kind in "biuf":
-        tensor = torch.from_numpy(numpy.ascontiguousarray(images))  # flipped arrays have negative strides
+    batch = _stacked(images, channels) if isinstance(images, (list, tuple)) and images else images
+    if isinstance(batch, (numpy.ndarray, torch.Tensor)) and batch.ndim == 3:
+        batch = batch[None]  # one image, as PIL images may be one
+    tensor = batch
+    if isinstance(batch, numpy.ndarray) and batch.dtype.kind in "biuf":
+        tensor = torch.from_numpy(numpy.ascontiguousarray(batch))  # flipped arrays have negative strides
         tensor = tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4 or tensor.shape[1] != channels or not len(tensor):
-        shaped = isinstance(images, torch.Tensor) or tensor is not images
-        got = f"of shape {tuple(images.shape)}" if shaped else f"a {type(images).__name__} {images!r:.40}"
+        shape = tuple(batch.shape) if isinstance(batch, (numpy.ndarray, torch.Tensor)) else None
+        got = f"a {type(batch).__name__} {batch!r:.40}" if shape is None or tensor is None else f"of shape {shape}"
         kind = "RGB as" if channels == 3 else "grey" if channels == 1 else "no"
         raise InputError(
             f"Images are {got}; allowed: {kind} PIL, array (B, H, W, {channels}) or tensor (B, {channels}, H, W)."
         )
+    return _in_unit_range(tensor, low, high, multiple)
+
+
+def _stacked(images: list | tuple, channels: int) -> numpy.ndarray | torch.Tensor:
+    """Several images of one kind and size as one array or tensor."""
+    import numpy
+    from PIL.Image import Image
+
+    arrays = [_pil_array(image, channels) if isinstance(image, Image) else image for image in images]
+    kinds = sorted({type(array).__name__ for array in arrays})
+    if len(kinds) != 1 or not isinstance(arrays[0], (numpy.ndarray, torch.Tensor)):
+        raise InputError(
+            f"Images are a list of {', '.join(kinds)}; allowed: PIL images, arrays or tensors, of one kind."
+        )
+    shapes = sorted({tuple(array.shape) for array in arrays})
+    if len(shapes) != 1:
+        raise InputError(f"Images of one call must have one size, got {shapes}; call once per size.")
+    return torch.stack(arrays) if isinstance(arrays[0], torch.Tensor) else numpy.stack(arrays)
+
+
+def _in_unit_range(tensor: torch.Tensor, low: float, high: float, multiple: int) -> torch.Tensor:
+    """Images (B, C, H, W) with values from `low` to `high` as float32 in [0, 1], checked."""
     scaled = (low, high) != UNIT_RANGE
     if not (tensor.is_floating_point() or scaled) or not bool(((tensor >= low) & (tensor <= high)).all()):
         allowed = f"numbers in [{low}, {high}]" if scaled else "floating point in [0, 1]"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, VQModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vq_model import VQModel
 
 
 def encode_pixels(
@@ -18,9 +19,9 @@ def encode_pixels(
     mean = posterior.mode().float()
     if standardised:
         shift, deviation = latent_moments(autoencoder, mean)
-        factor = autoencoder.config.scaling_factor / deviation
+        factor = autoencoder.config["scaling_factor"] / deviation
     else:
-        shift, factor = autoencoder.config.get("shift_factor") or 0.0, autoencoder.config.scaling_factor
+        shift, factor = autoencoder.config.get("shift_factor") or 0.0, autoencoder.config["scaling_factor"]
     return (mean - shift) * factor, posterior.std.float() * factor
 
 
@@ -32,7 +33,7 @@ def decode_latents(
     Args:
         standardised: see `encode_pixels`.
     """
-    scale = autoencoder.config.scaling_factor
+    scale = autoencoder.config["scaling_factor"]
     if standardised:
         mean, deviation = latent_moments(autoencoder, latents)
         own = latents * deviation / scale + mean

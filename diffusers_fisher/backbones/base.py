@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..errors import InputError, UnsupportedError
 from ..images import UNIT_RANGE, ImageLike, image_tensor
 from ..models import FisherTraceModel
 from ..noise import noise_schedule
+from ..schedulers import FisherSchedulerMixin, fisher_scheduler
 from .autoencoder import decode_latents, encode_pixels, images_of
 from .conditions import Condition, Conditions, text_conditions
 from .given_latents import shallow_copy
@@ -67,6 +69,10 @@ class Backbone:
     def scheduler(self) -> SchedulerMixin:
         """The pipeline's scheduler."""
         return self.pipe.scheduler
+
+    def differentiable_scheduler(self) -> FisherSchedulerMixin:
+        """A scheduler like the pipeline's whose runs can be differentiated."""
+        return fisher_scheduler(type(self.scheduler)).from_config(self.pipe.scheduler.config)
 
     @property
     def network(self) -> torch.nn.Module | None:
@@ -138,7 +144,7 @@ class Backbone:
     @property
     def encodes_prompts(self) -> bool:
         """Whether the pipeline has an `encode_prompt`."""
-        return callable(getattr(type(self.pipe), "encode_prompt", None))
+        return "encode_prompt" in dir(type(self.pipe))
 
     def call(
         self,
@@ -163,9 +169,8 @@ class Backbone:
             own["maybe_free_model_hooks"] = _do_nothing if self._keeps_loaded else self.pipe.maybe_free_model_hooks
         made = shallow_copy(self.pipe, **own)
         if encode_prompt is not None and self.encodes_prompts:
-            vars(made)["encode_prompt"] = functools.partial(
-                encode_prompt, functools.partial(type(made).encode_prompt, made)
-            )
+            encode = functools.partial(type(made).encode_prompt, made)  # type: ignore[attr-defined]
+            vars(made)["encode_prompt"] = functools.partial(encode_prompt, encode)
         call = inspect.unwrap(self.function) if with_graph else self.function
         with contextlib.nullcontext() if with_graph or self.latents_call is None else torch.no_grad():
             return call(made, latents=latents, **arguments)

@@ -122,7 +122,7 @@ def class_conditions(
 ) -> list[int]:
     """Makes one class label per sample. Arguments and errors are those of `text_conditions`."""
     if isinstance(labels, int):
-        entries: Sequence[Any] = [labels] * (count or 1)
+        entries: Any = [labels] * (count or 1)  # whatever was passed, until it is checked
     else:
         entries = labels.tolist() if isinstance(labels, torch.Tensor) else labels
     known = isinstance(entries, (list, tuple)) and all(type(label) is int for label in entries)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DiTPipeline
+from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
 
 from .base import Backbone
 from .conditions import Condition, Conditions, class_conditions

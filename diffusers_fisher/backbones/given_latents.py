@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..errors import InputError
 
@@ -69,7 +69,7 @@ def shallow_copy(pipe: DiffusionPipeline, **attributes: Any) -> DiffusionPipelin
 
 
 def _check(pipe: DiffusionPipeline, latents: torch.Tensor, count: int) -> None:
-    network = pipe.components.get("unet", pipe.components.get("transformer"))
+    network = pipe.unet if "unet" in pipe.components else pipe.transformer
     shape, channels = tuple(latents.shape), network.config.in_channels
     if len(shape) != 4 or shape[:2] != (count, channels):
         raise InputError(f"`latents` have shape {shape}; allowed: ({count}, {channels}, h, w).")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import LDMPipeline
+from diffusers.pipelines.deprecated.latent_diffusion_uncond.pipeline_latent_diffusion_uncond import LDMPipeline
 
 from .given_latents import call_with_latents
 from .unconditional import UnconditionalBackbone

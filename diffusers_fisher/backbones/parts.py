@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..errors import CheckpointError
 from ..files import load_tensors, read_json
@@ -46,9 +46,10 @@ def checkpoint_parts(pipe: DiffusionPipeline) -> CheckpointParts:
     """
     parts = vars(pipe).get(_OWN) or _STOCK.get(pipe)
     if parts is None:
-        source = pipe.config.get("_name_or_path")
-        known = bool(source) and os.path.isdir(source)
-        parts = CheckpointParts(load_trace_model(source), load_statistics(source)) if known else CheckpointParts()
+        source = str(pipe.config.get("_name_or_path") or "")
+        parts = CheckpointParts()
+        if os.path.isdir(source):
+            parts = CheckpointParts(load_trace_model(source), load_statistics(source))
         _STOCK[pipe] = parts
     return parts
 

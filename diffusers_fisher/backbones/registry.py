@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..errors import InputError, UnsupportedError
 from .any_pipeline import AnyPipelineBackbone

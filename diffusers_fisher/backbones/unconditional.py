@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline
+from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
+from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 
 from ..errors import InputError
 from .base import Backbone, PixelBackbone

@@ -11,8 +11,12 @@ import torch
 
 from ..errors import InputError, NumericalError, TrajectoryError
 
-Reward = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
-"""`reward(images, prompts) -> rewards`: images (B, 3, H, W) in [0, 1] with a graph, rewards (B,), higher is better."""
+Prompts = Sequence[str] | Sequence[int]
+"""One prompt per sample; class labels for pipelines that take those."""
+
+Reward = Callable[[torch.Tensor, Any], torch.Tensor]
+"""`reward(images, prompts) -> rewards`: images (B, 3, H, W) in [0, 1] with a graph, `Prompts`, rewards (B,), higher is
+better."""
 
 
 def check_guidance(num_guidance_steps: int, step_size: float, num_inference_steps: int, output_type: str) -> None:
@@ -29,7 +33,7 @@ def check_guidance(num_guidance_steps: int, step_size: float, num_inference_step
         raise InputError(f"`output_type` is '{output_type}'; allowed: pil, np, pt.")
 
 
-def checked_reward(reward: Reward, images: torch.Tensor, prompts: Sequence[str], finite: bool = True) -> torch.Tensor:
+def checked_reward(reward: Reward, images: torch.Tensor, prompts: Prompts, finite: bool = True) -> torch.Tensor:
     """Calls the reward and checks its shape and, with `finite`, its values.
 
     Raises:
@@ -47,7 +51,7 @@ def checked_reward(reward: Reward, images: torch.Tensor, prompts: Sequence[str],
     return values
 
 
-def check_differentiable(reward: Reward, shape: Sequence[int], prompts: Sequence[str], device: torch.device) -> None:
+def check_differentiable(reward: Reward, shape: Sequence[int], prompts: Prompts, device: torch.device) -> None:
     """Tries the reward on smooth ramps before any sampling.
 
     Raises:
@@ -72,7 +76,7 @@ def check_differentiable(reward: Reward, shape: Sequence[int], prompts: Sequence
 
 
 @torch.no_grad()
-def check_reported(reward: Reward, shape: Sequence[int], prompts: Sequence[str], device: torch.device) -> None:
+def check_reported(reward: Reward, shape: Sequence[int], prompts: Prompts, device: torch.device) -> None:
     """Tries a reward that is only reported, as `check_differentiable` does: its shape alone matters.
 
     Raises:

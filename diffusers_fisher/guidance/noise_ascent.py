@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ..errors import NumericalError, TrajectoryError
 from ..fisher.estimator import FisherEstimator
 from ..schedulers import FisherSchedulerMixin, Trajectory
 from .checks import (
+    Prompts,
     Reward,
     check_images,
     check_reported,
@@ -162,7 +163,7 @@ class GuidedRun:
     sample: Callable[[torch.Tensor], torch.Tensor]
     decode: Callable[[torch.Tensor], torch.Tensor]
     reward: Reward
-    prompts: Sequence[str] | Sequence[int]
+    prompts: Prompts
     scheduler: FisherSchedulerMixin
     estimator: FisherEstimator
     held_out_reward: Reward | None = None
@@ -182,8 +183,7 @@ class GuidedRun:
             that are optimised (none without `with_gradient`).
         """
         controls = self._put(variables)
-        differentiable = {} if controls is None else {"controls": controls}
-        with self.scheduler.differentiable(self.estimator, **differentiable) as trajectory:
+        with self.scheduler.differentiable(self.estimator, controls=controls) as trajectory:
             latents = self.sample(variables["noise"])
         ascent.num_sampling_calls += len(trajectory.states)
         variables = dict(variables)
@@ -235,7 +235,7 @@ class GuidedRun:
             gradients = {"noise": noise, "control": torch.stack(controls, dim=1)}
         else:
             gradients = {"noise": trajectory.gradient(total)}
-        if self.text is not None:
+        if self.text is not None and self.text.gradient is not None:
             gradients["text"] = self.text.gradient
         for name, gradient in gradients.items():
             if not torch.isfinite(gradient).all():

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..backbones import Backbone, PipelineDenoiser, backbone_of
 from ..backbones.base import Generators
@@ -23,8 +23,7 @@ from ..fisher.estimator import FisherEstimator
 from ..fisher.finite_difference import FiniteDifferenceFisher
 from ..fisher.one_step import OneStepFisher
 from ..images import ImageLike
-from ..schedulers import fisher_scheduler
-from .checks import Reward, check_differentiable, check_guidance
+from .checks import Prompts, Reward, check_differentiable, check_guidance
 from .movers import OptimizerFactory, optimizer_factory
 from .noise_ascent import VARIABLES, AscentSettings, GuidanceOutput, GuidedRun, NoiseAscent, ascend_noise
 from .text import TextEmbedding, TextGradientEstimator
@@ -169,7 +168,7 @@ class GuidanceProblem:
         backbone: Backbone,
         reward: Reward,
         options: GuidanceOptions,
-        prompts: Sequence[str] | Sequence[int],
+        prompts: Prompts,
         pixels: tuple[int, int],
         noise: torch.Tensor,
         generator: Generators,
@@ -178,7 +177,7 @@ class GuidanceProblem:
         self.backbone, self.reward, self.options = backbone, reward, options
         self.prompts, self.pixels, self.noise = prompts, pixels, noise
         self.denoisers = _Denoisers(backbone, options, arguments)
-        self.scheduler = fisher_scheduler(type(backbone.scheduler)).from_config(backbone.scheduler.config)
+        self.scheduler = backbone.differentiable_scheduler()
         self.run = SamplingRun(self.denoisers.forward, self.scheduler, generator, self.denoisers.backward, **arguments)
 
     def solve(self, settings: AscentSettings, output_type: str) -> GuidanceOutput:
@@ -293,7 +292,7 @@ def _progress(pipe: DiffusionPipeline, total: int) -> Iterator[Callable[[torch.T
 
 @contextlib.contextmanager
 def _checkpointed(autoencoder: Any) -> Iterator[None]:
-    """Recomputes the autoencoder's activations in the block's backward passes rather than keeping them; not for None."""
+    """Recomputes an autoencoder's activations in the block's backward passes rather than keeping them."""
     if autoencoder is None:
         yield
         return

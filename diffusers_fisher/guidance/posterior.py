@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..backbones import backbone_of
 from ..errors import InputError, NumericalError, TrajectoryError, UnsupportedError

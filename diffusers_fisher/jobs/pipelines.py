@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..checkpoints import embedded_checkpoint
 from ..errors import CheckpointError, InputError
@@ -45,7 +46,7 @@ def load_pipeline(settings: DenoiserSettings) -> Any:
     hub = {"revision": settings.revision}
     try:
         index = diffusers.DiffusionPipeline.load_config(path, **hub)
-        stock = getattr(diffusers, index["_class_name"], diffusers.DiffusionPipeline)
+        stock: type[DiffusionPipeline] = getattr(diffusers, index["_class_name"], DiffusionPipeline)
         pipe = fisher_pipeline(stock).from_pretrained(
             path, variant=settings.variant, dtype=getattr(torch, settings.dtype), **hub
         )

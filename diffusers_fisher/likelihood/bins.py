@@ -24,7 +24,7 @@ def offset_bits(bins: int | None, data_range: tuple[float, float] = MODEL_RANGE)
 def dequantised(
     samples: torch.Tensor,
     bins: int,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     data_range: tuple[float, float] = MODEL_RANGE,
 ) -> torch.Tensor:
     """Samples (B, ...) on `bins` equally spaced values, each moved to a uniformly random point of its bin, float64.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..backbones import Backbone, PipelineDenoiser, backbone_of
 from ..backbones.base import Generators, Moment

@@ -180,7 +180,7 @@ def _problem(
     return Problem(denoiser, start, samples.dtype, estimator, probes, low, high, *moments)
 
 
-def integrate(problem: Problem, num_steps: int, scheme: Scheme, on_step: Callable[[], None] = lambda: None) -> Path:
+def integrate(problem: Problem, num_steps: int, scheme: Scheme, on_step: Callable[[], object] = lambda: None) -> Path:
     """Carries x~ over the `num_steps` steps of `noise_grid` and integrates 1 - r.
 
     The evaluations lie on a path that knows nothing of the trace. Two more solutions follow it by the same
@@ -291,7 +291,7 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1).norm(dim=1)
 
 
-def _noise(samples: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+def _noise(samples: torch.Tensor, generator: Generators) -> torch.Tensor:
     from diffusers.utils.torch_utils import randn_tensor
 
     return randn_tensor(samples.shape, generator=generator, device=samples.device, dtype=samples.dtype).double()

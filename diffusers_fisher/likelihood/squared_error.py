@@ -34,7 +34,7 @@ def squared_error_log_likelihood(
     prior_variance: torch.Tensor | float | None = None,
     generator: torch.Generator | None = None,
     space: str = "latent",
-    on_step: Callable[[], None] = lambda: None,
+    on_step: Callable[[], object] = lambda: None,
     bins: int | None = None,
 ) -> SquaredErrorOutput:
     """Mean log-likelihood of noised `samples` (B, ...), a cross-check of the ODE's with `noised=True`.

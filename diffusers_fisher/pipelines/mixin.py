@@ -14,7 +14,7 @@ from ..models import FisherTraceModel
 from .persistence import load_pipeline_parts, save_pipeline
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 else:
     DiffusionPipeline = object  # at run time the mixin stands before the stock class
 
@@ -74,7 +74,9 @@ class FisherPipelineMixin(DiffusionPipeline):
         load = super().from_pretrained
         return load_pipeline_parts(load, pretrained_model_name_or_path, kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike, **kwargs: Any
+    ) -> None:
         """Saves the stock pipeline, readable by any diffusers, with the Fisher parts beside its index.
 
         Args:

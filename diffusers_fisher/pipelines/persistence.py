@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..backbones.parts import (
@@ -68,7 +68,7 @@ def stock_pipeline(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """The stock pipeline over the same components, with the stock scheduler."""
     scheduler = pipe.scheduler
     if isinstance(scheduler, FisherSchedulerMixin):
-        scheduler = stock_class(type(scheduler)).from_config(scheduler.config)
+        scheduler = stock_class(type(scheduler)).from_config(pipe.scheduler.config)
     return over_components_of(pipe, stock_class(type(pipe)), scheduler=scheduler)
 
 

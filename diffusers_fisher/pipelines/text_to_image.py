@@ -3,14 +3,12 @@
 What is particular to each family is its backbone's business (`diffusers_fisher/backbones/`).
 """
 
-from diffusers import (
-    FluxPipeline,
-    PixArtAlphaPipeline,
-    PixArtSigmaPipeline,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import PixArtSigmaPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
 from .mixin import FisherPipelineMixin
 

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiTPipeline, LDMPipeline, SchedulerMixin
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
+from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
+from diffusers.pipelines.deprecated.latent_diffusion_uncond.pipeline_latent_diffusion_uncond import LDMPipeline
+from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..backbones.dit import call_dit
 from ..backbones.ldm import call_ldm
@@ -37,7 +43,7 @@ class DDPMFisherPipeline(UnconditionalMixin, DDPMPipeline):
     Its space is that of the pixels, scaled to [-1, 1].
     """
 
-    __call__ = torch.no_grad()(call_ddpm)
+    __call__ = torch.no_grad()(call_ddpm)  # type: ignore[assignment]
 
 
 class DDIMFisherPipeline(UnconditionalMixin, DDIMPipeline):
@@ -47,12 +53,12 @@ class DDIMFisherPipeline(UnconditionalMixin, DDIMPipeline):
     replaced by one, as the stock pipeline does with every scheduler.
     """
 
-    def __init__(self, unet: torch.nn.Module, scheduler: SchedulerMixin):
-        super().__init__(unet, scheduler)
+    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin):
+        super().__init__(unet, scheduler)  # type: ignore[arg-type]
         if isinstance(scheduler, DDIMScheduler):
             self.register_modules(scheduler=scheduler)
 
-    __call__ = torch.no_grad()(call_ddim)
+    __call__ = torch.no_grad()(call_ddim)  # type: ignore[assignment]
 
 
 class LDMFisherPipeline(UnconditionalMixin, LDMPipeline):
@@ -61,7 +67,7 @@ class LDMFisherPipeline(UnconditionalMixin, LDMPipeline):
     Latents are those of the vector-quantised autoencoder before its quantisation, scaled.
     """
 
-    __call__ = torch.no_grad()(call_ldm)
+    __call__ = torch.no_grad()(call_ldm)  # type: ignore[assignment]
 
 
 class DiTFisherPipeline(FisherPipelineMixin, DiTPipeline):
@@ -70,7 +76,7 @@ class DiTFisherPipeline(FisherPipelineMixin, DiTPipeline):
     Class labels stand where text pipelines have prompts; a reward gets them as its second argument.
     """
 
-    __call__ = torch.no_grad()(call_dit)
+    __call__ = torch.no_grad()(call_dit)  # type: ignore[assignment]
 
     def log_likelihood(  # type: ignore[override]
         self, images: ImageLike | None = None, class_labels: int | Sequence[int] | None = None, **options: Any

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..backbones import PipelineDenoiser
 from ..checkpoints import EMBEDDED_CLASSES, embedded_checkpoint, embedded_prompt
-from ..denoiser import PipelineDenoiser
 from ..distributions import Covariance, GaussianMixture
 from ..errors import InputError
 from ..files import atomic_path, check_writable, save_figure, write_json
