@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from .errors import InputError, NumericalError, UnsupportedError
 from .features import recorded
-from .noise import DenoisingState, NoiseLevel, input_scale, noise_level, prediction_of
+from .noise import DenoisingState, NoiseLevel, Timestep, input_scale, noise_level, prediction_of
 
 
 @contextlib.contextmanager
@@ -42,7 +42,7 @@ class _EchoScheduler:
     order = 1
     init_noise_sigma = 1.0
 
-    def __init__(self, scheduler: Any, timestep: Any):
+    def __init__(self, scheduler: Any, timestep: Timestep):
         self.config = scheduler.config
         timestep = torch.as_tensor(timestep)
         # Pipelines iterate over timesteps: one entry, which may be a timestep a sample.
@@ -56,7 +56,7 @@ class _EchoScheduler:
     def set_begin_index(self, begin_index: int = 0) -> None:
         pass
 
-    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+    def scale_model_input(self, sample: torch.Tensor, timestep: Timestep | None = None) -> torch.Tensor:
         return sample
 
     def step(
@@ -84,15 +84,15 @@ class Denoiser(abc.ABC):
         self._features: torch.Tensor | None = None  # of the last evaluation
 
     @abc.abstractmethod
-    def model_output(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
+    def model_output(self, x: torch.Tensor, timestep: Timestep) -> torch.Tensor:
         """Raw model output at model input `x`, (B, ...), at one timestep or one a sample, (B,). Builds a graph only
         where `x` asks for one."""
 
-    def __call__(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, timestep: Timestep) -> torch.Tensor:
         """Predicted noise at `x`, (B, ...). Cost: one evaluation."""
         return self.state(x, timestep).epsilon
 
-    def state(self, x: torch.Tensor, timestep: Any) -> DenoisingState:
+    def state(self, x: torch.Tensor, timestep: Timestep) -> DenoisingState:
         """The denoising state at model input `x` and (possibly fractional) `timestep`. Cost: one evaluation."""
         output = self.model_output(x, timestep)
         return DenoisingState(
@@ -108,7 +108,7 @@ class Denoiser(abc.ABC):
         """One vector per sample, (B, width), that stands for what the samples are conditioned on; None without."""
         return None
 
-    def level(self, timestep: Any) -> NoiseLevel:
+    def level(self, timestep: Timestep) -> NoiseLevel:
         """Noise level of the model's input at `timestep`."""
         carried = noise_level(self.scheduler, timestep)
         return carried.scaled(input_scale(self.scheduler, carried))
@@ -179,7 +179,7 @@ class PipelineDenoiser(Denoiser):
         """Where the pipeline computes."""
         return self.pipe._execution_device
 
-    def model_output(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
+    def model_output(self, x: torch.Tensor, timestep: Timestep) -> torch.Tensor:
         """Raw (guided) model output at model input `x`. Builds a graph only where `x` asks for one.
 
         Args:
@@ -229,7 +229,7 @@ class PipelineDenoiser(Denoiser):
             )
         return output
 
-    def _check_timesteps(self, x: torch.Tensor, timestep: Any) -> None:
+    def _check_timesteps(self, x: torch.Tensor, timestep: Timestep) -> None:
         count = torch.as_tensor(timestep).numel()
         if count not in (1, len(x)):
             raise InputError(f"{count} timesteps were given for {len(x)} samples; give one, or one a sample.")

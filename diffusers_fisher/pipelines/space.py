@@ -10,7 +10,7 @@ import torch
 from ..autoencoder import decoded, images_of
 from ..errors import InputError, UnsupportedError
 from ..images import UNIT_RANGE, image_tensor
-from ..noise import SchedulerFamily, scheduler_family
+from ..noise import noise_schedule
 
 if TYPE_CHECKING:
     from typing import Any as _Stock  # a stock pipeline class, which the mixins stand before
@@ -144,10 +144,9 @@ class LatentSpace(_Stock):
 
     def _check_scheduler(self) -> None:
         """Refuses schedulers of another family than the network's, or whose scaling the stock call leaves out."""
-        scheduler, family = self.scheduler, scheduler_family(self.scheduler)
-        flow = family is SchedulerFamily.FLOW or bool(scheduler.config.get("use_flow_sigmas", False))
-        name = f"{type(self).__name__} was given {type(scheduler).__name__}"
-        if flow != self._predicts_flow:
+        schedule = noise_schedule(self.scheduler)
+        name = f"{type(self).__name__} was given {type(self.scheduler).__name__}"
+        if schedule.is_flow != self._predicts_flow:
             kinds = ("flow matching", "variance-preserving noise")
             mine, other = kinds if self._predicts_flow else kinds[::-1]
             instead = "FlowMatchEulerDiscreteScheduler" if self._predicts_flow else "DDIMScheduler"
@@ -155,7 +154,7 @@ class LatentSpace(_Stock):
                 f"{name}, a scheduler of {other}, but its network was trained with {mine}. Use {instead} or another "
                 "of that family, with the checkpoint's own scheduler config."
             )
-        if not self._scales_input and family in (SchedulerFamily.SCALED_SIGMAS, SchedulerFamily.EDM):
+        if not self._scales_input and schedule.scales_samples:
             raise UnsupportedError(
                 f"{name}, whose noise and model input must be scaled, which the stock call does not do. Use "
                 "DDIMScheduler, DDPMScheduler or another whose init_noise_sigma is 1."
