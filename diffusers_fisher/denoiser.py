@@ -1,11 +1,11 @@
 """A denoising network as a function of its own input."""
 
 import abc
-from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .noise import DenoisingState, NoiseLevel, input_scale, noise_level, prediction_of
+from .noise import DenoisingState, NoiseLevel, Timestep, input_scale, noise_level, prediction_of
 
 
 class Denoiser(abc.ABC):
@@ -18,22 +18,22 @@ class Denoiser(abc.ABC):
         num_calls: evaluations so far.
     """
 
-    def __init__(self, scheduler: Any):
+    def __init__(self, scheduler: SchedulerMixin):
         self.scheduler = scheduler
         self.prediction = prediction_of(scheduler)
         self.num_calls = 0
         self._features: torch.Tensor | None = None  # of the last evaluation
 
     @abc.abstractmethod
-    def model_output(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
+    def model_output(self, x: torch.Tensor, timestep: Timestep) -> torch.Tensor:
         """Raw model output at model input `x`, (B, ...), at one timestep or one a sample, (B,). Builds a graph only
         where `x` asks for one."""
 
-    def __call__(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, timestep: Timestep) -> torch.Tensor:
         """Predicted noise at `x`, (B, ...). Cost: one evaluation."""
         return self.state(x, timestep).epsilon
 
-    def state(self, x: torch.Tensor, timestep: Any) -> DenoisingState:
+    def state(self, x: torch.Tensor, timestep: Timestep) -> DenoisingState:
         """The denoising state at model input `x` and (possibly fractional) `timestep`. Cost: one evaluation."""
         output = self.model_output(x, timestep)
         return DenoisingState(
@@ -49,7 +49,7 @@ class Denoiser(abc.ABC):
         """One vector per sample, (B, width), that stands for what the samples are conditioned on; None without."""
         return None
 
-    def level(self, timestep: Any) -> NoiseLevel:
+    def level(self, timestep: Timestep) -> NoiseLevel:
         """Noise level of the model's input at `timestep`."""
         carried = noise_level(self.scheduler, timestep)
         return carried.scaled(input_scale(self.scheduler, carried))

@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError, UnsupportedError
 from ..features import recorded
+from ..noise import Timestep
 from .base import Backbone
 from .registry import backbone_of
 
@@ -31,7 +32,7 @@ class EchoScheduler:
     order = 1
     init_noise_sigma = 1.0
 
-    def __init__(self, scheduler: Any, timestep: Any):
+    def __init__(self, scheduler: Any, timestep: Timestep):
         self.config = scheduler.config
         timestep = torch.as_tensor(timestep)
         # Pipelines iterate over timesteps: there is one entry, which may hold one timestep per sample.
@@ -45,7 +46,7 @@ class EchoScheduler:
     def set_begin_index(self, begin_index: int = 0) -> None:
         pass
 
-    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+    def scale_model_input(self, sample: torch.Tensor, timestep: Timestep | None = None) -> torch.Tensor:
         return sample
 
     def step(
@@ -124,7 +125,7 @@ class PipelineDenoiser(Denoiser):
         """See `Denoiser.pooled_condition`: (B, width), of the call's conditions."""
         return self.backbone.pooled(self.call_arguments)
 
-    def model_output(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
+    def model_output(self, x: torch.Tensor, timestep: Timestep) -> torch.Tensor:
         """Raw (guided) model output at model input `x`. Builds a graph only where `x` asks for one.
 
         Args:
@@ -157,7 +158,7 @@ class PipelineDenoiser(Denoiser):
         self._features = features[0] if len(features) == 1 and len(features[0]) == len(x) else None
         return self._checked_output(result[0], scheduler.output, timestep)
 
-    def _checked_output(self, output: torch.Tensor, stepped: torch.Tensor | None, timestep: Any) -> torch.Tensor:
+    def _checked_output(self, output: torch.Tensor, stepped: torch.Tensor | None, timestep: Timestep) -> torch.Tensor:
         """What the call returned, where it is what the scheduler's step was given, and finite."""
         name = self.backbone.name
         if stepped is None:
@@ -177,7 +178,7 @@ class PipelineDenoiser(Denoiser):
             )
         return output
 
-    def _check_timesteps(self, x: torch.Tensor, timestep: Any) -> None:
+    def _check_timesteps(self, x: torch.Tensor, timestep: Timestep) -> None:
         count = torch.as_tensor(timestep).numel()
         if count not in (1, len(x)):
             raise InputError(

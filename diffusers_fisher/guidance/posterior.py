@@ -21,7 +21,7 @@ from ..errors import InputError, NumericalError, TrajectoryError, UnsupportedErr
 from ..fisher.binding import check_trace_models
 from ..fisher.direct import DirectFisher
 from ..fisher.operator import FisherEstimator
-from ..noise import DenoisingState, NoiseLevel, SchedulerFamily, expand, noise_level, scheduler_family, state_of
+from ..noise import DenoisingState, NoiseLevel, Timestep, expand, noise_schedule, state_of
 from .checks import (
     Reward,
     check_differentiable,
@@ -121,7 +121,7 @@ def posterior_guidance(
     if not 0 < strength < math.inf:
         raise InputError(f"`strength` is {strength}; allowed: positive, such as 0.2 of the score's norm.")
     scheduler = pipe.scheduler
-    scheduler_family(scheduler)
+    noise_schedule(scheduler)
     _check_callback(pipe)
     if hasattr(estimator, "through_run"):
         raise UnsupportedError(
@@ -178,11 +178,14 @@ class PosteriorGuidance:
         self._tried: set[tuple[int, ...]] = set()
         self._scheduler: Any = None
         self._timesteps: Any = None
+        self._timestep: Timestep = 0  # of the last step, with the state that it began from
         self._state: DenoisingState | None = None
         self._begin: NoiseLevel | None = None  # level from which the sample comes that is to be tilted
         self._steps = self._calls = 0
 
-    def __call__(self, pipe: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def __call__(
+        self, pipe: Any, step_index: int, timestep: Timestep, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         """diffusers' callback: the latents after a step, tilted."""
         state = self._state
         if self._scheduler is None or state is None:
@@ -195,9 +198,10 @@ class PosteriorGuidance:
             raise InputError(
                 "The callback was given no latents; leave `callback_on_step_end_tensor_inputs` out, or name latents."
             )
-        if self._halfway() and not self._ended():
+        schedule = noise_schedule(self._scheduler)
+        if schedule.awaits_second_stage:
             return callback_kwargs  # the second evaluation of a step forgets what is changed after the first
-        begin, end = self._begin or state.level, self._level_now(state.timestep)
+        begin, end = self._begin or state.level, schedule.level_after_step(self._timestep)
         self._begin, self._state = end, None
         if self.status != COMPLETED:
             return callback_kwargs
@@ -270,26 +274,6 @@ class PosteriorGuidance:
             check_differentiable(self._reward, shape, self._prompts_of(shape[0]), latents.device)
             self._tried.add(shape)
 
-    def _halfway(self) -> bool:
-        """Whether a step of two evaluations (Heun, KDPM2) has had its first."""
-        return not getattr(self._scheduler, "state_in_first_order", True)
-
-    def _ended(self) -> bool:
-        """Whether the run is over, as far as the scheduler counts its steps."""
-        index = getattr(self._scheduler, "step_index", None)
-        return index is not None and index >= len(self._scheduler.timesteps)
-
-    def _level_now(self, timestep: Any) -> NoiseLevel:
-        """Level of the sample that the step at `timestep` has returned."""
-        scheduler = self._scheduler
-        if scheduler_family(scheduler) not in (SchedulerFamily.TABLE, SchedulerFamily.INVERSE_TABLE):
-            if not self._halfway():
-                return noise_level(scheduler, timestep, scheduler.step_index)
-        elif (following := _following(scheduler.timesteps, timestep)) is not None:
-            return noise_level(scheduler, following, 0)
-        alpha_bar = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0), dtype=torch.float64)
-        return NoiseLevel(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
-
     def _watched(self, scheduler: Any) -> Callable:
         self._scheduler = scheduler
         step = scheduler.step
@@ -301,18 +285,15 @@ class PosteriorGuidance:
 
         return watched
 
-    def _watch(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> None:
+    def _watch(self, model_output: torch.Tensor, timestep: Timestep, sample: torch.Tensor) -> None:
         scheduler = self._scheduler
         if scheduler.timesteps is not self._timesteps:  # another run
             self._timesteps, self._begin = scheduler.timesteps, None
             self.rewards, self.gradient_norms, self.status = [], [], COMPLETED
-        if getattr(scheduler, "step_index", None) is None and hasattr(scheduler, "_init_step_index"):
-            scheduler._init_step_index(timestep)
         wide = sample.detach().to(torch.promote_types(sample.dtype, torch.float32))
-        index = getattr(scheduler, "step_index", None)
-        self._state = state_of(
-            scheduler, wide, model_output.detach().to(wide.dtype), timestep, 0 if index is None else int(index)
-        )
+        index = noise_schedule(scheduler).start_step(timestep)
+        self._timestep = timestep
+        self._state = state_of(scheduler, wide, model_output.detach().to(wide.dtype), timestep, index)
         if self._begin is None:
             self._begin = self._state.level
         self._steps += 1
@@ -362,13 +343,6 @@ def _rotation(begin: NoiseLevel, end: NoiseLevel) -> torch.Tensor:
     """
     cosine, sine = begin.alpha / begin.norm, begin.sigma / begin.norm
     return end.alpha * sine - end.sigma * cosine
-
-
-def _following(timesteps: torch.Tensor, timestep: Any) -> torch.Tensor | None:
-    """The run's timestep after `timestep` (after its last occurrence: PNDM repeats one), None at the end."""
-    places = (timesteps == torch.as_tensor(timestep).to(timesteps)).nonzero()
-    place = int(places[-1]) + 1 if len(places) else len(timesteps)
-    return timesteps[place] if place < len(timesteps) else None
 
 
 def _check_callback(pipe: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 
@@ -11,7 +12,7 @@ from ..backbones import PipelineDenoiser
 from ..errors import InputError, UnsupportedError
 from ..fisher.autodiff import AutodiffFisher
 from ..fisher.operator import FisherEstimator
-from ..noise import DenoisingState, expand
+from ..noise import DenoisingState, Timestep, expand
 
 
 class TextEmbedding:
@@ -109,7 +110,8 @@ class _TextOperator:
             sample = state.sample.detach().requires_grad_()
             text = parent.text.value.detach().requires_grad_()
             with parent.text.held(text):
-                output = parent.denoiser.model_output(expand(state.input_scale, sample) * sample, state.timestep)
+                timestep = cast(Timestep, state.timestep)  # states of runs have one
+                output = parent.denoiser.model_output(expand(state.input_scale, sample) * sample, timestep)
         of_text, of_sample = torch.autograd.grad(output, (text, sample), v.to(output.dtype))
         parent.text.accumulate(of_text)
         if isinstance(parent.estimator, AutodiffFisher) and not parent.estimator.forward_mode:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, UnsupportedError
-from ..noise import SchedulerFamily, log_noise_to_signal_at, log_noise_to_signal_range, prediction_of, scheduler_family
+from ..noise import NoiseSchedule, noise_schedule
 
 NUM_TENSORS = 16  # parameters that are looked at one by one
 NUM_VALUES = 65536  # values of each that are read
@@ -45,7 +45,8 @@ def denoiser_fingerprint(denoiser: Any) -> dict[str, Any]:
             f"A fingerprint needs a pipeline or a denoiser with a `scheduler`, got {type(denoiser).__name__}; pass "
             "the pipeline, or PipelineDenoiser(pipe, ...)."
         )
-    schedule = {"prediction_type": prediction_of(scheduler).kind, "schedule": _schedule(scheduler)}
+    noise = noise_schedule(scheduler)
+    schedule = {"prediction_type": noise.prediction.kind, "schedule": _five_levels(noise)}
     network = _network(getattr(denoiser, "pipe", denoiser))
     if network is None:
         return schedule
@@ -110,17 +111,9 @@ def _network(pipe: Any) -> torch.nn.Module | None:
     return None
 
 
-def _schedule(scheduler: Any) -> list[float]:
+def _five_levels(schedule: NoiseSchedule) -> list[float]:
     """log(sigma/alpha) at five timesteps from the first to the last."""
-    fractions = torch.linspace(0, 1, 5, dtype=torch.float64)
-    family = scheduler_family(scheduler)
-    if family is SchedulerFamily.EDM:
-        low, high = log_noise_to_signal_range(scheduler)
-        return (low + fractions * (high - low)).tolist()
-    flow = family is SchedulerFamily.FLOW or scheduler.config.get("use_flow_sigmas", False)
-    count = scheduler.config.num_train_timesteps
-    timesteps = fractions * count if flow else (fractions * (count - 1)).round()
-    return log_noise_to_signal_at(scheduler, timesteps).clamp(-LOG_LIMIT, LOG_LIMIT).tolist()
+    return schedule.log_noise_to_signal_at(schedule.spread_timesteps(5)).clamp(-LOG_LIMIT, LOG_LIMIT).tolist()
 
 
 def _settings(network: torch.nn.Module) -> dict[str, Any]:

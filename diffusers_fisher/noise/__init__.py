@@ -1,23 +1,25 @@
-"""Noise levels, prediction types and denoising states of every supported scheduler family."""
+"""Noise levels, prediction types and denoising states: one noise schedule per family of diffusers' schedulers."""
 
-from .level import NoiseLevel, expand
+from .families import TableSchedule
+from .level import NoiseLevel, Timestep, expand
 from .prediction import PREDICTION_TYPES, Prediction
-from .schedules import (
-    FAMILIES,
-    SchedulerFamily,
+from .registry import (
     input_scale,
     log_noise_to_signal_at,
     log_noise_to_signal_range,
     log_noise_to_signal_table,
     noise_level,
+    noise_schedule,
     prediction_of,
-    scheduler_family,
+    register_noise_schedule,
     timestep_at,
 )
+from .schedule import NoiseSchedule, RunSigmaSchedule, VarianceExplodingSchedule
 from .state import DenoisingState, state_of
 
 __all__ = [
-    "FAMILIES", "PREDICTION_TYPES", "DenoisingState", "NoiseLevel", "Prediction", "SchedulerFamily", "expand",
-    "input_scale", "log_noise_to_signal_at", "log_noise_to_signal_range", "log_noise_to_signal_table", "noise_level",
-    "prediction_of", "scheduler_family", "state_of", "timestep_at",
+    "PREDICTION_TYPES", "DenoisingState", "NoiseLevel", "NoiseSchedule", "Prediction", "RunSigmaSchedule",
+    "TableSchedule", "Timestep", "VarianceExplodingSchedule", "expand", "input_scale", "log_noise_to_signal_at",
+    "log_noise_to_signal_range", "log_noise_to_signal_table", "noise_level", "noise_schedule", "prediction_of",
+    "register_noise_schedule", "state_of", "timestep_at",
 ]  # fmt: skip

@@ -9,10 +9,13 @@ import torch
 
 from ..errors import InputError
 
+Timestep = float | int | torch.Tensor
+"""A (possibly fractional) timestep in the scheduler's unit: a number, or a tensor of shape () or (B,)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class NoiseLevel:
-    """One noise level, or one a sample.
+    """One noise level, or one per sample.
 
     Args:
         alpha: float64 tensor, shape () or (B,); factor on the clean sample.
@@ -27,6 +30,12 @@ class NoiseLevel:
         """The variance-preserving level with log(sigma/alpha) = `log_s`; infinite values are allowed."""
         log_s = torch.as_tensor(log_s, dtype=torch.float64)
         return cls(torch.sigmoid(-2 * log_s).sqrt(), torch.sigmoid(2 * log_s).sqrt())
+
+    @classmethod
+    def from_alpha_bar(cls, alpha_bar: torch.Tensor | float) -> "NoiseLevel":
+        """The variance-preserving level with alpha^2 = `alpha_bar`; 1 is a clean sample."""
+        alpha_bar = torch.as_tensor(alpha_bar, dtype=torch.float64)
+        return cls(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
     @property
     def noise_to_signal(self) -> torch.Tensor:

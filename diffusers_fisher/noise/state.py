@@ -1,14 +1,19 @@
 """What one sampler step knows: the noisy sample, its noise level and the model's output."""
 
+from __future__ import annotations
+
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import InputError
-from .level import NoiseLevel, expand
+from .level import NoiseLevel, Timestep, expand
 from .prediction import Prediction
-from .schedules import input_scale, noise_level, prediction_of
+from .registry import noise_schedule
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +25,7 @@ class DenoisingState:
         model_output: raw model output, same shape as `sample`.
         level: noise level of `sample`.
         prediction: what `model_output` means.
-        timestep: what the model was conditioned on.
+        timestep: what the model was conditioned on; None suffices for estimators that don't evaluate it again.
         input_scale: the model was fed `input_scale * sample`; float64 tensor, shape () or (B,).
         features: (B, channels) float32, detached: mean and deviation of the network's last hidden layer
             (`diffusers_fisher.features`), which some trace models take; None where they were not recorded.
@@ -30,7 +35,7 @@ class DenoisingState:
     model_output: torch.Tensor
     level: NoiseLevel
     prediction: Prediction
-    timestep: Any = None
+    timestep: Timestep | None = None
     input_scale: torch.Tensor = dataclasses.field(default_factory=lambda: torch.ones((), dtype=torch.float64))
     features: torch.Tensor | None = None
 
@@ -63,12 +68,15 @@ class DenoisingState:
 
 
 def state_of(
-    scheduler: Any, sample: torch.Tensor, model_output: torch.Tensor, timestep: Any, step_index: int | None = None
-) -> DenoisingState:
+    scheduler: SchedulerMixin, sample: torch.Tensor, model_output: torch.Tensor, timestep: Timestep,
+    step_index: int | None = None,
+) -> DenoisingState:  # fmt: skip
     """The state of `sample` in the scheduler's carried coordinates. Raises as `noise_level` and `prediction_of` do."""
-    level = noise_level(scheduler, timestep, step_index)
-    scale = input_scale(scheduler, level)
-    if step_index is not None and hasattr(scheduler, "scale_model_input"):
-        # The run's own factor, rounded as it was: float32 sigmas would cost a float64 run eight digits.
-        scale = scheduler.scale_model_input(torch.ones((), dtype=torch.float64), timestep).double().cpu()
-    return DenoisingState(sample, model_output, level, prediction_of(scheduler), timestep, scale)
+    schedule = noise_schedule(scheduler)
+    if step_index is None:
+        level = schedule.level_at(timestep)
+        scale = schedule.input_scale(level)
+    else:
+        level = schedule.level_in_run(timestep, step_index)
+        scale = schedule.input_scale_in_run(level, timestep)
+    return DenoisingState(sample, model_output, level, schedule.prediction, timestep, scale)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import InputError, NumericalError, TrajectoryError
 from ..fisher.operator import FisherEstimator, FisherOperator
-from ..noise import DenoisingState, state_of
+from ..noise import DenoisingState, Timestep, noise_schedule, state_of
 
 CHANGED_LATENTS = ("refuse", "additive")
 
@@ -115,17 +115,16 @@ class Trajectory:
         return self.estimator(self.states[index], endpoint=self.final_sample.detach())
 
     def step(
-        self, parent_step: Callable, scheduler: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor,
-        *args: Any, **kwargs: Any,
+        self, parent_step: Callable, scheduler: Any, model_output: torch.Tensor, timestep: Timestep,
+        sample: torch.Tensor, *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         """Records one step and runs the scheduler's own `parent_step` with a graph."""
         self._check(model_output, sample)
         with torch.enable_grad():
             current = self._enter(scheduler, sample)
-            if getattr(scheduler, "step_index", None) is None and hasattr(scheduler, "_init_step_index"):
-                scheduler._init_step_index(timestep)
+            index = noise_schedule(scheduler).start_step(timestep)
             output = model_output.detach().to(current.dtype)
-            state = state_of(scheduler, current.detach(), output, timestep, _step_index(scheduler))
+            state = state_of(scheduler, current.detach(), output, timestep, index)
             self.states.append(state)
             self._autocast = _current_autocast(sample.device.type)
             attached = _AttachJacobian.apply(current, output, self._product(len(self.states) - 1))
@@ -235,12 +234,6 @@ def _detached(value: Any) -> Any:
 
 def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.shape == right.shape and left.dtype == right.dtype and torch.equal(left, right)
-
-
-def _step_index(scheduler: Any) -> int:
-    """The run's own step; schedulers that look their level up by timestep have none and need none."""
-    index = getattr(scheduler, "step_index", None)
-    return 0 if index is None else int(index)
 
 
 def _describe(value: Any) -> str:

@@ -22,7 +22,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from ..errors import InputError
 from ..fisher.numerics import dot, per_sample
 from ..fisher.operator import FisherMatrixOperator
-from ..noise import DenoisingState, expand, state_of
+from ..noise import DenoisingState, Timestep, expand, noise_schedule, state_of
 
 OPTIONS = {"lml_lambda": 1.0, "lml_kappa": 0.1, "lml_freeze": 0.0}
 
@@ -101,16 +101,17 @@ class LMLSchedulerMixin:
         cls.set_timesteps = _set_timesteps_of(parent)  # type: ignore[attr-defined]
 
     def _turned(
-        self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor
+        self, model_output: torch.Tensor, timestep: Timestep, sample: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Model output and sample with the noise direction preconditioned."""
-        config: Any = self.config  # type: ignore[attr-defined]
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        state = state_of(self, sample.to(dtype), model_output.to(dtype), timestep, _index(self, timestep))
+        scheduler: Any = self  # the class beside this mixin is diffusers'
+        config, dtype = scheduler.config, torch.promote_types(sample.dtype, torch.float32)
+        index = noise_schedule(scheduler).start_step(timestep)
+        state = state_of(scheduler, sample.to(dtype), model_output.to(dtype), timestep, index)
         epsilon, previous = state.epsilon, self._previous_epsilon
         self._previous_epsilon = epsilon.detach()
         self._steps_taken += 1
-        frozen = self._steps_taken <= config.lml_freeze * len(self.timesteps)  # type: ignore[attr-defined]
+        frozen = self._steps_taken <= config.lml_freeze * len(scheduler.timesteps)
         if frozen or previous is None or config.lml_kappa == 0 or not bool((state.level.alpha > 0).all()):
             return model_output, sample
         turned = preconditioned(epsilon, previous.to(epsilon), state, config.lml_lambda, config.lml_kappa)
@@ -154,13 +155,6 @@ def _set_timesteps_of(parent: Any) -> Any:
         return parent.set_timesteps(self, *args, **kwargs)
 
     return set_timesteps
-
-
-def _index(scheduler: Any, timestep: Any) -> int:
-    """The run's own step; the first call of a run must look it up, as the parent's step would."""
-    if getattr(scheduler, "step_index", None) is None and hasattr(scheduler, "_init_step_index"):
-        scheduler._init_step_index(timestep)
-    return getattr(scheduler, "step_index", None) or 0
 
 
 def _check(lml_lambda: float, lml_kappa: float, lml_freeze: float) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from ..denoiser import Denoiser
 from ..errors import InputError
-from ..noise import NoiseLevel, expand
+from ..noise import NoiseLevel, Timestep, expand
 
 
 class MixtureOracle:
@@ -131,7 +131,7 @@ class OracleDenoiser(Denoiser):
         super().__init__(scheduler)
         self.oracle = oracle
 
-    def model_output(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
+    def model_output(self, x: torch.Tensor, timestep: Timestep) -> torch.Tensor:
         """The raw output that an ideal model would give at model input `x`."""
         self.num_calls += 1
         level = self.level(timestep)
