@@ -40,7 +40,7 @@ def call_with_latents(
     Raises:
         InputError: latents of another number or of other channels than the network's.
     """
-    from diffusers import ImagePipelineOutput
+    from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
     call = inspect.unwrap(stock.__call__)
     if latents is None and output_type != "latent":
@@ -55,7 +55,8 @@ def call_with_latents(
         )
     silent = {name: _NoDecoder(pipe.components[name]) for name in ("vae", "vqvae") if name in pipe.components}
     call(shallow_copy(pipe, scheduler=watched, **silent), output_type="pt", return_dict=return_dict, **arguments)
-    return ImagePipelineOutput(images=watched.last) if return_dict else (watched.last,)
+    final: Any = watched.last  # a tensor, as stock calls give for `output_type` "latent" against their own types
+    return ImagePipelineOutput(images=final) if return_dict else (final,)
 
 
 def shallow_copy(pipe: DiffusionPipeline, **attributes: Any) -> DiffusionPipeline:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, BaseOutput
 
 from ..errors import CheckpointError, InputError
@@ -91,7 +91,7 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
 
     config_name = "config.json"  # type: ignore[assignment]
     _supports_gradient_checkpointing = False
-    _keep_in_fp32_modules = ["prior", "statistics"]  # noqa: RUF012 - diffusers' attribute
+    _keep_in_fp32_modules = ["prior", "statistics"]  # type: ignore[assignment]  # noqa: RUF012 - diffusers' attribute
 
     @register_to_config
     def __init__(
@@ -248,7 +248,9 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
 
     # Files
 
-    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
         """Writes `diffusion_pytorch_model.safetensors` (config in its metadata) and `config.json`, each atomically.
 
         Raises:
@@ -272,7 +274,9 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
             temporary.write_text(config, encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> FisherTraceModel:
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> FisherTraceModel:
         """As diffusers': a folder or a model id of the Hub.
 
         Raises:

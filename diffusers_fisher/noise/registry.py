@@ -24,7 +24,7 @@ from .prediction import Prediction
 from .schedule import NoiseSchedule, SchedulerParts
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 
 def _sigma_or_flow(scheduler: SchedulerMixin) -> NoiseSchedule:

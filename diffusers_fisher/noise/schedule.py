@@ -19,7 +19,7 @@ from .level import NoiseLevel, Timestep
 from .prediction import PREDICTION_TYPES, Prediction
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 
 class SchedulerParts(Protocol):

@@ -13,7 +13,7 @@ from .prediction import Prediction
 from .registry import noise_schedule
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 
 @dataclasses.dataclass(frozen=True)

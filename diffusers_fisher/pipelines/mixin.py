@@ -6,6 +6,8 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
+
 from ..backbones.parts import LatentStatistics, checkpoint_parts, set_checkpoint_parts
 from ..errors import InputError
 from ..guidance import pipeline as guidance
@@ -60,7 +62,7 @@ class FisherPipelineMixin(DiffusionPipeline):
         """Moves the pipeline as the stock class does; the trace model goes with it to the device."""
         super().to(*args, **kwargs)
         if self.trace_model is not None:
-            self.trace_model.to(self.device)
+            torch.nn.Module.to(self.trace_model, self.device)
         return self
 
     @classmethod

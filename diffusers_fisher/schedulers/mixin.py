@@ -2,7 +2,7 @@
 
 import functools
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,8 +10,18 @@ from ..errors import UnsupportedError
 from ..fisher.operator import FisherEstimator
 from .trajectory import Trajectory, recording
 
+if TYPE_CHECKING:
+    from diffusers.configuration_utils import ConfigMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-class FisherSchedulerMixin:
+    class Scheduler(SchedulerMixin, ConfigMixin):
+        """What all of diffusers' schedulers are."""
+
+else:
+    Scheduler = object  # at run time the mixin stands before the stock class
+
+
+class FisherSchedulerMixin(Scheduler):
     """Adds `differentiable` to a diffusers scheduler: `class MyFisherScheduler(FisherSchedulerMixin, MyScheduler)`.
 
     Outside a `differentiable` block the class is its parent, bit for bit.
@@ -22,7 +32,7 @@ class FisherSchedulerMixin:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # Pipelines inspect the signature of `step`: a bare *args would silently drop `generator` and `eta`.
-        parent_step = super().step  # type: ignore[misc]
+        parent_step = super().step
 
         @functools.wraps(parent_step)
         def step(self, model_output, timestep, sample, *args, **kwargs):
@@ -81,7 +91,7 @@ def fisher_scheduler(cls: Any) -> Any:
     Raises:
         UnsupportedError: `cls` is no diffusers scheduler class with a `step`.
     """
-    from diffusers import SchedulerMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
     from . import catalog
 

@@ -17,7 +17,9 @@ import warnings
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from ..errors import InputError
 from ..fisher.numerics import dot, per_sample
@@ -124,7 +126,7 @@ class LMLSchedulerMixin:
 
 def _init_of(parent: type) -> Any:
     """The parent's constructor with our options: its signature too, which diffusers reads configs by."""
-    parent_init: Any = parent.__init__  # type: ignore[misc]
+    parent_init: Any = parent.__init__
 
     @functools.wraps(parent_init)
     def __init__(self, *args, **kwargs):
