@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -58,7 +58,7 @@ def guide(
     decoder: torch.nn.Module | None = None,
     checkpoint_decoder: bool = False,
     **call_arguments: Any,
-) -> GuidanceOutput | tuple:
+) -> GuidanceOutput:
     """Steers generation by a reward, by ascent on the initial noise through the whole sampling run.
 
     The denoiser builds no graph: its place in the backward pass is taken by `estimator`. The best image of every
@@ -90,8 +90,8 @@ def guide(
         **call_arguments: to the pipeline's call, such as `negative_prompt`.
 
     Returns:
-        `GuidanceOutput`. Cost: `num_guidance_steps + 1` ordinary runs with decoding, and a decoder and reward gradient
-        per guidance step; see the estimator for its own.
+        `GuidanceOutput`, or with `return_dict=False` the tuple of its entries. Cost: `num_guidance_steps + 1` ordinary
+        runs with decoding, and a decoder and reward gradient per guidance step; see the estimator for its own.
 
     Raises:
         InputError: before sampling, arguments out of range, latents of the wrong shape, a reward that is not
@@ -120,7 +120,7 @@ def guide(
         arguments["guidance_scale"] = default if guidance_scale is None else guidance_scale
     problem = GuidanceProblem(backbone, reward, options, prompts, pixels, noise, generator, arguments)
     output = problem.solve(settings, output_type)
-    return output if return_dict else output.to_tuple()
+    return output if return_dict else cast(GuidanceOutput, output.to_tuple())
 
 
 @dataclasses.dataclass(frozen=True)

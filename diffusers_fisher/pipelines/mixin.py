@@ -28,6 +28,11 @@ class FisherPipelineMixin(DiffusionPipeline):
     pipeline that has a backbone, stock ones too.
     """
 
+    scheduler: Any  # diffusers' schedulers share no class that has a `config`
+    if TYPE_CHECKING:
+        # diffusers' own accepts any name, so that a misspelt one would pass a type checker.
+        __getattr__: None  # type: ignore[misc, assignment]
+
     log_likelihood = likelihood.log_likelihood
     compare_likelihood = likelihood.compare_likelihood
     guide = guidance.guide

@@ -1,7 +1,12 @@
 """Text-to-image pipelines with likelihood and guidance; their calls are the stock ones.
 
-What is particular to each family is its backbone's business (`diffusers_fisher/backbones/`).
+What is particular to each family is its backbone's business (`diffusers_fisher/backbones/`). The components are
+declared for type checkers and editors: diffusers registers them at run time, unseen by either.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
@@ -12,8 +17,33 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 
 from .mixin import FisherPipelineMixin
 
+if TYPE_CHECKING:
+    from diffusers.image_processor import VaeImageProcessor
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import (
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        T5EncoderModel,
+    )
 
-class StableDiffusionFisherPipeline(FisherPipelineMixin, StableDiffusionPipeline):
+
+class LatentPipelineMixin(FisherPipelineMixin):
+    """`FisherPipelineMixin` for pipelines with an autoencoder."""
+
+    vae: AutoencoderKL
+    vae_scale_factor: int
+    image_processor: VaeImageProcessor
+
+
+class StableDiffusionFisherPipeline(LatentPipelineMixin, StableDiffusionPipeline):
     """`StableDiffusionPipeline` with `log_likelihood` and `guide`; its call is the stock one.
 
     Made with `from_pretrained` from any Stable Diffusion 1.x or 2.x checkpoint, or from a pipeline at hand with
@@ -21,22 +51,45 @@ class StableDiffusionFisherPipeline(FisherPipelineMixin, StableDiffusionPipeline
     statistics, because they are no components; they may be set.
     """
 
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    safety_checker: StableDiffusionSafetyChecker | None
+    feature_extractor: object
+    image_encoder: PreTrainedModel | None
 
-class StableDiffusionXLFisherPipeline(FisherPipelineMixin, StableDiffusionXLPipeline):
+
+class StableDiffusionXLFisherPipeline(LatentPipelineMixin, StableDiffusionXLPipeline):
     """`StableDiffusionXLPipeline` with `log_likelihood` and `guide`; its call is the stock one.
 
     The sizes that the network is told (`original_size`, `target_size`) are those of the image unless given.
     """
 
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    text_encoder_2: CLIPTextModelWithProjection
+    tokenizer: CLIPTokenizer
+    tokenizer_2: CLIPTokenizer
+    image_encoder: PreTrainedModel | None
+    feature_extractor: object
 
-class StableDiffusion3FisherPipeline(FisherPipelineMixin, StableDiffusion3Pipeline):
+
+class StableDiffusion3FisherPipeline(LatentPipelineMixin, StableDiffusion3Pipeline):
     """`StableDiffusion3Pipeline` with `log_likelihood` and `guide`; its call is the stock one.
 
     Flow matching: the likelihood's grid ends at 0.999 of the noise, where the standard prior holds.
     """
 
+    transformer: SD3Transformer2DModel
+    text_encoder: CLIPTextModelWithProjection
+    text_encoder_2: CLIPTextModelWithProjection
+    text_encoder_3: T5EncoderModel
+    tokenizer: CLIPTokenizer
+    tokenizer_2: CLIPTokenizer
+    tokenizer_3: PreTrainedTokenizerBase
 
-class FluxFisherPipeline(FisherPipelineMixin, FluxPipeline):
+
+class FluxFisherPipeline(LatentPipelineMixin, FluxPipeline):
     """`FluxPipeline` with `log_likelihood` and `guide`; its call is the stock one.
 
     Latents are packed, (B, h/2 * w/2, 4 * C), in `guide` and in outputs; `log_likelihood` takes (B, C, h, w). The
@@ -44,19 +97,33 @@ class FluxFisherPipeline(FisherPipelineMixin, FluxPipeline):
     default unless `guidance_scale` is given.
     """
 
+    transformer: FluxTransformer2DModel
+    text_encoder: CLIPTextModel
+    text_encoder_2: T5EncoderModel
+    tokenizer: CLIPTokenizer
+    tokenizer_2: PreTrainedTokenizerBase
 
-class PixArtAlphaFisherPipeline(FisherPipelineMixin, PixArtAlphaPipeline):
+
+class PixArtAlphaFisherPipeline(LatentPipelineMixin, PixArtAlphaPipeline):
     """`PixArtAlphaPipeline` with `log_likelihood` and `guide`; its call is the stock one.
 
     Sizes are taken as they are: `use_resolution_binning` is off in both.
     """
 
+    transformer: PixArtTransformer2DModel
+    text_encoder: T5EncoderModel
+    tokenizer: PreTrainedTokenizerBase
 
-class PixArtSigmaFisherPipeline(FisherPipelineMixin, PixArtSigmaPipeline):
+
+class PixArtSigmaFisherPipeline(LatentPipelineMixin, PixArtSigmaPipeline):
     """`PixArtSigmaPipeline` with `log_likelihood` and `guide`; its call is the stock one.
 
     Sizes are taken as they are: `use_resolution_binning` is off in both.
     """
+
+    transformer: PixArtTransformer2DModel
+    text_encoder: T5EncoderModel
+    tokenizer: PreTrainedTokenizerBase
 
 
 for _class in (

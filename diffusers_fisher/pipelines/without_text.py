@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vq_model import VQModel
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
@@ -17,11 +20,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ..backbones.dit import call_dit
 from ..backbones.ldm import call_ldm
 from ..backbones.unconditional import call_ddim, call_ddpm
-from ..guidance import GuidanceOutput, Reward
-from ..guidance import pipeline as guidance
+from ..guidance import GuidanceOutput, Reward, pipeline as guidance
 from ..images import ImageLike
-from ..likelihood import LikelihoodOutput
-from ..likelihood import pipeline as likelihood
+from ..likelihood import LikelihoodOutput, pipeline as likelihood
 from .mixin import FisherPipelineMixin
 
 
@@ -32,7 +33,7 @@ class UnconditionalMixin(FisherPipelineMixin):
         """Scores images as `diffusers_fisher.log_likelihood` does, without a prompt."""
         return likelihood.log_likelihood(self, images, **options)
 
-    def guide(self, reward: Reward, batch_size: int = 1, **options: Any) -> GuidanceOutput | tuple:  # type: ignore[override]
+    def guide(self, reward: Reward, batch_size: int = 1, **options: Any) -> GuidanceOutput:  # type: ignore[override]
         """Guides `batch_size` samples as `diffusers_fisher.guide` does; a reward's prompts are empty strings."""
         return guidance.guide(self, None, reward, batch_size=batch_size, **options)
 
@@ -43,6 +44,8 @@ class DDPMFisherPipeline(UnconditionalMixin, DDPMPipeline):
     Its space is that of the pixels, scaled to [-1, 1].
     """
 
+    unet: UNet2DModel
+
     __call__ = torch.no_grad()(call_ddpm)  # type: ignore[assignment]
 
 
@@ -52,6 +55,8 @@ class DDIMFisherPipeline(UnconditionalMixin, DDIMPipeline):
     Its space is that of the pixels, scaled to [-1, 1]. A `DDIMScheduler` is kept, also a Fisher one; any other is
     replaced by one, as the stock pipeline does with every scheduler.
     """
+
+    unet: UNet2DModel
 
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin):
         super().__init__(unet, scheduler)  # type: ignore[arg-type]
@@ -67,6 +72,9 @@ class LDMFisherPipeline(UnconditionalMixin, LDMPipeline):
     Latents are those of the vector-quantised autoencoder before its quantisation, scaled.
     """
 
+    unet: UNet2DModel
+    vqvae: VQModel
+
     __call__ = torch.no_grad()(call_ldm)  # type: ignore[assignment]
 
 
@@ -75,6 +83,10 @@ class DiTFisherPipeline(FisherPipelineMixin, DiTPipeline):
 
     Class labels stand where text pipelines have prompts; a reward gets them as its second argument.
     """
+
+    transformer: DiTTransformer2DModel
+    vae: AutoencoderKL
+    labels: dict[str, int]
 
     __call__ = torch.no_grad()(call_dit)  # type: ignore[assignment]
 
@@ -86,7 +98,7 @@ class DiTFisherPipeline(FisherPipelineMixin, DiTPipeline):
 
     def guide(  # type: ignore[override]
         self, class_labels: int | Sequence[int], reward: Reward, **options: Any
-    ) -> GuidanceOutput | tuple:
+    ) -> GuidanceOutput:
         """Guides samples as `diffusers_fisher.guide` does, with class labels for prompts."""
         return guidance.guide(self, class_labels, reward, **options)
 

@@ -1,0 +1,148 @@
+"""The public names, each with its home: what type checkers read, and `__init__.py` at run time."""
+
+# diffusers' loader asks a component's module for these two names.
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
+
+from .backbones import (
+    Backbone as Backbone,
+    PipelineDenoiser as PipelineDenoiser,
+    backbone_of as backbone_of,
+    register_backbone as register_backbone,
+)
+from .checkpoints import (
+    EMBEDDED_CLASSES as EMBEDDED_CLASSES,
+    embedded_checkpoint as embedded_checkpoint,
+    embedded_prompt as embedded_prompt,
+    embedded_test_images as embedded_test_images,
+)
+from .denoiser import (
+    Denoiser as Denoiser,
+)
+from .distributions import (
+    Covariance as Covariance,
+    DCTBasis as DCTBasis,
+    DiracMixture as DiracMixture,
+    GaussianMixture as GaussianMixture,
+)
+from .errors import (
+    CheckpointError as CheckpointError,
+    CoarseGridWarning as CoarseGridWarning,
+    FisherError as FisherError,
+    InputError as InputError,
+    NumericalError as NumericalError,
+    TrajectoryError as TrajectoryError,
+    UnsupportedError as UnsupportedError,
+)
+from .fisher import (
+    AutodiffFisher as AutodiffFisher,
+    DirectFisher as DirectFisher,
+    EndpointFisher as EndpointFisher,
+    Estimate as Estimate,
+    ExactFisher as ExactFisher,
+    FiniteDifferenceFisher as FiniteDifferenceFisher,
+    FisherEstimator as FisherEstimator,
+    FisherOperator as FisherOperator,
+    GaussianFisher as GaussianFisher,
+    OneStepFisher as OneStepFisher,
+    Probes as Probes,
+    TraceCorrectedFisher as TraceCorrectedFisher,
+    TraceMatchingFisher as TraceMatchingFisher,
+    centred_endpoint_error_bound as centred_endpoint_error_bound,
+    endpoint_error_bound as endpoint_error_bound,
+    norm_trace_error_bound as norm_trace_error_bound,
+    residual_trace_error_bound as residual_trace_error_bound,
+)
+from .guidance import (
+    AestheticReward as AestheticReward,
+    ClassifierReward as ClassifierReward,
+    GuidanceOutput as GuidanceOutput,
+    ImageInput as ImageInput,
+    LinearReward as LinearReward,
+    MeasurementReward as MeasurementReward,
+    PosteriorGuidance as PosteriorGuidance,
+    TextImageReward as TextImageReward,
+    WeightedReward as WeightedReward,
+    gaussian_blur as gaussian_blur,
+    named_reward as named_reward,
+    posterior_guidance as posterior_guidance,
+)
+from .guidance.pipeline import (
+    guide as guide,
+)
+from .likelihood import (
+    Integration as Integration,
+    LikelihoodComparison as LikelihoodComparison,
+    LikelihoodOutput as LikelihoodOutput,
+    SquaredErrorOutput as SquaredErrorOutput,
+    integrate_log_likelihood as integrate_log_likelihood,
+)
+from .likelihood.pipeline import (
+    compare_likelihood as compare_likelihood,
+    log_likelihood as log_likelihood,
+)
+from .models import (
+    FisherTraceModel as FisherTraceModel,
+)
+from .noise import (
+    DenoisingState as DenoisingState,
+    NoiseLevel as NoiseLevel,
+    NoiseSchedule as NoiseSchedule,
+    noise_level as noise_level,
+    noise_schedule as noise_schedule,
+    register_noise_schedule as register_noise_schedule,
+)
+from .pictures import (
+    fisher_pictures as fisher_pictures,
+    trace_plot as trace_plot,
+)
+from .pipelines import (
+    DDIMFisherPipeline as DDIMFisherPipeline,
+    DDPMFisherPipeline as DDPMFisherPipeline,
+    DiTFisherPipeline as DiTFisherPipeline,
+    FisherPipelineMixin as FisherPipelineMixin,
+    FluxFisherPipeline as FluxFisherPipeline,
+    LDMFisherPipeline as LDMFisherPipeline,
+    PixArtAlphaFisherPipeline as PixArtAlphaFisherPipeline,
+    PixArtSigmaFisherPipeline as PixArtSigmaFisherPipeline,
+    StableDiffusion3FisherPipeline as StableDiffusion3FisherPipeline,
+    StableDiffusionFisherPipeline as StableDiffusionFisherPipeline,
+    StableDiffusionXLFisherPipeline as StableDiffusionXLFisherPipeline,
+    custom_pipeline_file as custom_pipeline_file,
+    fisher_pipeline as fisher_pipeline,
+)
+from .schedulers import (
+    FisherSchedulerMixin as FisherSchedulerMixin,
+    Trajectory as Trajectory,
+    fisher_scheduler as fisher_scheduler,
+)
+from .schedulers.catalog import (
+    FisherDDIMInverseScheduler as FisherDDIMInverseScheduler,
+    FisherDDIMScheduler as FisherDDIMScheduler,
+    FisherDDPMScheduler as FisherDDPMScheduler,
+    FisherDEISMultistepScheduler as FisherDEISMultistepScheduler,
+    FisherDPMSolverMultistepInverseScheduler as FisherDPMSolverMultistepInverseScheduler,
+    FisherDPMSolverMultistepScheduler as FisherDPMSolverMultistepScheduler,
+    FisherDPMSolverSinglestepScheduler as FisherDPMSolverSinglestepScheduler,
+    FisherEDMEulerScheduler as FisherEDMEulerScheduler,
+    FisherEulerAncestralDiscreteScheduler as FisherEulerAncestralDiscreteScheduler,
+    FisherEulerDiscreteScheduler as FisherEulerDiscreteScheduler,
+    FisherFlowMatchEulerDiscreteScheduler as FisherFlowMatchEulerDiscreteScheduler,
+    FisherFlowMatchHeunDiscreteScheduler as FisherFlowMatchHeunDiscreteScheduler,
+    FisherHeunDiscreteScheduler as FisherHeunDiscreteScheduler,
+    FisherKDPM2DiscreteScheduler as FisherKDPM2DiscreteScheduler,
+    FisherLCMScheduler as FisherLCMScheduler,
+    FisherLMSDiscreteScheduler as FisherLMSDiscreteScheduler,
+    FisherPNDMScheduler as FisherPNDMScheduler,
+    FisherSASolverScheduler as FisherSASolverScheduler,
+    FisherTCDScheduler as FisherTCDScheduler,
+    FisherUniPCMultistepScheduler as FisherUniPCMultistepScheduler,
+)
+from .studies.lml import (
+    LMLDDIMScheduler as LMLDDIMScheduler,
+    LMLDPMSolverMultistepScheduler as LMLDPMSolverMultistepScheduler,
+    LMLFlowMatchEulerDiscreteScheduler as LMLFlowMatchEulerDiscreteScheduler,
+)
+
+__version__: str
+__all__: list[str]
