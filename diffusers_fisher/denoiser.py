@@ -26,8 +26,8 @@ class Denoiser(abc.ABC):
 
     @abc.abstractmethod
     def model_output(self, x: torch.Tensor, timestep: Timestep) -> torch.Tensor:
-        """Raw model output at model input `x`, (B, ...), at one timestep or one a sample, (B,). Builds a graph only
-        where `x` asks for one."""
+        """Raw model output at model input `x`, (B, ...), at one timestep, or at one per sample, (B,). Builds a graph
+        only where `x` asks for one."""
 
     def __call__(self, x: torch.Tensor, timestep: Timestep) -> torch.Tensor:
         """Predicted noise at `x`, (B, ...). Cost: one evaluation."""

@@ -62,5 +62,5 @@ def expand(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if value.ndim == 0:
         return value.to(like.device, like.dtype)
     if value.shape != like.shape[:1]:
-        raise InputError(f"A noise level a sample was given for {len(value)} samples, but the batch has {len(like)}.")
+        raise InputError(f"Noise levels were given for {len(value)} samples, but the batch has {len(like)}.")
     return value.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))

@@ -342,6 +342,6 @@ def test_level_outside_the_schedule_is_refused(log_s):
         timestep_at(diffusers.DDIMScheduler(**STABLE_DIFFUSION), torch.tensor([0.0, log_s]))
 
 
-def test_level_a_sample_must_fit_the_batch():
-    with pytest.raises(InputError, match="was given for 3 samples, but the batch has 2"):
+def test_level_per_sample_must_fit_the_batch():
+    with pytest.raises(InputError, match="were given for 3 samples, but the batch has 2"):
         expand(torch.ones(3), latents())
