@@ -81,7 +81,7 @@ def test_imports_are_light():
         "import diffusers_fisher.testing, diffusers_fisher.likelihood, diffusers_fisher.jobs.config": set(),
         "from diffusers_fisher import PipelineDenoiser": set(),
     }
-    never = {"transformers", "accelerate", "matplotlib", "scipy"}
+    never = {"transformers", "accelerate", "matplotlib", "scipy", "jinja2", "pandas"}
     heavy = sorted(never | set().union(*statements.values()))
     code = IMPORTS.format(statements=list(statements), heavy=heavy)
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
@@ -135,6 +135,7 @@ def test_wheel_has_everything_and_works_by_itself(tmp_path):
         if path.is_file()
     }
     assert "diffusers_fisher/py.typed" in expected
+    assert "diffusers_fisher/jobs/templates/page.html" in expected
     assert "diffusers_fisher/checkpoints/fashion_mnist/unet/diffusion_pytorch_model.safetensors" in expected
     assert {name: members.get(name) == content for name, content in expected.items()} == dict.fromkeys(expected, True)
     assert [name for name in members if name not in expected and not name.startswith(f"{information}/")] == []

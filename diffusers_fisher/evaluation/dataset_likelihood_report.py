@@ -1,15 +1,15 @@
-"""What a dataset's likelihoods are reported as: one file of records, a summary, a histogram and a page."""
+"""Reports the likelihoods of a dataset: one file of records, a summary, a histogram and a page."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
+import pandas
 import torch
 
 from ..data import Images, ImageStream
@@ -24,25 +24,26 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 SHOWN = 24  # images of each end on the page
-NAMED = 100  # images left out that summary and page name; likelihoods.jsonl has them all
-CAPTIONS = 50  # most different captions for which means are told
-FILE = "file"  # of a record: the hash by which its image is known again
+NAMED = 100  # most images left out that summary and page name; likelihoods.jsonl names them all
+CAPTIONS = 50  # most different captions for which the summary has means
+COLUMNS = ("bits_per_dim", "discretisation_error", "standard_error", "dims")  # numbers of a record
+FILE = "file"  # key of a record's hash, by which its image is known again
 PICTURE = 256  # pixels of a picture's longer side on the page
 
 
 class Collected:
-    """The records of all images, in the order of the data, read from their files as they are asked for.
+    """The records of all images in the order of the data. A file is read when its first record is needed.
 
     Args:
-        records: of groups of images, {"method", "seconds", "records": [...]}.
+        records: records of groups of images, each {"method", "seconds", "records": [...]}.
 
     Attributes:
-        seconds: of evaluation, the sum over all processes and runs.
+        seconds: seconds of evaluation, summed over all processes and runs.
         failed: positions of images whose record is an error.
-        method: what the likelihoods say of themselves; None where there are none yet.
+        method: space, density, prior, trace and scheme of the likelihoods; None while there is no likelihood.
 
     Raises:
-        CheckpointError: a damaged file.
+        CheckpointError: a file is damaged.
     """
 
     def __init__(self, records: Records):
@@ -67,7 +68,7 @@ class Collected:
         return frozenset(self._places)
 
     def check(self, total: int) -> None:
-        """Raises `CheckpointError` unless there is a record of every image."""
+        """Raises `CheckpointError` unless every image has a record."""
         missing = sorted(set(range(total)) - self._places.keys())
         if missing or len(self._places) > total:
             raise CheckpointError(
@@ -78,7 +79,7 @@ class Collected:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         left = Counter(key for key, _ in self._places.values())
-        files: dict[str, list[dict[str, Any]]] = {}  # neighbours lie in as many as there were processes
+        files: dict[str, list[dict[str, Any]]] = {}  # neighbours lie in as many files as there were processes
         for position in sorted(self._places):
             key, number = self._places[position]
             if key not in files:
@@ -97,78 +98,67 @@ def write_results(records: Records, images: Images, total: int, run: Mapping[str
     """Writes `likelihoods.jsonl`, `summary.json`, `histogram.png` and `index.html`; returns the summary.
 
     Args:
-        images: of which the likeliest and least likely are shown.
+        images: the dataset; the page shows its most and least likely images.
         total: number of images.
-        run: processes, batch_size, seconds, images of the run that has ended.
+        run: processes, batch_size, seconds and images of the run that has ended.
     """
     collected, folder = Collected(records), records.folder
     collected.check(total)
-    positions, captions, columns, failed = _table(collected, folder / "likelihoods.jsonl")
-    bits = columns["bits_per_dim"]
-    summary = _summary(collected, columns, failed, run)
-    summary["without_caption"] = captions.count(None) if records.settings["data.caption_column"] else 0
-    summary["by_caption"] = _by_caption(captions, bits)
+    table, failed = _table(collected, folder / "likelihoods.jsonl")
+    bits = table["bits_per_dim"]
+    summary = _summary(collected, table, failed, run)
+    summary["without_caption"] = int(table["caption"].isna().sum()) if records.settings["data.caption_column"] else 0
+    summary["by_caption"] = _by_caption(table)
     summary["files_not_read"] = {"count": len(images.files_left_out), "names": images.files_left_out[:NAMED]}
     write_json(folder / "summary.json", summary)
     figure = histogram(bits, summary)
     save_figure(figure, folder / "histogram.png")
-    order = bits.argsort(kind="stable")
-    ends = {"Most likely": order[:SHOWN], "Least likely": order[::-1][:SHOWN]}
-    chosen = {title: [collected[positions[index]] for index in indices] for title, indices in ends.items()}
-    _page(summary, records.settings, figure, chosen, images).write(folder / "index.html")
-    print(_told(summary, folder), flush=True)
+    order = table.sort_values("bits_per_dim", kind="stable")["position"]
+    positions = {"Most likely": order[:SHOWN], "Least likely": order[::-1][:SHOWN]}
+    ends = {title: [collected[position] for position in end] for title, end in positions.items()}
+    _page(summary, records.settings, figure, ends, images).write(folder / "index.html")
+    print(_outline(summary, folder), flush=True)
     return summary
 
 
-def _table(
-    collected: Collected, path: Path
-) -> tuple[list[int], list[Any], dict[str, numpy.ndarray], list[dict[str, Any]]]:
-    """Writes the file of all records; returns what summaries need: positions, captions and numbers of the images that
-    have a likelihood, and the records of those that have none."""
-    names = ("bits_per_dim", "discretisation_error", "standard_error", "dims")
-    positions: list[int] = []
-    captions: list[Any] = []
-    values: list[list[float]] = []
-    failed = []
+def _table(collected: Collected, path: Path) -> tuple[pandas.DataFrame, list[dict[str, Any]]]:
+    """Writes the file of all records; returns one row per image that has a likelihood, with position, caption and
+    numbers, and the records of the images that have none."""
+    rows, failed = [], []
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for row in collected:
-            told = {name: value for name, value in row.items() if name != FILE}
-            file.write(json.dumps(told, ensure_ascii=False, allow_nan=False) + "\n")
-            if "error" in row:
-                failed.append(row)
-                continue
-            positions.append(row["position"])
-            captions.append(row["caption"])
-            values.append([math.inf if row[name] is None else row[name] for name in names])
-    columns = numpy.array(values, dtype=numpy.float64).T
-    return positions, captions, dict(zip(names, columns, strict=True)), failed
+        for record in collected:
+            line = {name: value for name, value in record.items() if name != FILE}
+            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+            if "error" in record:
+                failed.append(record)
+            else:
+                rows.append([record[name] for name in ("position", "caption", *COLUMNS)])
+    # As objects first, because captions that are labels or None must not become floating-point numbers.
+    table = pandas.DataFrame(rows, columns=["position", "caption", *COLUMNS], dtype=object)
+    table[list(COLUMNS)] = table[list(COLUMNS)].astype(float).fillna(math.inf)  # null: an error that is not known
+    return table, failed
 
 
 def _summary(
-    collected: Collected,
-    columns: Mapping[str, numpy.ndarray],
-    failed: Sequence[dict[str, Any]],
-    run: Mapping[str, Any],
+    collected: Collected, table: pandas.DataFrame, failed: Sequence[dict[str, Any]], run: Mapping[str, Any]
 ) -> dict[str, Any]:
-    bits, nats = columns["bits_per_dim"], columns["dims"] * math.log(2)  # nats of one bit/dim
-    steps, probes = columns["discretisation_error"] / nats, columns["standard_error"] / nats
-    deviation = float(bits.std(ddof=1)) if len(bits) > 1 else None
+    bits, nats = table["bits_per_dim"], table["dims"] * math.log(2)  # nats of one bit/dim
+    steps, probes = table["discretisation_error"] / nats, table["standard_error"] / nats
     settings = collected.records.settings
     return {
         "images": collected.count, "evaluated": len(bits), "left_out": len(failed),
         "left_out_images": [{"name": row["name"], "error": row["error"]} for row in failed[:NAMED]],
         "bits_per_dim": {
-            "mean": float(bits.mean()), "standard_deviation": deviation,
-            "standard_error": None if deviation is None else deviation / len(bits) ** 0.5, "least": float(bits.min()),
-            "greatest": float(bits.max()),
-            "quantiles": dict(zip(map(str, QUANTILES), numpy.quantile(bits, QUANTILES).tolist(), strict=True)),
+            "mean": float(bits.mean()), "standard_deviation": _number(bits.std()),
+            "standard_error": _number(bits.sem()), "least": float(bits.min()), "greatest": float(bits.max()),
+            "quantiles": {str(share): value for share, value in bits.quantile(QUANTILES).items()},
         },
         "errors_in_bits_per_dim": {
             "discretisation_mean": float(steps.mean()), "discretisation_greatest": float(steps.max()),
-            "probes_mean": float(probes.mean()) if numpy.isfinite(probes).all() else None,
+            "probes_mean": _number(probes.mean()),
         },
         "images_on_a_coarse_grid": int((steps > COARSE).sum()),
-        "several_sizes": len(set(columns["dims"].tolist())) > 1,
+        "several_sizes": table["dims"].nunique() > 1,
         "method": collected.method, "evaluations_an_image": settings["num_inference_steps"] + 1,
         "process_seconds": collected.seconds,
         "images_per_process_second": collected.count / max(collected.seconds, 1e-9),
@@ -176,25 +166,24 @@ def _summary(
     }  # fmt: skip
 
 
-def _by_caption(captions: Sequence[Any], bits: numpy.ndarray) -> list[dict[str, Any]]:
-    """Mean and deviation for each caption, the likeliest first; none where there are many captions, or one."""
-    groups: dict[Any, list[float]] = defaultdict(list)
-    for caption, value in zip(captions, bits.tolist(), strict=True):
-        groups[caption].append(value)
-        if len(groups) > CAPTIONS:
-            return []
-    if len(groups) < 2:
+def _by_caption(table: pandas.DataFrame) -> list[dict[str, Any]]:
+    """Mean and deviation per caption, the likeliest first; nothing where there are many captions, or only one."""
+    numbers, captions = pandas.factorize(table["caption"].to_numpy(), use_na_sentinel=False)  # labels stay integers
+    if not 2 <= len(captions) <= CAPTIONS:
         return []
-    rows = [
-        {"caption": caption, "images": len(values), "mean": float(numpy.mean(values)),
-         "standard_deviation": float(numpy.std(values, ddof=1)) if len(values) > 1 else None}
-        for caption, values in groups.items()
-    ]  # fmt: skip
-    return sorted(rows, key=lambda row: row["mean"])
+    rows = table["bits_per_dim"].groupby(numbers).agg(images="size", mean="mean", standard_deviation="std")
+    rows.insert(0, "caption", captions)
+    rows = rows.sort_values("mean", kind="stable").astype(object)
+    return rows.where(rows.notna(), None).to_dict("records")
 
 
-def histogram(bits: numpy.ndarray, summary: Mapping[str, Any]) -> Figure:
-    """The distribution of the images' bits/dim: a matplotlib figure."""
+def _number(value: float) -> float | None:
+    """The number for JSON: None where it is not finite."""
+    return float(value) if math.isfinite(value) else None
+
+
+def histogram(bits: pandas.Series, summary: Mapping[str, Any]) -> Figure:
+    """Draws the distribution of the images' bits/dim."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.5), layout="constrained")
@@ -224,7 +213,7 @@ def _page(
         f"Pipeline {settings['denoiser.path']}, data {settings['data.path']} (split {settings['data.split']}): "
         f"{summary['evaluated']} of {summary['images']} images evaluated, {summary['left_out']} left out. Density of "
         f"the {method['space']}, {method['density']}; prior {method['prior']}; trace {method['trace']}; scheme "
-        f"{method['scheme']}, {summary['evaluations_an_image']} evaluations of the denoiser an image."
+        f"{method['scheme']}, {summary['evaluations_an_image']} evaluations of the denoiser per image."
     )
     for sentence in _warnings(summary):
         page.paragraph(sentence)
@@ -254,25 +243,25 @@ def _page(
 
 
 def _caption(row: Mapping[str, Any]) -> str:
-    said = "" if row["caption"] is None else f", {row['caption']}"
-    return f"{row['bits_per_dim']:.3f} bits/dim: {row['name']}{said}"
+    caption = "" if row["caption"] is None else f", {row['caption']}"
+    return f"{row['bits_per_dim']:.3f} bits/dim: {row['name']}{caption}"
 
 
 def _pictures(images: Images, positions: set[int]) -> dict[int, torch.Tensor]:
-    """Pictures (3, H, W) of some images; a stream is read again as far as the last of them."""
+    """Pictures (3, H, W) by position. A stream is read again up to the last of the positions."""
     if not isinstance(images, ImageStream):
         return {position: _small(images[position].pixels) for position in sorted(positions)}
-    found = {}
+    pictures = {}
     for position, row in enumerate(images.undecoded()):
         if position in positions:
-            found[position] = _small(images.example(row, position).pixels)
-        if len(found) == len(positions):
+            pictures[position] = _small(images.example(row, position).pixels)
+        if len(pictures) == len(positions):
             break
-    return found
+    return pictures
 
 
 def _small(pixels: torch.Tensor) -> torch.Tensor:
-    """(C, H, W) as colours, at most `PICTURE` pixels wide and high."""
+    """Returns a picture (C, H, W) in colours (3, H, W), at most `PICTURE` pixels wide and high."""
     pixels = pixels.expand(3, -1, -1)
     shrink = PICTURE / max(pixels.shape[-2:])
     if shrink >= 1:
@@ -281,7 +270,8 @@ def _small(pixels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.interpolate(pixels[None], sides, mode="area")[0]
 
 
-def _told(summary: Mapping[str, Any], folder: Path) -> str:
+def _outline(summary: Mapping[str, Any], folder: Path) -> str:
+    """Returns what the console shows at the end."""
     bits = summary["bits_per_dim"]
     lines = [
         f"{summary['evaluated']} of {summary['images']} images: {bits['mean']:.4f} bits/dim on average, from "
@@ -294,7 +284,7 @@ def _told(summary: Mapping[str, Any], folder: Path) -> str:
 
 
 def _warnings(summary: Mapping[str, Any]) -> list[str]:
-    """What a reader of the numbers must know."""
+    """Returns sentences that a reader of the numbers must know."""
     sentences, coarse, unread = [], summary["images_on_a_coarse_grid"], summary["files_not_read"]
     if coarse:
         worst = summary["errors_in_bits_per_dim"]["discretisation_greatest"]

@@ -1,14 +1,13 @@
-"""A report as one HTML file: text, tables, figures and pictures, with nothing beside it and nothing to fetch."""
+"""Writes a report as one HTML file with its text, tables, figures and pictures inside, so that it needs no other."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..files import atomic_path
 
@@ -16,19 +15,7 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .25rem .75rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
-th { border-bottom: 2px solid #888; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-img { max-width: 100%; }
-figure { margin: 1rem 0; }
-figcaption { color: #555; }
-.pictures { display: flex; flex-wrap: wrap; gap: 1rem; }
-.pictures figure { margin: 0; max-width: 24rem; }
-.pictures img { min-width: 128px; image-rendering: pixelated; }
-"""
+Cell = str | float | None
 
 
 class Page:
@@ -36,42 +23,44 @@ class Page:
 
     def __init__(self, title: str):
         self.title = title
-        self._parts: list[str] = [f"<h1>{html.escape(title)}</h1>"]
+        self._parts: list[dict[str, object]] = []  # as templates/page.html takes them, each with its "kind"
 
     def heading(self, text: str) -> None:
-        """A heading of the second order."""
-        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+        """Adds a heading of the second order."""
+        self._parts.append({"kind": "heading", "text": text})
 
     def paragraph(self, text: str) -> None:
-        """A paragraph of plain text."""
-        self._parts.append(f"<p>{html.escape(text)}</p>")
+        """Adds a paragraph of plain text."""
+        self._parts.append({"kind": "paragraph", "text": text})
 
-    def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """A table; numbers stand to the right, floating-point ones with four significant digits, None as a dash."""
-        head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-        body = "\n".join(f"<tr>{''.join(_cell(value) for value in row)}</tr>" for row in rows)
-        self._parts.append(f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>")
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
+        """Adds a table. Numbers stand to the right, fractions with four significant digits; None is a dash."""
+        self._parts.append({"kind": "table", "columns": columns, "rows": list(rows)})
 
     def figure(self, figure: Figure, caption: str) -> None:
-        """A matplotlib figure."""
-        written = io.BytesIO()
-        figure.savefig(written, format="png", dpi=120)
-        self._parts.append(_figure(written.getvalue(), caption))
+        """Adds a matplotlib figure."""
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=120)
+        self._parts.append({"kind": "figure", "png": _base64(png.getvalue()), "caption": caption})
 
     def pictures(self, pictures: Iterable[tuple[torch.Tensor | str | os.PathLike, str]]) -> None:
-        """Pictures beside each other, each with its caption.
+        """Adds pictures beside each other, each with its caption.
 
         Args:
-            pictures: (picture, caption), a picture being a tensor (3, H, W) in [0, 1] or the path of a PNG file.
+            pictures: pairs (picture, caption); a picture is a tensor (3, H, W) in [0, 1] or the path of a PNG file.
         """
-        shown = "\n".join(_figure(_png(picture), caption) for picture, caption in pictures)
-        self._parts.append(f'<div class="pictures">\n{shown}\n</div>')
+        parts = [(_base64(_png(picture)), caption) for picture, caption in pictures]
+        self._parts.append({"kind": "pictures", "pictures": parts})
 
     def text(self) -> str:
-        """The page as it is written."""
-        head = f'<meta charset="utf-8">\n<title>{html.escape(self.title)}</title>\n<style>{STYLE}</style>'
-        body = "\n".join(self._parts)
-        return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
+        """Returns the page as HTML."""
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+
+        environment = Environment(
+            loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined,
+            trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+        )  # fmt: skip
+        return environment.get_template("page.html").render(title=self.title, parts=self._parts)
 
     def write(self, path: str | os.PathLike) -> None:
         """Writes the page, atomically."""
@@ -85,20 +74,8 @@ def save_picture(image: torch.Tensor, path: str | os.PathLike) -> None:
         temporary.write_bytes(_encoded(image))
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return "<td>-</td>"
-    if isinstance(value, float):
-        return f'<td class="number">{value:.4g}</td>'
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f'<td class="number">{value}</td>'
-    return f"<td>{html.escape(str(value))}</td>"
-
-
-def _figure(png: bytes, caption: str) -> str:
-    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    text = html.escape(caption)
-    return f'<figure><img src="{source}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+def _base64(png: bytes) -> str:
+    return base64.b64encode(png).decode()
 
 
 def _png(picture: torch.Tensor | str | os.PathLike) -> bytes:
@@ -109,6 +86,6 @@ def _encoded(image: torch.Tensor) -> bytes:
     from PIL import Image
 
     array = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    written = io.BytesIO()
-    Image.fromarray(array).save(written, format="png")
-    return written.getvalue()
+    png = io.BytesIO()
+    Image.fromarray(array).save(png, format="png")
+    return png.getvalue()
