@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint types check clean
+LOWEST := .venv-lowest
+
+.PHONY: install demo test lint format types check house lowest clean
 
 install: $(STAMP)
 
@@ -27,10 +29,27 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
 types: install
 	$(BIN)/mypy
 
+# Figures of the package's structure: lines of code, the longest function, `Any`, circles of imports.
+house: install
+	$(BIN)/python tests/house.py
+
 check: lint types test
 
+# The tests with the lowest versions that pyproject.toml allows, torch excepted, whose build constraints.txt names.
+lowest: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip packaging
+	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet -c $(LOWEST)/constraints.txt torch
+	$(LOWEST)/bin/python -m pip install --quiet -c $(LOWEST)/constraints.txt -e '.[dev]'
+	$(LOWEST)/bin/python -m pytest -n logical --maxprocesses 8
+
 clean:
-	rm -rf $(VENV) outputs build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) outputs build dist *.egg-info
