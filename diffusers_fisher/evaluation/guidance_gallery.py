@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import logging
 import math
-import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,21 +14,17 @@ from typing import Any
 import torch
 
 from ..errors import CoarseGridWarning, InputError, NumericalError, UnsupportedError
-from ..files import save_figure
 from ..fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDifferenceFisher
 from ..guidance import GuidanceOutput, named_reward
 from ..guidance.movers import optimizer_factory
 from ..guidance.noise_ascent import COMPLETED
-from ..jobs.pages import Page, save_picture
+from ..jobs.pages import save_picture
 from ..jobs.pipelines import DTYPES, DenoiserSettings, load_pipeline
 from ..jobs.processes import process_state
 from ..jobs.records import Records, item_keys, shard
+from .guidance_gallery_report import PICTURES, gallery_summary, write_gallery
 
 logger = logging.getLogger(__name__)
-
-PICTURES = "pictures"
-SHOWN = 100  # prompts on the page, whose pictures it holds
-DRAWN = 12  # prompts on gallery.png
 
 ESTIMATORS: dict[str, Callable[[], Any]] = {
     "one-step": lambda: None,  # what `guide` takes, as it suits the network's precision
@@ -134,9 +128,9 @@ def run_gallery(
             _guide_batch(work, todo[begin : begin + memory.batch_size])
     state.wait_for_everyone()
     collected = records.collected(item_keys(len(prompts)))
-    summary = _summary(collected)
+    summary = gallery_summary(collected)
     if state.is_main_process:
-        write_gallery(records.folder, collected, settings)
+        write_gallery(records.folder, collected, records.settings)
         print(f"The gallery is {(records.folder / 'index.html').resolve()}", flush=True)
         if summary["failed"]:
             logger.warning(
@@ -295,152 +289,3 @@ def _likelihoods(pipe: Any, prompt: str, images: dict[str, torch.Tensor], seed: 
 def _plain(values: list[float]) -> list[float | None]:
     """For JSON, which has no NaN: None where a number is not finite."""
     return [value if math.isfinite(value) else None for value in values]
-
-
-def write_gallery(folder: Path, records: Sequence[dict[str, Any]], settings: GallerySettings) -> None:
-    """Writes `index.html` and `gallery.png` from the records of all prompts."""
-    page, failed = Page("Guidance by a reward"), [record for record in records if "failed" in record]
-    for record in failed:
-        page.paragraph(f"Without a result: {record['prompt']}. {record['failed']}")
-    records = [record for record in records if "failed" not in record]
-    if not records:
-        page.write(folder / "index.html")
-        return
-    page.paragraph(
-        f"Checkpoint {settings.checkpoint}, reward {settings.reward}, estimator {settings.estimator}, "
-        f"{settings.num_guidance_steps} steps of {settings.step_size} "
-        + (f"by {settings.optimizer}" if settings.optimizer else "of the noise's norm")
-        + f"; {len(records)} prompts."
-    )
-    summary = _summary(records)
-    page.table(("mean over prompts", "before", "after"), [(name, *row) for name, row in summary["means"].items()])
-    page.figure(curves(records), "Reward by run: every prompt, and the mean. A held-out reward that falls while the "
-                "reward rises says that the reward is being gamed.")  # fmt: skip
-    page.figure(by_seconds(records), "The best reward so far, and the held-out reward of its image, by seconds of "
-                "guidance: means over the prompts.")  # fmt: skip
-    page.heading("Prompts")
-    if len(records) > SHOWN:
-        page.paragraph(f"The first {SHOWN}; all pictures are in the folder '{PICTURES}', all numbers in 'records'.")
-    for record in records[:SHOWN]:
-        _show(page, folder, record)
-    page.write(folder / "index.html")
-    save_figure(gallery(folder, records[:DRAWN]), folder / "gallery.png")
-
-
-def _show(page: Page, folder: Path, record: dict[str, Any]) -> None:
-    """One prompt: its pictures with their numbers, and what else is to be said of it."""
-    page.paragraph(record["prompt"])
-    told = []
-    for when, run in (("before", 0), ("after", record["best_run"])):
-        numbers = [f"reward {record['rewards'][run]:.4g}"]
-        if record["held_out"]:
-            numbers.append(f"held out {_said(record['held_out'][run])}")
-        told.append(f"{when}: {', '.join([*numbers, *_bits(record, when)])}")
-    page.pictures([(folder / record[name], text) for name, text in zip(("before", "after"), told, strict=True)])
-    if record["flagged"]:
-        page.paragraph(f"Black, because the safety checker flagged it: the image {' and '.join(record['flagged'])}.")
-    if record["status"] != COMPLETED:
-        page.paragraph(record["status"])
-
-
-def _said(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"
-
-
-def _bits(record: dict[str, Any], when: str) -> list[str]:
-    """Bits/dim of one image with their error, in words; empty without likelihoods."""
-    if "bits_per_dim" not in record:
-        return []
-    value, error = (record[name][when] for name in ("bits_per_dim", "bits_per_dim_error"))
-    return [f"{_said(value)} ± {_said(error)} bits/dim"]
-
-
-def _names(records: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Histories of rewards that the records hold, with what axes call them."""
-    return {"rewards": "reward"} | ({"held_out": "held-out reward"} if records[0]["held_out"] else {})
-
-
-def _row(record: dict[str, Any], name: str, length: int) -> list[float]:
-    """A history as numbers, NaN where one was not finite; its last value stands for runs that were not made."""
-    numbers = [math.nan if value is None else value for value in record[name][:length]]
-    return numbers + numbers[-1:] * (length - len(numbers))
-
-
-def curves(records: Sequence[dict[str, Any]]) -> Any:
-    """Rewards by run, and held-out ones where there are any: a matplotlib figure."""
-    from matplotlib.figure import Figure
-
-    names = _names(records)
-    figure = Figure(figsize=(5 * len(names), 3.2), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for record in records:
-            axes.plot(_row(record, name, len(record[name])), color="0.8", linewidth=0.8)
-        length = min(len(record[name]) for record in records)
-        means = torch.tensor([_row(record, name, length) for record in records], dtype=torch.float64).nanmean(0)
-        axes.plot(means.numpy(), color="C0", marker=".")
-        axes.set(xlabel="run", ylabel=names[name])
-    return figure
-
-
-def by_seconds(records: Sequence[dict[str, Any]]) -> Any:
-    """Means over prompts of the best reward so far, and of the held-out reward at it, by mean seconds since the
-    beginning of a prompt's batch: a matplotlib figure. A prompt that stopped early stays where it was."""
-    from matplotlib.figure import Figure
-
-    names, length = _names(records), max(len(record["rewards"]) for record in records)
-    table = {
-        name: torch.tensor([_row(record, name, length) for record in records], dtype=torch.float64) for name in names
-    }
-    spent = [list(itertools.accumulate(record["seconds"])) for record in records]
-    seconds = torch.tensor([row + row[-1:] * (length - len(row)) for row in spent], dtype=torch.float64).mean(0)
-    _, where = table["rewards"].cummax(1)  # of equal ones the last, which has the same reward
-    figure = Figure(figsize=(5 * len(names), 3.2), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        axes.plot(seconds.numpy(), table[name].gather(1, where).nanmean(0).numpy(), color="C0", marker=".")
-        label = "best reward" if name == "rewards" else "held-out reward at the best"
-        axes.set(xlabel="seconds", ylabel=label)
-    return figure
-
-
-def gallery(folder: Path, records: Sequence[dict[str, Any]]) -> Any:
-    """A row a prompt: before, after, reward curve. A matplotlib figure."""
-    import numpy
-    from matplotlib.figure import Figure
-    from PIL import Image
-
-    figure = Figure(figsize=(6.4, 1.9 * len(records)), layout="constrained")
-    rows = figure.subplots(len(records), 3, squeeze=False)
-    for row, record in zip(rows, records, strict=True):
-        for axes, name in zip(row, ("before", "after"), strict=False):
-            with Image.open(folder / record[name]) as picture:
-                axes.imshow(numpy.asarray(picture))
-            axes.set(xticks=[], yticks=[])
-            axes.set_title("\n".join([name, *_bits(record, name)]), fontsize=8)
-        row[0].set_ylabel(record["prompt"][:28], fontsize=8)
-        row[2].plot(record["rewards"], marker=".")
-        row[2].set_title("reward by run", fontsize=8)
-        row[2].tick_params(labelsize=7)
-    return figure
-
-
-def _summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over prompts of the first run's numbers and the best run's, and how many prompts have none. A number that
-    is not finite counts for none, before and after."""
-    failed = sum("failed" in record for record in records)
-    records = [record for record in records if "failed" not in record]
-    pairs: dict[str, list[tuple[Any, Any]]] = {}
-    for name, label in (("rewards", "reward"), ("held_out", "held-out reward"), ("shell_distances", "shell distance")):
-        if records and records[0][name]:
-            pairs[label] = [(record[name][0], record[name][record["best_run"]]) for record in records]
-    if records and "bits_per_dim" in records[0]:
-        pairs["bits/dim"] = [(record["bits_per_dim"]["before"], record["bits_per_dim"]["after"]) for record in records]
-    means: dict[str, tuple[float | None, float | None]] = {}
-    for label, both in pairs.items():
-        finite = [pair for pair in both if None not in pair]
-        before, after = zip(*finite, strict=True) if finite else ((), ())
-        means[label] = (_mean(before), _mean(after))
-    return {"prompts": len(records) + failed, "failed": failed, "means": means}
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None

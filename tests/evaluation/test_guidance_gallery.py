@@ -23,7 +23,7 @@ from diffusers_fisher import (
     embedded_checkpoint,
 )
 from diffusers_fisher.cli import app
-from diffusers_fisher.evaluation import guidance_gallery
+from diffusers_fisher.evaluation import guidance_gallery, guidance_gallery_report
 from diffusers_fisher.evaluation.guidance_gallery import GallerySettings, Memory, run_gallery
 from diffusers_fisher.jobs.pipelines import DenoiserSettings, load_pipeline
 
@@ -219,7 +219,7 @@ def test_likelihoods_are_those_of_the_pipeline_and_shown(tmp_path):
     assert "<td>bits/dim</td>" in page
     for when, bits in record["bits_per_dim"].items():
         assert f"{bits:.4g} ± {record['bits_per_dim_error'][when]:.4g} bits/dim" in page
-    titles = [axes.get_title() for axes in guidance_gallery.gallery(tmp_path / "out", [record]).axes]
+    titles = [axes.get_title() for axes in guidance_gallery_report.gallery(tmp_path / "out", [record]).axes]
     assert (
         titles[1]
         == f"after\n{record['bits_per_dim']['after']:.4g} ± {record['bits_per_dim_error']['after']:.4g} bits/dim"
@@ -272,7 +272,7 @@ def test_offload_needs_an_accelerator_and_an_order(tmp_path):
 def test_curves_by_seconds_are_means_of_the_best_so_far():
     first = {"rewards": [0.0, 2.0, 1.0], "held_out": [5.0, 4.0, 9.0], "seconds": [1.0, 1.0, 2.0]}
     second = {"rewards": [1.0, 3.0], "held_out": [None, 6.0], "seconds": [3.0, 3.0]}  # stopped early
-    figure = guidance_gallery.by_seconds([first, second])
+    figure = guidance_gallery_report.by_seconds([first, second])
     (reward,), (held_out,) = (axes.lines for axes in figure.axes)
     assert reward.get_xydata().tolist() == [[2.0, 0.5], [4.0, 2.5], [5.0, 2.5]]
     assert held_out.get_xydata().tolist() == [[2.0, 5.0], [4.0, 5.0], [5.0, 5.0]]

@@ -1,0 +1,174 @@
+"""Reports the guidance of many prompts: means over the prompts, curves of the rewards, a page and a gallery."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import pandas
+
+from ..files import save_figure
+from ..guidance.noise_ascent import COMPLETED
+from ..jobs.pages import Page
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PICTURES = "pictures"  # folder of the pictures
+SHOWN = 100  # prompts on the page, which holds their pictures
+DRAWN = 12  # prompts on gallery.png
+QUANTITIES = {
+    "rewards": "reward",
+    "held_out": "held-out reward",
+    "shell_distances": "shell distance",
+    "bits_per_dim": "bits/dim",
+}  # of a record, with their names on the page
+
+
+def write_gallery(folder: Path, records: Sequence[dict[str, Any]], settings: Mapping[str, Any]) -> None:
+    """Writes `index.html` and `gallery.png`.
+
+    Args:
+        folder: folder of the gallery, which holds the pictures already.
+        records: records of all prompts.
+        settings: the gallery's settings by name.
+    """
+    page, failed = Page("Guidance by a reward"), [record for record in records if "failed" in record]
+    for record in failed:
+        page.paragraph(f"Without a result: {record['prompt']}. {record['failed']}")
+    records = [record for record in records if "failed" not in record]
+    if not records:
+        page.write(folder / "index.html")
+        return
+    page.paragraph(
+        f"Checkpoint {settings['checkpoint']}, reward {settings['reward']}, estimator {settings['estimator']}, "
+        f"{settings['num_guidance_steps']} steps of {settings['step_size']} "
+        + (f"by {settings['optimizer']}" if settings["optimizer"] else "of the noise's norm")
+        + f"; {len(records)} prompts."
+    )
+    means = gallery_summary(records)["means"]
+    page.table(("mean over prompts", "before", "after"), [(name, *row) for name, row in means.items()])
+    page.figure(curves(records), "Reward by run: every prompt, and the mean. A held-out reward that falls while the "
+                "reward rises says that the reward is being gamed.")  # fmt: skip
+    page.figure(by_seconds(records), "The best reward so far, and the held-out reward of its image, by seconds of "
+                "guidance: means over the prompts.")  # fmt: skip
+    page.heading("Prompts")
+    if len(records) > SHOWN:
+        page.paragraph(f"The first {SHOWN}; all pictures are in the folder '{PICTURES}', all numbers in 'records'.")
+    for record in records[:SHOWN]:
+        _show(page, folder, record)
+    page.write(folder / "index.html")
+    save_figure(gallery(folder, records[:DRAWN]), folder / "gallery.png")
+
+
+def gallery_summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over prompts of the first run's numbers and of the best run's, the number of prompts, and how many of them
+    failed. A prompt with a number that is not finite, before or after, does not count for the mean of that number."""
+    complete = [record for record in records if "failed" not in record]
+    means: dict[str, tuple[float | None, float | None]] = {}
+    for name, label in QUANTITIES.items():
+        if complete and complete[0].get(name):
+            pairs = pandas.DataFrame([_before_and_after(record, name) for record in complete], dtype=float).dropna()
+            means[label] = (None, None) if pairs.empty else tuple(pairs.mean().tolist())
+    return {"prompts": len(records), "failed": len(records) - len(complete), "means": means}
+
+
+def _before_and_after(record: Mapping[str, Any], name: str) -> tuple[float | None, float | None]:
+    if isinstance(record[name], dict):
+        return record[name]["before"], record[name]["after"]
+    return record[name][0], record[name][record["best_run"]]
+
+
+def curves(records: Sequence[dict[str, Any]]) -> Figure:
+    """Draws the rewards by run, and the held-out rewards where there are any: each prompt's and their mean."""
+    from matplotlib.figure import Figure
+
+    names, length = _reward_names(records), min(len(record["rewards"]) for record in records)
+    figure = Figure(figsize=(5 * len(names), 3.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for record in records:
+            axes.plot(pandas.Series(record[name], dtype=float), color="0.8", linewidth=0.8)
+        axes.plot(_histories([record[name] for record in records], length).mean(), color="C0", marker=".")
+        axes.set(xlabel="run", ylabel=QUANTITIES[name])
+    return figure
+
+
+def by_seconds(records: Sequence[dict[str, Any]]) -> Figure:
+    """Draws means over prompts of the best reward so far, and of the held-out reward of the same run, by the mean of
+    the seconds since the beginning of a prompt's batch. A prompt that stopped early stays where it was."""
+    from matplotlib.figure import Figure
+
+    names, length = _reward_names(records), max(len(record["rewards"]) for record in records)
+    seconds = _histories([list(itertools.accumulate(record["seconds"])) for record in records], length).mean()
+    rewards = _histories([record["rewards"] for record in records], length)
+    is_best = rewards.eq(rewards.cummax(axis="columns"))
+    best_runs = numpy.maximum.accumulate(numpy.where(is_best, range(length), 0), axis=1)
+    figure = Figure(figsize=(5 * len(names), 3.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        table = _histories([record[name] for record in records], length)
+        best = pandas.DataFrame(numpy.take_along_axis(table.to_numpy(), best_runs, axis=1))
+        axes.plot(seconds, best.mean(), color="C0", marker=".")
+        label = "best reward" if name == "rewards" else "held-out reward at the best"
+        axes.set(xlabel="seconds", ylabel=label)
+    return figure
+
+
+def gallery(folder: Path, records: Sequence[dict[str, Any]]) -> Figure:
+    """Draws one row per prompt: the image before, the image after, and the rewards by run."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure(figsize=(6.4, 1.9 * len(records)), layout="constrained")
+    rows = figure.subplots(len(records), 3, squeeze=False)
+    for row, record in zip(rows, records, strict=True):
+        for axes, name in zip(row, ("before", "after"), strict=False):
+            with Image.open(folder / record[name]) as picture:
+                axes.imshow(numpy.asarray(picture))
+            axes.set(xticks=[], yticks=[])
+            axes.set_title("\n".join([name, *_bits(record, name)]), fontsize=8)
+        row[0].set_ylabel(record["prompt"][:28], fontsize=8)
+        row[2].plot(record["rewards"], marker=".")
+        row[2].set_title("reward by run", fontsize=8)
+        row[2].tick_params(labelsize=7)
+    return figure
+
+
+def _show(page: Page, folder: Path, record: dict[str, Any]) -> None:
+    """Adds one prompt to the page: its pictures with their numbers, and remarks."""
+    page.paragraph(record["prompt"])
+    captions = []
+    for when, run in (("before", 0), ("after", record["best_run"])):
+        numbers = [f"reward {record['rewards'][run]:.4g}"]
+        if record["held_out"]:
+            numbers.append(f"held out {_number_text(record['held_out'][run])}")
+        captions.append(f"{when}: {', '.join([*numbers, *_bits(record, when)])}")
+    page.pictures([(folder / record[name], text) for name, text in zip(("before", "after"), captions, strict=True)])
+    if record["flagged"]:
+        page.paragraph(f"Black, because the safety checker flagged it: the image {' and '.join(record['flagged'])}.")
+    if record["status"] != COMPLETED:
+        page.paragraph(record["status"])
+
+
+def _number_text(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def _bits(record: Mapping[str, Any], when: str) -> list[str]:
+    """Bits/dim of one image with their error, in words; empty without likelihoods."""
+    if "bits_per_dim" not in record:
+        return []
+    value, error = (record[name][when] for name in ("bits_per_dim", "bits_per_dim_error"))
+    return [f"{_number_text(value)} ± {_number_text(error)} bits/dim"]
+
+
+def _reward_names(records: Sequence[dict[str, Any]]) -> list[str]:
+    return ["rewards", "held_out"] if records[0]["held_out"] else ["rewards"]
+
+
+def _histories(rows: Iterable[Sequence[float | None]], length: int) -> pandas.DataFrame:
+    """One row per prompt and one column per run, NaN where a number was not finite. A prompt's last value stands for
+    runs that were not made."""
+    return pandas.DataFrame([pandas.Series(row, dtype=float).reindex(range(length), method="ffill") for row in rows])

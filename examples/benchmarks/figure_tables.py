@@ -1,0 +1,34 @@
+"""Reads the benchmarks' JSON files and writes markdown tables; the files `*_figures.py` share both."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+FOLDER = Path(__file__).parent
+
+
+def kept(name: str) -> dict[str, Any]:
+    """The content of a benchmark's JSON file."""
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def table(columns: Iterable[object], rows: Iterable[Sequence[object]]) -> str:
+    """A markdown table. None is an empty cell."""
+    return tabulate(rows, [str(column) for column in columns], tablefmt="github", disable_numparse=True)
+
+
+def document(*parts: str) -> str:
+    """Paragraphs and tables with empty lines between them."""
+    return "\n\n".join(parts)
+
+
+def nearest(noise_to_signal: Sequence[float]) -> list[int]:
+    """Indices of the levels nearest to a noise to signal of 10, 1 and 0.1."""
+    return [
+        min(range(len(noise_to_signal)), key=lambda index: abs(math.log(noise_to_signal[index] / ratio)))
+        for ratio in (10, 1, 0.1)
+    ]
