@@ -10,7 +10,7 @@ import torch
 from diffusers.utils import BaseOutput
 
 from ..errors import NumericalError, TrajectoryError
-from ..fisher.operator import FisherEstimator
+from ..fisher.estimator import FisherEstimator
 from .checks import (
     Reward,
     check_images,

@@ -17,10 +17,9 @@ import torch
 
 from ..denoiser import Denoiser
 from ..errors import CoarseGridWarning, InputError, NumericalError
-from ..fisher.binding import bound
 from ..fisher.estimate import Probes, rademacher
+from ..fisher.estimator import FisherEstimator, check_estimator
 from ..fisher.numerics import per_sample
-from ..fisher.operator import FisherEstimator
 from ..noise import expand, log_noise_to_signal_range, timestep_at
 from .bins import dequantised, offset_bits
 from .output import LikelihoodOutput
@@ -38,7 +37,7 @@ class Problem:
         denoiser: at guidance scale 1; a guided output is the score of no density.
         start: (B, ...) float64, the point.
         dtype: of the denoiser's inputs.
-        estimator: gives the trace at every node; is bound to the denoiser.
+        estimator: gives the trace at every node, with its denoiser.
         probes: of the trace; None where exact.
         low, high: log(sigma/alpha) at the ends.
         mean, variance: of the data, for the prior.
@@ -54,13 +53,10 @@ class Problem:
     mean: torch.Tensor | float
     variance: torch.Tensor | float
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "estimator", bound(self.estimator, self.denoiser))  # refuses another's trace model
-
     def evaluate(self, x: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """eps (B, ...), 1 - r (B,) and its value by each probe (k, B) at x~ = `x`, all float64."""
         level = self.denoiser.level(timestep)
-        needs_graph = getattr(self.estimator, "needs_graph", False)
+        needs_graph = self.estimator.needs_graph
         with torch.set_grad_enabled(needs_graph):
             model_input = (expand(level.alpha, x) * x).to(self.dtype).requires_grad_(needs_graph)
             state = self.denoiser.state(model_input, timestep.to(torch.float32))
@@ -136,7 +132,7 @@ def log_likelihood(
     chosen = scheme_of(scheme)
     _check(samples, num_steps, num_probes)
     moments = checked_prior(samples, prior_mean, prior_variance)
-    _check_grad_mode(estimator)
+    estimator = bind_estimator(estimator, denoiser)
     samples = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
     low, high = log_noise_to_signal_range(denoiser.scheduler)
     probes = None if num_probes is None else rademacher(num_probes, samples, generator)
@@ -149,12 +145,11 @@ def log_likelihood(
     error = path.error
     if step_halving:
         error = (_finite(path) - _finite(integrate(problem, num_steps // 2, chosen, on_step), halved=True)).abs()
-    name = getattr(estimator, "description", type(estimator).__name__)
     output = LikelihoodOutput(
         **_figures(path, error, num_probes), dims=samples[0].numel(), space=space,
         num_denoiser_calls=denoiser.num_calls - before, density="noised" if noised else "smoothed",
         prior="standard" if prior_mean is None else "moment-matched", halved=step_halving,
-        trace=f"{name}, " + ("no probes" if num_probes is None else f"{num_probes} probes"),
+        trace=f"{estimator.description}, " + ("no probes" if num_probes is None else f"{num_probes} probes"),
         scheme=scheme, offset_bits=offset_bits(bins),
     )  # fmt: skip
     _warn_if_coarse(output)
@@ -317,12 +312,19 @@ def checked_prior(samples: torch.Tensor, mean: Any, variance: Any) -> tuple[Any,
     return mean, variance
 
 
-def _check_grad_mode(estimator: FisherEstimator) -> None:
-    if getattr(estimator, "needs_graph", False) and torch.is_inference_mode_enabled():
+def bind_estimator(estimator: FisherEstimator, denoiser: Denoiser) -> FisherEstimator:
+    """Returns the estimator with `denoiser` where it has none.
+
+    Raises:
+        InputError: something else than an estimator, one that needs a graph under `torch.inference_mode`, or a trace
+            model of another denoiser.
+    """
+    if check_estimator(estimator).needs_graph and torch.is_inference_mode_enabled():
         raise InputError(
             f"{type(estimator).__name__} differentiates the denoiser, which torch.inference_mode forbids even inside "
             "enable_grad; use torch.no_grad instead, or FiniteDifferenceFisher, which needs no graph."
         )
+    return estimator.bind(denoiser)
 
 
 def prior_log_prob(

@@ -11,17 +11,16 @@ from typing import Any
 
 import torch
 
-from ..denoiser import PipelineDenoiser, borrowed
+from ..denoiser import Denoiser, PipelineDenoiser, borrowed
 from ..errors import InputError
-from ..fisher.binding import bound, each_part, parts_of
+from ..fisher.estimator import FisherEstimator, check_estimator
 from ..fisher.finite_difference import FiniteDifferenceFisher
 from ..fisher.one_step import OneStepFisher
-from ..fisher.operator import FisherEstimator
 from ..guidance.checks import Reward, check_differentiable
 from ..guidance.movers import optimizer_factory
 from ..guidance.noise_ascent import VARIABLES, GuidanceOutput, NoiseAscent, ascend_noise
 from ..guidance.text import TextEmbedding, TextGradientEstimator
-from ..schedulers.mixin import fisher_scheduler
+from ..schedulers import fisher_scheduler
 from .inputs import check_guidance
 from .run import SamplingRun
 
@@ -52,6 +51,8 @@ class GuidanceOptions:
         Raises:
             InputError: says which.
         """
+        if self.estimator is not None:
+            check_estimator(self.estimator)
         check_guidance(self.num_guidance_steps, self.step_size, num_inference_steps, self.output_type)
         if isinstance(self.optimise, str) or not self.optimise or not set(self.optimise) <= set(VARIABLES):
             raise InputError(f"`optimise` is {self.optimise!r}; allowed: some of {', '.join(VARIABLES)}, as a list.")
@@ -61,7 +62,7 @@ class GuidanceOptions:
             raise InputError(
                 f"{type(pipe).__name__} has no autoencoder `vae`; leave out `decoder` and `checkpoint_decoder`."
             )
-        if "text" in self.optimise and getattr(self.estimator, "denoiser", None) is not None:
+        if "text" in self.optimise and self.estimator is not None and self.estimator.denoiser is not None:
             raise InputError(
                 "The estimator has a denoiser of its own, whose prompts stay as they are while the text embedding is "
                 f"optimised. Make it without: {type(self.estimator).__name__}()."
@@ -125,39 +126,31 @@ class _Denoisers:
     def __init__(self, pipe: Any, options: GuidanceOptions, call_arguments: dict[str, Any]):
         arguments = {key: value for key, value in call_arguments.items() if not key.startswith("callback")}
         self.forward = self.backward = PipelineDenoiser(pipe, **arguments)
-        estimator: Any = options.estimator if options.estimator is not None else default_estimator(pipe._noise_dtype())
+        estimator = options.estimator if options.estimator is not None else default_estimator(pipe._noise_dtype())
         scale = options.adjoint_guidance_scale
         if scale is not None and scale != arguments.get("guidance_scale", scale):
             self.backward = PipelineDenoiser(pipe, **{**arguments, "guidance_scale": scale})
-            estimator = each_part(estimator, _central)
-        self.estimator: Any = bound(estimator, self.backward)
-        own = [getattr(part, "denoiser", None) for part in parts_of(self.estimator)]  # where they brought their own
+            estimator = estimator.without_model_output()
+        self.estimator = estimator.bind(self.backward)
+        own = [entry for entry in self.estimator.denoisers if isinstance(entry, Denoiser)]
         self.text = TextEmbedding() if "text" in options.optimise else None
         parts = {id(entry): entry for entry in (self.forward, self.backward)}.values()
         if self.text is not None:
             for denoiser in parts:
                 self.text.attach(denoiser)
             self.estimator = TextGradientEstimator(self.estimator, self.text, self.backward)
-        others = {id(entry): entry for entry in own if hasattr(entry, "num_calls") and entry is not self.backward}
-        counted: list[Any] = [*parts, *others.values()]
-        self._counted: list[tuple[Any, int]] = [(entry, entry.num_calls) for entry in counted]
+        counted = {id(entry): entry for entry in (*parts, *own)}.values()
+        self._counted = [(entry, entry.num_calls) for entry in counted]
 
     def calls(self) -> int:
         """Evaluations since this was made, besides the sampling runs'."""
-        return sum(int(entry.num_calls) - before for entry, before in self._counted)
+        return sum(entry.num_calls - before for entry, before in self._counted)
 
 
 def default_estimator(dtype: torch.dtype) -> OneStepFisher:
     """Differences long enough to stand out of the rounding of a network of `dtype`."""
     step = HALF_PRECISION_STEPS.get(dtype)
     return OneStepFisher(None if step is None else FiniteDifferenceFisher(relative_step=step))
-
-
-def _central(estimator: Any) -> Any:
-    """Differences that need no output of the run, which at another guidance scale is no base of a difference."""
-    if isinstance(estimator, FiniteDifferenceFisher) and not estimator.central:
-        return FiniteDifferenceFisher(estimator.denoiser, estimator.relative_step, central=True)
-    return estimator
 
 
 @contextlib.contextmanager

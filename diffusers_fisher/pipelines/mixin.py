@@ -13,7 +13,7 @@ import torch
 from ..denoiser import PipelineDenoiser, borrowed
 from ..errors import InputError, UnsupportedError
 from ..fisher.autodiff import AutodiffFisher
-from ..fisher.operator import FisherEstimator
+from ..fisher.estimator import FisherEstimator, check_estimator
 from ..fisher.trace_matching import TraceMatchingFisher
 from ..guidance.checks import Reward
 from ..guidance.movers import OptimizerFactory
@@ -23,7 +23,7 @@ from ..likelihood import DEFAULT_SCHEME, LikelihoodOutput, log_likelihood
 from ..likelihood.comparison import LikelihoodComparison
 from .compared import compared_likelihoods
 from .conditions import NEGATIVE_PROMPTS, text_conditions
-from .guided import GuidanceOptions, bound, guided_images, parts_of
+from .guided import GuidanceOptions, guided_images
 from .inputs import check_arguments, check_likelihood
 from .parts import CheckpointParts
 
@@ -89,13 +89,13 @@ class FisherPipelineMixin(CheckpointParts):
         guidance = self._check_likelihood(num_inference_steps, bins, call_arguments)
         samples = self._latents_to_score(images, latents, data_range)
         denoiser = self._likelihood_denoiser(samples, guidance, prompt, call_arguments)
-        bound, probes = self._trace_estimator(estimator, num_probes, denoiser)
+        trace_estimator, probes = self._trace_estimator(estimator, num_probes)
         mean, variance = self._prior(prior_mean, prior_variance, samples)
         nodes = num_inference_steps + 1 + (num_inference_steps // 2 + 1 if step_halving else 0)
         with self._loaded(), self.progress_bar(total=nodes) as progress:
             return log_likelihood(
-                denoiser, self._pack(samples), bound, num_inference_steps, probes, mean, variance, noised,
-                step_halving, generator, space=self._space, on_step=progress.update, scheme=scheme, bins=bins,
+                denoiser, self._pack(samples), trace_estimator, num_inference_steps, probes, mean, variance,
+                noised, step_halving, generator, space=self._space, on_step=progress.update, scheme=scheme, bins=bins,
             )  # fmt: skip
 
     def compare_likelihood(
@@ -235,14 +235,14 @@ class FisherPipelineMixin(CheckpointParts):
         return guidance
 
     def _trace_estimator(
-        self, estimator: FisherEstimator | None, num_probes: int | Literal["auto"] | None, denoiser: PipelineDenoiser
+        self, estimator: FisherEstimator | None, num_probes: int | Literal["auto"] | None
     ) -> tuple[FisherEstimator, int | None]:
-        """A likelihood's estimator, bound to `denoiser`, and its number of probes."""
+        """Returns a likelihood's estimator and its number of probes."""
         if estimator is None:
             estimator = AutodiffFisher() if self.trace_model is None else TraceMatchingFisher(self.trace_model)
         if num_probes == "auto":
-            num_probes = None if isinstance(parts_of(estimator)[-1], TraceMatchingFisher) else 2
-        return bound(estimator, denoiser), num_probes
+            num_probes = check_estimator(estimator).default_num_probes
+        return estimator, num_probes
 
     def _prior(self, mean: Any, variance: Any, samples: torch.Tensor) -> tuple[Any, Any]:
         """The given moments of the data, or else the checkpoint's, in the layout of the pipeline's latents."""

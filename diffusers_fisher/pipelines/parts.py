@@ -10,7 +10,7 @@ import torch
 
 from ..errors import InputError
 from ..models import FisherTraceModel
-from ..schedulers.mixin import fisher_scheduler
+from ..schedulers import fisher_scheduler
 from .persistence import check_folder, load_parts, load_trace_model, save_parts, stock_pipeline
 from .space import LatentSpace
 

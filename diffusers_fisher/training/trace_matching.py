@@ -30,8 +30,8 @@ from ..denoiser import Denoiser
 from ..errors import FisherError, InputError, NumericalError
 from ..files import check_writable, write_json
 from ..fisher.autodiff import AutodiffFisher
+from ..fisher.estimator import FisherEstimator
 from ..fisher.finite_difference import FiniteDifferenceFisher
-from ..fisher.operator import FisherEstimator
 from ..jobs.config import flat_settings, load_config
 from ..jobs.pipelines import load_pipeline
 from ..jobs.processes import WAIT, uses_cpu
