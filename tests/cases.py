@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import torch
 
+from diffusers_fisher import FisherEstimator
 from diffusers_fisher.testing import MixtureOracle
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -166,6 +167,16 @@ def sampling_run(scheduler: Any, network, x: torch.Tensor, num_steps: int = 6, b
 
 
 ORACLE_SHAPE = (1, 2, 3)
+
+
+class FunctionFisher(FisherEstimator):
+    """An estimator whose operators a function `(state, endpoint) -> FisherOperator` makes."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, state, endpoint=None):
+        return self.function(state, endpoint)
 
 
 def _covariances(count: int, generator: torch.Generator) -> torch.Tensor:

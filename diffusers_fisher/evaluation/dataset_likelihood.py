@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..backbones import backbone_of
 from ..data import Example, ImageData, Images, ImageStream, UnreadableImageError, no_images, open_images
 from ..errors import CoarseGridWarning, InputError, NumericalError
 from ..files import read_json, write_json
@@ -24,8 +25,8 @@ from ..jobs.processes import process_state
 from ..jobs.records import SETTINGS, Records, shard
 from ..jobs.seeds import step_generator
 from ..likelihood import DEFAULT_SCHEME, LikelihoodOutput
+from ..likelihood.pipeline import log_likelihood
 from ..likelihood.schemes import scheme_of
-from ..pipelines import FisherPipelineMixin
 from .dataset_likelihood_report import FILE, Collected, write_results
 
 ESTIMATORS = ("auto", "trace-model", "autodiff", "finite-difference")
@@ -114,10 +115,10 @@ def evaluate_dataset(
     state = process_state()
     pipe = load_pipeline(settings.denoiser).to(state.device)
     _check_resolution(settings.data, pipe)
-    pipe._checked_bins(settings.bins)
+    backbone_of(pipe).check_bins(settings.bins)
     name = chosen_estimator(pipe, settings.estimator)
     with state.main_process_first():  # the others find what the first has downloaded
-        images = open_images(settings.data, pipe._image_channels(), text_captions=hasattr(pipe, "tokenizer"))
+        images = open_images(settings.data, backbone_of(pipe).image_channels, text_captions=hasattr(pipe, "tokenizer"))
         told = {**flat_settings(dataclasses.asdict(settings)), "estimator": name, "images": images_digest(images)}
         records = _records(output, {**told, **pipeline_digests(pipe)}, images, retry_failed)
         before = Collected(records)
@@ -150,7 +151,7 @@ def _check_apart(output: Path, data: ImageData) -> None:
 
 
 def _check_resolution(data: ImageData, pipe: Any) -> None:
-    multiple = pipe._size_multiple()
+    multiple = backbone_of(pipe).size_multiple
     if data.resolution is not None and data.resolution % multiple:
         raise InputError(f"`resolution` is {data.resolution}; allowed for this pipeline: multiples of {multiple}.")
 
@@ -216,7 +217,7 @@ class Share:
         self.pipe, self.images, self.settings, self.records = pipe, images, settings, records
         self.batch_size, self.state = batch_size, state
         self.attempt = 0  # at images that failed before
-        self.multiple = pipe._size_multiple()
+        self.multiple = backbone_of(pipe).size_multiple
         self.method: dict[str, Any] | None = None  # what the outputs say of themselves; None before there is one
         self.refused: list[str] = []  # what was said of images while there is none
         self.written: list[dict[str, Any]] = []  # records that are in no file yet
@@ -314,7 +315,7 @@ class Share:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", CoarseGridWarning)  # the summary says it once, for all
-                out = FisherPipelineMixin.log_likelihood(  # whose conditions may be prompts, labels or none
+                out = log_likelihood(
                     self.pipe, torch.stack([example.pixels for _, example in group]), conditions,
                     num_inference_steps=settings.num_inference_steps, **options,
                 )  # fmt: skip

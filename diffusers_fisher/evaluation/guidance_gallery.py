@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..backbones import backbone_of
 from ..errors import CoarseGridWarning, InputError, NumericalError, UnsupportedError
 from ..fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDifferenceFisher
 from ..guidance import GuidanceOutput, named_reward
@@ -217,7 +218,7 @@ def _offload(pipe: Any, device: torch.device) -> None:
 
 def _try_likelihood(pipe: Any) -> None:
     """Two steps for a grey image: a pipeline that has no likelihood says so here, before hours of guidance."""
-    grey = torch.full((1, pipe._image_channels(), *pipe._image_size(None, None)), 0.5)
+    grey = torch.full((1, backbone_of(pipe).image_channels, *backbone_of(pipe).image_size()), 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CoarseGridWarning)
         pipe.log_likelihood(grey, num_inference_steps=2, generator=torch.Generator().manual_seed(0))

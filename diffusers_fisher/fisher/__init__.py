@@ -10,11 +10,12 @@ from .bounds import (
 from .direct import DirectFisher
 from .endpoint import EndpointFisher
 from .estimate import Estimate, Probes, antithetic, gaussian, orthogonal, rademacher
+from .estimator import FisherEstimator, ModelFunction
 from .exact import ExactFisher
 from .finite_difference import FiniteDifferenceFisher
 from .gaussian_data import GaussianFisher, TraceCorrectedFisher
 from .one_step import OneStepFisher
-from .operator import FisherEstimator, FisherMatrixOperator, FisherOperator, ModelFisherOperator
+from .operator import FisherMatrixOperator, FisherOperator, ModelFisherOperator
 from .trace_matching import TraceMatchingFisher
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "FisherOperator",
     "GaussianFisher",
     "ModelFisherOperator",
+    "ModelFunction",
     "OneStepFisher",
     "Probes",
     "TraceCorrectedFisher",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from ..denoiser import Denoiser
 from ..errors import InputError, UnsupportedError
 from ..noise import DenoisingState, expand
+from .estimator import FisherEstimator, ModelFunction, model_function
 from .operator import FisherOperator, ModelFisherOperator
 
 
-class AutodiffFisher:
+class AutodiffFisher(FisherEstimator):
     """The reference estimator: products with the model's Jacobian by automatic differentiation.
 
     By default vector-Jacobian products (J^T v, reverse mode): one forward evaluation with a graph a state, then one
@@ -31,30 +31,45 @@ class AutodiffFisher:
             Networks without a batched backward (in channels_last, for one) take them one at a time all the same.
     """
 
-    def __init__(self, denoiser: Any = None, forward_mode: bool = False, chunk_size: int = 1):
+    needs_denoiser = True
+
+    def __init__(
+        self, denoiser: Denoiser | ModelFunction | None = None, forward_mode: bool = False, chunk_size: int = 1
+    ):
         if chunk_size < 1:
             raise InputError(f"`chunk_size` is {chunk_size}; allowed: at least 1.")
         self.denoiser = denoiser
         self.forward_mode = forward_mode
         self.chunk_size = chunk_size
-        self.needs_graph = not forward_mode  # callers that evaluate the state themselves may do so with a graph
 
-    def bind(self, denoiser: Any) -> AutodiffFisher:
-        """The same estimator with `denoiser` where none was given."""
-        return self if self.denoiser is not None else AutodiffFisher(denoiser, self.forward_mode, self.chunk_size)
+    @property
+    def needs_graph(self) -> bool:
+        return not self.forward_mode  # callers that evaluate the state themselves may do so with a graph
+
+    @property
+    def uses_backward_pass(self) -> bool:
+        return not self.forward_mode
+
+    @property
+    def calls_per_state(self) -> int:
+        return 0 if self.forward_mode else 1
+
+    @property
+    def calls_per_product(self) -> int:
+        return 1 if self.forward_mode else 0
 
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> ModelFisherOperator:
         if self.forward_mode:
-            return ForwardOperator(state, model_output_function(self.denoiser))
+            return ForwardOperator(state, model_function(self.denoiser))
         if state.sample.requires_grad and state.model_output.requires_grad:
             return AutodiffOperator(state, None, self.chunk_size)
-        return AutodiffOperator(state, model_output_function(self.denoiser), self.chunk_size)
+        return AutodiffOperator(state, model_function(self.denoiser), self.chunk_size)
 
 
 class AutodiffOperator(ModelFisherOperator):
     """See `AutodiffFisher`. The graph is built at the first product and lives as long as the operator."""
 
-    def __init__(self, state: DenoisingState, function: Any, chunk_size: int = 1):
+    def __init__(self, state: DenoisingState, function: ModelFunction | None, chunk_size: int = 1):
         super().__init__(state)
         self._function = function
         self._graph = (state.sample, state.model_output) if function is None else None
@@ -92,7 +107,8 @@ class AutodiffOperator(ModelFisherOperator):
         if self._graph is None:
             with torch.enable_grad():
                 leaf = self.state.sample.detach().contiguous().requires_grad_()  # see ForwardOperator
-                output = self._function(expand(self.state.input_scale, leaf) * leaf, self.state.timestep)
+                model_input = expand(self.state.input_scale, leaf) * leaf
+                output = model_function(self._function)(model_input, self.state.timestep)
             if not output.requires_grad:
                 raise InputError(
                     "The denoiser's output does not depend on its input for autograd; AutodiffFisher needs a denoiser "
@@ -108,7 +124,7 @@ class ForwardOperator(ModelFisherOperator):
 
     calls_per_product = 1
 
-    def __init__(self, state: DenoisingState, function: Any):
+    def __init__(self, state: DenoisingState, function: ModelFunction):
         super().__init__(state)
         self._function = function
 
@@ -136,7 +152,7 @@ class ForwardOperator(ModelFisherOperator):
         return AutodiffOperator(self.state, self._function)
 
 
-def _gradient(output: torch.Tensor, leaf: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+def _gradient(output: torch.Tensor, leaf: torch.Tensor, v: torch.Tensor, **options: bool) -> torch.Tensor:
     """The product of `v` with the Jacobian, keeping the graph for the next."""
     try:
         return torch.autograd.grad(output, leaf, v.to(output.dtype), retain_graph=True, **options)[0]
@@ -148,13 +164,3 @@ def _gradient(output: torch.Tensor, leaf: torch.Tensor, v: torch.Tensor, **optio
             "products are taken of one graph. Set torch._functorch.config.donated_buffer = False before the first "
             "call of the compiled denoiser, or use FiniteDifferenceFisher, which needs no backward pass."
         ) from error
-
-
-def model_output_function(denoiser: Any) -> Any:
-    """`denoiser.model_output`, or the denoiser itself where it is a plain function."""
-    if denoiser is None:
-        raise InputError(
-            "The estimator has no denoiser; give it one, such as AutodiffFisher(PipelineDenoiser(pipe, prompt=...)), "
-            "or pass it to a pipeline's `guide` or `log_likelihood`, which put in their own."
-        )
-    return getattr(denoiser, "model_output", denoiser)

@@ -3,11 +3,12 @@
 import torch
 
 from ..noise import DenoisingState, expand
+from .estimator import FisherEstimator
 from .numerics import per_sample
 from .operator import FisherOperator
 
 
-class DirectFisher:
+class DirectFisher(FisherEstimator):
     """Holds the raw model output constant: its Jacobian is zero, and a reward's gradient passes straight to the noise.
 
     For epsilon prediction this is F = 0, i.e. C = (sigma/alpha)^2 I. For models that predict x_0, holding the output

@@ -4,11 +4,12 @@ import torch
 
 from ..errors import InputError
 from ..noise import DenoisingState, expand
+from .estimator import FisherEstimator
 from .numerics import dot, per_sample
 from .operator import FisherOperator
 
 
-class EndpointFisher:
+class EndpointFisher(FisherEstimator):
     """Posterior covariance from the run's endpoint x_0 (Wang et al., ICML 2025, section 4, DF-EA).
 
     `centred=False` is the paper's form, C v = x_0 <x_0, v> - m <m, v> with m = E[x_0|x_t] of the model. It is

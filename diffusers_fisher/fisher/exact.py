@@ -6,10 +6,11 @@ import torch
 
 from ..distributions import Distribution, Posterior
 from ..noise import DenoisingState, expand
+from .estimator import FisherEstimator
 from .operator import FisherOperator
 
 
-class ExactFisher:
+class ExactFisher(FisherEstimator):
     """The truth that estimators are judged against: F of a distribution in closed form.
 
     The model's output is not looked at; the state gives the sample and its level, in any scheduler's coordinates.

@@ -2,13 +2,14 @@
 
 import torch
 
+from ..denoiser import Denoiser
 from ..errors import InputError
 from ..noise import DenoisingState, expand
-from .autodiff import model_output_function
+from .estimator import FisherEstimator, ModelFunction, model_function
 from .operator import ModelFisherOperator
 
 
-class FiniteDifferenceFisher:
+class FiniteDifferenceFisher(FisherEstimator):
     """J v ~ (output(x + h v) - output(x))/h, with h |v| = `relative_step` |x| for each sample.
 
     The Jacobian of a true score is symmetric, so this product serves as the transposed one; a learned Jacobian is not
@@ -24,27 +25,32 @@ class FiniteDifferenceFisher:
         central: differences to both sides: error O(h^2) for twice the calls.
     """
 
-    def __init__(self, denoiser=None, relative_step: float = 1e-2, central: bool = False):
+    needs_denoiser = True
+
+    def __init__(
+        self, denoiser: Denoiser | ModelFunction | None = None, relative_step: float = 1e-2, central: bool = False
+    ):
         if not 0 < relative_step < 1:
             raise InputError(f"`relative_step` is {relative_step}; allowed: between 0 and 1, such as 1e-2.")
         self.denoiser = denoiser
         self.relative_step = relative_step
         self.central = central
 
-    def bind(self, denoiser) -> "FiniteDifferenceFisher":
-        """The same estimator with `denoiser` where none was given."""
-        if self.denoiser is not None:
-            return self
-        return FiniteDifferenceFisher(denoiser, self.relative_step, self.central)
+    @property
+    def calls_per_product(self) -> int:
+        return 2 if self.central else 1
+
+    def without_model_output(self) -> "FiniteDifferenceFisher":
+        return self if self.central else self.replace(central=True)
 
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> "FiniteDifferenceOperator":
-        return FiniteDifferenceOperator(state, model_output_function(self.denoiser), self.relative_step, self.central)
+        return FiniteDifferenceOperator(state, model_function(self.denoiser), self.relative_step, self.central)
 
 
 class FiniteDifferenceOperator(ModelFisherOperator):
     """See `FiniteDifferenceFisher`."""
 
-    def __init__(self, state: DenoisingState, function, relative_step: float, central: bool):
+    def __init__(self, state: DenoisingState, function: ModelFunction, relative_step: float, central: bool):
         super().__init__(state)
         self._function = function
         self._relative_step = relative_step

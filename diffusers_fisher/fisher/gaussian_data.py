@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from ..distributions.covariance import Covariance, DCTBasis, EigenBasis, Shifted
 from ..errors import CheckpointError, InputError, UnsupportedError
 from ..files import load_tensors, save_tensors
 from ..noise import DenoisingState
+from .estimator import FisherEstimator, check_estimator
 from .operator import CombinedOperator, FisherMatrixOperator
 
 Samples = torch.Tensor | Iterable[torch.Tensor] | str | os.PathLike
@@ -28,7 +28,7 @@ FORMAT = "diffusers_fisher.GaussianFisher"
 LOW_RANK_LIMIT = 8192
 
 
-class GaussianFisher:
+class GaussianFisher(FisherEstimator):
     """The diffusion Fisher of Gaussian data, the same at every sample.
 
     Fitted to a data set's mean and covariance it is the best estimator that knows nothing of the sample: right in the
@@ -157,7 +157,7 @@ class GaussianOperator(FisherMatrixOperator):
         return function(v.double().reshape(*leading, 1, -1)).to(v.dtype).reshape(v.shape)
 
 
-class TraceCorrectedFisher:
+class TraceCorrectedFisher(FisherEstimator):
     """A prior's shape with another estimator's size: C of `prior`, scaled a sample to have the trace of `trace`.
 
     Args:
@@ -165,14 +165,21 @@ class TraceCorrectedFisher:
         trace: an estimator whose exact trace is cheap, such as `TraceMatchingFisher`.
     """
 
-    def __init__(self, prior: Any, trace: Any):
-        self.prior = prior
-        self.trace = trace
+    def __init__(self, prior: FisherEstimator, trace: FisherEstimator):
+        self.prior = check_estimator(prior)
+        self.trace = check_estimator(trace)
 
     @property
-    def needs_graph(self) -> bool:
-        """Whether a part differentiates the denoiser."""
-        return any(getattr(part, "needs_graph", False) for part in (self.prior, self.trace))
+    def components(self) -> dict[str, FisherEstimator]:
+        return {"prior": self.prior, "trace": self.trace}
+
+    @property
+    def calls_per_product(self) -> int:
+        return self.prior.calls_per_product
+
+    @property
+    def default_num_probes(self) -> int | None:
+        return self.trace.default_num_probes
 
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> CombinedOperator:
         prior, trace = self.prior(state, endpoint), self.trace(state, endpoint)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from ..errors import InputError
 from ..noise import DenoisingState, expand
 from .direct import DirectFisher, DirectOperator
+from .estimator import FisherEstimator, check_estimator
 from .finite_difference import FiniteDifferenceFisher
 
 
-class OneStepFisher:
+class OneStepFisher(FisherEstimator):
     """Takes the run from one noise level on for a single step to the predicted clean sample.
 
     At every state it is `DirectFisher`, so a reward's gradient reaches the noise unchanged but for its scale. There it
@@ -31,12 +31,21 @@ class OneStepFisher:
             more, and make it slower to follow; lower ones less.
     """
 
-    def __init__(self, jacobian: Any = None, noise_to_signal: float = 1.0):
+    uses_whole_run = True
+    needs_graph = False  # the operators ask nothing of the denoiser; only `through_run` does
+    calls_per_state = 0
+    calls_per_product = 0
+
+    def __init__(self, jacobian: FisherEstimator | None = None, noise_to_signal: float = 1.0):
         if not (math.isfinite(noise_to_signal) and noise_to_signal > 0):
             raise InputError(f"`noise_to_signal` is {noise_to_signal}; allowed: above 0 and finite, such as 1.")
-        self.jacobian = FiniteDifferenceFisher() if jacobian is None else jacobian
+        self.jacobian = FiniteDifferenceFisher() if jacobian is None else check_estimator(jacobian)
         self.noise_to_signal = noise_to_signal
         self._direct = DirectFisher()
+
+    @property
+    def components(self) -> dict[str, FisherEstimator]:
+        return {"jacobian": self.jacobian}
 
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> DirectOperator:
         return self._direct(state, endpoint)

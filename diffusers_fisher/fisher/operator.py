@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 
@@ -406,13 +405,3 @@ class CombinedOperator(FisherMatrixOperator):
         total = torch.stack(traces).sum(0)
         shift = self.state.sample[0].numel() * self._shift.to(total.device)
         return total + shift, max(products for *_, products in found)
-
-
-class FisherEstimator(Protocol):
-    """Anything that makes a `FisherOperator` of a state; `endpoint` is the clean end of the run, where known.
-
-    One that also has `through_run(gradient, states)` is given the gradient at the noise of every differentiated run,
-    with the run's states, and gives the one that counts.
-    """
-
-    def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> FisherOperator: ...

@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from ..denoiser import Denoiser
 from ..distributions.covariance import DCTBasis
 from ..errors import InputError
 from ..noise import DenoisingState, expand
+from .estimator import FisherEstimator
 from .numerics import per_sample
 from .operator import FisherOperator
+from .trace_output import LOG_NOISE_RANGE, TraceModel, noise_shares
 
 if TYPE_CHECKING:
-    from ..models import FisherTraceModel, FisherTraceOutput
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
-LOG_NOISE_RANGE = 20.0  # trace models clamp log(sigma/alpha) to +-20, where pure noise has infinity
-
-
-class TraceMatchingFisher:
+class TraceMatchingFisher(FisherEstimator):
     """The Fisher as a trained `FisherTraceModel` knows it: a multiple of the identity, or a diagonal in its basis.
 
     The trace is what the model's `target` says: that of the data ("residual", "norm") or of the denoiser's own
@@ -42,8 +42,8 @@ class TraceMatchingFisher:
         check: compare fingerprints; False only if you know that the denoiser is the one it was trained for.
     """
 
-    def __init__(self, trace_model: FisherTraceModel, pooled: torch.Tensor | None = None, check: bool = True):
-        if not hasattr(trace_model, "evaluate"):
+    def __init__(self, trace_model: TraceModel, pooled: torch.Tensor | None = None, check: bool = True):
+        if not isinstance(trace_model, TraceModel):
             raise InputError(
                 f"TraceMatchingFisher takes a FisherTraceModel, got {type(trace_model).__name__}; load one with "
                 "FisherTraceModel.from_pretrained(...)."
@@ -57,15 +57,26 @@ class TraceMatchingFisher:
         """The estimator with what its model was trained on."""
         return f"TraceMatchingFisher (target {self.trace_model.target})"
 
-    def bind(self, denoiser: Any) -> TraceMatchingFisher:
-        """Itself, after a comparison of fingerprints with `denoiser` (a pipeline, or a denoiser over one).
+    @property
+    def default_num_probes(self) -> None:
+        return None
+
+    def check_denoiser(self, denoiser: Denoiser | DiffusionPipeline) -> None:
+        """Compares the trace model's fingerprint with that of `denoiser`, unless `check` is False.
 
         Raises:
             InputError: the trace model was trained for another denoiser; says what differs.
         """
         if self.check:
             self.trace_model.check_fingerprint(denoiser)
-        return self
+
+    def bind(self, denoiser: Denoiser) -> TraceMatchingFisher:
+        """Returns the estimator with the pooled vectors of the denoiser's conditions, where the model takes some and
+        none were passed, after `check_denoiser`."""
+        self.check_denoiser(denoiser)
+        if self.pooled is not None or self.trace_model.config["pooled_channels"] is None:
+            return self
+        return self.replace(pooled=denoiser.pooled_condition())
 
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> TraceMatchingOperator:
         return TraceMatchingOperator(state, self.trace_model, self.pooled)
@@ -76,7 +87,7 @@ class TraceMatchingOperator(FisherOperator):
 
     chunk_size = 64
 
-    def __init__(self, state: DenoisingState, trace_model: FisherTraceModel, pooled: torch.Tensor | None = None):
+    def __init__(self, state: DenoisingState, trace_model: TraceModel, pooled: torch.Tensor | None = None):
         super().__init__(state)
         self._model = trace_model
         self._pooled = pooled
@@ -144,21 +155,3 @@ class TraceMatchingOperator(FisherOperator):
         axes = self.state.sample.ndim - 1
         z = self._transform.analyse(v.double().flatten(-axes))
         return self._transform.synthesise(factors.flatten(1) * z).to(v.dtype).view(v.shape)
-
-
-def noise_shares(output: FisherTraceOutput, state: DenoisingState) -> tuple[torch.Tensor, torch.Tensor]:
-    """m and 1 - m of a trace model's output, (B,) or (B, ...) float64: m the posterior variance of the noise.
-
-    From a second moment (target "norm") m is (alpha^2/sigma^2)(E[|x_0|^2/d | x_t] - |x0hat|^2/d), a difference of two
-    numbers of order one that at small noise are nearly equal; it may come out negative or above one.
-    """
-    if output.logits is not None:
-        logits = output.logits.double()
-        return torch.sigmoid(logits), torch.sigmoid(-logits)
-    if output.second_moment is None:
-        raise InputError("The trace model's output is empty; pass what its `forward` or `evaluate` returns.")
-    moment = output.second_moment.double()
-    level, clean = state.level, state.pred_original_sample.detach().double()
-    snr = (level.alpha / level.sigma).square().to(moment.device)
-    m = snr * (moment - clean.square().flatten(1).mean(1).to(moment.device))
-    return m, 1 - m

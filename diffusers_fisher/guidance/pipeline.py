@@ -19,7 +19,7 @@ from ..backbones.inputs import check_arguments
 from ..backbones.run import SamplingRun
 from ..denoiser import Denoiser
 from ..errors import InputError
-from ..fisher.estimator import FisherEstimator
+from ..fisher.estimator import FisherEstimator, check_estimator
 from ..fisher.finite_difference import FiniteDifferenceFisher
 from ..fisher.one_step import OneStepFisher
 from ..images import ImageLike
@@ -139,6 +139,8 @@ class GuidanceOptions:
         """Refuses values out of range. Raises `InputError` that says which."""
         if isinstance(self.optimise, str) or not self.optimise or not set(self.optimise) <= set(VARIABLES):
             raise InputError(f"`optimise` is {self.optimise!r}; allowed: some of {', '.join(VARIABLES)}, as a list.")
+        if self.estimator is not None:
+            check_estimator(self.estimator)
         if self.patience is not None and self.patience < 1:
             raise InputError(f"`patience` is {self.patience}; allowed: at least 1 run, or None.")
         if (self.decoder is not None or self.checkpoint_decoder) and backbone.autoencoder is None:
@@ -260,7 +262,8 @@ class _Denoisers:
             estimator = estimator.without_model_output()
         self.estimator = estimator.bind(self.backward)
         counted: dict[int, Denoiser] = {id(each): each for each in (self.forward, self.backward)}
-        counted |= {id(each): each for each in self.estimator.denoisers}  # some bring their own
+        own = [each for each in self.estimator.denoisers if isinstance(each, Denoiser)]  # plain functions don't count
+        counted |= {id(each): each for each in own}
         self._calls_before = [(each, each.num_calls) for each in counted.values()]
         self.text = TextEmbedding() if "text" in options.optimise else None
         if self.text is not None:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from ..backbones import backbone_of
+from ..backbones import PipelineDenoiser, backbone_of
+from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError, TrajectoryError, UnsupportedError
-from ..fisher.binding import check_trace_models
 from ..fisher.direct import DirectFisher
-from ..fisher.operator import FisherEstimator
+from ..fisher.estimator import FisherEstimator, check_estimator
 from ..noise import DenoisingState, NoiseLevel, Timestep, expand, noise_schedule, state_of
 from .checks import (
     Reward,
@@ -35,6 +35,9 @@ from .checks import (
 from .noise_ascent import COMPLETED
 
 logger = logging.getLogger(__name__)
+
+SAME_OUTPUT = 0.05
+"""Relative difference of two evaluations of one denoiser by rounding of half-precision networks, at most."""
 
 
 class _Block(contextlib.AbstractContextManager):
@@ -75,6 +78,7 @@ def posterior_guidance(
     strength: float = 0.2,
     estimator: FisherEstimator | None = None,
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    denoiser: Denoiser | None = None,
 ) -> Iterator[PosteriorGuidance]:
     """Guides the runs of any pipeline inside the block, through `callback_on_step_end`.
 
@@ -99,10 +103,12 @@ def posterior_guidance(
         strength: the tilt's size relative to the score: the score becomes score + strength alpha |score| u, with u
             the unit direction and alpha that of the variance-preserving sample. The predicted clean sample so moves
             by `strength` sigma |eps|, less than `strength` standard deviations of the noise at any level.
-        estimator: of the diffusion Fisher; None: `DirectFisher()`. One that needs a denoiser brings its own, such as
-            AutodiffFisher(PipelineDenoiser(pipe, guidance_scale, prompt=...)).
+        estimator: of the diffusion Fisher; None: `DirectFisher()`.
         decode: latents in the pipeline's layout to images (B, 3, H, W) in [0, 1], differentiable. None: by the
             pipeline's autoencoder; packed latents (Flux) need it.
+        denoiser: bound to an estimator that needs a denoiser and has none. It must be the run's own function, with
+            the call's prompts and guidance scale. None: at the first guided step of every run one is made of
+            `prompts` and the call's guidance scale, and compared with the run's output there, by one evaluation.
 
     Yields:
         The `PosteriorGuidance`, to be passed as `callback_on_step_end`. Cost: a decoding, a reward and their backward
@@ -110,8 +116,10 @@ def posterior_guidance(
         a decoding, for the images' size.
 
     Raises:
-        InputError: `strength` not positive, a trace model of another denoiser; before the run's first evaluation, a
-            reward of the wrong shape or not differentiable, prompts of the wrong number.
+        InputError: `strength` not positive, something else than an estimator, a trace model of another denoiser;
+            before the run's first evaluation, a reward of the wrong shape or not differentiable, prompts of the wrong
+            number; at the first guided step, an estimator without a denoiser where there are no `prompts`, or where
+            the denoiser made of them does not give the run's output.
         UnsupportedError: a pipeline without callbacks or autoencoder, a scheduler that is not known.
         TrajectoryError: the run was not given the callback, or the callback is called outside of the block;
             torch.inference_mode.
@@ -123,16 +131,16 @@ def posterior_guidance(
     scheduler = pipe.scheduler
     noise_schedule(scheduler)
     _check_callback(pipe)
-    if hasattr(estimator, "through_run"):
+    estimator = DirectFisher() if estimator is None else check_estimator(estimator)
+    if estimator.uses_whole_run:
         raise UnsupportedError(
             f"{type(estimator).__name__} takes a whole run, which a single step is not. Take one of the "
             "denoiser's Jacobian: FiniteDifferenceFisher(PipelineDenoiser(pipe, ...)), or DirectFisher()."
         )
-    check_trace_models(estimator, pipe)
+    estimator.check_denoiser(pipe)
+    estimator = estimator if denoiser is None else estimator.bind(denoiser)
     shape = None if decode is not None else functools.partial(_pixel_shape, pipe)
-    guidance = PosteriorGuidance(
-        reward, prompts, strength, estimator or DirectFisher(), decode or _decoder(pipe), shape
-    )
+    guidance = PosteriorGuidance(reward, prompts, strength, estimator, decode or _decoder(pipe), shape)
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_replaced(scheduler, "step", guidance._watched(scheduler)))
@@ -173,6 +181,7 @@ class PosteriorGuidance:
         self._prompts = prompts
         self._strength = strength
         self._estimator = estimator
+        self._run_estimator: FisherEstimator | None = None  # the same with a denoiser of the present run
         self._decode = decode
         self._shape = shape  # of the images, from latents; None: of one decoding
         self._tried: set[tuple[int, ...]] = set()
@@ -206,7 +215,9 @@ class PosteriorGuidance:
         if self.status != COMPLETED:
             return callback_kwargs
         try:
-            direction = self._direction(state, len(self.rewards))
+            if self._run_estimator is None:
+                self._run_estimator = self._with_denoiser(pipe, state)
+            direction = self._direction(state, self._run_estimator, len(self.rewards))
         except NumericalError as error:
             if not self.rewards:  # nothing was guided yet
                 raise
@@ -217,7 +228,7 @@ class PosteriorGuidance:
         latents = callback_kwargs["latents"]
         return callback_kwargs | {"latents": (latents + tilt).to(latents.dtype)}
 
-    def _direction(self, state: DenoisingState, step: int) -> torch.Tensor:
+    def _direction(self, state: DenoisingState, estimator: FisherEstimator, step: int) -> torch.Tensor:
         """The unit direction in which the score is tilted, (B, ...)."""
         clean = state.pred_original_sample.detach()
         prompts = self._prompts_of(len(clean))
@@ -230,16 +241,43 @@ class PosteriorGuidance:
                 raise not_differentiable(self._reward)
             watch_gradient(images, self._reward, f"guided step {step}")
             (gradient,) = torch.autograd.grad(values.sum(), leaf)
-        product = self._estimator(state).original_jacobian(gradient)
+        product = estimator(state).original_jacobian(gradient)
         if not torch.isfinite(product).all():
             raise NumericalError(
-                f"The gradient at guided step {step} is not finite with {type(self._estimator).__name__}. Half "
+                f"The gradient at guided step {step} is not finite with {type(estimator).__name__}. Half "
                 "precision is the usual cause, or a reward whose slope is infinite."
             )
         direction, length = unit(product)
         self.rewards.append(values.detach().double().cpu())
         self.gradient_norms.append(length)
         return direction
+
+    def _with_denoiser(self, pipe: Any, state: DenoisingState) -> FisherEstimator:
+        """Returns the estimator, with a denoiser of the running call where it needs one and has none.
+
+        Raises:
+            InputError: there are no prompts, or with them the denoiser does not give the run's output at `state`.
+        """
+        if not self._estimator.lacks_denoiser:
+            return self._estimator
+        name, scale = type(self._estimator).__name__, getattr(pipe, "guidance_scale", 1.0)
+        if self._prompts is None:
+            raise InputError(
+                f"{name} needs a denoiser, and no `prompts` are known to make one of. Pass `prompts`, or the run's "
+                "own: posterior_guidance(pipe, ..., denoiser=PipelineDenoiser(pipe, guidance_scale, prompt=...))."
+            )
+        denoiser = PipelineDenoiser(pipe, scale, prompt=list(self._prompts_of(len(state.sample))))
+        with torch.no_grad():
+            model_input = expand(state.input_scale, state.sample) * state.sample
+            output = denoiser.model_output(model_input, state.known_timestep).to(state.model_output.dtype)
+        difference = float((output - state.model_output).norm() / state.model_output.norm())
+        if not difference < SAME_OUTPUT:
+            raise InputError(
+                f"{name} needs a denoiser, and the one made of `prompts` at guidance scale {scale} differs from the "
+                f"run's output by {difference:.2g} of its size. Pass the run's own: posterior_guidance(pipe, ..., "
+                "denoiser=PipelineDenoiser(pipe, guidance_scale, prompt=..., ...))."
+            )
+        return self._estimator.bind(denoiser)
 
     def _prompts_of(self, count: int) -> Sequence[str]:
         """One a sample."""
@@ -288,7 +326,7 @@ class PosteriorGuidance:
     def _watch(self, model_output: torch.Tensor, timestep: Timestep, sample: torch.Tensor) -> None:
         scheduler = self._scheduler
         if scheduler.timesteps is not self._timesteps:  # another run
-            self._timesteps, self._begin = scheduler.timesteps, None
+            self._timesteps, self._begin, self._run_estimator = scheduler.timesteps, None, None
             self.rewards, self.gradient_norms, self.status = [], [], COMPLETED
         wide = sample.detach().to(torch.promote_types(sample.dtype, torch.float32))
         index = noise_schedule(scheduler).start_step(timestep)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import cast
 
 import torch
 
 from ..backbones import PipelineDenoiser
 from ..errors import InputError, UnsupportedError
-from ..fisher.autodiff import AutodiffFisher
-from ..fisher.operator import FisherEstimator
-from ..noise import DenoisingState, Timestep, expand
+from ..fisher.estimator import FisherEstimator
+from ..fisher.operator import FisherOperator
+from ..noise import DenoisingState, expand
 
 
 class TextEmbedding:
@@ -79,41 +78,52 @@ class TextEmbedding:
         self.gradient = gradient if self.gradient is None else self.gradient + gradient
 
 
-class TextGradientEstimator:
+class TextGradientEstimator(FisherEstimator):
     """`estimator`, whose products in the backward pass also add to the text's gradient."""
 
     def __init__(self, estimator: FisherEstimator, text: TextEmbedding, denoiser: PipelineDenoiser):
         self.estimator = estimator
         self.text = text
-        self.denoiser = denoiser
+        self.text_denoiser = denoiser
+        self.uses_whole_run = estimator.uses_whole_run
+
+    @property
+    def components(self) -> dict[str, FisherEstimator]:
+        return {"estimator": self.estimator}
 
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> _TextOperator:
         return _TextOperator(self, state, endpoint)
 
     def through_run(self, gradient: torch.Tensor, states: Sequence[DenoisingState]) -> torch.Tensor:
-        finish = getattr(self.estimator, "through_run", None)
-        return gradient if finish is None else finish(gradient, states)
+        return self.estimator.through_run(gradient, states)
 
 
-class _TextOperator:
-    """The part of an operator that a trajectory asks for."""
+class _TextOperator(FisherOperator):
+    """See `TextGradientEstimator`. Products with the output's Jacobian, which trajectories take, add to the text's
+    gradient; all others are the estimator's own."""
 
     def __init__(self, parent: TextGradientEstimator, state: DenoisingState, endpoint: torch.Tensor | None):
+        super().__init__(state)
         self._parent = parent
-        self._state = state
         self._endpoint = endpoint
 
+    def covariance(self, v: torch.Tensor) -> torch.Tensor:
+        return self._operator().covariance(v)
+
+    def _operator(self) -> FisherOperator:
+        return self._parent.estimator(self.state, endpoint=self._endpoint)
+
     def output_jacobian(self, v: torch.Tensor) -> torch.Tensor:
-        parent, state = self._parent, self._state
+        parent, state = self._parent, self.state
         with torch.enable_grad():
             # The sample asks for a graph in any case: without it the pipeline would be called under no_grad.
             sample = state.sample.detach().requires_grad_()
             text = parent.text.value.detach().requires_grad_()
             with parent.text.held(text):
-                timestep = cast(Timestep, state.timestep)  # states of runs have one
-                output = parent.denoiser.model_output(expand(state.input_scale, sample) * sample, timestep)
+                model_input = expand(state.input_scale, sample) * sample
+                output = parent.text_denoiser.model_output(model_input, state.known_timestep)
         of_text, of_sample = torch.autograd.grad(output, (text, sample), v.to(output.dtype))
         parent.text.accumulate(of_text)
-        if isinstance(parent.estimator, AutodiffFisher) and not parent.estimator.forward_mode:
+        if parent.estimator.uses_backward_pass:
             return of_sample.to(v.dtype)  # the same graph gives its product too
-        return parent.estimator(state, endpoint=self._endpoint).output_jacobian(v)
+        return self._operator().output_jacobian(v)

@@ -9,6 +9,7 @@ import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from ..backbones import backbone_of
 from ..checkpoints import embedded_checkpoint
 from ..errors import CheckpointError, InputError
 from ..pipelines import fisher_pipeline
@@ -64,5 +65,7 @@ def load_pipeline(settings: DenoiserSettings) -> Any:
         from torch._functorch import config
 
         config.donated_buffer = False  # AutodiffFisher keeps graphs for further products
-        pipe._network.compile()
+        network = backbone_of(pipe).network
+        if network is not None:
+            network.compile()
     return pipe

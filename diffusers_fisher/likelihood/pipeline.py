@@ -15,7 +15,7 @@ from ..backbones.conditions import NEGATIVE_PROMPTS, Condition
 from ..backbones.inputs import check_arguments
 from ..errors import InputError
 from ..fisher.autodiff import AutodiffFisher
-from ..fisher.estimator import FisherEstimator
+from ..fisher.estimator import FisherEstimator, check_estimator
 from ..fisher.trace_matching import TraceMatchingFisher
 from ..images import UNIT_RANGE, ImageLike
 from .comparison import METHODS, LikelihoodComparison
@@ -24,7 +24,6 @@ from .schemes import DEFAULT_SCHEME
 from .solver import Integration, integrate_log_likelihood
 from .squared_error import squared_error_log_likelihood
 
-NUM_PROBES = 2  # Hutchinson probes where the trace has no cheaper way
 NUM_LEVELS = 64
 SQUARED_ERROR_OPTIONS = ("prior_mean", "prior_variance", "bins", "data_range")
 
@@ -88,9 +87,9 @@ def log_likelihood(
     guidance = _checked_scale(backbone, num_inference_steps, call_arguments)
     samples = backbone.samples_of(images, latents, data_range)
     denoiser = unguided_denoiser(backbone, samples, guidance, prompt, call_arguments)
-    trace = trace_estimator(backbone, estimator).bind(denoiser)
+    trace = trace_estimator(backbone, estimator)
     if num_probes == "auto":
-        num_probes = None if trace.has_cheap_trace else NUM_PROBES
+        num_probes = trace.default_num_probes
     mean, variance = backbone.prior(prior_mean, prior_variance, samples)
     nodes = num_inference_steps + 1 + (num_inference_steps // 2 + 1 if step_halving else 0)
     with backbone.loaded(), pipe.progress_bar(total=nodes) as progress:
@@ -195,7 +194,7 @@ def unguided_denoiser(
 def trace_estimator(backbone: Backbone, estimator: FisherEstimator | None = None) -> FisherEstimator:
     """The estimator of a likelihood's trace: the one passed, else the checkpoint's trace model, else the network."""
     if estimator is not None:
-        return estimator
+        return check_estimator(estimator)
     model = backbone.trace_model
     return AutodiffFisher() if model is None else TraceMatchingFisher(model)
 

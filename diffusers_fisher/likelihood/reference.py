@@ -10,11 +10,11 @@ import torch
 from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError, UnsupportedError
 from ..fisher.autodiff import AutodiffFisher
-from ..fisher.operator import FisherEstimator
+from ..fisher.estimator import FisherEstimator
 from ..noise import log_noise_to_signal_range, timestep_at
 from .output import LikelihoodOutput
 from .schemes import noise_grid
-from .solver import Problem, check_samples, checked_prior
+from .solver import Problem, bind_estimator, check_samples, checked_prior
 
 
 def reference_log_likelihood(
@@ -63,7 +63,7 @@ def reference_log_likelihood(
     moments = checked_prior(samples, prior_mean, prior_variance)
     samples = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
     low, high = log_noise_to_signal_range(denoiser.scheduler)
-    estimator = AutodiffFisher(denoiser, chunk_size=64) if estimator is None else estimator
+    estimator = bind_estimator(AutodiffFisher(chunk_size=64) if estimator is None else estimator, denoiser)
     problem = Problem(denoiser, samples.double(), samples.dtype, estimator, None, low, high, *moments)
     grid, before = noise_grid(low, high, num_levels - 1), denoiser.num_calls
     end, trace, r = _solve(odeint, problem, grid, tolerance)
@@ -77,12 +77,12 @@ def reference_log_likelihood(
         "standard_error": torch.zeros_like(trace), "discretisation_error": error, "r": r,
         "noise_to_signal": grid.exp(), "final_latents": end, "trace_by_probe": trace.new_empty(0, len(trace)),
     }  # fmt: skip
-    name = getattr(estimator, "description", type(estimator).__name__)
     return LikelihoodOutput(
         **{key: value.cpu() for key, value in tensors.items()}, dims=samples[0].numel(),
         num_denoiser_calls=denoiser.num_calls - before, space=space,
-        prior="standard" if prior_mean is None else "moment-matched", density="smoothed", trace=f"{name}, no probes",
-        halved=False, scheme=f"dopri5, tolerance {tolerance:g}", offset_bits=0.0,
+        prior="standard" if prior_mean is None else "moment-matched", density="smoothed",
+        trace=f"{estimator.description}, no probes", halved=False, scheme=f"dopri5, tolerance {tolerance:g}",
+        offset_bits=0.0,
     )  # fmt: skip
 
 

@@ -17,10 +17,9 @@ import torch
 
 from ..denoiser import Denoiser
 from ..errors import CoarseGridWarning, InputError, NumericalError
-from ..fisher.binding import bound
 from ..fisher.estimate import Generators, Probes, rademacher
+from ..fisher.estimator import FisherEstimator, check_estimator
 from ..fisher.numerics import per_sample
-from ..fisher.operator import FisherEstimator
 from ..noise import expand, log_noise_to_signal_range, timestep_at
 from .bins import dequantised, offset_bits
 from .output import LikelihoodOutput
@@ -38,7 +37,7 @@ class Problem:
         denoiser: at guidance scale 1; a guided output is the score of no density.
         start: (B, ...) float64, the point.
         dtype: of the denoiser's inputs.
-        estimator: gives the trace at every node; is bound to the denoiser.
+        estimator: gives the trace at every node, with its denoiser.
         probes: of the trace; None where exact.
         low, high: log(sigma/alpha) at the ends.
         mean, variance: of the data, for the prior.
@@ -54,13 +53,10 @@ class Problem:
     mean: torch.Tensor | float
     variance: torch.Tensor | float
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "estimator", bound(self.estimator, self.denoiser))  # refuses another's trace model
-
     def evaluate(self, x: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """eps (B, ...), 1 - r (B,) and its value by each probe (k, B) at x~ = `x`, all float64."""
         level = self.denoiser.level(timestep)
-        needs_graph = getattr(self.estimator, "needs_graph", False)
+        needs_graph = self.estimator.needs_graph
         with torch.set_grad_enabled(needs_graph):
             model_input = (expand(level.alpha, x) * x).to(self.dtype).requires_grad_(needs_graph)
             state = self.denoiser.state(model_input, timestep.to(torch.float32))
@@ -150,13 +146,12 @@ def integrate_log_likelihood(
     if chosen.step_halving:
         half = integrate(problem, steps // 2, scheme, chosen.on_step)
         error = (_finite(path) - _finite(half, halved=True)).abs()
-    name = getattr(estimator, "description", type(estimator).__name__)
     probes = "no probes" if chosen.num_probes is None else f"{chosen.num_probes} probes"
     output = LikelihoodOutput(
         **_figures(path, error, chosen.num_probes), dims=samples[0].numel(), space=chosen.space,
         num_denoiser_calls=denoiser.num_calls - before, density="noised" if chosen.noised else "smoothed",
         prior="standard" if chosen.prior_mean is None else "moment-matched", halved=chosen.step_halving,
-        trace=f"{name}, {probes}", scheme=chosen.scheme, offset_bits=offset_bits(chosen.bins),
+        trace=f"{problem.estimator.description}, {probes}", scheme=chosen.scheme, offset_bits=offset_bits(chosen.bins),
     )  # fmt: skip
     _warn_if_coarse(output)
     return output
@@ -169,7 +164,7 @@ def _problem(
     generator, bins = integration.generator, integration.bins
     _check(samples, integration.num_steps, integration.num_probes)
     moments = checked_prior(samples, integration.prior_mean, integration.prior_variance)
-    _check_grad_mode(estimator)
+    estimator = bind_estimator(estimator, denoiser)
     samples = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
     low, high = log_noise_to_signal_range(denoiser.scheduler)
     count = integration.num_probes
@@ -336,12 +331,19 @@ def checked_prior(samples: torch.Tensor, mean: Any, variance: Any) -> tuple[Any,
     return mean, variance
 
 
-def _check_grad_mode(estimator: FisherEstimator) -> None:
-    if getattr(estimator, "needs_graph", False) and torch.is_inference_mode_enabled():
+def bind_estimator(estimator: FisherEstimator, denoiser: Denoiser) -> FisherEstimator:
+    """Returns the estimator with `denoiser` where it has none.
+
+    Raises:
+        InputError: something else than an estimator, one that needs a graph under `torch.inference_mode`, or a trace
+            model of another denoiser.
+    """
+    if check_estimator(estimator).needs_graph and torch.is_inference_mode_enabled():
         raise InputError(
             f"{type(estimator).__name__} differentiates the denoiser, which torch.inference_mode forbids even inside "
             "enable_grad; use torch.no_grad instead, or FiniteDifferenceFisher, which needs no graph."
         )
+    return estimator.bind(denoiser)
 
 
 def prior_log_prob(

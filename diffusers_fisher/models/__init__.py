@@ -1,7 +1,8 @@
 """Networks that know the diffusion Fisher of a denoiser."""
 
-from .fingerprint import check_fingerprint, denoiser_fingerprint, fingerprint_differences
-from .trace_model import FisherTraceModel, FisherTraceOutput, trace_inputs
+from ..fisher.trace_output import FisherTraceOutput
+from .fingerprint import check_fingerprint, denoiser_fingerprint, fingerprint_differences, network_key
+from .trace_model import FisherTraceModel, trace_inputs
 
 __all__ = [
     "FisherTraceModel",
@@ -9,5 +10,6 @@ __all__ = [
     "check_fingerprint",
     "denoiser_fingerprint",
     "fingerprint_differences",
+    "network_key",
     "trace_inputs",
 ]

@@ -1,17 +1,29 @@
-"""What denoiser a trace model belongs to: a few numbers of its weights, its configuration and its schedule."""
+"""Fingerprints say which denoiser a trace model belongs to: numbers of its weights, configuration and schedule.
 
+The network's part reads up to a million weights. It is kept until `network_key`, which costs milliseconds, changes.
+"""
+
+from __future__ import annotations
+
+import copy
 import functools
 import hashlib
 import inspect
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..denoiser import Denoiser
 from ..errors import InputError, UnsupportedError
 from ..noise import NoiseSchedule, noise_schedule
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 NUM_TENSORS = 16  # parameters that are looked at one by one
 NUM_VALUES = 65536  # values of each that are read
@@ -23,10 +35,22 @@ MATRIX_TOLERANCE = 5e-3  # relative change of all matrices: rounding to bfloat16
 SCHEDULE_TOLERANCE = 1e-3  # of log(sigma/alpha)
 LOG_LIMIT = 20.0  # stands for infinity: a schedule that ends in pure noise
 COMPILED = "_orig_mod."  # what torch.compile puts before names
+KEY_VALUES = 64  # weights that a key reads at least: `parameter.data.mul_()` moves no version counter
+PLAIN = {bool, int, float, str, type(None)}
+OF_TORCH = {
+    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_backward_pre_hooks", "_backward_hooks",
+    "_is_full_backward_hook", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+}  # fmt: skip
+"""Attributes of every module that are read elsewhere or have no part in an evaluation."""
 
 
-def denoiser_fingerprint(denoiser: Any) -> dict[str, Any]:
-    """The fingerprint of a pipeline, or of a `PipelineDenoiser` over one; what can be stored as JSON.
+_KEPT: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Hashable, dict[str, Any]]] = weakref.WeakKeyDictionary()
+
+
+def denoiser_fingerprint(denoiser: Denoiser | DiffusionPipeline) -> dict[str, Any]:
+    """Returns the fingerprint of a pipeline or a `Denoiser`, which can be stored as JSON.
 
     Keys: `denoiser` (class), `config` (hash of the settings that differ from their defaults), `parameters` (hash of
     names and shapes), `weights` (projections of 16 parameters on a fixed direction, relative to their norms), `counts`
@@ -34,7 +58,7 @@ def denoiser_fingerprint(denoiser: Any) -> dict[str, Any]:
     `_sums_of_matrices`), `prediction_type`, `schedule` (log(sigma/alpha) at five timesteps). A denoiser without a
     network has only the last two; a compiled one is as it was before. The weights are compared to within the rounding
     of 16-bit dtypes; those in 8 bits or fewer, or not in memory, fit anything. Cost: reads a million numbers at most,
-    and 4,096 of every matrix.
+    and 4,096 of every matrix; a second call on the same network only those of `network_key`, if that is the same.
 
     Raises:
         UnsupportedError: an object without a scheduler, or with one that is not known.
@@ -47,9 +71,44 @@ def denoiser_fingerprint(denoiser: Any) -> dict[str, Any]:
         )
     noise = noise_schedule(scheduler)
     schedule = {"prediction_type": noise.prediction.kind, "schedule": _five_levels(noise)}
-    network = _network(getattr(denoiser, "pipe", denoiser))
-    if network is None:
-        return schedule
+    network = _network(denoiser)
+    return schedule if network is None else copy.deepcopy(_kept_fingerprint(network)) | schedule
+
+
+@torch.no_grad()
+def network_key(network: torch.nn.Module) -> Hashable:
+    """Returns what changes whenever a network's function may have changed, cheap enough to read at every call.
+
+    It holds, for each parameter, its name, shape, dtype, device, place in memory and version, and one value or more
+    (64 over all); for each module its class, hooks and every attribute of its own, among them adapters and their
+    scales, attention processors, FreeU's factors and the configuration. It holds no reference to any of them. Changes
+    through `parameter.data` move no version, and are seen at the sampled values alone.
+    """
+    places, readable = [], []
+    for name, parameter in network.named_parameters():
+        places.append((name, parameter.shape, parameter.dtype, parameter.device, _place(parameter)))
+        if _is_readable(parameter) and parameter.numel() > 0:
+            readable.append(parameter)
+    attributes: list[Hashable] = []  # flat, because there are thousands
+    for module in network.modules():
+        attributes.append(type(module).__qualname__)
+        for name, value in vars(module).items():
+            if name not in OF_TORCH and (type(value) is not OrderedDict or value):  # most modules have no hooks
+                attributes.append(name)
+                attributes.append(value if type(value) in PLAIN else _summary(value))
+    return tuple(places), _sampled_values(readable), tuple(attributes)
+
+
+def _kept_fingerprint(network: torch.nn.Module) -> dict[str, Any]:
+    """Returns the network's fingerprint, computed anew only where its key has changed."""
+    key = network_key(network)
+    kept = _KEPT.get(network)
+    if kept is None or kept[0] != key:
+        kept = _KEPT[network] = key, _network_fingerprint(network)
+    return kept[1]
+
+
+def _network_fingerprint(network: torch.nn.Module) -> dict[str, Any]:
     parameters = dict(sorted((name.replace(COMPILED, ""), value) for name, value in network.named_parameters()))
     sampled = [parameters[name] for name in _spread(list(parameters))]
     shapes = [(name, list(parameter.shape)) for name, parameter in parameters.items()]
@@ -57,7 +116,7 @@ def denoiser_fingerprint(denoiser: Any) -> dict[str, Any]:
         "denoiser": type(network).__name__, "config": _hash(_settings(network)), "parameters": _hash(shapes),
         "weights": [_projection(parameter) for parameter in sampled],
         "counts": [min(parameter.numel(), NUM_VALUES) for parameter in sampled],
-        "matrices": _sums_of_matrices(parameters.values()), **schedule,
+        "matrices": _sums_of_matrices(parameters.values()),
     }  # fmt: skip
 
 
@@ -87,8 +146,10 @@ def fingerprint_differences(expected: Mapping[str, Any], found: Mapping[str, Any
     return words
 
 
-def check_fingerprint(expected: Mapping[str, Any] | None, denoiser: Any, name: str = "trace model") -> None:
-    """Refuses a denoiser that the `expected` fingerprint does not fit; None fits everything.
+def check_fingerprint(
+    expected: Mapping[str, Any] | None, denoiser: Denoiser | DiffusionPipeline, name: str = "trace model"
+) -> None:
+    """Refuses a denoiser that the `expected` fingerprint does not fit; None fits every denoiser.
 
     Raises:
         InputError: says what differs.
@@ -103,12 +164,54 @@ def check_fingerprint(expected: Mapping[str, Any] | None, denoiser: Any, name: s
         )
 
 
-def _network(pipe: Any) -> torch.nn.Module | None:
-    for name in ("unet", "transformer"):
-        network = getattr(pipe, name, None)
-        if isinstance(network, torch.nn.Module):
-            return getattr(network, COMPILED[:-1], network)
-    return None
+def _network(denoiser: Denoiser | DiffusionPipeline) -> torch.nn.Module | None:
+    """Returns the network as it was before `torch.compile`; None where there is none."""
+    if isinstance(denoiser, Denoiser):
+        candidates = [denoiser.network]
+    else:
+        candidates = [getattr(denoiser, name, None) for name in ("unet", "transformer")]
+    networks = [network for network in candidates if isinstance(network, torch.nn.Module)]
+    return getattr(networks[0], COMPILED[:-1], networks[0]) if networks else None
+
+
+def _place(parameter: torch.Tensor) -> tuple[int, int]:
+    """Returns the address in memory and the version."""
+    try:
+        return parameter.data_ptr(), parameter._version
+    except RuntimeError:  # made under inference_mode, or a subclass without memory of its own
+        return id(parameter), 0
+
+
+def _sampled_values(parameters: Sequence[torch.Tensor]) -> tuple[float, ...]:
+    """Returns at least `KEY_VALUES` values, spread over all parameters and over the entries of each."""
+    count = math.ceil(KEY_VALUES / max(1, len(parameters)))
+    values: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}  # for one transfer from each device
+    for parameter in parameters:
+        entries = values.setdefault((parameter.device, parameter.dtype), [])
+        for number in range(count):
+            entries.append(_entry(parameter, (2 * number + 1) * parameter.numel() // (2 * count)))
+    return tuple(value for entries in values.values() for value in torch.stack(entries).cpu().double().tolist())
+
+
+def _entry(values: torch.Tensor, position: int) -> torch.Tensor:
+    """Returns one entry by its position in row-major order, whatever the strides."""
+    index = []
+    for size in reversed(values.shape):
+        position, place = divmod(position, size)
+        index.append(place)
+    return values[tuple(reversed(index))]
+
+
+def _summary(value: object) -> Hashable:
+    """Returns numbers, strings and containers of them by value, other objects by class, identity and attributes."""
+    if type(value) in PLAIN:
+        return value
+    if isinstance(value, dict):
+        return tuple((_summary(key), _summary(entry)) for key, entry in value.items())
+    if isinstance(value, (list, tuple, set)):
+        return tuple(_summary(entry) for entry in value)
+    own = getattr(value, "__dict__", {})  # such as an attention processor's
+    return type(value).__qualname__, id(value), *(entry for entry in own.items() if type(entry[1]) in PLAIN)
 
 
 def _five_levels(schedule: NoiseSchedule) -> list[float]:
@@ -124,15 +227,12 @@ def _settings(network: torch.nn.Module) -> dict[str, Any]:
     return {k: v for k, v in sorted(own.items()) if k not in defaults or not _equal(v, defaults[k].default)}
 
 
-def _equal(value: Any, default: Any) -> bool:
-    return _plain(value) == _plain(default)
+def _equal(value: object, default: object) -> bool:
+    left, right = (list(entry) if isinstance(entry, (list, tuple)) else entry for entry in (value, default))
+    return left == right
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else value
-
-
-def _hash(content: Any) -> str:
+def _hash(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -148,9 +248,14 @@ def _direction(count: int) -> torch.Tensor:
     return torch.cos(torch.arange(count, dtype=torch.float64) ** 2 * 0.7548776662466927)
 
 
+def _is_readable(parameter: torch.Tensor) -> bool:
+    """Whether values are in memory, and fine enough to tell a change from rounding."""
+    return not parameter.is_meta and parameter.is_floating_point() and parameter.element_size() >= 2
+
+
 def _values(parameter: torch.Tensor, count: int) -> torch.Tensor | None:
-    """The first values, float64; None where they are not at hand, or too coarse to tell a change from rounding."""
-    if parameter.is_meta or not parameter.is_floating_point() or parameter.element_size() < 2:
+    """Returns the first values, float64; None where they are not readable."""
+    if not _is_readable(parameter):
         return None
     return parameter.detach().flatten()[:count].cpu().double()
 
@@ -204,7 +309,9 @@ def _changes_of_weights(expected: Mapping[str, Any], found: Mapping[str, Any]) -
     return one, all_matrices
 
 
-def _largest_gap(left: Any, right: Any, scales: Sequence[float] | None = None) -> float:
+def _largest_gap(
+    left: Sequence[float | None] | None, right: Sequence[float | None] | None, scales: Sequence[float] | None = None
+) -> float:
     if left is None or right is None:
         return 0.0
     if len(left) != len(right):

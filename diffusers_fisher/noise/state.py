@@ -47,6 +47,13 @@ class DenoisingState:
             )
 
     @property
+    def known_timestep(self) -> Timestep:
+        """What the model was conditioned on, for another evaluation. Raises `InputError` where it is not known."""
+        if self.timestep is None:
+            raise InputError("The state has no `timestep`, so no denoiser can be evaluated at it; make it with one.")
+        return self.timestep
+
+    @property
     def epsilon(self) -> torch.Tensor:
         """Predicted noise, (B, ...), directly from the raw output."""
         return self._combine(*self.prediction.epsilon_coefficients(self.level))

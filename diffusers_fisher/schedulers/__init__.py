@@ -1,7 +1,7 @@
 """Differentiable schedulers."""
 
-from .catalog import CATALOG
-from .mixin import FisherSchedulerMixin, fisher_scheduler
+from .catalog import CATALOG, fisher_scheduler
+from .mixin import FisherSchedulerMixin
 from .trajectory import Trajectory
 
 __all__ = ["CATALOG", "FisherSchedulerMixin", "Trajectory", "fisher_scheduler"]

@@ -1,5 +1,7 @@
 """Fisher versions of diffusers' schedulers. Each is its parent, with `differentiable` added."""
 
+from typing import Any
+
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim_inverse import DDIMInverseScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -20,7 +22,9 @@ from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
 from diffusers.schedulers.scheduling_tcd import TCDScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from ..errors import UnsupportedError
 from .mixin import FisherSchedulerMixin
 
 
@@ -114,3 +118,29 @@ CATALOG = {
 for _class in CATALOG.values():
     # A saved component names the module it is loaded from; the public one survives moves within the package.
     _class.__module__ = "diffusers_fisher"
+
+
+_MADE: dict[type, type] = {}  # classes outside the catalog are made once, so that `isinstance` works
+
+
+def fisher_scheduler(cls: type[Any]) -> type[Any]:
+    """The Fisher version of any diffusers scheduler class: `fisher_scheduler(DDIMScheduler)`.
+
+    Classes of the catalog are returned from there, others are made. A class that is one already is returned as it is.
+
+    Raises:
+        UnsupportedError: `cls` is no diffusers scheduler class with a `step`.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin) and hasattr(cls, "step")):
+        raise UnsupportedError(
+            f"fisher_scheduler takes a diffusers scheduler class, got {cls!r}. Pass the class, such as "
+            "type(pipe.scheduler); Flax and transformer-specific schedulers are not supported."
+        )
+    if issubclass(cls, FisherSchedulerMixin):
+        return cls
+    made = CATALOG.get(f"Fisher{cls.__name__}")
+    if made is not None and issubclass(made, cls):
+        return made
+    if cls not in _MADE:
+        _MADE[cls] = type(f"Fisher{cls.__name__}", (FisherSchedulerMixin, cls), {"__module__": cls.__module__})
+    return _MADE[cls]

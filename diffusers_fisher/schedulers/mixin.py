@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import UnsupportedError
-from ..fisher.operator import FisherEstimator
+from ..fisher.estimator import FisherEstimator
 from .trajectory import Trajectory, recording
 
 if TYPE_CHECKING:
@@ -38,8 +37,8 @@ class FisherSchedulerMixin(Scheduler):
         def step(self, model_output, timestep, sample, *args, **kwargs):
             if self._trajectory is None:
                 return parent_step(self, model_output, timestep, sample, *args, **kwargs)
-            bound = functools.partial(parent_step, self)
-            return self._trajectory.step(bound, self, model_output, timestep, sample, *args, **kwargs)
+            own_step = functools.partial(parent_step, self)
+            return self._trajectory.step(own_step, self, model_output, timestep, sample, *args, **kwargs)
 
         cls.step = step  # type: ignore[attr-defined]
         parent_noise = getattr(super(), "add_noise", None)
@@ -78,33 +77,3 @@ class FisherSchedulerMixin(Scheduler):
             UnsupportedError: inside the run: a scheduler or prediction type whose noise level is not known.
         """
         return recording(self, Trajectory(estimator, changed_latents, controls))
-
-
-_MADE: dict[type, type] = {}  # classes outside the catalog are made once, so that `isinstance` works
-
-
-def fisher_scheduler(cls: Any) -> Any:
-    """The Fisher version of any diffusers scheduler class: `fisher_scheduler(DDIMScheduler)`.
-
-    Classes of the catalog are returned from there, others are made. A class that is one already is returned as it is.
-
-    Raises:
-        UnsupportedError: `cls` is no diffusers scheduler class with a `step`.
-    """
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
-
-    from . import catalog
-
-    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin) and hasattr(cls, "step")):
-        raise UnsupportedError(
-            f"fisher_scheduler takes a diffusers scheduler class, got {cls!r}. Pass the class, such as "
-            "type(pipe.scheduler); Flax and transformer-specific schedulers are not supported."
-        )
-    if issubclass(cls, FisherSchedulerMixin):
-        return cls
-    made = getattr(catalog, f"Fisher{cls.__name__}", None)
-    if made is not None and issubclass(made, cls):
-        return made
-    if cls not in _MADE:
-        _MADE[cls] = type(f"Fisher{cls.__name__}", (FisherSchedulerMixin, cls), {"__module__": cls.__module__})
-    return _MADE[cls]

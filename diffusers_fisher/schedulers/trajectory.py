@@ -16,7 +16,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..errors import InputError, NumericalError, TrajectoryError
-from ..fisher.operator import FisherEstimator, FisherOperator
+from ..fisher.estimator import FisherEstimator, check_estimator
+from ..fisher.operator import FisherOperator
 from ..noise import DenoisingState, Timestep, noise_schedule, state_of
 
 CHANGED_LATENTS = ("refuse", "additive")
@@ -41,12 +42,7 @@ class Trajectory:
     ):
         if changed_latents not in CHANGED_LATENTS:
             raise InputError(f"`changed_latents` is '{changed_latents}'; allowed: {', '.join(CHANGED_LATENTS)}.")
-        if not callable(estimator):
-            raise InputError(
-                f"The estimator is {estimator!r}; pass a Fisher estimator such as DirectFisher() or "
-                "AutodiffFisher(denoiser)."
-            )
-        self.estimator = estimator
+        self.estimator = check_estimator(estimator)
         self.changed_latents = changed_latents
         self.controls = controls
         self.states: list[DenoisingState] = []
@@ -89,7 +85,8 @@ class Trajectory:
         found = torch.autograd.grad(loss, leaves, retain_graph=retain_graph, allow_unused=True)
         if found[0] is None:
             raise TrajectoryError("The loss does not depend on this run's result; compute it from what the run gave.")
-        gradient = self._through_run(found[0] * self._noise_scale)
+        with torch.no_grad(), self._autocast():
+            gradient = self.estimator.through_run(found[0] * self._noise_scale, self.states)
         if not torch.isfinite(gradient).all():
             raise NumericalError(
                 f"The gradient through {len(self.states)} steps is not finite with {type(self.estimator).__name__}. "
@@ -99,14 +96,6 @@ class Trajectory:
         # A step that the result does not depend on (the first stage of some) leaves its control without one.
         others = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves[1:], found[1:], strict=True)]
         return gradient, others
-
-    def _through_run(self, gradient: torch.Tensor) -> torch.Tensor:
-        """What the estimator makes of the run as a whole, see `FisherEstimator`."""
-        finish = getattr(self.estimator, "through_run", None)
-        if finish is None:
-            return gradient
-        with torch.no_grad(), self._autocast():
-            return finish(gradient, self.states)
 
     def operator(self, index: int) -> FisherOperator:
         """The estimator's operator at the run's state `index`. Raises `TrajectoryError` before the run."""

@@ -18,8 +18,8 @@ import torch
 
 from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError, UnsupportedError
-from ..fisher.binding import bound
-from ..fisher.operator import FisherEstimator, FisherOperator
+from ..fisher.estimator import FisherEstimator, check_estimator
+from ..fisher.operator import FisherOperator
 from ..noise import NoiseLevel, expand, log_noise_to_signal_range, timestep_at
 
 DENSE_LIMIT = 4096
@@ -189,9 +189,9 @@ def denoiser_field(denoiser: Denoiser, estimator: FisherEstimator) -> Field:
     Cost an evaluation: one denoiser call, and the estimator's whole matrix (d products) or one product a direction.
 
     Raises:
-        InputError: a trace model of another denoiser.
+        InputError: something else than an estimator, or a trace model of another denoiser.
     """
-    estimator = bound(estimator, denoiser)
+    estimator = check_estimator(estimator).bind(denoiser)
 
     def evaluate(x: torch.Tensor, level: NoiseLevel):
         timestep = timestep_at(denoiser.scheduler, level.log_noise_to_signal)

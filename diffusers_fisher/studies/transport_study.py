@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from ..distributions import Covariance, GaussianMixture
 from ..errors import InputError
 from ..files import atomic_path, check_writable, save_figure, write_json
 from ..fisher.autodiff import AutodiffFisher
-from ..fisher.operator import FisherMatrixOperator, FisherOperator
+from ..fisher.estimator import FisherEstimator
+from ..fisher.operator import FisherMatrixOperator
 from ..noise import DenoisingState
 from .transport import (
     SCHEDULES,
@@ -219,19 +221,19 @@ def learned_map(seed: int, count: int = 4, steps: int = 12, pipe: Any = None) ->
 
     with tqdm(total=evaluations, desc="Jacobians of the checkpoint") as progress:
 
-        def own(state: DenoisingState, endpoint: torch.Tensor | None = None) -> FisherOperator:
+        def own(state: DenoisingState) -> torch.Tensor:
             matrices.append(AutodiffFisher(denoiser, chunk_size=64)(state).dense().mT)
             progress.update()
-            return MatrixOperator(state, matrices[-1])
+            return matrices[-1]
 
-        found = transport_map(denoiser_field(denoiser, own), start, schedule, integration)
+        found = transport_map(denoiser_field(denoiser, MatrixFisher(own)), start, schedule, integration)
     kept = iter(matrices)
 
-    def symmetrised(state: DenoisingState, endpoint: torch.Tensor | None = None) -> FisherOperator:
+    def symmetrised(state: DenoisingState) -> torch.Tensor:
         matrix = next(kept)
-        return MatrixOperator(state, (matrix + matrix.mT) / 2)
+        return (matrix + matrix.mT) / 2
 
-    without = transport_map(denoiser_field(denoiser, symmetrised), start, schedule, integration)
+    without = transport_map(denoiser_field(denoiser, MatrixFisher(symmetrised)), start, schedule, integration)
     first = matrices[: integration.order * steps : integration.order]  # of each step's evaluations
     return {
         "samples": count, "steps": steps, "order": integration.order,
@@ -242,6 +244,16 @@ def learned_map(seed: int, count: int = 4, steps: int = 12, pipe: Any = None) ->
         "symmetrised_asymmetry_by_level": asymmetry(without.jacobians).mean(1).tolist(),
         "integration_error_symmetrised": without.error, "seconds": round(time.perf_counter() - begin, 1),
     }  # fmt: skip
+
+
+class MatrixFisher(FisherEstimator):
+    """Takes the Fisher's matrices (B, d, d) from a function of the state."""
+
+    def __init__(self, matrices: Callable[[DenoisingState], torch.Tensor]):
+        self.matrices = matrices
+
+    def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> MatrixOperator:
+        return MatrixOperator(state, self.matrices(state))
 
 
 class MatrixOperator(FisherMatrixOperator):

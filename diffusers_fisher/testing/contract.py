@@ -10,8 +10,9 @@ import torch
 
 from ..errors import FisherError, InputError, UnsupportedError
 from ..fisher.estimate import Estimate, gaussian, rademacher
+from ..fisher.estimator import FisherEstimator
 from ..fisher.numerics import per_sample
-from ..fisher.operator import FisherEstimator, FisherOperator
+from ..fisher.operator import FisherOperator
 from ..noise import DenoisingState, NoiseLevel
 
 NUM_PROBES, SKETCH = 4, 2  # of one estimate

@@ -20,6 +20,7 @@ import torch
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
+from ..backbones import backbone_of
 from ..data import LATENT_INDEX, Images, ImageStream, UnreadableImageError, open_images, shard_name
 from ..errors import FisherError, InputError
 from ..files import check_writable, load_tensors, read_json, save_tensors, write_json
@@ -71,7 +72,7 @@ def cache_latents(config: TraceMatchingConfig, batch_size: int = 16) -> int:
         return sum(read_json(folder / LATENT_INDEX)["counts"])
     pipe = load_pipeline(dataclasses.replace(config.denoiser, compile=False)).to(state.device)
     with state.main_process_first():
-        source = open_images(config.data, pipe._image_channels(), text_captions=hasattr(pipe, "tokenizer"))
+        source = open_images(config.data, backbone_of(pipe).image_channels, text_captions=hasattr(pipe, "tokenizer"))
     space = SampleSpace(pipe, latents=False)
     first = _first_readable(source)
     space.moments(first[None])  # refuses sizes that can't be encoded

@@ -18,6 +18,7 @@ import torch
 from ..errors import CoarseGridWarning
 from ..files import load_tensors, save_tensors
 from ..fisher.direct import DirectFisher, DirectOperator
+from ..fisher.estimator import FisherEstimator
 from ..jobs.seeds import step_generator
 from ..likelihood import Integration, integrate_log_likelihood
 from ..noise import DenoisingState, expand
@@ -86,8 +87,8 @@ class Paths:
         return mixed, clean, [self.captions[image] if row else caption for row, image, caption in taken]
 
 
-class _Recorder:
-    """An estimator that notes where it was asked."""
+class _Recorder(FisherEstimator):
+    """Notes the states at which it is called."""
 
     def __init__(self) -> None:
         self.states: list[DenoisingState] = []

@@ -29,8 +29,9 @@ import torch
 from ..denoiser import Denoiser
 from ..distributions.covariance import DCTBasis
 from ..errors import InputError, NumericalError
+from ..fisher.estimator import FisherEstimator
 from ..fisher.numerics import dot
-from ..fisher.operator import FisherEstimator, FisherOperator
+from ..fisher.operator import FisherOperator
 from ..jobs.seeds import step_generator
 from ..models import FisherTraceOutput, trace_inputs
 from ..noise import DenoisingState, expand, log_noise_to_signal_at, log_noise_to_signal_range, timestep_at
@@ -279,7 +280,7 @@ class TraceObjective:
             NumericalError: the denoiser's output, or a loss, is not finite.
         """
         clean = draw.repeat(samples)
-        with_graph = self.target == "jacobian" and getattr(self.estimator, "needs_graph", False)
+        with_graph = self.target == "jacobian" and self.estimator is not None and self.estimator.needs_graph
         state = noised_state(denoiser, clean, draw, with_graph)
         target = self.targets(state, clean, draw)
         given = trace_inputs(state if with_features else dataclasses.replace(state, features=None))

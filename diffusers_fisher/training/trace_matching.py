@@ -25,13 +25,14 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
+from ..backbones import backbone_of
 from ..data import CachedLatents, open_images
 from ..denoiser import Denoiser
 from ..errors import FisherError, InputError, NumericalError
 from ..files import check_writable, write_json
 from ..fisher.autodiff import AutodiffFisher
+from ..fisher.estimator import FisherEstimator
 from ..fisher.finite_difference import FiniteDifferenceFisher
-from ..fisher.operator import FisherEstimator
 from ..jobs.config import flat_settings, load_config
 from ..jobs.pipelines import load_pipeline
 from ..jobs.processes import WAIT, uses_cpu
@@ -103,7 +104,7 @@ class TraceMatching:
         sample = self.space.packed(data).cpu()
         self.shape = tuple(sample.shape[1:])
         denoiser = self.space.denoiser(self.held_out.captions[:1], data)
-        pooled = self.pipe._pooled(denoiser.call_arguments).cpu() if self.config.model.pooled else None
+        pooled = denoiser.pooled_condition().cpu() if self.config.model.pooled else None
         features = features_of(denoiser, self.space.packed(data)).cpu() if self.config.model.features else None
         model = make_trace_model(self.config, self.pipe, self.shape, _width(pooled), _width(features))
         with torch.no_grad():
@@ -126,7 +127,9 @@ class TraceMatching:
             return cached
         assert config.data is not None  # checked
         with self.accelerator.main_process_first():  # the others find what the first has downloaded
-            return open_images(config.data, self.pipe._image_channels(), text_captions=hasattr(self.pipe, "tokenizer"))
+            return open_images(
+                config.data, backbone_of(self.pipe).image_channels, text_captions=hasattr(self.pipe, "tokenizer")
+            )
 
     def run(self) -> FisherTraceModel:
         """Trains to the end, from the newest checkpoint where there is one; returns the averaged model.
@@ -251,7 +254,7 @@ class TraceMatching:
         objective = TraceObjective.of(self.model.config, estimator, config.squared_weight)
         pooled = None
         if self.model.config["pooled_channels"]:
-            pooled = self.pipe._pooled(denoiser.call_arguments)[: len(samples)]  # the draw repeats it
+            pooled = denoiser.pooled_condition()[: len(samples)]  # the draw repeats it
         known = (step + 1) % FEATURELESS_EVERY != 0
         return objective(model, denoiser, samples, draw, pooled, with_features=known).mean()
 

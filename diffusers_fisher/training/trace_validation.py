@@ -101,7 +101,7 @@ def _asked(
     state = noised_state(denoiser, clean, TraceDraw(level.expand(len(clean)), noise), with_graph=True)
     trace = AutodiffFisher(denoiser)(state).trace(rademacher(probes, clean, generators)).value
     jacobian = 1 - (state.level.sigma**2).to(trace.device) * trace / clean[0].numel()
-    pooled = space.pipe._pooled(denoiser.call_arguments) if model.config["pooled_channels"] else None
+    pooled = denoiser.pooled_condition() if model.config["pooled_channels"] else None
     found = (model.r(state, pooled), jacobian, residual_target(state, noise.to(clean.device)))
     return torch.stack([values.detach().double().cpu() for values in found])
 

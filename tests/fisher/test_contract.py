@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ORACLES, Network, latents
+from cases import ORACLES, FunctionFisher, Network, latents
 
 from diffusers_fisher import (
     AutodiffFisher,
@@ -330,9 +330,10 @@ def test_broken_operator_is_caught_by_name(name):
 def test_dependence_on_the_batch_is_caught():
     problem = Problem("gaussian", "v_prediction")
 
-    def estimator(state, endpoint=None):
+    def operator(state, endpoint):
         return len(state.sample) * AutodiffFisher(problem.denoiser)(state)
 
+    estimator = FunctionFisher(operator)
     check_fisher(estimator(problem.state), num_estimates=0)
     with pytest.raises(ContractError, match="CombinedOperator breaks 'batch invariance'"):
         check_fisher(estimator(problem.state), estimator=estimator, num_estimates=0)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import latents, relative
+from cases import FunctionFisher, latents, relative
 
 from diffusers_fisher import (
     CheckpointError,
@@ -174,7 +174,7 @@ def test_corrected_prior_has_the_priors_shape_and_the_others_trace():
     at, v = state(), latents(shape=(2, *SHAPE))
     prior, trace = GaussianFisher(covariances()["DCT"]), EndpointFisher(centred=True)
     endpoint = at.pred_original_sample + 0.1 * v
-    operator = TraceCorrectedFisher(prior, lambda s, e: trace(s, endpoint))(at)
+    operator = TraceCorrectedFisher(prior, FunctionFisher(lambda s, e: trace(s, endpoint)))(at)
     assert relative(operator.trace().value, trace(at, endpoint).trace().value) < EXACT
     ratio = operator.covariance(v) / prior(at).covariance(v)
     per_sample = ratio.flatten(1)

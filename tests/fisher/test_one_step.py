@@ -18,7 +18,6 @@ from diffusers_fisher import (
     OneStepFisher,
     fisher_scheduler,
 )
-from diffusers_fisher.fisher.binding import each_part, parts_of
 
 SCHEDULERS = {
     "DDIM": (diffusers.DDIMScheduler, {**STABLE_DIFFUSION, "clip_sample": False}),
@@ -66,10 +65,10 @@ def test_directions_in_which_the_data_do_not_vary_are_left_out():
     torch.testing.assert_close(found / direct, (variances / (variances + ratio**2)).expand_as(direct))
 
 
-def test_parts_are_those_of_the_jacobian():
+def test_component_is_the_estimator_of_the_jacobian():
     estimator = OneStepFisher(noise_to_signal=0.7)
-    assert parts_of(estimator) == (estimator.jacobian,)
-    changed = each_part(estimator, lambda part: DirectFisher())
+    assert estimator.components == {"jacobian": estimator.jacobian}
+    changed = estimator.map_components(lambda component: DirectFisher())
     assert isinstance(changed.jacobian, DirectFisher)
     assert changed.noise_to_signal == 0.7
 

@@ -12,6 +12,7 @@ from diffusers_fisher import (
     DDPMFisherPipeline,
     DirectFisher,
     FiniteDifferenceFisher,
+    FisherEstimator,
     FluxFisherPipeline,
     InputError,
     OneStepFisher,
@@ -162,17 +163,13 @@ def test_safety_checker_sees_the_guided_images_and_is_reported():
 # Text and control
 
 
-class OwnProduct:
+class OwnProduct(FisherEstimator):
     """The exact product by an estimator that is not known to have a graph to share."""
 
-    def __init__(self, function=None):
-        self.function = function
-
-    def bind(self, denoiser):
-        return OwnProduct(denoiser)
+    needs_denoiser = True
 
     def __call__(self, state, endpoint=None):
-        return AutodiffFisher(self.function)(state)
+        return AutodiffFisher(self.denoiser)(state)
 
 
 @pytest.mark.parametrize("estimator", [AutodiffFisher, OwnProduct])

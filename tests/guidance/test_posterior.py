@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import tiny
 import torch
-from cases import relative
+from cases import FunctionFisher, relative
 from pipeline_cases import PIPELINES
 
 from diffusers_fisher import (
@@ -430,12 +430,12 @@ def test_estimators_own_evaluations_are_no_runs_to_try_the_reward_for():
 
     denoiser = PipelineDenoiser(pipe, guidance_scale=3.0, prompt=PROMPTS[0])
 
-    def one_only(state, endpoint=None):
+    def one_only(state, endpoint):
         """Evaluates the denoiser on another number of samples than the run's."""
         denoiser(state.sample[:1], state.timestep)
         return DirectFisher()(state)
 
-    with posterior_guidance(pipe, told, decode=decode, estimator=one_only) as guidance:
+    with posterior_guidance(pipe, told, decode=decode, estimator=FunctionFisher(one_only)) as guidance:
         sample(pipe, guidance, steps=2)
     assert denoiser.num_calls == 2
     assert shapes == [(2, 3, 8, 8)] * 3

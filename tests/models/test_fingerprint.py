@@ -1,8 +1,11 @@
 """Fingerprints: the same denoiser in every form passes, any other is refused with what differs."""
 
 import copy
+import gc
 import json
 import re
+import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +18,7 @@ from peft import LoraConfig
 from trace_cases import GaussianData, GaussianDenoiser
 
 from diffusers_fisher import FisherTraceModel, InputError, PipelineDenoiser, UnsupportedError, embedded_checkpoint
-from diffusers_fisher.models import denoiser_fingerprint, fingerprint_differences
+from diffusers_fisher.models import denoiser_fingerprint, fingerprint, fingerprint_differences, network_key
 from diffusers_fisher.models.fingerprint import _spread
 
 FIRST = json.loads(Path(__file__).with_name("first_fingerprint.json").read_text())
@@ -234,3 +237,145 @@ def test_denoisers_without_a_network_have_prediction_and_schedule(scheduler):
 def test_fingerprint_needs_a_scheduler():
     with pytest.raises(UnsupportedError, match="needs a pipeline or a denoiser with a `scheduler`, got Linear"):
         denoiser_fingerprint(torch.nn.Linear(1, 1))
+
+
+# The key by which a network's fingerprint is kept
+
+
+def with_lora(network):
+    network.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights="gaussian"), "first")
+    network.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights="gaussian"), "second")
+    network.set_adapters(["first"], [1.0])
+
+
+def scale_lora(network):
+    network.set_adapters(["first"], [0.5])
+
+
+def train_lora(network):
+    with torch.no_grad():
+        next(module for module in network.modules() if hasattr(module, "lora_B")).lora_B["first"].weight += 0.1
+
+
+def merge_tokens(network):
+    """As tomesd does it: another class for the blocks, and settings on the network."""
+    block = network.mid_block.attentions[0].transformer_blocks[0]
+    block.__class__ = type("ToMeBlock", (type(block),), {})
+    network._tome_info = {"args": {"ratio": 0.5}, "hooks": []}
+
+
+def set_processors(network):
+    processor = diffusers.models.attention_processor.AttnProcessor()
+    network.set_attn_processor(processor)
+
+
+def change_processor(network):
+    next(iter(network.attn_processors.values())).strength = 0.5
+
+
+CHANGES = {
+    "in place": lambda network: torch.nn.init.ones_(network.conv_out.weight),
+    "data in place": lambda network: [parameter.data.mul_(1.001) for parameter in network.parameters()],
+    "data of one parameter": lambda network: network.conv_in.weight.data.mul_(1.001),
+    "another tensor": lambda network: setattr(network.conv_in, "bias", torch.nn.Parameter(network.conv_in.bias + 0)),
+    "adapters": with_lora,
+    "scale of an adapter": scale_lora,
+    "other adapter": lambda network: network.set_adapter("second"),
+    "weights of an adapter": train_lora,
+    "no adapters": lambda network: network.disable_adapters(),
+    "fused adapter": lambda network: network.fuse_lora(),
+    "FreeU": lambda network: network.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+    "FreeU's factors": lambda network: network.enable_freeu(s1=0.9, s2=0.2, b1=1.3, b2=1.4),
+    "no FreeU": lambda network: network.disable_freeu(),
+    "merged tokens": merge_tokens,
+    "ratio of merged tokens": lambda network: network._tome_info["args"].update(ratio=0.3),
+    "attention processors": set_processors,
+    "attribute of a processor": change_processor,
+    "forward hook": lambda network: network.mid_block.register_forward_hook(lambda *args: None),
+    "forward pre-hook": lambda network: network.mid_block.register_forward_pre_hook(lambda *args: None),
+    "configuration": lambda network: network.register_to_config(act_fn="gelu"),
+    "dtype": lambda network: network.half(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # two adapters on purpose
+def test_key_changes_with_everything_that_changes_the_network():
+    network = tiny.unet()
+    key = network_key(network)
+    for name, change in CHANGES.items():
+        change(network)
+        following = network_key(network)
+        assert following != key, name
+        assert network_key(network) == following, name
+        key = following
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The networks whose fingerprints are computed, not taken from those that are kept."""
+    networks = []
+    compute = fingerprint._network_fingerprint
+
+    def noted(network):
+        networks.append(network)
+        return compute(network)
+
+    monkeypatch.setattr(fingerprint, "_network_fingerprint", noted)
+    return networks
+
+
+def test_fingerprint_is_computed_once_and_again_after_a_change(computed):
+    pipe = tiny.stable_diffusion()
+    marks = [denoiser_fingerprint(each) for each in (pipe, pipe, PipelineDenoiser(pipe, prompt="a"))]
+    assert marks[0] == marks[1] == marks[2]
+    assert computed == [pipe.unet]
+    for parameter in pipe.unet.parameters():
+        parameter.data.mul_(torch.linspace(1, 2, parameter.numel()).view_as(parameter))
+    assert "weights of the denoiser" in fingerprint_differences(marks[0], denoiser_fingerprint(pipe))[0]
+    pipe.unet.conv_in.weight.data.neg_()
+    denoiser_fingerprint(pipe)
+    assert len(computed) == 3
+    pipe.scheduler = tiny.scheduler(beta_end=0.02)  # not of the network
+    assert denoiser_fingerprint(pipe)["schedule"] != marks[0]["schedule"]
+    assert len(computed) == 3
+
+
+def test_kept_fingerprint_is_not_the_callers_own(computed, pipe):
+    mark = denoiser_fingerprint(pipe)
+    mark["weights"].clear()
+    assert denoiser_fingerprint(pipe)["weights"]
+
+
+def test_kept_fingerprints_hold_no_network():
+    pipe = tiny.stable_diffusion()
+    denoiser_fingerprint(pipe)
+    network = weakref.ref(pipe.unet)
+    del pipe
+    gc.collect()
+    assert network() is None
+
+
+def test_key_of_weights_without_a_version():
+    with torch.inference_mode():
+        network = torch.nn.Linear(3, 3)
+    assert network_key(network) == network_key(network)
+    assert network_key(torch.nn.Linear(3, 3, device="meta")) != network_key(network)
+
+
+def test_key_reads_64_values_also_of_few_parameters():
+    network = torch.nn.Linear(64, 64, bias=False)
+    seen = 0
+    for index in range(64):
+        key = network_key(network)
+        network.weight.data[index] += 1
+        seen += network_key(network) != key
+    assert seen == 64  # one value of each row
+
+
+def test_key_costs_less_than_5_milliseconds(embedded):
+    times = []
+    for _ in range(50):
+        begin = time.process_time()
+        network_key(embedded.unet)
+        times.append(time.process_time() - begin)
+    assert min(times) < 5e-3  # the least of many, as other processes may hold the machine

@@ -276,7 +276,6 @@ def test_bfloat16_weights_of_the_trained_checkpoint():
         embedded_prompt,
         embedded_test_images,
     )
-    from diffusers_fisher.fisher.binding import bound
     from diffusers_fisher.guidance.pipeline import default_estimator
 
     def load(dtype):
@@ -296,7 +295,7 @@ def test_bfloat16_weights_of_the_trained_checkpoint():
         denoiser = PipelineDenoiser(pipe, prompt=prompts)
         estimators = {
             "direct": DirectFisher(), "autodiff": AutodiffFisher(denoiser),
-            "default": bound(default_estimator(dtype), denoiser),
+            "default": default_estimator(dtype).bind(denoiser),
         }  # fmt: skip
         for name, estimator in estimators.items():
             with pipe.scheduler.differentiable(estimator) as trajectory:

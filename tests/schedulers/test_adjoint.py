@@ -11,6 +11,7 @@ from cases import (
     ORACLES,
     OUTSIDE_CASES,
     STABLE_DIFFUSION,
+    FunctionFisher,
     Network,
     SchedulerCase,
     latents,
@@ -113,7 +114,8 @@ def test_exact_posterior_covariance_gives_back_propagation_through_an_ideal_deno
     leaf = x.clone().requires_grad_()
     (exact,) = torch.autograd.grad((weight * ideal_run(case.parent(**case.config), leaf)).sum(), leaf)
     scheduler = fisher_scheduler(case.parent)(**case.config)
-    with torch.no_grad(), scheduler.differentiable(lambda state, endpoint: PosteriorOperator(state)) as trajectory:
+    estimator = FunctionFisher(lambda state, endpoint: PosteriorOperator(state))
+    with torch.no_grad(), scheduler.differentiable(estimator) as trajectory:
         result = ideal_run(scheduler, x)
     error = float((trajectory.gradient((weight * result).sum()) - exact).norm())
     # Runs that add noise at every step, or start from pure noise, forget it: their gradients are 1e-9 and less.
@@ -145,7 +147,7 @@ def test_estimator_is_given_every_state_and_the_runs_result_as_its_endpoint():
         given.append((state, endpoint))
         return EndpointFisher(centred=True)(state, endpoint)
 
-    result, gradient, trajectory = adjoint(case, network, x, latents(seed=5), estimator)
+    result, gradient, trajectory = adjoint(case, network, x, latents(seed=5), FunctionFisher(estimator))
     assert [state for state, _ in given] == trajectory.states[::-1]  # once a step, backwards
     assert all(torch.equal(endpoint, result) and not endpoint.requires_grad for _, endpoint in given)
     assert relative(gradient, adjoint(case, network, x, latents(seed=5), DirectFisher())[1]) > 1e-3

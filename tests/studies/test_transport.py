@@ -39,7 +39,7 @@ from diffusers_fisher.studies.transport import (
     transport_map,
 )
 from diffusers_fisher.studies.transport_study import (
-    MatrixOperator,
+    MatrixFisher,
     gaussian_map,
     learned_map,
     parse_points,
@@ -214,11 +214,11 @@ def test_learned_study_is_the_maps_own_and_of_symmetrised_jacobians(tmp_path, ca
     start = schedule.level(schedule.noise_time).noise_to_signal * normal(2, 4, 4, 4)
     estimator = AutodiffFisher(denoiser, chunk_size=64)
 
-    def symmetrised(state, endpoint=None):
+    def symmetrised(state):
         matrix = estimator(state).dense()  # at every state anew, where the study keeps them
-        return MatrixOperator(state, (matrix + matrix.mT) / 2)
+        return (matrix + matrix.mT) / 2
 
-    for key, one in (("map", estimator), ("map_of_symmetrised_jacobians", symmetrised)):
+    for key, one in (("map", estimator), ("map_of_symmetrised_jacobians", MatrixFisher(symmetrised))):
         expected = transport_map(denoiser_field(denoiser, one), start, schedule, integration)
         # Float32 products in other orders.
         assert found[key]["asymmetry"] == pytest.approx(float(asymmetry(expected.jacobian).mean()), rel=1e-3)

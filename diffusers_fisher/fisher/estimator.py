@@ -1,0 +1,201 @@
+"""The base class of all estimators: what one gives, and what the library asks of one."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from ..denoiser import Denoiser
+from ..errors import InputError
+from ..noise import DenoisingState
+from .operator import FisherOperator
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+ModelFunction = Callable[[torch.Tensor, Any], torch.Tensor]
+"""A network as a plain function: `(model_input, timestep) -> raw model output`, which autograd can differentiate. The
+timestep is the state's own, whatever that is."""
+
+
+class FisherEstimator(abc.ABC):
+    """Makes a `FisherOperator` of a denoising state. Derive from it to bring an estimator of your own.
+
+    `__call__` is all that an estimator must give. Set `needs_denoiser = True` where its products evaluate
+    `self.denoiser`. An estimator that asks others names them in `components`, and gets their denoisers bound, their
+    needs and their costs from this class:
+
+        class AverageFisher(FisherEstimator):
+            def __init__(self, first, second):
+                self.first, self.second = first, second
+
+            @property
+            def components(self):
+                return {"first": self.first, "second": self.second}
+
+            def __call__(self, state, endpoint=None):
+                return 0.5 * (self.first(state, endpoint) + self.second(state, endpoint))
+
+    Attributes:
+        denoiser: what the products evaluate; None where they evaluate nothing, or where `bind` has yet to give it.
+        needs_denoiser: whether the products evaluate `denoiser`.
+        uses_whole_run: whether the gradient of a run is right only after `through_run`, so that the estimator can't
+            stand for a single step.
+        uses_backward_pass: whether `output_jacobian` of the operators is the backward pass of one evaluation of the
+            denoiser. A caller who has made this pass for another gradient may take the product from there.
+    """
+
+    denoiser: Denoiser | ModelFunction | None = None
+    needs_denoiser: bool = False
+    uses_whole_run: bool = False
+
+    @abc.abstractmethod
+    def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> FisherOperator:
+        """Returns the Fisher's operator at `state`.
+
+        Args:
+            state: the noisy samples (B, ...), their noise level and the model's output.
+            endpoint: (B, ...), the clean end of the run, where it is known.
+        """
+
+    @property
+    def uses_backward_pass(self) -> bool:
+        return False
+
+    @property
+    def components(self) -> Mapping[str, FisherEstimator]:
+        """The estimators that this one asks, by the names of its attributes that hold them."""
+        return {}
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether products differentiate the denoiser, so that a state may be evaluated with a graph for them."""
+        return any(component.needs_graph for component in self.components.values())
+
+    @property
+    def calls_per_state(self) -> int:
+        """Evaluations of the denoiser that make an operator ready, exact traces not counted."""
+        return sum(component.calls_per_state for component in self.components.values())
+
+    @property
+    def calls_per_product(self) -> int:
+        """Evaluations of the denoiser per product with the operator."""
+        return sum(component.calls_per_product for component in self.components.values())
+
+    @property
+    def default_num_probes(self) -> int | None:
+        """Probes of a likelihood's trace where the caller names no number; None: the exact trace, without probes."""
+        numbers = {component.default_num_probes for component in self.components.values()}
+        return None if numbers == {None} else 2
+
+    @property
+    def description(self) -> str:
+        """The estimator in a few words, as results name it."""
+        return type(self).__name__
+
+    @property
+    def denoisers(self) -> list[Denoiser | ModelFunction]:
+        """The denoisers that the estimator and its components evaluate."""
+        own = [] if self.denoiser is None else [self.denoiser]
+        return own + [denoiser for component in self.components.values() for denoiser in component.denoisers]
+
+    @property
+    def lacks_denoiser(self) -> bool:
+        """Whether the estimator or a component needs a denoiser and has none: products are refused until `bind`."""
+        own = self.needs_denoiser and self.denoiser is None
+        return own or any(component.lacks_denoiser for component in self.components.values())
+
+    def bind(self, denoiser: Denoiser) -> FisherEstimator:
+        """Returns the estimator with `denoiser` wherever it needs one and has none; itself where nothing changes.
+
+        Raises:
+            InputError: a component belongs to another denoiser, see `check_denoiser`.
+        """
+        estimator = self.map_components(lambda component: component.bind(denoiser))
+        takes_denoiser = self.needs_denoiser and self.denoiser is None
+        return estimator.replace(denoiser=denoiser) if takes_denoiser else estimator
+
+    def check_denoiser(self, denoiser: Denoiser | DiffusionPipeline) -> None:
+        """Refuses a denoiser that the estimator, or a component, was not made for.
+
+        Raises:
+            InputError: says what differs.
+        """
+        for component in self.components.values():
+            component.check_denoiser(denoiser)
+
+    def without_model_output(self) -> FisherEstimator:
+        """Returns the estimator with products that take no difference from the state's own `model_output`.
+
+        For states of a run whose output is another function's than `denoiser`'s, such as at another guidance scale.
+        """
+        return self.map_components(lambda component: component.without_model_output())
+
+    def through_run(self, gradient: torch.Tensor, states: Sequence[DenoisingState]) -> torch.Tensor:
+        """Returns the gradient at a run's noise, (B, ...), from what the products at the run's `states` have made it.
+
+        Called once per differentiated run, without a graph. The base class returns `gradient` unchanged.
+        """
+        return gradient
+
+    def map_components(self, change: Callable[[FisherEstimator], FisherEstimator]) -> Self:
+        """Returns a copy with `change` made to each component; itself where `change` returns the same objects."""
+        components = self.components
+        changes = {name: change(component) for name, component in components.items()}
+        unchanged = all(changes[name] is component for name, component in components.items())
+        return self if unchanged else self.replace(**changes)
+
+    def replace(self, **attributes: object) -> Self:
+        """Returns a shallow copy with other `attributes`; this object keeps its own."""
+        copied = copy.copy(self)
+        for name, value in attributes.items():
+            object.__setattr__(copied, name, value)  # a frozen dataclass refuses setattr
+        return copied
+
+    def __repr__(self) -> str:
+        parameters = inspect.signature(type(self)).parameters.values()
+        named = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+        shown = [f"{name}={_short(getattr(self, name))}" for name in named if hasattr(self, name)]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def check_estimator(estimator: object) -> FisherEstimator:
+    """Returns `estimator`.
+
+    Raises:
+        InputError: something else than an instance of `FisherEstimator`.
+    """
+    if isinstance(estimator, FisherEstimator):
+        return estimator
+    raise InputError(
+        f"The estimator is {estimator!r}; pass a Fisher estimator such as DirectFisher() or AutodiffFisher(denoiser), "
+        "as an instance. A class of your own derives from diffusers_fisher.FisherEstimator."
+    )
+
+
+def model_function(denoiser: Denoiser | ModelFunction | None) -> ModelFunction:
+    """Returns the raw model output as a function, of a `Denoiser` or of a network that is a function already.
+
+    Raises:
+        InputError: there is no denoiser.
+    """
+    if denoiser is None:
+        raise InputError(
+            "The estimator has no denoiser; give it one, such as AutodiffFisher(PipelineDenoiser(pipe, prompt=...)), "
+            "or pass it to a pipeline's `guide` or `log_likelihood`, which put in their own."
+        )
+    return denoiser.model_output if isinstance(denoiser, Denoiser) else denoiser
+
+
+def _short(value: object) -> str:
+    """`repr` of what is short, the name of functions, and the class of everything else."""
+    if value is None or isinstance(value, (bool, int, float, str, FisherEstimator)):
+        return repr(value)
+    if isinstance(value, torch.Tensor):
+        return f"Tensor(shape={tuple(value.shape)})"
+    return value.__name__ if inspect.isroutine(value) else f"{type(value).__name__}(...)"
