@@ -120,7 +120,7 @@ def _network_fingerprint(network: torch.nn.Module) -> dict[str, Any]:
 
 
 def fingerprint_differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """In words, what of fingerprint `found` is not as `expected`; keys that either lacks are not compared.
+    """Returns in words how fingerprint `found` differs from `expected`; keys that one of them lacks are not compared.
 
     `expected` may lack `counts` and `matrices`, as fingerprints did at first: its weights are then compared by 16
     parameters alone.
@@ -209,7 +209,7 @@ def _summary(value: object) -> Hashable:
 
 
 def _schedule(scheduler: Any) -> list[float]:
-    """log(sigma/alpha) at five timesteps from the first to the last."""
+    """Returns log(sigma/alpha) at five timesteps from the first to the last."""
     fractions = torch.linspace(0, 1, 5, dtype=torch.float64)
     family = scheduler_family(scheduler)
     if family is SchedulerFamily.EDM:
@@ -222,7 +222,7 @@ def _schedule(scheduler: Any) -> list[float]:
 
 
 def _settings(network: torch.nn.Module) -> dict[str, Any]:
-    """Settings that differ from the class's defaults: a newer diffusers may add keys, not change the model."""
+    """Returns settings that differ from the class's defaults: a newer diffusers may add keys, not change the model."""
     defaults = inspect.signature(type(network).__init__).parameters
     config = getattr(network, "config", {})
     own = {key: value for key, value in dict(config).items() if not key.startswith("_")}
