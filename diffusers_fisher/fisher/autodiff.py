@@ -14,21 +14,21 @@ from .operator import FisherOperator, ModelFisherOperator
 class AutodiffFisher(FisherEstimator):
     """The reference estimator: products with the model's Jacobian by automatic differentiation.
 
-    By default vector-Jacobian products (J^T v, reverse mode): one forward evaluation with a graph a state, then one
-    backward pass a product; memory is the denoiser's activations. With `forward_mode`, Jacobian-vector products (J v):
-    one evaluation a product at about twice the cost of a plain one, no graph; not for networks in channels_last, where
-    torch has no forward derivative of group norm. A learned Jacobian is not quite symmetric, so the two differ;
-    `operator.symmetrised()` is their mean.
+    By default it takes vector-Jacobian products (J^T v, reverse mode): one forward evaluation with a graph per state,
+    then one backward pass per product, and the memory of the denoiser's activations. With `forward_mode` it takes
+    Jacobian-vector products (J v): one evaluation per product, at about twice the cost of an ordinary one, without a
+    graph. Networks in channels_last have no forward mode, because torch has no forward derivative of group norm there.
+    A learned Jacobian is not quite symmetric, so the two modes differ; `operator.symmetrised()` is their mean.
 
     A state whose output already carries a graph to its sample is used as it is, without another evaluation.
 
     Args:
         denoiser: `PipelineDenoiser`, or any callable `(model_input, timestep) -> raw model output` that autograd can
-            differentiate. None: a pipeline's `guide` or `log_likelihood` puts in its own.
-        forward_mode: J v instead of J^T v.
-        chunk_size: vectors that one batched backward pass takes (reverse mode), where many products are asked for, as
-            for full Jacobians: faster on small networks, for `chunk_size` times the memory of a backward pass.
-            Networks without a batched backward (in channels_last, for one) take them one at a time all the same.
+            differentiate. None: a pipeline's `guide` or `log_likelihood` binds its own.
+        forward_mode: take J v instead of J^T v.
+        chunk_size: number of vectors per batched backward pass (reverse mode), where many products are needed, as for
+            full Jacobians: faster on small networks, for `chunk_size` times the memory of a backward pass. Networks
+            without a batched backward pass (in channels_last, for one) take one vector at a time all the same.
     """
 
     needs_denoiser = True
@@ -153,7 +153,7 @@ class ForwardOperator(ModelFisherOperator):
 
 
 def _gradient(output: torch.Tensor, leaf: torch.Tensor, v: torch.Tensor, **options: bool) -> torch.Tensor:
-    """The product of `v` with the Jacobian, keeping the graph for the next."""
+    """Returns the product of `v` with the Jacobian, and keeps the graph for the next product."""
     try:
         return torch.autograd.grad(output, leaf, v.to(output.dtype), retain_graph=True, **options)[0]
     except RuntimeError as error:

@@ -125,7 +125,7 @@ def _constants(alpha: torch.Tensor, **values: Constant) -> list[torch.Tensor]:
         if value.ndim > 1 or len(shapes) > 1:
             raise InputError(
                 f"`{name}` has shape {tuple(value.shape)}, the level {tuple(alpha.shape)}; allowed: a number, or one "
-                "a sample, (B,), the same B everywhere."
+                "per sample, (B,), the same B everywhere."
             )
         if not bool((torch.isfinite(value) & (value >= 0)).all()):
             raise InputError(f"`{name}` is {value.tolist()}; allowed: finite, at least 0.")

@@ -11,13 +11,13 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A number, or one a coordinate, with its error.
+    """A number, or one number per coordinate, with its error.
 
     Args:
         value: (B,) float64 for a trace, (B, ...) for a diagonal.
-        standard_error: of `value`, same shape; zero where exact, infinite where there is but one independent value.
+        standard_error: standard error of `value`, same shape; 0 where it is exact, infinite with a single value.
         values: (n, *value.shape) float64, the independent values that were averaged; (0, ...) where exact.
-        num_probes: random vectors used, those of a sketch included; 0 where exact.
+        num_probes: number of random vectors used, those of a sketch included; 0 where the value is exact.
         num_denoiser_calls: forward evaluations of the denoiser spent on it.
     """
 
@@ -29,12 +29,12 @@ class Estimate:
 
     @classmethod
     def exact(cls, value: torch.Tensor, num_denoiser_calls: int) -> "Estimate":
-        """Something known without probes."""
+        """Makes an estimate of a value that is known without probes."""
         return cls(value, torch.zeros_like(value), value.new_empty(0, *value.shape), 0, num_denoiser_calls)
 
     @classmethod
     def mean(cls, values: torch.Tensor, num_probes: int, num_denoiser_calls: int) -> "Estimate":
-        """The mean of independent `values` (n, ...)."""
+        """Makes an estimate from the mean of independent `values` (n, ...)."""
         count = len(values)
         error = values.std(0) / count**0.5 if count > 1 else torch.full_like(values[0], float("inf"))
         return cls(values.mean(0), error, values, num_probes, num_denoiser_calls)
@@ -91,8 +91,8 @@ def orthogonal(count: int, like: torch.Tensor, generator: Generators = None, gro
     A full group of d probes gives the exact trace. Fewer still have less variance than independent ones.
 
     Args:
-        group: probes a group, at most d; `count` must be a multiple. None: the largest that makes two groups
-            or more.
+        group: number of probes per group, at most d; `count` must be a multiple. None: the largest number that
+            makes two groups or more.
 
     Raises:
         InputError: a group larger than d, or one that does not divide `count`.

@@ -1,4 +1,4 @@
-"""The exact Fisher of a known distribution."""
+"""The exact Fisher of a known distribution, in closed form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ExactFisher(FisherEstimator):
     The model's output is not looked at; the state gives the sample and its level, in any scheduler's coordinates.
     Works at alpha = 0.
 
-    Cost: one posterior of the distribution a state, one product with its covariance a product, no denoiser call.
+    Cost: one posterior of the distribution per state, one product with its covariance per product, no denoiser call.
 
     Args:
         distribution: `GaussianMixture`, `DiracMixture`, or another `Distribution`.

@@ -15,14 +15,14 @@ class FiniteDifferenceFisher(FisherEstimator):
     The Jacobian of a true score is symmetric, so this product serves as the transposed one; a learned Jacobian is not
     quite symmetric, which bounds how close the resulting gradient comes to the exact one.
 
-    Cost: one denoiser call a product (two where `central`), no graph.
+    Cost: one denoiser call per product (two with `central`), no graph.
 
     Args:
         denoiser: `PipelineDenoiser`, or any callable `(model_input, timestep) -> raw model output`. None: a pipeline's
-            `guide` puts in its own.
+            `guide` or `log_likelihood` binds its own.
         relative_step: length of the difference relative to the sample's norm (to the noise's, for a sample of zeros).
             The default suits float32 networks; float16 ones want about 0.05, bfloat16 ones 0.1.
-        central: differences to both sides: error O(h^2) for twice the calls.
+        central: take differences to both sides, with an error of O(h^2) for twice the calls.
     """
 
     needs_denoiser = True

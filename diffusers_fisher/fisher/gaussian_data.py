@@ -35,8 +35,8 @@ class GaussianFisher(FisherEstimator):
     limit of high noise, where the noised data are Gaussian. Its products smooth a vector toward the data's own
     directions.
 
-    Cost: nothing beyond the run itself; a product takes d multiplications, d (H + W) in a DCT
-    basis, 2 r d for rank r, in float64.
+    Cost: nothing beyond the run itself. A product takes d multiplications, d (H + W) in a DCT basis, 2 r d for rank r,
+    in float64.
 
     Args:
         covariance: S, one mode.
@@ -54,14 +54,14 @@ class GaussianFisher(FisherEstimator):
 
     @classmethod
     def fit_isotropic(cls, samples: Samples) -> GaussianFisher:
-        """One variance for all coordinates. Streams `samples` once."""
+        """Fits one variance for all coordinates. Streams `samples` once."""
         mean, variances = _moments(samples, lambda shape: None)
         return cls(Covariance.isotropic(variances.mean(), tuple(mean.shape)), mean)
 
     @classmethod
     def fit_diagonal(cls, samples: Samples, dct: bool = False) -> GaussianFisher:
-        """A variance a coordinate, of pixels or (`dct`) of the discrete cosine transform over the last two axes, in
-        which neighbouring pixels' correlation is nearly diagonal. Streams `samples` once."""
+        """Fits one variance per coordinate, of pixels or (`dct`) of the discrete cosine transform over the last two
+        axes, in which neighbouring pixels' correlation is nearly diagonal. Streams `samples` once."""
         mean, variances = _moments(samples, DCTBasis if dct else lambda shape: None)
         basis = DCTBasis(tuple(mean.shape)) if dct else None
         mean = basis.synthesise(mean.flatten()).view_as(mean) if basis else mean
@@ -69,7 +69,7 @@ class GaussianFisher(FisherEstimator):
 
     @classmethod
     def fit_low_rank(cls, samples: Samples, rank: int) -> GaussianFisher:
-        """The `rank` leading principal directions, and a variance a coordinate for what they leave.
+        """Fits the `rank` leading principal directions, and one variance per coordinate for the rest.
 
         Streams `samples` once; holds a (d, d) matrix, so d is at most `LOW_RANK_LIMIT`.
         """
@@ -158,7 +158,7 @@ class GaussianOperator(FisherMatrixOperator):
 
 
 class TraceCorrectedFisher(FisherEstimator):
-    """A prior's shape with another estimator's size: C of `prior`, scaled a sample to have the trace of `trace`.
+    """Scales C of one estimator, `prior`, per sample to the trace of another, `trace`.
 
     Args:
         prior: an estimator with cheap products, such as `GaussianFisher`.

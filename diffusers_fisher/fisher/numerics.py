@@ -1,6 +1,6 @@
 """Linear algebra over products alone: functions of a `matvec`, for batches of operators.
 
-Vectors are (B, ...), one a sample; every sample has its own operator.
+Vectors are (B, ...), one per sample; every sample has its own operator.
 """
 
 import functools
@@ -26,7 +26,7 @@ def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def conjugate_gradients(
     matvec: Product, b: torch.Tensor, tolerance: float = 1e-6, max_iterations: int | None = None
 ) -> torch.Tensor:
-    """Solves A x = b for symmetric positive definite A, one system a sample (Hestenes and Stiefel, 1952).
+    """Solves A x = b for symmetric positive definite A, one system per sample (Hestenes and Stiefel, 1952).
 
     Args:
         matvec: x -> A x.
@@ -106,12 +106,12 @@ def extreme_eigenpairs(
         shift = 0.0 if product(start).any() else 1.0  # ARPACK takes no zero operator, which `DirectFisher`'s can be
         operator = LinearOperator((dimensions, dimensions), matvec=functools.partial(product, shift=shift), dtype=kind)
         try:
-            found, columns = eigsh(operator, k=count, which="LA" if largest else "SA", v0=start, tol=tolerance)
+            eigenvalues, columns = eigsh(operator, k=count, which="LA" if largest else "SA", v0=start, tol=tolerance)
         except ArpackError as error:
             raise NumericalError(
                 f"Eigenpairs of sample {index} did not converge: {error}. Raise `tolerance`."
             ) from error
-        order = numpy.argsort(-found if largest else found)
-        values.append(torch.from_numpy(found[order].astype(numpy.float64)) - shift)
+        order = numpy.argsort(-eigenvalues if largest else eigenvalues)
+        values.append(torch.from_numpy(eigenvalues[order].astype(numpy.float64)) - shift)
         vectors.append(torch.from_numpy(columns.T[order].copy()).to(like))
     return torch.stack(values, 1), torch.stack(vectors, 1).view(count, *like.shape)

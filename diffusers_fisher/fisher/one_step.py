@@ -17,16 +17,16 @@ from .finite_difference import FiniteDifferenceFisher
 class OneStepFisher(FisherEstimator):
     """Takes the run from one noise level on for a single step to the predicted clean sample.
 
-    At every state it is `DirectFisher`, so a reward's gradient reaches the noise unchanged but for its scale. There it
-    is multiplied once by alpha dx_0/dx_t, the Jacobian of the predicted clean sample at the state nearest to
-    `noise_to_signal`, whose eigenvalues say how far the model's images still vary there: what is left are directions
-    in which images vary as a whole, and no pattern that the model would remove.
+    At every state it is `DirectFisher`, so a reward's gradient reaches the noise unchanged but for its scale. There
+    the gradient is multiplied once by alpha dx_0/dx_t, the Jacobian of the predicted clean sample at the state nearest
+    to `noise_to_signal`. The eigenvalues of this Jacobian say how far the model's images still vary there: directions
+    in which images vary as a whole remain, and patterns that the model would remove do not.
 
-    Cost: one product of `jacobian` a gradient: one denoiser call by the default.
+    Cost: one product of `jacobian` per gradient, which is one denoiser call with the default.
 
     Args:
         jacobian: an estimator of the Jacobian at that state; None: `FiniteDifferenceFisher()`, which a pipeline's
-            `guide` gives its denoiser.
+            `guide` binds to its denoiser.
         noise_to_signal: sigma/alpha; 1, where the noise's variance is that of latents. Higher levels turn the gradient
             more, and make it slower to follow; lower ones less.
     """
@@ -51,7 +51,7 @@ class OneStepFisher(FisherEstimator):
         return self._direct(state, endpoint)
 
     def through_run(self, gradient: torch.Tensor, states: Sequence[DenoisingState]) -> torch.Tensor:
-        """The gradient at the noise, from what the `states` of a run have made of it one by one."""
+        """Returns the gradient at the noise times the Jacobian at one of the run's `states`."""
         state = min(states, key=self._distance)
         return expand(state.level.alpha, gradient) * self.jacobian(state).original_jacobian(gradient)
 

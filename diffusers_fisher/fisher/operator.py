@@ -22,7 +22,7 @@ class FisherOperator(abc.ABC):
     """The diffusion Fisher F at `state`, through products with the posterior covariance.
 
     Subclasses give `covariance(v)`; everything else follows. Every product takes and returns (B, ...) tensors of the
-    state's shape, one vector a sample, in the scheduler's carried coordinates. Operators form a vector space
+    state's shape, one vector per sample, in the scheduler's carried coordinates. Operators form a vector space
     (`a + b`, `2.0 * a`), and can be `damped`, `symmetrised`, solved with, and asked for extreme eigenpairs.
     """
 
@@ -65,7 +65,7 @@ class FisherOperator(abc.ABC):
         return self.epsilon_jacobian(v) / expand(self.state.level.sigma, v)
 
     def matmat(self, vectors: torch.Tensor) -> torch.Tensor:
-        """F v for many vectors a sample, (k, B, ...)."""
+        """Returns F v for many vectors per sample, (k, B, ...)."""
         self._check_many(vectors)
         return torch.stack([self.matvec(v) for v in vectors])
 
@@ -145,7 +145,7 @@ class FisherOperator(abc.ABC):
     # Whole matrix, diagonal, trace
 
     def dense(self) -> torch.Tensor:
-        """F as a matrix a sample, (B, d, d), with `dense() @ v == matvec(v)`. Cost: d products."""
+        """Returns F as one matrix per sample, (B, d, d), with `dense() @ v == matvec(v)`. Cost: d products."""
         return torch.cat([columns for _, columns in self._columns()]).permute(1, 2, 0)
 
     def diagonal(self, probes: Probes | torch.Tensor | None = None) -> Estimate:
@@ -265,7 +265,7 @@ class FisherOperator(abc.ABC):
         if v.shape != self.state.sample.shape:
             raise InputError(
                 f"The vector has shape {tuple(v.shape)}; the operator's state has {tuple(self.state.sample.shape)}. "
-                "Pass one vector a sample, of the sample's shape."
+                "Pass one vector per sample, of the sample's shape."
             )
 
     def _check_many(self, vectors: torch.Tensor) -> None:
@@ -321,7 +321,7 @@ class ModelFisherOperator(FisherOperator):
         """Product with the transposed Jacobian of the raw model output with respect to the carried sample."""
 
     def output_jacobians(self, vectors: torch.Tensor) -> torch.Tensor:
-        """The same for many vectors a sample, (k, B, ...)."""
+        """Returns the same for many vectors per sample, (k, B, ...)."""
         return torch.stack([self.output_jacobian(v) for v in vectors])
 
     def matmat(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -394,14 +394,14 @@ class CombinedOperator(FisherMatrixOperator):
         return None if inner is None else inner / per_sample(factor, v)
 
     def exact_diagonal(self) -> tuple[torch.Tensor, int]:
-        found = [(factor, *operator.exact_diagonal()) for factor, operator in self._terms]
-        diagonals = [per_sample(factor, diagonal) * diagonal for factor, diagonal, _ in found]
+        terms = [(factor, *operator.exact_diagonal()) for factor, operator in self._terms]
+        diagonals = [per_sample(factor, diagonal) * diagonal for factor, diagonal, _ in terms]
         total = torch.stack(diagonals).sum(0)
-        return total + per_sample(self._shift, total), max(products for *_, products in found)
+        return total + per_sample(self._shift, total), max(products for *_, products in terms)
 
     def exact_trace(self) -> tuple[torch.Tensor, int]:
-        found = [(factor, *operator.exact_trace()) for factor, operator in self._terms]
-        traces = [factor.to(trace.device) * trace for factor, trace, _ in found]
+        terms = [(factor, *operator.exact_trace()) for factor, operator in self._terms]
+        traces = [factor.to(trace.device) * trace for factor, trace, _ in terms]
         total = torch.stack(traces).sum(0)
         shift = self.state.sample[0].numel() * self._shift.to(total.device)
-        return total + shift, max(products for *_, products in found)
+        return total + shift, max(products for *_, products in terms)

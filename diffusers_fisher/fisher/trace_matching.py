@@ -33,13 +33,14 @@ class TraceMatchingFisher(FisherEstimator):
     Inside `scheduler.differentiable(...)` a multiple of the identity steers as `DirectFisher` does, with another size
     at every step.
 
-    Cost: one evaluation of the trace model a state, none of the denoiser, no graph.
+    Cost: one evaluation of the trace model per state, none of the denoiser, no graph.
 
     Args:
-        trace_model: trained for the denoiser whose states it is given. A pipeline's `log_likelihood` and `guide`
-            check its fingerprint against their own denoiser, the operator the prediction type.
-        pooled: (B, pooled_channels) or (1, pooled_channels), for models that take a pooled text embedding.
-        check: compare fingerprints; False only if you know that the denoiser is the one it was trained for.
+        trace_model: a model trained for the denoiser that makes the states. `bind` compares its fingerprint with that
+            of the denoiser, and the operator compares the prediction type.
+        pooled: (B, pooled_channels) or (1, pooled_channels), for models that take a pooled text embedding. None:
+            `bind` takes the vectors of the denoiser's conditions.
+        check: compare fingerprints. Pass False only if you know that the model was trained for this denoiser.
     """
 
     def __init__(self, trace_model: TraceModel, pooled: torch.Tensor | None = None, check: bool = True):
@@ -54,7 +55,7 @@ class TraceMatchingFisher(FisherEstimator):
 
     @property
     def description(self) -> str:
-        """The estimator with what its model was trained on."""
+        """The estimator, and what its model was trained on."""
         return f"TraceMatchingFisher (target {self.trace_model.target})"
 
     @property
@@ -98,15 +99,15 @@ class TraceMatchingOperator(FisherOperator):
     @functools.cached_property
     def _shares(self) -> tuple[torch.Tensor, torch.Tensor]:
         """m and 1 - m, each (B,) or (B, ...) in the model's basis, float64."""
-        given = noise_shares(self._model.evaluate(self.state, self._pooled), self.state)
-        m, rest = (value.to(self.state.sample.device) for value in given)
+        shares = noise_shares(self._model.evaluate(self.state, self._pooled), self.state)
+        m, rest = (value.to(self.state.sample.device) for value in shares)
         if not bool(torch.isfinite(m).all()):
             raise InputError("The trace model's output is not finite; its weights or the state's output are damaged.")
         return m, rest
 
     def covariance(self, v: torch.Tensor) -> torch.Tensor:
         variance = (self.state.level.sigma / self._alpha).square()
-        return self._apply(self._wide(self._shares[0]) * per_sample(self._numbers(variance), v.double()), v)
+        return self._apply(self._broadcast(self._shares[0]) * per_sample(self._numbers(variance), v.double()), v)
 
     def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         return self._apply(self._shares[0], v) / expand(self._alpha, v)
@@ -124,7 +125,7 @@ class TraceMatchingOperator(FisherOperator):
         sample, rest = self.state.sample, self._shares[1]
         if self._transform is not None:
             rest = self._transform.diagonal(rest.flatten(1)).view(sample.shape)
-        diagonal = self._wide(rest).expand(sample.shape)
+        diagonal = self._broadcast(rest).expand(sample.shape)
         return diagonal / per_sample(self._numbers(self.state.level.sigma**2), diagonal), 0
 
     def exact_trace(self) -> tuple[torch.Tensor, int]:
@@ -133,7 +134,7 @@ class TraceMatchingOperator(FisherOperator):
         return self.state.sample[0].numel() * rest / variance, 0
 
     def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        rest = self._wide(self._shares[1])
+        rest = self._broadcast(self._shares[1])
         eigenvalues = rest / per_sample(self._numbers(self.state.level.sigma**2), rest) + per_sample(shift, rest)
         return self._apply(1 / eigenvalues, v)
 
@@ -143,13 +144,13 @@ class TraceMatchingOperator(FisherOperator):
         level = self.state.level
         return torch.maximum(level.alpha, level.sigma * math.exp(-LOG_NOISE_RANGE))
 
-    def _wide(self, shares: torch.Tensor) -> torch.Tensor:
+    def _broadcast(self, shares: torch.Tensor) -> torch.Tensor:
         """(B,) shares as (B, 1, ...)."""
         return shares if shares.ndim > 1 else shares.view(-1, *[1] * (self.state.sample.ndim - 1))
 
     def _apply(self, factors: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Q diag(factors) Q^T v for v (..., B, *shape), in the dtype of `v`."""
-        factors = self._wide(factors)
+        factors = self._broadcast(factors)
         if self._transform is None:
             return factors.to(v.dtype) * v
         axes = self.state.sample.ndim - 1

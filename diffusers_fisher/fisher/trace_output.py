@@ -54,7 +54,7 @@ class TraceModel(Protocol):
 
 
 def noise_shares(output: FisherTraceOutput, state: DenoisingState) -> tuple[torch.Tensor, torch.Tensor]:
-    """m and 1 - m of a trace model's output, (B,) or (B, ...) float64: m the posterior variance of the noise.
+    """Returns m and 1 - m of a trace model's output, (B,) or (B, ...) float64: m the posterior variance of the noise.
 
     From a second moment (target "norm") m is (alpha^2/sigma^2)(E[|x_0|^2/d | x_t] - |x0hat|^2/d), a difference of two
     numbers of order one that at small noise are nearly equal; it may come out negative or above one.

@@ -99,7 +99,7 @@ def posterior_guidance(
         pipe: a pipeline whose call takes `callback_on_step_end`; used as it is.
         reward: `reward(images, prompts) -> (B,)`, images (B, 3, H, W) in [0, 1] with a graph.
         prompts: what the reward is told, one for all samples or one each; None: nothing (an empty prompt each), which
-            rewards that compare images with their prompts refuse. It is not taken from the pipeline's call.
+            rewards that compare images with their prompts refuse. The pipeline's own prompts are not read.
         strength: the tilt's size relative to the score: the score becomes score + strength alpha |score| u, with u
             the unit direction and alpha that of the variance-preserving sample. The predicted clean sample so moves
             by `strength` sigma |eps|, less than `strength` standard deviations of the noise at any level.

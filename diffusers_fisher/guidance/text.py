@@ -79,7 +79,7 @@ class TextEmbedding:
 
 
 class TextGradientEstimator(FisherEstimator):
-    """`estimator`, whose products in the backward pass also add to the text's gradient."""
+    """Gives the products of `estimator`, each of which also adds to the text's gradient."""
 
     def __init__(self, estimator: FisherEstimator, text: TextEmbedding, denoiser: PipelineDenoiser):
         self.estimator = estimator

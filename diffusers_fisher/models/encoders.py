@@ -1,4 +1,4 @@
-"""Encoders of the trace model: images or packed tokens in, one vector a sample (and features a position) out.
+"""Encoders of the trace model: images or packed tokens in, one vector per sample (and features per position) out.
 
 No normalisation layers: they would remove the amplitudes that tell how large the local variance is. Residual branches
 start at zero instead.
@@ -37,7 +37,7 @@ class NoiseEmbedding(nn.Module):
         """(B,) and (B, pooled_channels) to (B, channels)."""
         value = log_noise.clamp(-LOG_NOISE_LIMIT, LOG_NOISE_LIMIT)[:, None]
         exponents = torch.linspace(math.log(0.1), math.log(4.0), self.num_frequencies, device=value.device)
-        angles = value * exponents.exp()  # radians for each unit of log(sigma/alpha)
+        angles = value * exponents.exp()  # radians per unit of log(sigma/alpha)
         features = torch.cat([angles.sin(), angles.cos(), value / 4], dim=1).to(self.first.weight.dtype)
         embedding = self.second(F.silu(self.first(features)))
         if self.pooled is not None and pooled is not None:
@@ -147,7 +147,7 @@ def log_energy(x: torch.Tensor) -> torch.Tensor:
 
 
 class TraceHead(nn.Module):
-    """A vector a sample to `out` numbers; the last layer starts at zero."""
+    """Maps one vector per sample to `out` numbers; the last layer starts at zero."""
 
     def __init__(self, features: int, embedding_channels: int, channels: int, out: int):
         super().__init__()
@@ -215,7 +215,7 @@ class FeatureEncoder(nn.Module):
     """Summaries of the denoiser's last hidden layer to a vector, which starts at zero; one of its own for none.
 
     Args:
-        features: numbers a sample.
+        features: numbers per sample.
         channels: of the vector.
     """
 
@@ -237,12 +237,12 @@ class FeatureEncoder(nn.Module):
 
 
 class PixelHead(nn.Module):
-    """The first and last feature maps to a number a coordinate of the sample; the last layer starts at zero."""
+    """The first and last feature maps to one number per coordinate of the sample; the last layer starts at zero."""
 
     def __init__(self, encoder: ImageEncoder | TokenEncoder, channels: int, out_channels: int):
         super().__init__()
         self.patch_size = encoder.patch_size if isinstance(encoder, ImageEncoder) else 0
-        kind = nn.Linear if not self.patch_size else (lambda given, out: nn.Conv2d(given, out, 1))
+        kind = nn.Linear if not self.patch_size else (lambda inputs, outputs: nn.Conv2d(inputs, outputs, 1))
         self.first = kind(encoder.stem_channels + encoder.channels, channels)
         self.last = kind(channels, out_channels * max(1, self.patch_size) ** 2)
         _start_at_zero(self.last)
@@ -255,9 +255,9 @@ class PixelHead(nn.Module):
 
 
 class SpectralHead(nn.Module):
-    """A vector a sample to a number a DCT coefficient: its product with learned functions of the frequency.
+    """Maps one vector per sample to one number per DCT coefficient, by learned functions of the frequency.
 
-    Frequencies are in half cycles a pixel, so that one model serves samples of every size.
+    Frequencies are in half cycles per pixel, so that one model serves samples of every size.
     """
 
     def __init__(self, in_channels: int, rank: int = 16):

@@ -84,19 +84,19 @@ def network_key(network: torch.nn.Module) -> Hashable:
     scales, attention processors, FreeU's factors and the configuration. It holds no reference to any of them. Changes
     through `parameter.data` move no version, and are seen at the sampled values alone.
     """
-    places, readable = [], []
-    for name, parameter in network.named_parameters():
-        places.append((name, parameter.shape, parameter.dtype, parameter.device, _place(parameter)))
-        if _is_readable(parameter) and parameter.numel() > 0:
-            readable.append(parameter)
-    attributes: list[Hashable] = []  # flat, because there are thousands
-    for module in network.modules():
-        attributes.append(type(module).__qualname__)
+    entries: list[Hashable] = []  # flat, because there are thousands
+    readable = []
+    for path, module in network.named_modules():
+        entries += (path, type(module).__qualname__)
+        for name, parameter in vars(module)["_parameters"].items():
+            if parameter is not None:
+                entries += (name, parameter.shape, parameter.dtype, parameter.device, _place(parameter))
+                if _is_readable(parameter) and parameter.numel() > 0:
+                    readable.append(parameter)
         for name, value in vars(module).items():
             if name not in OF_TORCH and (type(value) is not OrderedDict or value):  # most modules have no hooks
-                attributes.append(name)
-                attributes.append(value if type(value) in PLAIN else _summary(value))
-    return tuple(places), _sampled_values(readable), tuple(attributes)
+                entries += (name, value if type(value) in PLAIN else _summary(value))
+    return tuple(entries), _sampled_values(readable)
 
 
 def _kept_fingerprint(network: torch.nn.Module) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _network_fingerprint(network: torch.nn.Module) -> dict[str, Any]:
 
 
 def fingerprint_differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """In words, what of fingerprint `found` is not as `expected`; keys that either lacks are not compared.
+    """Returns in words how fingerprint `found` differs from `expected`; keys that one of them lacks are not compared.
 
     `expected` may lack `counts` and `matrices`, as fingerprints did at first: its weights are then compared by 16
     parameters alone.
@@ -189,17 +189,12 @@ def _sampled_values(parameters: Sequence[torch.Tensor]) -> tuple[float, ...]:
     for parameter in parameters:
         entries = values.setdefault((parameter.device, parameter.dtype), [])
         for number in range(count):
-            entries.append(_entry(parameter, (2 * number + 1) * parameter.numel() // (2 * count)))
+            place, position = parameter.storage_offset(), (2 * number + 1) * parameter.numel() // (2 * count)
+            for size, stride in zip(reversed(parameter.shape), reversed(parameter.stride()), strict=True):
+                position, index = divmod(position, size)
+                place += index * stride
+            entries.append(torch.as_strided(parameter, (), (), place))  # half the time of an index
     return tuple(value for entries in values.values() for value in torch.stack(entries).cpu().double().tolist())
-
-
-def _entry(values: torch.Tensor, position: int) -> torch.Tensor:
-    """Returns one entry by its position in row-major order, whatever the strides."""
-    index = []
-    for size in reversed(values.shape):
-        position, place = divmod(position, size)
-        index.append(place)
-    return values[tuple(reversed(index))]
 
 
 def _summary(value: object) -> Hashable:
@@ -207,9 +202,9 @@ def _summary(value: object) -> Hashable:
     if type(value) in PLAIN:
         return value
     if isinstance(value, dict):
-        return tuple((_summary(key), _summary(entry)) for key, entry in value.items())
+        return tuple([(_summary(key), _summary(entry)) for key, entry in value.items()])
     if isinstance(value, (list, tuple, set)):
-        return tuple(_summary(entry) for entry in value)
+        return tuple([_summary(entry) for entry in value])
     own = getattr(value, "__dict__", {})  # such as an attention processor's
     return type(value).__qualname__, id(value), *(entry for entry in own.items() if type(entry[1]) in PLAIN)
 
@@ -220,7 +215,7 @@ def _five_levels(schedule: NoiseSchedule) -> list[float]:
 
 
 def _settings(network: torch.nn.Module) -> dict[str, Any]:
-    """Settings that differ from the class's defaults: a newer diffusers may add keys, not change the model."""
+    """Returns settings that differ from the class's defaults: a newer diffusers may add keys, not change the model."""
     defaults = inspect.signature(type(network).__init__).parameters
     config = getattr(network, "config", {})
     own = {key: value for key, value in dict(config).items() if not key.startswith("_")}

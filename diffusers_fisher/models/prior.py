@@ -14,7 +14,7 @@ VARIANCE_FLOOR = 1e-6  # of the mean variance: coordinates that never vary must 
 
 
 class GaussianPrior(nn.Module):
-    """Mean and variances of the data a coordinate, in the sample's own coordinates or those of the DCT.
+    """Mean and variances of the data per coordinate, in the sample's own coordinates or those of the DCT.
 
     Args:
         shape: of the statistics; broadcastable to one sample. Variances of samples (C, H, W) of another size are
@@ -90,7 +90,7 @@ class GaussianPrior(nn.Module):
             raise InputError(
                 f"The trace model's prior has statistics of {sizes[0]} tokens of {sizes[1]} channels, samples have "
                 f"{shape[0]} of {shape[1]}; allowed: {sizes[0]} tokens, so images of the size it was trained on. For "
-                "other sizes train one with statistics a channel (`prior: channel`)."
+                "other sizes train one with statistics per channel (`prior: channel`)."
             )
         raise InputError(
             f"The trace model's prior has shape {sizes}, samples have {tuple(shape)}; allowed: the same number of "

@@ -42,7 +42,7 @@ MIXED_FREQUENCIES = 16
 
 
 class FisherTraceModel(ModelMixin, ConfigMixin):
-    """r(x, t) = tr Cov[eps|x_t]/d from a noisy sample, its noise level and the denoiser's prediction there.
+    """Estimates r(x, t) = tr Cov[eps|x_t]/d from a noisy sample, its noise level and the denoiser's prediction there.
 
     The head is an effective variance, r = v/(v + s^2) with v = v_0 exp(g): v_0 is that of independent Gaussian
     coordinates with the data's variances (`set_prior`), g the network, which starts at zero. So r goes to 1 as s -> 0
@@ -65,17 +65,17 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
             cosine transform over the image).
         block_out_channels: channels of every stage, each at half the size of the one before; tokens have one width,
             the first, and as many blocks.
-        layers_per_block: blocks a stage.
+        layers_per_block: number of blocks per stage.
         patch_size: side of the square patches that the first layer takes (images).
-        head_channels, time_channels: of the head and of the embedding of the noise level.
-        pooled_channels: of an additional vector a sample, such as a pooled text embedding; None: none.
+        head_channels, time_channels: widths of the head and of the embedding of the noise level.
+        pooled_channels: width of an additional vector per sample, such as a pooled text embedding; None: none.
         use_prediction: take the denoiser's predicted noise and x_0 too, which a sampler step knows anyway.
-        feature_channels: numbers a sample that sum up the denoiser's last hidden layer (`DenoisingState.features`, by
-            `PipelineDenoiser`), which its Jacobian goes through; None: none. States without them are taken too, with
-            the accuracy of a model that knows none.
-        prior_shape: shape of the prior's statistics; None: one number a channel. With (N, C), for tokens, the model
+        feature_channels: count of numbers per sample that sum up the denoiser's last hidden layer, which its Jacobian
+            goes through (`DenoisingState.features`, by `PipelineDenoiser`); None: none. States without features are
+            taken too, with the accuracy of a model that knows none.
+        prior_shape: shape of the prior's statistics; None: one number per channel. With (N, C), for tokens, the model
             takes N tokens alone.
-        fingerprint: of the denoiser, see `diffusers_fisher.models.denoiser_fingerprint`; None: fits any.
+        fingerprint: fingerprint of the denoiser, see `diffusers_fisher.models.denoiser_fingerprint`; None: fits any.
     """
 
     config_name = "config.json"  # type: ignore[assignment]
@@ -351,7 +351,7 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
 
 
 def trace_inputs(state: DenoisingState) -> dict[str, torch.Tensor]:
-    """The arguments of `FisherTraceModel.forward` at a state, detached, float32 or the state's own dtype.
+    """Returns the arguments of `FisherTraceModel.forward` at a state, detached, float32 or the state's own dtype.
 
     All are of order one at every level: x_t over its norm, the predicted noise, and the predicted x_0 over
     sqrt(1 + (s/10)^2), since an error of the predicted noise grows by s in it.

@@ -10,6 +10,7 @@ from diffusers_fisher import (
     DirectFisher,
     EndpointFisher,
     FiniteDifferenceFisher,
+    FisherEstimator,
     FisherOperator,
     GaussianFisher,
     Probes,
@@ -98,7 +99,7 @@ def fresh(estimator: Any) -> Any:
     return Secants(estimator.memory) if isinstance(estimator, Secants) else estimator
 
 
-class Mean:
+class Mean(FisherEstimator):
     """The mean of two operators."""
 
     def __init__(self, left: Any, right: Any):
@@ -108,7 +109,7 @@ class Mean:
         return 0.5 * (self.left(state, endpoint) + self.right(state, endpoint))
 
 
-class Secants:
+class Secants(FisherEstimator):
     """Tried: differences of model outputs between guidance iterations at the same level, as products with the
     Jacobian that cost nothing; the least symmetric change of the direct operator that agrees with them (Powell's
     symmetric Broyden formula for several secants)."""

@@ -161,7 +161,7 @@ def test_tokens_of_another_number_need_statistics_a_channel():
     with pytest.raises(
         InputError,
         match=r"statistics of 6 tokens of 3 channels, samples have 9 of 3; allowed: 6 tokens, so images of the size "
-        r"it was trained on\. For other sizes train one with statistics a channel \(`prior: channel`\)",
+        r"it was trained on\. For other sizes train one with statistics per channel \(`prior: channel`\)",
     ):
         data.model().r(state)
     model = FisherTraceModel(**SMALL, in_channels=3, layout="tokens")
