@@ -1,4 +1,4 @@
-"""A trace model beside Hutchinson's estimate and the squared errors of its denoiser, on held-out data."""
+"""Compares a trace model with Hutchinson's estimate and with the squared errors of its denoiser on held-out data."""
 
 from __future__ import annotations
 
@@ -107,12 +107,15 @@ def _asked(
 
 
 def plot_validation(validation: Validation, path: Path) -> None:
-    """r against log(sigma/alpha) by the three ways, and the model's difference to the others."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Draws r against log(sigma/alpha) in the three ways, and the differences of the model from the other two.
+
+    Args:
+        validation: r by level and sample.
+        path: file of the picture, written atomically.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     report, x = validation.report(), validation.log_noise
     for name, label in (("model", "trace model"), ("jacobian", "Hutchinson"), ("squared_error", "squared errors")):
