@@ -1,22 +1,36 @@
-"""The demonstration behind `diffusers-fisher demo`: the main job on the embedded checkpoint, with pictures."""
+"""Runs the demonstration of `diffusers-fisher demo`: likelihood and guidance on the embedded checkpoint."""
+
+from __future__ import annotations
 
 import math
+import textwrap
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import pandas
 import torch
 
 from . import __version__
 from .checkpoints import EMBEDDED_CLASSES, embedded_checkpoint, embedded_prompt, embedded_test_images
 from .errors import CoarseGridWarning
 from .files import check_writable, save_figure, write_json
-from .fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDifferenceFisher, OneStepFisher
+from .fisher import (
+    AutodiffFisher,
+    DirectFisher,
+    EndpointFisher,
+    FiniteDifferenceFisher,
+    FisherEstimator,
+    OneStepFisher,
+)
 from .guidance import ClassifierReward, GuidanceOutput
 from .likelihood import LikelihoodOutput
 from .pipelines import StableDiffusionFisherPipeline
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PROMPT_CLASS = EMBEDDED_CLASSES.index("sneaker")
 TARGET = "ankle boot"
@@ -27,7 +41,7 @@ LIKELIHOOD: dict[str, Any] = {"num_inference_steps": 20}
 PROBES = "real, 2 probes"
 """The same images without the trace model, for comparison."""
 
-ESTIMATORS: dict[str, Callable[[], Any]] = {
+ESTIMATORS: dict[str, Callable[[], FisherEstimator]] = {
     "one step (default)": OneStepFisher,
     "direct": DirectFisher,
     "finite difference": FiniteDifferenceFisher,
@@ -35,13 +49,31 @@ ESTIMATORS: dict[str, Callable[[], Any]] = {
     "endpoint, centred": lambda: EndpointFisher(centred=True),
     "endpoint, paper": EndpointFisher,
 }
+LIKELIHOOD_COLUMNS = {
+    "bits/dim": "mean",
+    "std": "standard_deviation",
+    "probe s.e.": "probe_standard_error",
+    "step error": "discretisation_error",
+    "at most": "largest_discretisation_error",
+    "calls": "num_denoiser_calls",
+}
+GUIDANCE_COLUMNS = {
+    "reward before": "reward_before",
+    "after": "reward_after",
+    "seconds": "seconds",
+    "calls": "num_denoiser_calls",
+}
 
 
 def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
-    """Runs the demonstration, prints its tables and writes `output`; returns the content of report.json.
+    """Runs the demonstration, prints its tables and writes its files; returns the content of report.json.
+
+    Args:
+        output: folder of report.json and the pictures.
+        seed: seed of all draws.
 
     Raises:
-        InputError: a folder that can't be written. CheckpointError: a damaged installation.
+        InputError: the folder can't be written. CheckpointError: the installation is damaged.
     """
     check_writable(output)
     begin = time.perf_counter()
@@ -50,34 +82,32 @@ def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
     print(
         f"How likely are images under the checkpoint? ({len(images)} test images, bits/dim of the latent)", flush=True
     )
-    versions_of = _versions(images, seed)
-    likelihoods = {name: _likelihood(pipe, version, labels, seed) for name, version in versions_of.items()}
+    sets = _image_sets(images, seed)
+    likelihoods = {name: _likelihood(pipe, version, labels, seed) for name, version in sets.items()}
     likelihoods[PROBES] = _likelihood(pipe, images, labels, seed, estimator=AutodiffFisher(), num_probes=2)
-    _print_likelihoods(likelihoods)
+    report: dict[str, Any] = {"likelihood": {name: _likelihood_report(out) for name, out in likelihoods.items()}}
+    _print_table("images", report["likelihood"], LIKELIHOOD_COLUMNS)
     print(f"\nSteering '{embedded_prompt(PROMPT_CLASS)}' toward '{TARGET}' ({NUM_IMAGES} images)", flush=True)
     reward = ClassifierReward.from_pretrained(Path(embedded_checkpoint()) / "classifier", target=TARGET)
-    guided = {name: _guide(pipe, reward, make(), seed) for name, make in ESTIMATORS.items()}
-    _print_guidance(guided)
-    report = {
-        "likelihood": {name: _likelihood_report(out) for name, out in likelihoods.items()},
-        "guidance": {name: _guidance_report(out) for name, out in guided.items()},
-        "seconds": round(time.perf_counter() - begin, 1),
-        "versions": versions(),
-    }
-    _write(output, report, likelihoods, guided, pipe, seed)
+    runs = {name: _guide(pipe, reward, make(), seed) for name, make in ESTIMATORS.items()}
+    report["guidance"] = {name: _guidance_report(out) for name, out in runs.items()}
+    _print_table("estimator", report["guidance"], GUIDANCE_COLUMNS)
+    report |= {"seconds": round(time.perf_counter() - begin, 1), "versions": versions()}
+    _write(output, report, likelihoods, runs, pipe, seed)
     print(f"\nImages, plots and report.json are in {output.resolve()} ({report['seconds']} s in all).")
     return report
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
+    """Returns the versions of the packages on which the figures depend, and the number of threads."""
     from importlib.metadata import version
 
-    ours = {"diffusers_fisher": __version__, "threads": str(torch.get_num_threads())}
-    return ours | {name: version(name) for name in ("diffusers", "transformers", "torch")}
+    own = {"diffusers_fisher": __version__, "threads": str(torch.get_num_threads())}
+    return own | {name: version(name) for name in ("diffusers", "transformers", "torch")}
 
 
-def _versions(images: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+def _image_sets(images: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+    """The images (B, 1, 32, 32) as they are, inverted and with noise."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
     return {"real": images, "inverted": 1 - images, "noise-corrupted": (images + 0.2 * noise).clamp(0, 1)}
 
@@ -88,11 +118,13 @@ def _likelihood(
     prompts = [embedded_prompt(int(label)) for label in labels]
     generator = torch.Generator().manual_seed(seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CoarseGridWarning)  # the table tells the largest error
+        warnings.simplefilter("ignore", CoarseGridWarning)  # the table shows the largest error
         return pipe.log_likelihood(images, prompt=prompts, generator=generator, **LIKELIHOOD, **options)
 
 
-def _guide(pipe: StableDiffusionFisherPipeline, reward: ClassifierReward, estimator: Any, seed: int) -> GuidanceOutput:
+def _guide(
+    pipe: StableDiffusionFisherPipeline, reward: ClassifierReward, estimator: FisherEstimator, seed: int
+) -> GuidanceOutput:
     prompts = [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES
     generator = torch.Generator().manual_seed(seed)
     options = {"estimator": estimator, "generator": generator, "output_type": "pt", **SAMPLING, **GUIDANCE}
@@ -127,32 +159,24 @@ def _guidance_report(out: GuidanceOutput) -> dict[str, Any]:
     }
 
 
-def _print_likelihoods(likelihoods: dict[str, LikelihoodOutput]) -> None:
-    print(f"  {'images':<18}{'bits/dim':>10}{'std':>8}{'probe s.e.':>12}{'step error':>12}{'at most':>9}{'calls':>7}")
-    for name, out in likelihoods.items():
-        row = _likelihood_report(out)
-        print(
-            f"  {name:<18}{row['mean']:>10.3f}{row['standard_deviation']:>8.3f}{row['probe_standard_error']:>12.3f}"
-            f"{row['discretisation_error']:>12.3f}{row['largest_discretisation_error']:>9.3f}"
-            f"{row['num_denoiser_calls']:>7}"
-        )
+def _print_table(title: str, report: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+    """Prints one line per entry of a report, with the values of some of its keys.
 
-
-def _print_guidance(guided: dict[str, GuidanceOutput]) -> None:
-    print(f"  {'estimator':<20}{'reward before':>14}{'after':>9}{'seconds':>9}{'calls':>7}")
-    for name, out in guided.items():
-        row = _guidance_report(out)
-        print(
-            f"  {name:<20}{row['reward_before']:>14.3f}{row['reward_after']:>9.3f}{row['seconds']:>9.1f}"
-            f"{row['num_denoiser_calls']:>7}"
-        )
+    Args:
+        title: heading of the entries' names.
+        report: values by key, by name of the entry.
+        columns: key of the report by heading.
+    """
+    rows = [{heading: row[key] for heading, key in columns.items()} for row in report.values()]
+    table = pandas.DataFrame(rows, index=list(report)).rename_axis(columns=title)
+    print(textwrap.indent(table.to_string(float_format="{:.3f}".format), "  "))
 
 
 def _write(
     output: Path,
     report: dict[str, Any],
     likelihoods: dict[str, LikelihoodOutput],
-    guided: dict[str, GuidanceOutput],
+    runs: dict[str, GuidanceOutput],
     pipe: StableDiffusionFisherPipeline,
     seed: int,
 ) -> None:
@@ -160,29 +184,22 @@ def _write(
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, out in likelihoods.items():
-        left.hist(out.bits_per_dim.numpy(), bins=20, alpha=0.6, label=name)
-        mean, spread = out.r.mean(1), out.r.std(1)
-        right.plot(out.noise_to_signal, mean, label=name)
-        right.fill_between(out.noise_to_signal, mean - spread, mean + spread, alpha=0.2)
-    left.set(xlabel="bits/dim of the latent (lower is likelier)", ylabel="images", title="Likelihood")
-    right.set(xlabel="noise to signal", ylabel="r = tr Cov[noise]/d", xscale="log", title="Trace of the Fisher")
-    left.legend()
+    _draw_likelihoods(left, right, likelihoods)
     save_figure(figure, output / "likelihood.png")
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for name, run in guided.items():
+    for name, run in runs.items():
         axes.plot(run.seconds.cumsum(0), run.rewards.mean(1), marker=".", label=name)
     axes.set(xlabel="seconds", ylabel=f"log-probability of '{TARGET}'", title="Reward against time")
     axes.legend()
     save_figure(figure, output / "guidance.png")
 
-    plain = pipe(
+    before = pipe(
         [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES, generator=torch.Generator().manual_seed(seed), output_type="pt",
         **SAMPLING,
     ).images  # fmt: skip
-    rows = {"before": plain, **{name: run.images for name, run in guided.items()}}
+    rows = {"before": before, **{name: run.images for name, run in runs.items()}}
     figure = Figure(figsize=(8, 1.35 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), 1)
     for axes, (name, pictures) in zip(grid, rows.items(), strict=True):
@@ -191,3 +208,15 @@ def _write(
         axes.set_axis_off()
     save_figure(figure, output / "gallery.png")
     write_json(output / "report.json", report)
+
+
+def _draw_likelihoods(left: Axes, right: Axes, likelihoods: Mapping[str, LikelihoodOutput]) -> None:
+    """Draws histograms of bits/dim, and r by noise level with its standard deviation over the images."""
+    for name, out in likelihoods.items():
+        left.hist(out.bits_per_dim.numpy(), bins=20, alpha=0.6, label=name)
+        mean, spread = out.r.mean(1), out.r.std(1)
+        right.plot(out.noise_to_signal, mean, label=name)
+        right.fill_between(out.noise_to_signal, mean - spread, mean + spread, alpha=0.2)
+    left.set(xlabel="bits/dim of the latent (lower is likelier)", ylabel="images", title="Likelihood")
+    right.set(xlabel="noise to signal", ylabel="r = tr Cov[noise]/d", xscale="log", title="Trace of the Fisher")
+    left.legend()

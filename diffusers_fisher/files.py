@@ -6,13 +6,16 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @contextlib.contextmanager
@@ -56,7 +59,7 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def save_figure(figure: Any, path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
     """Writes a matplotlib figure atomically."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)

@@ -1,7 +1,7 @@
-"""Pictures of the diffusion Fisher: its diagonal in latents, what its eigenvectors do to images, its trace.
+"""Draws the diffusion Fisher: its diagonal in latents, the effect of its eigenvectors on images, and its trace.
 
-matplotlib is imported on use, and only its `Figure`: no backend is chosen and nothing is kept globally. Save with
-`figure.savefig(path)`.
+matplotlib is imported when a function is called. Only its `Figure` is used: no backend is chosen, no global state is
+changed. Save a figure with `figure.savefig(path)`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .fisher.operator import FisherOperator
 from .noise import NoiseLevel
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
@@ -30,7 +31,7 @@ CELL = 1.5  # inches of one picture
 
 @dataclasses.dataclass(frozen=True)
 class _Column:
-    """One picture a sample: (B, H, W, 3) colours, or (B, H, W) numbers of a map, with a line below each."""
+    """One picture per sample, with a line of text below each: colours (B, H, W, 3), or numbers of a map (B, H, W)."""
 
     title: str
     pictures: torch.Tensor
@@ -39,34 +40,40 @@ class _Column:
 
 
 def fisher_pictures(
-    pipe: DiffusionPipeline,
+    pipe: DiffusionPipeline | None,
     operator: FisherOperator,
     count: int = 1,
     scale: float = 0.3,
     probes: Probes | None = None,
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Figure:
-    """A row a sample: the posterior mean, the diagonal, and what moving along extreme eigenvectors does to the image.
+    """Draws one row per sample: the posterior mean, the diagonal, and the image moved along extreme eigenvectors.
 
-    The diagonal is that of sigma^2 F, averaged over channels: 1 where the sample tells the data, 0 where they stay as
-    uncertain as the noise (a variance of (sigma/alpha)^2), negative where more so, as between modes. Every eigenvector
-    has three pictures: E[x_0|x_t] minus and plus a move along it, and the difference in brightness (red: brighter
-    under plus; full colour at 1). The number is sigma^2 times the eigenvalue, on the diagonal's scale: the most curved
-    directions are those that the model pins, the least curved ones those that it leaves open at this noise level.
+    The diagonal is that of sigma^2 F, averaged over channels. It is 1 where the noisy sample determines the clean one,
+    0 where the clean sample stays as uncertain as the noise (a variance of (sigma/alpha)^2), and negative where it is
+    more uncertain than the noise, as between modes. Every eigenvector has three pictures: E[x_0|x_t] minus a move
+    along the eigenvector, E[x_0|x_t] plus the move, and the difference in brightness (red: plus is brighter; full
+    colour at 1). The number below is sigma^2 times the eigenvalue, on the scale of the diagonal. At this noise level
+    the model determines the most curved directions, and leaves the least curved ones open.
 
     Args:
-        pipe: a latent pipeline, whose autoencoder decodes.
-        operator: at a state with samples (B, C, H, W); where it is not symmetric, its mean with its transposed.
-        count: eigenvectors of each end.
-        scale: length of the move relative to the norm of E[x_0|x_t], the same for all so that pictures compare.
-        probes: for the diagonal; None: exactly, at d products.
-        decode: latents (B, C, H, W) to images (B, 3, H, W) in [0, 1], in place of the pipeline's autoencoder.
+        pipe: latent pipeline whose autoencoder decodes; None is allowed with `decode`.
+        operator: Fisher at a state with samples (B, C, H, W). Where it is not symmetric, the mean of the operator and
+            its transpose is drawn.
+        count: number of eigenvectors at each end of the spectrum.
+        scale: length of the move relative to the norm of E[x_0|x_t]; the same for all moves, so that pictures compare.
+        probes: probes for the diagonal; None: the exact diagonal, at d products.
+        decode: function from latents (B, C, H, W) to images (B, 3, H, W) in [0, 1], used instead of the pipeline's
+            autoencoder.
 
-    Cost: d products (or one a probe), some tens for each sample and end, and 4 `count` + 1 decodings.
+    Returns:
+        A matplotlib figure.
+
+    Cost: d products (or one per probe), some tens of products per sample and end, and 4 `count` + 1 decodings.
 
     Raises:
-        InputError: packed samples, a `count` or `scale` out of range. UnsupportedError: an operator that is not
-            symmetric and knows products with one side only.
+        InputError: samples are packed, or `count` or `scale` is out of range. UnsupportedError: the operator is not
+            symmetric and has products with one side only.
     """
     from matplotlib.figure import Figure
 
@@ -78,7 +85,7 @@ def fisher_pictures(
     show = decode or (lambda latents: decode_latents(pipe, latents))
     symmetric = operator.symmetrised()
     noise = per_sample(operator.state.level.sigma.expand(len(sample)) ** 2, sample.double())
-    diagonal = (noise * operator.diagonal(probes).value).mean(1).cpu()  # the symmetrised one's is the same
+    diagonal = (noise * operator.diagonal(probes).value).mean(1).cpu()  # symmetrised, it would be the same
     mean = _pixels(show(operator.state.pred_original_sample.detach()))
     groups = {
         "": [
@@ -105,19 +112,23 @@ def trace_plot(
     estimates: Mapping[str, Sequence[Estimate]],
     dimensions: int | None = None,
 ) -> Figure:
-    """The trace against the noise-to-signal ratio, a line an estimator: mean of the samples, two standard errors.
+    """Draws the trace against the noise-to-signal ratio: one line per estimator, the mean of the samples.
 
-    The band is the error of that mean from the probes alone. Exact traces have none; that of a single probe is not
-    known, and not drawn.
+    A band of two standard errors shows the error of that mean by the probes alone. Exact traces have no band. The
+    standard error of a single probe is not known, so a single probe has no band either.
 
     Args:
-        levels: (L,) levels, one a point of every line.
-        estimates: by name, one trace estimate a level.
-        dimensions: d of one sample; where given, the axis is r = (d - sigma^2 tr F)/d, the noise's mean posterior
-            variance: 1 where nothing is known of it, 0 where all is. None: sigma^2 tr F.
+        levels: noise levels (L,), one per point of every line.
+        estimates: trace estimates by name of the estimator, one per level.
+        dimensions: number of dimensions d of one sample. With it, the axis shows r = (d - sigma^2 tr F)/d, the mean
+            posterior variance of the noise: 1 where nothing is known of the noise, 0 where all of it is known. None:
+            the axis shows sigma^2 tr F.
+
+    Returns:
+        A matplotlib figure.
 
     Raises:
-        InputError: no estimate, estimates that are no traces, or other numbers of them than levels.
+        InputError: there are no estimates, the estimates are not traces, or their number is not that of the levels.
     """
     from matplotlib.figure import Figure
 
@@ -136,12 +147,15 @@ def trace_plot(
 
 
 @torch.no_grad()
-def decode_latents(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3, H, W) float32 in [0, 1] of scaled latents (B, C, h, w), by the pipeline's autoencoder.
+def decode_latents(pipe: DiffusionPipeline | None, latents: torch.Tensor) -> torch.Tensor:
+    """Decodes scaled latents (B, C, h, w) by the pipeline's autoencoder to images (B, 3, H, W) float32 in [0, 1].
 
     Raises:
-        UnsupportedError: the pipeline has none.
+        InputError: there is no pipeline.
+        UnsupportedError: the pipeline has no autoencoder.
     """
+    if pipe is None:
+        raise InputError("There is no pipeline to decode with; pass one, or `decode`, a function from latents to images.")
     backbone = backbone_of(pipe, any_pipeline=True)
     backbone.check_decoder()
     return backbone.decode(latents)
@@ -154,7 +168,7 @@ def _directions(
     scale: float,
     largest: bool,
 ) -> list[list[_Column]]:
-    """Minus, plus and difference for each eigenvector."""
+    """Returns for each eigenvector the columns minus, plus and difference."""
     mean = operator.state.pred_original_sample.detach()
     curvatures, vectors = operator.eigenpairs(count, largest)
     curvatures = operator.state.level.sigma.cpu() ** 2 * curvatures
@@ -170,25 +184,25 @@ def _directions(
 
 
 def _pixels(images: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) to (B, H, W, 3) on the CPU."""
+    """Converts images (B, 3, H, W) to arrays (B, H, W, 3) on the CPU."""
     return images.detach().float().cpu().permute(0, 2, 3, 1)
 
 
 def _draw_group(part: SubFigure, name: str, columns: list[_Column]) -> None:
-    part.suptitle(name or " ", fontsize=10)  # a blank one, so that the groups' pictures stand level
+    part.suptitle(name or " ", fontsize=10)  # also a blank title takes space, so that the groups' pictures stand level
     grid = part.subplots(len(columns[0].pictures), len(columns), squeeze=False)
     for index, column in enumerate(columns):
         options = dict(column.options)
         colorbar = options.pop("colorbar", False)
         for row, picture in enumerate(column.pictures):
             axes = grid[row, index]
-            shown = axes.imshow(picture.numpy(), **options)
+            image = axes.imshow(picture.numpy(), **options)
             axes.set(xticks=[], yticks=[])
             axes.set_xlabel(column.notes[row] if column.notes else " ", fontsize=8)
             if row == 0:
                 axes.set_title(column.title, fontsize=9)
             if colorbar:
-                part.colorbar(shown, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
+                part.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
 
 
 def _draw_line(
@@ -204,11 +218,11 @@ def _draw_line(
     mean = mean if dimensions is None else 1 + mean
     errors = [estimate.standard_error.square().sum().sqrt() / len(estimate.standard_error) for estimate in line]
     width = BAND * factor.abs() * torch.stack(errors).cpu()
-    (drawn,) = axes.plot(x.numpy(), mean.numpy(), marker=".", label=name)
-    known = torch.isfinite(width) & (width > 0)
-    if bool(known.any()):
-        low, high = torch.where(known, mean - width, mean), torch.where(known, mean + width, mean)
-        axes.fill_between(x.numpy(), low.numpy(), high.numpy(), color=drawn.get_color(), alpha=0.25, linewidth=0)
+    (curve,) = axes.plot(x.numpy(), mean.numpy(), marker=".", label=name)
+    has_band = torch.isfinite(width) & (width > 0)
+    if bool(has_band.any()):
+        low, high = torch.where(has_band, mean - width, mean), torch.where(has_band, mean + width, mean)
+        axes.fill_between(x.numpy(), low.numpy(), high.numpy(), color=curve.get_color(), alpha=0.25, linewidth=0)
 
 
 def _stacked(levels: Sequence[NoiseLevel]) -> NoiseLevel:
@@ -219,10 +233,10 @@ def _stacked(levels: Sequence[NoiseLevel]) -> NoiseLevel:
 
 def _check_estimates(estimates: Mapping[str, Sequence[Estimate]], count: int) -> None:
     if not estimates:
-        raise InputError("There are no estimates; give at least one name with one trace estimate a level.")
+        raise InputError("There are no estimates; give at least one name with one trace estimate per level.")
     for name, line in estimates.items():
         if len(line) != count:
-            raise InputError(f"'{name}' has {len(line)} estimates for {count} levels; give one a level.")
+            raise InputError(f"'{name}' has {len(line)} estimates for {count} levels; give one per level.")
         shapes = sorted({tuple(estimate.value.shape) for estimate in line if estimate.value.ndim != 1})
         if shapes:
-            raise InputError(f"'{name}' has values of shapes {shapes}; allowed: (B,), those of `operator.trace`.")
+            raise InputError(f"'{name}' has values of shapes {shapes}; allowed: (B,), as of `operator.trace`.")

@@ -130,7 +130,7 @@ def test_what_can_not_be_shown_is_refused(pipe):
             fisher_pictures(pipe, operator, scale=scale)
     with pytest.raises(InputError, match="`count` is 0; allowed: 1 to 255"):
         fisher_pictures(pipe, operator, count=0)
-    with pytest.raises(InputError, match="NoneType has no autoencoder `vae`; pass `decode`, latents to images"):
+    with pytest.raises(InputError, match="NoneType has no autoencoder `vae`; pass `decode`, a function from latents"):
         fisher_pictures(None, operator)
     with pytest.raises(UnsupportedError, match="knows products with one side"):
         fisher_pictures(pipe, FiniteDifferenceFisher(lambda x, t: x)(operator.state))
@@ -182,10 +182,10 @@ def test_levels_may_be_a_list_and_the_plot_is_saved(tmp_path):
     [
         ([], {"exact": []}, "There are no noise levels; give at least one"),
         (LEVELS, {}, "There are no estimates; give at least one name"),
-        (LEVELS, {"exact": line(1.0)[:3]}, "'exact' has 3 estimates for 5 levels; give one a level"),
+        (LEVELS, {"exact": line(1.0)[:3]}, "'exact' has 3 estimates for 5 levels; give one per level"),
         (
             LEVELS, {"exact": [Estimate.exact(torch.ones(2, 3), 0)] * 5},
-            r"'exact' has values of shapes \[\(2, 3\)\]; allowed: \(B,\), those of `operator.trace`",
+            r"'exact' has values of shapes \[\(2, 3\)\]; allowed: \(B,\), as of `operator.trace`",
         ),
     ],
 )  # fmt: skip
