@@ -1,4 +1,4 @@
-"""A trace model beside Hutchinson's estimate and the squared errors of its denoiser, on held-out data."""
+"""Compares a trace model with Hutchinson's estimate and the squared errors of its denoiser, on held-out data."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..data import Caption
 from ..files import save_figure
 from ..fisher.autodiff import AutodiffFisher
 from ..fisher.estimate import rademacher
@@ -23,12 +24,12 @@ from .trace_losses import TraceDraw, noised_state, residual_target
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """r by three ways at every noise level and held-out sample, each (levels, n) float64.
+    """r in three ways at every noise level and held-out sample, each (levels, n) float64.
 
     Args:
         log_noise: (levels,) log(sigma/alpha).
-        model: by the trace model.
-        jacobian: by Hutchinson probes of the denoiser.
+        model: r of the trace model.
+        jacobian: r by Hutchinson probes of the denoiser.
         squared_error: |eps - eps_theta|^2/d of one draw.
     """
 
@@ -38,8 +39,10 @@ class Validation:
     squared_error: torch.Tensor
 
     def summary(self) -> dict[str, float]:
-        """Mean absolute differences of the mean r at a level, and the biases of an integrated trace that the means
-        make, in bits a dimension (minus: the model's likelihoods come out too high)."""
+        """Returns mean absolute differences between the means of r at a level, and the biases of an integrated trace.
+
+        The biases are in bits per dimension; a negative one means that the model's likelihoods are too high.
+        """
         summary: dict[str, float] = {}
         for name, other in (("jacobian", self.jacobian), ("squared_error", self.squared_error)):
             difference = (self.model - other).mean(1)
@@ -48,7 +51,7 @@ class Validation:
         return summary
 
     def report(self) -> dict[str, Any]:
-        """The summary, and the means and their standard errors a level."""
+        """Returns the summary, and the means with their standard errors per level."""
         names = ("model", "jacobian", "squared_error")
         count = self.model.shape[1]
         means = {name: getattr(self, name).mean(1).tolist() for name in names}
@@ -60,10 +63,10 @@ class Validation:
 
 
 def validate(model: FisherTraceModel, space: SampleSpace, held_out: Piece, config: TraceMatchingConfig) -> Validation:
-    """Asks the trace model and the denoiser at the same points, the same at every call and in pieces of any size.
+    """Evaluates the trace model and the denoiser at the same points, whatever the size of the pieces.
 
-    Cost: for every level one evaluation of the denoiser and `probes` backward passes for every held-out sample, in
-    the space's pieces, of which one has a graph at a time.
+    Cost: for every level one evaluation of the denoiser and `probes` backward passes per held-out sample, in the
+    space's pieces. Only one piece has a graph at a time.
 
     Raises:
         NumericalError: the denoiser's output is not finite.
@@ -79,21 +82,21 @@ def validate(model: FisherTraceModel, space: SampleSpace, held_out: Piece, confi
             generators = [step_generator(config.seed, "validation", number, index) for index in indices]
             data = held_out.samples[start : start + size]
             captions = held_out.captions[start : start + size]
-            pieces.append(_asked(model, space, data, captions, level, generators, config.validation.probes))
+            pieces.append(_compared(model, space, data, captions, level, generators, config.validation.probes))
         rows.append(torch.cat(pieces, dim=1))
     return Validation(levels, *torch.stack(rows, dim=1))
 
 
-def _asked(
+def _compared(
     model: FisherTraceModel,
     space: SampleSpace,
     data: torch.Tensor,
-    captions: list[Any],
+    captions: list[Caption],
     level: torch.Tensor,  # log(sigma/alpha)
-    generators: list[torch.Generator],  # one a sample
+    generators: list[torch.Generator],  # one per sample
     probes: int,
 ) -> torch.Tensor:
-    """r of some samples at one level by the three ways, (3, n) float64 on the CPU."""
+    """Returns r of some samples at one level in the three ways, (3, n) float64 on the CPU."""
     shape = space.unpacked_shape(data)
     posterior = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     clean, denoiser = space.packed(data, posterior), space.denoiser(captions, data)
@@ -102,12 +105,12 @@ def _asked(
     trace = AutodiffFisher(denoiser)(state).trace(rademacher(probes, clean, generators)).value
     jacobian = 1 - (state.level.sigma**2).to(trace.device) * trace / clean[0].numel()
     pooled = space.pipe._pooled(denoiser.call_arguments) if model.config["pooled_channels"] else None
-    found = (model.r(state, pooled), jacobian, residual_target(state, noise.to(clean.device)))
-    return torch.stack([values.detach().double().cpu() for values in found])
+    ways = (model.r(state, pooled), jacobian, residual_target(state, noise.to(clean.device)))
+    return torch.stack([values.detach().double().cpu() for values in ways])
 
 
 def plot_validation(validation: Validation, path: Path) -> None:
-    """r against log(sigma/alpha) by the three ways, and the model's difference to the others."""
+    """Plots r against log(sigma/alpha) in the three ways, and the model's differences from the others."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
