@@ -89,23 +89,19 @@ def guide(
     estimator: Annotated[GuidanceEstimator, typer.Option(help="Estimator of the Fisher.")] = "one-step",
     guidance_steps: Annotated[int, typer.Option(help="Gradient steps per prompt.")] = 10,
     step_size: Annotated[float, typer.Option(help="Size of the first step, relative to the norm of the noise.")] = 0.2,
-    steps: Annotated[
-        int | None, typer.Option(help="Steps of a sampling run. Without it: the pipeline's default.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of a sampling run; unset: the pipeline's default.")] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Scale of classifier-free guidance. Without it: the pipeline's default.")
+        float | None, typer.Option(help="Guidance scale; unset: the pipeline's default.")
     ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="Negative prompt for all prompts. Without it: the pipeline's default.")
-    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="Negative prompt for all prompts.")] = None,
     optimizer: Annotated[
-        str | None, typer.Option(help="A name in torch.optim, such as Adam, with --step-size as its learning rate.")
+        str | None, typer.Option(help="Name in torch.optim; --step-size is its learning rate.")
     ] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many runs without a new best.")] = None,
     likelihood: Annotated[bool, typer.Option(help="Also compute bits/dim of every image before and after.")] = False,
     batch_size: Annotated[int, typer.Option(help="Prompts that are guided at once.")] = 1,
     checkpoint_decoder: Annotated[
-        bool, typer.Option(help="Recompute the decoder's activations, which takes less memory.")
+        bool, typer.Option(help="Recompute the decoder's activations: less memory.")
     ] = False,
     offload: Annotated[bool, typer.Option(help="Keep a network on the accelerator only while it works.")] = False,
     dtype: WeightDtype = "float32",
@@ -131,9 +127,7 @@ def guide(
 
 @app.command()
 def likelihood(
-    data: Annotated[
-        str, typer.Option(help="Folder of images, folder written by `save_to_disk`, or the name of a dataset.")
-    ],
+    data: Annotated[str, typer.Option(help="Folder of images or of `save_to_disk`, or a dataset's name.")],
     output: Annotated[Path, typer.Option(help="Folder of likelihoods.jsonl, summary.json and index.html.")] = Path(
         "outputs/likelihood"
     ),
@@ -147,23 +141,17 @@ def likelihood(
     image_column: Annotated[str, typer.Option(help="Column of the images.")] = "image",
     caption_column: Annotated[str | None, typer.Option(help="Column of captions or class labels.")] = None,
     prompt: Annotated[str | None, typer.Option(help="One prompt for all images, instead of captions.")] = None,
-    resolution: Annotated[
-        int | None, typer.Option(help="Resize and crop the images to this size. Without it: leave them as they are.")
-    ] = None,
+    resolution: Annotated[int | None, typer.Option(help="Resize and crop the images to this size.")] = None,
     streaming: Annotated[bool, typer.Option(help="Never download the whole dataset.")] = False,
     limit: Annotated[int | None, typer.Option(help="Number of images, the first of the data.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at once; the numbers do not depend on it.")] = 16,
     retry_failed: RetryFailed = False,
     num_inference_steps: Annotated[int, typer.Option(help="Steps of the integration.")] = 32,
-    scheme: Annotated[
-        str | None, typer.Option(help="euler, trapezoid, adams3 or adams4. Without it: the library's default.")
-    ] = None,
+    scheme: Annotated[str | None, typer.Option(help="euler, trapezoid, adams3 or adams4 (default).")] = None,
     estimator: Annotated[TraceEstimator, typer.Option(help="Estimator of the trace.")] = "auto",
-    num_probes: Annotated[
-        int, typer.Option(help="Probes of autodiff and finite-difference; 0 gives the exact trace.")
-    ] = 2,
+    num_probes: Annotated[int, typer.Option(help="Probes per image; 0: the exact trace.")] = 2,
     bins: Annotated[
-        int | None, typer.Option(help="Number of values of a pixel, for pipelines in pixels: 256 for 8 bits.")
+        int | None, typer.Option(help="Values of a pixel (256 for 8 bits), for pipelines in pixels.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of probes and dequantisation.")] = 0,
 ) -> None:

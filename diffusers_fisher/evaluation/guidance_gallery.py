@@ -104,8 +104,7 @@ def run_gallery(
 ) -> dict[str, Any]:
     """Guides every prompt of a file and writes the gallery.
 
-    With `accelerate launch` every process takes a share of the prompts. The record of a prompt is written when it is
-    done, so that a killed run goes on where it was.
+    With `accelerate launch` every process takes a share of the prompts. A killed run goes on where it was.
 
     Args:
         output: folder of `settings.json`, `records/`, `pictures/`, `index.html` and `gallery.png`.
@@ -114,8 +113,8 @@ def run_gallery(
         retry_failed: guide again the prompts that failed.
 
     Returns:
-        On every process: the mean rewards before and after, the number of prompts, and the number of prompts that
-        "failed", because their first images or rewards were not finite.
+        The mean rewards before and after, the number of prompts, and the number of those that "failed" because their
+        first images or rewards were not finite.
 
     Raises:
         InputError: there are no prompts, a name is unknown, `offload` has no accelerator, or `output` has records of
@@ -156,11 +155,7 @@ def run_gallery(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Returns the lines of a text file that are not empty.
-
-    Raises:
-        InputError: the file can't be read, or has no such line.
-    """
+    """Returns the lines of a text file that are not empty. Raises `InputError` if there are none."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -236,8 +231,7 @@ def _try_likelihood(pipe: FisherPipelineMixin) -> None:
 def _guide_batch(work: _Work, batch: Sequence[tuple[str, str]]) -> None:
     """Guides and records a batch.
 
-    If a number is not finite, the prompts are guided one by one, so that only the prompt with this number suffers. The
-    record of a prompt without any reward has the reason.
+    If a number is not finite, the prompts are guided one by one; that prompt's record says that it failed.
     """
     settings, stopped = work.settings, None
     generators = [torch.Generator().manual_seed(settings.seed + int(key)) for key, _ in batch]
@@ -289,10 +283,7 @@ def _write(work: _Work, key: str, prompt: str, out: GuidanceOutput, index: int) 
 
 
 def _likelihoods(pipe: FisherPipelineMixin, prompt: str, images: dict[str, torch.Tensor], seed: int) -> dict[str, Any]:
-    """Returns bits/dim of the images under their prompt, and the sizes of the errors by steps and probes together.
-
-    It evaluates one prompt at a time, so that the numbers do not depend on the batch size.
-    """
+    """Returns bits/dim of the images under their prompt, and the sizes of the errors by steps and probes together."""
     generator = torch.Generator().manual_seed(seed)
     out = pipe.log_likelihood(torch.stack(list(images.values())), prompt, generator=generator)
     errors = (out.standard_error + out.discretisation_error.abs()) / (out.dims * math.log(2))
@@ -438,7 +429,7 @@ def _summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     is not finite counts for none, before and after."""
     failed = sum("failed" in record for record in records)
     records = [record for record in records if "failed" not in record]
-    pairs: dict[str, list[tuple[Any, Any]]] = {}
+    pairs: dict[str, list[tuple[float | None, float | None]]] = {}
     for name, label in (("rewards", "reward"), ("held_out", "held-out reward"), ("shell_distances", "shell distance")):
         if records and records[0][name]:
             pairs[label] = [(record[name][0], record[name][record["best_run"]]) for record in records]
