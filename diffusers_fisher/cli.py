@@ -4,11 +4,32 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from . import __version__
-from .errors import FisherError
+from .jobs.command import errors_in_words
+from .settings import Dtype, GuidanceEstimator, TraceEstimator
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
+Checkpoint = Annotated[str, typer.Option(help="Folder or Hub id of a pipeline; 'embedded' is the embedded one.")]
+WeightDtype = Annotated[Dtype, typer.Option(help="Dtype of the pipeline's weights.")]
+ConfigFile = Annotated[Path, typer.Option("--config", help="YAML file; see configs/ for examples.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting that replaces the file's; repeatable."),
+]
+RetryFailed = Annotated[bool, typer.Option(help="Try again what failed before.")]
+
+
+class Commands(TyperGroup):
+    """The subcommands. Their errors are messages without a traceback, if the package raises them on purpose."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
+        with errors_in_words():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.callback(invoke_without_command=True)
@@ -22,16 +43,12 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for images, plots and report.json.")] = Path("outputs/demo"),
-    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
+    seed: Seed = 0,
 ) -> None:
-    """Likelihood of real images and guidance by a reward, on the embedded checkpoint. Minutes on two cores."""
+    """Compute likelihoods of real images and guide by a reward, on the embedded checkpoint. Minutes on two cores."""
     from .demo import run_demo
 
-    try:
-        run_demo(output, seed)
-    except FisherError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
+    run_demo(output=output, seed=seed)
 
 
 @app.command()
@@ -39,32 +56,28 @@ def transport(
     output: Annotated[Path, typer.Option(help="Folder for the table, plots and transport.json.")] = Path(
         "outputs/transport"
     ),
-    runs: Annotated[int, typer.Option(help="Random starts a map; 300 gives the standard errors of the docs.")] = 300,
+    runs: Annotated[int, typer.Option(help="Random starts per map; 300 gives the standard errors of the docs.")] = 300,
     points: Annotated[
         str | None, typer.Option(help='Your own points instead of the study\'s, such as "0.5,0; 0,-0.5; 0,0".')
     ] = None,
-    learned: Annotated[bool, typer.Option(help="Also the embedded checkpoint's own map, in 256 dimensions.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
+    learned: Annotated[
+        bool, typer.Option(help="Also study the embedded checkpoint's map, in 256 dimensions.")
+    ] = False,
+    seed: Seed = 0,
 ) -> None:
     """Is the probability-flow ODE's map an optimal transport map? Under a minute; minutes more with --learned."""
     from .studies.transport_study import parse_points, run_study
 
-    try:
-        run_study(output, runs, parse_points(points), learned, seed)
-    except FisherError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
+    run_study(output=output, runs=runs, points=parse_points(points), learned=learned, seed=seed)
 
 
 @app.command()
 def guide(
-    prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line.")],
+    prompts: Annotated[Path, typer.Option(help="Text file with one prompt per line.")],
     output: Annotated[Path, typer.Option(help="Folder of records, pictures, index.html and gallery.png.")] = Path(
         "outputs/guide"
     ),
-    checkpoint: Annotated[str, typer.Option(help="A pipeline's folder or id; 'embedded' is the embedded one.")] = (
-        "embedded"
-    ),
+    checkpoint: Checkpoint = "embedded",
     reward: Annotated[
         str,
         typer.Option(
@@ -72,101 +85,112 @@ def guide(
             "aesthetic:HEAD_FILE[:CLIP_PATH] or python:MODULE:FUNCTION."
         ),
     ] = "classifier:embedded:ankle boot",
-    held_out: Annotated[str | None, typer.Option(help="Another reward, reported and not optimised.")] = None,
-    estimator: Annotated[
-        str, typer.Option(help="one-step, direct, finite-difference, autodiff, endpoint-centred or endpoint.")
-    ] = "one-step",
-    guidance_steps: Annotated[int, typer.Option(help="Gradient steps a prompt.")] = 10,
-    step_size: Annotated[float, typer.Option(help="Of the first, relative to the noise's norm.")] = 0.2,
-    steps: Annotated[int | None, typer.Option(help="Steps of a sampling run; the pipeline's own default.")] = None,
+    held_out: Annotated[str | None, typer.Option(help="Another reward, which is reported and not optimised.")] = None,
+    estimator: Annotated[GuidanceEstimator, typer.Option(help="Estimator of the Fisher.")] = "one-step",
+    guidance_steps: Annotated[int, typer.Option(help="Gradient steps per prompt.")] = 10,
+    step_size: Annotated[float, typer.Option(help="Size of the first step, relative to the norm of the noise.")] = 0.2,
+    steps: Annotated[int | None, typer.Option(help="Steps of a sampling run; unset: the pipeline's default.")] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Of classifier-free guidance; the pipeline's own default.")
+        float | None, typer.Option(help="Guidance scale; unset: the pipeline's default.")
     ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="For all prompts; the pipeline's own default.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="Negative prompt for all prompts.")] = None,
     optimizer: Annotated[
-        str | None, typer.Option(help="A name in torch.optim, such as Adam, with --step-size as its learning rate.")
+        str | None, typer.Option(help="Name in torch.optim; --step-size is its learning rate.")
     ] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many runs without a new best.")] = None,
-    likelihood: Annotated[bool, typer.Option(help="Also bits/dim of every image before and after.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
+    likelihood: Annotated[bool, typer.Option(help="Also compute bits/dim of every image before and after.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Prompts that are guided at once.")] = 1,
     checkpoint_decoder: Annotated[
         bool, typer.Option(help="Recompute the decoder's activations: less memory.")
     ] = False,
-    offload: Annotated[bool, typer.Option(help="A network is on the accelerator only while it works.")] = False,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Of the first prompt; each further one's is one more.")] = 0,
-    retry_failed: Annotated[bool, typer.Option(help="Guide the prompts again that failed before.")] = False,
+    offload: Annotated[bool, typer.Option(help="Keep a network on the accelerator only while it works.")] = False,
+    dtype: WeightDtype = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the first prompt; every further prompt's is one more.")] = 0,
+    retry_failed: RetryFailed = False,
 ) -> None:
-    """Guide every prompt of a file by a reward. Goes on where it was stopped; `accelerate launch` shares it out."""
+    """Guide every prompt of a file by a reward. A stopped run goes on; `accelerate launch` runs several processes."""
     from .evaluation.guidance_gallery import GallerySettings, Memory, run_gallery
 
     settings = GallerySettings(
-        checkpoint, reward, held_out, estimator, guidance_steps, step_size, steps, guidance_scale, dtype, seed,
-        negative_prompt, optimizer, patience, likelihood,
+        checkpoint=checkpoint, reward=reward, held_out=held_out, estimator=estimator,
+        num_guidance_steps=guidance_steps, step_size=step_size, num_inference_steps=steps,
+        guidance_scale=guidance_scale, dtype=dtype, seed=seed, negative_prompt=negative_prompt, optimizer=optimizer,
+        patience=patience, likelihood=likelihood,
     )  # fmt: skip
-    try:
-        summary = run_gallery(output, prompts, settings, Memory(batch_size, checkpoint_decoder, offload), retry_failed)
-    except FisherError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
+    memory = Memory(batch_size=batch_size, checkpoint_decoder=checkpoint_decoder, offload=offload)
+    summary = run_gallery(
+        output=output, prompts_file=prompts, settings=settings, memory=memory, retry_failed=retry_failed
+    )
     if summary["failed"] == summary["prompts"]:
         raise typer.Exit(1)
 
 
 @app.command()
 def likelihood(
-    data: Annotated[
-        str, typer.Option(help="Folder of images, folder written by `save_to_disk`, or a dataset's name.")
-    ],
+    data: Annotated[str, typer.Option(help="Folder of images or of `save_to_disk`, or a dataset's name.")],
     output: Annotated[Path, typer.Option(help="Folder of likelihoods.jsonl, summary.json and index.html.")] = Path(
         "outputs/likelihood"
     ),
-    model: Annotated[
-        str, typer.Option(help="A pipeline's folder or id; 'embedded' is the embedded one.")
-    ] = "embedded",
-    revision: Annotated[str | None, typer.Option(help="Of the pipeline on the Hub.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Of the pipeline on the Hub.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    model: Checkpoint = "embedded",
+    revision: Annotated[str | None, typer.Option(help="Revision of the pipeline on the Hub.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the pipeline on the Hub.")] = None,
+    dtype: WeightDtype = "float32",
     data_name: Annotated[str | None, typer.Option(help="Configuration of the dataset.")] = None,
-    data_revision: Annotated[str | None, typer.Option(help="Of the dataset on the Hub.")] = None,
-    split: Annotated[str, typer.Option(help="Of the dataset.")] = "train",
+    data_revision: Annotated[str | None, typer.Option(help="Revision of the dataset on the Hub.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
     image_column: Annotated[str, typer.Option(help="Column of the images.")] = "image",
     caption_column: Annotated[str | None, typer.Option(help="Column of captions or class labels.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="For all images, in place of captions.")] = None,
-    resolution: Annotated[int | None, typer.Option(help="Images are resized and cropped to it; as they are.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="One prompt for all images, instead of captions.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Resize and crop the images to this size.")] = None,
     streaming: Annotated[bool, typer.Option(help="Never download the whole dataset.")] = False,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many images.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Number of images, the first of the data.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at once; the numbers do not depend on it.")] = 16,
-    retry_failed: Annotated[bool, typer.Option(help="Try images again that had an error before.")] = False,
+    retry_failed: RetryFailed = False,
     num_inference_steps: Annotated[int, typer.Option(help="Steps of the integration.")] = 32,
-    scheme: Annotated[str | None, typer.Option(help="euler, trapezoid, adams3 or adams4; the library's own.")] = None,
-    estimator: Annotated[
-        str, typer.Option(help="Of the trace: auto, trace-model, autodiff or finite-difference.")
-    ] = "auto",
-    num_probes: Annotated[int, typer.Option(help="Of autodiff and finite-difference; 0: the exact trace.")] = 2,
+    scheme: Annotated[str | None, typer.Option(help="euler, trapezoid, adams3 or adams4 (default).")] = None,
+    estimator: Annotated[TraceEstimator, typer.Option(help="Estimator of the trace.")] = "auto",
+    num_probes: Annotated[int, typer.Option(help="Probes per image; 0: the exact trace.")] = 2,
     bins: Annotated[
-        int | None, typer.Option(help="Values of a pixel, for pipelines in pixels: 256 for 8 bits.")
+        int | None, typer.Option(help="Values of a pixel (256 for 8 bits), for pipelines in pixels.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of probes and dequantisation.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of probes and dequantisation.")] = 0,
 ) -> None:
-    """Log-likelihoods of a dataset. Begins again where it was stopped; `accelerate launch` shares it out."""
+    """Log-likelihoods of a dataset. A stopped run goes on; `accelerate launch` runs several processes."""
     from .data import ImageData
     from .evaluation.dataset_likelihood import DatasetSettings, evaluate_dataset
     from .jobs.pipelines import DenoiserSettings
     from .likelihood import DEFAULT_SCHEME
 
-    images = ImageData(
-        data, data_name, split, data_revision, image_column, caption_column, resolution, streaming, limit
-    )
     settings = DatasetSettings(
-        DenoiserSettings(model, revision, variant, dtype), images, prompt, num_inference_steps,
-        scheme or DEFAULT_SCHEME, estimator, num_probes, bins, seed,
+        denoiser=DenoiserSettings(path=model, revision=revision, variant=variant, dtype=dtype),
+        data=ImageData(
+            path=data, name=data_name, split=split, revision=data_revision, image_column=image_column,
+            caption_column=caption_column, resolution=resolution, streaming=streaming, limit=limit,
+        ),
+        prompt=prompt, num_inference_steps=num_inference_steps, scheme=scheme or DEFAULT_SCHEME, estimator=estimator,
+        num_probes=num_probes, bins=bins, seed=seed,
     )  # fmt: skip
-    try:
-        evaluate_dataset(output, settings, batch_size, retry_failed)
-    except FisherError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
+    evaluate_dataset(output=output, settings=settings, batch_size=batch_size, retry_failed=retry_failed)
+
+
+@app.command()
+def train(config: ConfigFile, changes: Changes = None) -> None:
+    """Train a trace model for a frozen denoiser. A stopped run goes on; see docs/training.md."""
+    from .training.trace_matching import train_file
+
+    train_file(config=config, changes=changes or ())
+
+
+@app.command("cache-latents")
+def cache_latents(
+    config: ConfigFile,
+    changes: Changes = None,
+    batch_size: Annotated[int, typer.Option(help="Images that are encoded at once.")] = 16,
+) -> None:
+    """Encode the images of a training configuration once, so that training reads latents."""
+    from .training.cache_latents import cache_latents_of_file
+
+    cache_latents_of_file(config=config, changes=changes or (), batch_size=batch_size)
 
 
 if __name__ == "__main__":

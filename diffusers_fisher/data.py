@@ -1,6 +1,6 @@
-"""Images with captions, from an image folder or a `datasets` dataset, and folders of cached latents.
+"""Reads images with captions, from an image folder or a `datasets` dataset, and folders of cached latents.
 
-Everything is read lazily. What can't be read is named, never silently replaced.
+Everything is read lazily. The error of an image that can't be read names it; nothing is replaced silently.
 """
 
 from __future__ import annotations
@@ -13,36 +13,45 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .errors import CheckpointError, InputError
 from .files import read_json
 from .images import eight_bit
+from .settings import Positive, settings_class
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 logger = logging.getLogger(__name__)
+
+Caption = str | int | None
+"""A text, a class label, or neither."""
 
 LATENT_INDEX = "index.json"
 
 
 class UnreadableImageError(InputError):
-    """An image file that can't be decoded; the message names it."""
+    """An image file can't be decoded. The message names the file."""
 
 
-@dataclasses.dataclass
+@settings_class
 class ImageData:
-    """Where images come from.
+    """The source of images.
 
     Args:
         path: a folder of images (captions in its metadata.jsonl or metadata.csv, as `datasets`' ImageFolder reads
             them), a folder written by `save_to_disk`, or the name of a dataset on the Hub.
-        name, split, revision: of the dataset.
+        name, split, revision: configuration, split and revision of the dataset.
         image_column: column of the images.
-        caption_column: column of captions, or of class labels; None: no captions.
-        resolution: the shorter side is resized to it and the centre cropped to a square; None: images as they are.
-        streaming: read one after the other, never downloading the whole.
-        limit: only the first so many images.
+        caption_column: column of captions or of class labels; None means that there are no captions.
+        resolution: length in pixels to which the shorter side is resized before the centre is cropped to a square;
+            None leaves the images as they are.
+        streaming: read the images one after the other, without downloading the whole dataset.
+        limit: number of images that are used, the first of the data; None means all.
     """
 
     path: str
@@ -51,9 +60,9 @@ class ImageData:
     revision: str | None = None
     image_column: str = "image"
     caption_column: str | None = None
-    resolution: int | None = None
+    resolution: Positive | None = None
     streaming: bool = False
-    limit: int | None = None
+    limit: Positive | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,22 +72,23 @@ class Example:
     Args:
         name: path relative to the data's folder, or the position in the dataset.
         pixels: (C, H, W) float32 in [0, 1].
-        caption: text or class label; None without captions.
+        caption: text or class label; None if there is none.
     """
 
     name: str
     pixels: torch.Tensor
-    caption: Any
+    caption: Caption
 
 
 class Images(torch.utils.data.Dataset):
     """Images by position. See `open_images`.
 
     Attributes:
-        files_left_out: names of files in the data's folder that are in no row; of streams not known.
+        files_left_out: names of files in the data's folder that are in no row; empty for streams, for which they are
+            not known.
     """
 
-    def __init__(self, rows: Any, data: ImageData, channels: int, text_captions: bool):
+    def __init__(self, rows: Dataset | IterableDataset, data: ImageData, channels: int, text_captions: bool):
         self.files_left_out: list[str] = []
         self.rows, self.data, self.channels = rows, data, channels
         self.names = _class_names(rows, data) if text_captions else None
@@ -87,37 +97,37 @@ class Images(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        """Raises `UnreadableImageError` for an image that can't be decoded."""
+        """Decodes one image. Raises `UnreadableImageError` if it can't be decoded."""
         return self.example(self.rows[index], index)
 
     def name(self, index: int) -> str:
-        """Name of one image, without decoding it."""
+        """Returns the name of one image, without decoding the image."""
         return self.row_name(self.rows[index], index)
 
     def row_name(self, row: dict[str, Any], position: int) -> str:
-        """The same for a row of the dataset."""
+        """Returns the name of the image in a row of the dataset."""
         path = (row[self.data.image_column] or {}).get("path")
         folder = Path(self.data.path).resolve()
         if path and Path(path).is_relative_to(folder):
             return Path(path).relative_to(folder).as_posix()
         return str(position)
 
-    def row_caption(self, row: dict[str, Any]) -> Any:
-        """The caption or class label of a row; None without (-1 is the datasets library's word for that)."""
+    def row_caption(self, row: dict[str, Any]) -> Caption:
+        """Returns the caption or class label of a row; None if it has none (the library `datasets` says -1)."""
         caption = row[self.data.caption_column] if self.data.caption_column else None
         if self.names is None or not isinstance(caption, int):
             return caption
         return self.names[caption] if caption >= 0 else None
 
     def example(self, row: dict[str, Any], position: int) -> Example:
-        """A row of the dataset, decoded."""
+        """Decodes a row of the dataset."""
         name = self.row_name(row, position)
         pixels = _decode(row[self.data.image_column], name, self.data, self.channels)
         return Example(name, pixels, self.row_caption(row))
 
 
 class ImageStream(Images):
-    """The same one after the other, for datasets that are not downloaded as a whole."""
+    """Images one after the other, of datasets that are not downloaded as a whole."""
 
     def __len__(self) -> int:
         raise TypeError("A stream of images has no length.")
@@ -126,7 +136,7 @@ class ImageStream(Images):
         raise TypeError("A stream of images has no positions; iterate over `undecoded()`.")
 
     def undecoded(self, start: int = 0) -> Iterator[dict[str, Any]]:
-        """Rows from position `start` on, not decoded; see `example`."""
+        """Yields undecoded rows from position `start` on; `example` decodes them."""
         yield from self.rows.skip(start) if start else self.rows
 
 
@@ -135,13 +145,11 @@ def open_images(data: ImageData, channels: int = 3, text_captions: bool = True) 
 
     Args:
         channels: 3 for colour, 1 for grey.
-        text_captions: give class labels by the names that the dataset has for them.
+        text_captions: replace class labels by the names that the dataset has for them.
 
     Raises:
-        InputError: data that is not there, has no such column or split, or is empty.
+        InputError: the data do not exist, have no such column or split, or are empty.
     """
-    if (data.resolution is not None and data.resolution < 1) or (data.limit is not None and data.limit < 1):
-        raise InputError(f"`resolution` is {data.resolution}, `limit` {data.limit}; allowed: positive, or none.")
     datasets = _datasets()
     rows = _load(datasets, data)
     columns = rows.column_names or []  # a stream may not know them
@@ -171,11 +179,11 @@ def open_images(data: ImageData, channels: int = 3, text_captions: bool = True) 
 
 
 def no_images(data: ImageData) -> InputError:
-    """The error of data that are empty, which of a stream is found out at its end."""
+    """Returns the error for empty data. Only the end of a stream shows that it is empty."""
     return InputError(f"The data '{data.path}' (split '{data.split}') has no images.")
 
 
-def _datasets() -> Any:
+def _datasets() -> ModuleType:
     try:
         import datasets
     except ImportError as error:
@@ -185,7 +193,7 @@ def _datasets() -> Any:
     return datasets
 
 
-def _load(datasets: Any, data: ImageData) -> Any:
+def _load(datasets: ModuleType, data: ImageData) -> Dataset | IterableDataset:
     folder = Path(data.path)
     saved = folder / "state.json", folder / "dataset_dict.json"
     try:
@@ -210,7 +218,7 @@ def _load(datasets: Any, data: ImageData) -> Any:
 
 
 def _is_flat(folder: Path, data: ImageData) -> bool:
-    """Whether it is a folder with images or their metadata on top, all of one split, not one folder a split."""
+    """Returns whether a folder has images or their metadata on its top level, and not one folder per split."""
     from PIL import Image
 
     if data.name is not None or not folder.is_dir():
@@ -219,9 +227,11 @@ def _is_flat(folder: Path, data: ImageData) -> bool:
     return any(path.name.startswith("metadata.") or path.suffix.lower() in known for path in files)
 
 
-def _files_left_out(rows: Any, data: ImageData) -> list[str]:
-    """Files of a folder of images that are in no row: `metadata` does not list them, or `datasets` does not know their
-    ending. Hidden files and the metadata are none of them."""
+def _files_left_out(rows: Dataset, data: ImageData) -> list[str]:
+    """Returns the files of a folder of images that are in no row, without hidden files and the metadata.
+
+    The metadata do not list them, or `datasets` does not know their ending.
+    """
     folder = Path(data.path).resolve()
     files = []
     for place, folders, names in os.walk(folder):
@@ -235,8 +245,8 @@ def _files_left_out(rows: Any, data: ImageData) -> list[str]:
 
 
 @contextlib.contextmanager
-def _quiet(datasets: Any) -> Iterator[None]:
-    """`datasets` without its own progress bars."""
+def _quiet(datasets: ModuleType) -> Iterator[None]:
+    """Disables the progress bars of `datasets`."""
     shown = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
@@ -246,13 +256,13 @@ def _quiet(datasets: Any) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _class_names(rows: Any, data: ImageData) -> list[str] | None:
+def _class_names(rows: Dataset | IterableDataset, data: ImageData) -> list[str] | None:
     feature = (rows.features or {}).get(data.caption_column)
     return getattr(feature, "names", None)
 
 
 def _decode(entry: dict[str, Any] | None, name: str, data: ImageData, channels: int) -> torch.Tensor:
-    """(C, H, W) float32 in [0, 1]."""
+    """Returns pixels (C, H, W), float32 in [0, 1]."""
     import numpy
     from PIL import Image, ImageOps
 
@@ -272,13 +282,13 @@ class CachedLatents(torch.utils.data.Dataset):
     """Scaled latents and captions that `diffusers_fisher.training.cache_latents` wrote.
 
     Args:
-        folder: of the cache.
+        folder: folder of the cache.
 
     Attributes:
-        index: what the cache says of itself: shape, counts, the autoencoder's fingerprint, images left out.
+        index: content of the cache's index: shape, counts per shard, the autoencoder's note, names of skipped images.
 
     Raises:
-        InputError: a folder without a finished cache.
+        InputError: the folder has no finished cache.
     """
 
     def __init__(self, folder: str):
@@ -293,19 +303,23 @@ class CachedLatents(torch.utils.data.Dataset):
         for count in self.index["counts"]:
             starts.append(starts[-1] + count)
         self._starts = torch.tensor(starts)
-        self._shards: dict[int, tuple[Any, list[Any]]] = {}
+        self._shards: dict[int, tuple[torch.Tensor, list[Caption]]] = {}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, position: int) -> tuple[torch.Tensor, Any]:
-        """Mean and standard deviation of the autoencoder's posterior, (2, C, h, w) float32, and their caption."""
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, Caption]:
+        """Returns mean and deviation of the autoencoder's posterior, (2, C, h, w) float32, and the caption."""
         shard = int(torch.searchsorted(self._starts, position, right=True)) - 1
         moments, captions = self._shard(shard)
         row = position - int(self._starts[shard])
         return moments[row].float(), captions[row]
 
-    def _shard(self, number: int) -> tuple[Any, list[Any]]:
+    def name(self, position: int) -> str:
+        """Returns the name of one sample: its position, since the cache has no other names."""
+        return str(position)
+
+    def _shard(self, number: int) -> tuple[torch.Tensor, list[Caption]]:
         from safetensors import SafetensorError, safe_open
 
         if number not in self._shards:
@@ -320,5 +334,5 @@ class CachedLatents(torch.utils.data.Dataset):
 
 
 def shard_name(number: int) -> str:
-    """File of one shard of a latent cache."""
+    """Returns the file name of one shard of a latent cache."""
     return f"latents-{number:05d}.safetensors"

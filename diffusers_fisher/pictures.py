@@ -21,7 +21,7 @@ from .fisher.operator import FisherOperator
 from .noise import NoiseLevel
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
@@ -155,7 +155,9 @@ def decode_latents(pipe: DiffusionPipeline | None, latents: torch.Tensor) -> tor
         UnsupportedError: the pipeline has no autoencoder.
     """
     if pipe is None:
-        raise InputError("There is no pipeline to decode with; pass one, or `decode`, a function from latents to images.")
+        raise InputError(
+            "There is no pipeline to decode with; pass one, or `decode`, a function from latents to images."
+        )
     backbone = backbone_of(pipe, any_pipeline=True)
     backbone.check_decoder()
     return backbone.decode(latents)

@@ -38,11 +38,12 @@ from diffusers_fisher.checkpoints import EMBEDDED_CLASSES, embedded_prompt
 from diffusers_fisher.files import load_tensors, save_tensors, write_json
 from diffusers_fisher.jobs.config import load_config
 from diffusers_fisher.jobs.seeds import step_generator
-from diffusers_fisher.training.schedule import Optimisation, batch_indices, learning_rate
+from diffusers_fisher.settings import settings_class
+from diffusers_fisher.training.schedule import Optimisation, batch_indices, learning_rates
 from diffusers_fisher.training.state import load_training_state, save_training_state
 
 
-@dataclasses.dataclass
+@settings_class
 class Config:
     seed: int
     data: str
@@ -90,6 +91,7 @@ def train(
         average.optimization_step = start
     wrapped = {key: accelerator.prepare(module) for key, module in modules.items()}
     optimizer = accelerator.prepare(optimizer)
+    rates = learning_rates(optimizer.optimizer, stage, start)
     share = stage.batch_size // accelerator.num_processes
     mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
     log = Path(config.output) / f"{name}_loss.jsonl"
@@ -97,8 +99,6 @@ def train(
     progress = tqdm(range(start, stage.steps), name, stage.steps, initial=start, disable=quiet)
     losses: list[float] = []
     for step in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(stage, step)
         indices = batch_indices(count, stage, step, config.seed)
         with accelerator.autocast():
             loss = loss_of(wrapped, indices, step_generator(config.seed, name, step), mine)
@@ -106,6 +106,7 @@ def train(
         accelerator.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        rates.step()
         if average:
             average.step(parameters)
         losses.append(loss.item())

@@ -1,5 +1,9 @@
 """The command: what it prints, what it passes on, and how it fails."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
@@ -7,6 +11,7 @@ import diffusers_fisher
 from diffusers_fisher import CheckpointError, demo
 from diffusers_fisher.cli import app
 from diffusers_fisher.evaluation import guidance_gallery
+from diffusers_fisher.training import cache_latents, trace_matching
 
 RUNNER = CliRunner()
 
@@ -37,6 +42,8 @@ def test_help_of_demo_names_its_options_and_defaults():
         (["demmo"], "No such command 'demmo'"),
         (["demo", "--seed", "one"], "Invalid value for '--seed'"),
         (["demo", "--steps", "3"], "No such option"),
+        (["guide", "--prompts", "p", "--estimator", "exact"], "Invalid value for '--estimator'"),
+        (["likelihood", "--data", "d", "--dtype", "int8"], "Invalid value for '--dtype'"),
     ],
 )
 def test_mistakes_are_refused(arguments, message):
@@ -47,10 +54,10 @@ def test_mistakes_are_refused(arguments, message):
 
 def test_demo_gets_its_options(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(demo, "run_demo", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(demo, "run_demo", lambda **arguments: calls.append(arguments))
     result = RUNNER.invoke(app, ["demo", "--output", str(tmp_path), "--seed", "3"])
     assert result.exit_code == 0
-    assert calls == [(tmp_path, 3)]
+    assert calls == [{"output": tmp_path, "seed": 3}]
 
 
 @pytest.mark.parametrize("below", ["", "inside", "inside/further"])
@@ -79,7 +86,7 @@ def test_errors_of_the_package_are_words_without_a_traceback(tmp_path, monkeypat
 def test_guide_gets_its_options(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        guidance_gallery, "run_gallery", lambda *given: calls.append(given) or {"failed": 0, "prompts": 2}
+        guidance_gallery, "run_gallery", lambda **given: calls.append(given) or {"failed": 0, "prompts": 2}
     )
     given = {
         "checkpoint": "there", "reward": "clip", "held_out": "siglip", "estimator": "autodiff", "guidance_steps": 3,
@@ -94,19 +101,56 @@ def test_guide_gets_its_options(tmp_path, monkeypatch):
     renamed = {"guidance_steps": "num_guidance_steps", "steps": "num_inference_steps"}
     settings = {renamed.get(name, name): value for name, value in given.items() if name != "batch_size"}
     expected = guidance_gallery.GallerySettings(**settings, likelihood=True)
-    assert calls == [(tmp_path, prompts, expected, guidance_gallery.Memory(8, True, True), False)]
+    memory = guidance_gallery.Memory(8, True, True)
+    names = ("output", "prompts_file", "settings", "memory", "retry_failed")
+    assert [calls[0][name] for name in names] == [tmp_path, prompts, expected, memory, False]
     RUNNER.invoke(app, ["guide", "--prompts", str(prompts), "--no-checkpoint-decoder", "--retry-failed"])
-    assert calls[1][1:] == (prompts, guidance_gallery.GallerySettings(), guidance_gallery.Memory(), True)
+    defaults = guidance_gallery.GallerySettings(), guidance_gallery.Memory()
+    assert [calls[1][name] for name in names[1:]] == [prompts, *defaults, True]
 
 
 @pytest.mark.parametrize(("failed", "code"), [(1, 0), (2, 1)])
 def test_guide_fails_where_every_prompt_did(tmp_path, monkeypatch, failed, code):
-    monkeypatch.setattr(guidance_gallery, "run_gallery", lambda *_: {"failed": failed, "prompts": 2})
+    monkeypatch.setattr(guidance_gallery, "run_gallery", lambda **_: {"failed": failed, "prompts": 2})
     result = RUNNER.invoke(app, ["guide", "--prompts", str(tmp_path / "prompts.txt")])
     assert result.exit_code == code
 
 
 def test_other_errors_are_not_hidden(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "run_demo", lambda *_: 1 / 0)
+    monkeypatch.setattr(demo, "run_demo", lambda **_: 1 / 0)
     result = RUNNER.invoke(app, ["demo", "--output", str(tmp_path)])
     assert isinstance(result.exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "function", "options"),
+    [
+        ("train", trace_matching, "train_file", {}),
+        ("cache-latents", cache_latents, "cache_latents_of_file", {"batch_size": 4}),
+    ],
+)
+def test_training_gets_its_options(monkeypatch, command, module, function, options):
+    calls = []
+    monkeypatch.setattr(module, function, lambda **given: calls.append(given))
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    changes = ["seed=1", "optimisation.steps=2"]
+    RUNNER.invoke(app, [command, "--config", "a.yaml", "--set", changes[0], "--set", changes[1], *words])
+    assert calls == [{"config": Path("a.yaml"), "changes": changes, **options}]
+
+
+@pytest.mark.parametrize("command", ["train", "cache-latents"])
+def test_training_with_a_wrong_configuration_names_the_file_and_the_key(tmp_path, command):
+    path = tmp_path / "config.yaml"
+    path.write_text("seed: one\n")
+    result = RUNNER.invoke(app, [command, "--config", str(path), "--set", "on_path=2"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"Error: {path}: `seed` is 'one' (str); allowed: a valid integer.")
+    assert "`on_path` is 2; allowed: less than or equal to 1." in result.stderr
+
+
+@pytest.mark.parametrize("module", ["trace_matching", "cache_latents"])
+def test_modules_of_training_tell_errors_in_words(module):
+    command = [sys.executable, "-m", f"diffusers_fisher.training.{module}", "--config", "none.yaml"]
+    result = subprocess.run([*command, "--set", "seed=1", "output=x"], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: Config file 'none.yaml' can't be read: ")

@@ -136,8 +136,8 @@ def test_images_of_more_than_8_bits_are_named_and_not_clipped(tmp_path, kind, ch
         "split": ({"split": "test", "name": "x"}, "can't be opened"),
         "no such column": ({"caption_column": "caption"}, "no columns {'caption_column': 'caption'}; it has: image"),
         "no images in it": ({"image_column": "text"}, "'text' of .* holds no images"),
-        "resolution": ({"resolution": 0}, "`resolution` is 0"),
-        "limit": ({"limit": -1}, "`limit` -1"),
+        "resolution": ({"resolution": 0}, "`resolution` is 0; allowed: greater than or equal to 1"),
+        "limit": ({"limit": -1}, "`limit` is -1; allowed: greater than or equal to 1"),
     }.values(),
 )
 def test_data_that_cannot_be_opened_is_refused(tmp_path, changes, words):

@@ -74,7 +74,7 @@ for statement in {statements!r}:
 
 def test_imports_are_light():
     statements = {
-        "import diffusers_fisher": {"torch", "diffusers", "PIL"},
+        "import diffusers_fisher": {"torch", "diffusers", "PIL", "pydantic"},
         "from diffusers_fisher import EMBEDDED_CLASSES, InputError, embedded_prompt": {"torch", "diffusers"},
         "import diffusers_fisher.cli": {"torch", "diffusers"},
         "from diffusers_fisher import DirectFisher, DenoisingState, noise_level": {"diffusers"},

@@ -142,6 +142,11 @@ class Backbone:
         return inspect.signature(self.function).parameters
 
     @property
+    def takes_text(self) -> bool:
+        """Whether samples are conditioned on prompts, rather than on class labels or nothing."""
+        return "prompt" in self.parameters
+
+    @property
     def encodes_prompts(self) -> bool:
         """Whether the pipeline has an `encode_prompt`."""
         return "encode_prompt" in dir(type(self.pipe))

@@ -11,7 +11,7 @@ import torch
 from ..errors import InputError
 from .inputs import one_each, prompt_list
 
-Condition = str | int | Sequence[str] | Sequence[int] | torch.Tensor | None
+Condition = str | int | Sequence[str | int | None] | torch.Tensor | None
 """What samples are conditioned on: one prompt or class label, or several; None: nothing, or the empty prompt."""
 
 Conditions = tuple[Sequence[str] | Sequence[int], dict[str, Any]]

@@ -1,4 +1,4 @@
-"""Log-likelihoods of a dataset's images over many processes, resumable: what `diffusers-fisher likelihood` runs."""
+"""Computes log-likelihoods of a dataset's images over many processes, for `diffusers-fisher likelihood`."""
 
 from __future__ import annotations
 
@@ -9,70 +9,65 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import Field
 
 from ..backbones import backbone_of
-from ..data import Example, ImageData, Images, ImageStream, UnreadableImageError, no_images, open_images
+from ..data import Caption, Example, ImageData, Images, ImageStream, UnreadableImageError, no_images, open_images
 from ..errors import CoarseGridWarning, InputError, NumericalError
 from ..files import read_json, write_json
 from ..fisher import AutodiffFisher, FiniteDifferenceFisher, FisherEstimator
 from ..jobs.config import flat_settings
 from ..jobs.identity import images_digest, pipeline_digests, row_digest
-from ..jobs.pipelines import DTYPES, DenoiserSettings, load_pipeline
+from ..jobs.pipelines import DenoiserSettings, load_pipeline
 from ..jobs.processes import process_state
 from ..jobs.records import SETTINGS, Records, shard
 from ..jobs.seeds import step_generator
 from ..likelihood import DEFAULT_SCHEME, LikelihoodOutput
 from ..likelihood.pipeline import log_likelihood
 from ..likelihood.schemes import scheme_of
+from ..pipelines import FisherPipelineMixin
+from ..settings import NotNegative, TraceEstimator, settings_class
 from .dataset_likelihood_report import FILE, Collected, write_results
 
-ESTIMATORS = ("auto", "trace-model", "autodiff", "finite-difference")
-ATTEMPTS = 64  # refused images after which settings are given up with which not one could be evaluated
-WRITE_SECONDS = (1.0, 60.0)  # least and most between two files of records
-WRITE_SHARE = 0.01  # of the time so far between two files: what a kill costs, with few files in the end
-RETRY = "retry-"  # begins the names of records of later attempts, and sorts after those of the first
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+ATTEMPTS = 64  # a run stops after so many refused images, if no image could be evaluated
+WRITE_SECONDS = (1.0, 60.0)  # shortest and longest time between two files of records
+WRITE_FRACTION = 0.01  # of the time so far, between two files: a kill loses little, and there are few files
+RETRY = "retry-"  # names of records of later attempts begin with this, and sort after those of the first attempt
 
 
-@dataclasses.dataclass(frozen=True)
+@settings_class
 class DatasetSettings:
-    """What the numbers depend on; all of it must be the same when a run is taken up again.
+    """Everything that the numbers depend on. A run can be resumed with the same settings only.
 
     Args:
         denoiser: the pipeline.
-        data: the images. Their captions are the prompts (class labels for pipelines that take those).
-        prompt: one for all images; without it and captions: the empty prompt.
-        num_inference_steps, scheme, bins: as `log_likelihood` takes them.
-        estimator: of the trace: "trace-model", the pipeline's own; "autodiff" or "finite-difference", by probes;
-            "auto": the trace model where there is one, else "autodiff".
-        num_probes: Hutchinson probes of the latter two; 0: the exact trace.
-        seed: of probes and dequantisation. Every image has draws of its own, by its position in the data.
+        data: the images. Their captions are the prompts, or the class labels for pipelines that take labels.
+        prompt: prompt of all images. Without it and without captions, the prompt is empty.
+        num_inference_steps, scheme, bins: arguments of `log_likelihood`.
+        estimator: estimator of the trace: "trace-model" is the pipeline's own, "autodiff" and "finite-difference" use
+            probes, and "auto" is the trace model, or "autodiff" for pipelines without one.
+        num_probes: number of Hutchinson probes of "autodiff" and "finite-difference"; 0 means the exact trace.
+        seed: seed of probes and dequantisation. The draws of an image depend on its position in the data.
     """
 
     denoiser: DenoiserSettings
     data: ImageData
     prompt: str | None = None
-    num_inference_steps: int = 32
+    num_inference_steps: Annotated[int, Field(ge=2)] = 32
     scheme: str = DEFAULT_SCHEME
-    estimator: str = "auto"
-    num_probes: int = 2
+    estimator: TraceEstimator = "auto"
+    num_probes: NotNegative = 2
     bins: int | None = None
     seed: int = 0
 
-    def check(self) -> None:
-        """Refuses what can't be run. Raises `InputError`."""
-        names = (("estimator", self.estimator, ESTIMATORS), ("dtype", self.denoiser.dtype, DTYPES))
-        for name, value, allowed in names:
-            if value not in allowed:
-                raise InputError(f"`{name}` is '{value}'; allowed: {', '.join(allowed)}.")
+    def __post_init__(self) -> None:
         scheme_of(self.scheme)
-        if self.num_inference_steps < 2 or self.num_probes < 0:
-            raise InputError(
-                f"`num_inference_steps` is {self.num_inference_steps}, `num_probes` {self.num_probes}; allowed: from "
-                "2 (sensibly 20), and from 0 (the exact trace)."
-            )
         if self.prompt is not None and self.data.caption_column is not None:
             raise InputError("Give either `prompt`, one for all images, or `caption_column`: not both.")
 
@@ -80,50 +75,51 @@ class DatasetSettings:
 def evaluate_dataset(
     output: Path, settings: DatasetSettings, batch_size: int = 16, retry_failed: bool = False
 ) -> dict[str, Any] | None:
-    """Log-likelihoods of all images of a dataset, one record an image, with a summary and a report.
+    """Computes the log-likelihoods of all images of a dataset and writes one record per image, a summary and a report.
 
-    Every process of `accelerate launch` takes every n-th image, all on the same grid. Records are written some at a
-    time, so that a run which was killed goes on where it was: at most a hundredth of its time, a minute or one batch
-    is lost. In float32 the number of an image is the same to 1e-5 bits/dim whatever the batch size and the number of
-    processes. An image that can't be read, does not fit the pipeline or has no finite likelihood gets a record that
-    says so.
+    With `accelerate launch`, each of n processes evaluates every n-th image, on the same grid. Records are written
+    from time to time, so that a killed run goes on where it was; it loses at most a hundredth of its time, a minute or
+    one batch. In float32 the number of an image is the same to 1e-5 bits/dim for every batch size and every number of
+    processes. An image that can't be read, does not fit the pipeline or has no finite likelihood gets a record with
+    the error.
 
     Args:
-        output: folder, seen by all processes, of `likelihoods.jsonl` (a line an image, in the order of the data),
-            `summary.json`, `histogram.png`, `index.html`, and of `records/` and `settings.json`, by which a run is
-            taken up.
-        batch_size: images evaluated at once.
-        retry_failed: try those images again whose record is an error, because their files have been repaired. All
-            others must be as they were (of a stream their number alone is known).
+        output: folder of `likelihoods.jsonl` (one line per image, in the order of the data), `summary.json`,
+            `histogram.png` and `index.html`, and of `records/` and `settings.json`, from which a run is resumed. All
+            processes must see it.
+        batch_size: number of images that are evaluated at once.
+        retry_failed: evaluate those images again whose record is an error, because their files have been repaired.
+            All other images must be unchanged (of a stream only their number is known).
 
     Returns:
         The content of `summary.json` on the main process, None on the others.
 
-    Cost: `num_inference_steps` + 1 evaluations of the denoiser an image, each with a backward pass a probe, or with
-    one of the trace model.
+    Cost: `num_inference_steps` + 1 evaluations of the denoiser per image, each with one backward pass per probe, or
+    with one evaluation of the trace model.
 
     Raises:
-        InputError: values out of range, data or a pipeline that can't be opened, no images, an output in the folder of
-            the data, records of other settings in `output`, not one image that could be evaluated (which is said
-            after 64 that were refused).
-        UnsupportedError: a pipeline without likelihoods. CheckpointError: a damaged checkpoint or record.
+        InputError: the data or the pipeline can't be opened, there are no images, the output lies in the folder of the
+            data, `output` has records of other settings, or no image could be evaluated (a run stops after 64 refused
+            images).
+        UnsupportedError: the pipeline has no likelihood.
+        CheckpointError: a checkpoint or record is damaged.
     """
-    settings.check()
     if batch_size < 1:
         raise InputError(f"`batch_size` is {batch_size}; allowed: at least 1.")
     _check_apart(output, settings.data)
     state = process_state()
     pipe = load_pipeline(settings.denoiser).to(state.device)
-    _check_resolution(settings.data, pipe)
-    backbone_of(pipe).check_bins(settings.bins)
+    backbone = backbone_of(pipe)
+    _check_resolution(settings.data, backbone.size_multiple)
+    backbone.check_bins(settings.bins)
     name = chosen_estimator(pipe, settings.estimator)
     with state.main_process_first():  # the others find what the first has downloaded
-        images = open_images(settings.data, backbone_of(pipe).image_channels, text_captions=hasattr(pipe, "tokenizer"))
-        told = {**flat_settings(dataclasses.asdict(settings)), "estimator": name, "images": images_digest(images)}
-        records = _records(output, {**told, **pipeline_digests(pipe)}, images, retry_failed)
+        images = open_images(settings.data, backbone.image_channels, text_captions=backbone.takes_text)
+        note = {**flat_settings(dataclasses.asdict(settings)), "estimator": name, "images": images_digest(images)}
+        records = _records(output, {**note, **pipeline_digests(pipe)}, images, retry_failed)
         before = Collected(records)
     begin = time.perf_counter()
-    share = Share(pipe, images, dataclasses.replace(settings, estimator=name), records, batch_size, state)
+    share = ImageShare(pipe, images, dataclasses.replace(settings, estimator=name), records, batch_size, state)
     done = before.positions
     if retry_failed and before.failed:
         done -= before.failed
@@ -150,35 +146,34 @@ def _check_apart(output: Path, data: ImageData) -> None:
         )
 
 
-def _check_resolution(data: ImageData, pipe: Any) -> None:
-    multiple = backbone_of(pipe).size_multiple
+def _check_resolution(data: ImageData, multiple: int) -> None:
     if data.resolution is not None and data.resolution % multiple:
         raise InputError(f"`resolution` is {data.resolution}; allowed for this pipeline: multiples of {multiple}.")
 
 
-def _records(output: Path, told: dict[str, Any], images: Images, retry_failed: bool) -> Records:
-    """The records of a run; with `retry_failed` also where, of as many images, some files have changed."""
+def _records(output: Path, note: dict[str, Any], images: Images, retry_failed: bool) -> Records:
+    """Opens the records of a run. With `retry_failed`, files of the images may have changed, but not their number."""
     file = output / SETTINGS
     before = read_json(file).get("images") if file.is_file() else None
-    if before is None or before.split(",")[0] != told["images"].split(",")[0]:
-        return Records(output, told)
+    if before is None or before.split(",")[0] != note["images"].split(",")[0]:
+        return Records(output, note)
     if not retry_failed:
         try:
-            return Records(output, told)
+            return Records(output, note)
         except InputError as error:
-            if before == told["images"]:
+            if before == note["images"]:
                 raise
             raise InputError(
                 f"{error} Some files of the data have changed; if they have been repaired, --retry-failed takes them."
             ) from error
-    records = Records(output, {**told, "images": before})
+    records = Records(output, {**note, "images": before})
     _check_evaluated(records, images)
-    write_json(file, told)
+    write_json(file, note)
     return records
 
 
 def _check_evaluated(records: Records, images: Images) -> None:
-    """Refuses images that have changed since their likelihood was recorded; those that failed may."""
+    """Refuses images that have changed since their likelihood was recorded. Images that failed may have changed."""
     if isinstance(images, ImageStream):
         return
     for record in Collected(records):
@@ -190,8 +185,8 @@ def _check_evaluated(records: Records, images: Images) -> None:
             )
 
 
-def chosen_estimator(pipe: Any, name: str) -> str:
-    """The estimator that "auto" stands for. Raises `InputError` for a trace model where there is none."""
+def chosen_estimator(pipe: FisherPipelineMixin, name: TraceEstimator) -> TraceEstimator:
+    """Returns the estimator, with "auto" resolved. Raises `InputError` if a trace model is wanted and missing."""
     if name == "auto":
         return "autodiff" if pipe.trace_model is None else "trace-model"
     if name == "trace-model" and pipe.trace_model is None:
@@ -202,38 +197,47 @@ def chosen_estimator(pipe: Any, name: str) -> str:
     return name
 
 
-class Share:
-    """The images of one process.
+class ImageShare:
+    """Evaluates the images of one process.
 
     Args:
-        settings: with an estimator that is chosen.
-        batch_size: images evaluated at once.
-        state: accelerate's.
+        settings: settings whose estimator is not "auto".
+        batch_size: number of images that are evaluated at once.
+        state: accelerate's state of the process.
     """
 
     def __init__(
-        self, pipe: Any, images: Images, settings: DatasetSettings, records: Records, batch_size: int, state: Any
+        self,
+        pipe: FisherPipelineMixin,
+        images: Images,
+        settings: DatasetSettings,
+        records: Records,
+        batch_size: int,
+        state: PartialState,
     ):
         self.pipe, self.images, self.settings, self.records = pipe, images, settings, records
         self.batch_size, self.state = batch_size, state
-        self.attempt = 0  # at images that failed before
-        self.multiple = backbone_of(pipe).size_multiple
-        self.method: dict[str, Any] | None = None  # what the outputs say of themselves; None before there is one
-        self.refused: list[str] = []  # what was said of images while there is none
+        self.attempt = 0  # number of the attempt at images that failed before
+        self.backbone = backbone_of(pipe)
+        self.method: dict[str, Any] | None = None  # description of the likelihoods; None before the first one
+        self.refused: list[str] = []  # errors of images before the first likelihood
         self.written: list[dict[str, Any]] = []  # records that are in no file yet
         self.total = 0 if isinstance(images, ImageStream) else len(images)
         if self.pipe.trace_model is not None:
             self.pipe.trace_model.to(state.device)
 
     def run(self, done: frozenset[int], method: dict[str, Any] | None) -> int:
-        """Evaluates all but what is `done`; returns the number of images of all processes, when those are through.
+        """Evaluates all images but those that are `done`, and waits for the other processes.
 
         Args:
             done: positions that have a record.
-            method: what those records say of themselves.
+            method: the method that these records name; None without records.
+
+        Returns:
+            The number of images of all processes.
 
         Raises:
-            InputError: no images, or not one of the whole data could be evaluated.
+            InputError: there are no images, or no image of the whole data could be evaluated.
         """
         from tqdm.auto import tqdm
 
@@ -241,14 +245,14 @@ class Share:
         begin = self.last = time.perf_counter()
         index, number = self.state.process_index, self.state.num_processes
         rows = self._rows(done)
-        expected = len(shard(range(self.total), index, number)) or None  # of a stream not known
+        expected = len(shard(range(self.total), index, number)) or None  # not known of a stream
         mine = sum(position % number == index for position in done)
         with tqdm(total=expected, initial=mine, desc="images", disable=not self.state.is_main_process) as progress:
             for batch in iter(lambda: list(itertools.islice(rows, self.batch_size)), []):
                 self.written += self._evaluated(batch)
                 progress.update(len(batch))
                 since, low, high = time.perf_counter() - self.last, *WRITE_SECONDS
-                if since >= min(high, max(low, WRITE_SHARE * (self.last - begin))):
+                if since >= min(high, max(low, WRITE_FRACTION * (self.last - begin))):
                     self._write()
             self._write()
         self.state.wait_for_everyone()
@@ -256,14 +260,14 @@ class Share:
             raise no_images(self.settings.data)
         if self.written:  # this process met no image that could be evaluated; others may have
             if not self.records.done():
-                first = [*self.refused, self.written[0]["error"]][0]  # by the pipeline rather than unreadable
+                first = [*self.refused, self.written[0]["error"]][0]  # an error of the pipeline, if there is one
                 raise InputError(f"Not one image could be evaluated. The first: {first}")
             self._write(failed_only=True)
         self.state.wait_for_everyone()
         return self.total
 
     def _rows(self, done: frozenset[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Positions and undecoded rows of this process that have no record."""
+        """Yields positions and undecoded rows of this process that have no record."""
         index, number = self.state.process_index, self.state.num_processes
         if not isinstance(self.images, ImageStream):
             for position in shard(range(self.total), index, number):
@@ -276,7 +280,7 @@ class Share:
                 yield position, row
 
     def _evaluated(self, batch: Sequence[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
-        """Records of a batch, those of images that have one size evaluated together."""
+        """Returns the records of a batch. Images of the same size are evaluated together."""
         records = []
         sizes: dict[tuple[int, ...], list[tuple[int, Example]]] = {}
         for position, row in batch:
@@ -286,9 +290,9 @@ class Share:
             except UnreadableImageError as error:
                 records.append(_failure(position, name, error))
                 continue
-            if any(side % self.multiple for side in example.pixels.shape[-2:]):
+            if any(side % self.backbone.size_multiple for side in example.pixels.shape[-2:]):
                 height, width = example.pixels.shape[-2:]
-                text = f"Image '{name}' has {width}x{height} pixels; this pipeline takes multiples of {self.multiple}."
+                text = f"Image '{name}' has {width}x{height} pixels; this pipeline takes multiples of {self.backbone.size_multiple}."
                 records.append(_failure(position, name, f"{text} Set `resolution`."))
                 continue
             sizes.setdefault(tuple(example.pixels.shape), []).append((position, example))
@@ -303,9 +307,10 @@ class Share:
     def _likelihoods(self, group: Sequence[tuple[int, Example]]) -> list[dict[str, Any]]:
         settings = self.settings
         captions = [settings.prompt if settings.prompt is not None else example.caption for _, example in group]
-        conditions = None if all(caption is None for caption in captions) else [self._said(text) for text in captions]
         generators = [step_generator(settings.seed, "likelihood", position) for position, _ in group]
         options: dict[str, Any] = {"scheme": settings.scheme, "bins": settings.bins, "generator": generators}
+        if any(caption is not None for caption in captions):
+            options["prompt"] = [self._condition(caption) for caption in captions]
         if settings.estimator != "trace-model":
             estimator: FisherEstimator = AutodiffFisher()
             if settings.estimator == "finite-difference":
@@ -314,14 +319,14 @@ class Share:
         failed: Exception | None = None
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", CoarseGridWarning)  # the summary says it once, for all
-                out = log_likelihood(
-                    self.pipe, torch.stack([example.pixels for _, example in group]), conditions,
+                warnings.simplefilter("ignore", CoarseGridWarning)  # the summary warns once, for all images
+                out = log_likelihood(  # its conditions may be prompts, labels or none
+                    self.pipe, torch.stack([example.pixels for _, example in group]),
                     num_inference_steps=settings.num_inference_steps, **options,
                 )  # fmt: skip
-        # What diffusers itself refuses is a ValueError, as our InputError.
+        # diffusers raises ValueError, of which InputError is a subclass.
         except (ValueError, NumericalError, torch.OutOfMemoryError) as error:
-            failed = error.with_traceback(None)  # which would keep the tensors
+            failed = error.with_traceback(None)  # the traceback would keep the tensors
         if failed is not None:
             return self._without(group, failed)
         if self.method is None:
@@ -331,28 +336,34 @@ class Share:
             for index, ((position, example), caption) in enumerate(zip(group, captions, strict=True))
         ]
 
-    def _said(self, caption: Any) -> Any:
-        """The condition: an image without a caption among others with theirs gets the empty prompt; a number that was
-        given as the prompt of a pipeline without texts is a class label."""
-        if isinstance(caption, str) and not hasattr(self.pipe, "tokenizer") and caption.isdecimal():
+    def _condition(self, caption: Caption) -> str | int:
+        """Returns the condition for a caption.
+
+        An image without a caption, among others with captions, has the empty prompt. A number as the prompt of a
+        pipeline without texts is a class label.
+        """
+        if isinstance(caption, str) and not self.backbone.takes_text and caption.isdecimal():
             return int(caption)
         return "" if caption is None else caption
 
     def _without(self, group: Sequence[tuple[int, Example]], error: Exception) -> list[dict[str, Any]]:
-        """Records of images that could not be evaluated together: each by itself, or what was said of the one."""
+        """Evaluates each image of a group that failed alone; returns its record, or of a single image its error."""
         if len(group) > 1:
             return [record for entry in group for record in self._likelihoods([entry])]
         ((position, example),) = group
         text = f"Image '{example.name}': {error}"
         if self.method is None and not isinstance(error, NumericalError):
             self.refused.append(text)
-            if len(self.refused) == ATTEMPTS and not self.records.done():  # of the settings, most likely
+            if len(self.refused) == ATTEMPTS and not self.records.done():  # the settings are the likely cause
                 raise InputError(f"Not one of {ATTEMPTS} images could be evaluated. The last: {text}") from error
         return [_failure(position, example.name, text)]
 
     def _write(self, failed_only: bool = False) -> None:
-        """Writes the records since the last file. Failures alone wait: settings under which nothing can be evaluated
-        should leave a folder that takes others."""
+        """Writes the records since the last file.
+
+        Without any likelihood, errors are not written, so that the folder takes other settings. `failed_only` writes
+        them all the same.
+        """
         now = time.perf_counter()
         if self.written and (self.method is not None or failed_only):
             rows = sorted(self.written, key=lambda row: row["position"])
@@ -363,12 +374,12 @@ class Share:
         self.last = now
 
 
-def _record(position: int, name: str, caption: Any, out: LikelihoodOutput, index: int) -> dict[str, Any]:
-    """What is kept of one image."""
+def _record(position: int, name: str, caption: Caption, out: LikelihoodOutput, index: int) -> dict[str, Any]:
+    """Returns the record of one image."""
     nats = ("log_prob", "prior_log_prob", "trace_log_prob", "standard_error", "discretisation_error")
-    values = {key: float(getattr(out, key)[index]) for key in nats}
-    if not math.isfinite(values["standard_error"]):  # of one probe it is not known
-        values["standard_error"] = None  # type: ignore[assignment]
+    values: dict[str, float | None] = {key: float(getattr(out, key)[index]) for key in nats}
+    if not math.isfinite(float(out.standard_error[index])):  # one probe has no standard error
+        values["standard_error"] = None
     return {
         "position": position, "name": name, "caption": caption, "bits_per_dim": float(out.bits_per_dim[index]),
         **values, "dims": out.dims, "r": [round(value, 6) for value in out.r[:, index].tolist()],

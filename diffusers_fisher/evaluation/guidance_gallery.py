@@ -1,4 +1,4 @@
-"""Guidance of many prompts over many processes, resumable, with a gallery: what `diffusers-fisher guide` runs."""
+"""Guides many prompts over many processes and writes a gallery, for `diffusers-fisher guide`."""
 
 from __future__ import annotations
 
@@ -9,26 +9,33 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from ..backbones import backbone_of
 from ..errors import CoarseGridWarning, InputError, NumericalError, UnsupportedError
-from ..fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDifferenceFisher
+from ..fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDifferenceFisher, FisherEstimator
 from ..guidance import GuidanceOutput, named_reward
+from ..guidance.checks import Reward
 from ..guidance.movers import optimizer_factory
 from ..guidance.noise_ascent import COMPLETED
 from ..jobs.pages import save_picture
-from ..jobs.pipelines import DTYPES, DenoiserSettings, load_pipeline
+from ..jobs.pipelines import DenoiserSettings, load_pipeline
 from ..jobs.processes import process_state
 from ..jobs.records import Records, item_keys, shard
+from ..pipelines import FisherPipelineMixin
+from ..settings import Dtype, GuidanceEstimator, Positive, settings_class
 from .guidance_gallery_report import PICTURES, gallery_summary, write_gallery
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 logger = logging.getLogger(__name__)
 
-ESTIMATORS: dict[str, Callable[[], Any]] = {
-    "one-step": lambda: None,  # what `guide` takes, as it suits the network's precision
+
+ESTIMATORS: dict[GuidanceEstimator, Callable[[], FisherEstimator | None]] = {
+    "one-step": lambda: None,  # the default of `guide`, which depends on the network's precision
     "direct": DirectFisher,
     "finite-difference": FiniteDifferenceFisher,
     "autodiff": AutodiffFisher,
@@ -37,30 +44,31 @@ ESTIMATORS: dict[str, Callable[[], Any]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@settings_class
 class GallerySettings:
-    """What the images depend on; all of it but the batch size must be the same when a run is taken up again.
+    """Everything that the images depend on. A run can be resumed with the same settings only.
 
     Args:
-        checkpoint: a pipeline's folder or id, "embedded" for the embedded one.
-        reward, held_out: as `named_reward` takes them; None: no held-out reward.
-        estimator: a key of `ESTIMATORS`.
-        num_inference_steps, guidance_scale: None: the pipeline's own defaults.
-        seed: of the first prompt; each further one's is one more, whatever the batches.
-        negative_prompt: for all prompts; None: the pipeline's own default.
-        optimizer, patience: as `pipe.guide` takes them.
-        likelihood: whether bits/dim of every image before and after are recorded, `pipe.log_likelihood` of its prompt.
+        checkpoint: a pipeline's folder or Hub id; "embedded" means the checkpoint that the package ships.
+        reward, held_out: names of rewards, see `named_reward`; `held_out` None means no held-out reward.
+        estimator: estimator of the Fisher, see `ESTIMATORS`.
+        num_guidance_steps, step_size, optimizer, patience: arguments of `pipe.guide`.
+        num_inference_steps, guidance_scale: arguments of the pipeline; None means its default.
+        dtype: dtype of the pipeline's weights.
+        seed: seed of the first prompt; the seed of every further prompt is one more, for every batch size.
+        negative_prompt: negative prompt for all prompts; None means the pipeline's default.
+        likelihood: whether to record bits/dim of every image before and after, by `pipe.log_likelihood`.
     """
 
     checkpoint: str = "embedded"
     reward: str = "classifier:embedded:ankle boot"
     held_out: str | None = None
-    estimator: str = "one-step"
+    estimator: GuidanceEstimator = "one-step"
     num_guidance_steps: int = 10
     step_size: float = 0.2
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     seed: int = 0
     negative_prompt: str | None = None
     optimizer: str | None = None
@@ -68,17 +76,17 @@ class GallerySettings:
     likelihood: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
+@settings_class
 class Memory:
-    """What saves memory and changes no result; a run may be taken up again with other values.
+    """Options that save memory and change no result. A run can be resumed with other values.
 
     Args:
-        batch_size: prompts guided at once, each with its own history.
-        checkpoint_decoder: as `pipe.guide` takes it.
-        offload: by `enable_model_cpu_offload`: every network is on the accelerator only while it works.
+        batch_size: number of prompts that are guided at once, each with its own history.
+        checkpoint_decoder: argument of `pipe.guide`.
+        offload: move every network to the accelerator only while it works, by `enable_model_cpu_offload`.
     """
 
-    batch_size: int = 1
+    batch_size: Positive = 1
     checkpoint_decoder: bool = False
     offload: bool = False
 
@@ -87,29 +95,30 @@ def run_gallery(
     output: Path,
     prompts_file: Path,
     settings: GallerySettings,
-    memory: Memory = Memory(),
+    memory: Memory | None = None,
     retry_failed: bool = False,
 ) -> dict[str, Any]:
     """Guides every prompt of a file and writes the gallery.
 
-    Every process of `accelerate launch` takes its share. A prompt's record is written when it is done, so that a run
-    which was killed goes on where it was.
+    With `accelerate launch` every process takes a share of the prompts. A killed run goes on where it was.
 
     Args:
         output: folder of `settings.json`, `records/`, `pictures/`, `index.html` and `gallery.png`.
-        prompts_file: one prompt a line; empty lines are left out.
-        memory: how memory is saved.
-        retry_failed: guide the prompts again that failed.
+        prompts_file: text file with one prompt per line; empty lines are left out.
+        memory: options that save memory; None means `Memory()`.
+        retry_failed: guide again the prompts that failed.
 
     Returns:
-        The mean rewards before and after, the number of prompts, and that of those which "failed", whose images or
-        rewards were not finite at once (on every process).
+        The mean rewards before and after, the number of prompts, and the number of those that "failed" because their
+        first images or rewards were not finite.
 
     Raises:
-        InputError: no prompts, unknown names, values out of range, offload without an accelerator, or records of other
-            settings in `output`; before the first prompt also what `pipe.log_likelihood` refuses, where it is asked.
-        UnsupportedError: a pipeline that diffusers can't offload. CheckpointError: a damaged checkpoint or record.
+        InputError: there are no prompts, a name is unknown, `offload` has no accelerator, or `output` has records of
+            other settings. With `likelihood` also if `pipe.log_likelihood` refuses the pipeline.
+        UnsupportedError: diffusers can't offload the pipeline.
+        CheckpointError: a checkpoint or record is damaged.
     """
+    memory = memory or Memory()
     prompts = read_prompts(prompts_file)
     state = process_state()
     _check(settings, memory, state.device)
@@ -142,11 +151,7 @@ def run_gallery(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty.
-
-    Raises:
-        InputError: the file can't be read, or has none.
-    """
+    """Returns the lines of a text file that are not empty. Raises `InputError` if there are none."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -160,12 +165,6 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _check(settings: GallerySettings, memory: Memory, device: torch.device) -> None:
-    if settings.estimator not in ESTIMATORS:
-        raise InputError(f"The estimator is '{settings.estimator}'; allowed: {', '.join(ESTIMATORS)}.")
-    if settings.dtype not in DTYPES:
-        raise InputError(f"`dtype` is '{settings.dtype}'; allowed: {', '.join(DTYPES)}.")
-    if memory.batch_size < 1:
-        raise InputError(f"`batch_size` is {memory.batch_size}; allowed: at least 1.")
     if settings.patience is not None and memory.batch_size > 1:
         raise InputError(
             f"`patience` counts runs of a whole batch, so with `batch_size` {memory.batch_size} results would depend "
@@ -180,17 +179,18 @@ def _check(settings: GallerySettings, memory: Memory, device: torch.device) -> N
 class _Work:
     """What every batch is guided with."""
 
-    pipe: Any
-    reward: Any
-    held_out: Any
+    pipe: FisherPipelineMixin
+    reward: Reward
+    held_out: Reward | None
     records: Records
     settings: GallerySettings
     checkpoint_decoder: bool
 
 
-def _prepared(records: Records, settings: GallerySettings, memory: Memory, state: Any) -> _Work:
-    reward, held_out = (named_reward(name) if name else None for name in (settings.reward, settings.held_out))
-    for network in (getattr(found, part, None) for found in (reward, held_out) for part in ("model", "head")):
+def _prepared(records: Records, settings: GallerySettings, memory: Memory, state: PartialState) -> _Work:
+    reward = named_reward(settings.reward)
+    held_out = named_reward(settings.held_out) if settings.held_out else None
+    for network in (getattr(each, part, None) for each in (reward, held_out) for part in ("model", "head")):
         if isinstance(network, torch.nn.Module):
             network.to(state.device)
     pipe = load_pipeline(DenoiserSettings(settings.checkpoint, dtype=settings.dtype))
@@ -205,8 +205,8 @@ def _prepared(records: Records, settings: GallerySettings, memory: Memory, state
     return _Work(pipe, reward, held_out, records, settings, memory.checkpoint_decoder)
 
 
-def _offload(pipe: Any, device: torch.device) -> None:
-    """`enable_model_cpu_offload` with its refusals as ours. Raises `UnsupportedError`."""
+def _offload(pipe: FisherPipelineMixin, device: torch.device) -> None:
+    """Calls `enable_model_cpu_offload`. Raises `UnsupportedError` if diffusers can't offload the pipeline."""
     try:
         pipe.enable_model_cpu_offload(device=device)
     except (ValueError, RuntimeError, ImportError) as error:  # no order of its networks, no accelerator, no accelerate
@@ -216,8 +216,8 @@ def _offload(pipe: Any, device: torch.device) -> None:
         ) from error
 
 
-def _try_likelihood(pipe: Any) -> None:
-    """Two steps for a grey image: a pipeline that has no likelihood says so here, before hours of guidance."""
+def _try_likelihood(pipe: FisherPipelineMixin) -> None:
+    """Takes two steps for a grey image, so that a pipeline without likelihood is refused before hours of guidance."""
     grey = torch.full((1, backbone_of(pipe).image_channels, *backbone_of(pipe).image_size()), 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CoarseGridWarning)
@@ -225,19 +225,22 @@ def _try_likelihood(pipe: Any) -> None:
 
 
 def _guide_batch(work: _Work, batch: Sequence[tuple[str, str]]) -> None:
-    """Guides and records a batch. Where a number is not finite, its prompts are guided one by one, so that none
-    suffers from another's; one that has no reward at all is recorded with the reason."""
+    """Guides and records a batch.
+
+    If a number is not finite, the prompts are guided one by one; that prompt's record says that it failed.
+    """
     settings, stopped = work.settings, None
     generators = [torch.Generator().manual_seed(settings.seed + int(key)) for key, _ in batch]
-    call = {} if settings.negative_prompt is None else {"negative_prompt": settings.negative_prompt}
+    call: dict[str, Any] = {} if settings.negative_prompt is None else {"negative_prompt": settings.negative_prompt}
     try:
-        out = work.pipe.guide(
+        guided = work.pipe.guide(
             [prompt for _, prompt in batch], work.reward, held_out_reward=work.held_out, generator=generators,
             num_guidance_steps=settings.num_guidance_steps, step_size=settings.step_size,
             num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
             estimator=ESTIMATORS[settings.estimator](), optimizer=settings.optimizer, patience=settings.patience,
             checkpoint_decoder=work.checkpoint_decoder, output_type="pt", **call,
         )  # fmt: skip
+        out = cast(GuidanceOutput, guided)
     except NumericalError as error:
         stopped = str(error)
     if len(batch) > 1 and (stopped is not None or out.status != COMPLETED):
@@ -252,7 +255,7 @@ def _guide_batch(work: _Work, batch: Sequence[tuple[str, str]]) -> None:
 
 
 def _write(work: _Work, key: str, prompt: str, out: GuidanceOutput, index: int) -> None:
-    """The pictures of one prompt, then its record."""
+    """Writes the pictures of one prompt, then its record."""
     images = {"before": out.initial_images[index], "after": out.images[index]}
     files = {name: f"{PICTURES}/{key}_{name}.png" for name in images}
     for name, image in images.items():
@@ -261,32 +264,31 @@ def _write(work: _Work, key: str, prompt: str, out: GuidanceOutput, index: int) 
         "rewards": out.rewards, "held_out": out.held_out_rewards, "shell_distances": out.shell_distances,
         "gradient_norms": out.gradient_norms,
     }  # fmt: skip
-    # Where there is a safety checker, an image that is black all over is what it put in the place of another.
+    # A safety checker replaces an image by a black one.
     flagged = [name for name, image in images.items() if out.nsfw_content_detected and not bool(image.any())]
     seed = work.settings.seed + int(key)
     work.records.write(
         key,
         {
             "prompt": prompt, "seed": seed, "best_run": int(out.rewards[:, index].argmax()),
-            **{name: _plain(rows[:, index].tolist()) for name, rows in histories.items()},
+            **{name: _finite(rows[:, index].tolist()) for name, rows in histories.items()},
             **(_likelihoods(work.pipe, prompt, images, seed) if work.settings.likelihood else {}),
             "seconds": out.seconds.tolist(), "status": out.status, "flagged": flagged, **files,
         },
     )  # fmt: skip
 
 
-def _likelihoods(pipe: Any, prompt: str, images: dict[str, torch.Tensor], seed: int) -> dict[str, Any]:
-    """Bits/dim of the images under their prompt, and the sizes of their errors by steps and probes together. Each
-    prompt by itself, so that batches do not matter."""
+def _likelihoods(pipe: FisherPipelineMixin, prompt: str, images: dict[str, torch.Tensor], seed: int) -> dict[str, Any]:
+    """Returns bits/dim of the images under their prompt, and the sizes of the errors by steps and probes together."""
     generator = torch.Generator().manual_seed(seed)
     out = pipe.log_likelihood(torch.stack(list(images.values())), prompt, generator=generator)
     errors = (out.standard_error + out.discretisation_error.abs()) / (out.dims * math.log(2))
     return {
-        "bits_per_dim": dict(zip(images, _plain(out.bits_per_dim.tolist()), strict=True)),
-        "bits_per_dim_error": dict(zip(images, _plain(errors.tolist()), strict=True)),
+        "bits_per_dim": dict(zip(images, _finite(out.bits_per_dim.tolist()), strict=True)),
+        "bits_per_dim_error": dict(zip(images, _finite(errors.tolist()), strict=True)),
     }
 
 
-def _plain(values: list[float]) -> list[float | None]:
-    """For JSON, which has no NaN: None where a number is not finite."""
+def _finite(values: list[float]) -> list[float | None]:
+    """Replaces numbers that are not finite by None, since JSON has no NaN."""
     return [value if math.isfinite(value) else None for value in values]

@@ -1,59 +1,41 @@
-"""YAML configuration files read into dataclasses; unknown and missing keys are refused."""
+"""YAML configuration files read into settings classes; unknown and missing keys are refused."""
 
-import dataclasses
+import json
 import os
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pydantic
+
 from ..errors import InputError
+from ..settings import input_error
 
 Config = TypeVar("Config")
 
 
-def build_config(kind: type[Config], values: Any, where: str = "config") -> Config:
-    """Builds dataclass `kind` from nested mappings.
+def build_config(kind: type[Config], values: object, where: str = "config") -> Config:
+    """Builds the settings class `kind` from nested mappings.
+
+    Args:
+        values: what YAML can say: mappings, lists, numbers, texts, truth values and nulls.
+        where: the file that the values come from, for messages.
 
     Raises:
-        InputError: unknown key, missing key, or a value of another type than the field's.
+        InputError: an unknown key, a missing key, or a value that its field does not allow.
     """
-    if not isinstance(values, dict):
-        raise InputError(f"{where} must be a mapping of {kind.__name__} fields, got {type(values).__name__}.")
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise InputError(f"{where} has unknown keys {unknown}; allowed: {sorted(fields)}.")
-    hints = typing.get_type_hints(kind)
-    arguments = {}
-    for name, field in fields.items():
-        if name in values:
-            arguments[name] = _convert(values[name], hints[name], f"{where}.{name}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise InputError(f"{where} lacks the key '{name}'; required keys have no default in {kind.__name__}.")
-    return kind(**arguments)
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    allowed = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    section = next((kind for kind in allowed if dataclasses.is_dataclass(kind)), None)
-    if section is not None and value is not None:
-        return build_config(section, value, where)  # type: ignore[arg-type]
-    allowed = tuple(typing.get_origin(kind) or kind for kind in allowed)
-    if float in allowed and type(value) is int:
-        return float(value)
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        names = ", ".join(kind.__name__ for kind in allowed)
-        raise InputError(f"{where} is {value!r} ({type(value).__name__}); allowed: {names}.")
-    return value
+    text = json.dumps(values, default=str)  # in JSON a mapping may stand for a settings class; in Python it may not
+    try:
+        return pydantic.TypeAdapter(kind).validate_json(text)
+    except pydantic.ValidationError as error:
+        raise input_error(error, kind, where) from error
 
 
 def load_config(path: str | os.PathLike, kind: type[Config], changes: Sequence[str] = ()) -> Config:
-    """Reads a YAML file into dataclass `kind`.
+    """Reads a YAML file into the settings class `kind`.
 
     Args:
-        changes: "key.key=value" in YAML, in place of what the file says.
+        changes: entries "key.key=value", with the value in YAML, that replace what the file says.
 
     Raises:
         InputError: names the file and the key at fault.
@@ -70,8 +52,8 @@ def load_config(path: str | os.PathLike, kind: type[Config], changes: Sequence[s
     return build_config(kind, values, where=str(path))
 
 
-def _change(values: Any, change: str) -> None:
-    """Sets "key.key=value" in nested mappings; a section that is missing or none is made."""
+def _change(values: object, change: str) -> None:
+    """Sets "key.key=value" in nested mappings. A section that is missing or null is made."""
     import yaml
 
     path, equals, text = change.partition("=")
@@ -91,7 +73,7 @@ def _change(values: Any, change: str) -> None:
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings with keys "section.key"."""
+    """Flattens nested settings to one mapping with keys "section.key"."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}

@@ -1,32 +1,86 @@
-"""By what a pipeline and images are known again, so that records of others are never mixed in."""
+"""Identifies pipelines, images and latents, so that a run never mixes its results with those of others.
+
+A digest is a hash. A note is a JSON mapping that a run keeps in its folder. `note_differences` compares the notes of
+two runs and says in words what differs.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.configuration_utils import ConfigMixin
 
-from ..data import Images, ImageStream
+from ..backbones import backbone_of
+from ..data import CachedLatents, Images, ImageStream
+from ..errors import InputError
+from ..files import read_json
 
-ROWS = 1000  # about so many rows, evenly spaced, by which data are known again
-STREAM_ROWS = 100  # the same of a stream, the first
-FILE_BYTES = 1024  # the last ones of an image's file
-VALUES = 1024  # of every tensor
+if TYPE_CHECKING:
+    from ..pipelines import FisherPipelineMixin
+
+ROWS = 1000  # about so many rows of a dataset, evenly spaced, enter its digest
+STREAM_ROWS = 100  # so many first rows of a stream enter its digest
+FILE_BYTES = 1024  # last bytes of an image file that enter its digest
+VALUES = 1024  # first values of a tensor that enter its digest
+DATA_NOTE = "data.json"  # file of the note of a run's data
+ABSENT = object()
 
 
-def pipeline_digests(pipe: Any) -> dict[str, str]:
-    """Hashes of all a pipeline's numbers depend on: `weights` and `configuration`.
+def note_differences(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    free: tuple[str, ...] = (),
+    tolerance: float = 0.0,
+    absent_is_null: bool = False,
+) -> list[str]:
+    """Says in words which entries of two notes differ, such as "`steps` was 3, is 4".
 
-    The former is of the first 1024 values of every tensor of the components, the trace model and the latent
-    statistics; the latter of the components' classes and settings, the scheduler's too, and of the tokenizers.
+    Args:
+        free: beginnings of the names of entries that may differ.
+        tolerance: relative difference that floats may have.
+        absent_is_null: treat an absent entry as a null. Notes of older releases lack newer entries, whose default is
+            null.
+    """
+    names = [name for name in sorted(before.keys() | now.keys()) if not name.startswith(free)]
+    if absent_is_null:
+        before, now = ({**dict.fromkeys(names), **note} for note in (before, now))
+    return [
+        f"`{name}` was {_in_words(before, name)}, is {_in_words(now, name)}"
+        for name in names
+        if not _alike(before.get(name, ABSENT), now.get(name, ABSENT), tolerance)
+    ]
+
+
+def refuse_differences(place: Path, relation: str, differences: Sequence[str], advice: str) -> None:
+    """Raises `InputError` if there are differences.
+
+    Args:
+        place: the folder whose note differs.
+        relation: what the folder is, such as "holds a run with other settings".
+        differences: from `note_differences`.
+        advice: a sentence that says what to do.
+    """
+    if differences:
+        raise InputError(f"'{place}' {relation}: {'; '.join(differences)}. {advice}")
+
+
+def pipeline_digests(pipe: FisherPipelineMixin) -> dict[str, str]:
+    """Returns hashes of everything that a pipeline's numbers depend on, `weights` and `configuration`.
+
+    `weights` is a hash of the first 1024 values of every tensor of the components, the trace model and the latent
+    statistics. `configuration` is a hash of the classes and settings of the components (the scheduler's too) and of
+    the tokenizers.
     """
     weights, settings = hashlib.sha256(), {}
     for part, component in {**pipe.components, "trace_model": pipe.trace_model}.items():
-        settings[part] = [type(component).__name__, _settings(component)]
+        settings[part] = [type(component).__name__, _component_settings(component)]
         if isinstance(component, torch.nn.Module):
             for name, tensor in component.state_dict().items():
                 weights.update(f"{part}.{name}".encode())
@@ -37,43 +91,72 @@ def pipeline_digests(pipe: Any) -> dict[str, str]:
     return {"weights": weights.hexdigest()[:16], "configuration": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
-def images_digest(images: Images) -> str:
-    """How many images there are, and a hash of rows' names, captions, and sizes and ends of files.
+def autoencoder_note(pipe: FisherPipelineMixin) -> dict[str, Any]:
+    """Returns what scaled latents depend on: the autoencoder's weights (as one sum) and scaling.
 
-    The rows are about a thousand, evenly spaced; of a stream, whose length is not known, the first hundred.
+    Pipelines without an autoencoder are all alike: their samples are pixels.
+    """
+    vae = backbone_of(pipe).autoencoder
+    if vae is None:
+        return {"space": "pixel"}
+    tensors = [parameter.detach().float().abs().mean().item() for parameter in list(vae.parameters())[:16]]
+    config = vae.config if isinstance(vae, ConfigMixin) else {}
+    scaling = {key: config.get(key) for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")}
+    return {"space": "latent", "autoencoder": type(vae).__name__, "weights": sum(tensors), **scaling}
+
+
+def data_note(source: Images | CachedLatents) -> dict[str, Any] | None:
+    """Returns the number of images and the first and last name.
+
+    Of cached latents it returns the note of the images that they were made of, and the number of latents. A stream
+    has no known length, so the note is None.
+    """
+    if isinstance(source, ImageStream):
+        return None
+    if isinstance(source, CachedLatents):
+        note = source.folder / DATA_NOTE
+        return {**(read_json(note) if note.is_file() else {}), "latents": len(source)}
+    return {"images": len(source), "first": source.name(0), "last": source.name(len(source) - 1)}
+
+
+def images_digest(images: Images) -> str:
+    """Returns the number of images, and a hash of names, captions, and sizes and ends of files.
+
+    The hash is of about a thousand rows, evenly spaced. Of a stream, whose length is unknown, it is of the first
+    hundred rows.
     """
     if isinstance(images, ImageStream):
         rows = list(enumerate(itertools.islice(images.undecoded(), STREAM_ROWS)))
-        said = f"the first {len(rows)}"
+        count = f"the first {len(rows)}"
     else:
         rows = [(position, images.rows[position]) for position in range(0, len(images), max(1, len(images) // ROWS))]
-        said = str(len(images))
-    found = hashlib.sha256()
+        count = str(len(images))
+    digest = hashlib.sha256()
     for position, row in rows:
-        found.update(_said(images, row, position))
-    return f"{said}, sha256 {found.hexdigest()[:16]}"
+        digest.update(_row_bytes(images, row, position))
+    return f"{count}, sha256 {digest.hexdigest()[:16]}"
 
 
-def row_digest(images: Images, row: Mapping[str, Any], position: int) -> str:
-    """A hash of the name and caption of one image, and of its file's size and end."""
-    return hashlib.sha256(_said(images, row, position)).hexdigest()[:12]
+def row_digest(images: Images, row: dict[str, Any], position: int) -> str:
+    """Returns a hash of the name and caption of one image, and of the size and end of its file."""
+    return hashlib.sha256(_row_bytes(images, row, position)).hexdigest()[:12]
 
 
-def _said(images: Images, row: Any, position: int) -> bytes:
+def _row_bytes(images: Images, row: dict[str, Any], position: int) -> bytes:
     size, end = _size_and_end(row[images.data.image_column] or {})
-    told = (images.row_name(row, position), images.row_caption(row), size)
-    return json.dumps(told, default=str).encode() + end
+    entries = (images.row_name(row, position), images.row_caption(row), size)
+    return json.dumps(entries, default=str).encode() + end
 
 
-def _settings(component: Any) -> Any:
-    """What of a component's configuration does not depend on where and with what release it was loaded."""
+def _component_settings(component: object) -> object:
+    """Returns the part of a component's configuration that depends neither on its folder nor on the release."""
     if hasattr(component, "backend_tokenizer"):
         backend = json.loads(component.backend_tokenizer.to_str())
-        del backend["padding"], backend["truncation"]  # of its last call
-        return [backend, component.model_max_length]
+        del backend["padding"], backend["truncation"]  # they are those of its last call
+        return [backend, getattr(component, "model_max_length", None)]
     if hasattr(component, "get_vocab"):
-        return [component.get_vocab(), component.model_max_length]
-    config: Any = getattr(component, "config", None)
+        return [component.get_vocab(), getattr(component, "model_max_length", None)]
+    config: object = getattr(component, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(values, Mapping):
         return None
@@ -85,7 +168,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 def _size_and_end(entry: Mapping[str, Any]) -> tuple[int, bytes]:
-    """Of the file of an image; of one that can't be opened here (it is on the Hub, say): nothing."""
+    """Returns the size and the last bytes of an image's file, or nothing of a file that can't be opened here."""
     if entry.get("bytes"):
         return len(entry["bytes"]), entry["bytes"][-FILE_BYTES:]
     try:
@@ -95,3 +178,14 @@ def _size_and_end(entry: Mapping[str, Any]) -> tuple[int, bytes]:
             return size, file.read()
     except (OSError, KeyError, TypeError):
         return 0, b""
+
+
+def _alike(left: object, right: object, tolerance: float) -> bool:
+    if isinstance(left, float) and isinstance(right, float):
+        return math.isclose(left, right, rel_tol=tolerance)
+    return left == right
+
+
+def _in_words(note: Mapping[str, Any], name: str) -> str:
+    text = json.dumps(note[name], ensure_ascii=False) if name in note else "absent"
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,9 +1,6 @@
-"""The pipeline of a run, loaded as its settings say."""
+"""Loads the pipeline of a run as its settings say."""
 
 from __future__ import annotations
-
-import dataclasses
-from typing import Any
 
 import diffusers
 import torch
@@ -12,36 +9,38 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from ..backbones import backbone_of
 from ..checkpoints import embedded_checkpoint
 from ..errors import CheckpointError, InputError
-from ..pipelines import fisher_pipeline
+from ..pipelines import FisherPipelineMixin, fisher_pipeline
+from ..settings import Dtype, settings_class
 
 EMBEDDED = "embedded"
-DTYPES = ("float32", "bfloat16", "float16")
 
 
-@dataclasses.dataclass
+@settings_class
 class DenoiserSettings:
-    """The pipeline whose denoiser is asked.
+    """The pipeline that contains the denoiser.
 
     Args:
-        path: folder or Hub id of a pipeline; "embedded": the checkpoint that the package ships.
-        revision, variant: of the Hub.
-        dtype: of its weights.
-        compile: its network by torch.compile, which takes a minute and a compiler; training is then faster.
+        path: folder or Hub id of a pipeline; "embedded" means the checkpoint that the package ships.
+        revision, variant: revision and variant of the pipeline on the Hub.
+        dtype: dtype of the weights.
+        compile: compile the network by `torch.compile`. This takes a minute and needs a C++ compiler; training is
+            faster afterwards.
     """
 
     path: str
     revision: str | None = None
     variant: str | None = None
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     compile: bool = False
 
 
-def load_pipeline(settings: DenoiserSettings) -> Any:
-    """The Fisher version of the pipeline with its trace model and statistics, its weights frozen.
+def load_pipeline(settings: DenoiserSettings) -> FisherPipelineMixin:
+    """Loads the Fisher version of the pipeline with its trace model and statistics, and freezes its weights.
 
     Raises:
-        InputError: there is no pipeline there; UnsupportedError: one without a Fisher version. CheckpointError: a
-            damaged one.
+        InputError: there is no pipeline at `path`.
+        UnsupportedError: the pipeline has no Fisher version.
+        CheckpointError: the pipeline's files are damaged.
     """
     path = embedded_checkpoint() if settings.path == EMBEDDED else settings.path
     hub = {"revision": settings.revision}

@@ -1,16 +1,20 @@
-"""Work over many items that a kill does not undo: one JSON record an item, written whole or not at all."""
+"""Keeps the work over many items through a kill: one JSON record per item, written whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
+
 from ..errors import CheckpointError, InputError
 from ..files import check_writable, read_json, write_json
+from .identity import note_differences, refuse_differences
 
 Item = TypeVar("Item")
 
@@ -22,17 +26,17 @@ _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 class Records:
     """Records of a run over many items, in `FOLDER/records/KEY.json`, and its settings in `FOLDER/settings.json`.
 
-    A run that begins again over the same folder takes up what is there: `missing` says which items are left. Several
-    processes may share the folder; each writes its own items. What belongs to a record (a picture, tensors) is
-    written before it, so that a record stands for all of its item.
+    A run that begins again over the same folder goes on with it: `missing` says which items are left. Several
+    processes may share the folder; each writes its own items. Other files of an item (a picture, tensors) are written
+    before its record, so that a record says that the whole item is there.
 
     Args:
-        folder: made where it is absent.
-        settings: everything the records depend on, as JSON. Records of other settings are never mixed in.
+        folder: folder of the run; it is made where it is absent.
+        settings: everything that the records depend on, as JSON. Records of other settings are never mixed in.
 
     Raises:
-        InputError: the folder can't be written, or holds records of other settings. CheckpointError: its settings
-            are damaged.
+        InputError: the folder can't be written, or holds records of other settings.
+        CheckpointError: the folder's settings are damaged.
     """
 
     def __init__(self, folder: str | os.PathLike, settings: Mapping[str, Any]):
@@ -40,28 +44,38 @@ class Records:
         self.settings: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
         check_writable(self.folder / RECORDS)
         file = self.folder / SETTINGS
-        if not self.done():  # a run that failed before its first record binds nobody
+        if not self.done():  # other settings may take the folder of a run that failed before its first record
             write_json(file, self.settings)
-        elif file.is_file():
-            self._compare(read_json(file))
-        else:
+            return
+        if not file.is_file():
             raise CheckpointError(f"'{self.folder}' has records but no {SETTINGS}; name another folder.")
+        before = read_json(file)
+        differences = note_differences(before if isinstance(before, dict) else {}, self.settings)
+        advice = "Take the same settings to go on, or another folder."
+        refuse_differences(self.folder, "holds records of other settings", differences, advice)
 
     def done(self) -> set[str]:
-        """Keys of the items that have a record."""
+        """Returns the keys of the items that have a record."""
         return {file.stem for file in (self.folder / RECORDS).glob("*.json") if not file.name.startswith(".")}
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of `keys` that have no record yet, in their order."""
+        """Returns those of `keys` that have no record yet, in their order."""
         done = self.done()
         return [key for key in keys if key not in done]
 
     def write(self, key: str, record: Mapping[str, Any]) -> None:
-        """Writes the record of item `key`, atomically. Non-finite numbers are refused by `json`."""
-        write_json(self._file(key), record)
+        """Writes the record of item `key`, atomically.
+
+        Raises:
+            ValueError: the record has numbers that are not finite.
+            CheckpointError: the file can't be written; the disk is full, for example.
+        """
+        file = self._file(key)
+        with writing(file, "make room and run the same command again, all other records are kept"):
+            write_json(file, record)
 
     def read(self, key: str) -> dict[str, Any]:
-        """The record of item `key`. Raises `CheckpointError` where it is missing or damaged, naming the file."""
+        """Returns the record of item `key`. Raises `CheckpointError` if it is missing or damaged."""
         file = self._file(key)
         record = read_json(file)
         if not isinstance(record, dict):
@@ -69,7 +83,7 @@ class Records:
         return record
 
     def collected(self, keys: Iterable[str]) -> list[dict[str, Any]]:
-        """The records of all of `keys`, in their order."""
+        """Returns the records of all of `keys`, in their order."""
         return [self.read(key) for key in keys]
 
     def _file(self, key: str) -> Path:
@@ -80,31 +94,28 @@ class Records:
             )
         return self.folder / RECORDS / f"{key}.json"
 
-    def _compare(self, before: Any) -> None:
-        if before == self.settings:
-            return
-        before = before if isinstance(before, dict) else {}
-        nothing = object()
-        names = sorted(before.keys() | self.settings.keys())
-        changed = [name for name in names if before.get(name, nothing) != self.settings.get(name, nothing)]
-        lines = [f"`{name}` was {_said(before, name)}, is {_said(self.settings, name)}" for name in changed]
-        raise InputError(
-            f"'{self.folder}' holds records of other settings: {'; '.join(lines)}. Take the same settings to go on, "
-            "or another folder."
-        )
+
+@contextlib.contextmanager
+def writing(path: Path, advice: str) -> Iterator[None]:
+    """Encloses what writes `path`, and turns errors of the disk (it is full, for example) into `CheckpointError`.
+
+    Args:
+        advice: what to do, without a full stop.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"'{path}' can't be written: {error}; {advice}.") from error
 
 
 def item_keys(count: int) -> list[str]:
-    """Keys of numbered items: "00000", "00001", ..."""
+    """Returns the keys of numbered items: "00000", "00001", ..."""
     return [f"{index:05d}" for index in range(count)]
 
 
 def shard(items: Sequence[Item], process_index: int, num_processes: int) -> Sequence[Item]:
-    """The items of one process, every `num_processes`-th: the same for all whatever is done already, so that no item
-    is taken twice or by none."""
+    """Returns the items of one process: every `num_processes`-th.
+
+    The shard does not depend on what is done already, so no item is processed twice or left out.
+    """
     return items[process_index::num_processes]
-
-
-def _said(table: Mapping[str, Any], name: str) -> str:
-    text = json.dumps(table[name]) if name in table else "absent"
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -222,7 +222,8 @@ def learned_map(
     prompts = [embedded_prompt(index % len(EMBEDDED_CLASSES)) for index in range(count)]
     denoiser = PipelineDenoiser(pipe, prompt=prompts)
     schedule = model_schedule(denoiser)
-    shape = (pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
+    backbone = denoiser.backbone
+    shape = (backbone.latent_channels, *(side // backbone.factor for side in backbone.image_size()))
     noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     start = schedule.level(schedule.noise_time).noise_to_signal * noise
     matrices: list[torch.Tensor] = []

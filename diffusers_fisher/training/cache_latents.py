@@ -2,17 +2,18 @@
 
     accelerate launch -m diffusers_fisher.training.cache_latents --config configs/trace_embedded.yaml
 
-Takes `data` and `denoiser` of a trace matching config and writes the folder `latents` of it, shard by shard: a killed
-run goes on where it was. Images that can't be read are left out, counted and named in the cache's index.
+The command encodes `data` with the autoencoder of `denoiser` and writes the folder `latents`; all three are entries of
+a trace matching config. A killed run goes on where it was, shard by shard. Images that can't be read are left out,
+counted and named in the cache's index.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +23,38 @@ from tqdm.auto import tqdm
 
 from ..backbones import backbone_of
 from ..data import LATENT_INDEX, Images, ImageStream, UnreadableImageError, open_images, shard_name
-from ..errors import FisherError, InputError
+from ..errors import InputError
 from ..files import check_writable, load_tensors, read_json, save_tensors, write_json
+from ..jobs.command import config_parser, errors_in_words
 from ..jobs.config import load_config
+from ..jobs.identity import autoencoder_note, data_note
 from ..jobs.pipelines import load_pipeline
 from ..jobs.processes import process_state
-from .checkpoints import TrainingFolder, writing
-from .pieces import batched, data_note
+from ..jobs.records import writing
+from ..pipelines import FisherPipelineMixin
+from .checkpoints import TrainingFolder
+from .pieces import batched
 from .samples import SampleSpace
 from .trace_config import TraceMatchingConfig
 
 logger = get_logger(__name__)
 
-SHARD_SIZE = 4096  # images a shard
+SHARD_SIZE = 4096  # images per shard
 FREE_SETTINGS = ("denoiser.compile",)
 DISK_ADVICE = "make room and start again, whole shards are kept"
 
 
-def space_fingerprint(pipe: Any) -> dict[str, Any]:
-    """What scaled latents depend on: the autoencoder's weights (a sum) and scaling; for pixels only their kind."""
-    vae = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
-    if vae is None:
-        return {"space": "pixel"}
-    tensors = [parameter.detach().float().abs().mean().item() for parameter in list(vae.parameters())[:16]]
-    scaling = {key: vae.config.get(key) for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")}
-    return {"space": "latent", "autoencoder": type(vae).__name__, "weights": sum(tensors), **scaling}
-
-
 def cache_latents(config: TraceMatchingConfig, batch_size: int = 16) -> int:
-    """Writes what is missing of the cache; returns the number of latents in it.
+    """Writes the missing shards of the cache; returns the number of latents in the cache.
+
+    Args:
+        batch_size: number of images that are encoded at once.
 
     Raises:
-        InputError: a config without `data` or `latents`, a folder with a cache of other settings or of images that
-            have changed since, or images of which none can be read, or that are of several sizes or of one that the
-            autoencoder does not take.
-        CheckpointError: a shard that can't be written.
+        InputError: the config has no `data` or `latents`; the folder has a cache of other settings, or of images that
+            have changed since; no image can be read; the images have several sizes, or one that the autoencoder does
+            not take.
+        CheckpointError: a shard can't be written.
     """
     if config.data is None or config.latents is None:
         raise InputError("Caching needs both `data` (the images) and `latents` (the folder to write) in the config.")
@@ -67,12 +65,12 @@ def cache_latents(config: TraceMatchingConfig, batch_size: int = 16) -> int:
         check_writable(folder)
         notes.check(settings, FREE_SETTINGS)
     if (folder / LATENT_INDEX).is_file():
-        if state.is_main_process and Path(config.data.path).is_dir():  # what is elsewhere would have to be downloaded
+        if state.is_main_process and Path(config.data.path).is_dir():  # other data would have to be downloaded
             notes.check_data(data_note(open_images(config.data)))
         return sum(read_json(folder / LATENT_INDEX)["counts"])
     pipe = load_pipeline(dataclasses.replace(config.denoiser, compile=False)).to(state.device)
     with state.main_process_first():
-        source = open_images(config.data, backbone_of(pipe).image_channels, text_captions=hasattr(pipe, "tokenizer"))
+        source = open_images(config.data, backbone_of(pipe).image_channels, text_captions=backbone_of(pipe).takes_text)
     space = SampleSpace(pipe, latents=False)
     first = _first_readable(source)
     space.moments(first[None])  # refuses sizes that can't be encoded
@@ -91,12 +89,12 @@ def cache_latents(config: TraceMatchingConfig, batch_size: int = 16) -> int:
 
 
 def _rows(source: Images | ImageStream) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Undecoded rows with their positions."""
+    """Yields undecoded rows with their positions."""
     yield from enumerate(source.undecoded() if isinstance(source, ImageStream) else source.rows)
 
 
 def _first_readable(source: Images) -> torch.Tensor:
-    """Pixels of the first image that can be read: all others must have its size."""
+    """Returns the pixels of the first image that can be read. All other images must have its size."""
     position = -1
     for position, row in _rows(source):
         with contextlib.suppress(UnreadableImageError):
@@ -137,29 +135,35 @@ def _write_shard(
         save_tensors(path, {"moments": torch.cat(moments)}, metadata)
 
 
-def _write_index(folder: Path, number: int, pipe: Any) -> None:
+def _write_index(folder: Path, number: int, pipe: FisherPipelineMixin) -> None:
     counts, skipped, shape = [], [], []
     for shard in range(number):
         tensors, metadata = load_tensors(folder / shard_name(shard))
         counts.append(len(tensors["moments"]))
         shape = list(tensors["moments"].shape[2:])
         skipped += json.loads(metadata["skipped"])
-    index = {"shape": shape, "counts": counts, "skipped_images": skipped, "space": space_fingerprint(pipe)}
+    index = {"shape": shape, "counts": counts, "skipped_images": skipped, "space": autoencoder_note(pipe)}
     with writing(folder / LATENT_INDEX, DISK_ADVICE):
         write_json(folder / LATENT_INDEX, index)
 
 
 def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings in place of the file's")
-    parser.add_argument("--batch-size", type=int, default=16, help="images encoded at a time")
+    """Runs the command."""
+    parser = config_parser(__doc__)
+    parser.add_argument("--batch-size", type=int, default=16, help="number of images that are encoded at once")
     arguments = parser.parse_args()
-    try:
-        count = cache_latents(load_config(arguments.config, TraceMatchingConfig, arguments.set), arguments.batch_size)
-    except FisherError as error:
-        raise SystemExit(f"Error: {error}") from error
+    with errors_in_words():
+        cache_latents_of_file(arguments.config, arguments.set, arguments.batch_size)
+
+
+def cache_latents_of_file(config: str | os.PathLike, changes: Sequence[str], batch_size: int) -> None:
+    """Writes the cache that a config file describes, and prints the number of latents.
+
+    Args:
+        changes: entries "key.key=value" that replace what the file says.
+        batch_size: number of images that are encoded at once.
+    """
+    count = cache_latents(load_config(config, TraceMatchingConfig, changes), batch_size)
     print(f"{count} latents")
 
 

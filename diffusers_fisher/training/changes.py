@@ -1,4 +1,4 @@
-"""Images that are not like the training data, so that a trace model is right for those whose likelihood is asked."""
+"""Changes images, so that a trace model is also right for images that are unlike the training data."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import torch.nn.functional as F
 
 
 def changed(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Images (n, C, H, W) in [0, 1], each changed in one random way: inverted, noised, turned, blurred, mixed with
-    another, shuffled in blocks, made paler or darker, or replaced by plain colour."""
+    """Returns images (n, C, H, W) in [0, 1], each changed in one random way.
+
+    An image is inverted, noised, turned, blurred, mixed with another image, shuffled in blocks, made paler or darker,
+    or replaced by one colour.
+    """
     ways = (_inverted, _noised, _noised, _turned, _blurred, _mixed, _shuffled, _faded, _plain)
     order = torch.randint(len(ways), (len(pixels),), generator=generator).tolist()
     rows = [ways[way](pixels, row, generator) for row, way in enumerate(order)]
@@ -46,7 +49,7 @@ def _mixed(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.
 
 
 def _shuffled(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:
-    """Quarters in random order; of odd sizes the image rolled by half."""
+    """Puts the quarters into a random order; rolls images of odd sizes by half their size."""
     image = pixels[row]
     if image.shape[-1] % 2 or image.shape[-2] % 2:
         return image.roll((image.shape[-2] // 2, image.shape[-1] // 2), (-2, -1))

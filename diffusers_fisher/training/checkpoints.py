@@ -1,4 +1,4 @@
-"""A folder of training states: written atomically, the newest few kept, and the loss curve that belongs to them."""
+"""Keeps the training states of a run in a folder, with the loss curve and the notes that belong to them."""
 
 from __future__ import annotations
 
@@ -6,36 +6,38 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError
 from ..files import atomic_path, read_json, write_json
 from ..jobs.config import flat_settings
+from ..jobs.identity import DATA_NOTE, note_differences, refuse_differences
+from ..jobs.records import writing
 from ..models import fingerprint_differences
 from .state import load_training_state, save_training_state
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints/step-*.safetensors"
-DATA_NOTE = "data.json"
+SETTINGS_NOTE = "config.json"
+DENOISER_NOTE = "fingerprint.json"
 PREPARED = ("paths.safetensors", "loss.jsonl", "validation.jsonl", "validation.png", "skipped.json")
-"""What depends on settings, denoiser and data, and may be there before the first checkpoint."""
+"""Files that depend on settings, denoiser and data and may be there before the first checkpoint."""
 
 
 @dataclasses.dataclass
 class TrainingFolder:
-    """Checkpoints, loss curve and configuration of one run.
+    """Checkpoints, loss curve and notes of one run.
 
     Args:
-        path: of the folder.
-        keep: checkpoints that stay; older ones are removed once a newer one is whole.
-        work: patterns of files that bind the folder to a run's settings, denoiser and data; before there is one of
-            them, others may have it.
+        path: the folder.
+        keep: number of checkpoints that are kept; older ones are removed when a newer one is whole.
+        work: patterns of files that reserve the folder for a run's settings, denoiser and data. Before one of these
+            files is there, another run may take the folder.
     """
 
     path: Path
@@ -49,7 +51,7 @@ class TrainingFolder:
 
     @property
     def last_good(self) -> str:
-        """In words, where a run may be taken up."""
+        """The place from which a run can go on, in words."""
         states = self._states
         return f"the last good checkpoint is '{states[-1]}'" if states else "no checkpoint was written yet"
 
@@ -65,46 +67,42 @@ class TrainingFolder:
             write_json(self.path / "skipped.json", names)
 
     def writing(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Around what writes file `name` of the folder. Raises `CheckpointError`: the disk is full, say."""
+        """Encloses what writes file `name` of the folder; see `diffusers_fisher.jobs.records.writing`."""
         return writing(self.path / name, self.last_good)
 
     @property
     def begun(self) -> bool:
-        """Whether there is work that other settings would spoil."""
+        """Whether the folder has work that other settings would spoil."""
         return any(True for pattern in self.work for _ in self.path.glob(pattern))
 
     def check(self, settings: Mapping[str, Any], free: tuple[str, ...]) -> None:
-        """Refuses to go on with a run of other settings, once it has written anything of its work.
+        """Refuses to go on with a run of other settings, if that run has written any of its work.
 
         Args:
-            settings: of the run, what JSON can say; sections nested.
+            settings: the run's settings as JSON, with nested sections.
             free: keys "section.key", or sections, that may change.
 
         Raises:
             InputError: names the settings that differ.
         """
-        differing = self._other_settings(settings, free)
-        if differing and self.begun:
-            raise InputError(
-                f"'{self.path}' holds a run with other settings: {'; '.join(differing)}. Resume with those, or name "
-                "another output folder."
-            )
+        if self.begun:
+            advice = "Resume with those, or name another output folder."
+            differences = self._other_settings(settings, free)
+            refuse_differences(self.path, "holds a run with other settings", differences, advice)
 
     def check_data(self, data: Mapping[str, Any] | None) -> None:
-        """Refuses to go on with data that have changed, once the run has written anything of its work.
+        """Refuses to go on with data that have changed, if the run has written any of its work.
 
         Args:
-            data: what `data_note` says; None: nothing is known of the data. Folders without a note take any.
+            data: the result of `data_note`; None means that nothing is known of the data. Folders without a note take
+                any data.
 
         Raises:
             InputError: says what differs.
         """
-        differing = self._other_data(data)
-        if differing and self.begun:
-            raise InputError(
-                f"'{self.path}' was made of other data: {'; '.join(differing)}. Images were added, removed or renamed "
-                "since: put them back as they were, or name another folder."
-            )
+        if self.begun:
+            advice = "Images were added, removed or renamed since: put them back as they were, or name another folder."
+            refuse_differences(self.path, "was made of other data", self._other_data(data), advice)
 
     def claim(
         self,
@@ -113,51 +111,45 @@ class TrainingFolder:
         fingerprint: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
     ) -> None:
-        """Notes what the run is, once all of it was found to be right: settings, the denoiser's fingerprint, the data.
+        """Notes the settings, the denoiser's fingerprint and the data of a run whose input has been checked.
 
-        Where another run wrote nothing of its work, what it prepared is removed.
+        If another run wrote none of its work here, the files that it prepared are removed.
 
         Raises:
             InputError: as `check` and `check_data`, or the run was begun with another denoiser; says what differs.
         """
         self.check(settings, free)
         self.check_data(data)
-        path = self.path / "fingerprint.json"
-        other_denoiser: list[str] = []
-        if fingerprint is not None and path.exists():
-            other_denoiser = fingerprint_differences(read_json(path), fingerprint)
-        if other_denoiser and self.begun:
-            raise InputError(
-                f"'{self.path}' holds a run of another denoiser. What differs: {'; '.join(other_denoiser)}. Resume "
-                "with that denoiser, or name another output folder."
-            )
+        other_denoiser = fingerprint_differences(self._note(DENOISER_NOTE), fingerprint or {})
+        if self.begun:
+            advice = "Resume with that denoiser, or name another output folder."
+            refuse_differences(self.path, "holds a run of another denoiser", other_denoiser, advice)
         if other_denoiser or self._other_settings(settings, free) or self._other_data(data):
-            for name in (*PREPARED, path.name, DATA_NOTE):
+            for name in (*PREPARED, DENOISER_NOTE, DATA_NOTE):
                 with self.writing(name):
                     (self.path / name).unlink(missing_ok=True)
-        for name, note in ((path.name, fingerprint), (DATA_NOTE, data)):
-            if note is not None and not (self.path / name).exists():
+        for name, note in ((DENOISER_NOTE, fingerprint), (DATA_NOTE, data), (SETTINGS_NOTE, settings)):
+            if note is not None and (name == SETTINGS_NOTE or not (self.path / name).exists()):
                 with self.writing(name):
                     write_json(self.path / name, note)
-        with self.writing("config.json"):
-            write_json(self.path / "config.json", settings)
+
+    def _note(self, name: str) -> dict[str, Any]:
+        """Returns the content of a note; empty if there is none."""
+        path = self.path / name
+        return read_json(path) if path.exists() else {}
 
     def _other_settings(self, settings: Mapping[str, Any], free: tuple[str, ...]) -> list[str]:
-        """In words, those in which the folder's run has others."""
-        path = self.path / "config.json"
-        if not path.exists():
+        """Says in words which settings of the folder's run differ."""
+        before = self._note(SETTINGS_NOTE)
+        if not before:
             return []
-        before, now = (
-            {key: value for key, value in flat_settings(found).items() if not key.startswith(free)}
-            for found in (read_json(path), settings)
-        )
-        return _differences(before, now, sorted(now | before))
+        return note_differences(flat_settings(before), flat_settings(settings), free, absent_is_null=True)
 
     def _other_data(self, data: Mapping[str, Any] | None) -> list[str]:
-        """In words, what of the data has changed, of what was noted."""
-        path = self.path / DATA_NOTE
-        before = read_json(path) if path.exists() else {}
-        return _differences(before, data or {}, [key for key in data or {} if key in before])
+        """Says in words what of the data has changed, as far as both notes say it."""
+        before, now = self._note(DATA_NOTE), data or {}
+        both = before.keys() & now.keys()
+        return note_differences({key: before[key] for key in both}, {key: now[key] for key in both})
 
     def save(
         self,
@@ -166,10 +158,10 @@ class TrainingFolder:
         averages: list[torch.Tensor],
         step: int,
     ) -> None:
-        """Writes the state after `step` steps, then removes the oldest beyond `keep`.
+        """Writes the state after `step` steps, then removes the oldest checkpoints but for `keep` of them.
 
         Raises:
-            CheckpointError: the disk is full, say; what was there before stays.
+            CheckpointError: the file can't be written (the disk is full, for example). Older files are kept.
         """
         name = f"checkpoints/step-{step:09d}.safetensors"
         with self.writing(name):
@@ -181,7 +173,7 @@ class TrainingFolder:
     def resume(
         self, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, averages: list[torch.Tensor]
     ) -> int:
-        """Restores the newest checkpoint that can be read; returns its number of steps, 0 without one."""
+        """Restores the newest checkpoint that can be read; returns its number of steps, or 0 without a checkpoint."""
         states = self._states
         for path in reversed(states):
             try:
@@ -199,7 +191,7 @@ class TrainingFolder:
             file.write(json.dumps(record) + "\n")
 
     def cut(self, curve: str, step: int) -> None:
-        """Removes what a killed run wrote to a curve after `step`, a half line too."""
+        """Removes the lines that a killed run wrote to a curve after `step`, and an incomplete last line."""
         path = self.path / f"{curve}.jsonl"
         if not path.exists():
             return
@@ -213,18 +205,3 @@ class TrainingFolder:
                 kept.append(line)
         with self.writing(path.name), atomic_path(path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def writing(path: Path, advice: str) -> Iterator[None]:
-    """Around what writes `path`. Raises `CheckpointError`, with the advice: the disk is full, say."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"'{path}' can't be written: {error}; {advice}.") from error
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
-    """In words, entries that differ; missing ones are None."""
-    pairs = ((key, before.get(key), now.get(key)) for key in keys)
-    return [f"{key} was {old!r}, is {new!r}" for key, old, new in pairs if old != new]

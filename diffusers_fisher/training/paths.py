@@ -1,7 +1,8 @@
-"""Points on the ways of clean images through the probability-flow ODE, for trace models of target "jacobian".
+"""Follows clean images through the probability-flow ODE, for trace models of target "jacobian".
 
-A likelihood starts at a clean image, which has none of the noise that its level stands for, and carries this lack
-along. The denoiser's Jacobian is another there than at noised images, and what it is can be learned only there.
+A likelihood starts at a clean image, which has none of the noise that its level stands for, and this noise is missing
+at the later levels too. The denoiser's Jacobian differs there from the one at noised images, so a trace model must
+learn it at these points.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import json
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from ..data import Caption
 from ..errors import CoarseGridWarning
 from ..files import load_tensors, save_tensors
 from ..fisher.direct import DirectFisher, DirectOperator
@@ -27,7 +28,7 @@ from .pieces import Piece
 from .samples import SampleSpace, without
 from .trace_losses import TraceDraw
 
-STEPS = (8, 10, 12)  # of the integrations, so that many noise levels are met; images count for more than levels
+STEPS = (8, 10, 12)  # numbers of steps of the integrations: different ones, so that many noise levels are met
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +37,14 @@ class Paths:
 
     Args:
         clean: (images, ...) x_0.
-        captions: one an image.
-        image: (points,) which image a point belongs to.
+        captions: one caption per image.
+        image: (points,) number of the image that a point belongs to.
         noise: (points, ...) z.
         log_noise: (points,) log(sigma/alpha), float64.
     """
 
     clean: torch.Tensor
-    captions: list[Any]
+    captions: list[Caption]
     image: torch.Tensor
     noise: torch.Tensor
     log_noise: torch.Tensor
@@ -55,7 +56,7 @@ class Paths:
 
     @classmethod
     def load(cls, path: Path) -> Paths:
-        """Raises `CheckpointError` for a damaged file."""
+        """Reads what `save` wrote. Raises `CheckpointError` for a damaged file."""
         tensors, metadata = load_tensors(path)
         return cls(**tensors, captions=json.loads(metadata["captions"]))
 
@@ -63,32 +64,32 @@ class Paths:
         self,
         draw: TraceDraw,
         samples: torch.Tensor,
-        captions: list[Any],
-        share: float,
+        captions: list[Caption],
+        fraction: float,
         generator: torch.Generator,
         batch_size: int,
         part: slice,
-    ) -> tuple[TraceDraw, torch.Tensor, list[Any]]:
-        """The rows `part` of a global batch of which a share is points of the paths.
+    ) -> tuple[TraceDraw, torch.Tensor, list[Caption]]:
+        """Replaces a fraction of the rows of a global batch by points of the paths; returns the rows `part`.
 
-        Drawn for the whole batch, so that neither processes nor accumulation change it.
+        The replacements are drawn for the whole batch, so that neither processes nor accumulation change them.
         """
-        rows = (torch.rand(batch_size, generator=generator) < share)[part]
+        rows = (torch.rand(batch_size, generator=generator) < fraction)[part]
         points = torch.randint(len(self.image), (batch_size,), generator=generator)[part]
         images = self.image[points]
-        wide = rows.view(-1, *[1] * (samples.ndim - 1))
+        replaced = rows.view(-1, *[1] * (samples.ndim - 1))
         mixed = dataclasses.replace(
             draw,
-            noise=torch.where(wide, self.noise[points], draw.noise),
+            noise=torch.where(replaced, self.noise[points], draw.noise),
             log_noise=torch.where(rows, self.log_noise[points], draw.log_noise),
         )
-        clean = torch.where(wide.to(samples.device), self.clean[images].to(samples), samples)
-        taken = zip(rows.tolist(), images.tolist(), captions, strict=True)
-        return mixed, clean, [self.captions[image] if row else caption for row, image, caption in taken]
+        clean = torch.where(replaced.to(samples.device), self.clean[images].to(samples), samples)
+        choices = zip(rows.tolist(), images.tolist(), captions, strict=True)
+        return mixed, clean, [self.captions[image] if row else caption for row, image, caption in choices]
 
 
 class _Recorder(FisherEstimator):
-    """Notes the states at which it is called."""
+    """An estimator that records the states at which it is called."""
 
     def __init__(self) -> None:
         self.states: list[DenoisingState] = []
@@ -101,14 +102,16 @@ class _Recorder(FisherEstimator):
 def follow_paths(
     space: SampleSpace, pieces: Iterable[Piece], caption_dropout: float, change: float, seed: int
 ) -> Paths:
-    """Integrates the ODE from the clean samples of `pieces`, each piece on a grid of its own.
+    """Integrates the ODE from the clean samples of `pieces`, each piece on its own grid.
 
     Args:
-        change: share of images that are made unlike the training data, in pixels, and of captions that are exchanged.
+        caption_dropout: fraction of captions that are left out.
+        change: fraction of images that are changed, in pixels, and of captions that are exchanged.
 
-    Cost: 9 to 13 evaluations of the denoiser a sample.
+    Cost: 9 to 13 evaluations of the denoiser per sample.
     """
-    images, captions, owners, noises, levels = [], [], [], [], []
+    images, owners, noises, levels = [], [], [], []
+    captions: list[Caption] = []
     count = 0
     for number, piece in enumerate(pieces):
         generator = step_generator(seed, "paths", number)
@@ -116,8 +119,8 @@ def follow_paths(
         texts = without(texts, torch.rand(len(clean), generator=generator) < caption_dropout)
         parts = [slice(first, first + space.piece_size) for first in range(0, len(clean), space.piece_size)]
         num_steps = STEPS[number % len(STEPS)]
-        asked = [_asked(space, texts[part], piece.samples[part], clean[part], num_steps) for part in parts]
-        for states in zip(*asked, strict=True):  # level by level, so that the order is the same for parts of any size
+        visited = [_visited(space, texts[part], piece.samples[part], clean[part], num_steps) for part in parts]
+        for states in zip(*visited, strict=True):  # level by level: the order is the same for parts of any size
             for part, state in zip(parts, states, strict=True):
                 level = state.level
                 z = (state.sample - expand(level.alpha, state.sample) * clean[part]) / expand(
@@ -132,13 +135,13 @@ def follow_paths(
     return Paths(torch.cat(images), captions, torch.cat(owners), torch.cat(noises), torch.cat(levels))
 
 
-def _asked(
-    space: SampleSpace, captions: list[Any], data: torch.Tensor, clean: torch.Tensor, num_steps: int
+def _visited(
+    space: SampleSpace, captions: list[Caption], data: torch.Tensor, clean: torch.Tensor, num_steps: int
 ) -> list[DenoisingState]:
-    """Where a likelihood of `clean` asks."""
+    """Returns the states at which a likelihood of `clean` evaluates the trace."""
     recorder = _Recorder()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CoarseGridWarning)  # the way counts here, not the likelihood at its end
+        warnings.simplefilter("ignore", CoarseGridWarning)  # the path is used here, not the likelihood
         integrate_log_likelihood(
             space.denoiser(captions, data), clean, recorder, Integration(num_steps=num_steps, num_probes=None)
         )
@@ -147,12 +150,11 @@ def _asked(
 
 @torch.no_grad()
 def _varied(
-    space: SampleSpace, piece: Piece, share: float, generator: torch.Generator
-) -> tuple[torch.Tensor, list[Any]]:
-    """Clean samples in the pipeline's layout of which a share is of changed images, and captions of which a share is
-    another image's."""
+    space: SampleSpace, piece: Piece, fraction: float, generator: torch.Generator
+) -> tuple[torch.Tensor, list[Caption]]:
+    """Returns clean samples, a fraction of them of changed images, and captions, a fraction of them exchanged."""
     pixels, clean = space.pixels(piece.samples), space.packed(piece.samples)
-    unlike, exchanged = torch.rand(2, len(clean), generator=generator) < share
+    unlike, exchanged = torch.rand(2, len(clean), generator=generator) < fraction
     other = space.encoded(changed(pixels.cpu(), generator))
     clean = torch.where(unlike.to(clean.device).view(-1, *[1] * (clean.ndim - 1)), other, clean)
     order = torch.randint(len(clean), (len(clean),), generator=generator).tolist()

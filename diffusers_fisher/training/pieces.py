@@ -1,4 +1,4 @@
-"""Training data as pieces of global batches, the same whatever the number of processes, from any step on."""
+"""Cuts training data into pieces of global batches, which do not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -6,35 +6,36 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from ..data import CachedLatents, Example, Images, ImageStream, UnreadableImageError
+from ..data import CachedLatents, Caption, Example, Images, ImageStream, UnreadableImageError
 from ..errors import InputError
-from ..files import read_json
-from .checkpoints import DATA_NOTE
 from .schedule import Optimisation, batch_indices
 
-SHUFFLE_BUFFER = 1000  # images of a stream, undecoded
-Entry = tuple[torch.Tensor, Any, tuple[str, ...]]  # a sample, its caption, names of those it stands for
+SHUFFLE_BUFFER = 1000  # undecoded images of a stream
+Entry = tuple[torch.Tensor, Caption, tuple[str, ...]]  # a sample, its caption, names of the images it replaces
+Item = TypeVar("Item")
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Args:
-    samples: (n, ...) pixels in [0, 1], or cached latents.
-    captions: one for each.
-    skipped: names of images that could not be read; others stand in their places.
+    """A part of a global batch.
+
+    Args:
+        samples: (n, ...) pixels in [0, 1], or cached latents.
+        captions: one caption per sample.
+        skipped: names of images that could not be read and are replaced by others.
     """
 
     samples: torch.Tensor
-    captions: list[Any]
+    captions: list[Caption]
     skipped: list[str]
 
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> Piece:
-        """Raises `InputError` for samples of several sizes."""
+        """Stacks samples of one size. Raises `InputError` for samples of several sizes."""
         samples, captions, skipped = zip(*entries, strict=True)
         shapes = sorted({tuple(sample.shape) for sample in samples})
         if len(shapes) > 1:
@@ -42,20 +43,14 @@ class Piece:
         return cls(torch.stack(samples), list(captions), [name for names in skipped for name in names])
 
 
-def data_note(source: Images | ImageStream | CachedLatents) -> dict[str, Any] | None:
-    """By what a resumed run knows its data again: how many images, the first and the last name; of cached latents
-    what the cache noted of its images, and their own number. None for streams, which have neither."""
-    if isinstance(source, ImageStream):
-        return None
-    if isinstance(source, CachedLatents):
-        note = source.folder / DATA_NOTE
-        return {**(read_json(note) if note.is_file() else {}), "latents": len(source)}
-    return {"images": len(source), "first": source.name(0), "last": source.name(len(source) - 1)}
-
-
 @dataclasses.dataclass(frozen=True)
-class Share:
-    """A process's part of every global batch: its pieces, in order."""
+class BatchShare:
+    """The part of every global batch that one process takes.
+
+    Args:
+        batch_size: samples of the global batch.
+        accumulation: number of pieces into which the part is cut.
+    """
 
     batch_size: int
     num_processes: int = 1
@@ -64,6 +59,7 @@ class Share:
 
     @property
     def slices(self) -> list[slice]:
+        """The pieces of the process, in order, as slices of the global batch."""
         size = self.batch_size // (self.num_processes * self.accumulation)
         first = self.process_index * self.accumulation
         return [slice(size * number, size * (number + 1)) for number in range(first, first + self.accumulation)]
@@ -73,14 +69,15 @@ class TrainingData:
     """Training and held-out samples of a source.
 
     Args:
-        source: images, a stream of them, or cached latents.
-        held_out: how many samples are kept for validation: the last, of a stream the first.
+        source: images, a stream of images, or cached latents.
+        settings: gives the batch size and the number of steps.
+        held_out: number of samples that are kept for validation: the last of the data, of a stream the first.
 
     Raises:
-        InputError: fewer samples than are held out and fill a batch.
+        InputError: there are too few samples for the held-out ones and one batch.
     """
 
-    def __init__(self, source: Images | ImageStream | CachedLatents, settings: Optimisation, held_out: int, seed: int):
+    def __init__(self, source: Images | CachedLatents, settings: Optimisation, held_out: int, seed: int):
         self.source, self.settings, self.num_held_out, self.seed = source, settings, held_out, seed
         self.streaming = isinstance(source, ImageStream)
         if not self.streaming and len(source) < held_out + settings.batch_size:
@@ -90,7 +87,7 @@ class TrainingData:
             )
 
     def held_out(self) -> Piece:
-        """The held-out samples. Raises `InputError`: a stream has fewer, or none can be read."""
+        """Returns the held-out samples. Raises `InputError` if a stream has too few, or none can be read."""
         count = self.num_held_out
         if isinstance(self.source, ImageStream):
             rows = list(itertools.islice(self.source.undecoded(), count))
@@ -105,8 +102,10 @@ class TrainingData:
         return Piece.of([readable[index] for index in range(count)])
 
     def some(self, count: int, size: int) -> Iterator[Piece]:
-        """About `count` training samples, `size` at a time, spread over the data (of a stream its first that can be
-        read)."""
+        """Yields about `count` training samples, `size` at a time.
+
+        They are spread over the data. Of a stream they are the first samples that can be read.
+        """
         if isinstance(self.source, ImageStream):
             rows = itertools.islice(self.source.undecoded(self.num_held_out), count)
             entries = _readable_rows(self.source, enumerate(rows, self.num_held_out))
@@ -117,8 +116,8 @@ class TrainingData:
         for group in batched(iter(indices), size):
             yield Piece.of([readable[index] for index in group])
 
-    def pieces(self, share: Share, start: int, workers: int) -> Iterable[Piece]:
-        """The process's pieces of every step from `start` to the last."""
+    def pieces(self, share: BatchShare, start: int, workers: int) -> Iterable[Piece]:
+        """Returns the process's pieces of every step from `start` to the last."""
         if isinstance(self.source, ImageStream):
             stream = _StreamPieces(self.source, share, self.num_held_out, start, self.settings.steps, self.seed)
             return torch.utils.data.DataLoader(stream, batch_size=None, num_workers=min(workers, 1))
@@ -131,25 +130,28 @@ class TrainingData:
 
         return torch.utils.data.DataLoader(
             _Readable(self.source, count), batch_sampler=indices(), collate_fn=Piece.of, num_workers=workers,
-            generator=torch.Generator(),  # it seeds the workers, and would else draw from the global one
+            generator=torch.Generator(),  # it seeds the workers, which would otherwise draw from the global one
         )  # fmt: skip
 
 
-def batched(entries: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size` entries, the last of what is left."""
+def batched(entries: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    """Yields lists of `size` entries; the last list has the rest."""
     while group := list(itertools.islice(entries, size)):
         yield group
 
 
 class _StreamRows:
-    """Images of a stream by position; rows are kept, undecoded, from the last `drop` to the last asked for."""
+    """Gives images of a stream by position.
+
+    Undecoded rows are kept from the position of the last `drop` to the highest position that was read.
+    """
 
     def __init__(self, stream: ImageStream, rows: Iterator[dict[str, Any]]):
         self.stream, self.rows, self.first = stream, rows, 0
         self.kept: collections.deque[dict[str, Any]] = collections.deque()
 
     def drop(self, position: int) -> None:
-        """Lets go of the rows before `position`."""
+        """Forgets the rows before `position`."""
         while self.first < position:
             if self.kept:
                 self.kept.popleft()
@@ -169,8 +171,8 @@ class _StreamRows:
         return self.stream.row_name(self._row(position), position)
 
 
-def _next_readable(source: Any, positions: Iterable[int]) -> Entry:
-    """The first sample of those at `positions` that can be read, with the names of those before it."""
+def _next_readable(source: Images | CachedLatents | _StreamRows, positions: Iterable[int]) -> Entry:
+    """Returns the first sample at `positions` that can be read, with the names of the samples before it."""
     skipped: list[str] = []
     for position in positions:
         try:
@@ -185,7 +187,11 @@ def _next_readable(source: Any, positions: Iterable[int]) -> Entry:
 
 
 def _readable_rows(stream: ImageStream, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[Entry]:
-    """Those of the rows, with their positions, that can be read, each with the names of those before it that can't."""
+    """Yields the rows that can be read, each with the names of the unreadable rows before it.
+
+    Args:
+        rows: positions and undecoded rows.
+    """
     skipped: list[str] = []
     for position, row in rows:
         try:
@@ -198,7 +204,7 @@ def _readable_rows(stream: ImageStream, rows: Iterable[tuple[int, dict[str, Any]
 
 
 class _Readable(torch.utils.data.Dataset):
-    """`count` samples from `first` on; in the place of one that can't be read stands the next of them that can."""
+    """`count` samples from `first` on. A sample that can't be read is replaced by the next of them that can."""
 
     def __init__(self, source: Images | CachedLatents | _StreamRows, count: int, first: int = 0):
         self.source, self.count, self.first = source, count, first
@@ -212,9 +218,9 @@ class _Readable(torch.utils.data.Dataset):
 
 
 class _StreamPieces(torch.utils.data.IterableDataset):
-    """As `_Readable`: whichever process decodes a sample, and none decodes others' without need."""
+    """The pieces of a stream for one process, which decodes only its own samples and their replacements."""
 
-    def __init__(self, stream: ImageStream, share: Share, skip: int, start: int, steps: int, seed: int):
+    def __init__(self, stream: ImageStream, share: BatchShare, skip: int, start: int, steps: int, seed: int):
         self.stream, self.share, self.skip, self.start, self.steps, self.seed = stream, share, skip, start, steps, seed
 
     def __iter__(self) -> Iterator[Piece]:
@@ -226,7 +232,7 @@ class _StreamPieces(torch.utils.data.IterableDataset):
                 yield Piece.of([_next_readable(rows, range(first, first + SHUFFLE_BUFFER)) for first in positions])
 
     def _endless(self) -> Iterator[dict[str, Any]]:
-        """Undecoded rows, shuffled within a buffer, epoch after epoch."""
+        """Yields undecoded rows, shuffled within a buffer, epoch after epoch."""
         rows = self.stream.rows.skip(self.skip).shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
         for epoch in itertools.count():
             rows.set_epoch(epoch)
@@ -236,5 +242,6 @@ class _StreamPieces(torch.utils.data.IterableDataset):
                 yield row
             if empty:
                 raise InputError(
-                    f"The stream '{self.stream.data.path}' has no images beside the {self.skip} held out."
+                    f"The stream '{self.stream.data.path}' has no images apart from the {self.skip} held-out ones. "
+                    "Give more data or fewer held-out samples."
                 )

@@ -1,4 +1,4 @@
-"""What a trace model knows before training: statistics of the data, and of the denoiser's features."""
+"""Sets what a trace model knows before training: statistics of the data and of the denoiser's features."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .trace_losses import TraceDraw, noised_state
 def fit_prior(
     model: FisherTraceModel, config: TraceMatchingConfig, pieces: Iterable[Piece], space: SampleSpace
 ) -> None:
-    """Sets the trace model's prior to the statistics of training data; every process finds the same.
+    """Sets the trace model's prior to the statistics of training data, which are the same in every process.
 
     Raises:
-        InputError: data without any variance.
+        InputError: the data have no variance.
     """
 
     def samples() -> Iterator[torch.Tensor]:
@@ -34,7 +34,7 @@ def fit_prior(
 
     fitted = GaussianFisher.fit_diagonal(samples(), dct=config.model.basis == "dct")
     mean, variance = fitted.mean, fitted.covariance.variances.view(fitted.mean.shape)
-    if model.prior.mean.shape != mean.shape:  # a number a channel
+    if model.prior.mean.shape != mean.shape:  # one number per channel
         axes = (1, 2) if mean.ndim == 3 else (0,)
         variance = variance.mean(axes, keepdim=True) + mean.var(axes, correction=0, keepdim=True)
         mean = mean.mean(axes, keepdim=True)
@@ -44,26 +44,28 @@ def fit_prior(
 def fit_features(
     model: FisherTraceModel, config: TraceMatchingConfig, pieces: Iterable[Piece], space: SampleSpace
 ) -> None:
-    """Sets mean and deviation of the denoiser's features at levels equal in log(sigma/alpha); every process finds the
-    same. A sample has one noise for all levels, so that the statistics are smooth in the level.
+    """Sets mean and deviation of the denoiser's features at levels equally spaced in log(sigma/alpha).
 
-    Cost: 48 evaluations of the denoiser a sample.
+    They are the same in every process. A sample has one noise for all levels, so that the statistics are smooth in the
+    level.
+
+    Cost: 48 evaluations of the denoiser per sample.
 
     Raises:
         NumericalError: the denoiser's output is not finite.
     """
     low, high = log_noise_to_signal_range(space.pipe.scheduler)
     levels = torch.linspace(low, high, FEATURE_LEVELS, dtype=torch.float64)
-    found: list[list[torch.Tensor]] = [[] for _ in levels]
+    features_by_level: list[list[torch.Tensor]] = [[] for _ in levels]
     for number, piece in enumerate(pieces):
         generator = step_generator(config.seed, "features", number)
         count = len(piece.captions)
         posterior = torch.randn(count, *space.unpacked_shape(piece.samples), generator=generator)
         clean, denoiser = space.packed(piece.samples, posterior), space.denoiser(piece.captions, piece.samples)
         noise = torch.randn(clean.shape, generator=generator)
-        for level, rows in zip(levels, found, strict=True):
+        for level, rows in zip(levels, features_by_level, strict=True):
             features = noised_state(denoiser, clean, TraceDraw(level.expand(count), noise)).features
-            assert features is not None  # a model with features was made by some
+            assert features is not None  # a model with features is made by a denoiser that has some
             rows.append(features.double().cpu())
-    values = torch.stack([torch.cat(rows) for rows in found])  # (levels, samples, features)
+    values = torch.stack([torch.cat(rows) for rows in features_by_level])  # (levels, samples, features)
     model.set_feature_statistics(levels, values.mean(1), values.std(1, correction=0))

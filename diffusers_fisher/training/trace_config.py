@@ -1,39 +1,45 @@
-"""The configuration of trace matching: what YAML files in `configs/` say, checked before any work."""
+"""Defines the configuration of trace matching, which the YAML files in `configs/` hold."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
 
 from ..data import ImageData
 from ..errors import InputError
-from ..jobs.pipelines import DTYPES, DenoiserSettings
+from ..jobs.pipelines import DenoiserSettings
+from ..pipelines import FisherPipelineMixin
+from ..settings import Fraction, NotNegative, Positive, settings_class
 from .schedule import Optimisation
 
 if TYPE_CHECKING:
     from ..models import FisherTraceModel
 
-PRODUCTS = ("backward", "forward", "finite_difference")
-PRECISIONS = (None, "bf16")
-PRIORS = ("sample", "channel")
+AtLeastTwo = Annotated[int, Field(ge=2)]
+LARGEST_WEIGHT = {"residual": 1e6, "jacobian": 1e6, "norm": 0.0}
+"""Largest `squared_weight` for every target: the paper's loss for "norm" is a squared error already."""
 
 
-@dataclasses.dataclass
+@settings_class
 class ModelSettings:
     """The trace model; see `FisherTraceModel`.
 
     Args:
-        prior: shape of the data's statistics: "sample" (a number a coordinate) or "channel". For packed tokens both
-            are a number a channel, since a number a token would hold for one image size alone.
-        pooled: take the pooled text embedding of the prompts.
-        features: take a summary of the denoiser's last hidden layer, which likelihoods record on the way. Such models
-            are more exact; where there is none (in a sampler's run, or by a compiled network) they do without.
+        prior: shape of the data's statistics: "sample" (one number per coordinate) or "channel" (one number per
+            channel). Packed tokens have one number per channel in both cases, since one number per token would fit
+            one image size alone.
+        pooled: give the model the pooled text embedding of the prompts.
+        features: give the model a summary of the denoiser's last hidden layer, which likelihoods record at no cost.
+            Such models are more exact. Where there is no summary (in a sampler's run, or of a compiled network), they
+            work without it.
     """
 
     output: str = "trace"
     basis: str = "pixel"
-    prior: str = "sample"
-    block_out_channels: list = dataclasses.field(default_factory=lambda: [32, 64, 128])
+    prior: Literal["sample", "channel"] = "sample"
+    block_out_channels: list[int] = dataclasses.field(default_factory=lambda: [32, 64, 128])
     layers_per_block: int = 1
     patch_size: int = 1
     head_channels: int = 128
@@ -43,154 +49,135 @@ class ModelSettings:
     features: bool = False
 
 
-@dataclasses.dataclass
+@settings_class
 class TraceOptimisation(Optimisation):
-    """Args:
-    gradient_accumulation: pieces that a process's share of the batch is taken in.
-    max_gradient_norm: gradients are clipped to it.
-    mixed_precision: of the trace model: "bf16", or none.
-    keep_checkpoints: how many are kept.
-    log_every: steps between entries of loss.jsonl; divides `save_every`.
-    workers: processes that read data.
+    """The optimisation of a trace model.
+
+    Args:
+        gradient_accumulation: number of pieces into which a process's part of a batch is cut.
+        max_gradient_norm: norm to which gradients are clipped.
+        mixed_precision: precision of the trace model, "bf16"; None means float32.
+        keep_checkpoints: number of checkpoints that are kept.
+        log_every: steps between entries of loss.jsonl; it divides `save_every`.
+        workers: number of processes that read data.
     """
 
-    gradient_accumulation: int = 1
-    max_gradient_norm: float = 1.0
-    mixed_precision: str | None = None
-    keep_checkpoints: int = 2
-    log_every: int = 50
-    workers: int = 0
+    gradient_accumulation: Positive = 1
+    max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
+    mixed_precision: Literal["bf16"] | None = None
+    keep_checkpoints: Positive = 2
+    log_every: Positive = 50
+    workers: NotNegative = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.save_every % self.log_every:
+            raise InputError(
+                f"`save_every` is {self.save_every}, `log_every` {self.log_every}; allowed: multiples of `log_every`, "
+                "so that a resumed run goes on with the same curve."
+            )
 
 
-@dataclasses.dataclass
+@settings_class
 class ValidationSettings:
-    """Held-out data and how it is asked.
+    """The data of the validation and how often it is evaluated.
 
     Args:
-        every: steps between validations; one is at the end in any case.
-        samples: held-out samples, the last of the data (the first of a stream).
-        levels: noise levels, equal in log(sigma/alpha).
-        probes: Hutchinson probes a sample, each a backward pass.
+        every: steps between validations; the last step is always followed by one.
+        samples: number of held-out samples: the last of the data, of a stream the first.
+        levels: number of noise levels, equally spaced in log(sigma/alpha).
+        probes: Hutchinson probes per sample; each costs a backward pass.
     """
 
-    every: int = 1000
-    samples: int = 32
-    levels: int = 12
-    probes: int = 4
+    every: Positive = 1000
+    samples: Positive = 32
+    levels: AtLeastTwo = 12
+    probes: Positive = 4
 
 
-@dataclasses.dataclass
+@settings_class
 class TraceMatchingConfig:
-    """Everything a run depends on.
+    """Everything that a run depends on.
 
     Args:
-        seed: of every random draw.
+        seed: seed of every random draw.
         output: folder for checkpoints, curves, plots and the finished `trace_model`.
         target: "residual", "jacobian" or "norm"; see `diffusers_fisher.training.trace_losses`.
         denoiser: the frozen denoiser.
-        optimisation, model, validation: see there.
-        data: images; or
-        latents: folder of a cache made by `diffusers_fisher.training.cache_latents`, which takes `data` for its own.
-        product: how "jacobian" differentiates the denoiser: "backward", "forward" or "finite_difference".
-        on_path: for "jacobian": share of samples that are taken from the ways of clean images through the
-            probability-flow ODE, where likelihoods ask: there the noise is less than the level says.
-        path_images: images whose ways are taken, the first of the training data; integrated before the first step.
-        path_change: share of those that are made unlike the data (inverted, noised, turned, ...), and of captions that
-            are exchanged, so that likelihoods of unusual images are right as well.
-        squared_weight: of (r - y)^2, added to the loss of r, in which relative errors count: more of it makes r more
-            exact where it is neither near 0 nor near 1, which is where likelihoods have most of their error.
-        caption_dropout: share of captions that are left out.
-        prior_samples: samples from which the prior's statistics are taken.
-        trackers: of accelerate, such as ["tensorboard"].
+        optimisation, model, validation: see `TraceOptimisation`, `ModelSettings` and `ValidationSettings`.
+        data: the images.
+        latents: folder of a cache that `diffusers_fisher.training.cache_latents` made of `data`. Training reads it
+            in the place of the images.
+        product: how target "jacobian" differentiates the denoiser.
+        on_path: for target "jacobian", the fraction of samples that lie on the paths of clean images through the
+            probability-flow ODE. A likelihood evaluates the trace there, and the noise is less than the level says.
+        path_images: number of images whose paths are integrated, before the first step; the first of the training
+            data.
+        path_change: fraction of these images that are made unlike the data (inverted, noised, turned and so on), and
+            of captions that are exchanged, so that likelihoods of unusual images are right as well.
+        squared_weight: weight of (r - y)^2, which is added to the loss of r. The loss of r counts relative errors. A
+            larger weight makes r more exact where it is neither near 0 nor near 1; most of the error of a likelihood
+            arises there.
+        caption_dropout: fraction of captions that are left out.
+        prior_samples: number of samples from which the prior's statistics are computed.
+        trackers: trackers of accelerate, such as ["tensorboard"].
     """
 
     seed: int
     output: str
-    target: str
+    target: Literal["residual", "jacobian", "norm"]
     denoiser: DenoiserSettings
     optimisation: TraceOptimisation
     model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
     validation: ValidationSettings = dataclasses.field(default_factory=ValidationSettings)
     data: ImageData | None = None
     latents: str | None = None
-    product: str = "backward"
-    on_path: float = 0.5
-    path_images: int = 512
-    path_change: float = 0.5
+    product: Literal["backward", "forward", "finite_difference"] = "backward"
+    on_path: Fraction = 0.5
+    path_images: Positive = 512
+    path_change: Fraction = 0.5
     squared_weight: float = 0.0
-    caption_dropout: float = 0.1
-    prior_samples: int = 1024
-    trackers: list = dataclasses.field(default_factory=list)
+    caption_dropout: Fraction = 0.1
+    prior_samples: AtLeastTwo = 1024
+    trackers: list[str] = dataclasses.field(default_factory=list)
 
-    def piece_size(self, num_processes: int) -> int:
-        """Samples that a process gives the denoiser at a time, outside of training's own steps too."""
-        return max(1, self.optimisation.batch_size // (num_processes * self.optimisation.gradient_accumulation))
-
-    def check(self, num_processes: int) -> None:
-        """Refuses what can't be run. Raises `InputError` naming the key."""
-        o = self.optimisation
-        for key, value, allowed in (
-            ("target", self.target, ("residual", "jacobian", "norm")), ("product", self.product, PRODUCTS),
-            ("denoiser.dtype", self.denoiser.dtype, DTYPES), ("model.prior", self.model.prior, PRIORS),
-            ("optimisation.mixed_precision", o.mixed_precision, PRECISIONS),
-        ):  # fmt: skip
-            if value not in allowed:
-                raise InputError(f"{key} is {value!r}; allowed: {', '.join(map(repr, allowed))}.")
+    def __post_init__(self) -> None:
         if self.model.features and self.denoiser.compile:
             raise InputError(
                 "A compiled denoiser shows no features; leave out `denoiser.compile` or `model.features`."
             )
-        if self.data is None and self.latents is None:
-            raise InputError("The config has neither `data` nor `latents`; give one of them.")
-        for key, share in (
-            ("caption_dropout", self.caption_dropout),
-            ("on_path", self.on_path),
-            ("path_change", self.path_change),
-        ):
-            if not 0 <= share <= 1:
-                raise InputError(f"{key} is {share}; allowed: from 0 to 1.")
-        positive = {
-            "optimisation.steps": o.steps, "optimisation.save_every": o.save_every,
-            "optimisation.log_every": o.log_every, "optimisation.keep_checkpoints": o.keep_checkpoints,
-            "optimisation.gradient_accumulation": o.gradient_accumulation,
-            "prior_samples": self.prior_samples - 1, "path_images": self.path_images,
-            "validation.every": self.validation.every, "validation.samples": self.validation.samples,
-            "validation.levels": self.validation.levels - 1, "validation.probes": self.validation.probes,
-        }  # fmt: skip
-        wrong = [key for key, value in positive.items() if value < 1]
-        if wrong or not 0 <= o.ema_decay < 1 or not o.learning_rate > 0 or not o.max_gradient_norm > 0:
-            raise InputError(
-                f"The config's numbers can't be used: {wrong or 'ema_decay, learning_rate or max_gradient_norm'} too "
-                "small; allowed: positive (levels and prior_samples from 2), and ema_decay from 0 to below 1."
-            )
-        most = 0 if self.target == "norm" else 1e6  # the paper's loss for "norm" is a squared error already
+        most = LARGEST_WEIGHT[self.target]
         if not 0 <= self.squared_weight <= most:
             raise InputError(
-                f"squared_weight is {self.squared_weight}; allowed with target {self.target!r}: from 0 to {most:g}."
+                f"`squared_weight` is {self.squared_weight}; allowed with target {self.target!r}: from 0 to {most:g}."
             )
-        if not 0 <= o.warmup_steps < o.steps:
-            raise InputError(
-                f"optimisation.warmup_steps is {o.warmup_steps}; allowed: from 0 to below optimisation.steps "
-                f"({o.steps})."
-            )
-        if o.save_every % o.log_every:
-            raise InputError(
-                f"optimisation.save_every is {o.save_every}, log_every {o.log_every}; allowed: a multiple of it, so "
-                "that a resumed run goes on with the same curve."
-            )
+
+    def piece_size(self, num_processes: int) -> int:
+        """Returns how many samples a process gives the denoiser at once, in training steps and elsewhere."""
+        return max(1, self.optimisation.batch_size // (num_processes * self.optimisation.gradient_accumulation))
+
+    def check(self, num_processes: int) -> None:
+        """Checks what a run needs beside values in range: data, and batches that the processes can share.
+
+        Raises:
+            InputError: names the key.
+        """
+        o = self.optimisation
+        if self.data is None and self.latents is None:
+            raise InputError("The config has neither `data` nor `latents`; give one of them.")
         pieces = num_processes * o.gradient_accumulation
-        if o.batch_size < 1 or o.batch_size % pieces:
+        if o.batch_size % pieces:
             raise InputError(
-                f"optimisation.batch_size is {o.batch_size}; allowed: multiples of {pieces}, the number of processes "
-                f"({num_processes}) times gradient_accumulation ({o.gradient_accumulation})."
+                f"`optimisation.batch_size` is {o.batch_size}; allowed: multiples of {pieces}, the number of "
+                f"processes ({num_processes}) times `gradient_accumulation` ({o.gradient_accumulation})."
             )
 
 
-def check_trackers(names: list) -> None:
-    """Refuses a tracker that accelerate does not know, or leaves out because its package is missing.
+def check_trackers(names: list[str]) -> None:
+    """Refuses trackers that accelerate does not know, or whose package is missing.
 
     Raises:
-        InputError: names it.
+        InputError: names the trackers.
     """
     from accelerate.tracking import get_available_trackers
 
@@ -205,12 +192,18 @@ def check_trackers(names: list) -> None:
 
 def make_trace_model(
     config: TraceMatchingConfig,
-    pipe: Any,
+    pipe: FisherPipelineMixin,
     shape: tuple[int, ...],
     pooled_channels: int | None = None,
     feature_channels: int | None = None,
 ) -> FisherTraceModel:
-    """An untrained trace model for samples of `shape` in the pipeline's own layout."""
+    """Makes an untrained trace model for samples of `shape`, in the layout of the pipeline's latents.
+
+    Args:
+        shape: (C, h, w), or (tokens, C) for packed tokens.
+        pooled_channels: size of the pooled text embedding; None means that the model takes none.
+        feature_channels: size of the denoiser's features; None means that the model takes none.
+    """
     import torch
 
     from ..models import FisherTraceModel

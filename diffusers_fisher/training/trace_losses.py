@@ -1,18 +1,19 @@
-"""Trace matching: what a trace model is trained on, at which noise levels, and with which loss.
+"""Defines trace matching: the targets of a trace model, its noise levels and its loss.
 
 Notation: x_t = alpha x_0 + sigma eps, M = Cov[eps|x_t], r = tr M/d, J the Jacobian of the predicted noise, which for a
 perfect denoiser is (I - M)/sigma. Three targets y (Wang et al., ICML 2025, arXiv 2505.23264 for "norm"; the residual
 of one pixel is NPR of Bao et al., 2206.07309):
 
 - "residual": |eps - eps_theta|^2/d. E[y|x_t] = r + |bias of eps_theta|^2/d: second order in the denoiser's error.
-- "jacobian": 1 - sigma v^T J v/d with random signs v. E[y|x_t] = 1 - sigma tr J/d: the denoiser's own divergence, and
-  so the likelihood of its own ODE.
-- "norm": |x_0|^2/d. E[y|x_t] is turned into r with the denoiser's x_0 by a difference of nearly equal numbers.
+- "jacobian": 1 - sigma v^T J v/d with random signs v. E[y|x_t] = 1 - sigma tr J/d is the denoiser's own divergence,
+  which gives the likelihood of its own ODE.
+- "norm": |x_0|^2/d. E[y|x_t] and the denoiser's x_0 give r by a difference of nearly equal numbers.
 
-Losses are Bregman divergences, so the minimum is at E[y|x_t] whatever the law of y. "residual" and "jacobian" take
+The losses are Bregman divergences, so the minimum is at E[y|x_t] for every law of y. "residual" and "jacobian" use
 the Itakura-Saito divergence (the negative log-likelihood of a Gamma variable, which y nearly is) on both sides,
-log r + y/r + log(1-r) + (1-y)/(1-r): relative errors of r at large noise and of 1 - r at small noise count alike.
-A likelihood integrates r itself over log(sigma/alpha); (r - y)^2, another such divergence, can be added for it.
+log r + y/r + log(1-r) + (1-y)/(1-r). So relative errors of r at large noise and of 1 - r at small noise count alike.
+A likelihood integrates r itself over log(sigma/alpha). For its sake (r - y)^2, another Bregman divergence, can be
+added.
 
 Every draw depends on the seed, the step and the sample's place in the global batch alone, so neither the number of
 processes nor a resumption changes it.
@@ -25,6 +26,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..denoiser import Denoiser
 from ..distributions.covariance import DCTBasis
@@ -37,19 +39,20 @@ from ..models import FisherTraceOutput, trace_inputs
 from ..noise import DenoisingState, expand, log_noise_to_signal_at, log_noise_to_signal_range, timestep_at
 
 FLOORS = {"residual": 1e-3, "jacobian": 1e-2}
-"""Added to both sides of the scale-free loss: smaller r and 1 - r count by their absolute error. Probes of a learned
-Jacobian may give y below 0 or above 1, by less than this on average."""
+"""These numbers are added to both sides of the scale-free loss, so that smaller r and 1 - r count by their absolute
+error. Probes of a learned Jacobian may give y below 0 or above 1, by less than this on average."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TraceDraw:
-    """Random numbers of some samples of a global batch; with `mirrored` two rows a sample, the second half's rows the
-    mirror images of the first half's.
+    """Random numbers of some samples of a global batch.
+
+    With two rows per sample, the noise of the second half of the rows is `mirrored_noise` of the first half.
 
     Args:
         log_noise: (n,) float64, log(sigma/alpha).
         noise: (n, ...) standard normal.
-        copies: rows a sample, 1 or 2.
+        copies: rows per sample, 1 or 2.
         probes: (n, ...) random signs, or None.
     """
 
@@ -59,12 +62,12 @@ class TraceDraw:
     probes: torch.Tensor | None = None
 
     def repeat(self, samples: torch.Tensor) -> torch.Tensor:
-        """What belongs to the samples, one entry each, for every row of the draw."""
+        """Repeats one entry per sample to one entry per row of the draw."""
         return torch.cat([samples] * self.copies)
 
 
 def draw_trace_batch(
-    scheduler: Any,
+    scheduler: SchedulerMixin,
     shape: tuple[int, ...],
     batch_size: int,
     step: int,
@@ -73,19 +76,19 @@ def draw_trace_batch(
     mirrored: bool = True,
     with_probes: bool = False,
 ) -> TraceDraw:
-    """Random numbers for the samples `mine` of the global batch of `step`, on the CPU.
+    """Draws random numbers for the samples `mine` of the global batch of `step`, on the CPU.
 
     Args:
-        scheduler: whose noise levels are drawn.
-        shape: of one sample.
+        scheduler: the scheduler whose range of noise levels is used.
+        shape: shape of one sample.
         batch_size: samples of the global batch, over all processes and accumulated pieces.
         mine: this process's (or piece's) part of the global batch.
-        mirrored: two rows a sample, with noise and `mirrored_noise`. Use it for "residual": at small noise 1 - r is
-            small, and the fluctuation of |eps|^2/d, which is not, cancels in the mean of the two.
+        mirrored: make two rows per sample, with noise and `mirrored_noise`. Use it for "residual": at small noise
+            1 - r is small, but the fluctuation of |eps|^2/d is not. It cancels in the mean of the two.
         with_probes: draw probes too, for "jacobian".
 
     Raises:
-        InputError: an empty batch.
+        InputError: the batch is empty.
     """
     positions = range(batch_size)[mine]
     if batch_size < 1 or not len(positions):
@@ -106,11 +109,14 @@ def draw_trace_batch(
     )
 
 
-def draw_log_noise(scheduler: Any, count: int, generator: torch.Generator, log_fraction: float = 0.5) -> torch.Tensor:
-    """`count` noise levels log(sigma/alpha), float64: `log_fraction` of them uniform in themselves, the rest in t.
+def draw_log_noise(
+    scheduler: SchedulerMixin, count: int, generator: torch.Generator, log_fraction: float = 0.5
+) -> torch.Tensor:
+    """Draws `count` noise levels log(sigma/alpha), float64.
 
-    Stratified: one of every `count`-th part of the range, in random order. Half and half serves both the small noise
-    at which the trace is hard and the levels that samplers visit.
+    A fraction `log_fraction` of them is uniform in log(sigma/alpha), the rest is uniform in t. Every `count`-th part
+    of the range has one level, and the order is random. Half of each covers both the small noise, at which the trace
+    is hard to learn, and the levels that samplers visit.
     """
     order = torch.randperm(count, generator=generator)
     uniform = (order + torch.rand(count, generator=generator, dtype=torch.float64)) / count
@@ -123,10 +129,10 @@ def draw_log_noise(scheduler: Any, count: int, generator: torch.Generator, log_f
 
 
 def mirrored_noise(noise: torch.Tensor) -> torch.Tensor:
-    """Standard normal noise of the opposite direction and the opposite quantile of the norm, (n, ...).
+    """Returns standard normal noise of the opposite direction and the opposite quantile of the norm, (n, ...).
 
-    Its law is exactly that of `noise`. The squared norms of the two add up to 2 d but for the skewness of chi-square
-    (relative standard deviation 1/d instead of 1/sqrt(d)), and what is linear in the noise cancels.
+    Its law is exactly that of `noise`. The squared norms of the two nearly add up to 2 d: the relative standard
+    deviation of the sum is 1/d instead of 1/sqrt(d), by the skewness of chi-square. Terms linear in the noise cancel.
     """
     import numpy
     from scipy.special import chdtr, chdtri
@@ -139,12 +145,12 @@ def mirrored_noise(noise: torch.Tensor) -> torch.Tensor:
 
 
 def noised_state(denoiser: Denoiser, clean: torch.Tensor, draw: TraceDraw, with_graph: bool = False) -> DenoisingState:
-    """The denoiser at alpha x_0 + sigma eps for every row of `draw`. Cost: one evaluation of the batch.
+    """Evaluates the denoiser at alpha x_0 + sigma eps for every row of `draw`. Cost: one evaluation of the batch.
 
     Args:
-        denoiser: one that takes a batch of timesteps, at guidance scale 1.
+        denoiser: a denoiser that takes a batch of timesteps, at guidance scale 1.
         clean: x_0 of every row (see `TraceDraw.repeat`), on the denoiser's device.
-        with_graph: let the output depend on the sample for autograd (estimators with `needs_graph`).
+        with_graph: keep the graph from the sample to the output (for estimators with `needs_graph`).
 
     Raises:
         NumericalError: the denoiser's output is not finite.
@@ -164,22 +170,22 @@ def noised_state(denoiser: Denoiser, clean: torch.Tensor, draw: TraceDraw, with_
 
 
 def norm_target(clean: torch.Tensor) -> torch.Tensor:
-    """|x_0|^2/d of clean samples (B, ...), (B,) float32."""
+    """Returns |x_0|^2/d of clean samples (B, ...), (B,) float32."""
     return clean.float().square().flatten(1).mean(1)
 
 
 def residual_target(state: DenoisingState, noise: torch.Tensor, basis: str | None = None) -> torch.Tensor:
-    """|eps - eps_theta|^2/d, (B,) float32; with a `basis` ("pixel", "dct") the square a coordinate, (B, ...)."""
+    """Returns |eps - eps_theta|^2/d, (B,) float32; with a `basis` ("pixel", "dct") one square per coordinate."""
     error = noise.to(state.sample) - state.epsilon.detach()
     return _averaged(_in_basis(error, basis).square(), basis)
 
 
 def jacobian_target(operator: FisherOperator, probes: torch.Tensor, basis: str | None = None) -> torch.Tensor:
-    """1 - sigma v^T J v/d with random signs v (B, ...), (B,) float32; with a `basis` one value a coordinate, (B, ...).
+    """Returns 1 - sigma v^T J v/d with random signs v (B, ...), (B,) float32; with a `basis` one value per coordinate.
 
-    Probes are signs of coordinates of the basis. Cost: one product of `operator`, which decides how it is done:
+    Probes are signs of coordinates of the basis. Cost: one product of `operator`, by the estimator's way:
     `AutodiffFisher(denoiser)` backward, `AutodiffFisher(denoiser, forward_mode=True)` forward, or
-    `FiniteDifferenceFisher(denoiser)`. Unbiased for the first two; may lie outside [0, 1].
+    `FiniteDifferenceFisher(denoiser)`. The first two are unbiased. Values may lie outside [0, 1].
     """
     v = _out_of_basis(probes.to(operator.state.sample), basis)
     variance = operator.state.level.sigma**2
@@ -193,25 +199,28 @@ def jacobian_target(operator: FisherOperator, probes: torch.Tensor, basis: str |
 
 
 def scale_free_loss(logits: torch.Tensor, target: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
-    """log r + y/r + log(1-r) + (1-y)/(1-r) of every entry, from the logits of r, with `floor` added to r, y, 1 - r and
-    1 - y. In expectation its only stationary point is r = E[y], a minimum, whatever signs y takes."""
+    """Returns log r + y/r + log(1-r) + (1-y)/(1-r) of every entry, from the logits of r.
+
+    `floor` is added to r, y, 1 - r and 1 - y. The only stationary point of the expectation is a minimum at r = E[y],
+    also where y is negative.
+    """
     return _one_sided(torch.sigmoid(logits), target, floor) + _one_sided(torch.sigmoid(-logits), 1 - target, floor)
 
 
 def trace_loss(
     output: FisherTraceOutput, target: torch.Tensor, floor: float = 0.0, squared_weight: float = 0.0
 ) -> torch.Tensor:
-    """The loss of every sample, (B,): squared error for second moments, `scale_free_loss` for r.
+    """Returns the loss of every sample, (B,): squared error for second moments, `scale_free_loss` for r.
 
-    For a diagonal it is that of the mean, so that the trace is right, plus the mean over coordinates of
+    For a diagonal it is the loss of the mean, so that the trace is right, plus the mean over coordinates of
     log r_i + y_i/r_i.
 
     Args:
         target: (B,), or (B, ...) for a diagonal.
-        squared_weight: of (r - y)^2 of the trace, which is added to the loss of r.
+        squared_weight: weight of (r - y)^2 of the trace, which is added to the loss of r.
 
     Raises:
-        InputError: a target of another shape than the model's output.
+        InputError: the target has another shape than the model's output.
     """
     prediction = output.second_moment if output.logits is None else output.logits
     if prediction is None or prediction.shape != target.shape:
@@ -233,11 +242,11 @@ def trace_loss(
 
 @dataclasses.dataclass(frozen=True)
 class TraceObjective:
-    """One training step's loss for a trace model of any target.
+    """The loss of one training step for a trace model of any target.
 
     Args:
-        target, basis: of the model; `basis` None for models of the trace alone.
-        estimator: for "jacobian": gives v^T J v, such as `AutodiffFisher(denoiser)`.
+        target, basis: target and basis of the model; `basis` is None for models of the trace alone.
+        estimator: the estimator that gives v^T J v for "jacobian", such as `AutodiffFisher(denoiser)`.
         squared_weight: see `trace_loss`.
     """
 
@@ -254,7 +263,7 @@ class TraceObjective:
     def of(
         cls, config: Mapping[str, Any], estimator: FisherEstimator | None = None, squared_weight: float = 0.0
     ) -> TraceObjective:
-        """For a model with this config. Raises `InputError` for target "jacobian" without an estimator."""
+        """Makes the objective of a model with this config. Raises `InputError` if "jacobian" has no estimator."""
         basis = config["basis"] if config["output"] == "diagonal" else None
         return cls(config["target"], basis, estimator, squared_weight)
 
@@ -267,34 +276,34 @@ class TraceObjective:
         pooled: torch.Tensor | None = None,
         with_features: bool = True,
     ) -> torch.Tensor:
-        """Losses (n,) of every row of `draw`, with a graph to the model's parameters.
+        """Returns the losses (n,) of every row of `draw`, with a graph to the model's parameters.
 
         Args:
             model: the trace model, or its wrapper for several processes.
-            samples: clean samples, one for each of the draw's, in the model's coordinates (scaled latents).
-            pooled: one vector for each sample.
-            with_features: give the model the denoiser's features, where the states have them.
+            samples: one clean sample per sample of the draw, in the model's coordinates (scaled latents).
+            pooled: one vector per sample.
+            with_features: give the model the denoiser's features, if the states have them.
 
         Raises:
-            InputError: a draw without probes for target "jacobian".
+            InputError: the draw has no probes for target "jacobian".
             NumericalError: the denoiser's output, or a loss, is not finite.
         """
         clean = draw.repeat(samples)
         with_graph = self.target == "jacobian" and self.estimator is not None and self.estimator.needs_graph
         state = noised_state(denoiser, clean, draw, with_graph)
         target = self.targets(state, clean, draw)
-        given = trace_inputs(state if with_features else dataclasses.replace(state, features=None))
-        output = model(**given, pooled=None if pooled is None else draw.repeat(pooled))
+        inputs = trace_inputs(state if with_features else dataclasses.replace(state, features=None))
+        output = model(**inputs, pooled=None if pooled is None else draw.repeat(pooled))
         losses = trace_loss(output, target, FLOORS.get(self.target, 0.0), self.squared_weight)
         if not bool(torch.isfinite(losses).all()):
             raise NumericalError(f"The loss is not finite at log(sigma/alpha) {draw.log_noise.tolist()}.")
         return losses
 
     def targets(self, state: DenoisingState, clean: torch.Tensor, draw: TraceDraw) -> torch.Tensor:
-        """The target of every row, (n,), or (n, ...) for a diagonal."""
+        """Returns the target of every row, (n,), or (n, ...) for a diagonal."""
         if self.target == "norm":
             return norm_target(clean)
-        if self.target == "residual" or self.estimator is None:  # which jacobian always has
+        if self.target == "residual" or self.estimator is None:  # target jacobian always has one
             return residual_target(state, draw.noise, self.basis)
         if draw.probes is None:
             raise InputError("Target 'jacobian' needs probes; draw the batch with `with_probes=True`.")

@@ -2,49 +2,51 @@
 
     accelerate launch -m diffusers_fisher.training.trace_matching --config configs/trace_embedded.yaml
 
-A run that was killed is taken up by the same command. In the config's `output`: `trace_model/` (the finished model,
-parameters averaged), `loss.jsonl`, `validation.jsonl`, `validation.png`, `report.json` and `checkpoints/`. Every draw
+The same command resumes a killed run. It writes to the config's `output`: `trace_model/` (the finished model with
+averaged parameters), `loss.jsonl`, `validation.jsonl`, `validation.png`, `report.json` and `checkpoints/`. Every draw
 depends on the seed, the step and the sample's place in the batch alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..backbones import backbone_of
-from ..data import CachedLatents, open_images
+from ..data import CachedLatents, Caption, Images, open_images
 from ..denoiser import Denoiser
-from ..errors import FisherError, InputError, NumericalError
+from ..errors import InputError, NumericalError
 from ..files import check_writable, write_json
 from ..fisher.autodiff import AutodiffFisher
 from ..fisher.estimator import FisherEstimator
 from ..fisher.finite_difference import FiniteDifferenceFisher
+from ..jobs.command import config_parser, errors_in_words
 from ..jobs.config import flat_settings, load_config
+from ..jobs.identity import autoencoder_note, data_note, note_differences, refuse_differences
 from ..jobs.pipelines import load_pipeline
 from ..jobs.processes import WAIT, uses_cpu
 from ..jobs.seeds import step_generator
 from ..models import FisherTraceModel
 from ..noise import log_noise_to_signal_range, timestep_at
-from .cache_latents import space_fingerprint
+from ..pipelines import FisherPipelineMixin
 from .checkpoints import TrainingFolder
 from .paths import Paths, follow_paths
-from .pieces import Piece, Share, TrainingData, data_note
+from .pieces import BatchShare, Piece, TrainingData
 from .samples import SampleSpace, without
-from .schedule import learning_rate
+from .schedule import learning_rates
 from .statistics import fit_features, fit_prior
 from .trace_config import TraceMatchingConfig, check_trackers, make_trace_model
 from .trace_losses import TraceObjective, draw_trace_batch
@@ -56,24 +58,24 @@ FREE_SETTINGS = (
     "output", "trackers", "validation.every", "optimisation.keep_checkpoints", "optimisation.workers",
     "optimisation.gradient_accumulation", "optimisation.save_every", "optimisation.log_every", "denoiser.compile",
 )  # fmt: skip
-"""What a resumed run may change: nothing that the parameters depend on, but by rounding."""
+"""Settings that a resumed run may change: the parameters do not depend on them, apart from rounding."""
 
-FEATURELESS_EVERY = 8  # steps of which the last is without the denoiser's features, which samplers' states lack
-FEATURE_SAMPLES, FEATURE_PIECE = 64, 8  # for the features' statistics, and how many the denoiser is given at a time
-
-HALF_PRECISION_STEP = 0.05  # of finite differences: shorter ones drown in the rounding of such networks
+FEATURELESS_EVERY = 8  # every 8th step is without the denoiser's features, which the states of samplers lack
+FEATURE_SAMPLES, FEATURE_PIECE = 64, 8  # samples for the features' statistics, and samples per denoiser call
+HALF_PRECISION_STEP = 0.05  # step of finite differences: rounding of such networks hides shorter ones
+AUTOENCODER_TOLERANCE = 1e-2  # half precision moves the autoencoder's weights
 
 
 class TraceMatching:
-    """One training run. Everything that can be wrong is checked when it is made.
+    """One training run. Everything that can be wrong is checked when the object is made.
 
     Args:
-        config: of the run.
-        accelerator: with the config's mixed precision.
+        config: configuration of the run.
+        accelerator: an accelerator with the config's mixed precision.
 
     Raises:
-        InputError: a config, data or denoiser that can't be used, or a folder that holds another run.
-        UnsupportedError: a denoiser with a schedule that is not known.
+        InputError: the config, the data or the denoiser can't be used, or the folder holds another run.
+        UnsupportedError: the denoiser's schedule is not known.
     """
 
     def __init__(self, config: TraceMatchingConfig, accelerator: Accelerator):
@@ -99,27 +101,30 @@ class TraceMatching:
         self._note(self.held_out)
 
     def _tried_model(self) -> FisherTraceModel:
-        """An untrained trace model that takes a sample of the data. Sets `shape`, of samples."""
+        """Makes an untrained trace model and tries it on a sample of the data. Sets `shape`, the shape of a sample."""
         data = self.held_out.samples[:1]
         sample = self.space.packed(data).cpu()
         self.shape = tuple(sample.shape[1:])
         denoiser = self.space.denoiser(self.held_out.captions[:1], data)
-        pooled = denoiser.pooled_condition().cpu() if self.config.model.pooled else None
+        pooled = denoiser.pooled_condition() if self.config.model.pooled else None
         features = features_of(denoiser, self.space.packed(data)).cpu() if self.config.model.features else None
         model = make_trace_model(self.config, self.pipe, self.shape, _width(pooled), _width(features))
         with torch.no_grad():
-            model.forward(sample, torch.zeros(1), original=sample, epsilon=sample, features=features, pooled=pooled)
+            model.forward(
+                sample, torch.zeros(1), original=sample, epsilon=sample, features=features,
+                pooled=None if pooled is None else pooled.cpu(),
+            )  # fmt: skip
         return model
 
     def _note(self, piece: Piece) -> Piece:
-        """Names what of a piece could not be read; each once."""
+        """Logs the names of images of a piece that could not be read, each of them once. Returns the piece."""
         for name in piece.skipped:
             if name not in self.skipped:
                 logger.warning(f"Image '{name}' can't be read; another stands in its place.", main_process_only=False)
                 self.skipped.add(name)
         return piece
 
-    def _source(self) -> Any:
+    def _source(self) -> Images | CachedLatents:
         config = self.config
         if config.latents is not None:
             cached = CachedLatents(config.latents)
@@ -128,15 +133,15 @@ class TraceMatching:
         assert config.data is not None  # checked
         with self.accelerator.main_process_first():  # the others find what the first has downloaded
             return open_images(
-                config.data, backbone_of(self.pipe).image_channels, text_captions=hasattr(self.pipe, "tokenizer")
+                config.data, backbone_of(self.pipe).image_channels, text_captions=backbone_of(self.pipe).takes_text
             )
 
     def run(self) -> FisherTraceModel:
-        """Trains to the end, from the newest checkpoint where there is one; returns the averaged model.
+        """Trains to the end, from the newest checkpoint if there is one; returns the averaged model.
 
         Raises:
-            NumericalError: a loss or gradient that is not finite; says which checkpoint is the last good one.
-            CheckpointError: a checkpoint that can't be written or read.
+            NumericalError: a loss or gradient is not finite; says which checkpoint is the last good one.
+            CheckpointError: a checkpoint can't be written or read.
         """
         config, accelerator, settings = self.config, self.accelerator, self.config.optimisation
         self.model.to(accelerator.device)
@@ -146,7 +151,7 @@ class TraceMatching:
         )
         average = EMAModel(parameters, decay=settings.ema_decay) if settings.ema_decay else None
         shadow = average.shadow_params if average else []
-        modules: dict[str, Any] = {"model": self.model}
+        modules: dict[str, torch.nn.Module] = {"model": cast(torch.nn.Module, self.model)}
         start = self.folder.resume(modules, optimizer, shadow)
         if average:
             average.optimization_step = start
@@ -172,7 +177,7 @@ class TraceMatching:
                     self._validate(average, parameters, done)
                 if done % settings.save_every == 0 or done == settings.steps:
                     self.skipped.update(gather_object(sorted(self.skipped)))
-                    # Last: a curve ahead of the newest checkpoint is cut, one behind it would miss an entry.
+                    # A curve ahead of the newest checkpoint is cut, one behind it would miss an entry: save last.
                     if accelerator.is_main_process:
                         self.folder.skipped = sorted(self.skipped)
                         self.folder.save(modules, optimizer.optimizer, shadow, done)
@@ -180,7 +185,7 @@ class TraceMatching:
             raise NumericalError(f"{error} Training stopped; {self.folder.last_good}.") from error
         if average:
             average.copy_to(parameters)
-        if accelerator.is_main_process:  # first: whatever goes wrong with the validation, the result is there
+        if accelerator.is_main_process:  # before the validation, which may fail
             with self.folder.writing("trace_model"):
                 self.model.save_pretrained(self.folder.path / "trace_model")
         self._report(self._validate(None, parameters, settings.steps))
@@ -188,7 +193,7 @@ class TraceMatching:
         return self.model.eval()
 
     def _followed(self) -> Paths:
-        """The paths, from the run's folder where it has them; the main process follows them for all."""
+        """Returns the paths. The main process integrates them for all, if the run's folder does not have them yet."""
         path, config = self.folder.path / "paths.safetensors", self.config
         with self.accelerator.main_process_first():
             if not path.exists() and self.accelerator.is_main_process:
@@ -200,10 +205,11 @@ class TraceMatching:
                     paths.save(path)
             return Paths.load(path)
 
-    def _steps(self, model: torch.nn.Module, optimizer: Any, start: int) -> Iterator[int]:
+    def _steps(self, model: torch.nn.Module, optimizer: AcceleratedOptimizer, start: int) -> Iterator[int]:
         """Takes the steps from `start` on and yields the number of each."""
         accelerator, settings = self.accelerator, self.config.optimisation
-        share = Share(
+        rates = learning_rates(optimizer.optimizer, settings, start)
+        share = BatchShare(
             settings.batch_size, accelerator.num_processes, accelerator.process_index, settings.gradient_accumulation
         )
         pieces = iter(self.data.pieces(share, start, settings.workers))
@@ -213,8 +219,6 @@ class TraceMatching:
             disable=not accelerator.is_main_process,
         )  # fmt: skip
         for step in progress:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, step)
             for number, part in enumerate(share.slices):
                 with accelerator.no_sync(model) if number + 1 < len(share.slices) else contextlib.nullcontext():
                     loss = self._loss(model, next(pieces), step, part) / len(share.slices)
@@ -223,13 +227,15 @@ class TraceMatching:
             norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_gradient_norm)
             if not math.isfinite(float(norm)):
                 raise NumericalError(f"The gradient is not finite at step {step}.")
+            (rate,) = rates.get_last_lr()
             optimizer.step()
             optimizer.zero_grad()
+            rates.step()
             if (step + 1) % settings.log_every == 0:
                 mean = float(accelerator.reduce(total, "mean")) / settings.log_every
                 total.zero_()
                 progress.set_postfix(loss=f"{mean:.4f}")
-                accelerator.log({"loss": mean, "learning_rate": learning_rate(settings, step)}, step=step + 1)
+                accelerator.log({"loss": mean, "learning_rate": rate}, step=step + 1)
                 if accelerator.is_main_process:
                     self.folder.append("loss", {"step": step + 1, "loss": mean})
             yield step
@@ -252,21 +258,21 @@ class TraceMatching:
         denoiser = self.space.denoiser(captions, piece.samples, draw.copies)
         estimator = jacobian_estimator(config, denoiser) if jacobian else None
         objective = TraceObjective.of(self.model.config, estimator, config.squared_weight)
-        pooled = None
-        if self.model.config["pooled_channels"]:
-            pooled = denoiser.pooled_condition()[: len(samples)]  # the draw repeats it
+        pooled = denoiser.pooled_condition() if self.model.config["pooled_channels"] else None
+        if pooled is not None:
+            pooled = pooled[: len(samples)]  # the draw repeats it
         known = (step + 1) % FEATURELESS_EVERY != 0
         return objective(model, denoiser, samples, draw, pooled, with_features=known).mean()
 
     def _posterior_noise(self, piece: Piece, step: int, part: slice) -> torch.Tensor:
-        """Standard normal noise by which samples are drawn from the autoencoder's posterior, (n, C, h, w)."""
+        """Returns the noise (n, C, h, w) by which samples are drawn from the autoencoder's posterior."""
         shape, first = self.space.unpacked_shape(piece.samples), step * self.config.optimisation.batch_size
         rows = range(first + part.start, first + part.stop)
         return torch.stack(
             [torch.randn(shape, generator=step_generator(self.config.seed, "posterior", row)) for row in rows]
         )
 
-    def _with_dropout(self, captions: list[Any], step: int, part: slice) -> list[Any]:
+    def _with_dropout(self, captions: list[Caption], step: int, part: slice) -> list[Caption]:
         generator = step_generator(self.config.seed, "captions", step)
         dropped = torch.rand(self.config.optimisation.batch_size, generator=generator) < self.config.caption_dropout
         return without(captions, dropped[part])
@@ -274,7 +280,7 @@ class TraceMatching:
     def _validate(
         self, average: EMAModel | None, parameters: list[torch.nn.Parameter], step: int
     ) -> Validation | None:
-        """Measures the averaged model on held-out data, on the main process, while the others wait."""
+        """Measures the averaged model on held-out data. The main process does it, and the others wait."""
         result = None
         if self.accelerator.is_main_process:
             if average:
@@ -287,7 +293,7 @@ class TraceMatching:
                 if average:
                     average.restore(parameters)
             self.accelerator.log(result.summary(), step=step)
-            self.folder.cut("validation", step - 1)  # a run killed since then, or finished, has the entry already
+            self.folder.cut("validation", step - 1)  # a resumed run may have the entry already
             self.folder.append("validation", {"step": step, **result.summary()})
             with self.folder.writing("validation.png"):
                 plot_validation(result, self.folder.path / "validation.png")
@@ -304,7 +310,7 @@ class TraceMatching:
 
 
 def jacobian_estimator(config: TraceMatchingConfig, denoiser: Denoiser) -> FisherEstimator:
-    """What gives target "jacobian" its products, by the config's `product`."""
+    """Returns the estimator of the products for target "jacobian", according to the config's `product`."""
     if config.product != "finite_difference":
         return AutodiffFisher(denoiser, forward_mode=config.product == "forward")
     if config.denoiser.dtype == "float32":
@@ -313,7 +319,7 @@ def jacobian_estimator(config: TraceMatchingConfig, denoiser: Denoiser) -> Fishe
 
 
 def features_of(denoiser: Denoiser, sample: torch.Tensor) -> torch.Tensor:
-    """Features of the denoiser at a sample. Raises `InputError` where there are none."""
+    """Returns the denoiser's features at a sample. Raises `InputError` if there are none."""
     low, high = log_noise_to_signal_range(denoiser.scheduler)
     middle = timestep_at(denoiser.scheduler, torch.tensor((low + high) / 2, dtype=torch.float64))
     with torch.no_grad():
@@ -330,55 +336,53 @@ def _width(values: torch.Tensor | None) -> int | None:
     return None if values is None else values.shape[1]
 
 
-def check_cache(cached: CachedLatents, pipe: Any) -> None:
+def check_cache(cached: CachedLatents, pipe: FisherPipelineMixin) -> None:
     """Refuses latents of another autoencoder. Raises `InputError` that says what differs."""
-    found, wanted = cached.index["space"], space_fingerprint(pipe)
-    differing = {key: (found.get(key), wanted[key]) for key in wanted if not _alike(found.get(key), wanted[key])}
-    if differing:
-        words = "; ".join(f"{key} {old} in the cache, {new} in the pipeline" for key, (old, new) in differing.items())
-        raise InputError(f"The cache '{cached.folder}' was made with another autoencoder: {words}. Make it again.")
-
-
-def _alike(left: Any, right: Any) -> bool:
-    if isinstance(left, float) and isinstance(right, float):
-        return math.isclose(left, right, rel_tol=1e-2)  # half precision moves the autoencoder's weights
-    return left == right
+    differences = note_differences(
+        cached.index["space"], autoencoder_note(pipe), tolerance=AUTOENCODER_TOLERANCE, absent_is_null=True
+    )
+    advice = "Make the cache of latents again."
+    refuse_differences(cached.folder, "was made with another autoencoder", differences, advice)
 
 
 def _tracked(config: TraceMatchingConfig) -> dict[str, Any]:
-    """The settings as trackers take them: flat, numbers and strings."""
+    """Returns the settings as trackers take them: flat, with numbers and strings."""
     flat = flat_settings(dataclasses.asdict(config))
     return {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in flat.items()}
 
 
 def train(config: TraceMatchingConfig) -> FisherTraceModel:
-    """Trains the trace model of `config`, or goes on with it. Raises as `TraceMatching`."""
+    """Trains the trace model of `config`, or resumes its training. Raises the errors of `TraceMatching`."""
     check_trackers(config.trackers)
     return TraceMatching(config, make_accelerator(config)).run()
 
 
 def make_accelerator(config: TraceMatchingConfig) -> Accelerator:
-    """An accelerator whose processes wait as long as the main one validates and follows paths."""
+    """Makes an accelerator whose processes wait as long as the main process validates and follows paths."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return Accelerator(
         mixed_precision=config.optimisation.mixed_precision or "no",
         log_with=config.trackers or None,
         project_dir=config.output,
-        cpu=several and uses_cpu(),  # of which each process would else take itself for the only one
+        cpu=several and uses_cpu(),  # otherwise each process would take itself for the only one
         kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
     )
 
 
 def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings in place of the file's")
-    arguments = parser.parse_args()
-    try:
-        train(load_config(arguments.config, TraceMatchingConfig, arguments.set))
-    except FisherError as error:
-        raise SystemExit(f"Error: {error}") from error
+    """Runs the command."""
+    arguments = config_parser(__doc__).parse_args()
+    with errors_in_words():
+        train_file(arguments.config, arguments.set)
+
+
+def train_file(config: str | os.PathLike, changes: Sequence[str]) -> None:
+    """Trains the trace model that a config file describes.
+
+    Args:
+        changes: entries "key.key=value" that replace what the file says.
+    """
+    train(load_config(config, TraceMatchingConfig, changes))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..data import Caption
 from ..files import save_figure
 from ..fisher.autodiff import AutodiffFisher
 from ..fisher.estimate import rademacher
@@ -88,7 +89,7 @@ def _compare(
     model: FisherTraceModel,
     space: SampleSpace,
     data: torch.Tensor,
-    captions: list[Any],
+    captions: list[Caption],
     level: torch.Tensor,  # log(sigma/alpha)
     generators: list[torch.Generator],  # one per sample
     probes: int,

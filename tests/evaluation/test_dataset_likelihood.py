@@ -438,11 +438,11 @@ def test_every_kind_of_condition(tmp_path, make, data, changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     {
-        "estimator": ({"estimator": "best"}, "`estimator` is 'best'; allowed: auto, trace-model"),
+        "estimator": ({"estimator": "best"}, "`estimator` is 'best'; allowed: 'auto', 'trace-model'"),
         "no trace model": ({"estimator": "trace-model"}, "the pipeline has none; allowed: 'autodiff'"),
-        "dtype": ({"denoiser": DenoiserSettings("embedded", dtype="int8")}, "`dtype` is 'int8'"),
         "scheme": ({"scheme": "heun"}, "`scheme` is 'heun'"),
-        "steps": ({"num_inference_steps": 1}, "`num_inference_steps` is 1"),
+        "steps": ({"num_inference_steps": 1}, "`num_inference_steps` is 1; allowed: .* 2"),
+        "probes": ({"num_probes": -1}, "`num_probes` is -1; allowed: .* 0"),
         "both": ({"prompt": "a"}, "not both"),
         "pipeline": ({"denoiser": DenoiserSettings("/nonexistent")}, "'/nonexistent' can't be loaded"),
         "data": ({"data": {"path": "/nonexistent"}}, "'/nonexistent'.* can't be opened"),

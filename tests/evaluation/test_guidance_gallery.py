@@ -348,10 +348,10 @@ BAD = {
         "a",
         {"estimator": "exact"},
         InputError,
-        "The estimator is 'exact'; allowed: one-step, direct, finite-diff",
+        "`estimator` is 'exact'; allowed: 'one-step', 'direct', 'finite-diff",
     ),
     "optimizer": ("a", {"optimizer": "Adman"}, InputError, "`optimizer` is 'Adman'; allowed"),
-    "dtype": ("a", {"dtype": "int8"}, InputError, "`dtype` is 'int8'; allowed: float32"),
+    "dtype": ("a", {"dtype": "int8"}, InputError, "`dtype` is 'int8'; allowed: 'float32', "),
     "reward": ("a", {"reward": "beauty"}, InputError, "The reward is 'beauty'; allowed"),
     "checkpoint": ("a", {"checkpoint": "EMPTY"}, InputError, "can't be loaded as a pipeline"),
 }
@@ -363,15 +363,15 @@ def test_mistakes_are_refused_and_bind_nobody(tmp_path, kind):
     if text is not None:
         (tmp_path / "prompts.txt").write_text(text)
     changes = {name: str(tmp_path) if value == "EMPTY" else value for name, value in changes.items()}
-    settings = guidance_gallery.dataclasses.replace(SETTINGS, **changes)
     with pytest.raises(error, match=message):
+        settings = guidance_gallery.dataclasses.replace(SETTINGS, **changes)
         run_gallery(tmp_path / "out", tmp_path / "prompts.txt", settings)
     assert not list((tmp_path / "out").glob("records/*"))
 
 
 def test_batch_size_and_unwritable_folder(tmp_path):
     (tmp_path / "prompts.txt").write_text("a")
-    with pytest.raises(InputError, match="`batch_size` is 0; allowed: at least 1"):
+    with pytest.raises(InputError, match="`batch_size` is 0; allowed: greater than or equal to 1"):
         run_gallery(tmp_path / "out", tmp_path / "prompts.txt", SETTINGS, Memory(0))
     result = CliRunner().invoke(app, arguments(tmp_path, "--output", str(tmp_path / "prompts.txt" / "inside")))
     assert result.exit_code == 1

@@ -159,15 +159,15 @@ def die(*_, **__):
 
 def killing(monkeypatch, deaths):
     """Makes the run raise `Killed` when the stage with so many steps reaches a step, once each."""
-    rate = example.learning_rate
+    indices = example.batch_indices
 
-    def learning_rate(stage, step):
+    def batch_indices(count, stage, step, seed):
         if (stage.steps, step) in deaths:
             deaths.remove((stage.steps, step))
             raise Killed
-        return rate(stage, step)
+        return indices(count, stage, step, seed)
 
-    monkeypatch.setattr(example, "learning_rate", learning_rate)
+    monkeypatch.setattr(example, "batch_indices", batch_indices)
 
 
 def test_killed_and_resumed_training_is_an_unbroken_run_bit_for_bit(data, unbroken, tmp_path, monkeypatch):
@@ -219,12 +219,12 @@ import os, signal, warnings
 warnings.simplefilter("ignore")
 import torch, train_embedded_checkpoint as example
 torch.set_num_threads(1)
-rate = example.learning_rate
-def learning_rate(stage, step):
+indices = example.batch_indices
+def batch_indices(count, stage, step, seed):
     if (stage.steps, step) == (7, 5):
         os.kill(os.getpid(), signal.SIGKILL)
-    return rate(stage, step)
-example.learning_rate = learning_rate
+    return indices(count, stage, step, seed)
+example.batch_indices = batch_indices
 example.main()
 """
 
@@ -310,7 +310,7 @@ def test_loss_that_is_not_finite_stops_the_run(data, tmp_path):
 
 
 def test_batches_are_pieces_of_one_permutation_an_epoch():
-    stage = example.Optimisation(0, 4, 1e-3, 0.0, 0, 0.0, 1)
+    stage = example.Optimisation(1, 4, 1e-3, 0.0, 0, 0.0, 1)
     epochs = [
         torch.cat([example.batch_indices(10, stage, step, 0) for step in (first, first + 1)]) for first in (0, 2)
     ]
@@ -323,11 +323,29 @@ def test_batches_are_pieces_of_one_permutation_an_epoch():
         example.batch_indices(3, stage, 0, 0)
 
 
+def rates_from(stage, start):
+    """Learning rates of the steps from `start` on, and the one that would follow the last."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    schedule = example.learning_rates(optimizer, stage, start)
+    rates = []
+    for _ in range(start, stage.steps + 1):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
 def test_learning_rate_warms_up_and_falls_to_zero():
     stage = example.Optimisation(10, 4, 1.0, 0.0, 2, 0.0, 1)
-    assert [example.learning_rate(stage, step) for step in (0, 1, 2, 6, 10)] == pytest.approx([0.5, 1, 1, 0.5, 0])
-    without = dataclasses.replace(stage, warmup_steps=0)
-    assert example.learning_rate(without, 0) == 1.0
+    rates = rates_from(stage, 0)
+    assert [rates[step] for step in (0, 1, 2, 6, 10)] == pytest.approx([1 / 3, 2 / 3, 1, 0.5, 0])
+    assert rates_from(dataclasses.replace(stage, warmup_steps=0), 0)[0] == 1.0
+
+
+def test_learning_rates_of_a_resumed_run_are_those_of_an_unbroken_one():
+    stage = example.Optimisation(10, 4, 1e-3, 0.0, 3, 0.0, 1)
+    for start in range(10):
+        assert rates_from(stage, start) == rates_from(stage, 0)[start:]
 
 
 def test_idx_files_are_read_and_padded(data):

@@ -8,16 +8,22 @@ import pytest
 
 from diffusers_fisher import InputError
 from diffusers_fisher.jobs.config import build_config, load_config
+from diffusers_fisher.jobs.pipelines import DenoiserSettings
+from diffusers_fisher.settings import Fraction, settings_class
 
 
-@dataclasses.dataclass
+@settings_class
 class Stage:
     steps: int
     learning_rate: float
-    warmup: float = 0.1
+    warmup: Fraction = 0.1
+
+    def __post_init__(self):
+        if self.steps < self.warmup:
+            raise InputError(f"`steps` is {self.steps}, `warmup` {self.warmup}; allowed: not fewer steps than that.")
 
 
-@dataclasses.dataclass
+@settings_class
 class Config:
     seed: int
     name: str
@@ -41,33 +47,59 @@ def test_values_and_defaults_arrive_in_their_fields():
     assert build_config(Config, changed(limit=None)) == Config(0, "run", Stage(10, 1.0))
 
 
-ALLOWED = r"allowed: \['limit', 'name', 'resume', 'seed', 'sizes', 'stage'\]"
 MISTAKES = {
-    "unknown key": (changed(sede=1), rf"config has unknown keys \['sede'\]; {ALLOWED}"),
-    "unknown key inside": (changed(stage={**GOOD["stage"], "step": 1}), r"config.stage has unknown keys \['step'\]"),
-    "missing key": ({"name": "run", "stage": GOOD["stage"]}, "config lacks the key 'seed'.* no default in Config"),
-    "missing key inside": (changed(stage={"steps": 1}), "config.stage lacks the key 'learning_rate'"),
-    "text for a number": (changed(seed="0"), r"config.seed is '0' \(str\); allowed: int"),
-    "fraction for an integer": (changed(seed=0.5), r"config.seed is 0.5 \(float\); allowed: int"),
-    "truth value for an integer": (changed(seed=True), r"config.seed is True \(bool\); allowed: int"),
-    "truth value for a number": (
-        changed(stage={"steps": 1, "learning_rate": True}), r"config.stage.learning_rate is True \(bool\)",
+    "unknown key": (changed(sede=1), "`sede` is an unknown key; allowed: limit, name, resume, seed, sizes, stage"),
+    "unknown key inside": (
+        changed(stage={**GOOD["stage"], "step": 1}),
+        r"`stage\.step` is an unknown key; allowed: learning_rate, steps, warmup",
     ),
-    "number for a truth value": (changed(resume=1), r"config.resume is 1 \(int\); allowed: bool"),
-    "number for a text": (changed(name=3), r"config.name is 3 \(int\); allowed: str"),
-    "nothing for a number": (changed(seed=None), r"config.seed is None \(NoneType\); allowed: int"),
-    "text for an optional number": (changed(limit="3"), r"config.limit is '3' \(str\); allowed: int, NoneType"),
-    "number for a list": (changed(sizes=8), r"config.sizes is 8 \(int\); allowed: list"),
-    "list for a stage": (changed(stage=[1]), "config.stage must be a mapping of Stage fields, got list"),
-    "text for everything": ("seed: 0", "config must be a mapping of Config fields, got str"),
+    "missing key": ({"name": "run", "stage": GOOD["stage"]}, "`seed` is missing and has no default; add it"),
+    "missing key inside": (changed(stage={"steps": 1}), r"`stage\.learning_rate` is missing"),
+    "text for a number": (changed(seed="0"), r"`seed` is '0' \(str\); allowed: a valid integer"),
+    "fraction for an integer": (changed(seed=0.5), r"`seed` is 0\.5 \(float\); allowed: a valid integer"),
+    "truth value for an integer": (changed(seed=True), r"`seed` is True \(bool\); allowed: a valid integer"),
+    "truth value for a number": (
+        changed(stage={"steps": 1, "learning_rate": True}),
+        r"`stage\.learning_rate` is True \(bool\); allowed: a valid number",
+    ),
+    "number for a truth value": (changed(resume=1), r"`resume` is 1 \(int\); allowed: a valid boolean"),
+    "number for a text": (changed(name=3), r"`name` is 3 \(int\); allowed: a valid string"),
+    "nothing for a number": (changed(seed=None), r"`seed` is None \(NoneType\); allowed: a valid integer"),
+    "text for an optional number": (changed(limit="3"), r"`limit` is '3' \(str\); allowed: a valid integer"),
+    "number for a list": (changed(sizes=8), r"`sizes` is 8 \(int\); allowed: a valid (array|list)"),
+    "text in a list": (changed(sizes=[8, "9"]), r"`sizes\.1` is '9' \(str\); allowed: a valid integer"),
+    "list for a stage": (changed(stage=[1]), r"`stage` is \[1\] \(list\); allowed: a mapping with keys learning_rate"),
+    "text for everything": ("seed: 0", r"it is 'seed: 0' \(str\); allowed: a mapping with keys limit, name, resume"),
+    "number out of its range": (
+        changed(stage={**GOOD["stage"], "warmup": 1.5}), r"`stage\.warmup` is 1\.5; allowed: less than or equal to 1",
+    ),
+    "no number": (changed(stage={**GOOD["stage"], "warmup": float("nan")}), r"`stage\.warmup` is nan; allowed: "),
+    "fields that do not fit": (changed(stage={"steps": 0, "learning_rate": 1.0}), "`stage`: `steps` is 0, `warmup`"),
+    "two mistakes": (changed(seed="0", name=3), r"`seed` is '0' .*integer\. `name` is 3 .*string\."),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_named_with_their_place(name):
     values, message = MISTAKES[name]
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match="^config: .*" + message):
         build_config(Config, values)
+
+
+def test_mistakes_in_code_are_named_by_their_field():
+    stage = Stage(10, 1.0)
+    for make, message in (
+        (lambda: Stage(10, 1.0, warmup=2.0), r"^`warmup` is 2\.0; allowed: less than or equal to 1\.$"),
+        (lambda: dataclasses.replace(stage, steps=0), r"^`steps` is 0, `warmup` 0\.1; allowed: "),
+        (lambda: Stage(10, 1.0, step=1), "^`step` is an unknown key; allowed: learning_rate, steps, warmup"),
+        (lambda: DenoiserSettings("embedded", dtype="int8"), r"^`dtype` is 'int8'; allowed: 'float32', 'bfloat16' or"),
+        (lambda: Config(0, "run", {"steps": 1}), r"^`stage` is \{.*\(dict\); allowed: an instance of Stage"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        stage.steps = 3
+    assert dataclasses.asdict(stage) == {"steps": 10, "learning_rate": 1.0, "warmup": 0.1}
 
 
 def test_yaml_file_is_read(tmp_path):
@@ -77,12 +109,12 @@ def test_yaml_file_is_read(tmp_path):
 
 
 FILES = {
-    "empty": ("", "must be a mapping of Config fields, got NoneType"),
+    "empty": ("", r"it is None \(NoneType\); allowed: a mapping with keys limit"),
     "not yaml": ("seed: [1,", "can't be read: "),
     # YAML 1.1 reads a number without a point as a text: it must not become one silently.
     "number that is a text": (
         "seed: 3\nname: a\nstage:\n  steps: 1\n  learning_rate: 2e-3\n",
-        r"stage.learning_rate is '2e-3' \(str\); allowed: float",
+        r"`stage\.learning_rate` is '2e-3' \(str\); allowed: a valid number",
     ),
 }
 

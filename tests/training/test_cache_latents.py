@@ -102,7 +102,7 @@ def test_a_corrected_config_takes_the_folder_of_a_wrong_one(tmp_path, wrong):
     with pytest.raises(InputError, match=r"can't be opened|multiples of"):
         cache_latents(dataclasses.replace(config, data=dataclasses.replace(config.data, **wrong)))
     assert cache_latents(config) == 12
-    with pytest.raises(InputError, match=r"other settings: data\.limit was None, is 5"):
+    with pytest.raises(InputError, match=r"other settings: `data\.limit` was null, is 5"):
         cache_latents(dataclasses.replace(config, data=dataclasses.replace(config.data, limit=5)))
 
 
@@ -114,7 +114,7 @@ def test_images_added_since_are_noticed(tmp_path, monkeypatch):
     with pytest.raises(pytest.fail.Exception):
         cache_latents(config)
     monkeypatch.setattr(module, "_write_index", write)
-    words = r"latents' was made of other data: images was 12, is 13"
+    words = r"latents' was made of other data: `images` was 12, is 13"
     image_folder(tmp_path / "images", count=13)
     with pytest.raises(InputError, match=words):
         cache_latents(config)

@@ -8,7 +8,7 @@ from image_folders import image_folder
 
 from diffusers_fisher import InputError
 from diffusers_fisher.data import ImageData, open_images
-from diffusers_fisher.training.pieces import Share, TrainingData
+from diffusers_fisher.training.pieces import BatchShare, TrainingData
 from diffusers_fisher.training.schedule import Optimisation
 
 
@@ -35,10 +35,10 @@ def order(folder):
 def test_pieces_do_not_depend_on_the_processes_and_corrupt_images_stop_none(tmp_path, streaming):
     """Four processes with pieces of one image give the batches of one process, from any step on."""
     data = training_data(tmp_path, streaming=streaming, corrupt=(4, 5, 7))
-    whole = list(data.pieces(Share(4), 0, 0))
+    whole = list(data.pieces(BatchShare(4), 0, 0))
     assert len(whole) == 6
     for start in (0, 3):
-        parts = [list(data.pieces(Share(4, 4, process), start, 0)) for process in range(4)]
+        parts = [list(data.pieces(BatchShare(4, 4, process), start, 0)) for process in range(4)]
         for batch, pieces in zip(whole[start:], zip(*parts, strict=True), strict=True):
             assert torch.equal(torch.cat([piece.samples for piece in pieces]), batch.samples)
             assert [name for piece in pieces for name in piece.skipped] == batch.skipped
@@ -49,7 +49,7 @@ def test_pieces_do_not_depend_on_the_processes_and_corrupt_images_stop_none(tmp_
 def test_a_stream_that_cannot_be_read_ends(tmp_path):
     data = training_data(tmp_path, corrupt=range(12))
     with pytest.raises(InputError, match=r"None of 1000 images in a row can be read; the first is 'train-"):
-        next(iter(data.pieces(Share(4), 0, 0)))
+        next(iter(data.pieces(BatchShare(4), 0, 0)))
     with pytest.raises(InputError, match=r"None of 3 images in a row can be read; the first is 'train-"):
         data.held_out()
 

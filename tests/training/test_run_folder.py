@@ -81,7 +81,7 @@ def test_another_denoiser_at_the_same_path_is_refused(tmp_path):
     train(config)
     shutil.rmtree(config.denoiser.path)
     saved_pipeline(Path(config.denoiser.path), lambda: tiny.stable_diffusion(unet=tiny.unet()))  # another seed
-    with pytest.raises(InputError, match=r"holds a run of another denoiser\. What differs: weights of the denoiser"):
+    with pytest.raises(InputError, match=r"holds a run of another denoiser: weights of the denoiser"):
         train(config)
 
 
@@ -116,7 +116,7 @@ def test_settings_may_be_corrected_before_the_first_checkpoint(tmp_path, monkeyp
     assert paths.stat().st_mtime_ns > before
     assert torch.equal(resumed, unbroken(smaller))
     assert (run / "loss.jsonl").read_text() == (tmp_path / "run-unbroken" / "loss.jsonl").read_text()
-    with pytest.raises(InputError, match=r"other settings: optimisation\.batch_size was 2, is 4"):
+    with pytest.raises(InputError, match=r"other settings: `optimisation\.batch_size` was 2, is 4"):
         train(config)
 
 
@@ -136,7 +136,7 @@ def test_a_finished_model_without_its_checkpoints_is_kept(tmp_path):
     config = trace_runs.config_of(tmp_path, optimisation={"steps": 2})
     train(config)
     shutil.rmtree(Path(config.output) / "checkpoints")
-    with pytest.raises(InputError, match=r"other settings: seed was 0, is 1"):
+    with pytest.raises(InputError, match=r"other settings: `seed` was 0, is 1"):
         train(dataclasses.replace(config, seed=1))
 
 
@@ -148,7 +148,7 @@ def test_images_added_since_are_noticed(tmp_path, monkeypatch):
     monkeypatch.undo()
     image_folder(tmp_path / "images", count=13)
     with pytest.raises(
-        InputError, match=r"run' was made of other data: images was 12, is 13; last was .*Images were added"
+        InputError, match=r"run' was made of other data: `images` was 12, is 13; `last` was .*Images were added"
     ):
         train(config)
     (Path(config.output) / "data.json").unlink()  # as in folders of before there was this note
@@ -173,7 +173,7 @@ def test_images_exchanged_for_others_of_the_same_number_are_noticed(tmp_path):
     metadata = tmp_path / "images" / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace(f'"{last}"', '"train-z.png"'))
     (tmp_path / "images" / last).rename(tmp_path / "images" / "train-z.png")
-    with pytest.raises(InputError, match=rf"other data: last was '{last}', is 'train-z\.png'"):
+    with pytest.raises(InputError, match=rf'other data: `last` was "{last}", is "train-z\.png"'):
         train(config)
 
 
@@ -184,7 +184,7 @@ def test_latents_cached_anew_of_other_images_are_noticed(tmp_path):
     shutil.rmtree(config.latents)
     image_folder(tmp_path / "images", count=13)
     cache_latents(config)
-    with pytest.raises(InputError, match=r"other data: images was 12, is 13; .*latents was 12, is 13"):
+    with pytest.raises(InputError, match=r"other data: `images` was 12, is 13; .*`latents` was 12, is 13"):
         train(config)
 
 

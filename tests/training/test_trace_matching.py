@@ -257,7 +257,7 @@ def unknown_scheduler():
 @pytest.mark.parametrize(
     "changes, words",
     {
-        "target": ({"target": "trace"}, "target is 'trace'"),
+        "target": ({"target": "trace"}, r"`target` is 'trace'; allowed: 'residual', 'jacobian' or 'norm'"),
         "no data": ({"data": None}, "neither `data` nor `latents`"),
         "data path": ({"data": {"path": "/nonexistent"}}, "'/nonexistent'.* can't be opened"),
         "denoiser path": ({"denoiser": {"path": "/nonexistent"}}, "'/nonexistent' can't be loaded as a pipeline"),
@@ -265,24 +265,33 @@ def unknown_scheduler():
         "too few images": ({"optimisation": {"batch_size": 10}}, "12 samples; 3 are held out and a batch takes 10"),
         "batch and pieces": (
             {"optimisation": {"gradient_accumulation": 3}},
-            "batch_size is 4; allowed: multiples of 3",
+            "batch_size` is 4; allowed: multiples of 3",
         ),
-        "log and save": ({"optimisation": {"log_every": 3}}, "save_every is 2, log_every 3"),
-        "ema": ({"optimisation": {"ema_decay": 1.0}}, "ema_decay"),
+        "log and save": (
+            {"optimisation": {"log_every": 3}},
+            "`save_every` is 2, `log_every` 3; allowed: multiples of `log_every`",
+        ),
+        "ema": ({"optimisation": {"ema_decay": 1.0}}, r"`optimisation\.ema_decay` is 1\.0; allowed: less than 1"),
         "norm diagonal": ({"target": "norm", "model": {"output": "diagonal"}}, "Target 'norm' gives the trace alone"),
         "size": ({"data": {"resolution": 15}}, "15x15 pixels; this pipeline takes multiples of"),
-        "unknown key": ({"optimisation": {"lr": 1.0}}, r"unknown keys \['lr'\]"),
+        "unknown key": ({"optimisation": {"lr": 1.0}}, r"`optimisation\.lr` is an unknown key; allowed: batch_size, "),
         "patches": ({"model": {"patch_size": 3}}, "multiples of the trace model's `patch_size`, 3"),
-        "warm-up": ({"optimisation": {"warmup_steps": -1}}, r"warmup_steps is -1; allowed: from 0 to below .*\(6\)"),
+        "warm-up": (
+            {"optimisation": {"warmup_steps": -1}},
+            r"warmup_steps` is -1; allowed: greater than or equal to 0",
+        ),
         "negative weight": (
             {"squared_weight": -1.0},
-            r"squared_weight is -1\.0; allowed with target 'residual': from 0",
+            r"`squared_weight` is -1\.0; allowed with target 'residual': from 0",
         ),
         "weight of a squared error": (
             {"target": "norm", "squared_weight": 1.0},
-            r"squared_weight is 1\.0; allowed with target 'norm': from 0 to 0",
+            r"`squared_weight` is 1\.0; allowed with target 'norm': from 0 to 0",
         ),
-        "long warm-up": ({"optimisation": {"warmup_steps": 6}}, "warmup_steps is 6; allowed"),
+        "long warm-up": (
+            {"optimisation": {"warmup_steps": 6}},
+            r"warmup_steps` is 6; allowed: from 0 to below `steps` \(6\)",
+        ),
         "unknown tracker": ({"trackers": ["tensorboards"]}, "trackers has 'tensorboards'; installed here: "),
         "tracker not installed": ({"trackers": ["clearml"]}, "trackers has 'clearml'; installed here: "),
         "prediction type": ({"make": unknown_prediction}, "`prediction_type` of DDIMScheduler is 'foo'"),
@@ -298,7 +307,7 @@ def test_bad_configs_fail_before_the_first_step(tmp_path, changes, words):
 def test_a_folder_of_another_run_is_refused_and_kept(tmp_path):
     config = trace_runs.config_of(tmp_path, optimisation={"steps": 2})
     train(config)
-    with pytest.raises(InputError, match=r"other settings: seed was 0, is 1"):
+    with pytest.raises(InputError, match=r"other settings: `seed` was 0, is 1"):
         train(dataclasses.replace(config, seed=1))
     assert (Path(config.output) / "trace_model" / "config.json").exists()
 
@@ -309,7 +318,9 @@ def test_latents_of_another_autoencoder_are_refused(tmp_path):
     other = trace_runs.saved_pipeline(
         tmp_path / "other", lambda: tiny.stable_diffusion(vae=tiny.vae(scaling_factor=0.5))
     )
-    with pytest.raises(InputError, match=r"another autoencoder: .*scaling_factor 0\.18215 in the cache, 0\.5"):
+    with pytest.raises(
+        InputError, match=r"another autoencoder: .*`scaling_factor` was 0\.18215, is 0\.5; .*Make the cache"
+    ):
         train(dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, path=other)))
 
 
