@@ -1,16 +1,16 @@
-"""The package's exceptions. Each also inherits the builtin that a caller would have expected."""
+"""The exceptions of the package. Each also inherits the builtin exception that fits the error."""
 
 
 class FisherError(Exception):
-    """Base class of every error raised on purpose by `diffusers_fisher`."""
+    """Base class of every error that `diffusers_fisher` raises on purpose."""
 
 
 class InputError(FisherError, ValueError):
-    """An argument has a value, shape or type that can't be used; the message says what was got and what is allowed."""
+    """An argument has a wrong value, shape or type. The message says what was got and what is allowed."""
 
 
 class UnsupportedError(FisherError, TypeError):
-    """A scheduler, prediction type or pipeline that the library does not know; the message lists those it does."""
+    """A scheduler, prediction type or pipeline is not supported. The message lists the supported ones."""
 
 
 class CheckpointError(FisherError, OSError):
@@ -18,12 +18,12 @@ class CheckpointError(FisherError, OSError):
 
 
 class TrajectoryError(FisherError, RuntimeError):
-    """A differentiable sampling run can't be continued or differentiated as it stands."""
+    """A differentiable sampling run can't be continued or differentiated."""
 
 
 class NumericalError(FisherError, ArithmeticError):
-    """A result is NaN or infinite. NaN never leaves silently."""
+    """A result is NaN or infinite. The library never returns NaN without this error."""
 
 
 class CoarseGridWarning(UserWarning):
-    """A likelihood's discretisation error is large; the message says how large. Take more steps."""
+    """The discretisation error of a likelihood is large. The message says how large; use more steps."""

@@ -1,4 +1,4 @@
-"""Atomic writes and read checks: a file is either whole or absent."""
+"""Atomic writing and checked reading of files: a file is either complete or absent."""
 
 import contextlib
 import json
@@ -20,47 +20,47 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; renames it onto `path` when the block succeeds, removes it when not."""
+    """Yields a temporary path beside `path`. It is renamed to `path` if the block succeeds, and removed otherwise."""
     target = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; a report should be as readable as any other
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; reports must be readable like other files
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
-    """Makes `folder` and tries to write there, before any long work.
+    """Makes `folder` and writes a trial file into it, so that an error appears before any long work.
 
     Raises:
-        InputError: it can't be made or written.
+        InputError: the folder can't be made, or a file can't be written into it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / ".writable") as temporary:
             temporary.write_text("")
-        (folder / ".writable").unlink(missing_ok=True)  # another process may have been as quick
+        (folder / ".writable").unlink(missing_ok=True)  # another process may have removed it
     except OSError as error:
-        raise InputError(f"The folder '{folder}' can't be written: {error}. Name another one.") from error
+        raise InputError(f"The folder '{folder}' can't be written: {error}. Name another folder.") from error
 
 
-def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Writes `content` as indented JSON, atomically. Non-finite numbers are refused by `json`."""
+def write_json(path: str | os.PathLike, content: Any) -> None:  # Any: every JSON value
+    """Writes `content` as indented JSON, atomically. NaN and infinity raise `ValueError`."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Writes a matplotlib figure atomically."""
+    """Writes a matplotlib figure to `path`, atomically."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
@@ -73,10 +73,10 @@ def save_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta
 
 
 def load_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Reads one safetensors file as `(tensors, metadata)`.
+    """Reads one safetensors file and returns `(tensors, metadata)`.
 
     Raises:
-        CheckpointError: when the file is missing, truncated or not safetensors.
+        CheckpointError: the file is missing, truncated or not safetensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -88,15 +88,15 @@ def load_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
     except SafetensorError as error:
         raise CheckpointError(
             f"Checkpoint file '{path}' ({path.stat().st_size} bytes) can't be read as safetensors: {error}. "
-            "It may be truncated; write or download it again."
+            "It may be truncated; write or download the file again."
         ) from error
 
 
 def check_safetensors(path: str | os.PathLike) -> None:
-    """Reads the header of a safetensors file and compares it with the file's length.
+    """Reads the header of a safetensors file and compares it with the length of the file.
 
     Raises:
-        CheckpointError: missing, truncated or not safetensors.
+        CheckpointError: the file is missing, truncated or not safetensors.
     """
     path = Path(path)
     try:
@@ -106,19 +106,20 @@ def check_safetensors(path: str | os.PathLike) -> None:
         size = f"{path.stat().st_size} bytes" if path.exists() else "missing"
         raise CheckpointError(
             f"Checkpoint file '{path}' ({size}) can't be read as safetensors: {error}. It may be truncated; write or "
-            "download it again."
+            "download the file again."
         ) from error
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """The content of a checkpoint's JSON file.
+def read_json(path: str | os.PathLike) -> Any:  # Any: every JSON value
+    """Returns the content of a checkpoint's JSON file.
 
     Raises:
-        CheckpointError: missing, truncated or not JSON.
+        CheckpointError: the file is missing, truncated or not JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"Checkpoint file '{path}' is not valid JSON: {error}. It may be truncated; write or download it again."
+            f"Checkpoint file '{path}' is not valid JSON: {error}. It may be truncated; write or download the file "
+            "again."
         ) from error

@@ -168,5 +168,5 @@ def test_writable_folder_is_made_and_left_empty(tmp_path):
 def test_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(InputError, match=rf"The folder '{folder}' can't be written: .* Name another one"):
+        with pytest.raises(InputError, match=rf"The folder '{folder}' can't be written: .* Name another folder"):
             check_writable(folder)

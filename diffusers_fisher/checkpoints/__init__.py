@@ -1,4 +1,4 @@
-"""The embedded checkpoint: a small Stable Diffusion trained on Fashion-MNIST, shipped with the package."""
+"""The embedded checkpoint: a small Stable Diffusion that was trained on Fashion-MNIST and is part of the package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 EMBEDDED_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
-"""Fashion-MNIST's class names in label order, as the embedded checkpoint's captions spell them."""
+"""Class names of Fashion-MNIST in the order of the labels, spelt as in the captions of the embedded checkpoint."""
 
 _FOLDER = Path(__file__).parent / "fashion_mnist"
 _FILES = (
@@ -25,16 +25,18 @@ _FILES = (
 
 
 def embedded_prompt(label: int) -> str:
-    """The caption that the embedded checkpoint was trained with for class `label`, such as "a photo of a coat"."""
+    """Returns the caption of class `label` that the embedded checkpoint was trained with: "a photo of a coat"."""
     name = EMBEDDED_CLASSES[label]
     return f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def embedded_checkpoint() -> str:
-    """Folder of the embedded checkpoint, for any `from_pretrained`; an image classifier lies in its `classifier`.
+    """Returns the folder of the embedded checkpoint, for any `from_pretrained`.
+
+    The subfolder `classifier` holds an image classifier.
 
     Raises:
-        CheckpointError: a file of it is missing or truncated.
+        CheckpointError: a file of the checkpoint is missing or truncated.
     """
     from ..errors import CheckpointError
     from ..files import check_safetensors, read_json
@@ -49,7 +51,7 @@ def embedded_checkpoint() -> str:
 
 
 def embedded_test_images() -> tuple[torch.Tensor, torch.Tensor]:
-    """64 held-out test images (64, 3, 32, 32), float32 in [0, 1], and their labels (64,)."""
+    """Returns 64 test images (64, 3, 32, 32), float32 in [0, 1], and their labels (64,)."""
     from ..files import load_tensors
 
     tensors, _ = load_tensors(Path(embedded_checkpoint()) / "test_images.safetensors")

@@ -1,4 +1,4 @@
-"""Laws of clean samples whose noised density, score and posterior are known in closed form."""
+"""Distributions of clean samples whose noised density, score and posterior are known in closed form."""
 
 from .covariance import Covariance, DCTBasis
 from .mixtures import Distribution, GaussianMixture, Posterior

@@ -1,4 +1,4 @@
-"""Where points are kept: in a tensor, or in files larger than memory, read a slice of rows at a time."""
+"""Banks of points: in a tensor, or in files larger than memory that are read in slices of rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import abc
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
@@ -16,13 +15,22 @@ from ..errors import CheckpointError, InputError
 from ..files import check_safetensors
 
 BANK_SUFFIXES = (".npy", ".safetensors")
+Points = torch.Tensor | numpy.ndarray | str | os.PathLike | Sequence[str | os.PathLike]
+"""Points in memory, the path of a file of points, or several paths."""
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NUMPY_FLOATS = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 _SAFETENSORS_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 class Bank(abc.ABC):
-    """Points in rows, read in slices; `shape` and `dtype` are those of one point."""
+    """Base class of banks: points in rows, which `read` gives in slices.
+
+    Attributes:
+        count: number of points.
+        shape: shape of one point.
+        dtype: dtype of the points.
+    """
 
     count: int
     shape: torch.Size
@@ -30,15 +38,15 @@ class Bank(abc.ABC):
 
     @abc.abstractmethod
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop, (n, *shape); not to be changed."""
+        """Returns the rows from `start` to before `stop`, (n, *shape). The caller must not change them."""
 
     def gather(self, indices: torch.Tensor) -> torch.Tensor:
-        """The rows `indices` (n,), (n, *shape). Cost: one read a row."""
+        """Returns the rows with `indices` (n,), as (n, *shape). Cost: one read per row."""
         return torch.cat([self.read(index, index + 1) for index in indices.tolist()])
 
 
 class TensorBank(Bank):
-    """Points (N, *shape) in memory, on any device. The tensor is kept, not copied: leave it as it is."""
+    """Holds points (N, *shape) in memory, on any device. The tensor is not copied: do not change it."""
 
     def __init__(self, points: torch.Tensor):
         self.count, self.shape, self.dtype = len(points), points.shape[1:], points.dtype
@@ -52,7 +60,7 @@ class TensorBank(Bank):
 
 
 class ArrayBank(Bank):
-    """Points in a `numpy.memmap` that the caller opened. The system may keep pages that were read in memory."""
+    """Reads points from a `numpy.memmap` that the caller opened. The system may keep the read pages in memory."""
 
     def __init__(self, points: numpy.ndarray):
         self.count, self.shape = len(points), torch.Size(points.shape[1:])
@@ -64,29 +72,30 @@ class ArrayBank(Bank):
 
 
 class FileBank(Bank):
-    """Points in one file or one after the other in several, `.npy` and `.safetensors`, mapped slice by slice.
+    """Reads points from one or more `.npy` and `.safetensors` files, whose rows follow each other.
 
-    Files are opened for every slice and closed after it, so that no page stays mapped: memory is that of a slice.
+    Every slice opens its file and closes it again, so that no page stays mapped: the memory used is that of one slice.
 
     Args:
-        paths: files of (N_i, *shape), of one shape and dtype.
-        name: of the tensor in safetensors files; None where they hold only one.
+        paths: files of (N_i, *shape) points; all files have the same shape and dtype.
+        name: name of the tensor in safetensors files; None: the files hold one tensor each.
 
     Raises:
         CheckpointError: a file is missing, truncated or of another kind.
-        InputError: files that don't agree, no or several tensors without `name`, a dtype that is not floating point.
+        InputError: files have different shapes or dtypes, `name` is None for a file without exactly one tensor, or a
+            dtype is not floating point.
     """
 
     def __init__(self, paths: Sequence[str | os.PathLike], name: str | None = None):
         self._parts = [_Part(Path(path), name) for path in paths]
         if not self._parts:
-            raise InputError("The bank has no file; pass one path or more.")
+            raise InputError("The bank has no file. Pass at least one path.")
         first = self._parts[0]
         for part in self._parts:
             if (part.shape, part.dtype) != (first.shape, first.dtype):
                 raise InputError(
-                    f"'{part.path}' holds rows of {tuple(part.shape)} {part.dtype}, '{first.path}' of "
-                    f"{tuple(first.shape)} {first.dtype}; files of one bank must agree."
+                    f"'{part.path}' holds points of shape {tuple(part.shape)} and dtype {part.dtype}, '{first.path}' "
+                    f"of shape {tuple(first.shape)} and dtype {first.dtype}. All files of one bank must agree."
                 )
         self.count, self.shape, self.dtype = sum(part.count for part in self._parts), first.shape, first.dtype
 
@@ -100,7 +109,7 @@ class FileBank(Bank):
 
 
 class _Part:
-    """One file of a bank."""
+    """Reads one file of a bank."""
 
     def __init__(self, path: Path, name: str | None):
         self.path, self.name = path, name
@@ -110,14 +119,14 @@ class _Part:
         elif path.suffix == ".safetensors":
             check_safetensors(path)
             with safe_open(path, framework="pt") as file:
-                self.name = _only_name(path, list(file.keys()), name)
+                self.name = _tensor_name(path, list(file.keys()), name)
                 piece = file.get_slice(self.name)
                 shape, kind = tuple(piece.get_shape()), piece.get_dtype()
             if kind not in _SAFETENSORS_FLOATS:
                 raise InputError(f"'{path}' holds points of dtype {kind}; allowed: {', '.join(_SAFETENSORS_FLOATS)}.")
             self.dtype = _SAFETENSORS_FLOATS[kind]
         else:
-            raise InputError(f"'{path}' is no bank of points; supported: .npy and .safetensors files.")
+            raise InputError(f"'{path}' is not a bank of points; supported: .npy and .safetensors files.")
         self.count, self.shape = (shape[0] if shape else 0), torch.Size(shape[1:])
 
     def read(self, start: int, stop: int) -> torch.Tensor:
@@ -131,15 +140,19 @@ class _Part:
             return numpy.load(self.path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise CheckpointError(
-                f"Bank file '{self.path}' can't be mapped as .npy: {error}. It may be missing or truncated."
+                f"Bank file '{self.path}' can't be mapped as .npy: {error}. The file may be missing or truncated."
             ) from error
 
 
-def as_bank(points: Any, name: str | None = None) -> Bank:
-    """Tensors, arrays, a path or several as a `Bank`.
+def as_bank(points: Points, name: str | None = None) -> Bank:
+    """Returns a `Bank` of the points.
+
+    Args:
+        points: a tensor, an array, a path, or a sequence of paths.
+        name: name of the tensor in safetensors files; None: the files hold one tensor each.
 
     Raises:
-        InputError: no row, rows of no dimension, or a dtype that is not floating point.
+        InputError: there is no point, points have no dimension, or the dtype is not floating point.
     """
     if isinstance(points, torch.Tensor):
         bank: Bank = TensorBank(points) if points.ndim else TensorBank(points[None])
@@ -153,8 +166,8 @@ def as_bank(points: Any, name: str | None = None) -> Bank:
         raise InputError(f"Points have dtype {bank.dtype}; allowed: {', '.join(map(str, FLOATS))}.")
     if not bank.count or not bank.shape.numel() or not len(bank.shape):
         raise InputError(
-            f"The bank holds {bank.count} points of shape {tuple(bank.shape)}; allowed: (N, *shape) with one point or "
-            "more, of one dimension or more."
+            f"The bank holds {bank.count} points of shape {tuple(bank.shape)}; allowed: (N, *shape) with at least one "
+            "point, of at least one dimension."
         )
     return bank
 
@@ -165,9 +178,9 @@ def _numpy_dtype(array: numpy.ndarray, name: str) -> torch.dtype:
     return _NUMPY_FLOATS[array.dtype.name]
 
 
-def _only_name(path: Path, names: list[str], name: str | None) -> str:
+def _tensor_name(path: Path, names: list[str], name: str | None) -> str:
     if name is None and len(names) == 1:
         return names[0]
     if name not in names:
-        raise InputError(f"`name` is {name!r}; '{path}' holds {', '.join(names) or 'no tensor'}. Pass one of them.")
+        raise InputError(f"`name` is {name!r}; '{path}' holds {', '.join(names) or 'no tensor'}. Pass such a name.")
     return str(name)

@@ -1,12 +1,12 @@
-"""Structured covariances of Gaussian modes, and what one noise level makes of them.
+"""Structured covariances of Gaussian modes, and the covariances of the same modes after noise was added.
 
-Notation: S = Q (diag(D) + U U^T) Q^T is the covariance of one mode over the d dimensions of one sample, Q orthonormal.
-At a noise level T = alpha^2 S + sigma^2 I, and more generally T = a S + b I with a, b >= 0. With B = a D + b,
-L L^T = I + a U^T B^-1 U (Cholesky) and V = B^-1 U L^-T (Woodbury), in the coordinates of Q:
-T^-1 = diag(1/B) - a V V^T,  S T^-1 = diag(D/B) + b V V^T,  log det T = sum log B + 2 sum log diag L.
-Neither divides by a or by b, so alpha = 0 is an ordinary level.
+Notation: S = Q (diag(D) + U U^T) Q^T is the covariance of one mode over the d dimensions of one sample. Q is
+orthonormal. At a noise level the covariance is T = alpha^2 S + sigma^2 I; this module computes T = a S + b I for all
+a, b >= 0. With B = a D + b, L L^T = I + a U^T B^-1 U (Cholesky) and V = B^-1 U L^-T (Woodbury), in the coordinates of
+Q: T^-1 = diag(1/B) - a V V^T,  S T^-1 = diag(D/B) + b V V^T,  log det T = sum log B + 2 sum log diag L.
+No formula divides by a or by b, so alpha = 0 is an ordinary level.
 
-Everything is float64, whatever comes in: D/B and a V V^T cancel where S is far larger than sigma^2.
+All arithmetic is float64, whatever the dtype of the inputs: D/B and a V V^T cancel where S is far larger than sigma^2.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ class Basis(Protocol):
     """Orthonormal coordinates z = Q^T v of flattened vectors (..., d)."""
 
     def analyse(self, v: torch.Tensor) -> torch.Tensor:
-        """Q^T v."""
+        """Returns Q^T v."""
 
     def synthesise(self, z: torch.Tensor) -> torch.Tensor:
-        """Q z."""
+        """Returns Q z."""
 
     def diagonal(self, p: torch.Tensor) -> torch.Tensor:
-        """The diagonal of Q diag(p) Q^T."""
+        """Returns the diagonal of Q diag(p) Q^T."""
 
     def to(self, device: torch.device) -> Basis:
-        """The same basis on `device`."""
+        """Returns the same basis on `device`."""
 
 
 class DCTBasis:
-    """The orthonormal discrete cosine transform (type II) over the last two axes of samples of `shape` (..., H, W).
+    """Transforms samples of `shape` (..., H, W) by the orthonormal discrete cosine transform over the last two axes.
 
-    Two small matrices, so a product costs d (H + W) and none of size d x d is built.
+    The transform is of type II. It multiplies by two small matrices: a product costs d (H + W) operations, and no
+    matrix of size d x d is built.
     """
 
     def __init__(self, shape: tuple[int, ...]):
@@ -59,16 +60,19 @@ class DCTBasis:
         return self._apply(self._rows.square().mT, p, self._columns.square())
 
     def to(self, device: torch.device) -> DCTBasis:
-        moved = DCTBasis(self.shape)
-        moved._rows, moved._columns = self._rows.to(device), self._columns.to(device)
-        return moved
+        basis = DCTBasis(self.shape)
+        basis._rows, basis._columns = self._rows.to(device), self._columns.to(device)
+        return basis
 
     def _apply(self, left: torch.Tensor, v: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return (left @ v.unflatten(-1, self.shape) @ right).flatten(-len(self.shape))
 
 
 class EigenBasis:
-    """A basis for every mode, the columns of `vectors` (K, d, d); vectors are then (..., K, d) or (..., 1, d)."""
+    """Holds one basis per mode: the columns of `vectors` (K, d, d).
+
+    The methods take vectors of shape (..., K, d), or (..., 1, d) where all modes have the same vector.
+    """
 
     def __init__(self, vectors: torch.Tensor):
         self.vectors = vectors
@@ -87,15 +91,15 @@ class EigenBasis:
 
 
 class Covariance:
-    """Covariances of K modes in one of four structures; made by the class methods, float64.
+    """Holds the covariances of K modes, in float64. The class methods make it, one per structure.
 
-    One mode may serve any number of means. Vectors are flattened, (..., K, d) or (..., 1, d) for the same one in every
-    mode, results (..., K, d).
+    A covariance of one mode may be shared by any number of means. Vectors are flattened: they have the shape
+    (..., K, d), or (..., 1, d) where all modes have the same vector. Results have the shape (..., K, d).
 
     Attributes:
-        shape: of one sample; d is its product.
-        variances: D, (K, d), or (K, 1) where isotropic.
-        factor: U, (K, d, r), or None.
+        shape: shape of one sample; d is its product.
+        variances: D, (K, d), or (K, 1) for isotropic covariances.
+        factor: U, (K, d, r), or None for covariances without a factor.
         basis: Q, or None for the sample's own coordinates.
     """
 
@@ -113,13 +117,18 @@ class Covariance:
 
     @classmethod
     def isotropic(cls, variances: float | torch.Tensor, shape: tuple[int, ...]) -> Covariance:
-        """S_k = v_k I; `variances` a number or (K,), zero for points.
+        """Returns S_k = v_k I.
+
+        Args:
+            variances: a number, or (K,); zero for points.
+            shape: shape of one sample.
 
         Raises:
-            InputError: negative or NaN variances, a dtype other than float32 or float64, an empty `shape`.
+            InputError: variances are negative or NaN, the dtype is not float32 or float64, or `shape` is empty.
         """
-        given = variances if isinstance(variances, torch.Tensor) else torch.tensor(variances, dtype=torch.float64)
-        values = _wide("variances", given)
+        if not isinstance(variances, torch.Tensor):
+            variances = torch.tensor(variances, dtype=torch.float64)
+        values = _to_float64("variances", variances)
         if values.ndim > 1 or not values.numel() or not math.prod(shape):
             raise InputError(
                 f"Isotropic variances have shape {tuple(values.shape)} for samples {tuple(shape)}; allowed: a number "
@@ -130,47 +139,61 @@ class Covariance:
 
     @classmethod
     def diagonal(cls, variances: torch.Tensor, basis: Basis | None = None) -> Covariance:
-        """S_k = Q diag(v_k) Q^T; `variances` (K, *shape), positive.
+        """Returns S_k = Q diag(v_k) Q^T.
 
         Args:
-            basis: None for the sample's own coordinates, or `DCTBasis(shape)`, whose coordinates `variances` are then.
+            variances: (K, *shape), positive; variances along the basis vectors.
+            basis: None for the sample's own coordinates, or `DCTBasis(shape)`.
         """
-        values = _wide("variances", variances)
+        values = _to_float64("variances", variances)
         if values.ndim < 2 or not values.numel():
             raise InputError(
-                f"Diagonal variances have shape {tuple(values.shape)}; allowed: (K, *shape), one mode as "
-                "variances[None]."
+                f"Diagonal variances have shape {tuple(values.shape)}; allowed: (K, *shape). Pass variances[None] for "
+                "one mode."
             )
         _check_positive(values, "Diagonal variances")
-        return cls(tuple(values.shape[1:]), values.flatten(1), basis=_fitting(basis, values.shape[1:]))
+        _check_basis(basis, values.shape[1:])
+        return cls(tuple(values.shape[1:]), values.flatten(1), basis=basis)
 
     @classmethod
     def low_rank(cls, variances: torch.Tensor, factor: torch.Tensor, basis: Basis | None = None) -> Covariance:
-        """S_k = Q (diag(v_k) + U_k U_k^T) Q^T; `variances` (K, *shape) positive, `factor` (K, *shape, r).
+        """Returns S_k = Q (diag(v_k) + U_k U_k^T) Q^T.
 
-        Cost: r^2 d a mode at every new level, 2 r d a product.
+        Cost: r^2 d operations per mode at every new level, and 2 r d operations per product.
+
+        Args:
+            variances: (K, *shape), positive; variances along the basis vectors.
+            factor: U, (K, *shape, r).
+            basis: None for the sample's own coordinates, or `DCTBasis(shape)`.
         """
         diagonal = cls.diagonal(variances, basis)
-        values = _wide("factor", factor)
+        values = _to_float64("factor", factor)
         if values.shape[:-1] != variances.shape or not values.shape[-1]:
             raise InputError(
-                f"The factor has shape {tuple(values.shape)} beside variances {tuple(variances.shape)}; allowed: "
-                f"{(*variances.shape, 'r')} with rank r of one or more."
+                f"The factor has shape {tuple(values.shape)}, the variances {tuple(variances.shape)}; allowed: a "
+                f"factor of shape {(*variances.shape, 'r')} with a rank r of one or more."
             )
         return cls(diagonal.shape, diagonal.variances, values.flatten(1, -2), diagonal.basis)
 
     @classmethod
     def full(cls, matrices: torch.Tensor, shape: tuple[int, ...]) -> Covariance:
-        """Any symmetric positive definite S_k; `matrices` (K, d, d). Cost: d^3 a mode, once; d^2 a product."""
-        values, size = _wide("matrices", matrices), math.prod(shape)
+        """Returns covariances for any symmetric positive definite S_k.
+
+        Cost: d^3 operations per mode, once, and d^2 operations per product.
+
+        Args:
+            matrices: S, (K, d, d).
+            shape: shape of one sample.
+        """
+        values, size = _to_float64("matrices", matrices), math.prod(shape)
         if values.ndim != 3 or values.shape[1:] != (size, size) or not values.numel():
             raise InputError(
                 f"Full covariances have shape {tuple(values.shape)} for samples {tuple(shape)}; allowed: "
-                f"(K, {size}, {size}), one mode as matrix[None]."
+                f"(K, {size}, {size}). Pass matrix[None] for one mode."
             )
-        # float32 matrices are symmetric to their own rounding only
+        # A float32 matrix is symmetric only up to float32 rounding.
         if float((values - values.mT).abs().max()) > 1e-5 * float(values.abs().max()):
-            raise InputError("Full covariances must be symmetric; pass (S + S.mT)/2 if that is what you mean.")
+            raise InputError("Full covariances must be symmetric. Pass (S + S.mT)/2 to drop the antisymmetric part.")
         eigenvalues, vectors = torch.linalg.eigh((values + values.mT) / 2)
         _check_positive(eigenvalues, "Eigenvalues of full covariances")
         return cls(shape, eigenvalues, basis=EigenBasis(vectors))
@@ -180,16 +203,16 @@ class Covariance:
 
     @property
     def dimensions(self) -> int:
-        """d."""
+        """The number of dimensions d of one sample."""
         return math.prod(self.shape)
 
     @property
     def rank(self) -> int:
-        """Columns of U, 0 where there are none."""
+        """The number of columns of U; 0 without a factor."""
         return 0 if self.factor is None else self.factor.shape[-1]
 
     def select(self, modes: torch.Tensor) -> Covariance:
-        """The covariances of `modes` (n,); itself where one serves all."""
+        """Returns the covariances of `modes` (n,). A covariance that all modes share returns itself."""
         if len(self) == 1:
             return self
         factor = None if self.factor is None else self.factor[modes]
@@ -197,23 +220,28 @@ class Covariance:
         return Covariance(self.shape, self.variances[modes], factor, basis)
 
     def to(self, device: torch.device) -> Covariance:
-        """The same covariances on `device`."""
+        """Returns the same covariances on `device`."""
         if self.variances.device == device:
             return self
         factor = None if self.factor is None else self.factor.to(device)
         return Covariance(self.shape, self.variances.to(device), factor, self.basis and self.basis.to(device))
 
     def at(self, level: NoiseLevel) -> ShiftedCovariance:
-        """T = alpha^2 S + sigma^2 I, the covariance of the noised mode."""
-        return self.shifted(level.alpha**2, level.sigma**2)
+        """Returns T = alpha^2 S + sigma^2 I, the covariance of the modes after noise was added."""
+        return self.scale_and_shift(level.alpha**2, level.sigma**2)
 
-    def shifted(self, scale: torch.Tensor, shift: torch.Tensor) -> ShiftedCovariance:
-        """T = scale * S + shift * I; both () or (B,) and not negative, T positive definite."""
+    def scale_and_shift(self, scale: torch.Tensor, shift: torch.Tensor) -> ShiftedCovariance:
+        """Returns T = scale * S + shift * I. T must be positive definite.
+
+        Args:
+            scale: () or (B,), not negative.
+            shift: () or (B,), not negative.
+        """
         device = self.variances.device
         return ShiftedCovariance(self, *(value.double().reshape(-1).to(device) for value in (scale, shift)))
 
     def product(self, v: torch.Tensor) -> torch.Tensor:
-        """S v."""
+        """Returns S v."""
         z = self._analyse(v)
         result = self.variances * z
         if self.factor is not None:
@@ -222,14 +250,14 @@ class Covariance:
         return self._synthesise(result)
 
     def dense(self) -> torch.Tensor:
-        """S as matrices (K, d, d)."""
+        """Returns S as matrices (K, d, d)."""
         identity = torch.eye(self.dimensions, dtype=torch.float64, device=self.variances.device)
         return self.product(identity[:, None]).expand(-1, len(self), -1).permute(1, 2, 0)
 
     def draw(self, modes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """One vector of mean zero and covariance S_k for each of `modes` (n,) int64: (n, d).
+        """Draws one vector with mean zero and covariance S_k for each of `modes` (n,) int64: (n, d).
 
-        The square root is [diag(D)^(1/2), U], so the random numbers are n (d + r), on the generator's device.
+        The square root of S is [diag(D)^(1/2), U], so n (d + r) random numbers are drawn, on the generator's device.
         """
         covariance, modes = self.to(generator.device), modes.to(generator.device)
         noise = torch.randn(
@@ -237,12 +265,12 @@ class Covariance:
         )
         modes = torch.zeros_like(modes) if len(self) == 1 else modes
         result = noise[:, : self.dimensions].clone()
-        for mode in modes.unique():  # one mode at a time: a basis for every draw would be n d^2 numbers
-            rows, one = modes == mode, covariance.select(mode[None])
-            z = one.variances.sqrt() * noise[rows][:, : self.dimensions]
-            if one.factor is not None:
-                z = z + noise[rows][:, self.dimensions :] @ one.factor[0].mT
-            result[rows] = one._synthesise(z[:, None])[:, 0]
+        for mode in modes.unique():  # The loop takes one mode at a time: one basis per draw would need n d^2 numbers.
+            rows, single = modes == mode, covariance.select(mode[None])
+            z = single.variances.sqrt() * noise[rows][:, : self.dimensions]
+            if single.factor is not None:  # U times independent noise adds U U^T to the covariance diag(D)
+                z = z + noise[rows][:, self.dimensions :] @ single.factor[0].mT
+            result[rows] = single._synthesise(z[:, None])[:, 0]
         return result
 
     def _analyse(self, v: torch.Tensor) -> torch.Tensor:
@@ -253,10 +281,11 @@ class Covariance:
 
 
 class ShiftedCovariance:
-    """T = a S + b I for levels (b,) that are one or as many as samples; made by `Covariance.at` and `.shifted`.
+    """Holds T = a S + b I at one level, or at one level per sample. `Covariance.at` and `scale_and_shift` make it.
 
-    Vectors are float64, (..., B, K, d), with 1 for K where all modes have the same; results (..., B, K, d). T, its
-    inverse and S commute. Determinants, traces and diagonals are (1 or B, K) and (1 or B, K, d).
+    Vectors are float64 of shape (..., B, K, d), or (..., B, 1, d) where all modes have the same vector. Results have
+    the shape (..., B, K, d). T, its inverse and S commute. Determinants and traces have the shape (1 or B, K),
+    diagonals (1 or B, K, d).
     """
 
     def __init__(self, covariance: Covariance, scale: torch.Tensor, shift: torch.Tensor):
@@ -265,34 +294,38 @@ class ShiftedCovariance:
         self._base = self._scale * covariance.variances + self._shift  # B, (1 or B, K, d or 1)
 
     def product(self, v: torch.Tensor) -> torch.Tensor:
-        """T v."""
+        """Returns T v."""
         return self._scale * self.covariance.product(v) + self._shift * v
 
     def solve(self, v: torch.Tensor) -> torch.Tensor:
-        """T^-1 v."""
+        """Returns T^-1 v."""
         return self._apply(1 / self._base, -self._scale, v)
 
     def shrink(self, v: torch.Tensor) -> torch.Tensor:
-        """S T^-1 v: a mode's posterior covariance is sigma^2 S T^-1."""
+        """Returns S T^-1 v. The posterior covariance of a mode is sigma^2 S T^-1."""
         return self._apply(self.covariance.variances / self._base, self._shift, v)
 
     def solve_inverse(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        """(T^-1 + shift I)^-1 v = T (I + shift T)^-1 v; `shift` () or (B,), not negative."""
+        """Returns (T^-1 + shift I)^-1 v; `shift` is () or (B,), not negative.
+
+        The result is computed as T (I + shift T)^-1 v, which needs no inverse of T^-1.
+        """
         shift = shift.double().to(v.device).reshape(-1)
-        scale, base = shift * self._scale[:, 0, 0], 1 + shift * self._shift[:, 0, 0]
-        return self.product(self.covariance.shifted(scale, base).solve(v))
+        scale, base = shift * self._scale[:, 0, 0], 1 + shift * self._shift[:, 0, 0]  # I + shift T = scale S + base I
+        return self.product(self.covariance.scale_and_shift(scale, base).solve(v))
 
     @functools.cached_property
     def log_determinant(self) -> torch.Tensor:
-        """log det T, (1 or B, K)."""
+        """The log determinant of T, (1 or B, K)."""
         result = self._sum(self._base.log())
         if self._woodbury is None:
             return result
+        # The factor multiplies the determinant by det(I + a U^T B^-1 U) = det(L)^2, and L is triangular.
         return result + 2 * self._woodbury[0].diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
     @property
     def inverse_trace(self) -> torch.Tensor:
-        """tr T^-1, (1 or B, K)."""
+        """The trace of T^-1, (1 or B, K)."""
         return self._trace(1 / self._base, -self._scale)
 
     @property
@@ -302,7 +335,7 @@ class ShiftedCovariance:
 
     @property
     def shrink_trace(self) -> torch.Tensor:
-        """tr S T^-1, (1 or B, K)."""
+        """The trace of S T^-1, (1 or B, K)."""
         return self._trace(self.covariance.variances / self._base, self._shift)
 
     @property
@@ -312,16 +345,18 @@ class ShiftedCovariance:
 
     @functools.cached_property
     def _woodbury(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """L (1 or B, K, r, r) and V^T (1 or B, K, r, d)."""
+        """L (1 or B, K, r, r) and V^T (1 or B, K, r, d); None without a factor."""
         factor = self.covariance.factor
         if factor is None:
             return None
-        divided = factor / self._base[..., None]
-        core = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-        lower = torch.linalg.cholesky(core + self._scale[..., None] * (factor.mT @ divided))
-        return lower, torch.linalg.solve_triangular(lower, divided.mT, upper=False)
+        ratio = factor / self._base[..., None]  # B^-1 U
+        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+        # I + a U^T B^-1 U has no eigenvalue below 1, so its Cholesky factor exists and is well conditioned.
+        lower = torch.linalg.cholesky(identity + self._scale[..., None] * (factor.mT @ ratio))
+        return lower, torch.linalg.solve_triangular(lower, ratio.mT, upper=False)
 
-    # Matrices Q (diag(p) + c V V^T) Q^T, p (1 or B, K, d or 1) and c (1 or B, 1, 1)
+    # The methods below compute with the matrices Q (diag(p) + c V V^T) Q^T, which cover T^-1 and S T^-1; p has the
+    # shape (1 or B, K, d or 1), c the shape (1 or B, 1, 1).
 
     def _apply(self, p: torch.Tensor, c: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         z = self.covariance._analyse(v)
@@ -342,29 +377,30 @@ class ShiftedCovariance:
         result = result if basis is None else basis.diagonal(result)
         if self._woodbury is None:
             return result
-        rows = self._woodbury[1].movedim(-2, 0)  # (r, 1 or B, K, d): the rank before the modes, as bases take it
+        rows = self._woodbury[1].movedim(-2, 0)  # (r, 1 or B, K, d): a basis takes vectors whose modes come last
         return result + c * self.covariance._synthesise(rows).square().sum(0)
 
     def _sum(self, p: torch.Tensor) -> torch.Tensor:
+        # p of an isotropic mode has one column, which stands for all d dimensions.
         return p.sum(-1) * (self.covariance.dimensions // p.shape[-1])
 
 
 def _dct_matrix(size: int) -> torch.Tensor:
-    """(size, size) float64, orthonormal: row j is the j-th cosine."""
+    """Returns the orthonormal cosine matrix (size, size) in float64: row j is the j-th cosine."""
     import numpy
     from scipy.fft import dct
 
     return torch.from_numpy(dct(numpy.eye(size), type=2, norm="ortho", axis=0))
 
 
-def _wide(name: str, value: torch.Tensor) -> torch.Tensor:
-    """`value` as float64. Half precision is refused: eight bits of a variance are not enough to invert it."""
+def _to_float64(name: str, value: torch.Tensor) -> torch.Tensor:
+    """Returns `value` as float64. Half precision raises: eight bits of a variance are not enough to invert it."""
     if value.dtype not in (torch.float32, torch.float64):
         raise InputError(
             f"`{name}` of a covariance has dtype {value.dtype}; allowed: float32, float64. Convert it first."
         )
     if not bool(torch.isfinite(value).all()):
-        raise InputError(f"`{name}` of a covariance holds NaN or infinity.")
+        raise InputError(f"`{name}` of a covariance holds NaN or infinity. Pass finite values.")
     return value.detach().double()
 
 
@@ -377,9 +413,9 @@ def _check_positive(values: torch.Tensor, name: str, zero: bool = False) -> None
         )
 
 
-def _fitting(basis: Basis | None, shape: tuple[int, ...]) -> Basis | None:
+def _check_basis(basis: Basis | None, shape: tuple[int, ...]) -> None:
     if isinstance(basis, DCTBasis) and basis.shape != tuple(shape):
         raise InputError(
-            f"The basis is for samples {basis.shape}, the covariance for {tuple(shape)}; they must agree."
+            f"The basis is for samples of shape {basis.shape}, the covariance for {tuple(shape)}. Pass "
+            f"DCTBasis({tuple(shape)})."
         )
-    return basis

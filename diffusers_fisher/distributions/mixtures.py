@@ -1,4 +1,4 @@
-"""Exact distributions: what a law of x_0 gives at a noise level, and mixtures of Gaussians in closed form.
+"""Exact distributions: the base classes of distributions and posteriors, and mixtures of Gaussians in closed form.
 
 Notation: q_t is the law of x_t = alpha x_0 + sigma eps with x_0 from the distribution; C = Cov[x_0|x_t] and
 F = -grad^2 log q_t = I/sigma^2 - (alpha^2/sigma^4) C (Wang et al., ICML 2025, arXiv 2505.23264). Mode k has weight
@@ -20,62 +20,66 @@ from ..noise import NoiseLevel
 from .covariance import Covariance, ShiftedCovariance
 
 DEFAULT_MEMORY = 2**28
-NEGLIGIBLE = 1e-6  # weights below this times the rounding of their sum are as good as zero, also in covariances
+NEGLIGIBLE = 1e-6  # Weights below this factor times the rounding of their sum change no result, covariances included.
 
 
 class Distribution(abc.ABC):
-    """A law of x_0 whose noised score, density and posterior are known. Subclasses give `posterior` and `sample`.
+    """Base class of distributions of x_0 whose noised score, density and posterior are known in closed form.
 
-    Everything is in closed form and carries no graph. Tensors are (B, *shape), float32 or float64, on any device; half
-    precision is refused, because densities of hundreds of nats need more than eight bits.
+    Subclasses implement `posterior` and `sample`. No result carries a graph. Tensors have the shape (B, *shape) and
+    are float32 or float64, on any device. Half precision raises `InputError`, because a density of hundreds of nats
+    needs more than eight bits.
+
+    Attributes:
+        shape: shape of one sample.
     """
 
     shape: torch.Size
 
     @abc.abstractmethod
     def posterior(self, x: torch.Tensor, level: NoiseLevel) -> Posterior:
-        """The law of x_0 given the noised samples.
+        """Returns the distribution of x_0 given the noised samples.
 
         Args:
             x: (B, *shape), x_t.
-            level: one, or one a sample; alpha may be 0, sigma may not.
+            level: one noise level, or one per sample; alpha may be 0, sigma must be positive.
 
         Raises:
-            InputError: another shape or dtype, NaN or infinity, sigma = 0.
+            InputError: `x` has another shape or dtype, or holds NaN or infinity; or sigma is 0.
         """
 
     @abc.abstractmethod
     def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """(count, *shape) draws of x_0."""
+        """Draws `count` samples of x_0, (count, *shape)."""
 
     def log_density(self, x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
-        """log q_t(x), (B,) float64, nats over the d dimensions of x_t."""
+        """Returns log q_t(x), (B,) float64, in nats over the d dimensions of x_t."""
         return self.posterior(x, level).log_density
 
     def score(self, x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
-        """Gradient of the log density, (B, *shape)."""
+        """Returns the gradient of the log density, (B, *shape)."""
         return self.posterior(x, level).score
 
     def epsilon(self, x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
-        """The ideal noise prediction, -sigma * score, (B, *shape)."""
+        """Returns the ideal noise prediction, -sigma * score, (B, *shape)."""
         return self.posterior(x, level).epsilon
 
     def posterior_mean(self, x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
-        """E[x_0|x_t], (B, *shape), without a division by alpha."""
+        """Returns E[x_0|x_t], (B, *shape), computed without a division by alpha."""
         return self.posterior(x, level).mean
 
 
 class Posterior(abc.ABC):
-    """The law of x_0 given x_t at one batch of samples.
+    """Base class of the distribution of x_0 given one batch of samples x_t.
 
-    Responsibilities are computed once; every product, trace and diagonal reuses them. Vectors and results are
-    (..., B, *shape) in the sample's dtype; densities, traces and diagonals float64.
+    Responsibilities are computed once; every product, trace and diagonal uses them again. Vectors and results have
+    the shape (..., B, *shape) and the sample's dtype. Densities, traces and diagonals are float64.
 
     Args:
-        x: (B, *shape).
-        alpha, sigma: (1,) or (B,) float64 on x's device.
-        log_density: (B,) float64.
-        mean, score: (B, d) float64.
+        x: x_t, (B, *shape).
+        alpha, sigma: (1,) or (B,) float64, on the device of x.
+        log_density: log q_t(x), (B,) float64, in nats.
+        mean, score: E[x_0|x_t] and the noised score, (B, d) float64.
     """
 
     def __init__(
@@ -88,107 +92,107 @@ class Posterior(abc.ABC):
         score: torch.Tensor,
     ):
         self.log_density = log_density
-        self._like = x
+        self._sample = x
         self._alpha, self._sigma = alpha, sigma
         self._mean, self._score = mean, score
 
     @property
     def mean(self) -> torch.Tensor:
         """E[x_0|x_t], (B, *shape)."""
-        return self._shaped(self._mean)
+        return self._reshape(self._mean)
 
     @property
     def score(self) -> torch.Tensor:
         """The noised score, (B, *shape)."""
-        return self._shaped(self._score)
+        return self._reshape(self._score)
 
     @property
     def epsilon(self) -> torch.Tensor:
         """E[eps|x_t] = -sigma * score, (B, *shape)."""
-        return self._shaped(-self._sigma[:, None] * self._score)
+        return self._reshape(-self._sigma[:, None] * self._score)
 
     def covariance(self, v: torch.Tensor) -> torch.Tensor:
-        """C v."""
+        """Returns C v."""
         return self._product(v, self._covariances)
 
     def fisher(self, v: torch.Tensor) -> torch.Tensor:
-        """F v."""
+        """Returns F v."""
         return self._product(v, self._fishers)
 
     def covariance_diagonal(self) -> torch.Tensor:
-        """The diagonal of C, (B, *shape) float64."""
-        with full_precision(self._like):
-            return self._covariance_diagonal().view(self._like.shape)
+        """Returns the diagonal of C, (B, *shape) float64."""
+        with full_precision(self._sample):
+            return self._covariance_diagonal().view(self._sample.shape)
 
     def fisher_diagonal(self) -> torch.Tensor:
-        """The diagonal of F, (B, *shape) float64."""
-        with full_precision(self._like):
-            return self._fisher_diagonal().view(self._like.shape)
+        """Returns the diagonal of F, (B, *shape) float64."""
+        with full_precision(self._sample):
+            return self._fisher_diagonal().view(self._sample.shape)
 
     def covariance_trace(self) -> torch.Tensor:
-        """tr C, (B,) float64."""
+        """Returns the trace of C, (B,) float64."""
         return self.covariance_diagonal().flatten(1).sum(1)
 
     def fisher_trace(self) -> torch.Tensor:
-        """tr F, (B,) float64."""
+        """Returns the trace of F, (B,) float64."""
         return self.fisher_diagonal().flatten(1).sum(1)
 
     def fisher_matrix(self) -> torch.Tensor:
-        """F, (B, d, d)."""
-        with full_precision(self._like):
-            return self._fisher_matrix().to(self._like.dtype)
+        """Returns F, (B, d, d)."""
+        with full_precision(self._sample):
+            return self._fisher_matrix().to(self._sample.dtype)
 
     def inverse_fisher(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor | None:
-        """(F + shift I)^-1 v where it has a closed form; `shift` (B,)."""
+        """Returns (F + shift I)^-1 v, or None where it has no closed form; `shift` is (B,)."""
         return None
 
     @abc.abstractmethod
     def _covariances(self, vectors: torch.Tensor) -> torch.Tensor:
-        """C v for (k, B, d) vectors; float64 or wider than the sample."""
+        """Returns C v for (k, B, d) vectors, in float64 or a dtype wider than the sample's."""
 
     @abc.abstractmethod
     def _fishers(self, vectors: torch.Tensor) -> torch.Tensor:
-        """F v for (k, B, d) vectors."""
+        """Returns F v for (k, B, d) vectors."""
 
     @abc.abstractmethod
     def _covariance_diagonal(self) -> torch.Tensor:
-        """(B, d) float64."""
+        """Returns the diagonal of C, (B, d) float64."""
 
     @abc.abstractmethod
     def _fisher_diagonal(self) -> torch.Tensor:
-        """(B, d) float64."""
+        """Returns the diagonal of F, (B, d) float64."""
 
     @abc.abstractmethod
     def _fisher_matrix(self) -> torch.Tensor:
-        """(B, d, d) float64."""
+        """Returns F, (B, d, d) float64."""
 
     def _product(self, v: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        like = self._like
-        if v.shape[-like.ndim :] != like.shape:
-            raise InputError(
-                f"Vectors have shape {tuple(v.shape)}; allowed: (..., {', '.join(map(str, like.shape))})."
-            )
-        with full_precision(like):
-            return function(v.reshape(-1, len(like), like[0].numel())).to(v.dtype).view(v.shape)
+        x = self._sample
+        if v.shape[-x.ndim :] != x.shape:
+            raise InputError(f"Vectors have shape {tuple(v.shape)}; allowed: (..., {', '.join(map(str, x.shape))}).")
+        with full_precision(x):
+            return function(v.reshape(-1, len(x), x[0].numel())).to(v.dtype).view(v.shape)
 
-    def _shaped(self, flat: torch.Tensor) -> torch.Tensor:
-        return flat.to(self._like.dtype).view(self._like.shape)
+    def _reshape(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.to(self._sample.dtype).view(self._sample.shape)
 
 
 class GaussianMixture(Distribution):
-    """A mixture of K Gaussians; one Gaussian is a mixture of one. All arithmetic is float64.
+    """Represents a mixture of K Gaussians in closed form; one Gaussian is a mixture with K = 1.
 
-    Cost of a posterior, and of a product with one: K products with T_k^-1 a sample (modes without weight left out).
+    All arithmetic is float64. Cost: a posterior, and every product with it, takes one product with T_k^-1 per sample
+    and mode. Modes without weight cost nothing.
 
     Args:
         means: (K, *shape), float32 or float64.
-        covariance: of K modes, or of one that all share; its dimensions are `shape`.
-        weights: (K,) positive, summing to one; None: equal.
-        memory: bytes that work arrays may take; more modes than fit are taken in pieces, again for every product.
+        covariance: covariances of K modes, or one covariance that all modes share; its shape is `shape`.
+        weights: (K,), positive with sum one; None: equal weights.
+        memory: number of bytes that work arrays may take. Modes that do not fit together are computed in pieces,
+            again for every product.
 
     Attributes:
         means: (K, *shape) float64.
-        covariance: as given.
+        covariance: the argument `covariance`, on the device of the means.
         weights: (K,) float64.
     """
 
@@ -202,22 +206,22 @@ class GaussianMixture(Distribution):
         check_finite_floats(means, "Means")
         if means.ndim < 2 or not means.numel():
             raise InputError(
-                f"Means have shape {tuple(means.shape)}; allowed: (K, *shape), one Gaussian as mean[None]."
+                f"Means have shape {tuple(means.shape)}; allowed: (K, *shape). Pass mean[None] for one Gaussian."
             )
         if covariance.shape != tuple(means.shape[1:]) or len(covariance) not in (1, len(means)):
             raise InputError(
-                f"The covariance is of {len(covariance)} modes of shape {covariance.shape} beside means "
-                f"{tuple(means.shape)}; allowed: as many modes as means, or one for all, of the means' shape."
+                f"The covariance has {len(covariance)} modes of shape {covariance.shape}, the means have shape "
+                f"{tuple(means.shape)}; allowed: as many modes as means, or one mode, of the means' shape."
             )
         self.shape = means.shape[1:]
         self.memory = memory
         self.means = means.detach().double()
         self.covariance = covariance.to(means.device)
-        self.weights = checked_weights(weights, len(means), means.device)
+        self.weights = normalise_weights(weights, len(means), means.device)
         self._dtype = means.dtype
 
     def posterior(self, x: torch.Tensor, level: NoiseLevel) -> MixturePosterior:
-        alpha, sigma = checked_level(x, level, self.shape)
+        alpha, sigma = level_tensors(x, level, self.shape)
         means, weights = self.means.flatten(1).to(x.device), self.weights.to(x.device)
         with full_precision(x):
             return MixturePosterior(x, alpha, sigma, means, self.covariance.to(x.device), weights, self.memory)
@@ -229,117 +233,128 @@ class GaussianMixture(Distribution):
 
 
 class MixturePosterior(Posterior):
-    """See `GaussianMixture`: a mixture of Gaussians N(mu_k, sigma^2 S_k T_k^-1) with responsibilities w_k.
+    """Holds the posterior of a `GaussianMixture`: Gaussians N(mu_k, sigma^2 S_k T_k^-1) with responsibilities w_k.
 
-    C = sigma^2 sum w_k S_k T_k^-1 + Cov_w[mu_k] and F = sum w_k T_k^-1 - Cov_w[g_k], each centred and each computed
-    directly, because either is a difference of larger terms of the other at one end of the noise levels.
+    C = sigma^2 sum w_k S_k T_k^-1 + Cov_w[mu_k] and F = sum w_k T_k^-1 - Cov_w[g_k]. Both are centred, and each is
+    computed by its own formula: F from C would be a difference of far larger terms at high noise, C from F at low
+    noise.
     """
 
-    def __init__(self, x, alpha, sigma, means, covariance: Covariance, weights, memory: int):
+    def __init__(
+        self, x: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, means: torch.Tensor,
+        covariance: Covariance, weights: torch.Tensor, memory: int,
+    ):  # fmt: skip
         self._x, self._means, self._covariance = x.double().flatten(1), means, covariance
         self._alpha, self._sigma = alpha, sigma
-        row = x.numel() * 8 * (8 + covariance.rank)  # bytes a mode: offsets, solutions and temporaries
+        row = x.numel() * 8 * (8 + covariance.rank)  # number of bytes per mode: offsets, solutions and temporaries
         self._size = max(1, int(memory // row))
-        self._kept: tuple | None = None
+        self._piece: tuple | None = None  # the only piece, where all active modes fit together
         log_joint = torch.empty(len(x), len(means), dtype=torch.float64, device=x.device)
-        every = torch.arange(len(means), device=x.device)
-        for modes in every.split(self._size):
-            noised, offset = self._noised(modes)
-            quadratic = (offset * noised.solve(offset)).sum(-1)
-            log_joint[:, modes] = -0.5 * (quadratic + noised.log_determinant)
+        indices = torch.arange(len(means), device=x.device)
+        for modes in indices.split(self._size):
+            total, offset = self._totals(modes)
+            quadratic = (offset * total.solve(offset)).sum(-1)
+            log_joint[:, modes] = -0.5 * (quadratic + total.log_determinant)
         log_joint += weights.log() - 0.5 * means.shape[1] * math.log(2 * math.pi)
         log_density = log_joint.logsumexp(1)
         self._weights = (log_joint - log_density[:, None]).exp()
-        tiny = NEGLIGIBLE * torch.finfo(torch.float64).eps / len(means)
-        self._active = every[(self._weights > tiny).any(0)]
+        # A mode that no sample gives weight to changes no sum; leaving it out saves its products.
+        threshold = NEGLIGIBLE * torch.finfo(torch.float64).eps / len(means)
+        self._active_modes = indices[(self._weights > threshold).any(0)]
         mean = score = torch.zeros_like(self._x)
-        for responsibilities, _, gradients, means_given_x in self._pieces():
-            score = score + _averaged(responsibilities, gradients)
-            mean = mean + _averaged(responsibilities, means_given_x)
+        for responsibilities, _, gradients, mode_means in self._pieces():
+            score = score + _average(responsibilities, gradients)
+            mean = mean + _average(responsibilities, mode_means)
         super().__init__(x, alpha, sigma, log_density, mean, score)
 
     def _fisher_matrix(self) -> torch.Tensor:
         size = self._mean.shape[1]
         identity = torch.eye(size, dtype=torch.float64, device=self._mean.device)
-        return self._fishers(identity[:, None].expand(-1, len(self._like), -1)).permute(1, 2, 0)
+        return self._fishers(identity[:, None].expand(-1, len(self._sample), -1)).permute(1, 2, 0)
 
     def inverse_fisher(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor | None:
         if len(self._means) > 1 or bool((shift < 0).any()):
             return None
-        noised = self._covariance.shifted(self._alpha**2, self._sigma**2)
-        return noised.solve_inverse(v.double().flatten(1)[:, None], shift)[:, 0].to(v.dtype).view(v.shape)
+        total = self._covariance.scale_and_shift(self._alpha**2, self._sigma**2)
+        return total.solve_inverse(v.double().flatten(1)[:, None], shift)[:, 0].to(v.dtype).view(v.shape)
 
     def _covariances(self, vectors: torch.Tensor) -> torch.Tensor:
         result, noise = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device), self._sigma**2
-        for weights, noised, _, means in self._pieces():
-            centred = means - self._mean[:, None]
+        for weights, total, _, means in self._pieces():
+            offsets = means - self._mean[:, None]
             for index, v in enumerate(vectors.double()):
-                within = noise[:, None] * _averaged(weights, noised.shrink(v[:, None]))
-                result[index] += within + _spread(weights, centred, v)
+                # The mean of the modes' own covariances, and the covariance of the modes' means.
+                mode_term = noise[:, None] * _average(weights, total.shrink(v[:, None]))
+                result[index] += mode_term + _spread(weights, offsets, v)
         return result
 
     def _fishers(self, vectors: torch.Tensor) -> torch.Tensor:
         result = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
-        for weights, noised, gradients, _ in self._pieces():
-            centred = gradients - self._score[:, None]
+        for weights, total, gradients, _ in self._pieces():
+            offsets = gradients - self._score[:, None]
             for index, v in enumerate(vectors.double()):
-                result[index] += _averaged(weights, noised.solve(v[:, None])) - _spread(weights, centred, v)
+                # The mean of the modes' own Fishers, less the covariance of the modes' scores.
+                result[index] += _average(weights, total.solve(v[:, None])) - _spread(weights, offsets, v)
         return result
 
     def _covariance_diagonal(self) -> torch.Tensor:
         result = torch.zeros_like(self._mean)
-        for weights, noised, _, means in self._pieces():
-            within = self._sigma[:, None, None] ** 2 * noised.shrink_diagonal
-            result += _averaged(weights, within) + _averaged(weights, (means - self._mean[:, None]).square())
+        for weights, total, _, means in self._pieces():
+            variances = self._sigma[:, None, None] ** 2 * total.shrink_diagonal
+            result += _average(weights, variances) + _average(weights, (means - self._mean[:, None]).square())
         return result
 
     def _fisher_diagonal(self) -> torch.Tensor:
         result = torch.zeros_like(self._mean)
-        for weights, noised, gradients, _ in self._pieces():
-            between = _averaged(weights, (gradients - self._score[:, None]).square())
-            result += _averaged(weights, noised.inverse_diagonal) - between
+        for weights, total, gradients, _ in self._pieces():
+            spread = _average(weights, (gradients - self._score[:, None]).square())
+            result += _average(weights, total.inverse_diagonal) - spread
         return result
 
-    def _noised(self, modes: torch.Tensor) -> tuple[ShiftedCovariance, torch.Tensor]:
-        """T of `modes`, and alpha m - x (B, n, d)."""
-        noised = self._covariance.select(modes).shifted(self._alpha**2, self._sigma**2)
-        return noised, self._alpha[:, None, None] * self._means[modes] - self._x[:, None]
+    def _totals(self, modes: torch.Tensor) -> tuple[ShiftedCovariance, torch.Tensor]:
+        """Returns T of `modes` (n,), and alpha m - x (B, n, d)."""
+        total = self._covariance.select(modes).scale_and_shift(self._alpha**2, self._sigma**2)
+        return total, self._alpha[:, None, None] * self._means[modes] - self._x[:, None]
 
     def _pieces(self) -> Iterator[tuple[torch.Tensor, ShiftedCovariance, torch.Tensor, torch.Tensor]]:
-        """Responsibilities (B, n), T, g and mu (B, n, d) of the modes that have weight, in pieces that fit."""
-        if self._kept is not None:
-            yield self._kept
+        """Yields responsibilities (B, n), T, g and mu (B, n, d) of the active modes, in pieces that fit `memory`."""
+        if self._piece is not None:
+            yield self._piece
             return
-        for modes in self._active.split(self._size):
-            noised, offset = self._noised(modes)
-            means = self._means[modes] - self._alpha[:, None, None] * noised.shrink(offset)
-            piece = self._weights[:, modes], noised, noised.solve(offset), means
-            if len(modes) == len(self._active):
-                self._kept = piece
+        for modes in self._active_modes.split(self._size):
+            total, offset = self._totals(modes)
+            means = self._means[modes] - self._alpha[:, None, None] * total.shrink(offset)
+            piece = self._weights[:, modes], total, total.solve(offset), means
+            if len(modes) == len(self._active_modes):
+                self._piece = piece
             yield piece
 
 
-def _averaged(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """sum_k w_k values_k, (B, d), of (1 or B, n, d) values, or (1 or B, 1, d) where all modes have the same."""
+def _average(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Returns sum_k w_k values_k, (B, d); values are (1 or B, n, d), or (1 or B, 1, d) if all modes have the same."""
     if values.shape[1] == 1:
         return weights.sum(1)[:, None] * values[:, 0]
     return torch.einsum("bn,bnd->bd", weights, values.expand(len(weights), -1, -1))
 
 
-def _spread(weights: torch.Tensor, centred: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """sum_k w_k c_k <c_k, v>, (B, d)."""
-    return torch.einsum("bn,bnd->bd", weights * torch.einsum("bnd,bd->bn", centred, v), centred)
+def _spread(weights: torch.Tensor, offsets: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Returns sum_k w_k c_k <c_k, v>, (B, d), for the offsets c_k (B, n, d) from their mean."""
+    return torch.einsum("bn,bnd->bd", weights * torch.einsum("bnd,bd->bn", offsets, v), offsets)
 
 
 @contextlib.contextmanager
-def full_precision(like: torch.Tensor) -> Iterator[None]:
-    """Without a graph, and without the autocast that a caller may be in: its products are in half precision."""
-    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+def full_precision(x: torch.Tensor) -> Iterator[None]:
+    """Turns off gradients and, on the device of `x`, the caller's autocast, whose products are in half precision."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         yield
 
 
-def checked_level(x: torch.Tensor, level: NoiseLevel, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """alpha and sigma, (1,) or (B,) float64 on x's device, of noised samples `x` that are looked at as well."""
+def level_tensors(x: torch.Tensor, level: NoiseLevel, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Checks the noised samples and their level, and returns alpha and sigma, (1,) or (B,) float64 on the device of x.
+
+    Raises:
+        InputError: `x` or `level` has another shape, dtype or range than a distribution of `shape` takes.
+    """
     if x.dtype not in (torch.float32, torch.float64):
         raise InputError(f"Samples have dtype {x.dtype}; allowed: float32, float64. Pass x.float().")
     if x.ndim != len(shape) + 1 or tuple(x.shape[1:]) != tuple(shape) or not len(x):
@@ -347,37 +362,37 @@ def checked_level(x: torch.Tensor, level: NoiseLevel, shape: tuple[int, ...]) ->
             f"Samples have shape {tuple(x.shape)}; allowed: (B, {', '.join(map(str, shape))}), the distribution's."
         )
     if not bool(torch.isfinite(x).all()):
-        raise InputError("Samples hold NaN or infinity.")
+        raise InputError("Samples hold NaN or infinity. Pass finite values.")
     if level.alpha.ndim > 1 or (level.alpha.ndim and len(level.alpha) != len(x)):
         raise InputError(
-            f"The level has shape {tuple(level.alpha.shape)} for {len(x)} samples; allowed: one level for all, or one "
-            "a sample."
+            f"The level has shape {tuple(level.alpha.shape)} for {len(x)} samples; allowed: one level for all "
+            "samples, or one level per sample."
         )
     if not bool((level.sigma > 0).all()) or not bool((level.alpha >= 0).all()):
         raise InputError(
-            f"Levels reach alpha {float(level.alpha.min()):.3g} and sigma {float(level.sigma.min()):.3g}; allowed: "
-            "alpha of 0 or more, sigma above 0. Without noise points have no density and no Fisher; take the smallest "
-            "sigma of the schedule instead."
+            f"The smallest alpha is {float(level.alpha.min()):.3g} and the smallest sigma "
+            f"{float(level.sigma.min()):.3g}; allowed: alpha of 0 or more, sigma above 0. Points without noise have "
+            "no density and no Fisher: take the smallest sigma of the schedule instead."
         )
     return level.alpha.double().reshape(-1).to(x.device), level.sigma.double().reshape(-1).to(x.device)
 
 
-def checked_weights(weights: torch.Tensor | None, count: int, device: torch.device) -> torch.Tensor:
-    """(count,) float64 summing to one."""
+def normalise_weights(weights: torch.Tensor | None, count: int, device: torch.device) -> torch.Tensor:
+    """Checks the weights and returns them as float64 (count,) with sum one; None gives equal weights."""
     if weights is None:
         return torch.full((count,), 1 / count, dtype=torch.float64, device=device)
     if weights.shape != (count,) or not weights.is_floating_point():
         raise InputError(
             f"Weights have shape {tuple(weights.shape)} and dtype {weights.dtype}; allowed: ({count},) of floats."
         )
-    wide = weights.detach().double().to(device)
-    # float32 weights are rounded each on its own, so their sum is off by 1e-7 at most
-    if not (bool((wide > 0).all()) and math.isclose(float(wide.sum()), 1.0, rel_tol=1e-6)):
+    values = weights.detach().double().to(device)
+    # Each float32 weight is rounded by itself, so the sum of all is wrong by at most 1e-7.
+    if not (bool((values > 0).all()) and math.isclose(float(values.sum()), 1.0, rel_tol=1e-6)):
         raise InputError(
-            f"Weights must be positive and sum to one; the smallest is {float(wide.min()):.3g}, the sum "
-            f"{float(wide.sum()):.9g}. Leave out what has no weight, and divide by the sum."
+            f"Weights must be positive and sum to one; the smallest is {float(values.min()):.3g}, the sum "
+            f"{float(values.sum()):.9g}. Leave out entries of weight zero, and divide the weights by their sum."
         )
-    return wide / wide.sum()
+    return values / values.sum()
 
 
 def check_finite_floats(values: torch.Tensor, name: str) -> None:
@@ -385,15 +400,19 @@ def check_finite_floats(values: torch.Tensor, name: str) -> None:
     if values.dtype not in (torch.float32, torch.float64):
         raise InputError(f"{name} have dtype {values.dtype}; allowed: float32, float64. Convert them first.")
     if not bool(torch.isfinite(values).all()):
-        raise InputError(f"{name} hold NaN or infinity.")
+        raise InputError(f"{name} hold NaN or infinity. Pass finite values.")
 
 
 def draw_indices(weights: torch.Tensor | None, size: int, count: int, generator: torch.Generator) -> torch.Tensor:
-    """`count` of 0..size-1 with probabilities `weights` (size,), None for equal ones, on the generator's device."""
+    """Draws `count` of the indices 0..size-1, on the generator's device.
+
+    Args:
+        weights: (size,) probabilities; None: equal probabilities.
+    """
     if count < 1:
         raise InputError(f"`count` is {count}; allowed: 1 or more.")
     uniform = torch.rand(count, dtype=torch.float64, device=generator.device, generator=generator)
     if weights is None:
         return (uniform * size).long()
-    edges = weights.to(generator.device).cumsum(0)  # torch.multinomial stops at 2^24 weights
+    edges = weights.to(generator.device).cumsum(0)  # torch.multinomial takes at most 2^24 weights
     return torch.searchsorted(edges, uniform * edges[-1], right=True).clamp_max(size - 1)

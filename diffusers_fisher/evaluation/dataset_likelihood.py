@@ -292,7 +292,8 @@ class ImageShare:
                 continue
             if any(side % self.backbone.size_multiple for side in example.pixels.shape[-2:]):
                 height, width = example.pixels.shape[-2:]
-                text = f"Image '{name}' has {width}x{height} pixels; this pipeline takes multiples of {self.backbone.size_multiple}."
+                multiple = self.backbone.size_multiple
+                text = f"Image '{name}' has {width}x{height} pixels; this pipeline takes multiples of {multiple}."
                 records.append(_failure(position, name, f"{text} Set `resolution`."))
                 continue
             sizes.setdefault(tuple(example.pixels.shape), []).append((position, example))

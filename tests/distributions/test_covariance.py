@@ -20,13 +20,13 @@ def normal(*shape, seed=0):
 
 
 def dct_matrix():
-    """Q with columns the basis vectors, built from scipy's transform of every unit vector."""
+    """Returns Q, whose columns are the basis vectors, from scipy's transform of every unit vector."""
     units = numpy.eye(D).reshape(D, *SHAPE)
     return torch.from_numpy(scipy.fft.dctn(units, axes=(-2, -1), norm="ortho").reshape(D, D))
 
 
 def structures():
-    """Every structure of three modes, and its dense matrices written out."""
+    """Returns covariances of three modes in every structure, each with its dense matrices."""
     variances, factor = normal(3, *SHAPE, seed=1).exp() * 0.1, normal(3, *SHAPE, 2, seed=2) * 0.4
     root = normal(3, D, D, seed=3) * 0.2
     full = root @ root.mT + 0.02 * torch.eye(D, dtype=torch.float64)
@@ -49,7 +49,7 @@ LEVELS = {
     name: NoiseLevel(torch.tensor(alpha, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64))
     for name, alpha, sigma in (
         ("low noise", 0.999, 0.03), ("middle", 0.8, 0.6), ("k-diffusion", 1.0, 80.0), ("pure noise", 0.0, 1.0),
-        ("one a sample", (0.9, 0.0), (0.3, 2.0)),
+        ("one per sample", (0.9, 0.0), (0.3, 2.0)),
     )
 }  # fmt: skip
 
@@ -71,11 +71,11 @@ def test_dense_matrices_and_products(name):
 @pytest.mark.parametrize("name", STRUCTURES)
 class TestAtALevel:
     def total(self, name, level):
-        """T as (2, 3, d, d)."""
+        """Returns T as (2, 3, d, d)."""
         scale, shift = (value.expand(2)[:, None, None, None] ** 2 for value in (level.alpha, level.sigma))
         return scale * STRUCTURES[name][1] + shift * torch.eye(D, dtype=torch.float64)
 
-    @pytest.mark.parametrize("modes", [3, 1], ids=["a vector a mode", "one vector"])
+    @pytest.mark.parametrize("modes", [3, 1], ids=["one vector per mode", "one vector"])
     def test_products(self, name, level, modes):
         covariance, dense = STRUCTURES[name]
         noised, total, v = covariance.at(level), self.total(name, level), normal(2, modes, D, seed=5)
@@ -144,7 +144,7 @@ def test_draws_have_the_covariance(name):
         variances = exact.diagonal()
         error = (torch.outer(variances, variances) + exact.square()).div(count).sqrt()  # of Gaussian products
         scatter = (part.T @ part / count - exact) / error
-        assert 0.5 < float(scatter.square().mean()) < 2  # about one: neither wrong nor suspiciously right
+        assert 0.5 < float(scatter.square().mean()) < 2  # about 1: far below 1 would be as suspicious as far above
         assert float(scatter.abs().max()) < 6
         assert float((part.mean(0) / (variances / count).sqrt()).abs().max()) < 6
 
@@ -191,12 +191,12 @@ EYE = torch.eye(D, dtype=torch.float64)
         (lambda: Covariance.diagonal(BROKEN), "holds NaN or infinity"),
         (lambda: Covariance.diagonal(ONES.bfloat16()), "dtype torch.bfloat16; allowed: float32, float64"),
         (lambda: Covariance.diagonal(ONES.int()), "dtype torch.int32; allowed: float32, float64"),
-        (lambda: Covariance.diagonal(ONES[0, 0, 0]), r"allowed: \(K, \*shape\), one mode as variances\[None\]"),
-        (lambda: Covariance.diagonal(ONES, DCTBasis((2, 4, 3))), r"basis is for samples \(2, 4, 3\), the covariance"),
-        (lambda: Covariance.low_rank(ONES, ONES), r"factor has shape \(2, 2, 3, 4\) beside variances"),
-        (lambda: Covariance.low_rank(ONES, torch.ones(2, *SHAPE, 0)), "with rank r of one or more"),
+        (lambda: Covariance.diagonal(ONES[0, 0, 0]), r"allowed: \(K, \*shape\). Pass variances\[None\] for one"),
+        (lambda: Covariance.diagonal(ONES, DCTBasis((2, 4, 3))), r"samples of shape \(2, 4, 3\), the covariance"),
+        (lambda: Covariance.low_rank(ONES, ONES), r"factor has shape \(2, 2, 3, 4\), the variances"),
+        (lambda: Covariance.low_rank(ONES, torch.ones(2, *SHAPE, 0)), "with a rank r of one or more"),
         (lambda: Covariance.low_rank(NEGATIVE, torch.ones(2, *SHAPE, 3)), "must be positive"),
-        (lambda: Covariance.full(EYE, SHAPE), r"allowed: \(K, 24, 24\), one mode as matrix\[None\]"),
+        (lambda: Covariance.full(EYE, SHAPE), r"allowed: \(K, 24, 24\). Pass matrix\[None\] for one mode"),
         (lambda: Covariance.full(EYE[None] + torch.triu(torch.ones(D, D), 1), SHAPE), "must be symmetric"),
         (lambda: Covariance.full(-EYE[None], SHAPE), "Eigenvalues of full covariances must be positive"),
         (lambda: DCTBasis((4,)), r"needs samples with two axes or more, got shape \(4,\)"),

@@ -1,4 +1,4 @@
-"""Points: in chunks, in memory and in files, in float32, and the banks that are refused."""
+"""Tests points in chunks, in memory, in files and in float32, and the banks that raise an error."""
 
 import numpy
 import pytest
@@ -15,14 +15,14 @@ BANK = 403
 
 
 def bank(dtype=torch.float64, count=BANK):
-    """Points with near neighbours, so that posteriors rest on several of them at low noise."""
+    """Returns points with near neighbours, so that several points have weight at low noise."""
     centres = normal(31, 3, 2, 2, seed=7).repeat(count // 31, 1, 1, 1)
     return (centres + 0.05 * normal(len(centres), 3, 2, 2, seed=8)).to(dtype)
 
 
-REPRESENTATIONS = {  # what `PointPosterior` says of itself: pairs, kept weights or neither
+REPRESENTATIONS = {  # what a `PointPosterior` holds: pairs, a cache of weights, or neither
     "pairs": ({}, {}),
-    "kept": ({}, {"MIN_PAIRS": 0, "PAIRS_SHARE": 10**9}),
+    "cache": ({}, {"MIN_PAIRS": 0, "PAIRS_SHARE": 10**9}),
     "computed again": ({"memory": 20000}, {}),
 }
 
@@ -41,7 +41,7 @@ def test_chunks_and_representations_change_nothing(representation, rows, level, 
     posterior = posterior.posterior(x, level)
     check_posterior(posterior, oracle, x, level)
     assert (posterior._pairs is not None) == (representation == "pairs")
-    assert (posterior._kept is not None) == (representation == "kept")
+    assert (posterior._weight_cache is not None) == (representation == "cache")
 
 
 def write_npy(folder, data):
@@ -111,7 +111,7 @@ def test_banks_in_half_precision_are_widened(storage, dtype, tmp_path):
 
 
 def test_a_bank_is_never_read_whole(tmp_path, monkeypatch):
-    """Ten times the memory: every slice that is read, with what stands beside it, is within the memory given."""
+    """The bank has ten times the bytes of `memory`: every slice, with its work arrays, must fit `memory`."""
     data = normal(4030, 3, 2, 2, seed=7)
     memory, reads = data.numel() * 8 // 10, []
     distribution = DiracMixture(**write_npy(tmp_path, data), memory=memory)
@@ -121,7 +121,7 @@ def test_a_bank_is_never_read_whole(tmp_path, monkeypatch):
     posterior = distribution.posterior(x, LEVELS["middle"])
     posterior.covariance(x)
     posterior.fisher_trace()
-    assert 3 * 4030 <= sum(reads) < 4 * 4030  # once a posterior, once a product, and a look for few points
+    assert 3 * 4030 <= sum(reads) < 4 * 4030  # one reading for the posterior, one for the product, one to search pairs
     assert max(reads) * 12 * 8 < memory // 4
 
 
@@ -129,7 +129,7 @@ def test_a_bank_is_never_read_whole(tmp_path, monkeypatch):
 
 
 def clustered(count=6000, dimensions=64):
-    """Far clusters of 20 points nearer to each other than the smallest sigma, which all carry weight."""
+    """Returns far clusters of 20 points that are nearer to each other than the smallest sigma: all 20 have weight."""
     centres = 1.5 * normal(count // 20, dimensions, seed=3).repeat_interleave(20, 0)
     return (centres + 0.01 * normal(count, dimensions, seed=4)).float()
 
@@ -162,7 +162,7 @@ def test_float32_is_as_good_as_float64_at_every_level(timestep, offset):
 
 
 def test_logits_of_near_points_are_computed_again(monkeypatch):
-    """What the test above measures is there to be lost: without the second look at near points it is."""
+    """Without the second computation of near points' logits, float32 loses what the test above measures."""
     level, data = stable_diffusion_level(0), clustered()
     chosen = data[::401].double()
     x = (level.alpha * chosen + level.sigma * normal(*chosen.shape, seed=5)).float()
@@ -174,13 +174,13 @@ def test_logits_of_near_points_are_computed_again(monkeypatch):
 def test_reduced_precision_products_and_autocast_are_kept_out():
     level, data = stable_diffusion_level(400), clustered()
     x = (level.alpha * data[::401].double() + level.sigma * normal(15, 64, seed=5)).float()
-    law = GaussianMixture(data[:3], Covariance.isotropic(0.1, (64,)))
-    before = [DiracMixture(data).posterior(x, level), law.posterior(x, level)]
+    mixture = GaussianMixture(data[:3], Covariance.isotropic(0.1, (64,)))
+    before = [DiracMixture(data).posterior(x, level), mixture.posterior(x, level)]
     precision = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            after = [DiracMixture(data).posterior(x, level), law.posterior(x, level)]
+            after = [DiracMixture(data).posterior(x, level), mixture.posterior(x, level)]
             for one, other in zip(before, after, strict=True):
                 assert relative(other.score, one.score) < 1e-6
                 assert relative(other.covariance(x), one.covariance(x)) < 1e-5
@@ -188,7 +188,7 @@ def test_reduced_precision_products_and_autocast_are_kept_out():
         torch.set_float32_matmul_precision(precision)
 
 
-# What is refused
+# Errors
 
 
 def test_bad_files_are_refused(tmp_path):
@@ -211,12 +211,12 @@ def test_bad_files_are_refused(tmp_path):
         with pytest.raises(CheckpointError, match="can't be read as safetensors"):
             DiracMixture(tmp_path / name)
     for paths, message in (
-        ("words.txt", "is no bank of points; supported: .npy and .safetensors files"),
+        ("words.txt", "is not a bank of points; supported: .npy and .safetensors files"),
         ("integers.npy", "has dtype int64; allowed: float16, float32, float64"),
         ("swapped.npy", "in native byte order"),
         ("integers.safetensors", "holds points of dtype I32; allowed: F16, BF16, F32, F64"),
-        ("bank.safetensors", "`name` is None; '.*' holds labels, latents. Pass one of them"),
-        (["good.npy", "flat.npy"], "files of one bank must agree"),
+        ("bank.safetensors", "`name` is None; '.*' holds labels, latents. Pass such a name"),
+        (["good.npy", "flat.npy"], "All files of one bank must agree"),
     ):
         with pytest.raises(InputError, match=message):
             DiracMixture([tmp_path / path for path in ([paths] if isinstance(paths, str) else paths)])

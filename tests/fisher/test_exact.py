@@ -216,7 +216,7 @@ ISOTROPIC = Covariance.isotropic(0.1, (3, 2, 2))
         (X.flatten(1), LEVELS["middle"], r"shape \(2, 12\); allowed: \(B, 3, 2, 2\)"),
         (X[:0], LEVELS["middle"], r"shape \(0, 3, 2, 2\); allowed"),
         (X / 0, LEVELS["middle"], "NaN or infinity"),
-        (X, NoiseLevel(torch.ones(()), torch.zeros(())), "sigma above 0. Without noise points have no density"),
+        (X, NoiseLevel(torch.ones(()), torch.zeros(())), "sigma above 0. Points without noise have no density"),
         (X, NoiseLevel(torch.ones(2), torch.tensor([0.1, 0.0])), "sigma above 0"),
         (X, NoiseLevel(-torch.ones(()), torch.ones(())), "alpha of 0 or more"),
         (X, OWN_LEVELS, r"level has shape \(4,\) for 2 samples"),

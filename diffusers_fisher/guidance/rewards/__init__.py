@@ -1,6 +1,6 @@
 """Differentiable rewards on image tensors in [0, 1].
 
-Any Python callable `reward(images, prompts) -> (B,)` is one; these are the usual ones.
+A reward is any Python callable `reward(images, prompts) -> (B,)`. This package holds the usual rewards.
 """
 
 from .images import ImageInput

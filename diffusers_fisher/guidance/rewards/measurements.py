@@ -1,4 +1,4 @@
-"""Rewards that measure the image itself: brightness of regions, inpainting, deblurring and other linear problems."""
+"""Rewards computed from pixels: brightness of regions, inpainting, deblurring and other linear problems."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ...errors import InputError
 
 
 class LinearReward:
-    """Mean over channels of <weights, image>: brightness of a region, difference of two regions.
+    """Rewards the mean over channels of <weights, image>, such as the brightness of a region.
 
     Args:
-        weights: (H, W), or (3, H, W); positive where the image should become brighter.
+        weights: (H, W), or (3, H, W); positive where the image should become brighter, negative where darker.
     """
 
     def __init__(self, weights: torch.Tensor):
@@ -24,28 +24,31 @@ class LinearReward:
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         if self.weights.shape[-2:] != images.shape[-2:]:
             raise InputError(
-                f"The weights are {tuple(self.weights.shape[-2:])} pixels, the images {tuple(images.shape[-2:])}; "
-                "give weights of the images' size."
+                f"The weights have {tuple(self.weights.shape[-2:])} pixels, the images {tuple(images.shape[-2:])}. "
+                "Pass weights of the images' size."
             )
         return (images * self.weights.to(images)).mean(1).flatten(1).sum(1)
 
     @classmethod
     def left_minus_right(cls, height: int, width: int) -> LinearReward:
-        """Mean brightness of the left half minus that of the right half; a middle column counts for neither."""
+        """Makes a reward: mean brightness of the left half minus mean brightness of the right half.
+
+        The middle column of an odd width counts for neither half.
+        """
         side = torch.sign((width - 1) / 2 - torch.arange(width))
         return cls(side.expand(height, width) / (height * (width // 2)))
 
 
 class MeasurementReward:
-    """Minus the mean squared distance of a linear measurement of the image to what was measured.
+    """Rewards minus the mean squared distance between a measurement of the image and a target.
 
-    With a `mask` alone it is inpainting of what is known; with `gaussian_blur(std)` as operator it is deblurring; any
-    differentiable operator will do (downsampling, a projection).
+    With a `mask` and no operator, the problem is inpainting from the known pixels. With `gaussian_blur(std)` as
+    operator, the problem is deblurring. Any differentiable operator can be used, such as downsampling or a projection.
 
     Args:
-        target: (3, H, W), or (B, 3, H, W), in [0, 1]: what `operator` makes of the image looked for.
-        mask: (H, W) weights in [0, 1] of the measured pixels, not all zero; None: all count.
-        operator: images (B, 3, H, W) to what is measured, of the target's size; None: the images themselves.
+        target: the measurement of the wanted image, (3, H, W) or (B, 3, H, W), in [0, 1].
+        mask: (H, W) weights in [0, 1] of the measured pixels, not all zero; None: all pixels count.
+        operator: function from images (B, 3, H, W) to measurements of the target's size; None: the images themselves.
     """
 
     def __init__(
@@ -56,26 +59,29 @@ class MeasurementReward:
     ):
         mask = torch.ones(target.shape[-2:]) if mask is None else mask
         if not bool((mask >= 0).all()) or float(mask.sum()) <= 0:
-            raise InputError("The mask must be non-negative and not all zero; 1 marks pixels that are known.")
+            raise InputError("The mask must be non-negative and not all zero. Pass 1 for the known pixels.")
         self.target = target
         self.mask = mask
         self.operator = operator
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        seen = images if self.operator is None else self.operator(images)
-        one_each = self.target.ndim == 3 or (self.target.ndim == 4 and len(self.target) in (1, len(seen)))
-        if self.target.shape[-3:] != seen.shape[-3:] or self.mask.shape != seen.shape[-2:] or not one_each:
-            what = "images" if self.operator is None else "measurements"
+        result = images if self.operator is None else self.operator(images)
+        count_fits = self.target.ndim == 3 or (self.target.ndim == 4 and len(self.target) in (1, len(result)))
+        if self.target.shape[-3:] != result.shape[-3:] or self.mask.shape != result.shape[-2:] or not count_fits:
+            noun = "images" if self.operator is None else "measurements"
             raise InputError(
-                f"Target {tuple(self.target.shape)} and mask {tuple(self.mask.shape)} do not fit {what} of "
-                f"{tuple(seen.shape)}; allowed: one target, or one an image, and one mask, of the {what}' size."
+                f"Target {tuple(self.target.shape)} and mask {tuple(self.mask.shape)} do not fit {noun} of shape "
+                f"{tuple(result.shape)}; allowed: one target, or one per image, and one mask, of the {noun}' size."
             )
-        weights = self.mask.to(seen) / (self.mask.sum() * seen.shape[1])
-        return -((seen - self.target.to(seen)) ** 2 * weights).flatten(1).sum(1)
+        weights = self.mask.to(result) / (self.mask.sum() * result.shape[1])
+        return -((result - self.target.to(result)) ** 2 * weights).flatten(1).sum(1)
 
 
 def gaussian_blur(std: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Images (B, C, H, W) blurred by a Gaussian of `std` pixels, cut off at three; edges are repeated outwards."""
+    """Returns a function that blurs images (B, C, H, W) with a Gaussian of `std` pixels.
+
+    The kernel ends at three standard deviations. Pixels outside of the image equal the nearest edge pixel.
+    """
     if not 0 < std < math.inf:
         raise InputError(f"`std` is {std}; allowed: a positive number of pixels.")
     radius = math.ceil(3 * std)
