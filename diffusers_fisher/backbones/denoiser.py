@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError, UnsupportedError
-from ..features import recorded
+from ..features import record_summaries
 from ..noise import Timestep
 from .base import Backbone
 from .registry import backbone_of
@@ -148,7 +148,7 @@ class PipelineDenoiser(Denoiser):
             "num_inference_steps": 1, "output_type": "latent", "return_dict": False,
             **self.backbone.size_arguments_of(x), **self.call_arguments,
         }  # fmt: skip
-        with recorded(self.network) as features:
+        with record_summaries(self.network) as features:
             result = self.backbone.call(
                 scheduler, x.to(self.backbone.dtype), with_graph=torch.is_grad_enabled() and x.requires_grad,
                 encode_prompt=self.encode_prompt, **arguments,

@@ -273,7 +273,7 @@ def test_measurement_is_zero_where_all_that_is_known_agrees_and_negative_elsewhe
 )
 def test_mask_that_marks_nothing_is_refused(mask):
     with pytest.raises(
-        InputError, match="The mask must be non-negative and not all zero. Pass 1 for the known pixels"
+        InputError, match=r"The mask must be non-negative and not all zero\. Pass 1 for the known pixels"
     ):
         MeasurementReward(torch.rand(3, 2, 2), mask)
 
