@@ -14,7 +14,7 @@ OUTPUT_NORMS = ("conv_norm_out", "norm_out")
 """Names of the normalisation before the output layers, in diffusers' UNets and transformers."""
 
 
-def output_norm(network: torch.nn.Module) -> torch.nn.Module | None:
+def output_norm(network: torch.nn.Module | None) -> torch.nn.Module | None:
     """Returns the module whose input is the network's last hidden layer.
 
     Returns None if the network has no such module, or if it is compiled: compiled networks don't call hooks.
@@ -37,15 +37,15 @@ def summary(hidden: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def record_summaries(network: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+def recorded(network: torch.nn.Module | None) -> Iterator[list[torch.Tensor]]:
     """Yields a list to which every evaluation of the network inside the block appends its `summary`.
 
     The list stays empty where `output_norm` returns None.
     """
     summaries: list[torch.Tensor] = []
 
-    def record(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], keywords: dict[str, torch.Tensor]) -> None:
-        summaries.append(summary(next(iter((*arguments, *keywords.values())))))
+    def record(module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        summaries.append(summary(next(iter((*args, *kwargs.values())))))
 
     module = output_norm(network)
     handle = None if module is None else module.register_forward_pre_hook(record, with_kwargs=True)
