@@ -11,12 +11,7 @@ from ..fisher.operator import FisherEstimator
 from .trajectory import Trajectory, record_run
 
 if TYPE_CHECKING:
-    from diffusers.configuration_utils import ConfigMixin
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
-
-    class Scheduler(SchedulerMixin, ConfigMixin):
-        """Stands for any of diffusers' schedulers."""
-
+    from .trajectory import Scheduler
 else:
     Scheduler = object  # at run time the mixin stands before the diffusers class
 

@@ -23,7 +23,15 @@ from ..fisher.operator import FisherEstimator, FisherOperator
 from ..noise import DenoisingState, Timestep, noise_schedule, state_of
 
 if TYPE_CHECKING:
-    from .mixin import FisherSchedulerMixin
+    from diffusers.configuration_utils import ConfigMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+    class Scheduler(SchedulerMixin, ConfigMixin):
+        """Stands for any of diffusers' schedulers."""
+
+        timesteps: torch.Tensor
+        _trajectory: Trajectory | None
+
 
 CHANGED_LATENTS = ("refuse", "additive")
 
@@ -127,7 +135,7 @@ class Trajectory:
         return self.estimator(self.states[index], endpoint=self.final_sample.detach())
 
     def step(
-        self, parent_step: Callable, scheduler: FisherSchedulerMixin, model_output: torch.Tensor, timestep: Timestep,
+        self, parent_step: Callable, scheduler: Scheduler, model_output: torch.Tensor, timestep: Timestep,
         sample: torch.Tensor, *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip  # Any: every scheduler has a result class of its own
         """Records one step, runs the scheduler's own `parent_step` with a graph and returns its result."""
@@ -168,7 +176,7 @@ class Trajectory:
                 "variance_type='fixed_small' and a model or pipeline that returns the mean alone."
             )
 
-    def _enter(self, scheduler: FisherSchedulerMixin, sample: torch.Tensor) -> torch.Tensor:
+    def _enter(self, scheduler: Scheduler, sample: torch.Tensor) -> torch.Tensor:
         """Returns the tensor of the graph that stands for the incoming `sample`, float32 or wider."""
         dtype = torch.promote_types(sample.dtype, torch.float32)
         chain = self.final_sample
@@ -229,7 +237,7 @@ class _AttachJacobian(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def record_run(scheduler: FisherSchedulerMixin, trajectory: Trajectory) -> Iterator[Trajectory]:
+def record_run(scheduler: Scheduler, trajectory: Trajectory) -> Iterator[Trajectory]:
     """Sets `trajectory` on `scheduler` inside the block. Afterwards the scheduler's own buffers hold no graph."""
     if scheduler._trajectory is not None:
         raise TrajectoryError("This scheduler is already inside a `differentiable` block. Blocks can't be nested.")
