@@ -1,4 +1,4 @@
-"""The study behind `diffusers-fisher transport`: where the PF-ODE's map is an optimal transport map, and where not."""
+"""The study of `diffusers-fisher transport`: for which distributions is the PF-ODE's map an optimal transport map?"""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import dataclasses
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
 from ..backbones import PipelineDenoiser
 from ..checkpoints import EMBEDDED_CLASSES, embedded_checkpoint, embedded_prompt
-from ..distributions import Covariance, GaussianMixture
+from ..distributions import Covariance, Distribution, GaussianMixture
 from ..errors import InputError
 from ..files import atomic_path, check_writable, save_figure, write_json
 from ..fisher.autodiff import AutodiffFisher
@@ -28,36 +28,40 @@ from .transport import (
     coupling_cost,
     denoiser_field,
     exact_field,
-    extra,
+    import_extra,
     least_eigenvalue,
     model_schedule,
     off_diagonal_asymmetry,
     transport_map,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 TRIANGLE = ((0.5, 0.0), (0.0, -0.5), (0.0, 0.0))  # the paper's points
-AXIS_LINE = ((0.0, 0.0), (0.0, 0.5), (0.0, -0.6))  # its affine ones
+AXIS_LINE = ((0.0, 0.0), (0.0, 0.5), (0.0, -0.6))  # the paper's points on a line
 STEP_COUNTS = (5, 10, 20, 40, 80, 160)
-DRAWN_SCHEDULE, DRAWN, DRAWN_POINTS = "edm", 60, 60  # of a picture: schedule, trajectories, points of each
+# Schedule of the picture, its number of trajectories, and the number of points per trajectory.
+PLOT_SCHEDULE, PLOT_TRAJECTORIES, PLOT_POINTS = "edm", 60, 60
 HEADING = f"{'case':<28}{'schedule':<15}{'asymmetry':>22}{'off-diagonal index':>22}{'least eig.':>12}{'error':>10}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A distribution and what theory says of its map (None: nothing)."""
+    """Holds a distribution, and whether theory says that its map is optimal (None: theory says nothing)."""
 
     name: str
-    distribution: Any
+    distribution: Distribution
     optimal: bool | None
 
 
 def few_points(points: torch.Tensor) -> GaussianMixture:
-    """Points (N, d) as modes without variance: faster than `DiracMixture`, which is made for banks of them."""
+    """Returns points (N, d) as modes without variance: faster than `DiracMixture`, which is for large banks."""
     return GaussianMixture(points, Covariance.isotropic(0.0, tuple(points.shape[1:])))
 
 
 def two_dimensional_cases() -> list[Case]:
-    """The paper's two point sets, and controls: known to be optimal although not on a line, or known not to be."""
+    """Returns the paper's two point sets, and control cases in which theory knows whether the map is optimal."""
     turn = _rotation(0.4)
     corners = torch.tensor([[x, y] for x in (-0.5, 0.5) for y in (-0.3, 0.3)], dtype=torch.float64)
     line = torch.tensor([[0.1], [0.6], [-0.5]], dtype=torch.float64) * torch.tensor([[0.6, 0.8]], dtype=torch.float64)
@@ -75,7 +79,7 @@ def two_dimensional_cases() -> list[Case]:
 
 
 def higher_dimensional_cases(dimensions: int = 16, generator: torch.Generator | None = None) -> list[Case]:
-    """Points in general position, points on a line, and a Gaussian, in more dimensions."""
+    """Returns points in general position, points on a line, and a Gaussian, in more dimensions."""
     generator = torch.Generator().manual_seed(1) if generator is None else generator
     points = 0.5 * torch.randn(8, dimensions, generator=generator, dtype=torch.float64)
     direction = torch.nn.functional.normalize(points[:1], dim=1)
@@ -94,10 +98,10 @@ def higher_dimensional_cases(dimensions: int = 16, generator: torch.Generator | 
 
 
 def parse_points(text: str | None) -> torch.Tensor | None:
-    """Points written as "x,y; x,y; ...", (N, d) float64; None for None.
+    """Returns the points of a text such as "x,y; x,y; ...", (N, d) float64; None gives None.
 
     Raises:
-        InputError: something else.
+        InputError: the text has another form.
     """
     if text is None:
         return None
@@ -111,10 +115,10 @@ def parse_points(text: str | None) -> torch.Tensor | None:
 
 
 def user_case(points: torch.Tensor) -> Case:
-    """A user's own points (N, d).
+    """Returns the case of a user's own points (N, d).
 
     Raises:
-        InputError: fewer than two points, or not a table of finite numbers.
+        InputError: there are fewer than two points, or they are not a table of finite numbers.
     """
     if points.ndim != 2 or len(points) < 2 or not torch.isfinite(points).all():
         raise InputError(
@@ -126,23 +130,23 @@ def user_case(points: torch.Tensor) -> Case:
 def study(
     case: Case, schedule: Schedule, runs: int, seed: int, num_points: int = 2
 ) -> tuple[dict[str, Any], TransportMap]:
-    """Indices of the map at `runs` random points of the noise end, with their standard errors."""
+    """Returns the indices of the map at `runs` random points of the noise end with standard errors, and the map."""
     generator = torch.Generator().manual_seed(seed)
     level = schedule.level(schedule.noise_time)
     shape = case.distribution.shape
-    # Pure noise, as a sampler starts (and as the paper's experiment does), not the noised data.
+    # The start is pure noise, as in a sampler and in the paper's experiment, and not noised data.
     start = torch.randn(runs, *shape, generator=generator, dtype=torch.float64) * level.noise_to_signal
-    found = transport_map(exact_field(case.distribution), start, schedule, num_points=num_points)
+    result = transport_map(exact_field(case.distribution), start, schedule, num_points=num_points)
     row: dict[str, Any] = {"case": case.name, "schedule": schedule.name, "optimal": case.optimal, "runs": runs}
-    row |= indices(found.jacobian) | {"integration_error": found.error}
-    closed = gaussian_map(case.distribution, start, schedule)
-    if closed is not None:
-        row["distance_to_closed_form"] = float((closed - found.end).abs().max())
-    return row, found
+    row |= indices(result.jacobian) | {"integration_error": result.error}
+    optimal_end = gaussian_map(case.distribution, start, schedule)
+    if optimal_end is not None:
+        row["distance_to_closed_form"] = float((optimal_end - result.end).abs().max())
+    return row, result
 
 
 def indices(matrices: torch.Tensor) -> dict[str, float]:
-    """Means and standard errors of the indices over (runs, d, d)."""
+    """Returns means and standard errors of the indices over matrices (runs, d, d)."""
     result = {}
     for name, function in (("asymmetry", asymmetry), ("off_diagonal_asymmetry", off_diagonal_asymmetry)):
         values = function(matrices)
@@ -151,8 +155,8 @@ def indices(matrices: torch.Tensor) -> dict[str, float]:
     return result | {"least_eigenvalue": float(least_eigenvalue(matrices).min())}
 
 
-def gaussian_map(distribution: Any, start: torch.Tensor, schedule: Schedule) -> torch.Tensor | None:
-    """The optimal map between the noised Gaussians at the schedule's ends; None where there is more than one mode."""
+def gaussian_map(distribution: Distribution, start: torch.Tensor, schedule: Schedule) -> torch.Tensor | None:
+    """Returns the optimal map between the noised Gaussians at the schedule's ends; None for more than one mode."""
     if not isinstance(distribution, GaussianMixture) or len(distribution.weights) != 1:
         return None
     mean = distribution.means[0].flatten()
@@ -164,43 +168,46 @@ def gaussian_map(distribution: Any, start: torch.Tensor, schedule: Schedule) -> 
 
 
 def coupling(case: Case, schedule: Schedule, count: int, seed: int) -> dict[str, Any]:
-    """The cost of the ODE's pairs against the exact plan, from the true marginal at the noise end."""
+    """Compares the cost of the ODE's pairs with the exact plan, from the true marginal at the noise end."""
     generator = torch.Generator().manual_seed(seed)
     noise_to_signal = schedule.level(schedule.noise_time).noise_to_signal
     clean = case.distribution.sample(count, generator)
     start = clean + noise_to_signal * torch.randn(clean.shape, generator=generator, dtype=torch.float64)
-    # Only the end points are needed: one direction stands for the Jacobian.
-    found = transport_map(
-        exact_field(case.distribution), start, schedule, directions=torch.zeros_like(start)[None] + 1
-    )
-    cost = coupling_cost(found.start, found.end)
+    # Only the end points are needed, so one direction is enough for the Jacobian.
+    result = transport_map(exact_field(case.distribution), start, schedule, directions=torch.ones_like(start)[None])
+    cost = coupling_cost(result.start, result.end)
     return {"case": case.name, "schedule": schedule.name, "points": count} | dataclasses.asdict(cost)
 
 
-def by_steps(case: Case, schedule: Schedule, runs: int, seed: int) -> list[dict[str, Any]]:
-    """The indices when the integration is coarse: how much of them is the integrator's."""
+def indices_by_steps(case: Case, schedule: Schedule, runs: int, seed: int) -> list[dict[str, Any]]:
+    """Returns the indices for coarse integrations, which shows how much of them is integration error."""
     generator = torch.Generator().manual_seed(seed)
     level = schedule.level(schedule.noise_time)
     noise = torch.randn(runs, *case.distribution.shape, generator=generator, dtype=torch.float64)
     start = noise * level.noise_to_signal
     rows = []
     for steps in STEP_COUNTS:
-        found = transport_map(exact_field(case.distribution), start, schedule, FixedSteps(steps, order=2))
-        rows.append({"case": case.name, "schedule": schedule.name, "steps": steps} | indices(found.jacobian))
+        result = transport_map(exact_field(case.distribution), start, schedule, FixedSteps(steps, order=2))
+        rows.append({"case": case.name, "schedule": schedule.name, "steps": steps} | indices(result.jacobian))
     return rows
 
 
+# `pipe` is Any, because diffusers declares no types for the components of a pipeline.
 def learned_map(seed: int, count: int = 4, steps: int = 12, pipe: Any = None) -> dict[str, Any]:
-    """The same indices for the embedded checkpoint's own map, in 256 dimensions, from noise to latents.
+    """Computes the same indices for the embedded checkpoint's map from noise to latents, in 256 dimensions.
 
-    The asymmetry of the network's own Jacobian, which no score would have, is shown separately, and the map is carried
-    once more with that part taken out: the trajectories are the same, so the Jacobians are used again.
+    The Jacobian of a score is symmetric, but the network's is not. Its asymmetry is reported separately, and the map
+    is integrated a second time with the symmetric part of the Jacobians alone. The trajectories are the same, so the
+    Jacobians are used again.
 
     Cost: 14 `steps` evaluations of the denoiser on `count` samples, and 256 vector-Jacobian products at half of them;
     minutes on two cores.
 
     Args:
-        pipe: another pipeline than the embedded checkpoint's.
+        seed: seed of the noise.
+        count: number of samples.
+        steps: number of steps.
+        pipe: the pipeline; None: that of the embedded checkpoint.
     """
     begin = time.perf_counter()
     if pipe is None:
@@ -215,37 +222,37 @@ def learned_map(seed: int, count: int = 4, steps: int = 12, pipe: Any = None) ->
     start = schedule.level(schedule.noise_time).noise_to_signal * noise
     matrices: list[torch.Tensor] = []
     integration = FixedSteps(steps)
-    evaluations = integration.order * (steps + integration.coarser().num_steps)
+    evaluations = integration.order * (steps + integration.coarsen().num_steps)
 
     with tqdm(total=evaluations, desc="Jacobians of the checkpoint") as progress:
 
-        def own(state: DenoisingState, endpoint: torch.Tensor | None = None) -> FisherOperator:
+        def measure(state: DenoisingState, endpoint: torch.Tensor | None = None) -> FisherOperator:
             matrices.append(AutodiffFisher(denoiser, chunk_size=64)(state).dense().mT)
             progress.update()
             return MatrixOperator(state, matrices[-1])
 
-        found = transport_map(denoiser_field(denoiser, own), start, schedule, integration)
-    kept = iter(matrices)
+        result = transport_map(denoiser_field(denoiser, measure), start, schedule, integration)
+    remaining_matrices = iter(matrices)
 
-    def symmetrised(state: DenoisingState, endpoint: torch.Tensor | None = None) -> FisherOperator:
-        matrix = next(kept)
+    def symmetrise(state: DenoisingState, endpoint: torch.Tensor | None = None) -> FisherOperator:
+        matrix = next(remaining_matrices)
         return MatrixOperator(state, (matrix + matrix.mT) / 2)
 
-    without = transport_map(denoiser_field(denoiser, symmetrised), start, schedule, integration)
-    first = matrices[: integration.order * steps : integration.order]  # of each step's evaluations
+    symmetric_result = transport_map(denoiser_field(denoiser, symmetrise), start, schedule, integration)
+    step_matrices = matrices[: integration.order * steps : integration.order]  # the first evaluation of each step
     return {
         "samples": count, "steps": steps, "order": integration.order,
-        "noise_to_signal": found.noise_to_signal.tolist(),
-        "fisher_asymmetry_by_level": [float(asymmetry(matrix).mean()) for matrix in first],
-        "map": indices(found.jacobian), "map_asymmetry_by_level": asymmetry(found.jacobians).mean(1).tolist(),
-        "integration_error": found.error, "map_of_symmetrised_jacobians": indices(without.jacobian),
-        "symmetrised_asymmetry_by_level": asymmetry(without.jacobians).mean(1).tolist(),
-        "integration_error_symmetrised": without.error, "seconds": round(time.perf_counter() - begin, 1),
+        "noise_to_signal": result.noise_to_signal.tolist(),
+        "fisher_asymmetry_by_level": [float(asymmetry(matrix).mean()) for matrix in step_matrices],
+        "map": indices(result.jacobian), "map_asymmetry_by_level": asymmetry(result.jacobians).mean(1).tolist(),
+        "integration_error": result.error, "map_of_symmetrised_jacobians": indices(symmetric_result.jacobian),
+        "symmetrised_asymmetry_by_level": asymmetry(symmetric_result.jacobians).mean(1).tolist(),
+        "integration_error_symmetrised": symmetric_result.error, "seconds": round(time.perf_counter() - begin, 1),
     }  # fmt: skip
 
 
 class MatrixOperator(FisherMatrixOperator):
-    """F as a matrix a sample, (B, d, d), taken as it is."""
+    """Represents F by one matrix per sample, (B, d, d)."""
 
     def __init__(self, state: DenoisingState, matrix: torch.Tensor):
         super().__init__(state)
@@ -261,15 +268,18 @@ class MatrixOperator(FisherMatrixOperator):
 def run_study(
     output: Path, runs: int = 300, points: torch.Tensor | None = None, learned: bool = False, seed: int = 0
 ) -> dict[str, Any]:
-    """Runs the two-dimensional study (or the given points alone), prints its table and writes `output`: table.txt,
-    transport.json and plots.
+    """Runs the study, prints its table and writes table.txt, transport.json and plots into `output`.
 
     Args:
-        learned: also the embedded checkpoint's map, see `learned_map`.
+        output: folder of the results.
+        runs: number of random start points per case.
+        points: points (N, d) to study instead of the cases of the study; None: all cases.
+        learned: whether to study the embedded checkpoint's map too, see `learned_map`.
+        seed: seed of the start points.
 
     Raises:
-        InputError: fewer than two points or runs; a folder that can't be written. UnsupportedError: the extra
-            `transport` isn't installed.
+        InputError: there are fewer than two points or runs, or the folder can't be written.
+        UnsupportedError: the extra `transport` isn't installed.
     """
     if runs < 2:
         raise InputError(
@@ -277,17 +287,17 @@ def run_study(
         )
     cases = two_dimensional_cases() if points is None else [user_case(points)]
     for name in ("torchdiffeq", "ot"):
-        extra(name)
+        import_extra(name)
     check_writable(output)
     begin = time.perf_counter()
     rows, paths = [], {}
     print(HEADING)
     for case in cases:
         for schedule in SCHEDULES.values():
-            drawn = schedule.name == DRAWN_SCHEDULE and case.distribution.shape == (2,)
-            row, found = study(case, schedule, runs, seed, DRAWN_POINTS if drawn else 2)
-            if drawn:
-                paths[case.name] = found.trajectory[:, :DRAWN].clone()
+            is_plotted = schedule.name == PLOT_SCHEDULE and case.distribution.shape == (2,)
+            row, result = study(case, schedule, runs, seed, PLOT_POINTS if is_plotted else 2)
+            if is_plotted:
+                paths[case.name] = result.trajectory[:, :PLOT_TRAJECTORIES].clone()
             rows.append(row)
             print(_line(row), flush=True)
     higher = higher_dimensional_cases() if points is None else []
@@ -295,25 +305,28 @@ def run_study(
         row, _ = study(case, SCHEDULES["vp"], max(2, runs // 10), seed)
         rows.append(row)
         print(_line(row), flush=True)
-    lines = ("line along an axis", "line in general position")  # of their plans the rectangle's tells as much
-    chosen = [case for case in cases if case.name not in lines]
+    lines = ("line along an axis", "line in general position")  # left out: the rectangle's plan shows the same
+    plot_cases = [case for case in cases if case.name not in lines]
     report: dict[str, Any] = {
         "maps": rows,
-        "couplings": [coupling(case, SCHEDULES["edm"], 1024, seed) for case in chosen + higher],
+        "couplings": [coupling(case, SCHEDULES["edm"], 1024, seed) for case in plot_cases + higher],
         "by_steps": [
-            row for case in chosen[:1] for name in SCHEDULES for row in by_steps(case, SCHEDULES[name], 60, seed)
+            row
+            for case in plot_cases[:1]
+            for name in SCHEDULES
+            for row in indices_by_steps(case, SCHEDULES[name], 60, seed)
         ],
     }
     for row in report["couplings"]:
         print(
-            f"coupling, {row['case']}: {row['pairs']:.6f} a pair, optimal {row['optimal']:.6f}, gap {row['gap']:.2e} "
-            f"± {row['standard_error']:.1e}"
+            f"coupling, {row['case']}: {row['pairs']:.6f} per pair, optimal {row['optimal']:.6f}, "
+            f"gap {row['gap']:.2e} ± {row['standard_error']:.1e}"
         )
     _plots(output, report, paths)
     report["seconds"] = round(time.perf_counter() - begin, 1)
     with atomic_path(output / "table.txt") as temporary:
         temporary.write_text("\n".join([HEADING, *map(_line, rows)]) + "\n", encoding="utf-8")
-    write_json(output / "transport.json", report)  # before what takes longer
+    write_json(output / "transport.json", report)  # written before the long computation of the learned map
     if learned:
         report["learned"] = learned_map(seed)
         report_learned(output, report["learned"])
@@ -354,41 +367,41 @@ def _plots(output: Path, report: dict[str, Any], paths: dict[str, torch.Tensor])
     save_figure(figure, output / "index_by_steps.png")
     if not paths:
         return
-    found = {row["case"]: row["asymmetry"] for row in report["maps"] if row["schedule"] == DRAWN_SCHEDULE}
+    asymmetries = {row["case"]: row["asymmetry"] for row in report["maps"] if row["schedule"] == PLOT_SCHEDULE}
     figure = Figure(figsize=(4 * len(paths), 4), layout="constrained")
     for axes, (name, path) in zip(figure.subplots(1, len(paths), squeeze=False)[0], paths.items(), strict=True):
         _draw_paths(axes, path)
-        axes.set_title(f"{name}\nasymmetry {found[name]:.1e}")
-    figure.axes[0].set_ylabel(f"{DRAWN_SCHEDULE}: noise to data")
+        axes.set_title(f"{name}\nasymmetry {asymmetries[name]:.1e}")
+    figure.axes[0].set_ylabel(f"{PLOT_SCHEDULE}: noise to data")
     save_figure(figure, output / "maps.png")
 
 
-def _draw_paths(axes: Any, path: torch.Tensor) -> None:
-    """Trajectories (T, N, 2) from noise to data."""
+def _draw_paths(axes: Axes, path: torch.Tensor) -> None:
+    """Draws trajectories (T, N, 2) from noise to data."""
     for index in range(path.shape[1]):
         axes.plot(*path[:, index].T, linewidth=0.6, alpha=0.6, color="tab:blue")
-    axes.scatter(*path[0].T, s=6, color="tab:gray", label="noise")
-    axes.scatter(*path[-1].T, s=14, color="tab:red", label="data")
+    axes.scatter(path[0, :, 0], path[0, :, 1], s=6, color="tab:gray", label="noise")
+    axes.scatter(path[-1, :, 0], path[-1, :, 1], s=14, color="tab:red", label="data")
     axes.set_aspect("equal")
     axes.legend(fontsize=7)
 
 
-def report_learned(output: Path, found: dict[str, Any]) -> None:
-    """Prints what `learned_map` found, and draws it by noise level: learned.png in `output`."""
+def report_learned(output: Path, result: dict[str, Any]) -> None:
+    """Prints the result of `learned_map`, and draws it by noise level in the file learned.png in `output`."""
     from matplotlib.figure import Figure
 
-    own = found["fisher_asymmetry_by_level"]
+    fisher = result["fisher_asymmetry_by_level"]
     print(
-        f"embedded checkpoint, {found['samples']} samples: asymmetry of the map {found['map']['asymmetry']:.4f}, of "
-        f"the network's own Fisher {min(own):.4f} to {max(own):.4f}; of the map with that taken out "
-        f"{found['map_of_symmetrised_jacobians']['asymmetry']:.4f}"
+        f"embedded checkpoint, {result['samples']} samples: asymmetry of the map {result['map']['asymmetry']:.4f}, of "
+        f"the network's Fisher {min(fisher):.4f} to {max(fisher):.4f}, of the map with symmetric Jacobians "
+        f"{result['map_of_symmetrised_jacobians']['asymmetry']:.4f}"
     )
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    levels = found["noise_to_signal"]
-    axes.plot(levels[:-1], own, label="the network's own Fisher at this level")
-    axes.plot(levels[1:], found["map_asymmetry_by_level"][1:], label="the map from noise to this level")
-    axes.plot(levels[1:], found["symmetrised_asymmetry_by_level"][1:], "--", label="the same, Jacobians symmetrised")
+    levels = result["noise_to_signal"]
+    axes.plot(levels[:-1], fisher, label="the network's Fisher at this level")
+    axes.plot(levels[1:], result["map_asymmetry_by_level"][1:], label="the map from noise to this level")
+    axes.plot(levels[1:], result["symmetrised_asymmetry_by_level"][1:], "--", label="the same, symmetric Jacobians")
     axes.set(xscale="log", yscale="log", xlabel="noise to signal", ylabel="asymmetry")
     axes.invert_xaxis()
     axes.legend()
