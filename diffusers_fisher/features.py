@@ -14,7 +14,7 @@ OUTPUT_NORMS = ("conv_norm_out", "norm_out")
 """Names of the normalisation before the output layers, in diffusers' UNets and transformers."""
 
 
-def output_norm(network: torch.nn.Module) -> torch.nn.Module | None:
+def output_norm(network: torch.nn.Module | None) -> torch.nn.Module | None:
     """Returns the module whose input is the network's last hidden layer.
 
     Returns None if the network has no such module, or if it is compiled: compiled networks don't call hooks.
@@ -37,7 +37,7 @@ def summary(hidden: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def record_summaries(network: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+def record_summaries(network: torch.nn.Module | None) -> Iterator[list[torch.Tensor]]:
     """Yields a list to which every evaluation of the network inside the block appends its `summary`.
 
     The list stays empty where `output_norm` returns None.

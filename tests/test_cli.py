@@ -70,7 +70,7 @@ def test_unwritable_folder_is_an_error_before_any_work(tmp_path, monkeypatch, be
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr.startswith(f"Error: The folder '{blocked / below}' can't be written: ")
-    assert result.stderr.endswith("Name another one.\n")
+    assert result.stderr.endswith("Name another folder.\n")
     assert blocked.read_text() == "kept"
 
 

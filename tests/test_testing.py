@@ -202,7 +202,7 @@ def test_bad_mixtures_are_refused(covariances, weights, message):
         MixtureOracle(MEANS, covariances, weights)
 
 
-def test_levels_a_sample_are_refused():
+def test_levels_per_sample_are_refused():
     level = NoiseLevel(torch.full((2,), 0.8, dtype=torch.float64), torch.full((2,), 0.6, dtype=torch.float64))
-    with pytest.raises(InputError, match=r"one noise level a call, got levels of shape \(2,\)"):
+    with pytest.raises(InputError, match=r"one noise level per call, got levels of shape \(2,\)"):
         ORACLES["mixture"].score(torch.zeros(2, *ORACLE_SHAPE, dtype=torch.float64), level)

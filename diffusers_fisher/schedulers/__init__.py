@@ -1,4 +1,4 @@
-"""Differentiable schedulers."""
+"""Schedulers through whose steps gradients can be computed without a graph in the denoiser."""
 
 from .catalog import CATALOG, fisher_scheduler
 from .mixin import FisherSchedulerMixin

@@ -1,4 +1,4 @@
-"""Fisher versions of diffusers' schedulers. Each is its parent, with `differentiable` added."""
+"""Fisher versions of diffusers' schedulers. Each class adds the method `differentiable` to its parent."""
 
 from typing import Any
 
@@ -116,7 +116,7 @@ CATALOG = {
 """Every Fisher scheduler by class name."""
 
 for _class in CATALOG.values():
-    # A saved component names the module it is loaded from; the public one survives moves within the package.
+    # A saved component names the module that it is loaded from. The public module stays the same when files move.
     _class.__module__ = "diffusers_fisher"
 
 

@@ -1,4 +1,4 @@
-"""What makes any diffusers scheduler differentiable."""
+"""The mixin that makes any diffusers scheduler differentiable."""
 
 import functools
 from contextlib import AbstractContextManager
@@ -7,23 +7,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..fisher.estimator import FisherEstimator
-from .trajectory import Trajectory, recording
+from .trajectory import Trajectory, record_run
 
 if TYPE_CHECKING:
-    from diffusers.configuration_utils import ConfigMixin
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
-
-    class Scheduler(SchedulerMixin, ConfigMixin):
-        """What all of diffusers' schedulers are."""
-
+    from .trajectory import Scheduler
 else:
-    Scheduler = object  # at run time the mixin stands before the stock class
+    Scheduler = object  # at run time the mixin stands before the diffusers class
 
 
 class FisherSchedulerMixin(Scheduler):
     """Adds `differentiable` to a diffusers scheduler: `class MyFisherScheduler(FisherSchedulerMixin, MyScheduler)`.
 
-    Outside a `differentiable` block the class is its parent, bit for bit.
+    Outside a `differentiable` block the class gives the results of its parent, bit for bit.
     """
 
     _trajectory: Trajectory | None = None
@@ -47,10 +42,10 @@ class FisherSchedulerMixin(Scheduler):
 
         @functools.wraps(parent_noise)
         def add_noise(self, *args, **kwargs):
-            noised = parent_noise(self, *args, **kwargs)
+            result = parent_noise(self, *args, **kwargs)
             if self._trajectory is not None:
-                self._trajectory.noised = noised
-            return noised
+                self._trajectory.noised_sample = result
+            return result
 
         cls.add_noise = add_noise  # type: ignore[attr-defined]
 
@@ -63,17 +58,20 @@ class FisherSchedulerMixin(Scheduler):
         """Records the run inside the block so that it can be differentiated without a graph in the denoiser.
 
         Args:
-            estimator: what stands in for the denoiser's Jacobian in the backward pass, such as `DirectFisher()`.
-            changed_latents: what to do when something between two steps changes the latents: "refuse", or "additive"
-                to go on as though a constant had been added.
-            controls: added to the model's output, one tensor (B, ...) a step that requires a gradient, which
-                `trajectory.gradients` then gives; steps beyond the list's end append zeros to it. None: no controls.
+            estimator: Fisher estimator that replaces the denoiser's Jacobian in the backward pass, such as
+                `DirectFisher()`.
+            changed_latents: what happens if the latents change between two steps: "refuse" raises an error, "additive"
+                continues as if a constant had been added.
+            controls: list of tensors (B, ...), one per step, that are added to the model output and require a
+                gradient, which `trajectory.gradients` returns. A step beyond the end of the list appends zeros to it.
+                None: no controls.
 
         Yields:
             The `Trajectory`, whose `gradient(loss)` is d loss / d latents.
 
         Raises:
-            TrajectoryError: nested blocks; inside the run: inference mode, learned variance, changed latents.
-            UnsupportedError: inside the run: a scheduler or prediction type whose noise level is not known.
+            TrajectoryError: blocks are nested; or the run inside the block uses inference mode or learned variance, or
+                changes the latents.
+            UnsupportedError: the noise levels of the run's scheduler or prediction type are not known.
         """
-        return recording(self, Trajectory(estimator, changed_latents, controls))
+        return record_run(self, Trajectory(estimator, changed_latents, controls))

@@ -1,12 +1,12 @@
 """Levenberg-Marquardt-Langevin sampling: the noise direction preconditioned by a damped rank-one curvature.
 
-Notation: the Hessian's stand-in is H = lambda I + m m^T with m = kappa eps_prev + (1 - kappa) eps (Wang et al., ICCV
-2025, arXiv 2505.24222). Its inverse on eps, brought back to the length of eps, takes the place of eps as the direction
-that points from the predicted x_0 to the sample; x_0 itself is kept.
+Notation: the Hessian is approximated by H = lambda I + m m^T with m = kappa eps_prev + (1 - kappa) eps (Wang et al.,
+ICCV 2025, arXiv 2505.24222). H^-1 eps, rescaled to the length of eps, replaces eps as the direction from the predicted
+x_0 to the sample. The predicted x_0 does not change.
 
-That is a rotation of the sample about x_0: with eps' in place of eps, x' = alpha x_0 + sigma eps' is a sample of the
-same level, and the parent's own step from x', with the output that says (x_0, eps'), is the LML step. So it is a
-composition over any scheduler whose step is a function of x_0 and eps.
+This is a rotation of the sample about x_0: x' = alpha x_0 + sigma eps', with eps' in place of eps, is a sample of the
+same level. The LML step is the parent's own step from x', with the model output that belongs to (x_0, eps'). So it
+works with any scheduler whose step is a function of x_0 and eps.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ OPTIONS = {"lml_lambda": 1.0, "lml_kappa": 0.1, "lml_freeze": 0.0}
 
 
 class DampedRankOneOperator(FisherMatrixOperator):
-    """lambda I + m m^T at a state.
+    """Represents lambda I + m m^T at a state.
 
     Args:
         damping: lambda, (B,) float64, positive.
@@ -46,20 +47,22 @@ class DampedRankOneOperator(FisherMatrixOperator):
         return per_sample(self._damping, v) * v + self._direction * per_sample(dot(self._direction, v), v)
 
     def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        """Sherman-Morrison: (v - m <m, v>/(a + |m|^2))/a with a = lambda + shift."""
+        """Returns (v - m <m, v>/(a + |m|^2))/a with a = lambda + shift (Sherman-Morrison)."""
         m, identity = self._direction, (self._damping + shift).to(v.device)
         along = dot(m, v) / (identity + dot(m, m))
         return (v - per_sample(along, v) * m) / per_sample(identity, v)
 
 
-def preconditioned(
+def precondition(
     epsilon: torch.Tensor, previous: torch.Tensor, state: DenoisingState, damping: float, kappa: float
 ) -> torch.Tensor:
-    """eps' = H^-1 eps, of the length of eps, (B, ...); float32 or wider, as `epsilon`.
+    """Returns eps' = H^-1 eps, rescaled to the length of eps: (B, ...), in the dtype of `epsilon`.
 
     Args:
-        epsilon, previous: (B, ...) predicted noise of this step and of the one before.
-        damping: lambda relative to the number of dimensions, which |m|^2 is about.
+        epsilon, previous: predicted noise of this step and of the previous step, (B, ...), float32 or wider.
+        state: denoising state of this step.
+        damping: lambda relative to the number of dimensions, which is about |m|^2.
+        kappa: weight of the previous step in m.
     """
     direction = kappa * previous + (1 - kappa) * epsilon
     count, dimensions = len(epsilon), epsilon[0].numel()
@@ -74,20 +77,20 @@ def preconditioned(
 class LMLSchedulerMixin:
     """Adds Levenberg-Marquardt-Langevin directions to a diffusers scheduler: `class X(LMLSchedulerMixin, Parent)`.
 
-    Cost: some inner products a step; no denoiser call. All inner products are accumulated in float64, the rotation is
-    done in float32 or wider, so half precision is safe.
+    Cost: some inner products per step, and no denoiser call. All inner products are accumulated in float64, and the
+    rotation is computed in float32 or wider, so half precision is safe.
 
-    To first order in what the predicted noise has changed by since the step before, D, the direction is
-    eps + (kappa/lambda) D without its part along eps: kappa/lambda is what counts, and 0.1, the default, is mild.
+    Let D be the change of the predicted noise since the previous step. To first order in D, the direction is
+    eps + (kappa/lambda) D without its part along eps. Only the ratio kappa/lambda matters; the default 0.1 is mild.
 
-    Config, beside the parent's:
-        lml_lambda: damping relative to the number of dimensions; the larger, the nearer to the parent.
-        lml_kappa: weight of the step before in m; 0 is the parent exactly (a warning says so), because a rank-one
-            curvature along eps itself does not turn it.
-        lml_freeze: fraction of the first steps that are left to the parent.
+    Config, in addition to the parent's config:
+        lml_lambda: damping relative to the number of dimensions; a large value gives nearly the parent's steps.
+        lml_kappa: weight of the previous step in m. With 0 the scheduler equals its parent, and a warning says so: a
+            rank-one curvature along eps does not turn eps.
+        lml_freeze: fraction of the steps, from the first one, that the parent does without a rotation.
 
     Raises:
-        InputError: lambda not positive, kappa outside [0, 1), freeze outside [0, 1].
+        InputError: lambda is not positive, kappa is outside [0, 1), or freeze is outside [0, 1].
     """
 
     _previous_epsilon: torch.Tensor | None = None
@@ -96,37 +99,40 @@ class LMLSchedulerMixin:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if LMLSchedulerMixin not in cls.__bases__:
-            return  # a subclass of a class that has it all, such as its Fisher version
+            return  # a subclass of an LML class, such as its Fisher version, inherits these methods
         parent = cls.__mro__[cls.__mro__.index(LMLSchedulerMixin) + 1]
-        cls.__init__ = _init_of(parent)  # type: ignore[method-assign]
-        cls.step = _step_of(parent)  # type: ignore[attr-defined]
-        cls.set_timesteps = _set_timesteps_of(parent)  # type: ignore[attr-defined]
+        cls.__init__ = _make_init(parent)  # type: ignore[method-assign]
+        cls.step = _make_step(parent)  # type: ignore[attr-defined]
+        cls.set_timesteps = _make_set_timesteps(parent)  # type: ignore[attr-defined]
 
-    def _turned(
+    def _rotate(
         self, model_output: torch.Tensor, timestep: Timestep, sample: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Model output and sample with the noise direction preconditioned."""
-        scheduler: Any = self  # the class beside this mixin is diffusers'
+        """Returns model output and sample after the noise direction was preconditioned."""
+        scheduler: Any = self  # Any: the second base class is one of diffusers' schedulers
         config, dtype = scheduler.config, torch.promote_types(sample.dtype, torch.float32)
         index = noise_schedule(scheduler).start_step(timestep)
         state = state_of(scheduler, sample.to(dtype), model_output.to(dtype), timestep, index)
         epsilon, previous = state.epsilon, self._previous_epsilon
         self._previous_epsilon = epsilon.detach()
         self._steps_taken += 1
-        frozen = self._steps_taken <= config.lml_freeze * len(scheduler.timesteps)
-        if frozen or previous is None or config.lml_kappa == 0 or not bool((state.level.alpha > 0).all()):
+        in_freeze = self._steps_taken <= config.lml_freeze * len(scheduler.timesteps)
+        if in_freeze or previous is None or config.lml_kappa == 0 or not bool((state.level.alpha > 0).all()):
             return model_output, sample
-        turned = preconditioned(epsilon, previous.to(epsilon), state, config.lml_lambda, config.lml_kappa)
-        original = state.pred_original_sample
-        moved = expand(state.level.alpha, original) * original + expand(state.level.sigma, turned) * turned
-        noise, clean, identity = state.prediction.output_coefficients(state.level)
-        output = expand(noise, turned) * turned + expand(clean, turned) * original + expand(identity, turned) * moved
-        return output.to(model_output.dtype), moved.to(sample.dtype)
+        direction = precondition(epsilon, previous.to(epsilon), state, config.lml_lambda, config.lml_kappa)
+        x0 = state.pred_original_sample
+        x = expand(state.level.alpha, x0) * x0 + expand(state.level.sigma, direction) * direction
+        noise, clean, identity = (expand(value, x) for value in state.prediction.output_coefficients(state.level))
+        output = noise * direction + clean * x0 + identity * x
+        return output.to(model_output.dtype), x.to(sample.dtype)
 
 
-def _init_of(parent: type) -> Any:
-    """The parent's constructor with our options: its signature too, which diffusers reads configs by."""
-    parent_init: Any = parent.__init__
+def _make_init(parent: type) -> Callable[..., None]:
+    """Returns the parent's constructor with the options added.
+
+    Its signature has the options too, because diffusers reads a config by the signature.
+    """
+    parent_init: Callable[..., None] = parent.__init__
 
     @functools.wraps(parent_init)
     def __init__(self, *args, **kwargs):
@@ -136,21 +142,23 @@ def _init_of(parent: type) -> Any:
         self.register_to_config(**options)
 
     signature = inspect.signature(parent_init)
-    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in OPTIONS.items()]
-    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *own])  # type: ignore[attr-defined]
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in OPTIONS.items()
+    ]
+    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *options])  # type: ignore[attr-defined]
     return __init__
 
 
-def _step_of(parent: Any) -> Any:
+def _make_step(parent: Any) -> Callable:  # Any: diffusers' schedulers have no base class with `step`
     @functools.wraps(parent.step)
     def step(self, model_output, timestep, sample, *args, **kwargs):
-        output, moved = self._turned(model_output, timestep, sample)
-        return parent.step(self, output, timestep, moved, *args, **kwargs)
+        output, rotated_sample = self._rotate(model_output, timestep, sample)
+        return parent.step(self, output, timestep, rotated_sample, *args, **kwargs)
 
     return step
 
 
-def _set_timesteps_of(parent: Any) -> Any:
+def _make_set_timesteps(parent: Any) -> Callable:  # Any: as in `_make_step`
     @functools.wraps(parent.set_timesteps)
     def set_timesteps(self, *args, **kwargs):
         self._previous_epsilon, self._steps_taken = None, 0
@@ -161,15 +169,15 @@ def _set_timesteps_of(parent: Any) -> Any:
 
 def _check(lml_lambda: float, lml_kappa: float, lml_freeze: float) -> None:
     if not 0 < lml_lambda < float("inf"):
-        raise InputError(f"`lml_lambda` is {lml_lambda}; allowed: positive, relative to the dimension, such as 1.0.")
+        raise InputError(f"`lml_lambda` is {lml_lambda}; allowed: a positive number, such as 1.0.")
     if not 0 <= lml_kappa < 1:
-        raise InputError(f"`lml_kappa` is {lml_kappa}; allowed: 0 to below 1, such as 0.1.")
+        raise InputError(f"`lml_kappa` is {lml_kappa}; allowed: 0 to less than 1, such as 0.1.")
     if not 0 <= lml_freeze <= 1:
         raise InputError(f"`lml_freeze` is {lml_freeze}; allowed: 0 to 1, a fraction of the steps.")
     if lml_kappa == 0:
         warnings.warn(
-            "`lml_kappa` is 0: a curvature along the predicted noise alone does not turn it, so this is the parent "
-            "scheduler, whatever `lml_lambda`. Pass a positive `lml_kappa`, such as 0.1.",
+            "`lml_kappa` is 0: a curvature along the predicted noise does not turn it, so this is the parent "
+            "scheduler for every `lml_lambda`. Pass a positive `lml_kappa`, such as 0.1.",
             stacklevel=3,
         )
 
@@ -187,4 +195,4 @@ class LMLFlowMatchEulerDiscreteScheduler(LMLSchedulerMixin, FlowMatchEulerDiscre
 
 
 for _class in (LMLDDIMScheduler, LMLDPMSolverMultistepScheduler, LMLFlowMatchEulerDiscreteScheduler):
-    _class.__module__ = "diffusers_fisher"  # the public module is what a saved component names
+    _class.__module__ = "diffusers_fisher"  # a saved component names the public module

@@ -1,4 +1,4 @@
-"""Is the map of the probability-flow ODE an optimal transport map? A numerical check through the diffusion Fisher.
+"""A numerical check, by the diffusion Fisher, whether the map of the probability-flow ODE is an optimal transport map.
 
 Notation: x = alpha(t) x_0 + sigma(t) eps; the PF-ODE is dx/dt = (alpha'/alpha) x + (sigma' - sigma alpha'/alpha) eps.
 The Jacobian A of its map obeys the same linear equation with d eps/dx = sigma F in place of eps (the DF ODE, Wang et
@@ -12,38 +12,41 @@ import dataclasses
 import importlib
 import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from ..denoiser import Denoiser
+from ..distributions import Distribution
 from ..errors import InputError, NumericalError, UnsupportedError
 from ..fisher.estimator import FisherEstimator, check_estimator
 from ..fisher.operator import FisherOperator
 from ..noise import NoiseLevel, expand, log_noise_to_signal_range, timestep_at
 
 DENSE_LIMIT = 4096
-"""Largest dimension of one sample whose whole Jacobian is carried."""
+"""Largest number of dimensions of a sample for which `transport_map` computes the whole Jacobian."""
 
 Coefficient = Callable[[torch.Tensor], torch.Tensor]
 
 
-CHECKED = 101
-"""Times at which a schedule is checked, both ends among them."""
+NUM_CHECK_TIMES = 101
+"""Number of times at which a schedule is checked, including both ends."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A noise schedule in its own time and coordinates.
+    """Describes a noise schedule in its own time and coordinates.
 
     Args:
-        alpha, sigma: functions of the time, float64 scalars; differentiable.
-        data_time, noise_time: where the map ends and where it starts, 0 < data_time < noise_time: steps are taken in
-            log time.
+        name: name of the schedule in tables.
+        alpha, sigma: differentiable functions of the time, a float64 scalar.
+        data_time, noise_time: times at which the map ends and starts, 0 < data_time < noise_time, because steps are
+            equal in log time.
 
     Raises:
-        InputError: time, sigma or alpha not positive and finite at one of the ends or between them: the ODE is
-            singular there; sigma/alpha that does not grow with time.
+        InputError: time, sigma or alpha is not positive and finite at or between the ends, where the ODE would be
+            singular; or sigma/alpha does not grow with time.
     """
 
     name: str
@@ -58,40 +61,43 @@ class Schedule:
                 f"Schedule '{self.name}' has data_time {self.data_time}, noise_time {self.noise_time}; allowed: "
                 "0 < data_time < noise_time. Stop short of a singular end."
             )
-        between = torch.linspace(math.log(self.data_time), math.log(self.noise_time), CHECKED, dtype=torch.float64)
-        before = 0.0
-        for time in (self.data_time, *between[1:-1].exp().tolist(), self.noise_time):
+        log_times = torch.linspace(
+            math.log(self.data_time), math.log(self.noise_time), NUM_CHECK_TIMES, dtype=torch.float64
+        )
+        previous_ratio = 0.0
+        for time in (self.data_time, *log_times[1:-1].exp().tolist(), self.noise_time):
             level = self.level(time)
             if not (0 < float(level.alpha) < math.inf and 0 < float(level.sigma) < math.inf):
                 raise InputError(
                     f"Schedule '{self.name}' has alpha {float(level.alpha):.3g}, sigma {float(level.sigma):.3g} at "
                     f"time {time:.6g}; both must be positive and finite. Stop short of the singular time."
                 )
-            if float(level.noise_to_signal) <= before:
+            if float(level.noise_to_signal) <= previous_ratio:
                 raise InputError(
                     f"Schedule '{self.name}' has sigma/alpha {float(level.noise_to_signal):.3g} at time {time:.6g}, "
-                    f"{before:.3g} before it; allowed: growing with time, from the data to the noise."
+                    f"{previous_ratio:.3g} before it; allowed: growing with time, from the data to the noise."
                 )
-            before = float(level.noise_to_signal)
+            previous_ratio = float(level.noise_to_signal)
 
     def level(self, time: torch.Tensor | float) -> NoiseLevel:
-        """Noise level at `time`."""
+        """Returns the noise level at `time`."""
         time = torch.as_tensor(time, dtype=torch.float64)
         return NoiseLevel(self.alpha(time), self.sigma(time))
 
     def rates(self, time: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(a, b) with dx/dt = a x + b eps."""
+        """Returns (a, b) with dx/dt = a x + b eps."""
         with torch.inference_mode(False), torch.enable_grad():
             time = time.clone().requires_grad_()
             values = [function(time) for function in (self.alpha, self.sigma)]
             slopes = [torch.autograd.grad(v, time)[0] if v.requires_grad else torch.zeros_like(v) for v in values]
         (alpha, sigma), (alpha_rate, sigma_rate) = [value.detach() for value in values], slopes
         drift = alpha_rate / alpha
+        # In units of the data, x/alpha, only sigma/alpha changes; this is alpha times the derivative of sigma/alpha.
         return drift, sigma_rate - sigma * drift
 
 
 def _scaled_linear_alpha(time: torch.Tensor) -> torch.Tensor:
-    """Stable Diffusion's schedule in continuous time: beta(t) = 1000 (a + (b - a) t)^2, a^2 = 0.00085, b^2 = 0.012."""
+    """Returns alpha for beta(t) = 1000 (a + (b - a) t)^2, a^2 = 0.00085, b^2 = 0.012: Stable Diffusion's schedule."""
     start, slope = 0.00085**0.5, 0.012**0.5 - 0.00085**0.5
     return torch.exp(-0.5 * 1000 * ((start + slope * time) ** 3 - start**3) / (3 * slope))
 
@@ -106,38 +112,39 @@ SCHEDULES = {
         Schedule("flow-matching", lambda t: 1 - t, lambda t: t * 1.0, 0.03, 0.95),
     )
 }
-"""The five of the field. VE's time is its variance and EDM's its standard deviation, both up to 1, as in the paper's
-experiment; all start near noise-to-signal 0.03."""
+"""The five usual schedules by name. The time of VE is its variance and the time of EDM its standard deviation, both up
+to 1, as in the paper's experiment. All end near a noise-to-signal ratio of 0.03."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Adaptive:
-    """Step-size control (torchdiffeq's `dopri8`) to a relative tolerance; for closed forms in float64."""
+class AdaptiveSteps:
+    """Chooses steps (torchdiffeq's `dopri8`) for a relative tolerance; for closed forms in float64."""
 
     tolerance: float = 1e-8
 
     def arguments(self, grid: torch.Tensor) -> dict[str, Any]:
-        """For `torchdiffeq.odeint` over `grid`."""
-        # Without `step_t` the last step runs past the end and is interpolated back, at fourth order: a hundred times
-        # the error of the steps themselves. Points in between are for pictures.
-        ends = {"step_t": grid[-1:]}
-        return {"method": "dopri8", "rtol": self.tolerance, "atol": self.tolerance * 1e-3, "options": ends}
+        """Returns the arguments of `torchdiffeq.odeint` over `grid`."""
+        # Without `step_t` the last step would pass the end, and the result there would be interpolated at fourth
+        # order, with a hundred times the error of the steps. Interpolation between the ends serves pictures only.
+        options = {"step_t": grid[-1:]}
+        return {"method": "dopri8", "rtol": self.tolerance, "atol": self.tolerance * 1e-3, "options": options}
 
-    def coarser(self) -> Adaptive:
-        """What the error is measured against."""
-        return Adaptive(10 * self.tolerance)
+    def coarsen(self) -> AdaptiveSteps:
+        """Returns the coarser integration that the error is measured with."""
+        return AdaptiveSteps(10 * self.tolerance)
 
     def grid(self, schedule: Schedule, num_points: int) -> torch.Tensor:
-        """Log times at which results are kept, from noise to data."""
+        """Returns the log times at which results are kept, from noise to data."""
         return _log_times(schedule, num_points)
 
 
 @dataclasses.dataclass(frozen=True)
 class FixedSteps:
-    """A given number of steps of a Runge-Kutta rule, equal in log time; for learned denoisers.
+    """Takes a fixed number of Runge-Kutta steps, equal in log time; for learned denoisers.
 
     Args:
-        order: 4 (the 3/8 rule) or 2 (the midpoint rule); as many evaluations a step.
+        num_steps: number of steps, at least 2.
+        order: 4 (the 3/8 rule) or 2 (the midpoint rule); also the number of evaluations per step.
     """
 
     num_steps: int = 16
@@ -150,16 +157,19 @@ class FixedSteps:
             raise InputError(f"`order` is {self.order}; allowed: 2 or 4.")
 
     def arguments(self, grid: torch.Tensor) -> dict[str, Any]:
-        """For `torchdiffeq.odeint` over `grid`."""
+        """Returns the arguments of `torchdiffeq.odeint` over `grid`."""
         return {"method": {2: "midpoint", 4: "rk4"}[self.order]}
 
-    def coarser(self) -> FixedSteps:
-        """What the error is measured against: so many steps that the difference is about twice the error or more."""
+    def coarsen(self) -> FixedSteps:
+        """Returns the coarser integration that the error is measured with.
+
+        It has so few steps that the difference of the results is at least about twice the error.
+        """
         steps = self.num_steps // 2 if self.order == 2 else 3 * self.num_steps // 4
         return FixedSteps(max(2, steps), self.order)
 
     def grid(self, schedule: Schedule, num_points: int) -> torch.Tensor:
-        """The steps themselves: every one is kept."""
+        """Returns the log times of all steps, from noise to data; every step is kept."""
         return _log_times(schedule, self.num_steps + 1)
 
 
@@ -169,14 +179,14 @@ def _log_times(schedule: Schedule, count: int) -> torch.Tensor:
 
 Products = Callable[[torch.Tensor], torch.Tensor]
 Field = Callable[[torch.Tensor, NoiseLevel], tuple[torch.Tensor, Products]]
-"""`(x, level)` to the predicted noise (B, ...) and a function from vectors (k, B, ...) to the products with its
-Jacobian, d eps/dx v: what moves samples and their Jacobians."""
+"""A function of `(x, level)` that moves samples and their Jacobians. It returns the predicted noise (B, ...), and a
+function from vectors v (k, B, ...) to the products with the Jacobian of the predicted noise, d eps/dx v."""
 
 
-def exact_field(distribution: Any) -> Field:
-    """The field of a distribution in closed form (`DiracMixture`, `GaussianMixture`)."""
+def exact_field(distribution: Distribution) -> Field:
+    """Returns the field of a distribution in closed form (`DiracMixture`, `GaussianMixture`)."""
 
-    def evaluate(x: torch.Tensor, level: NoiseLevel):
+    def evaluate(x: torch.Tensor, level: NoiseLevel) -> tuple[torch.Tensor, Products]:
         posterior = distribution.posterior(x, level)
         return posterior.epsilon, lambda vectors: expand(level.sigma, x) * posterior.fisher(vectors)
 
@@ -184,54 +194,58 @@ def exact_field(distribution: Any) -> Field:
 
 
 def denoiser_field(denoiser: Denoiser, estimator: FisherEstimator) -> Field:
-    """The field of a learned denoiser, its Jacobian by any estimator; one without a denoiser gets this one.
+    """Returns the field of a learned denoiser, with its Jacobian by any estimator.
 
-    Cost an evaluation: one denoiser call, and the estimator's whole matrix (d products) or one product a direction.
+    An estimator without a denoiser gets `denoiser`. Cost per evaluation: one denoiser call, and the estimator's whole
+    matrix (d products) or one product per direction.
 
     Raises:
-        InputError: something else than an estimator, or a trace model of another denoiser.
+        InputError: `estimator` is no estimator, or its trace model belongs to another denoiser.
     """
     estimator = check_estimator(estimator).bind(denoiser)
 
-    def evaluate(x: torch.Tensor, level: NoiseLevel):
+    def evaluate(x: torch.Tensor, level: NoiseLevel) -> tuple[torch.Tensor, Products]:
         timestep = timestep_at(denoiser.scheduler, level.log_noise_to_signal)
-        own = denoiser.level(timestep)
-        scale = expand(own.alpha / level.alpha, x)
+        # The denoiser's level has the same sigma/alpha, but its own alpha: the sample is rescaled to it.
+        model_level = denoiser.level(timestep)
+        scale = expand(model_level.alpha / level.alpha, x)
         state = denoiser.state((scale * x).to(torch.float32), timestep.to(torch.float32))
         operator = estimator(state)
-        factor = scale * expand(own.sigma, x)
+        factor = scale * expand(model_level.sigma, x)  # d eps/dx = sigma F at the model's sample, times `scale`
         return state.epsilon.to(x.dtype), lambda vectors: factor * _products(operator, vectors)
 
     return evaluate
 
 
 def model_schedule(denoiser: Denoiser) -> Schedule:
-    """The levels that the denoiser's scheduler covers, with sigma/alpha as time."""
+    """Returns the schedule of all levels of the denoiser's scheduler, with sigma/alpha as time."""
     low, high = log_noise_to_signal_range(denoiser.scheduler)
     return Schedule("model", torch.ones_like, lambda t: t * 1.0, math.exp(low), math.exp(high))
 
 
 def _products(operator: FisherOperator, vectors: torch.Tensor) -> torch.Tensor:
-    """F v (not F^T v) for every vector; the whole matrix once where there are many."""
-    narrow = vectors.to(operator.state.sample.dtype)
+    """Returns F v (not F^T v) for every vector. The whole matrix is computed once where there are many vectors."""
     if 4 * len(vectors) < vectors[0, 0].numel():
-        return operator.transposed().matmat(narrow).to(vectors.dtype)
+        return operator.transposed().matmat(vectors.to(operator.state.sample.dtype)).to(vectors.dtype)
     matrix = operator.dense().to(vectors.dtype)
-    matrix = matrix if operator.symmetric else matrix.mT  # matvec of a learned operator is the transposed product
+    matrix = matrix if operator.symmetric else matrix.mT  # `matvec` of a learned operator is the transposed product
     return torch.einsum("bde,kbe->kbd", matrix, vectors.flatten(2)).view_as(vectors)
 
 
 @dataclasses.dataclass
 class TransportMap:
-    """The PF-ODE map from noise to data at some points, with its Jacobian.
+    """Holds the PF-ODE map from noise to data at some points, with its Jacobian.
 
-    All in units of the data (x/alpha), whatever the schedule's own coordinates.
+    All values are in units of the data (x/alpha), for every schedule.
 
     Args:
-        start: (B, ...) at the noise end. end: (B, ...) at the data end.
-        jacobian: (B, d, k) of the map at `start`, applied to the directions.
-        trajectory: (T, B, ...). jacobians: (T, B, d, k). noise_to_signal: (T,).
-        error: largest change of `jacobian` relative to its norm when the integration is coarser.
+        start: points at the noise end, (B, ...).
+        end: points at the data end, (B, ...).
+        jacobian: Jacobian of the map at `start`, applied to the directions, (B, d, k).
+        trajectory: points at every level, (T, B, ...).
+        jacobians: Jacobians at every level, (T, B, d, k).
+        noise_to_signal: sigma/alpha of every level, (T,).
+        error: largest change of `jacobian`, relative to its norm, when the integration is coarser.
     """
 
     start: torch.Tensor
@@ -247,36 +261,39 @@ def transport_map(
     field: Field,
     start: torch.Tensor,
     schedule: Schedule,
-    integration: Adaptive | FixedSteps | None = None,
+    integration: AdaptiveSteps | FixedSteps | None = None,
     directions: torch.Tensor | None = None,
     num_points: int = 2,
 ) -> TransportMap:
-    """Carries `start` and the map's Jacobian from the schedule's noise end to its data end.
+    """Integrates `start` and the map's Jacobian from the schedule's noise end to its data end.
 
     Args:
-        start: (B, ...) float64 points at the noise end, in units of the data (x/alpha).
-        integration: `Adaptive()` by default; `FixedSteps(n)` for learned denoisers.
-        directions: (k, B, ...) that the Jacobian is applied to; None: all d of them, the whole matrix.
-        num_points: levels kept with adaptive steps, both ends included; those in between are interpolated.
+        field: the field that moves samples, by `exact_field` or `denoiser_field`.
+        start: points at the noise end, (B, ...) float64, in units of the data (x/alpha).
+        schedule: the noise schedule.
+        integration: `AdaptiveSteps()` by default; `FixedSteps(n)` for learned denoisers.
+        directions: vectors (k, B, ...) that the Jacobian is applied to; None: all d directions, the whole matrix.
+        num_points: number of levels kept with adaptive steps, including both ends; the others are interpolated.
 
     Raises:
-        InputError: more than `DENSE_LIMIT` dimensions without directions. NumericalError: a result is not finite.
+        InputError: the samples have more than `DENSE_LIMIT` dimensions, and no directions were passed.
+        NumericalError: a result is not finite.
     """
-    integration = Adaptive() if integration is None else integration
+    integration = AdaptiveSteps() if integration is None else integration
     dimensions = start[0].numel()
     if directions is None:
         if dimensions > DENSE_LIMIT:
             raise InputError(
-                f"A whole Jacobian of {dimensions} dimensions is too large (limit {DENSE_LIMIT}); pass `directions`, "
-                "some (k, B, ...) vectors, to have the products with these alone."
+                f"A whole Jacobian of {dimensions} dimensions is too large (limit {DENSE_LIMIT}). Pass `directions`, "
+                "vectors of shape (k, B, ...), to compute only the products with them."
             )
         identity = torch.eye(dimensions, dtype=start.dtype, device=start.device)
         directions = identity[:, None].expand(-1, len(start), -1).reshape(dimensions, *start.shape)
     times, trajectory, jacobians = _integrate(field, start, directions, schedule, integration, num_points)
-    coarse = _integrate(field, start, directions, schedule, integration.coarser(), 2)[2][-1]
+    coarse = _integrate(field, start, directions, schedule, integration.coarsen(), 2)[2][-1]
     jacobian = jacobians[-1]
     if not (torch.isfinite(jacobian).all() and torch.isfinite(trajectory).all()):
-        raise NumericalError(f"The map under schedule '{schedule.name}' is not finite; integrate more finely.")
+        raise NumericalError(f"The map under schedule '{schedule.name}' is not finite. Use smaller steps.")
     change = (jacobian - coarse).flatten(1).norm(dim=1) / jacobian.flatten(1).norm(dim=1)
     levels = [float(schedule.level(time).noise_to_signal) for time in times]
     return TransportMap(
@@ -287,34 +304,34 @@ def transport_map(
 
 def _integrate(
     field: Field, start: torch.Tensor, directions: torch.Tensor, schedule: Schedule,
-    integration: Adaptive | FixedSteps, num_points: int,
+    integration: AdaptiveSteps | FixedSteps, num_points: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Times, (T, B, ...) samples and (T, B, d, k) Jacobians, in units of the data."""
-    odeint = extra("torchdiffeq").odeint
+    """Returns times (T,), samples (T, B, ...) and Jacobians (T, B, d, k), in units of the data."""
+    odeint = import_extra("torchdiffeq").odeint
 
-    def rate(log_time: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]):
+    def rate(log_time: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         x, columns = state
-        time = log_time.exp()
+        time = log_time.exp()  # dx/d(log t) = t dx/dt, so both rates are multiplied by the time
         drift, pull = (time * value for value in schedule.rates(time))
         epsilon, products = field(x, schedule.level(time))
         return drift * x + pull * epsilon, drift * columns + pull * products(columns)
 
     grid = integration.grid(schedule, num_points)
     times = grid.exp()
-    scale = schedule.level(times[0]).alpha  # units of the data to the schedule's own
+    scale = schedule.level(times[0]).alpha  # from units of the data to the schedule's coordinates
     with torch.no_grad():
-        found, columns = odeint(rate, (scale * start, scale * directions), grid, **integration.arguments(grid))
+        samples, columns = odeint(rate, (scale * start, scale * directions), grid, **integration.arguments(grid))
     alphas = torch.stack([schedule.level(time).alpha for time in times]).to(start.device)
-    samples = found / alphas.reshape(-1, *[1] * (found.ndim - 1))
+    samples = samples / alphas.reshape(-1, *[1] * (samples.ndim - 1))
     jacobians = columns.flatten(3).permute(0, 2, 3, 1) / alphas.reshape(-1, 1, 1, 1)
     return times, samples, jacobians
 
 
-def extra(name: str) -> Any:
-    """A module of the `transport` extra, torchdiffeq or ot.
+def import_extra(name: str) -> ModuleType:
+    """Imports a module of the extra `transport`: torchdiffeq or ot.
 
     Raises:
-        UnsupportedError: it isn't installed.
+        UnsupportedError: the module isn't installed.
     """
     try:
         return importlib.import_module(name)
@@ -326,38 +343,45 @@ def extra(name: str) -> Any:
 
 
 def asymmetry(matrices: torch.Tensor) -> torch.Tensor:
-    """|A - A^T|_F / (2 |A|_F) of (..., d, d): 0 for symmetric, 1 for antisymmetric matrices; the same in every
-    orthonormal basis."""
+    """Returns |A - A^T|_F / (2 |A|_F) of (..., d, d) matrices.
+
+    It is 0 for symmetric and 1 for antisymmetric matrices, and the same in every orthonormal basis.
+    """
     difference = torch.linalg.matrix_norm(matrices - matrices.mT)
     return difference / (2 * torch.linalg.matrix_norm(matrices))
 
 
 def off_diagonal_asymmetry(matrices: torch.Tensor) -> torch.Tensor:
-    """|A - A^T|_F / (sqrt(2) |A - diag A|_F), the index of the paper's experiment; depends on the basis.
+    """Returns |A - A^T|_F / (sqrt(2) |A - diag A|_F), the index of the paper's experiment.
 
-    0 where A is diagonal.
+    It depends on the basis. It is 0 where A is diagonal.
     """
     rest = matrices - torch.diag_embed(matrices.diagonal(dim1=-2, dim2=-1))
     size = torch.linalg.matrix_norm(rest)
     index = torch.linalg.matrix_norm(rest - rest.mT) / (math.sqrt(2) * size)
-    negligible = size <= 1e-12 * torch.linalg.matrix_norm(matrices)  # integration noise has no symmetry
-    return torch.where(negligible, 0.0, index)
+    # Off-diagonal entries of a diagonal map are integration errors, whose index would be a random number.
+    is_diagonal = size <= 1e-12 * torch.linalg.matrix_norm(matrices)
+    return torch.where(is_diagonal, 0.0, index)
 
 
 def least_eigenvalue(matrices: torch.Tensor) -> torch.Tensor:
-    """Least eigenvalue of (A + A^T)/2 relative to the largest in size: at least 0 for a convex potential."""
+    """Returns the least eigenvalue of (A + A^T)/2 over its largest absolute eigenvalue.
+
+    It is not negative if the map is the gradient of a convex function.
+    """
     values = torch.linalg.eigvalsh((matrices + matrices.mT) / 2)
     return values[..., 0] / values.abs().amax(-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class CouplingCost:
-    """Cost of the PF-ODE's coupling against the best one between the same points.
+    """Compares the cost of the PF-ODE's pairs with the lowest cost between the same points.
 
     Args:
-        pairs: mean squared distance of the ODE's own pairs. optimal: of the exact discrete plan between the same two
-            point sets; the ODE's pairs are optimal where the two agree.
-        gap: `pairs - optimal`, not negative but for rounding. standard_error: of the gap, over batches.
+        pairs: mean squared distance of the ODE's pairs.
+        optimal: mean squared distance under the exact discrete plan between the same two point sets.
+        gap: `pairs - optimal`; it is negative by rounding at most, and 0 where the ODE's pairs are optimal.
+        standard_error: standard error of the gap over batches.
     """
 
     pairs: float
@@ -370,9 +394,9 @@ def coupling_cost(start: torch.Tensor, end: torch.Tensor, batches: int = 8) -> C
     """Compares the pairs (start, end), (N, ...), with exact discrete optimal transport (POT), batch by batch.
 
     Raises:
-        InputError: fewer than two batches of two points.
+        InputError: there are fewer than two batches of two pairs.
     """
-    ot = extra("ot")
+    ot = import_extra("ot")
     size = len(start) // batches
     if batches < 2 or size < 2:
         raise InputError(

@@ -30,7 +30,7 @@ from .transport import (
     coupling_cost,
     denoiser_field,
     exact_field,
-    extra,
+    import_extra,
     least_eigenvalue,
     model_schedule,
     off_diagonal_asymmetry,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 TRIANGLE = ((0.5, 0.0), (0.0, -0.5), (0.0, 0.0))  # the paper's points
 AXIS_LINE = ((0.0, 0.0), (0.0, 0.5), (0.0, -0.6))  # its affine ones
 STEP_COUNTS = (5, 10, 20, 40, 80, 160)
-DRAWN_SCHEDULE, DRAWN, DRAWN_POINTS = "edm", 60, 60  # schedule, trajectories, points of each
+PLOT_SCHEDULE, PLOT_TRAJECTORIES, PLOT_POINTS = "edm", 60, 60  # schedule, trajectories, points of each
 HEADING = f"{'case':<28}{'schedule':<15}{'asymmetry':>22}{'off-diagonal index':>22}{'least eig.':>12}{'error':>10}"
 
 
@@ -184,7 +184,7 @@ def coupling(case: Case, schedule: Schedule, count: int, seed: int) -> dict[str,
     return {"case": case.name, "schedule": schedule.name, "points": count} | dataclasses.asdict(cost)
 
 
-def by_steps(case: Case, schedule: Schedule, runs: int, seed: int) -> list[dict[str, Any]]:
+def indices_by_steps(case: Case, schedule: Schedule, runs: int, seed: int) -> list[dict[str, Any]]:
     """Returns the indices by number of steps, which show how much of an index is the integrator's error."""
     generator = torch.Generator().manual_seed(seed)
     level = schedule.level(schedule.noise_time)
@@ -228,7 +228,7 @@ def learned_map(
     start = schedule.level(schedule.noise_time).noise_to_signal * noise
     matrices: list[torch.Tensor] = []
     integration = FixedSteps(steps)
-    evaluations = integration.order * (steps + integration.coarser().num_steps)
+    evaluations = integration.order * (steps + integration.coarsen().num_steps)
 
     with tqdm(total=evaluations, desc="Jacobians of the checkpoint") as progress:
 
@@ -306,17 +306,17 @@ def run_study(
         )
     cases = two_dimensional_cases() if points is None else [user_case(points)]
     for name in ("torchdiffeq", "ot"):
-        extra(name)
+        import_extra(name)
     check_writable(output)
     begin = time.perf_counter()
     rows, paths = [], {}
     print(HEADING)
     for case in cases:
         for schedule in SCHEDULES.values():
-            has_picture = schedule.name == DRAWN_SCHEDULE and case.distribution.shape == (2,)
-            row, flow = study(case, schedule, runs, seed, DRAWN_POINTS if has_picture else 2)
+            has_picture = schedule.name == PLOT_SCHEDULE and case.distribution.shape == (2,)
+            row, flow = study(case, schedule, runs, seed, PLOT_POINTS if has_picture else 2)
             if has_picture:
-                paths[case.name] = flow.trajectory[:, :DRAWN].clone()
+                paths[case.name] = flow.trajectory[:, :PLOT_TRAJECTORIES].clone()
             rows.append(row)
             print(_line(row), flush=True)
     higher = higher_dimensional_cases() if points is None else []
@@ -333,7 +333,7 @@ def run_study(
             row
             for case in coupling_cases[:1]
             for name in SCHEDULES
-            for row in by_steps(case, SCHEDULES[name], 60, seed)
+            for row in indices_by_steps(case, SCHEDULES[name], 60, seed)
         ],
     }
     for row in report["couplings"]:
@@ -386,12 +386,12 @@ def _plots(output: Path, report: dict[str, Any], paths: dict[str, torch.Tensor])
     save_figure(figure, output / "index_by_steps.png")
     if not paths:
         return
-    indices_by_case = {row["case"]: row["asymmetry"] for row in report["maps"] if row["schedule"] == DRAWN_SCHEDULE}
+    indices_by_case = {row["case"]: row["asymmetry"] for row in report["maps"] if row["schedule"] == PLOT_SCHEDULE}
     figure = Figure(figsize=(4 * len(paths), 4), layout="constrained")
     for axes, (name, path) in zip(figure.subplots(1, len(paths), squeeze=False)[0], paths.items(), strict=True):
         _draw_paths(axes, path)
         axes.set_title(f"{name}\nasymmetry {indices_by_case[name]:.1e}")
-    figure.axes[0].set_ylabel(f"{DRAWN_SCHEDULE}: noise to data")
+    figure.axes[0].set_ylabel(f"{PLOT_SCHEDULE}: noise to data")
     save_figure(figure, output / "maps.png")
 
 

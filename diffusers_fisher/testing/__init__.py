@@ -1,4 +1,4 @@
-"""For our tests, and for yours: exact distributions as oracles, and the contract of Fisher operators."""
+"""Tools for testing estimators: exact distributions as oracles, and the contract of Fisher operators."""
 
 from .contract import ContractError, check_fisher
 from .oracles import MixtureOracle, OracleDenoiser

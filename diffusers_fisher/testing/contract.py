@@ -1,6 +1,6 @@
-"""The contract of Fisher operators, as one function: for our estimators, and for yours.
+"""The contract of Fisher operators as one function, which tests any estimator.
 
-Notation: F, C and M as in `diffusers_fisher.fisher.operator`; D = F as a matrix.
+Notation: F, C and M as in `diffusers_fisher.fisher.operator`; D is F as a matrix.
 """
 
 import dataclasses
@@ -15,11 +15,14 @@ from ..fisher.numerics import per_sample
 from ..fisher.operator import FisherOperator
 from ..noise import DenoisingState, NoiseLevel
 
-NUM_PROBES, SKETCH = 4, 2  # of one estimate
+NUM_PROBES, SKETCH = 4, 2  # numbers of probes and of sketch vectors per estimate
 
 
 class ContractError(FisherError, AssertionError):
-    """A Fisher operator breaks a property that all have; the message names it, with what was got and what allowed."""
+    """A Fisher operator breaks a property of all Fisher operators.
+
+    The message names the property, what was got and what is allowed.
+    """
 
 
 def check_fisher(
@@ -33,31 +36,34 @@ def check_fisher(
     num_estimates: int = 100,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Checks everything that a `FisherOperator` promises, and its agreement with the exact Fisher where that is given.
+    """Checks all properties that a `FisherOperator` must have, and its agreement with the exact Fisher if passed.
 
-    Errors are measured for each sample in units of 1/sigma^2 + |F|: F is a difference of terms of size 1/sigma^2.
-    Use batches of two or more, so that a mixing of samples shows.
+    Errors are measured per sample in units of 1/sigma^2 + |F|, because F is a difference of terms of size 1/sigma^2.
+    Use batches of at least two samples, so that operators that mix samples are found.
 
-    The properties, by the name in the error: shape, dtype, finite, zero, linearity, independence (of the other
-    samples' vectors), matmat, dense, symmetry or transpose, diagonal, trace, epsilon jacobian, covariance, original
-    jacobian, output jacobian, exact matrix, batch invariance, solve, and Hutchinson's and Hutch++'s mean
-    (within four standard errors) and standard error (right within 50%).
+    The error names the property: shape, dtype, finite, zero, linearity, independence (of the other samples' vectors),
+    matmat, dense, symmetry or transpose, diagonal, trace, epsilon jacobian, covariance, original jacobian, output
+    jacobian, exact matrix, batch invariance, solve, and for Hutchinson's and Hutch++'s estimates the mean (within four
+    standard errors) and the standard error (right within 50%).
 
     Args:
-        exact: the exact Fisher as matrices or as an operator; None: properties only.
-        tolerance: allowed difference from `exact`. The default is for estimators that are exact in float64; None, for
-            those that are approximations: properties only.
-        rounding: allowed violation of the properties. Finite differences need their truncation error here. Neither is
-            taken as less than a thousand roundings of the operator's dtype.
-        estimator: what made the operator, for batch invariance: it is asked again for each sample alone.
-        endpoint: (B, ...), given to `estimator`.
-        num_estimates: repeated draws behind the checks of stochastic traces; 0 leaves them out.
-        generator: of vectors and probes; None: one with seed 0.
+        operator: the operator to check.
+        exact: the exact Fisher as matrices or as an operator; None: only properties are checked.
+        tolerance: allowed difference from `exact`. The default is for estimators that are exact in float64. None is
+            for approximate estimators: only properties are checked.
+        rounding: allowed violation of the properties. Pass the truncation error for finite differences. `tolerance`
+            and `rounding` are raised to at least a thousand roundings of the operator's dtype.
+        estimator: the estimator that made the operator. It is called again for each sample alone, to check batch
+            invariance; None: no such check.
+        endpoint: (B, ...), argument of `estimator`.
+        num_estimates: number of draws for the checks of stochastic traces; 0: no such checks.
+        generator: generator of vectors and probes; None: a generator with seed 0.
 
     Raises:
-        ContractError: a property is broken. InputError: `exact` or `endpoint` do not fit.
+        ContractError: a property is broken.
+        InputError: `exact` or `endpoint` has a wrong shape.
 
-    Cost: 3 d products, some tens more, and 12 an estimate.
+    Cost: 3 d products, some tens more, and 12 per estimate.
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     contract = _Contract.of(operator, rounding, generator)
@@ -75,7 +81,7 @@ def check_fisher(
 
 @dataclasses.dataclass(frozen=True)
 class _Contract:
-    """An operator with its matrix, two vectors a sample, and the unit of errors (B,)."""
+    """Holds an operator with its matrix, two vectors per sample and the unit of errors, (B,)."""
 
     operator: FisherOperator
     dense: torch.Tensor
@@ -89,14 +95,14 @@ class _Contract:
         sample = operator.state.sample
         v, w = gaussian(2, sample, generator).vectors
         dense = operator.dense()
-        contract = cls(operator, dense, v, w, torch.zeros(len(sample)), _floored(rounding, sample.dtype))
+        contract = cls(operator, dense, v, w, torch.zeros(len(sample)), _raise_to_rounding(rounding, sample.dtype))
         contract._form("dense", dense, (len(sample), sample[0].numel(), sample[0].numel()), sample.dtype)
         return dataclasses.replace(contract, unit=_unit(dense, operator.state.level))
 
     # The properties
 
     def products(self) -> None:
-        """`matvec` and `matmat`."""
+        """Checks `matvec` and `matmat`."""
         operator, v, w = self.operator, self.v, self.w
         product, other = operator.matvec(v), operator.matvec(w)
         self._form("matvec", product, v.shape, v.dtype)
@@ -107,14 +113,14 @@ class _Contract:
             self._compare(
                 "independence", operator.matvec(mixed), torch.cat([product[:1], other[1:]]), v.abs() + w.abs()
             )
-        both = operator.matmat(torch.stack([v, w]))
-        self._form("matmat", both, (2, *v.shape), v.dtype)
-        self._compare("matmat", both[0], product, v)
-        self._compare("matmat", both[1], other, w)
+        pair = operator.matmat(torch.stack([v, w]))
+        self._form("matmat", pair, (2, *v.shape), v.dtype)
+        self._compare("matmat", pair[0], product, v)
+        self._compare("matmat", pair[1], other, w)
         self._compare("dense", _apply(self.dense, v), product, v)
 
     def matrix(self) -> None:
-        """Symmetry, diagonal and trace against `dense`."""
+        """Checks symmetry, diagonal and trace against `dense`."""
         operator, state, dense = self.operator, self.operator.state, self.dense
         dimensions = dense.shape[-1]
         if operator.symmetric:
@@ -134,7 +140,7 @@ class _Contract:
         self._compare("trace", trace.value, exact.sum(1), size=dimensions)
 
     def jacobians(self) -> None:
-        """The Jacobians and the covariance product, each turned into F v, so that one unit serves all."""
+        """Checks the Jacobians and the covariance product. Each is converted to F v, so that all have one unit."""
         operator, v, level = self.operator, self.v, self.operator.state.level
         alpha, sigma = (per_sample(value.expand(len(v)), v) for value in (level.alpha, level.sigma))
         product = operator.matvec(v)
@@ -151,34 +157,34 @@ class _Contract:
             clean = torch.zeros_like(v)
         factors = [per_sample(value.expand(len(v)), v) for value in (noise, original, identity)]
         expected = factors[0] * epsilon + factors[1] * clean + factors[2] * v
-        # Errors of C are those of F times sigma^4/alpha^2, those of C's Jacobian times sigma^2/alpha.
+        # An error of F becomes an error of C times sigma^4/alpha^2, and of the Jacobian of x_0 times sigma^2/alpha.
         size = factors[0].abs() * sigma + factors[1].abs() * sigma**2 / alpha.clamp_min(1e-6)
         self._compare(
             "output jacobian", operator.output_jacobian(v), expected, (size + factors[2].abs() * sigma**2) * v
         )
 
     def agreement(self, exact: torch.Tensor | FisherOperator, tolerance: float) -> None:
-        """The matrix against the exact one; diagonal and trace are the matrix's."""
+        """Checks the matrix against the exact matrix, and with it diagonal and trace, which `matrix` compared."""
         matrix = exact if isinstance(exact, torch.Tensor) else exact.dense()
         if matrix.shape != self.dense.shape:
             raise InputError(f"`exact` has shape {tuple(matrix.shape)}; allowed: {tuple(self.dense.shape)}.")
         unit = _unit(matrix, self.operator.state.level)
-        against = dataclasses.replace(self, unit=unit, rounding=_floored(tolerance, self.v.dtype))
-        against._compare("exact matrix", self.dense, matrix, size=matrix.shape[-1] ** 0.5)
+        contract = dataclasses.replace(self, unit=unit, rounding=_raise_to_rounding(tolerance, self.v.dtype))
+        contract._compare("exact matrix", self.dense, matrix, size=matrix.shape[-1] ** 0.5)
 
     def batch_invariance(self, estimator: FisherEstimator, endpoint: torch.Tensor | None) -> None:
-        """Every sample's product as of the sample alone."""
+        """Checks that the product of every sample equals the product of the sample alone."""
         if endpoint is not None and endpoint.shape != self.v.shape:
             raise InputError(f"`endpoint` has shape {tuple(endpoint.shape)}; allowed: {tuple(self.v.shape)}.")
         products = []
         for index in range(len(self.v)):
-            one = slice(index, index + 1)
-            alone = estimator(_part(self.operator.state, one), None if endpoint is None else endpoint[one])
-            products.append(alone.matvec(self.v[one]))
+            part = slice(index, index + 1)
+            operator = estimator(_part(self.operator.state, part), None if endpoint is None else endpoint[part])
+            products.append(operator.matvec(self.v[part]))
         self._compare("batch invariance", torch.cat(products), self.operator.matvec(self.v), self.v)
 
     def solve(self) -> None:
-        """F x = v for the solution x, with damping where F is nearly singular or indefinite."""
+        """Checks that the solution x fulfils F x = v, with damping where F is nearly singular or indefinite."""
         operator = _unless_unsupported(self.operator.symmetrised)
         if operator is None:
             return
@@ -191,7 +197,7 @@ class _Contract:
         self._compare("solve", operator.matvec(solution), self.v, 100 * self.v / per_sample(self.unit, self.v))
 
     def stochastic_traces(self, count: int, generator: torch.Generator) -> None:
-        """Hutchinson's trace, and Hutch++ where there is room for a sketch."""
+        """Checks Hutchinson's trace, and Hutch++'s trace where the dimension allows a sketch."""
         like, size = self.v, min(SKETCH, self.dense.shape[-1] - 1)
 
         def hutchinson() -> Estimate:
@@ -199,15 +205,15 @@ class _Contract:
 
         self._estimates("Hutchinson", hutchinson, count, NUM_PROBES)
         if size:
-            # One sketch for all: what a sketch leaves to the probes varies too much for a spread over few draws.
+            # All draws share one sketch: with a new sketch per draw, few draws would not show their spread.
             sketch = gaussian(size, like, generator)
 
-            def sketched() -> Estimate:
+            def hutch_plus_plus() -> Estimate:
                 return self.operator.trace(rademacher(NUM_PROBES, like, generator), sketch)
 
-            self._estimates("Hutch++", sketched, count, NUM_PROBES + size)
+            self._estimates("Hutch++", hutch_plus_plus, count, NUM_PROBES + size)
 
-    # What they are made of
+    # Helpers of the checks
 
     def _estimates(self, name: str, draw: Callable[[], Estimate], count: int, num_probes: int) -> None:
         draws = [draw() for _ in range(count)]
@@ -219,7 +225,7 @@ class _Contract:
         reported = torch.stack([estimate.standard_error for estimate in draws]).square().mean(0).sqrt().cpu()
         exact = self.dense.diagonal(dim1=1, dim2=2).double().sum(1).cpu()
         spread = values.std(0)
-        floor = self.rounding * self.dense.shape[-1] * self.unit  # what is exact has no error to speak of
+        floor = self.rounding * self.dense.shape[-1] * self.unit  # rounding is the only error of an exact estimate
         self._within(f"{name} mean", (values.mean(0) - exact).abs(), 4 * spread / count**0.5 + floor)
         self._within(f"{name} standard error", (reported - spread).abs(), spread / 2 + floor)
 
@@ -229,12 +235,12 @@ class _Contract:
         if value.dtype != dtype:
             raise self._error(f"dtype of {name}", f"{value.dtype}", f"{dtype}")
         if not bool(torch.isfinite(value).all()):
-            raise self._error(f"finite {name}", "values that are not", "finite values")
+            raise self._error(f"finite {name}", "NaN or infinity", "finite values")
 
     def _compare(
         self, name: str, got: torch.Tensor, expected: torch.Tensor, like: torch.Tensor | None = None, size: float = 1.0
     ) -> None:
-        """Norm of the difference of every sample, allowed `rounding` units, times the norm of `like` or `size`."""
+        """Checks every sample's norm of the difference: at most `rounding` units times `size` or |`like`|."""
         difference = (got.double() - expected.double()).flatten(1) if got.ndim > 1 else (got - expected)[:, None]
         error = torch.linalg.vector_norm(difference, dim=1).cpu()
         sizes = (
@@ -244,7 +250,7 @@ class _Contract:
 
     def _within(self, name: str, error: torch.Tensor, allowed: torch.Tensor) -> None:
         for index, (got, limit) in enumerate(zip(error.tolist(), allowed.tolist(), strict=True)):
-            if not got <= limit:  # NaN is not
+            if not got <= limit:  # also true for NaN
                 raise self._error(name, f"a difference of {got:.3g} at sample {index}", f"{limit:.3g}")
 
     def _error(self, name: str, got: str, allowed: str) -> ContractError:
@@ -252,11 +258,11 @@ class _Contract:
 
 
 def _unit(matrix: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
-    """1/sigma^2 + |F|, (B,) float64 on the CPU."""
+    """Returns 1/sigma^2 + |F|, (B,) float64 on the CPU."""
     return 1 / level.sigma.cpu() ** 2 + torch.linalg.matrix_norm(matrix.double(), ord=2).cpu()
 
 
-def _floored(tolerance: float, dtype: torch.dtype) -> float:
+def _raise_to_rounding(tolerance: float, dtype: torch.dtype) -> float:
     return max(tolerance, 1e3 * torch.finfo(dtype).eps)
 
 
@@ -272,7 +278,7 @@ def _unless_unsupported(make: Callable[[], FisherOperator]) -> FisherOperator | 
 
 
 def _part(state: DenoisingState, part: slice) -> DenoisingState:
-    """The state of some of the samples."""
+    """Returns the state of some of the samples."""
 
     def cut(value):
         return value[part] if isinstance(value, torch.Tensor) and value.ndim else value

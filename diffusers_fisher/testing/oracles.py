@@ -1,13 +1,13 @@
-"""Exact distributions as oracles, and the denoisers they make.
+"""Exact distributions as oracles, and their ideal denoisers.
 
-Notation: q_t is the law of x_t = alpha x_0 + sigma eps with x_0 from a mixture of Gaussians (p_k, m_k, S_k);
-C_k = alpha^2 S_k + sigma^2 I. Points are modes with S_k = 0, one Gaussian is a mixture of one.
+Notation: q_t is the distribution of x_t = alpha x_0 + sigma eps with x_0 from a mixture of Gaussians (p_k, m_k, S_k);
+C_k = alpha^2 S_k + sigma^2 I. Points are modes with S_k = 0; one Gaussian is a mixture with one mode.
 """
 
 import math
-from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..denoiser import Denoiser
 from ..errors import InputError
@@ -15,12 +15,12 @@ from ..noise import NoiseLevel, Timestep, expand
 
 
 class MixtureOracle:
-    """A mixture of Gaussians with full covariances, in closed form.
+    """Represents a mixture of Gaussians with full covariances in closed form.
 
     Args:
-        means: (K, *shape) mode centres.
-        covariances: (K, d, d) with d the product of `shape`; zeros for points.
-        weights: (K,) positive, summing to one; None: equal.
+        means: (K, *shape), centres of the modes.
+        covariances: (K, d, d), where d is the product of `shape`; zeros for points.
+        weights: (K,), positive with sum one; None: equal weights.
     """
 
     def __init__(self, means: torch.Tensor, covariances: torch.Tensor, weights: torch.Tensor | None = None):
@@ -40,43 +40,43 @@ class MixtureOracle:
 
     @classmethod
     def points(cls, points: torch.Tensor, weights: torch.Tensor | None = None) -> "MixtureOracle":
-        """Weighted points (K, *shape)."""
+        """Makes the oracle of weighted points (K, *shape)."""
         dimensions = points[0].numel()
         return cls(points, torch.zeros(len(points), dimensions, dimensions, dtype=points.dtype), weights)
 
     @classmethod
     def gaussian(cls, mean: torch.Tensor, covariance: torch.Tensor) -> "MixtureOracle":
-        """One Gaussian with `mean` (*shape) and `covariance` (d, d)."""
+        """Makes the oracle of one Gaussian with `mean` (*shape) and `covariance` (d, d)."""
         return cls(mean[None], covariance[None])
 
     def log_density(self, x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
-        """log q_t(x), (B,) nats."""
+        """Returns log q_t(x), (B,), in nats."""
         return torch.logsumexp(self._log_joint(x, level)[0], dim=1)
 
     def score(self, x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
-        """Gradient of the log density, (B, *shape)."""
+        """Returns the gradient of the log density, (B, *shape)."""
         log_joint, gradients, _ = self._log_joint(x, level)
         responsibilities = log_joint.softmax(1)
         return torch.einsum("bk,bkd->bd", responsibilities, gradients).view_as(x)
 
     def epsilon(self, x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
-        """The ideal noise prediction, -sigma * score, (B, *shape)."""
+        """Returns the ideal noise prediction, -sigma * score, (B, *shape)."""
         return -expand(level.sigma, x) * self.score(x, level)
 
     def posterior_mean(self, x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
-        """E[x_0|x_t], (B, *shape); needs no division by alpha."""
+        """Returns E[x_0|x_t], (B, *shape), computed without a division by alpha."""
         responsibilities, means = self._posterior(x, level)[:2]
         return torch.einsum("bk,bkd->bd", responsibilities, means).view_as(x)
 
     def posterior_covariance(self, x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
-        """Cov[x_0|x_t], (B, d, d), in centred form."""
+        """Returns Cov[x_0|x_t], (B, d, d), computed as a centred sum."""
         responsibilities, means, within = self._posterior(x, level)
         centred = means - torch.einsum("bk,bkd->bd", responsibilities, means)[:, None]
         between = torch.einsum("bk,bkd,bke->bde", responsibilities, centred, centred)
         return between + torch.einsum("bk,kde->bde", responsibilities, within)
 
     def fisher(self, x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
-        """The diffusion Fisher F = -grad^2 log q_t(x), (B, d, d)."""
+        """Returns the diffusion Fisher F = -grad^2 log q_t(x), (B, d, d)."""
         log_joint, gradients, precisions = self._log_joint(x, level)
         responsibilities = log_joint.softmax(1)
         centred = gradients - torch.einsum("bk,bkd->bd", responsibilities, gradients)[:, None]
@@ -84,11 +84,11 @@ class MixtureOracle:
         return torch.einsum("bk,kde->bde", responsibilities, precisions) - spread
 
     def trace(self, x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
-        """tr F, (B,)."""
+        """Returns the trace of F, (B,)."""
         return self.fisher(x, level).diagonal(dim1=-2, dim2=-1).sum(-1)
 
     def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """(count, *shape) draws of x_0."""
+        """Draws `count` samples of x_0, (count, *shape)."""
         index = torch.multinomial(self.weights, count, replacement=True, generator=generator)
         values, vectors = torch.linalg.eigh(self.covariances)
         roots = vectors * values.clamp_min(0).sqrt()[:, None]
@@ -96,7 +96,7 @@ class MixtureOracle:
         return (self.means[index] + torch.einsum("bde,be->bd", roots[index], noise)).reshape(count, *self.shape)
 
     def _log_joint(self, x: torch.Tensor, level: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """log p_k N(x; alpha m_k, C_k) as (B, K), its gradient (B, K, d) and the precisions C_k^-1 (K, d, d)."""
+        """Returns log p_k N(x; alpha m_k, C_k), (B, K), its gradient (B, K, d) and all C_k^-1, (K, d, d)."""
         alpha, sigma = self._scalars(level)
         dimensions = self.means.shape[1]
         total = alpha**2 * self.covariances + sigma**2 * torch.eye(dimensions, dtype=self.means.dtype)
@@ -108,7 +108,7 @@ class MixtureOracle:
         return self.weights.log() - 0.5 * (quadratic + constant), gradients, precisions
 
     def _posterior(self, x: torch.Tensor, level: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Responsibilities (B, K), posterior means a mode (B, K, d) and covariances a mode (K, d, d)."""
+        """Returns responsibilities (B, K), posterior means per mode (B, K, d) and covariances per mode (K, d, d)."""
         alpha, sigma = self._scalars(level)
         log_joint, gradients, precisions = self._log_joint(x, level)
         means = self.means - alpha * torch.einsum("kde,bke->bkd", self.covariances, gradients)
@@ -117,22 +117,22 @@ class MixtureOracle:
 
     def _scalars(self, level: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor]:
         if level.alpha.ndim != 0:
-            raise InputError(f"Oracles take one noise level a call, got levels of shape {tuple(level.alpha.shape)}.")
+            raise InputError(f"Oracles take one noise level per call, got levels of shape {tuple(level.alpha.shape)}.")
         return level.alpha.to(self.means.dtype), level.sigma.to(self.means.dtype)
 
 
 class OracleDenoiser(Denoiser):
-    """A perfect denoiser for a scheduler: `model_output(model_input, timestep)` in its prediction type.
+    """Computes the ideal `model_output(model_input, timestep)` in the prediction type of a scheduler.
 
-    Differentiable, so it serves as reference for every estimator.
+    The denoiser is differentiable, so it is a reference for every estimator.
     """
 
-    def __init__(self, oracle: MixtureOracle, scheduler: Any):
+    def __init__(self, oracle: MixtureOracle, scheduler: SchedulerMixin):
         super().__init__(scheduler)
         self.oracle = oracle
 
     def model_output(self, x: torch.Tensor, timestep: Timestep) -> torch.Tensor:
-        """The raw output that an ideal model would give at model input `x`."""
+        """Returns the raw output of an ideal model at model input `x`."""
         self.num_calls += 1
         level = self.level(timestep)
         noise, original, identity = (expand(c, x) for c in self.prediction.output_coefficients(level))

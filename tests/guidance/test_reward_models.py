@@ -173,7 +173,7 @@ def test_fixed_text_stands_for_all_prompts(folders):
     assert torch.equal(values, each(images, []))
     assert torch.equal(values, by_prompt(images, ["a b", "a b"]))
     assert not torch.equal(values, by_prompt(images, TEXTS))
-    with pytest.raises(InputError, match="1 texts for 2 images; give one, or one an image"):
+    with pytest.raises(InputError, match="Got 1 texts for 2 images; allowed: one, or one per image"):
         TextImageReward.clip(["a b"], path=str(folders["clip"]))(images, [])
 
 
@@ -182,10 +182,10 @@ def test_similarity_to_no_words_is_refused(folders, prompts):
     path, images = str(folders["clip"]), smooth_images(2, 16, 16)
     by_prompt = TextImageReward.clip(path=path)
     with pytest.raises(
-        InputError, match=r"a similarity to no words says nothing. Give the reward a `text`, or prompts"
+        InputError, match=r"similarity to an empty text has no meaning. Give the reward a `text`, or prompts"
     ):
         by_prompt(images, prompts)
-    with pytest.raises(InputError, match="similarity to no words"):
+    with pytest.raises(InputError, match="similarity to an empty text"):
         WeightedReward((1.0, by_prompt))(images, prompts)
     assert TextImageReward.clip("", path=path)(images, prompts).shape == (2,)  # of the user's own will
 
@@ -306,12 +306,12 @@ def test_gradient_of_the_aesthetic_score_is_exact(folders, tmp_path):
 
 
 BAD_HEADS = {
-    "two numbers": (head_tensors((WIDTH, 8, 2), (0, 2)), "is a chain of linear layers onto one number"),
-    "no chain": (head_tensors((WIDTH, 8, 1), (0, 2)) | {"layers.2.weight": torch.ones(1, 7)}, "is a chain of linear"),
-    "more": (head_tensors() | {"scale": torch.ones(1)}, "is a chain of linear layers onto one number"),
-    "nothing": ({"other": torch.ones(1)}, r"holds \['other'\]"),
-    "no table": (torch.ones(3), "holds a Tensor; it must hold a table of tensors"),
-    "another width": (head_tensors((WIDTH + 1, 1), (0,)), r"takes 13 numbers, but .* embeds in 12; give the CLIP"),
+    "two numbers": (head_tensors((WIDTH, 8, 2), (0, 2)), "allowed: a chain of linear layers that ends in one"),
+    "no chain": (head_tensors((WIDTH, 8, 1), (0, 2)) | {"layers.2.weight": torch.ones(1, 7)}, "allowed: a chain of"),
+    "more": (head_tensors() | {"scale": torch.ones(1)}, "allowed: a chain of linear layers that ends in one number"),
+    "nothing": ({"other": torch.ones(1)}, r"holds the tensors \['other'\]"),
+    "no table": (torch.ones(3), "holds a Tensor; allowed: a dictionary of tensors"),
+    "another width": (head_tensors((WIDTH + 1, 1), (0,)), r"takes 13 numbers, but .* have 12\. Pass the CLIP model"),
 }
 
 
@@ -382,7 +382,7 @@ def test_names_of_rewards(folders):
         ("classifier:embedded", "The reward is 'classifier:embedded'; allowed"),
         ("aesthetic", "The reward is 'aesthetic'; allowed"),
         ("classifier:embedded:boots", "The classifier has no class 'boots'"),
-        ("python:no_such_module:f", "can't be imported: No module named 'no_such_module'. Run where"),
+        ("python:no_such_module:f", "can't be imported: No module named 'no_such_module'. Run in the"),
         ("python:math:no_such", "can't be imported: module 'math' has no attribute 'no_such'"),
         ("python:math:pi", "is a float; it must be a function"),
     ],

@@ -142,10 +142,10 @@ def test_probabilities_over_all_classes_sum_to_one(classifier):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("boots", r"The classifier has no class 'boots'; it has .*'ankle boot': 9"),
-        (10, "The classifier has no class 10; it has "),
-        (-1, "The classifier has no class -1; it has "),
-        (["coat", "Coat"], "The classifier has no class 'Coat'; it has "),
+        ("boots", r"The classifier has no class 'boots'; allowed: .*'ankle boot': 9"),
+        (10, "The classifier has no class 10; allowed: "),
+        (-1, "The classifier has no class -1; allowed: "),
+        (["coat", "Coat"], "The classifier has no class 'Coat'; allowed: "),
     ],
 )
 def test_unknown_target_is_refused_when_the_reward_is_made(classifier, target, message):
@@ -155,7 +155,7 @@ def test_unknown_target_is_refused_when_the_reward_is_made(classifier, target, m
 
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_wrong_number_of_targets_is_refused(classifier, count):
-    with pytest.raises(InputError, match=f"{count} target classes for 3 images; give one, or as many"):
+    with pytest.raises(InputError, match=f"Got {count} target classes for 3 images; allowed: one, or as many"):
         made(classifier, ["coat"] * count)(torch.rand(3, 3, 32, 32), [])
 
 

@@ -270,7 +270,7 @@ def without_variance(folder):
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-NOT_JSON = r"json' is not valid JSON: .* It may be truncated; write or download it again"
+NOT_JSON = r"json' is not valid JSON: .* It may be truncated; write or download the file again"
 DAMAGES = {
     "no index": (remove("model_index.json"), "has no model_index.json; pass a folder saved by a diffusers pipeline"),
     "cut index": (cut("model_index.json"), "model_index." + NOT_JSON),

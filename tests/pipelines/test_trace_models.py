@@ -27,7 +27,7 @@ from diffusers_fisher import (
 )
 from diffusers_fisher.backbones import backbone_of
 from diffusers_fisher.backbones.parts import load_trace_model
-from diffusers_fisher.features import output_norm, recorded
+from diffusers_fisher.features import output_norm, record_summaries
 from diffusers_fisher.jobs.pipelines import DenoiserSettings
 from diffusers_fisher.noise import timestep_at
 from diffusers_fisher.training.trace_config import (
@@ -139,7 +139,7 @@ def test_compiled_networks_show_no_features():
     assert output_norm(network) is network.conv_norm_out
     assert output_norm(torch.compile(network)) is None  # a wrapper, which compiles at its first call
     network.compile()
-    with recorded(network) as found:
+    with record_summaries(network) as found:
         assert output_norm(network) is None and found == []
     assert output_norm(None) is None and output_norm(torch.nn.Linear(2, 2)) is None
 

@@ -19,7 +19,7 @@ from diffusers_fisher import (
     NoiseLevel,
 )
 from diffusers_fisher.noise import Prediction, noise_level
-from diffusers_fisher.studies.lml import DampedRankOneOperator, preconditioned
+from diffusers_fisher.studies.lml import DampedRankOneOperator, precondition
 
 EXACT = 1e-12  # float64
 VP = {**STABLE_DIFFUSION, "clip_sample": False}
@@ -56,7 +56,7 @@ def test_two_dimensions_by_hand():
     epsilon = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     previous = torch.tensor([[0.0, 2.0]], dtype=torch.float64)
     # m = (0.5, 1); lambda = 0.25 * 2; eps - m * 0.5/(0.5 + 1.25) = (0.857..., -0.2857...), brought to length one.
-    result = preconditioned(epsilon, previous, state((1, 2)), damping=0.25, kappa=0.5)
+    result = precondition(epsilon, previous, state((1, 2)), damping=0.25, kappa=0.5)
     expected = torch.tensor([[6.0, -2.0]], dtype=torch.float64) / 40**0.5
     torch.testing.assert_close(result, expected, rtol=EXACT, atol=EXACT)
 
@@ -68,7 +68,7 @@ def test_first_order_is_an_extrapolation_by_kappa_over_lambda():
     across = change - (change * epsilon).flatten(1).sum(1)[:, None, None, None] / 12 * epsilon
     errors = []
     for size in (1e-3, 1e-4):
-        result = preconditioned(epsilon, epsilon - size * change, state((2, 3, 2, 2)), damping=0.8, kappa=0.3)
+        result = precondition(epsilon, epsilon - size * change, state((2, 3, 2, 2)), damping=0.8, kappa=0.3)
         errors.append(float((result - epsilon - 0.3 / 0.8 * size * across).norm()))
     assert errors[1] < 1e-6
     assert errors[0] / errors[1] == pytest.approx(100, rel=0.05)  # what is left is of second order
@@ -116,13 +116,13 @@ def test_frozen_steps_are_the_parents(name, fraction):
 
 def test_direction_keeps_its_length_and_each_sample_its_own():
     epsilon, previous = latents(shape=(3, 3, 2, 2)), latents(shape=(3, 3, 2, 2), seed=2)
-    result = preconditioned(epsilon, previous, state((3, 3, 2, 2)), damping=0.05, kappa=0.5)
+    result = precondition(epsilon, previous, state((3, 3, 2, 2)), damping=0.05, kappa=0.5)
     torch.testing.assert_close(result.flatten(1).norm(dim=1), epsilon.flatten(1).norm(dim=1), rtol=EXACT, atol=0)
     cosines = torch.cosine_similarity(result.flatten(1), epsilon.flatten(1))
     assert bool((cosines < 0.99).all())
     for index in range(3):
         one = slice(index, index + 1)
-        alone = preconditioned(epsilon[one], previous[one], state((1, 3, 2, 2)), damping=0.05, kappa=0.5)
+        alone = precondition(epsilon[one], previous[one], state((1, 3, 2, 2)), damping=0.05, kappa=0.5)
         assert relative(alone, result[one]) < EXACT
 
 
@@ -222,10 +222,10 @@ def test_it_runs_in_an_unmodified_pipeline_and_through_the_differentiable_door()
 @pytest.mark.parametrize(
     ("option", "value", "match"),
     [
-        ("lml_lambda", 0.0, "`lml_lambda` is 0.0; allowed: positive"),
-        ("lml_lambda", float("nan"), "`lml_lambda` is nan; allowed: positive"),
-        ("lml_kappa", 1.0, "`lml_kappa` is 1.0; allowed: 0 to below 1"),
-        ("lml_kappa", -0.1, "`lml_kappa` is -0.1; allowed: 0 to below 1"),
+        ("lml_lambda", 0.0, "`lml_lambda` is 0.0; allowed: a positive number"),
+        ("lml_lambda", float("nan"), "`lml_lambda` is nan; allowed: a positive number"),
+        ("lml_kappa", 1.0, "`lml_kappa` is 1.0; allowed: 0 to less than 1"),
+        ("lml_kappa", -0.1, "`lml_kappa` is -0.1; allowed: 0 to less than 1"),
         ("lml_freeze", 1.5, "`lml_freeze` is 1.5; allowed: 0 to 1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Rewards by name, for the command line; and their weighted sums."""
+"""Rewards by name, for the command line, and weighted sums of rewards."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ..checks import Reward, name_of
 from .models import AestheticReward, ClassifierReward, TextImageReward
 
 FORMS = (
-    "classifier:PATH:CLASS (PATH 'embedded' for the embedded checkpoint's), clip[:PATH], siglip[:PATH], "
+    "classifier:PATH:CLASS (PATH 'embedded' for the embedded checkpoint), clip[:PATH], siglip[:PATH], "
     "pick_score[:PATH], aesthetic:HEAD_FILE[:CLIP_PATH], python:MODULE:FUNCTION"
 )
 
 
 class WeightedReward:
-    """A weighted sum of rewards.
+    """Computes a weighted sum of rewards.
 
     Args:
-        *terms: (weight, reward), in the units of each reward: scale them to comparable size first.
+        *terms: (weight, reward) pairs. Rewards have different units: choose weights that make the terms comparable.
     """
 
     def __init__(self, *terms: tuple[float, Reward]):
         if not terms or not all(isinstance(term, tuple) and len(term) == 2 and callable(term[1]) for term in terms):
             raise InputError(
-                f"A weighted reward was made of {terms!r}; allowed: (weight, reward) pairs, at least one."
+                f"The terms of the weighted reward are {terms!r}; allowed: (weight, reward) pairs, at least one."
             )
         self.terms = terms
         self.__name__ = " + ".join(f"{weight:g} {name_of(reward)}" for weight, reward in terms)
@@ -38,48 +38,49 @@ class WeightedReward:
 
 
 def named_reward(name: str) -> Reward:
-    """The reward that a line of text names: "classifier:embedded:ankle boot", "clip", "python:my_rewards:redness".
+    """Returns the reward of a name such as "classifier:embedded:ankle boot", "clip" or "python:my_rewards:redness".
 
     Raises:
-        InputError: another form, a module or function that is not there, a class the classifier has not.
+        InputError: the name has another form, the module or function does not exist, or the classifier has no such
+            class.
     """
     try:
-        return _named(name)
+        return _load(name)
     except FisherError:
         raise
-    except (OSError, ValueError) as error:  # of transformers: not there, not reachable, not a model
+    except (OSError, ValueError) as error:  # transformers raises these if the model is missing or out of reach
         raise InputError(f"The reward '{name}' can't be loaded: {error}") from error
 
 
-def _named(name: str) -> Reward:
+def _load(name: str) -> Reward:
     kind, _, rest = name.partition(":")
     parts = rest.split(":") if rest else []
     if kind == "classifier" and len(parts) == 2:
-        return ClassifierReward.from_pretrained(_classifier(parts[0]), target=parts[1])
+        return ClassifierReward.from_pretrained(_classifier_path(parts[0]), target=parts[1])
     if kind in ("clip", "siglip", "pick_score") and len(parts) <= 1:
         make = getattr(TextImageReward, kind)
         return make(path=parts[0]) if parts else make()
     if kind == "aesthetic" and 1 <= len(parts) <= 2:
         return AestheticReward.from_pretrained(*parts)
     if kind == "python" and len(parts) == 2:
-        return _imported(*parts)
+        return _import_function(*parts)
     raise InputError(f"The reward is '{name}'; allowed: {FORMS}.")
 
 
-def _classifier(path: str) -> str:
+def _classifier_path(path: str) -> str:
     from ...checkpoints import embedded_checkpoint
 
     return str(Path(embedded_checkpoint()) / "classifier") if path == "embedded" else path
 
 
-def _imported(module: str, function: str) -> Reward:
+def _import_function(module: str, name: str) -> Reward:
     try:
-        found = getattr(importlib.import_module(module), function)
+        function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"The reward python:{module}:{function} can't be imported: {error}. Run where the module is found, or set "
+            f"The reward python:{module}:{name} can't be imported: {error}. Run in the module's folder, or set "
             "PYTHONPATH."
         ) from error
-    if not callable(found):
-        raise InputError(f"The reward python:{module}:{function} is a {type(found).__name__}; it must be a function.")
-    return found
+    if not callable(function):
+        raise InputError(f"The reward python:{module}:{name} is a {type(function).__name__}; it must be a function.")
+    return function
