@@ -29,7 +29,7 @@ from diffusers_fisher import (
     posterior_guidance,
 )
 from diffusers_fisher.fisher.estimator import check_estimator
-from diffusers_fisher.likelihood import reference_log_likelihood
+from diffusers_fisher.likelihood import Integration, integrate_log_likelihood, reference_log_likelihood
 from diffusers_fisher.studies.transport import denoiser_field
 
 from .problems import state_of_network
