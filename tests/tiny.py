@@ -126,7 +126,7 @@ def snapshot(pipe):
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     return {
         "attributes": {name: id(value) for name, value in vars(pipe).items()},
-        "progress bar": dict(pipe._progress_bar_config),
+        "progress bar": dict(vars(pipe).get("_progress_bar_config", {})),
         "config": dict(pipe.config),
         "scheduler": {name: _comparable(value) for name, value in vars(pipe.scheduler).items()},
         "modules": {name: _module(module) for name, module in modules.items()},

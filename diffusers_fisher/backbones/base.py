@@ -17,6 +17,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from tqdm.auto import tqdm
 
 from ..errors import InputError, UnsupportedError
 from ..images import UNIT_RANGE, ImageLike, image_tensor
@@ -179,6 +180,10 @@ class Backbone:
         call = inspect.unwrap(self.function) if with_graph else self.function
         with contextlib.nullcontext() if with_graph or self.latents_call is None else torch.no_grad():
             return call(made, latents=latents, **arguments)
+
+    def progress_bar(self, total: int) -> tqdm:
+        """Returns a progress bar as the pipeline makes them; a pipeline notes its first bar, so a copy makes it."""
+        return shallow_copy(self.pipe).progress_bar(total=total)
 
     @property
     def is_offloaded(self) -> bool:

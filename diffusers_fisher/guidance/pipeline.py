@@ -192,7 +192,7 @@ class GuidanceProblem:
             checkpointed = (
                 _checkpointed(decoding.autoencoder) if options.checkpoint_decoder else contextlib.nullcontext()
             )
-            with checkpointed, _progress(backbone.pipe, settings.num_guidance_steps + 1) as show:
+            with checkpointed, _progress(backbone, settings.num_guidance_steps + 1) as show:
                 run = GuidedRun(
                     self.run, functools.partial(decoding.decode, pixels=self.pixels), self.reward, self.prompts,
                     self.scheduler, self.denoisers.estimator, options.held_out_reward, options.optimise,
@@ -283,8 +283,8 @@ def default_estimator(dtype: torch.dtype) -> OneStepFisher:
 
 
 @contextlib.contextmanager
-def _progress(pipe: DiffusionPipeline, total: int) -> Iterator[Callable[[torch.Tensor], None]]:
-    with pipe.progress_bar(total=total) as progress:
+def _progress(backbone: Backbone, total: int) -> Iterator[Callable[[torch.Tensor], None]]:
+    with backbone.progress_bar(total) as progress:
 
         def show(rewards: torch.Tensor) -> None:
             progress.set_postfix(reward=f"{float(rewards.mean()):.3f}")

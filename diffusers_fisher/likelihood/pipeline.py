@@ -92,7 +92,7 @@ def log_likelihood(
         num_probes = trace.default_num_probes
     mean, variance = backbone.prior(prior_mean, prior_variance, samples)
     nodes = num_inference_steps + 1 + (num_inference_steps // 2 + 1 if step_halving else 0)
-    with backbone.loaded(), pipe.progress_bar(total=nodes) as progress:
+    with backbone.loaded(), backbone.progress_bar(nodes) as progress:
         integration = Integration(
             num_inference_steps, num_probes, mean, variance, noised, step_halving, generator, scheme, bins,
             backbone.space, progress.update,
@@ -245,7 +245,7 @@ def _squared_errors(
     guidance = backbone.unguided_scale(options)
     denoisers = [unguided_denoiser(backbone, samples, guidance, prompt, dict(options)) for prompt in prompts]
     rows = []
-    with backbone.loaded(), backbone.pipe.progress_bar(total=num_levels * len(denoisers)) as progress:
+    with backbone.loaded(), backbone.progress_bar(num_levels * len(denoisers)) as progress:
         for denoiser in _replayed(denoisers, generator):
             out = squared_error_log_likelihood(
                 denoiser, backbone.pack(samples), num_levels, mean, variance, generator, backbone.space,
