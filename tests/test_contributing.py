@@ -11,6 +11,8 @@ import torch
 from pipelines.backbones import GaussianFlow
 
 from diffusers_fisher import (
+    Backbone,
+    NoiseSchedule,
     PipelineDenoiser,
     UnsupportedError,
     backbone_of,
@@ -27,10 +29,15 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
+def section(title):
+    """The text under one heading."""
+    (text,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE)
+    return text
+
+
 def run(title):
     """Runs the code of one section, and returns its names."""
-    (section,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE)
-    (block,) = BLOCK.findall(section)
+    (block,) = BLOCK.findall(section(title))
     names = {"__name__": title}
     exec(compile(block, f"CONTRIBUTING.md: {title}", "exec"), names)
     return names
@@ -53,6 +60,17 @@ def test_paths_and_links_of_the_page_exist():
     assert len(paths) > 20
     for path in paths:
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize(
+    ("title", "base", "known"), [("Adding a noise schedule", NoiseSchedule, 10), ("Adding a backbone", Backbone, 15)]
+)
+def test_members_in_the_tables_are_those_of_the_base_class(title, base, known):
+    rows = re.findall(r"^\| .*\? \| (.*?) \|", section(title), re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert len(named) >= known
+    for name in named:
+        assert hasattr(base, name), name
 
 
 def test_every_block_belongs_to_a_recipe_that_is_tested_here():
