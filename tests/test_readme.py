@@ -17,6 +17,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["out"].bits_per_dim.shape == (4,)
+    assert namespace["same"].bits_per_dim.equal(namespace["out"].bits_per_dim)
     assert float(namespace["best"].best_rewards[0]) > float(namespace["best"].rewards[0, 0])
     assert namespace["gradient"].shape == namespace["noise"].shape
 

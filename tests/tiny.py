@@ -5,6 +5,8 @@ import random
 import numpy
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderKL,
     DDIMScheduler,
     DDPMPipeline,
@@ -200,6 +202,20 @@ def stable_diffusion_3(cls=StableDiffusion3Pipeline, texts=False, **changes):
     net = SD3Transformer2DModel(**{**config, **changes})
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return quiet(cls(transformer=net, scheduler=scheduler, vae=vae(shift_factor=0.06), **parts))
+
+
+def aura_flow(cls=AuraFlowPipeline):
+    """AuraFlow, for which the package has no backbone; its transformer cuts latents into patches of 2x2."""
+    torch.manual_seed(0)
+    words, encoder = t5()
+    net = AuraFlowTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=1, num_single_dit_layers=1,
+        attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16, joint_attention_dim=16,
+        pos_embed_max_size=64,
+    )  # fmt: skip
+    awaken(net)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.73)
+    return quiet(cls(tokenizer=words, text_encoder=encoder, transformer=net, vae=vae(), scheduler=scheduler))
 
 
 def flux(cls=FluxPipeline, texts=False, guidance_embeds=False):

@@ -2,7 +2,7 @@
 
     python examples/backbones/steer_and_score.py StableDiffusionXL CHECKPOINT --condition "a red house"
 
-The pipeline is one of `diffusers_fisher.pipelines.BACKBONES` without its ending: StableDiffusion, Flux, PixArtSigma,
+The pipeline is one of `diffusers_fisher.pipelines.PIPELINES` without its ending: StableDiffusion, Flux, PixArtSigma,
 DiT, DDPM and others. CHECKPOINT is a folder or a name on the Hub. Conditions are prompts, or class labels for DiT;
 unconditional pipelines take none.
 """

@@ -3,6 +3,7 @@
 A new backbone is one line of `BACKBONES`, with what makes a tiny one in `tiny`.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -156,3 +157,22 @@ VARIATIONS = {
     "Flux-schnell": _variation("Flux", _with_texts(tiny.flux), guidance_scale=None),
 }
 """Checkpoints of the same classes with other networks."""
+
+
+class GaussianFlow(torch.nn.Module):
+    """The exact velocity for data N(mean, variance I), in place of a flow network."""
+
+    def __init__(self, network, per_time, mean=0.3, variance=0.5):
+        super().__init__()
+        self.config, self.dtype, self.device = network.config, torch.float32, torch.device("cpu")
+        self.per_time = per_time
+        self.mean, self.variance = mean, variance
+
+    def cache_context(self, name):
+        return contextlib.nullcontext()
+
+    def forward(self, hidden_states, timestep, **conditions):
+        s = (timestep * self.per_time).view(-1, *[1] * (hidden_states.ndim - 1))
+        alpha, total = 1 - s, (1 - s) ** 2 * self.variance + s**2
+        original = self.mean + alpha * self.variance / total * (hidden_states - alpha * self.mean)
+        return ((s * (hidden_states - alpha * self.mean) / total) - original,)

@@ -1,6 +1,5 @@
 """Every backbone: the stock results, exact gradients and likelihoods, and what users do to pipelines."""
 
-import contextlib
 import dataclasses
 import inspect
 import math
@@ -27,7 +26,7 @@ from diffusers_fisher import (
 )
 from diffusers_fisher.backbones import backbone_of
 from diffusers_fisher.likelihood.schemes import noise_grid
-from pipelines.backbones import BACKBONES, VARIATIONS
+from pipelines.backbones import BACKBONES, VARIATIONS, GaussianFlow
 
 GRADIENT = 1e-5  # float32, the same products in another order: measured up to 2e-6
 
@@ -280,25 +279,6 @@ def test_likelihood_of_images_is_that_of_their_latents(backbone):
     expected = backbone.score(pipe, latents=latents_of(pipe, images), num_probes=1)
     assert torch.equal(out.log_prob, expected.log_prob)
     assert float(out.log_prob[0]) != float(out.log_prob[1])
-
-
-class GaussianFlow(torch.nn.Module):
-    """The exact velocity for data N(mean, variance I), in place of a flow network."""
-
-    def __init__(self, network, per_time, mean=0.3, variance=0.5):
-        super().__init__()
-        self.config, self.dtype, self.device = network.config, torch.float32, torch.device("cpu")
-        self.per_time = per_time
-        self.mean, self.variance = mean, variance
-
-    def cache_context(self, name):
-        return contextlib.nullcontext()
-
-    def forward(self, hidden_states, timestep, **conditions):
-        s = (timestep * self.per_time).view(-1, *[1] * (hidden_states.ndim - 1))
-        alpha, total = 1 - s, (1 - s) ** 2 * self.variance + s**2
-        original = self.mean + alpha * self.variance / total * (hidden_states - alpha * self.mean)
-        return ((s * (hidden_states - alpha * self.mean) / total) - original,)
 
 
 @pytest.mark.parametrize("name", [name for name, backbone in BACKBONES.items() if backbone.flow])
