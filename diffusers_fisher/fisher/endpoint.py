@@ -73,6 +73,6 @@ class EndpointOperator(FisherOperator):
         vectors = torch.stack([vector for _, vector in self._terms], 1).double().flatten(2)  # (B, terms, d)
         signs = torch.tensor([sign for sign, _ in self._terms], dtype=torch.float64)
         core = torch.diag_embed((identity / weight)[:, None] / signs).to(vectors.device) + vectors @ vectors.mT
-        wide = v.double().flatten(1)[..., None]
-        inner = vectors.mT @ torch.linalg.solve_ex(core, vectors @ wide).result  # not finite where F is singular
-        return ((wide - inner)[..., 0] / identity.to(wide.device)[:, None]).to(v.dtype).view_as(v)
+        column = v.double().flatten(1)[..., None]
+        inner = vectors.mT @ torch.linalg.solve_ex(core, vectors @ column).result  # not finite where F is singular
+        return ((column - inner)[..., 0] / identity.to(column.device)[:, None]).to(v.dtype).view_as(v)

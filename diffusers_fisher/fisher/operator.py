@@ -189,7 +189,8 @@ class FisherOperator(abc.ABC):
             if vectors is probes.vectors:
                 raise InputError("The sketch is the probes themselves, which biases the trace; draw it separately.")
             return self._sketched_trace(probes, vectors)
-        return self._estimate(probes, self._forms(probes.vectors, self._chunked(probes.vectors)))
+        pairs = zip(probes.vectors, self._chunked(probes.vectors), strict=True)
+        return self._estimate(probes, torch.stack([dot(v, product) for v, product in pairs]))
 
     def exact_trace(self) -> tuple[torch.Tensor, int]:
         """tr F (B,) float64, and the products spent on it; closed forms know it without any."""
@@ -201,12 +202,6 @@ class FisherOperator(abc.ABC):
         entries = [columns.diagonal(offset=start, dim1=0, dim2=2) for start, columns in self._columns()]
         diagonal = torch.cat(entries, dim=-1).double()
         return diagonal.view_as(self.state.sample), diagonal.shape[1]
-
-    def trace_of_covariance(self, trace: torch.Tensor) -> torch.Tensor:
-        """tr F = d/sigma^2 - (alpha^2/sigma^4) tr C from tr C (B,), float64."""
-        level = self.state.level
-        alpha, sigma = level.alpha.to(trace.device), level.sigma.to(trace.device)
-        return self.state.sample[0].numel() / sigma**2 - alpha**2 / sigma**4 * trace.double()
 
     def _columns(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Columns of F in pieces: the first one's index, and (k, B, d)."""
@@ -239,9 +234,6 @@ class FisherOperator(abc.ABC):
         rest = (outside * shrunk(outside)).sum(2)
         values = probes.group_means((dimensions - inside - rest) / noise)
         return Estimate.mean(values, len(probes) + size, self._calls(len(probes) + 2 * size))
-
-    def _forms(self, vectors: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
-        return torch.stack([dot(v, product) for v, product in zip(vectors, products, strict=True)])
 
     def _estimate(self, probes: Probes, values: torch.Tensor) -> Estimate:
         return Estimate.mean(probes.group_means(values), len(probes), self._calls(len(probes)))
@@ -288,7 +280,19 @@ class FisherOperator(abc.ABC):
             )
 
 
-class FisherMatrixOperator(FisherOperator):
+class JacobianOperator(FisherOperator):
+    """An operator whose subclasses give `original_jacobian`; the covariance follows. Needs alpha > 0."""
+
+    @abc.abstractmethod
+    def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
+        """Returns the product with the transposed Jacobian of the predicted x_0, (B, ...)."""
+
+    def covariance(self, v: torch.Tensor) -> torch.Tensor:
+        level = self.state.level
+        return expand(level.sigma**2 / level.alpha, v) * self.original_jacobian(v)
+
+
+class FisherMatrixOperator(JacobianOperator):
     """An operator whose subclasses give `matvec`; the Jacobians follow. Needs alpha > 0."""
 
     @abc.abstractmethod
@@ -302,12 +306,8 @@ class FisherMatrixOperator(FisherOperator):
         level = self.state.level
         return (v - expand(level.sigma**2, v) * self.matvec(v)) / expand(level.alpha, v)
 
-    def covariance(self, v: torch.Tensor) -> torch.Tensor:
-        level = self.state.level
-        return expand(level.sigma**2 / level.alpha, v) * self.original_jacobian(v)
 
-
-class ModelFisherOperator(FisherOperator):
+class ModelFisherOperator(JacobianOperator):
     """An operator whose subclasses give products with the model's own (transposed) Jacobian, `output_jacobian`.
 
     A learned Jacobian is not symmetric: `matvec` is the product with the transposed F, and with a true score the two
@@ -339,10 +339,6 @@ class ModelFisherOperator(FisherOperator):
     def epsilon_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         sample_factor, output_factor = self.state.prediction.epsilon_coefficients(self.state.level)
         return expand(sample_factor, v) * v + expand(output_factor, v) * self.output_jacobian(v)
-
-    def covariance(self, v: torch.Tensor) -> torch.Tensor:
-        level = self.state.level
-        return expand(level.sigma**2 / level.alpha, v) * self.original_jacobian(v)
 
 
 class CombinedOperator(FisherMatrixOperator):
@@ -394,14 +390,14 @@ class CombinedOperator(FisherMatrixOperator):
         return None if inner is None else inner / per_sample(factor, v)
 
     def exact_diagonal(self) -> tuple[torch.Tensor, int]:
-        terms = [(factor, *operator.exact_diagonal()) for factor, operator in self._terms]
-        diagonals = [per_sample(factor, diagonal) * diagonal for factor, diagonal, _ in terms]
-        total = torch.stack(diagonals).sum(0)
-        return total + per_sample(self._shift, total), max(products for *_, products in terms)
+        return self._sum([operator.exact_diagonal() for _, operator in self._terms], 1)
 
     def exact_trace(self) -> tuple[torch.Tensor, int]:
-        terms = [(factor, *operator.exact_trace()) for factor, operator in self._terms]
-        traces = [factor.to(trace.device) * trace for factor, trace, _ in terms]
-        total = torch.stack(traces).sum(0)
-        shift = self.state.sample[0].numel() * self._shift.to(total.device)
-        return total + shift, max(products for *_, products in terms)
+        return self._sum([operator.exact_trace() for _, operator in self._terms], self.state.sample[0].numel())
+
+    def _sum(self, parts: list[tuple[torch.Tensor, int]], identity: int) -> tuple[torch.Tensor, int]:
+        """The sum over the terms of values (B, ...) and `identity`, the identity's own value; and the products."""
+        values, products = zip(*parts, strict=True)
+        scaled = [per_sample(factor, value) * value for (factor, _), value in zip(self._terms, values, strict=True)]
+        total = torch.stack(scaled).sum(0)
+        return total + identity * per_sample(self._shift, total), max(products)

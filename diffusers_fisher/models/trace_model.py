@@ -18,12 +18,12 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, BaseOutput
 
 from ..denoiser import Denoiser
 from ..errors import CheckpointError, InputError
 from ..files import atomic_path, check_safetensors, read_json, save_tensors
-from ..fisher.trace_output import LOG_NOISE_RANGE, FisherTraceOutput, noise_shares
+from ..fisher.trace_matching import LOG_NOISE_RANGE, noise_shares
 from ..noise import DenoisingState, NoiseLevel, expand
 from .card import model_card
 from .encoders import FeatureEncoder, ImageEncoder, NoiseEmbedding, PixelHead, SpectralHead, TokenEncoder, TraceHead
@@ -39,6 +39,19 @@ MAX_LOG_RATIO = 12.0  # |g|, by how much log v may leave the prior's
 LEAST_ALPHA = 1e-3  # relative to the level's norm, where x_0 is computed
 FADING_NOISE = 10.0  # the predicted x_0 is divided by sqrt(1 + (s/10)^2)
 MIXED_FREQUENCIES = 16
+
+
+@dataclasses.dataclass
+class FisherTraceOutput(BaseOutput):
+    """What the trace model returns for a batch, float32; one of the two is set.
+
+    Args:
+        logits: logits of r, (B,), or of the diagonal of Cov[eps|x_t] in the model's basis, (B, ...).
+        second_moment: E[|x_0|^2/d | x_t], (B,), from models of target "norm".
+    """
+
+    logits: torch.Tensor | None = None
+    second_moment: torch.Tensor | None = None
 
 
 class FisherTraceModel(ModelMixin, ConfigMixin):
