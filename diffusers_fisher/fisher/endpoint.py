@@ -2,7 +2,7 @@
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, check_shape
 from ..noise import DenoisingState, expand
 from .estimator import FisherEstimator
 from .numerics import dot, per_sample
@@ -32,11 +32,7 @@ class EndpointFisher(FisherEstimator):
                 "EndpointFisher needs the clean end of the run: EndpointFisher()(state, endpoint=x0), x0 of the "
                 "sample's shape. Inside `scheduler.differentiable(...)` it is put in."
             )
-        if endpoint.shape != state.sample.shape:
-            raise InputError(
-                f"The endpoint has shape {tuple(endpoint.shape)}, the sample {tuple(state.sample.shape)}; they must "
-                "agree."
-            )
+        check_shape("The endpoint", endpoint.shape, state.sample.shape, "Pass one clean sample per noisy sample.")
         return EndpointOperator(state, endpoint, self.centred)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ..distributions.banks import BANK_SUFFIXES, as_bank
 from ..distributions.covariance import Covariance, DCTBasis, EigenBasis, ShiftedCovariance
-from ..errors import CheckpointError, InputError, UnsupportedError
+from ..errors import CheckpointError, InputError, UnsupportedError, check_shape
 from ..files import load_tensors, save_tensors
 from ..noise import DenoisingState
 from .estimator import FisherEstimator, check_estimator
@@ -48,8 +48,7 @@ class GaussianFisher(FisherEstimator):
         if len(covariance) != 1:
             raise InputError(f"The covariance has {len(covariance)} modes; GaussianFisher takes one.")
         mean = torch.zeros(covariance.shape, dtype=torch.float64) if mean is None else mean.detach().double()
-        if tuple(mean.shape) != covariance.shape:
-            raise InputError(f"The mean has shape {tuple(mean.shape)}, the covariance's samples {covariance.shape}.")
+        check_shape("The mean", mean.shape, covariance.shape, "Pass a mean of the covariance's samples.")
         self.covariance = covariance
         self.mean = mean
 
@@ -92,11 +91,9 @@ class GaussianFisher(FisherEstimator):
         return cls(Covariance.low_rank(rest.view(1, *shape), factor.view(1, *shape, rank)), mean.view(shape))
 
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> GaussianOperator:
-        if tuple(state.sample.shape[1:]) != self.covariance.shape:
-            raise InputError(
-                f"The Gaussian is over samples of shape {self.covariance.shape}, the state's have "
-                f"{tuple(state.sample.shape[1:])}; fit one to samples of this size."
-            )
+        check_shape(
+            "A sample of the state", state.sample.shape[1:], self.covariance.shape, "Fit a Gaussian to such samples."
+        )
         return GaussianOperator(state, self.covariance)
 
     def save(self, path: str | os.PathLike) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..errors import InputError, NumericalError, UnsupportedError
+from ..errors import InputError, NumericalError, UnsupportedError, check_shape
 from ..noise import DenoisingState, expand
 from .estimate import Estimate, Probes
 from .numerics import conjugate_gradients, dot, extreme_eigenpairs, per_sample
@@ -254,11 +254,7 @@ class FisherOperator(abc.ABC):
         return numbers.expand(count)
 
     def _check(self, v: torch.Tensor) -> None:
-        if v.shape != self.state.sample.shape:
-            raise InputError(
-                f"The vector has shape {tuple(v.shape)}; the operator's state has {tuple(self.state.sample.shape)}. "
-                "Pass one vector per sample, of the sample's shape."
-            )
+        check_shape("The vector", v.shape, self.state.sample.shape, "Pass one vector per sample of the state.")
 
     def _check_many(self, vectors: torch.Tensor) -> None:
         if vectors.ndim < 1 or len(vectors) < 1 or vectors.shape[1:] != self.state.sample.shape:

@@ -21,7 +21,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, BaseOutput
 
 from ..denoiser import Denoiser
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, check_shape
 from ..files import atomic_path, check_safetensors, read_json, save_tensors
 from ..fisher.trace_matching import LOG_NOISE_RANGE, noise_shares
 from ..noise import DenoisingState, NoiseLevel, expand
@@ -197,7 +197,9 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         energies = (x.float().square().mean(axes) + 1e-6).log().to(x.dtype)
         known = [vector, energies]
         if self.summaries is not None:
-            self._check_features(features, len(sample))
+            if features is not None:
+                wanted = (len(sample), self.config["feature_channels"])
+                check_shape("`features`", features.shape, wanted, "Use the denoiser that the model was trained for.")
             known.append(self.summaries(features, log_noise, embedding))
         numbers = self.head(torch.cat(known, dim=1), embedding)
         shape = sample.shape[1:]
@@ -320,14 +322,6 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
                 Path(folder, "README.md").write_text(card, encoding="utf-8")
             return self._upload_folder(
                 folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr, subfolder=subfolder
-            )
-
-    def _check_features(self, features: torch.Tensor | None, count: int) -> None:
-        wanted = (count, self.config["feature_channels"])
-        if features is not None and features.shape != wanted:
-            raise InputError(
-                f"`features` has shape {tuple(features.shape)}; allowed: {wanted}, by the trace model's "
-                "`feature_channels`. Use the denoiser it was trained for."
             )
 
     def _joined(
