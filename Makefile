@@ -42,7 +42,8 @@ house: install
 
 check: lint types test
 
-# The tests with the lowest versions that pyproject.toml allows, torch excepted, whose build constraints.txt names.
+# The tests with the lowest versions that pyproject.toml allows. constraints.txt names torch's version, because a lower
+# one may bring gigabytes. The lowest versions have wheels for Python 3.11, and not all of them for newer ones.
 lowest: pyproject.toml
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip packaging

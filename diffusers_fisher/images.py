@@ -47,8 +47,9 @@ def image_tensor(
         tensor = torch.from_numpy(numpy.ascontiguousarray(batch))  # flipped arrays have negative strides
         tensor = tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4 or tensor.shape[1] != channels or not len(tensor):
-        shape = tuple(batch.shape) if isinstance(batch, (numpy.ndarray, torch.Tensor)) else None
-        got = f"a {type(batch).__name__} {batch!r:.40}" if shape is None or tensor is None else f"of shape {shape}"
+        got = f"a {type(batch).__name__} {batch!r:.40}"
+        if isinstance(tensor, torch.Tensor) and isinstance(batch, (numpy.ndarray, torch.Tensor)):
+            got = f"of shape {tuple(batch.shape)}"
         kind = "RGB as" if channels == 3 else "grey" if channels == 1 else "no"
         raise InputError(
             f"Images are {got}; allowed: {kind} PIL, array (B, H, W, {channels}) or tensor (B, {channels}, H, W)."

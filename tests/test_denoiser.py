@@ -199,8 +199,8 @@ def test_unknown_argument_is_refused():
 
 
 def test_pipeline_without_latents_is_refused():
-    pipe = diffusers.DDPMPipeline(unet=tiny.unet(), scheduler=diffusers.DDPMScheduler())
-    with pytest.raises(UnsupportedError, match=r"DDPMPipeline takes no `latents`.*such as StableDiffusionPipeline"):
+    pipe = diffusers.RePaintPipeline(unet=tiny.unet(), scheduler=diffusers.RePaintScheduler())
+    with pytest.raises(UnsupportedError, match=r"RePaintPipeline takes no `latents`.*such as StableDiffusionPipeline"):
         PipelineDenoiser(pipe)
 
 

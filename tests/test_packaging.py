@@ -143,7 +143,7 @@ def test_wheel_has_everything_and_works_by_itself(tmp_path):
     assert f"{information}/licenses/LICENSE" in members
     metadata = email.message_from_bytes(members[f"{information}/METADATA"])
     assert (metadata["Version"], metadata["License-Expression"]) == (VERSION, "Apache-2.0")
-    assert "diffusers<1,>=0.40" in metadata.get_all("Requires-Dist")
+    assert "diffusers<1,>=0.41" in metadata.get_all("Requires-Dist")
 
     target = tmp_path / "installed"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True, timeout=300)

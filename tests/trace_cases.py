@@ -65,7 +65,7 @@ class GaussianData:
 
 
 class GaussianDenoiser(Denoiser):
-    """The ideal denoiser of `GaussianData`, for one level or one a sample, differentiable."""
+    """The ideal denoiser of `GaussianData`, for one level or one per sample, differentiable."""
 
     def __init__(self, data: GaussianData, scheduler: Any):
         super().__init__(scheduler)

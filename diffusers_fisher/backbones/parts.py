@@ -44,14 +44,21 @@ def checkpoint_parts(pipe: DiffusionPipeline) -> CheckpointParts:
     Raises:
         CheckpointError: a damaged file.
     """
-    parts = vars(pipe).get(_OWN) or _STOCK.get(pipe)
+    parts = loaded_parts(pipe)
     if parts is None:
         source = str(pipe.config.get("_name_or_path") or "")
         parts = CheckpointParts()
         if os.path.isdir(source):
             parts = CheckpointParts(load_trace_model(source), load_statistics(source))
+        if parts.trace_model is not None:
+            torch.nn.Module.to(parts.trace_model, pipe.device)
         _STOCK[pipe] = parts
     return parts
+
+
+def loaded_parts(pipe: DiffusionPipeline) -> CheckpointParts | None:
+    """Returns the parts that were set or read before; None if nothing was."""
+    return vars(pipe).get(_OWN) or _STOCK.get(pipe)
 
 
 def set_checkpoint_parts(pipe: DiffusionPipeline, parts: CheckpointParts) -> None:

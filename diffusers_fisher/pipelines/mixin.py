@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from ..backbones.parts import LatentStatistics, checkpoint_parts, set_checkpoint_parts
+from ..backbones.parts import LatentStatistics, checkpoint_parts, loaded_parts, set_checkpoint_parts
 from ..errors import InputError
 from ..guidance import pipeline as guidance
 from ..likelihood import pipeline as likelihood
@@ -66,8 +66,9 @@ class FisherPipelineMixin(DiffusionPipeline):
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Moves the pipeline as the stock class does; the trace model goes with it to the device."""
         super().to(*args, **kwargs)
-        if self.trace_model is not None:
-            torch.nn.Module.to(self.trace_model, self.device)
+        parts = loaded_parts(self)
+        if parts is not None and parts.trace_model is not None:
+            torch.nn.Module.to(parts.trace_model, self.device)
         return self
 
     @classmethod

@@ -12,7 +12,7 @@ import inspect
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
@@ -22,6 +22,7 @@ from ..backbones.parts import (
     STATISTICS,
     TRACE_MODEL,
     CheckpointParts,
+    checkpoint_parts,
     load_scheduler_name,
     load_statistics,
     load_trace_model,
@@ -32,9 +33,6 @@ from ..errors import CheckpointError, InputError
 from ..files import check_safetensors, read_json, save_tensors, write_json
 from ..models import FisherTraceModel
 from ..schedulers import FisherSchedulerMixin, fisher_scheduler
-
-if TYPE_CHECKING:
-    from .mixin import FisherPipelineMixin
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
@@ -89,7 +87,7 @@ def load_pipeline_parts(
     return pipe
 
 
-def save_pipeline(pipe: FisherPipelineMixin, folder: str | os.PathLike, arguments: dict[str, Any]) -> None:
+def save_pipeline(pipe: DiffusionPipeline, folder: str | os.PathLike, arguments: dict[str, Any]) -> None:
     """Saves the stock pipeline, and the Fisher parts beside its index.
 
     Raises:
@@ -101,11 +99,12 @@ def save_pipeline(pipe: FisherPipelineMixin, folder: str | os.PathLike, argument
     folder = Path(folder)
     scheduler = type(pipe.scheduler).__name__ if isinstance(pipe.scheduler, FisherSchedulerMixin) else None
     write_json(folder / MARK, {"scheduler": scheduler})
-    _save_trace_model(pipe.trace_model, folder / TRACE_MODEL)
-    if pipe.latent_statistics is None:
+    parts = checkpoint_parts(pipe)
+    _save_trace_model(parts.trace_model, folder / TRACE_MODEL)
+    if parts.latent_statistics is None:
         (folder / STATISTICS).unlink(missing_ok=True)  # of another pipeline that was saved there
         return
-    mean, variance = pipe.latent_statistics
+    mean, variance = parts.latent_statistics
     description = {"description": "mean and variance of the scaled latents of the training data"}
     save_tensors(folder / STATISTICS, {"mean": mean, "variance": variance}, description)
 

@@ -29,7 +29,7 @@ from diffusers_fisher import (
     posterior_guidance,
 )
 from diffusers_fisher.fisher.estimator import check_estimator
-from diffusers_fisher.likelihood import log_likelihood, reference_log_likelihood
+from diffusers_fisher.likelihood import Integration, integrate_log_likelihood, reference_log_likelihood
 from diffusers_fisher.studies.transport import denoiser_field
 
 from .problems import state_of_network
@@ -250,8 +250,8 @@ DOORS = {
     "posterior_guidance": lambda pipe, x, estimator: enter(posterior_guidance(pipe, reward, estimator=estimator)),
     "differentiable": lambda pipe, x, estimator: FisherDDIMScheduler().differentiable(estimator),
     "transport": lambda pipe, x, estimator: denoiser_field(PipelineDenoiser(pipe, prompt="a"), estimator),
-    "likelihood of a denoiser": lambda pipe, x, estimator: log_likelihood(
-        PipelineDenoiser(pipe, prompt="a"), x, estimator
+    "likelihood of a denoiser": lambda pipe, x, estimator: integrate_log_likelihood(
+        PipelineDenoiser(pipe, prompt="a"), x, estimator, Integration()
     ),
     "reference": lambda pipe, x, estimator: reference_log_likelihood(PipelineDenoiser(pipe, prompt="a"), x, estimator),
     "component": lambda pipe, x, estimator: TraceCorrectedFisher(DirectFisher(), estimator),

@@ -246,11 +246,11 @@ def test_linear_reward_of_another_size_is_refused():
 MASK = torch.tensor([[1.0, 0.0], [0.5, 0.0]])
 
 
-@pytest.mark.parametrize("form", ["one target", "one a sample", "one in a batch"])
+@pytest.mark.parametrize("form", ["one target", "one per sample", "one in a batch"])
 def test_measurement_is_minus_the_weighted_mean_square(form):
     images, targets = smooth_images(3, 2, 2), smooth_images(6, 2, 2)[3:]
-    target = {"one target": targets[0], "one a sample": targets, "one in a batch": targets[:1]}[form]
-    differences = images - (targets if form == "one a sample" else targets[0])
+    target = {"one target": targets[0], "one per sample": targets, "one in a batch": targets[:1]}[form]
+    differences = images - (targets if form == "one per sample" else targets[0])
     squares = differences.square().mean(1)
     expected = -(squares[:, 0, 0] + 0.5 * squares[:, 1, 0]) / 1.5
     # float32 sums in another order

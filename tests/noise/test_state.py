@@ -20,7 +20,7 @@ LEVELS = {
     "k-diffusion": level_of(1.0, 7.0),
     "flow": level_of(0.3, 0.7),
     "pure noise": level_of(0.0, 1.0),
-    "one a sample": level_of([0.8, 0.1], [0.6, math.sqrt(0.99)]),
+    "one per sample": level_of([0.8, 0.1], [0.6, math.sqrt(0.99)]),
 }
 
 

@@ -394,7 +394,7 @@ IMAGES = {
     "PIL size": (lambda: {"images": [Image.new("RGB", (12, 8))] * 2}, "Images are 8x12 pixels; .* multiples of 8"),
     "several sizes": (
         lambda: {"images": [Image.new("RGB", (8, 8)), Image.new("RGB", (16, 8))]},
-        r"Images of one call must have one size, got \[\(8, 8, 3\), \(8, 16, 3\)\]; call once a size",
+        r"Images of one call must have one size, got \[\(8, 8, 3\), \(8, 16, 3\)\]; call once per size",
     ),
     "no batch": (lambda: {"images": image(size=(16, 16))}, r"Images are of shape \(16, 16\); allowed: RGB as"),
     "no image": (lambda: {"images": []}, r"Images are a list \[\]; allowed: RGB as PIL, array \(B, H, W, 3\) or t"),
