@@ -191,8 +191,9 @@ class TraceCorrectedFisher(FisherEstimator):
         prior, trace = self.prior(state, endpoint), self.trace(state, endpoint)
         variance = state.level.sigma.cpu() ** 2
         # With M = I - sigma^2 F: M = ratio * M_prior, so F = ratio * F_prior + (1 - ratio)/sigma^2 I.
-        wanted, had = (state.sample[0].numel() - variance * each.trace().value.cpu() for each in (trace, prior))
-        ratio = wanted / had
+        dimensions = state.sample[0].numel()
+        target, own = (dimensions - variance * operator.trace().value.cpu() for operator in (trace, prior))
+        ratio = target / own
         return CombinedOperator([(ratio, prior)], (1 - ratio) / variance)
 
 
@@ -229,7 +230,7 @@ def _rows(samples: Samples) -> tuple[tuple[int, ...], Iterator[torch.Tensor]]:
 
 
 def _batches(samples: Samples) -> Iterator[torch.Tensor]:
-    """Batches of samples, checked."""
+    """Yields batches of samples, after a check of their shape and values."""
     shape = None
     for batch in _pieces(samples):
         shape = batch.shape[1:] if shape is None else shape
@@ -255,5 +256,5 @@ def _pieces(samples: Samples) -> Iterable[torch.Tensor]:
 
 
 def _positive(variances: torch.Tensor) -> torch.Tensor:
-    """Variances floored at 1e-6 of their mean: constant coordinates and rounding must not make S singular."""
+    """Returns variances of at least 1e-6 of their mean: constant coordinates and rounding must not make S singular."""
     return variances.clamp_min(1e-6 * float(variances.mean().clamp_min(torch.finfo(torch.float64).tiny)))

@@ -131,8 +131,8 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         self.summaries = (
             None if feature_channels is None else FeatureEncoder(feature_channels, time_channels, head_channels)
         )
-        known = self.encoder.features + inputs + (0 if feature_channels is None else head_channels)
-        self.head = TraceHead(known, time_channels, head_channels, numbers)
+        width = self.encoder.features + inputs + (0 if feature_channels is None else head_channels)
+        self.head = TraceHead(width, time_channels, head_channels, numbers)
         self.map: PixelHead | SpectralHead | None = None
         if spectral:
             self.map = SpectralHead(in_channels, MIXED_FREQUENCIES)
@@ -195,13 +195,13 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         vector, stem, h = self.encoder(x, embedding)
         axes = (2, 3) if self.config["layout"] == "image" else (1,)
         energies = (x.float().square().mean(axes) + 1e-6).log().to(x.dtype)
-        known = [vector, energies]
+        vectors = [vector, energies]
         if self.summaries is not None:
             if features is not None:
                 wanted = (len(sample), self.config["feature_channels"])
                 check_shape("`features`", features.shape, wanted, "Use the denoiser that the model was trained for.")
-            known.append(self.summaries(features, log_noise, embedding))
-        numbers = self.head(torch.cat(known, dim=1), embedding)
+            vectors.append(self.summaries(features, log_noise, embedding))
+        numbers = self.head(torch.cat(vectors, dim=1), embedding)
         shape = sample.shape[1:]
         if self.config["target"] == "norm":
             moment = self.prior.second_moment(sample, log_noise)
@@ -342,9 +342,9 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
                 f"'{layout}'."
             )
         width = config["pooled_channels"]
-        if (pooled is None) != (width is None) or (pooled is not None and pooled.shape != (len(sample), width)):
-            got = None if pooled is None else tuple(pooled.shape)
-            wanted = None if width is None else (len(sample), width)
+        got = None if pooled is None else tuple(pooled.shape)
+        wanted = None if width is None else (len(sample), width)
+        if got != wanted:
             raise InputError(f"`pooled` has shape {got}; allowed: {wanted}, by the trace model's `pooled_channels`.")
         parts = [sample]
         if config["use_prediction"]:

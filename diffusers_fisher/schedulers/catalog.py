@@ -1,5 +1,6 @@
 """Fisher versions of diffusers' schedulers. Each class adds the method `differentiable` to its parent."""
 
+import functools
 from typing import Any
 
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -120,9 +121,7 @@ for _class in CATALOG.values():
     _class.__module__ = "diffusers_fisher"
 
 
-_MADE: dict[type, type] = {}  # classes outside the catalog are made once, so that `isinstance` works
-
-
+@functools.cache  # classes outside the catalog are made once, so that `isinstance` works
 def fisher_scheduler(cls: type[Any]) -> type[Any]:
     """The Fisher version of any diffusers scheduler class: `fisher_scheduler(DDIMScheduler)`.
 
@@ -138,9 +137,7 @@ def fisher_scheduler(cls: type[Any]) -> type[Any]:
         )
     if issubclass(cls, FisherSchedulerMixin):
         return cls
-    made = CATALOG.get(f"Fisher{cls.__name__}")
-    if made is not None and issubclass(made, cls):
-        return made
-    if cls not in _MADE:
-        _MADE[cls] = type(f"Fisher{cls.__name__}", (FisherSchedulerMixin, cls), {"__module__": cls.__module__})
-    return _MADE[cls]
+    name = f"Fisher{cls.__name__}"
+    if issubclass(CATALOG.get(name, object), cls):
+        return CATALOG[name]
+    return type(name, (FisherSchedulerMixin, cls), {"__module__": cls.__module__})

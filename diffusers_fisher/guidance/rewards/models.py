@@ -235,7 +235,8 @@ def aesthetic_head(path: str | os.PathLike) -> torch.nn.Sequential:
             number.
     """
     tensors = _head_tensors(Path(path))
-    names = sorted((name for name in tensors if name.endswith("weight")), key=_numbers)
+    weights = (name for name in tensors if name.endswith("weight"))
+    names = sorted(weights, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
     biases = [name.removesuffix("weight") + "bias" for name in names]
     shapes = [tuple(tensors[name].shape) for name in names]
     is_chain = all(len(shape) == 2 for shape in shapes) and all(
@@ -277,10 +278,6 @@ def _download_options(kwargs: dict[str, Any], same_repository: bool = True) -> d
     names = {"token", "cache_dir", "local_files_only", "force_download"}
     names |= {"revision", "subfolder"} if same_repository else set()
     return {name: value for name, value in kwargs.items() if name in names}
-
-
-def _numbers(name: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", name)]
 
 
 def _image_features(model: CLIPModel | SiglipModel, pixels: torch.Tensor) -> torch.Tensor:
