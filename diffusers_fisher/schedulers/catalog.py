@@ -1,6 +1,5 @@
 """Fisher versions of diffusers' schedulers. Each class adds the method `differentiable` to its parent."""
 
-import functools
 from typing import Any
 
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -121,7 +120,9 @@ for _class in CATALOG.values():
     _class.__module__ = "diffusers_fisher"
 
 
-@functools.cache  # classes outside the catalog are made once, so that `isinstance` works
+_CLASSES: dict[type, type] = {}  # classes outside the catalog are made once, so that `isinstance` works
+
+
 def fisher_scheduler(cls: type[Any]) -> type[Any]:
     """The Fisher version of any diffusers scheduler class: `fisher_scheduler(DDIMScheduler)`.
 
@@ -140,4 +141,6 @@ def fisher_scheduler(cls: type[Any]) -> type[Any]:
     name = f"Fisher{cls.__name__}"
     if issubclass(CATALOG.get(name, object), cls):
         return CATALOG[name]
-    return type(name, (FisherSchedulerMixin, cls), {"__module__": cls.__module__})
+    if cls not in _CLASSES:
+        _CLASSES[cls] = type(name, (FisherSchedulerMixin, cls), {"__module__": cls.__module__})
+    return _CLASSES[cls]
