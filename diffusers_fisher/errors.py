@@ -1,7 +1,5 @@
 """The exceptions of the package, and the check of shapes. Each exception also inherits a fitting builtin exception."""
 
-from collections.abc import Sequence
-
 
 class FisherError(Exception):
     """Base class of every error that `diffusers_fisher` raises on purpose."""
@@ -31,7 +29,7 @@ class CoarseGridWarning(UserWarning):
     """The discretisation error of a likelihood is large. The message says how large; use more steps."""
 
 
-def check_shape(name: str, shape: Sequence[int], allowed: Sequence[int], advice: str) -> None:
+def check_shape(name: str, shape: tuple[int, ...], allowed: tuple[int, ...], advice: str) -> None:
     """Raises `InputError` unless `shape`, that of the tensor `name`, is `allowed`; `advice` says what to pass."""
     if tuple(shape) != tuple(allowed):
         raise InputError(f"{name} has shape {tuple(shape)}; allowed: {tuple(allowed)}. {advice}")
