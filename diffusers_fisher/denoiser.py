@@ -1,11 +1,16 @@
 """A denoising network as a function of its own input."""
 
+from __future__ import annotations
+
 import abc
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .noise import DenoisingState, NoiseLevel, Timestep, input_scale, noise_level, prediction_of
+
+if TYPE_CHECKING:
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 
 class Denoiser(abc.ABC):

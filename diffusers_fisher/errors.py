@@ -1,4 +1,4 @@
-"""The exceptions of the package. Each also inherits the builtin exception that fits the error."""
+"""The exceptions of the package, and the check of shapes. Each exception also inherits a fitting builtin exception."""
 
 
 class FisherError(Exception):
@@ -27,3 +27,9 @@ class NumericalError(FisherError, ArithmeticError):
 
 class CoarseGridWarning(UserWarning):
     """The discretisation error of a likelihood is large. The message says how large; use more steps."""
+
+
+def check_shape(name: str, shape: tuple[int, ...], allowed: tuple[int, ...], advice: str) -> None:
+    """Raises `InputError` unless `shape`, that of the tensor `name`, is `allowed`; `advice` says what to pass."""
+    if tuple(shape) != tuple(allowed):
+        raise InputError(f"{name} has shape {tuple(shape)}; allowed: {tuple(allowed)}. {advice}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import CheckpointError
+
 if TYPE_CHECKING:
     import torch
 
@@ -38,7 +40,6 @@ def embedded_checkpoint() -> str:
     Raises:
         CheckpointError: a file of the checkpoint is missing or truncated.
     """
-    from ..errors import CheckpointError
     from ..files import check_safetensors, read_json
 
     missing = [name for name in _FILES if not (_FOLDER / name).is_file()]

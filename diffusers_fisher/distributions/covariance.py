@@ -11,9 +11,9 @@ All arithmetic is float64, whatever the dtype of the inputs: D/B and a V V^T can
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from typing import Protocol
 
 import torch
 
@@ -21,27 +21,11 @@ from ..errors import InputError
 from ..noise import NoiseLevel
 
 
-class Basis(Protocol):
-    """Orthonormal coordinates z = Q^T v of flattened vectors (..., d)."""
-
-    def analyse(self, v: torch.Tensor) -> torch.Tensor:
-        """Returns Q^T v."""
-
-    def synthesise(self, z: torch.Tensor) -> torch.Tensor:
-        """Returns Q z."""
-
-    def diagonal(self, p: torch.Tensor) -> torch.Tensor:
-        """Returns the diagonal of Q diag(p) Q^T."""
-
-    def to(self, device: torch.device) -> Basis:
-        """Returns the same basis on `device`."""
-
-
 class DCTBasis:
     """Transforms samples of `shape` (..., H, W) by the orthonormal discrete cosine transform over the last two axes.
 
     The transform is of type II. It multiplies by two small matrices: a product costs d (H + W) operations, and no
-    matrix of size d x d is built.
+    matrix of size d x d is built. The methods take flattened samples (..., d).
     """
 
     def __init__(self, shape: tuple[int, ...]):
@@ -51,15 +35,19 @@ class DCTBasis:
         self._rows, self._columns = _dct_matrix(shape[-2]), _dct_matrix(shape[-1])
 
     def analyse(self, v: torch.Tensor) -> torch.Tensor:
+        """Returns Q^T v."""
         return self._apply(self._rows, v, self._columns.mT)
 
     def synthesise(self, z: torch.Tensor) -> torch.Tensor:
+        """Returns Q z."""
         return self._apply(self._rows.mT, z, self._columns)
 
     def diagonal(self, p: torch.Tensor) -> torch.Tensor:
+        """Returns the diagonal of Q diag(p) Q^T."""
         return self._apply(self._rows.square().mT, p, self._columns.square())
 
     def to(self, device: torch.device) -> DCTBasis:
+        """Returns the same basis on `device`."""
         basis = DCTBasis(self.shape)
         basis._rows, basis._columns = self._rows.to(device), self._columns.to(device)
         return basis
@@ -71,7 +59,8 @@ class DCTBasis:
 class EigenBasis:
     """Holds one basis per mode: the columns of `vectors` (K, d, d).
 
-    The methods take vectors of shape (..., K, d), or (..., 1, d) where all modes have the same vector.
+    The methods are those of `DCTBasis`. They take vectors of shape (..., K, d), or (..., 1, d) where all modes have
+    the same vector.
     """
 
     def __init__(self, vectors: torch.Tensor):
@@ -90,6 +79,11 @@ class EigenBasis:
         return EigenBasis(self.vectors.to(device))
 
 
+Basis = DCTBasis | EigenBasis
+"""Orthonormal coordinates z = Q^T v of flattened vectors."""
+
+
+@dataclasses.dataclass(eq=False, repr=False)
 class Covariance:
     """Holds the covariances of K modes, in float64. The class methods make it, one per structure.
 
@@ -103,17 +97,10 @@ class Covariance:
         basis: Q, or None for the sample's own coordinates.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        variances: torch.Tensor,
-        factor: torch.Tensor | None = None,
-        basis: Basis | None = None,
-    ):
-        self.shape = tuple(shape)
-        self.variances = variances
-        self.factor = factor
-        self.basis = basis
+    shape: tuple[int, ...]
+    variances: torch.Tensor
+    factor: torch.Tensor | None = None
+    basis: Basis | None = None
 
     @classmethod
     def isotropic(cls, variances: float | torch.Tensor, shape: tuple[int, ...]) -> Covariance:
@@ -135,7 +122,7 @@ class Covariance:
                 "or (K,), and samples of one dimension or more."
             )
         _check_positive(values, "Isotropic variances", zero=True)
-        return cls(shape, values.reshape(-1, 1))
+        return cls(tuple(shape), values.reshape(-1, 1))
 
     @classmethod
     def diagonal(cls, variances: torch.Tensor, basis: Basis | None = None) -> Covariance:
@@ -152,7 +139,11 @@ class Covariance:
                 "one mode."
             )
         _check_positive(values, "Diagonal variances")
-        _check_basis(basis, values.shape[1:])
+        if isinstance(basis, DCTBasis) and basis.shape != tuple(values.shape[1:]):
+            raise InputError(
+                f"The basis is for samples of shape {basis.shape}, the covariance for {tuple(values.shape[1:])}. Pass "
+                f"DCTBasis({tuple(values.shape[1:])})."
+            )
         return cls(tuple(values.shape[1:]), values.flatten(1), basis=basis)
 
     @classmethod
@@ -196,7 +187,7 @@ class Covariance:
             raise InputError("Full covariances must be symmetric. Pass (S + S.mT)/2 to drop the antisymmetric part.")
         eigenvalues, vectors = torch.linalg.eigh((values + values.mT) / 2)
         _check_positive(eigenvalues, "Eigenvalues of full covariances")
-        return cls(shape, eigenvalues, basis=EigenBasis(vectors))
+        return cls(tuple(shape), eigenvalues, basis=EigenBasis(vectors))
 
     def __len__(self) -> int:
         return len(self.variances)
@@ -326,17 +317,17 @@ class ShiftedCovariance:
     @property
     def inverse_trace(self) -> torch.Tensor:
         """The trace of T^-1, (1 or B, K)."""
-        return self._trace(1 / self._base, -self._scale)
+        result = self._sum(1 / self._base)
+        return (
+            result
+            if self._woodbury is None
+            else result - self._scale[..., 0] * self._woodbury[1].square().sum((-1, -2))
+        )
 
     @property
     def inverse_diagonal(self) -> torch.Tensor:
         """The diagonal of T^-1, (1 or B, K, d)."""
         return self._diagonal(1 / self._base, -self._scale)
-
-    @property
-    def shrink_trace(self) -> torch.Tensor:
-        """The trace of S T^-1, (1 or B, K)."""
-        return self._trace(self.covariance.variances / self._base, self._shift)
 
     @property
     def shrink_diagonal(self) -> torch.Tensor:
@@ -367,10 +358,6 @@ class ShiftedCovariance:
             result = result + c * torch.einsum("...krd,...kr->...kd", rows, inner)
         return self.covariance._synthesise(result)
 
-    def _trace(self, p: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        result = self._sum(p)
-        return result if self._woodbury is None else result + c[..., 0] * self._woodbury[1].square().sum((-1, -2))
-
     def _diagonal(self, p: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         basis = self.covariance.basis
         result = p.expand(*p.shape[:-1], self.covariance.dimensions)
@@ -395,13 +382,16 @@ def _dct_matrix(size: int) -> torch.Tensor:
 
 def _to_float64(name: str, value: torch.Tensor) -> torch.Tensor:
     """Returns `value` as float64. Half precision raises: eight bits of a variance are not enough to invert it."""
-    if value.dtype not in (torch.float32, torch.float64):
-        raise InputError(
-            f"`{name}` of a covariance has dtype {value.dtype}; allowed: float32, float64. Convert it first."
-        )
-    if not bool(torch.isfinite(value).all()):
-        raise InputError(f"`{name}` of a covariance holds NaN or infinity. Pass finite values.")
+    check_finite_floats(name, value)
     return value.detach().double()
+
+
+def check_finite_floats(name: str, values: torch.Tensor) -> None:
+    """Raises `InputError` unless the argument `name` has finite values in float32 or float64."""
+    if values.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"`{name}` has dtype {values.dtype}; allowed: float32, float64. Pass {name}.float().")
+    if not bool(torch.isfinite(values).all()):
+        raise InputError(f"`{name}` holds NaN or infinity. Pass finite values.")
 
 
 def _check_positive(values: torch.Tensor, name: str, zero: bool = False) -> None:
@@ -410,12 +400,4 @@ def _check_positive(values: torch.Tensor, name: str, zero: bool = False) -> None
         raise InputError(
             f"{name} must {'not be negative' if zero else 'be positive'}; the smallest is {smallest:.3g}."
             + ("" if zero else " Add a small multiple of the identity.")
-        )
-
-
-def _check_basis(basis: Basis | None, shape: tuple[int, ...]) -> None:
-    if isinstance(basis, DCTBasis) and basis.shape != tuple(shape):
-        raise InputError(
-            f"The basis is for samples of shape {basis.shape}, the covariance for {tuple(shape)}. Pass "
-            f"DCTBasis({tuple(shape)})."
         )

@@ -17,7 +17,7 @@ import torch
 
 from ..errors import InputError
 from ..noise import NoiseLevel
-from .covariance import Covariance, ShiftedCovariance
+from .covariance import Covariance, ShiftedCovariance, check_finite_floats
 
 DEFAULT_MEMORY = 2**28
 NEGLIGIBLE = 1e-6  # Weights below this factor times the rounding of their sum change no result, covariances included.
@@ -77,23 +77,16 @@ class Posterior(abc.ABC):
 
     Args:
         x: x_t, (B, *shape).
-        alpha, sigma: (1,) or (B,) float64, on the device of x.
+        sigma: (1,) or (B,) float64, on the device of x.
         log_density: log q_t(x), (B,) float64, in nats.
         mean, score: E[x_0|x_t] and the noised score, (B, d) float64.
     """
 
     def __init__(
-        self,
-        x: torch.Tensor,
-        alpha: torch.Tensor,
-        sigma: torch.Tensor,
-        log_density: torch.Tensor,
-        mean: torch.Tensor,
-        score: torch.Tensor,
+        self, x: torch.Tensor, sigma: torch.Tensor, log_density: torch.Tensor, mean: torch.Tensor, score: torch.Tensor
     ):
         self.log_density = log_density
-        self._sample = x
-        self._alpha, self._sigma = alpha, sigma
+        self._sample, self._sigma = x, sigma
         self._mean, self._score = mean, score
 
     @property
@@ -162,9 +155,10 @@ class Posterior(abc.ABC):
     def _fisher_diagonal(self) -> torch.Tensor:
         """Returns the diagonal of F, (B, d) float64."""
 
-    @abc.abstractmethod
     def _fisher_matrix(self) -> torch.Tensor:
-        """Returns F, (B, d, d) float64."""
+        """Returns F, (B, d, d) float64. Cost: d products."""
+        identity = torch.eye(self._mean.shape[1], dtype=torch.float64, device=self._mean.device)
+        return self._fishers(identity[:, None].expand(-1, len(self._sample), -1)).permute(1, 2, 0)
 
     def _product(self, v: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         x = self._sample
@@ -203,7 +197,7 @@ class GaussianMixture(Distribution):
         weights: torch.Tensor | None = None,
         memory: int = DEFAULT_MEMORY,
     ):
-        check_finite_floats(means, "Means")
+        check_finite_floats("means", means)
         if means.ndim < 2 or not means.numel():
             raise InputError(
                 f"Means have shape {tuple(means.shape)}; allowed: (K, *shape). Pass mean[None] for one Gaussian."
@@ -222,9 +216,8 @@ class GaussianMixture(Distribution):
 
     def posterior(self, x: torch.Tensor, level: NoiseLevel) -> MixturePosterior:
         alpha, sigma = level_tensors(x, level, self.shape)
-        means, weights = self.means.flatten(1).to(x.device), self.weights.to(x.device)
         with full_precision(x):
-            return MixturePosterior(x, alpha, sigma, means, self.covariance.to(x.device), weights, self.memory)
+            return MixturePosterior(self, x, alpha, sigma)
 
     def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
         modes = draw_indices(self.weights, len(self.means), count, generator)
@@ -240,14 +233,13 @@ class MixturePosterior(Posterior):
     noise.
     """
 
-    def __init__(
-        self, x: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, means: torch.Tensor,
-        covariance: Covariance, weights: torch.Tensor, memory: int,
-    ):  # fmt: skip
-        self._x, self._means, self._covariance = x.double().flatten(1), means, covariance
-        self._alpha, self._sigma = alpha, sigma
-        row = x.numel() * 8 * (8 + covariance.rank)  # number of bytes per mode: offsets, solutions and temporaries
-        self._size = max(1, int(memory // row))
+    def __init__(self, mixture: GaussianMixture, x: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor):
+        self._x, self._alpha, self._sigma = x.double().flatten(1), alpha, sigma
+        self._covariance = mixture.covariance.to(x.device)
+        self._means = means = mixture.means.flatten(1).to(x.device)
+        # Bytes per mode: offsets, solutions and temporaries.
+        row = x.numel() * 8 * (8 + mixture.covariance.rank)
+        self._size = max(1, int(mixture.memory // row))
         self._piece: tuple | None = None  # the only piece, where all active modes fit together
         log_joint = torch.empty(len(x), len(means), dtype=torch.float64, device=x.device)
         indices = torch.arange(len(means), device=x.device)
@@ -255,7 +247,7 @@ class MixturePosterior(Posterior):
             total, offset = self._totals(modes)
             quadratic = (offset * total.solve(offset)).sum(-1)
             log_joint[:, modes] = -0.5 * (quadratic + total.log_determinant)
-        log_joint += weights.log() - 0.5 * means.shape[1] * math.log(2 * math.pi)
+        log_joint += mixture.weights.to(x.device).log() - 0.5 * means.shape[1] * math.log(2 * math.pi)
         log_density = log_joint.logsumexp(1)
         self._weights = (log_joint - log_density[:, None]).exp()
         # A mode that no sample gives weight to changes no sum; leaving it out saves its products.
@@ -265,12 +257,7 @@ class MixturePosterior(Posterior):
         for responsibilities, _, gradients, mode_means in self._pieces():
             score = score + _average(responsibilities, gradients)
             mean = mean + _average(responsibilities, mode_means)
-        super().__init__(x, alpha, sigma, log_density, mean, score)
-
-    def _fisher_matrix(self) -> torch.Tensor:
-        size = self._mean.shape[1]
-        identity = torch.eye(size, dtype=torch.float64, device=self._mean.device)
-        return self._fishers(identity[:, None].expand(-1, len(self._sample), -1)).permute(1, 2, 0)
+        super().__init__(x, sigma, log_density, mean, score)
 
     def inverse_fisher(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor | None:
         if len(self._means) > 1 or bool((shift < 0).any()):
@@ -355,14 +342,11 @@ def level_tensors(x: torch.Tensor, level: NoiseLevel, shape: tuple[int, ...]) ->
     Raises:
         InputError: `x` or `level` has another shape, dtype or range than a distribution of `shape` takes.
     """
-    if x.dtype not in (torch.float32, torch.float64):
-        raise InputError(f"Samples have dtype {x.dtype}; allowed: float32, float64. Pass x.float().")
     if x.ndim != len(shape) + 1 or tuple(x.shape[1:]) != tuple(shape) or not len(x):
         raise InputError(
             f"Samples have shape {tuple(x.shape)}; allowed: (B, {', '.join(map(str, shape))}), the distribution's."
         )
-    if not bool(torch.isfinite(x).all()):
-        raise InputError("Samples hold NaN or infinity. Pass finite values.")
+    check_finite_floats("x", x)
     if level.alpha.ndim > 1 or (level.alpha.ndim and len(level.alpha) != len(x)):
         raise InputError(
             f"The level has shape {tuple(level.alpha.shape)} for {len(x)} samples; allowed: one level for all "
@@ -393,14 +377,6 @@ def normalise_weights(weights: torch.Tensor | None, count: int, device: torch.de
             f"{float(values.sum()):.9g}. Leave out entries of weight zero, and divide the weights by their sum."
         )
     return values / values.sum()
-
-
-def check_finite_floats(values: torch.Tensor, name: str) -> None:
-    """Raises `InputError` unless `values` are finite and float32 or float64."""
-    if values.dtype not in (torch.float32, torch.float64):
-        raise InputError(f"{name} have dtype {values.dtype}; allowed: float32, float64. Convert them first.")
-    if not bool(torch.isfinite(values).all()):
-        raise InputError(f"{name} hold NaN or infinity. Pass finite values.")
 
 
 def draw_indices(weights: torch.Tensor | None, size: int, count: int, generator: torch.Generator) -> torch.Tensor:

@@ -16,6 +16,7 @@ covariance is computed from the differences y_i - E[x_0|x_t], which are rounded 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
@@ -124,8 +125,7 @@ class DiracMixture(Distribution):
             part = slice(start, start + size)
             memory_chunk = self._memory_chunk
             if memory_chunk is None:
-                rows = self._flat_rows(part).to(device, dtype)
-                rows = rows - self.centre.to(device, dtype) if bool(self.centre.any()) else rows
+                rows = self._centred_rows(part, device, dtype)
             else:
                 rows = memory_chunk.rows[part].to(device, dtype)
             # The squares in memory belong to rows in the points' own dtype; another dtype needs its own squares.
@@ -154,6 +154,11 @@ class DiracMixture(Distribution):
     def _flat_rows(self, part: slice) -> torch.Tensor:
         return self.bank.read(part.start, min(part.stop, self.count)).flatten(1)
 
+    def _centred_rows(self, part: slice, device: torch.device | None, dtype: torch.dtype) -> torch.Tensor:
+        """Returns y' of a part of the points, (n, d); `device` None leaves rows on the bank's device."""
+        rows = self._flat_rows(part).to(device, dtype)
+        return rows - self.centre.to(rows.device, dtype) if bool(self.centre.any()) else rows
+
     def _choose_centre(self) -> torch.Tensor:
         """Reads all rows once and returns the centre c, (d,) float64.
 
@@ -178,9 +183,7 @@ class DiracMixture(Distribution):
         return mean if 2 * float(mean.square().sum()) > squares / self.count else torch.zeros_like(mean)
 
     def _centre_points(self) -> Chunk:
-        rows = self._flat_rows(slice(0, self.count)).to(self.dtype)
-        if bool(self.centre.any()):
-            rows = rows - self.centre.to(rows.device, self.dtype)
+        rows = self._centred_rows(slice(0, self.count), None, self.dtype)
         return Chunk(rows, _squares(rows), rows.new_zeros(0))
 
 
@@ -263,8 +266,6 @@ class PointPosterior(Posterior):
         self._mixture, self._device = mixture, x.device
         self._dtype = _work_dtype(mixture.dtype, x.dtype)
         self._width = max(len(x), MIN_WIDTH)
-        self._pairs: Pairs | None = None
-        self._pairs_searched = False
         centre = mixture.centre.to(x.device)
         offsets = x.double().flatten(1) - alpha[:, None] * centre
         self._logits = Logits(offsets, alpha, sigma, self._dtype)
@@ -275,7 +276,7 @@ class PointPosterior(Posterior):
         log_density = self._largest + self._total.log() - 0.5 * offsets.square().sum(1) / noise
         log_density = log_density - 0.5 * mixture.dimensions * (2 * math.pi * noise).log()
         score = (alpha[:, None] * self._offset - offsets) / noise[:, None]
-        super().__init__(x, alpha, sigma, log_density, self._offset + centre, score)
+        super().__init__(x, sigma, log_density, self._offset + centre, score)
         self._identity, self._factor = 1 / noise, alpha**2 / noise**2  # F = identity I - factor C
 
     def _sweep(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list | None]:
@@ -312,12 +313,12 @@ class PointPosterior(Posterior):
                 scale = (maximum - self._largest).exp() / self._total
                 yield chunk.rows, weights * scale.to(weights.dtype)[:, None]
 
-    def _few_pairs(self) -> Pairs | None:
-        """Returns the pairs that have weight, or None where they are too many. The first call searches them."""
-        if not self._pairs_searched:
-            self._pairs, self._pairs_searched = self._find_pairs(), True
-            self._weight_cache = self._weight_cache if self._pairs is None else None
-        return self._pairs
+    @functools.cached_property
+    def _pairs(self) -> Pairs | None:
+        """The pairs that have weight, or None where they are too many. Pairs replace the cache of weights."""
+        pairs = self._find_pairs()
+        self._weight_cache = self._weight_cache if pairs is None else None
+        return pairs
 
     def _find_pairs(self) -> Pairs | None:
         mixture, batch = self._mixture, len(self._total)
@@ -336,9 +337,9 @@ class PointPosterior(Posterior):
         return Pairs.of(torch.cat(samples), torch.cat(rows), torch.cat(shares), batch)
 
     def _covariances(self, vectors: torch.Tensor) -> torch.Tensor:
-        pairs, vectors = self._few_pairs(), vectors.to(self._dtype)
-        if pairs is not None:
-            return pairs.products(vectors)
+        vectors = vectors.to(self._dtype)
+        if self._pairs is not None:
+            return self._pairs.products(vectors)
         # C v = sum_i w_i <y'_i - offset, v> (y'_i - offset). The shift centres the first factor before the products
         # are rounded; the second factor is centred at the end, by the sum of the weighted forms.
         shifts = (vectors.double() * self._offset).sum(-1, keepdim=True).to(self._dtype)
@@ -358,9 +359,8 @@ class PointPosterior(Posterior):
         return self._identity[:, None] * vectors - self._factor[:, None] * self._covariances(vectors)
 
     def _covariance_diagonal(self) -> torch.Tensor:
-        pairs = self._few_pairs()
-        if pairs is not None:
-            return pairs.diagonal()
+        if self._pairs is not None:
+            return self._pairs.diagonal()
         result = torch.zeros_like(self._offset)
         # Rows can't be centred for every sample, so sum w (y' - offset)^2 is expanded; float64 bears the cancellation.
         for rows, weights in self._rows_with_weights():
@@ -379,9 +379,9 @@ class PointPosterior(Posterior):
         return result
 
     def _covariance_matrix(self) -> torch.Tensor:
-        pairs, size = self._few_pairs(), self._mixture.dimensions
-        if pairs is not None:
-            return pairs.matrix()
+        if self._pairs is not None:
+            return self._pairs.matrix()
+        size = self._mixture.dimensions
         result = torch.zeros(len(self._total), size, size, dtype=torch.float64, device=self._device)
         offset = self._offset.to(self._dtype)
         for rows, weights in self._rows_with_weights():

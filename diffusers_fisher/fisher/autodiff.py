@@ -46,9 +46,7 @@ class AutodiffFisher(FisherEstimator):
     def needs_graph(self) -> bool:
         return not self.forward_mode  # callers that evaluate the state themselves may do so with a graph
 
-    @property
-    def uses_backward_pass(self) -> bool:
-        return not self.forward_mode
+    uses_backward_pass = needs_graph
 
     @property
     def calls_per_state(self) -> int:

@@ -33,10 +33,9 @@ def norm_trace_error_bound(
     Raises:
         InputError: a constant that is negative, not finite or of another shape; sigma = 0.
     """
-    alpha, sigma = _level(level)
     _check_dimensions(dimensions)
-    target, epsilon, mean = _constants(
-        alpha, target_error=target_error, epsilon_error=epsilon_error, mean_norm=mean_norm
+    alpha, sigma, target, epsilon, mean = _constants(
+        level, target_error=target_error, epsilon_error=epsilon_error, mean_norm=mean_norm
     )
     return alpha**2 / sigma**4 * dimensions * target + epsilon**2 / sigma**2 + 2 * alpha * epsilon * mean / sigma**3
 
@@ -56,9 +55,8 @@ def residual_trace_error_bound(
     Raises:
         InputError: as `norm_trace_error_bound`.
     """
-    alpha, sigma = _level(level)
     _check_dimensions(dimensions)
-    target, epsilon = _constants(alpha, target_error=target_error, epsilon_error=epsilon_error)
+    _, sigma, target, epsilon = _constants(level, target_error=target_error, epsilon_error=epsilon_error)
     return (dimensions * target + epsilon**2) / sigma**2
 
 
@@ -77,9 +75,8 @@ def endpoint_error_bound(
     Raises:
         InputError: as `norm_trace_error_bound`.
     """
-    alpha, sigma = _level(level)
-    radius, epsilon = _constants(alpha, radius=radius, epsilon_error=epsilon_error)
-    (moment,) = _constants(alpha, moment_error=radius**2 if moment_error is None else moment_error)
+    alpha, sigma, radius, epsilon = _constants(level, radius=radius, epsilon_error=epsilon_error)
+    *_, moment = _constants(level, moment_error=radius**2 if moment_error is None else moment_error)
     # alpha^2/sigma^4 multiplied in, so that alpha = 0 exists.
     model = 2 * alpha * radius * epsilon / sigma**3 + epsilon**2 / sigma**2
     return alpha**2 / sigma**4 * moment + model
@@ -98,16 +95,8 @@ def centred_endpoint_error_bound(level: NoiseLevel, distance: Constant, covarian
     Raises:
         InputError: as `norm_trace_error_bound`.
     """
-    alpha, sigma = _level(level)
-    distance, covariance = _constants(alpha, distance=distance, covariance_norm=covariance_norm)
+    alpha, sigma, distance, covariance = _constants(level, distance=distance, covariance_norm=covariance_norm)
     return alpha**2 / sigma**4 * torch.maximum(distance**2, covariance)
-
-
-def _level(level: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor]:
-    alpha, sigma = level.alpha.double(), level.sigma.double()
-    if not bool((sigma > 0).all()):
-        raise InputError("The noise level has sigma = 0, where the diffusion Fisher is infinite; take one with noise.")
-    return alpha, sigma
 
 
 def _check_dimensions(dimensions: int) -> None:
@@ -115,8 +104,11 @@ def _check_dimensions(dimensions: int) -> None:
         raise InputError(f"`dimensions` is {dimensions}; allowed: at least 1.")
 
 
-def _constants(alpha: torch.Tensor, **values: Constant) -> list[torch.Tensor]:
-    """The constants as float64 on the level's device, checked."""
+def _constants(level: NoiseLevel, **values: Constant) -> list[torch.Tensor]:
+    """Returns alpha, sigma and the constants as float64 on the level's device, checked."""
+    alpha, sigma = level.alpha.double(), level.sigma.double()
+    if not bool((sigma > 0).all()):
+        raise InputError("The noise level has sigma = 0, where the diffusion Fisher is infinite; take one with noise.")
     constants = {
         name: torch.as_tensor(value, dtype=torch.float64, device=alpha.device) for name, value in values.items()
     }
@@ -129,4 +121,4 @@ def _constants(alpha: torch.Tensor, **values: Constant) -> list[torch.Tensor]:
             )
         if not bool((torch.isfinite(value) & (value >= 0)).all()):
             raise InputError(f"`{name}` is {value.tolist()}; allowed: finite, at least 0.")
-    return list(constants.values())
+    return [alpha, sigma, *constants.values()]

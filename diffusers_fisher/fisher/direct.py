@@ -5,7 +5,7 @@ import torch
 from ..noise import DenoisingState, expand
 from .estimator import FisherEstimator
 from .numerics import per_sample
-from .operator import FisherOperator
+from .operator import JacobianOperator
 
 
 class DirectFisher(FisherEstimator):
@@ -21,7 +21,7 @@ class DirectFisher(FisherEstimator):
         return DirectOperator(state)
 
 
-class DirectOperator(FisherOperator):
+class DirectOperator(JacobianOperator):
     """See `DirectFisher`. Everything is a multiple of the identity."""
 
     def original_factor(self) -> torch.Tensor:
@@ -41,10 +41,6 @@ class DirectOperator(FisherOperator):
 
     def output_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         return self.original_jacobian(v) if self.state.prediction.kind == "sample" else torch.zeros_like(v)
-
-    def covariance(self, v: torch.Tensor) -> torch.Tensor:
-        level = self.state.level
-        return expand(level.sigma**2 / level.alpha, v) * self.original_jacobian(v)
 
     def exact_diagonal(self) -> tuple[torch.Tensor, int]:
         sample = self.state.sample

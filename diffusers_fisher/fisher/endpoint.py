@@ -2,7 +2,7 @@
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, check_shape
 from ..noise import DenoisingState, expand
 from .estimator import FisherEstimator
 from .numerics import dot, per_sample
@@ -32,11 +32,7 @@ class EndpointFisher(FisherEstimator):
                 "EndpointFisher needs the clean end of the run: EndpointFisher()(state, endpoint=x0), x0 of the "
                 "sample's shape. Inside `scheduler.differentiable(...)` it is put in."
             )
-        if endpoint.shape != state.sample.shape:
-            raise InputError(
-                f"The endpoint has shape {tuple(endpoint.shape)}, the sample {tuple(state.sample.shape)}; they must "
-                "agree."
-            )
+        check_shape("The endpoint", endpoint.shape, state.sample.shape, "Pass one clean sample per noisy sample.")
         return EndpointOperator(state, endpoint, self.centred)
 
 
@@ -73,6 +69,6 @@ class EndpointOperator(FisherOperator):
         vectors = torch.stack([vector for _, vector in self._terms], 1).double().flatten(2)  # (B, terms, d)
         signs = torch.tensor([sign for sign, _ in self._terms], dtype=torch.float64)
         core = torch.diag_embed((identity / weight)[:, None] / signs).to(vectors.device) + vectors @ vectors.mT
-        wide = v.double().flatten(1)[..., None]
-        inner = vectors.mT @ torch.linalg.solve_ex(core, vectors @ wide).result  # not finite where F is singular
-        return ((wide - inner)[..., 0] / identity.to(wide.device)[:, None]).to(v.dtype).view_as(v)
+        column = v.double().flatten(1)[..., None]
+        inner = vectors.mT @ torch.linalg.solve_ex(core, vectors @ column).result  # not finite where F is singular
+        return ((column - inner)[..., 0] / identity.to(column.device)[:, None]).to(v.dtype).view_as(v)

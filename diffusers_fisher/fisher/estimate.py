@@ -64,15 +64,16 @@ class Probes:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def check(self, shape: torch.Size) -> None:
-        """Raises `InputError` unless the probes fit samples of `shape` (B, ...)."""
-        if self.vectors.shape[1:] != shape:
-            allowed = ", ".join(map(str, shape))
-            raise InputError(f"Probes have shape {tuple(self.vectors.shape)}; allowed: (k, {allowed}) with k >= 1.")
-
     def group_means(self, values: torch.Tensor) -> torch.Tensor:
         """(k, ...) values of single probes to (k/group, ...) independent ones."""
         return values.unflatten(0, (-1, self.group)).mean(1)
+
+
+def check_vectors(name: str, vectors: torch.Tensor, shape: torch.Size) -> None:
+    """Raises `InputError` unless `vectors`, called `name`, are one or more per sample of `shape` (B, ...)."""
+    if vectors.ndim < 1 or len(vectors) < 1 or vectors.shape[1:] != shape:
+        allowed = ", ".join(map(str, shape))
+        raise InputError(f"{name} have shape {tuple(vectors.shape)}; allowed: (k, {allowed}) with k >= 1.")
 
 
 def rademacher(count: int, like: torch.Tensor, generator: Generators = None) -> Probes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from ..distributions.banks import BANK_SUFFIXES, as_bank
 from ..distributions.covariance import Covariance, DCTBasis, EigenBasis, ShiftedCovariance
-from ..errors import CheckpointError, InputError, UnsupportedError
+from ..errors import CheckpointError, InputError, UnsupportedError, check_shape
 from ..files import load_tensors, save_tensors
 from ..noise import DenoisingState
 from .estimator import FisherEstimator, check_estimator
@@ -47,25 +48,26 @@ class GaussianFisher(FisherEstimator):
         if len(covariance) != 1:
             raise InputError(f"The covariance has {len(covariance)} modes; GaussianFisher takes one.")
         mean = torch.zeros(covariance.shape, dtype=torch.float64) if mean is None else mean.detach().double()
-        if tuple(mean.shape) != covariance.shape:
-            raise InputError(f"The mean has shape {tuple(mean.shape)}, the covariance's samples {covariance.shape}.")
+        check_shape("The mean", mean.shape, covariance.shape, "Pass a mean of the covariance's samples.")
         self.covariance = covariance
         self.mean = mean
 
     @classmethod
     def fit_isotropic(cls, samples: Samples) -> GaussianFisher:
         """Fits one variance for all coordinates. Streams `samples` once."""
-        mean, variances = _moments(samples, lambda shape: None)
-        return cls(Covariance.isotropic(variances.mean(), tuple(mean.shape)), mean)
+        shape, rows = _rows(samples)
+        mean, variances = _moments(rows, _sums_of_squares)
+        return cls(Covariance.isotropic(variances.mean(), shape), mean.view(shape))
 
     @classmethod
     def fit_diagonal(cls, samples: Samples, dct: bool = False) -> GaussianFisher:
         """Fits one variance per coordinate, of pixels or (`dct`) of the discrete cosine transform over the last two
         axes, in which neighbouring pixels' correlation is nearly diagonal. Streams `samples` once."""
-        mean, variances = _moments(samples, DCTBasis if dct else lambda shape: None)
-        basis = DCTBasis(tuple(mean.shape)) if dct else None
-        mean = basis.synthesise(mean.flatten()).view_as(mean) if basis else mean
-        return cls(Covariance.diagonal(_positive(variances)[None], basis), mean)
+        shape, rows = _rows(samples)
+        basis = DCTBasis(shape) if dct else None
+        mean, variances = _moments(map(basis.analyse, rows) if basis else rows, _sums_of_squares)
+        mean = basis.synthesise(mean) if basis else mean
+        return cls(Covariance.diagonal(_positive(variances).view(1, *shape), basis), mean.view(shape))
 
     @classmethod
     def fit_low_rank(cls, samples: Samples, rank: int) -> GaussianFisher:
@@ -73,21 +75,25 @@ class GaussianFisher(FisherEstimator):
 
         Streams `samples` once; holds a (d, d) matrix, so d is at most `LOW_RANK_LIMIT`.
         """
-        mean, matrix = _second_moments(samples)
-        dimensions = len(matrix)
+        shape, rows = _rows(samples)
+        dimensions = math.prod(shape)
+        if dimensions > LOW_RANK_LIMIT:
+            raise InputError(
+                f"A low-rank fit holds a (d, d) matrix, and d = {dimensions} (limit {LOW_RANK_LIMIT}); use "
+                "fit_diagonal(samples, dct=True)."
+            )
         if not 1 <= rank < dimensions:
             raise InputError(f"`rank` is {rank}; allowed: 1 to {dimensions - 1}.")
+        mean, matrix = _moments(rows, lambda offsets: offsets.mT @ offsets)
         values, vectors = torch.linalg.eigh(matrix)
         factor = vectors[:, -rank:] * values[-rank:].clamp_min(0).sqrt()
         rest = _positive(matrix.diagonal() - factor.square().sum(1))
-        return cls(Covariance.low_rank(rest.view(1, *mean.shape), factor.view(1, *mean.shape, rank)), mean)
+        return cls(Covariance.low_rank(rest.view(1, *shape), factor.view(1, *shape, rank)), mean.view(shape))
 
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> GaussianOperator:
-        if tuple(state.sample.shape[1:]) != self.covariance.shape:
-            raise InputError(
-                f"The Gaussian is over samples of shape {self.covariance.shape}, the state's have "
-                f"{tuple(state.sample.shape[1:])}; fit one to samples of this size."
-            )
+        check_shape(
+            "A sample of the state", state.sample.shape[1:], self.covariance.shape, "Fit a Gaussian to such samples."
+        )
         return GaussianOperator(state, self.covariance)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -135,14 +141,14 @@ class GaussianOperator(FisherMatrixOperator):
     def covariance(self, v: torch.Tensor) -> torch.Tensor:
         level = self.state.level  # C = sigma^2 S T^-1: no difference of nearly equal terms, and alpha = 0 is allowed
         variance = self._numbers(level.sigma**2).to(v.device)[:, None, None]
-        return self._apply(lambda wide: variance * self._total.shrink(wide), v)
+        return self._apply(lambda rows: variance * self._total.shrink(rows), v)
 
     def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         alpha = self._numbers(self.state.level.alpha).to(v.device)[:, None, None]
-        return self._apply(lambda wide: alpha * self._total.shrink(wide), v)
+        return self._apply(lambda rows: alpha * self._total.shrink(rows), v)
 
     def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        return self._apply(lambda wide: self._total.solve_inverse(wide, shift), v)
+        return self._apply(lambda rows: self._total.solve_inverse(rows, shift), v)
 
     def exact_trace(self) -> tuple[torch.Tensor, int]:
         return self._total.inverse_trace[:, 0].expand(len(self.state.sample)), 0
@@ -185,62 +191,46 @@ class TraceCorrectedFisher(FisherEstimator):
         prior, trace = self.prior(state, endpoint), self.trace(state, endpoint)
         variance = state.level.sigma.cpu() ** 2
         # With M = I - sigma^2 F: M = ratio * M_prior, so F = ratio * F_prior + (1 - ratio)/sigma^2 I.
-        wanted, had = (state.sample[0].numel() - variance * each.trace().value.cpu() for each in (trace, prior))
-        ratio = wanted / had
+        dimensions = state.sample[0].numel()
+        target, own = (dimensions - variance * operator.trace().value.cpu() for operator in (trace, prior))
+        ratio = target / own
         return CombinedOperator([(ratio, prior)], (1 - ratio) / variance)
 
 
 def _moments(
-    samples: Samples, basis_of: Callable[[tuple[int, ...]], DCTBasis | None]
+    rows: Iterable[torch.Tensor], products_of: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variances (*shape), float64, in the coordinates of a basis."""
-    head, batches = _peeked(samples)
-    basis = basis_of(tuple(head.shape[1:]))
+    """Returns the mean (d,) of batches of rows (N, d), and their variances (d,) or covariance (d, d).
 
-    def rows_of(batch: torch.Tensor) -> torch.Tensor:
-        rows = batch.double().flatten(1)
-        return rows if basis is None else basis.analyse(rows)
-
-    first = rows_of(head).mean(0)  # sums about a point of the data: no cancellation
-    count, total, squares = 0, torch.zeros_like(first), torch.zeros_like(first)
-    for batch in batches:
-        rows = rows_of(batch) - first
-        count, total, squares = count + len(rows), total + rows.sum(0), squares + rows.square().sum(0)
-    _check_count(count)
-    variances = (squares - total.square() / count) / (count - 1)
-    return (first + total / count).view(head.shape[1:]), variances.view(head.shape[1:])
+    Args:
+        products_of: sums the products of rows (N, d) with themselves: squares (d,), or outer products (d, d).
+    """
+    count = 0
+    centre = total = products = torch.zeros((), dtype=torch.float64)
+    for batch in rows:
+        centre = batch.mean(0) if count == 0 else centre  # sums about a point of the data: no cancellation
+        offsets = batch - centre
+        count, total, products = count + len(batch), total + offsets.sum(0), products + products_of(offsets)
+    if count < 2:
+        raise InputError(f"{count} samples were given; a covariance needs at least two.")
+    return centre + total / count, (products - products_of(total[None]) / count) / (count - 1)
 
 
-def _second_moments(samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean (*shape) and covariance (d, d), float64."""
-    head, batches = _peeked(samples)
-    dimensions = head[0].numel()
-    if dimensions > LOW_RANK_LIMIT:
-        raise InputError(
-            f"A low-rank fit holds a (d, d) matrix, and d = {dimensions} (limit {LOW_RANK_LIMIT}); use "
-            "fit_diagonal(samples, dct=True)."
-        )
-    first = head.double().flatten(1).mean(0)
-    count, total, products = 0, torch.zeros_like(first), first.new_zeros(dimensions, dimensions)
-    for batch in batches:
-        rows = batch.double().flatten(1) - first
-        count, total, products = count + len(rows), total + rows.sum(0), products + rows.mT @ rows
-    _check_count(count)
-    matrix = (products - torch.outer(total, total) / count) / (count - 1)
-    return (first + total / count).view(head.shape[1:]), matrix
+def _sums_of_squares(rows: torch.Tensor) -> torch.Tensor:
+    return rows.square().sum(0)
 
 
-def _peeked(samples: Samples) -> tuple[torch.Tensor, Iterator[torch.Tensor]]:
-    """The first batch, and all of them."""
+def _rows(samples: Samples) -> tuple[tuple[int, ...], Iterator[torch.Tensor]]:
+    """Returns the shape of one sample, and batches of flattened samples (N, d) in float64."""
     batches = _batches(samples)
-    head = next(batches, None)
-    if head is None or not len(head):
+    first = next(batches, None)
+    if first is None or not len(first):
         raise InputError("No samples were given; a covariance needs at least two.")
-    return head, itertools.chain([head], batches)
+    return tuple(first.shape[1:]), (batch.double().flatten(1) for batch in itertools.chain([first], batches))
 
 
 def _batches(samples: Samples) -> Iterator[torch.Tensor]:
-    """Batches of samples, checked."""
+    """Yields batches of samples, after a check of their shape and values."""
     shape = None
     for batch in _pieces(samples):
         shape = batch.shape[1:] if shape is None else shape
@@ -265,11 +255,6 @@ def _pieces(samples: Samples) -> Iterable[torch.Tensor]:
     return (bank.read(start, start + ROWS) for start in range(0, bank.count, ROWS))
 
 
-def _check_count(count: int) -> None:
-    if count < 2:
-        raise InputError(f"{count} samples were given; a covariance needs at least two.")
-
-
 def _positive(variances: torch.Tensor) -> torch.Tensor:
-    """Variances floored at 1e-6 of their mean: constant coordinates and rounding must not make S singular."""
+    """Returns variances of at least 1e-6 of their mean: constant coordinates and rounding must not make S singular."""
     return variances.clamp_min(1e-6 * float(variances.mean().clamp_min(torch.finfo(torch.float64).tiny)))

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..errors import InputError, NumericalError, UnsupportedError
+from ..errors import InputError, NumericalError, UnsupportedError, check_shape
 from ..noise import DenoisingState, expand
-from .estimate import Estimate, Probes
+from .estimate import Estimate, Probes, check_vectors
 from .numerics import conjugate_gradients, dot, extreme_eigenpairs, per_sample
 
 
@@ -36,20 +36,23 @@ class FisherOperator(abc.ABC):
 
     @abc.abstractmethod
     def covariance(self, v: torch.Tensor) -> torch.Tensor:
-        """C v, the product with the posterior covariance Cov[x_0|x_t]."""
+        """Returns C v, the product with the posterior covariance Cov[x_0|x_t]."""
 
     def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
-        """Product with the transposed Jacobian of the predicted x_0: (alpha/sigma^2) C v."""
+        """Returns the product with the transposed Jacobian of the predicted x_0: (alpha/sigma^2) C v."""
         level = self.state.level
         return expand(level.alpha / level.sigma**2, v) * self.covariance(v)
 
     def epsilon_jacobian(self, v: torch.Tensor) -> torch.Tensor:
-        """Product with the transposed Jacobian of the predicted noise: sigma F v = (v - alpha J_{x_0}^T v)/sigma."""
+        """Returns the product with the transposed Jacobian of the predicted noise, sigma F v.
+
+        It is computed as (v - alpha J_{x_0}^T v)/sigma.
+        """
         level = self.state.level
         return (v - expand(level.alpha, v) * self.original_jacobian(v)) / expand(level.sigma, v)
 
     def output_jacobian(self, v: torch.Tensor) -> torch.Tensor:
-        """Product with the transposed Jacobian of the raw model output, whatever the prediction type."""
+        """Returns the product with the transposed Jacobian of the raw model output, for every prediction type."""
         noise, original, identity = self.state.prediction.output_coefficients(self.state.level)
         result = expand(identity, v) * v
         if bool((noise != 0).any()):
@@ -59,7 +62,7 @@ class FisherOperator(abc.ABC):
         return result
 
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
-        """F v, (B, ...)."""
+        """Returns F v, (B, ...)."""
         self._check(v)
         self._check_noise()
         return self.epsilon_jacobian(v) / expand(self.state.level.sigma, v)
@@ -70,7 +73,7 @@ class FisherOperator(abc.ABC):
         return torch.stack([self.matvec(v) for v in vectors])
 
     def transposed(self) -> FisherOperator:
-        """The operator of the transposed matrix: itself where it is symmetric.
+        """Returns the operator of the transposed matrix: itself where it is symmetric.
 
         Raises:
             UnsupportedError: the estimator knows products with one side only.
@@ -93,18 +96,18 @@ class FisherOperator(abc.ABC):
     __rmul__ = __mul__
 
     def damped(self, damping: float | torch.Tensor) -> FisherOperator:
-        """F + damping * I; `damping` a number or (B,)."""
+        """Returns F + damping * I; `damping` is a number or (B,)."""
         return CombinedOperator([(self._numbers(1.0), self)], damping)
 
     def symmetrised(self) -> FisherOperator:
-        """(F + F^T)/2. Raises `UnsupportedError` where F^T is not known."""
+        """Returns (F + F^T)/2. Raises `UnsupportedError` where F^T is not known."""
         half = self._numbers(0.5)
         return self if self.symmetric else CombinedOperator([(half, self), (half, self.transposed())], symmetric=True)
 
     # Inverses and eigenpairs
 
     def solve(self, v: torch.Tensor, tolerance: float = 1e-6, max_iterations: int | None = None) -> torch.Tensor:
-        """F^-1 v, (B, ...): in closed form where there is one (Woodbury), by conjugate gradients elsewhere.
+        """Returns F^-1 v, (B, ...): in closed form where there is one (Woodbury), by conjugate gradients elsewhere.
 
         Args:
             tolerance, max_iterations: of conjugate gradients, see `numerics.conjugate_gradients`.
@@ -115,23 +118,23 @@ class FisherOperator(abc.ABC):
         """
         self._check(v)
         self._check_noise()
-        closed = self.inverse_product(v, self._numbers(0.0))
-        if closed is not None:
-            left = self.matvec(closed) - v
+        solution = self.inverse_product(v, self._numbers(0.0))
+        if solution is not None:
+            left = self.matvec(solution) - v
             if not bool((dot(left, left) <= 1e-4 * dot(v, v)).all()):  # NaN is not
                 raise NumericalError("The operator is singular, or nearly; add damping: operator.damped(value).")
-            return closed
+            return solution
         self._check_symmetric("solve")
         return conjugate_gradients(self.matvec, v, tolerance, max_iterations)
 
     def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor | None:
-        """(F + shift I)^-1 v in closed form, `shift` (B,) float64; None where there is none."""
+        """Returns (F + shift I)^-1 v in closed form, `shift` (B,) float64; None where there is no closed form."""
         return None
 
     def eigenpairs(
         self, count: int, largest: bool = True, tolerance: float | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Extreme eigenvalues (count, B) and unit eigenvectors (count, B, ...) of F, from the extreme one inwards.
+        """Returns extreme eigenvalues (count, B) and unit eigenvectors (count, B, ...) of F, the most extreme first.
 
         The directions in which the log density is most (`largest`) and least curved. Cost: some tens of products for
         each sample; products are those of the whole batch, so ask one sample at a time where they are dear.
@@ -149,7 +152,7 @@ class FisherOperator(abc.ABC):
         return torch.cat([columns for _, columns in self._columns()]).permute(1, 2, 0)
 
     def diagonal(self, probes: Probes | torch.Tensor | None = None) -> Estimate:
-        """The diagonal of F, value (B, ...).
+        """Returns the diagonal of F, value (B, ...).
 
         Args:
             probes: None for the exact diagonal, at d products; else the estimate E[v * F v] (Bekas et al., 2007).
@@ -164,7 +167,7 @@ class FisherOperator(abc.ABC):
     def trace(
         self, probes: Probes | torch.Tensor | None = None, sketch: Probes | torch.Tensor | None = None
     ) -> Estimate:
-        """The trace of F, value (B,).
+        """Returns the trace of F, value (B,).
 
         Args:
             probes: `Probes` or (k, B, ...) for Hutchinson's estimate (Hutchinson, 1990); None for the exact trace, at
@@ -189,27 +192,22 @@ class FisherOperator(abc.ABC):
             if vectors is probes.vectors:
                 raise InputError("The sketch is the probes themselves, which biases the trace; draw it separately.")
             return self._sketched_trace(probes, vectors)
-        return self._estimate(probes, self._forms(probes.vectors, self._chunked(probes.vectors)))
+        pairs = zip(probes.vectors, self._chunked(probes.vectors), strict=True)
+        return self._estimate(probes, torch.stack([dot(v, product) for v, product in pairs]))
 
     def exact_trace(self) -> tuple[torch.Tensor, int]:
-        """tr F (B,) float64, and the products spent on it; closed forms know it without any."""
+        """Returns tr F (B,) float64 and the number of products that it took, 0 in closed form."""
         diagonal, products = self.exact_diagonal()
         return diagonal.flatten(1).sum(1), products
 
     def exact_diagonal(self) -> tuple[torch.Tensor, int]:
-        """The diagonal of F (B, ...) float64, and the products spent on it; closed forms know it without any."""
+        """Returns the diagonal of F (B, ...) float64 and the number of products that it took, 0 in closed form."""
         entries = [columns.diagonal(offset=start, dim1=0, dim2=2) for start, columns in self._columns()]
         diagonal = torch.cat(entries, dim=-1).double()
         return diagonal.view_as(self.state.sample), diagonal.shape[1]
 
-    def trace_of_covariance(self, trace: torch.Tensor) -> torch.Tensor:
-        """tr F = d/sigma^2 - (alpha^2/sigma^4) tr C from tr C (B,), float64."""
-        level = self.state.level
-        alpha, sigma = level.alpha.to(trace.device), level.sigma.to(trace.device)
-        return self.state.sample[0].numel() / sigma**2 - alpha**2 / sigma**4 * trace.double()
-
     def _columns(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Columns of F in pieces: the first one's index, and (k, B, d)."""
+        """Yields columns of F in pieces: the index of the first column, and (k, B, d)."""
         sample = self.state.sample
         dimensions = sample[0].numel()
         for start in range(0, dimensions, self.chunk_size):
@@ -222,26 +220,23 @@ class FisherOperator(abc.ABC):
         return torch.cat([self.matmat(piece) for piece in vectors.split(self.chunk_size)])
 
     def _sketched_trace(self, probes: Probes, sketch: torch.Tensor) -> Estimate:
-        """tr F = (d - tr M)/sigma^2 with M's range on the sketch taken out of the probes."""
+        """Estimates tr F = (d - tr M)/sigma^2, with M's range on the sketch taken out of the probes."""
         dimensions, size = sketch[0, 0].numel(), len(sketch)
         if size >= dimensions:
             raise InputError(f"The sketch has {size} vectors in {dimensions} dimensions; ask for the exact trace.")
         noise = self.state.level.sigma.to(sketch.device) ** 2
 
-        def shrunk(vectors: torch.Tensor) -> torch.Tensor:  # M v, (k, B, d) float64
+        def shrink(vectors: torch.Tensor) -> torch.Tensor:  # M v, (k, B, d) float64
             products = self._chunked(vectors.to(sketch.dtype).view(-1, *sketch.shape[1:])).double()
             return vectors.double() - noise.expand(sketch.shape[1])[:, None] * products.flatten(2)
 
-        basis = torch.linalg.qr(shrunk(sketch.flatten(2)).permute(1, 2, 0))[0].permute(2, 0, 1)  # (m, B, d)
-        inside = (basis * shrunk(basis)).sum((0, 2))
+        basis = torch.linalg.qr(shrink(sketch.flatten(2)).permute(1, 2, 0))[0].permute(2, 0, 1)  # (m, B, d)
+        inside = (basis * shrink(basis)).sum((0, 2))
         vectors = probes.vectors.double().flatten(2)
         outside = vectors - torch.einsum("mbd,kbm->kbd", basis, torch.einsum("mbd,kbd->kbm", basis, vectors))
-        rest = (outside * shrunk(outside)).sum(2)
+        rest = (outside * shrink(outside)).sum(2)
         values = probes.group_means((dimensions - inside - rest) / noise)
         return Estimate.mean(values, len(probes) + size, self._calls(len(probes) + 2 * size))
-
-    def _forms(self, vectors: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
-        return torch.stack([dot(v, product) for v, product in zip(vectors, products, strict=True)])
 
     def _estimate(self, probes: Probes, values: torch.Tensor) -> Estimate:
         return Estimate.mean(probes.group_means(values), len(probes), self._calls(len(probes)))
@@ -251,27 +246,21 @@ class FisherOperator(abc.ABC):
 
     def _probes(self, probes: Probes | torch.Tensor) -> Probes:
         probes = probes if isinstance(probes, Probes) else Probes(probes)
-        probes.check(self.state.sample.shape)
+        check_vectors("Probes", probes.vectors, self.state.sample.shape)
         return probes
 
     def _numbers(self, value: float | torch.Tensor) -> torch.Tensor:
-        """A number or (B,) as (B,) float64."""
+        """Returns a number or (B,) as (B,) float64."""
         numbers, count = torch.as_tensor(value, dtype=torch.float64, device="cpu"), len(self.state.sample)
         if numbers.shape not in ((), (1,), (count,)):
             raise InputError(f"Got factors of shape {tuple(numbers.shape)}; allowed: a number, or ({count},).")
         return numbers.expand(count)
 
     def _check(self, v: torch.Tensor) -> None:
-        if v.shape != self.state.sample.shape:
-            raise InputError(
-                f"The vector has shape {tuple(v.shape)}; the operator's state has {tuple(self.state.sample.shape)}. "
-                "Pass one vector per sample, of the sample's shape."
-            )
+        check_shape("The vector", v.shape, self.state.sample.shape, "Pass one vector per sample of the state.")
 
     def _check_many(self, vectors: torch.Tensor) -> None:
-        if vectors.ndim < 1 or len(vectors) < 1 or vectors.shape[1:] != self.state.sample.shape:
-            allowed = ", ".join(map(str, self.state.sample.shape))
-            raise InputError(f"Vectors have shape {tuple(vectors.shape)}; allowed: (k, {allowed}) with k >= 1.")
+        check_vectors("Vectors", vectors, self.state.sample.shape)
 
     def _check_noise(self) -> None:
         if not bool((self.state.level.sigma > 0).all()):
@@ -288,12 +277,24 @@ class FisherOperator(abc.ABC):
             )
 
 
-class FisherMatrixOperator(FisherOperator):
+class JacobianOperator(FisherOperator):
+    """An operator whose subclasses give `original_jacobian`; the covariance follows. Needs alpha > 0."""
+
+    @abc.abstractmethod
+    def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
+        """Returns the product with the transposed Jacobian of the predicted x_0, (B, ...)."""
+
+    def covariance(self, v: torch.Tensor) -> torch.Tensor:
+        level = self.state.level
+        return expand(level.sigma**2 / level.alpha, v) * self.original_jacobian(v)
+
+
+class FisherMatrixOperator(JacobianOperator):
     """An operator whose subclasses give `matvec`; the Jacobians follow. Needs alpha > 0."""
 
     @abc.abstractmethod
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
-        """F v, (B, ...)."""
+        """Returns F v, (B, ...)."""
 
     def epsilon_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         return expand(self.state.level.sigma, v) * self.matvec(v)
@@ -302,12 +303,8 @@ class FisherMatrixOperator(FisherOperator):
         level = self.state.level
         return (v - expand(level.sigma**2, v) * self.matvec(v)) / expand(level.alpha, v)
 
-    def covariance(self, v: torch.Tensor) -> torch.Tensor:
-        level = self.state.level
-        return expand(level.sigma**2 / level.alpha, v) * self.original_jacobian(v)
 
-
-class ModelFisherOperator(FisherOperator):
+class ModelFisherOperator(JacobianOperator):
     """An operator whose subclasses give products with the model's own (transposed) Jacobian, `output_jacobian`.
 
     A learned Jacobian is not symmetric: `matvec` is the product with the transposed F, and with a true score the two
@@ -318,7 +315,7 @@ class ModelFisherOperator(FisherOperator):
 
     @abc.abstractmethod
     def output_jacobian(self, v: torch.Tensor) -> torch.Tensor:
-        """Product with the transposed Jacobian of the raw model output with respect to the carried sample."""
+        """Returns the product with the transposed Jacobian of the raw model output at the carried sample."""
 
     def output_jacobians(self, vectors: torch.Tensor) -> torch.Tensor:
         """Returns the same for many vectors per sample, (k, B, ...)."""
@@ -339,10 +336,6 @@ class ModelFisherOperator(FisherOperator):
     def epsilon_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         sample_factor, output_factor = self.state.prediction.epsilon_coefficients(self.state.level)
         return expand(sample_factor, v) * v + expand(output_factor, v) * self.output_jacobian(v)
-
-    def covariance(self, v: torch.Tensor) -> torch.Tensor:
-        level = self.state.level
-        return expand(level.sigma**2 / level.alpha, v) * self.original_jacobian(v)
 
 
 class CombinedOperator(FisherMatrixOperator):
@@ -394,14 +387,14 @@ class CombinedOperator(FisherMatrixOperator):
         return None if inner is None else inner / per_sample(factor, v)
 
     def exact_diagonal(self) -> tuple[torch.Tensor, int]:
-        terms = [(factor, *operator.exact_diagonal()) for factor, operator in self._terms]
-        diagonals = [per_sample(factor, diagonal) * diagonal for factor, diagonal, _ in terms]
-        total = torch.stack(diagonals).sum(0)
-        return total + per_sample(self._shift, total), max(products for *_, products in terms)
+        return self._sum([operator.exact_diagonal() for _, operator in self._terms], 1)
 
     def exact_trace(self) -> tuple[torch.Tensor, int]:
-        terms = [(factor, *operator.exact_trace()) for factor, operator in self._terms]
-        traces = [factor.to(trace.device) * trace for factor, trace, _ in terms]
-        total = torch.stack(traces).sum(0)
-        shift = self.state.sample[0].numel() * self._shift.to(total.device)
-        return total + shift, max(products for *_, products in terms)
+        return self._sum([operator.exact_trace() for _, operator in self._terms], self.state.sample[0].numel())
+
+    def _sum(self, parts: list[tuple[torch.Tensor, int]], identity: int) -> tuple[torch.Tensor, int]:
+        """Returns the sum of the terms' values (B, ...), with `identity` for I, and the number of products."""
+        values, products = zip(*parts, strict=True)
+        scaled = [per_sample(factor, value) * value for (factor, _), value in zip(self._terms, values, strict=True)]
+        total = torch.stack(scaled).sum(0)
+        return total + identity * per_sample(self._shift, total), max(products)

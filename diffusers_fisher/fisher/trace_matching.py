@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
@@ -19,10 +20,41 @@ from ..noise import DenoisingState, expand
 from .estimator import FisherEstimator
 from .numerics import per_sample
 from .operator import FisherOperator
-from .trace_output import LOG_NOISE_RANGE, TraceModel, noise_shares
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+LOG_NOISE_RANGE = 20.0  # trace models clamp log(sigma/alpha) to +-20, where pure noise has infinity
+
+
+class TraceOutput(Protocol):
+    """What a trace model returns for a batch, float32; one of the two is set.
+
+    Attributes:
+        logits: logits of r, (B,), or of m, (B, ...) in the model's basis.
+        second_moment: E[|x_0|^2/d | x_t], (B,), from models of target "norm".
+    """
+
+    logits: torch.Tensor | None
+    second_moment: torch.Tensor | None
+
+
+@runtime_checkable
+class TraceModel(Protocol):
+    """A network that knows the trace of the diffusion Fisher, as `FisherTraceModel` does.
+
+    `config` has "output" ("trace" or "diagonal"), "basis" ("pixel" or "dct") and "pooled_channels" (a number or None).
+    """
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def target(self) -> str: ...
+
+    def evaluate(self, state: DenoisingState, pooled: torch.Tensor | None = None) -> TraceOutput: ...
+
+    def check_fingerprint(self, denoiser: Denoiser | DiffusionPipeline) -> None: ...
 
 
 class TraceMatchingFisher(FisherEstimator):
@@ -156,3 +188,21 @@ class TraceMatchingOperator(FisherOperator):
         axes = self.state.sample.ndim - 1
         z = self._transform.analyse(v.double().flatten(-axes))
         return self._transform.synthesise(factors.flatten(1) * z).to(v.dtype).view(v.shape)
+
+
+def noise_shares(output: TraceOutput, state: DenoisingState) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns m and 1 - m of a trace model's output, (B,) or (B, ...) float64: m the posterior variance of the noise.
+
+    From a second moment (target "norm") m is (alpha^2/sigma^2)(E[|x_0|^2/d | x_t] - |x0hat|^2/d), a difference of two
+    numbers of order one that at small noise are nearly equal; it may come out negative or above one.
+    """
+    if output.logits is not None:
+        logits = output.logits.double()
+        return torch.sigmoid(logits), torch.sigmoid(-logits)
+    if output.second_moment is None:
+        raise InputError("The trace model's output is empty; pass what its `forward` or `evaluate` returns.")
+    moment = output.second_moment.double()
+    level, clean = state.level, state.pred_original_sample.detach().double()
+    snr = (level.alpha / level.sigma).square().to(moment.device)
+    m = snr * (moment - clean.square().flatten(1).mean(1).to(moment.device))
+    return m, 1 - m

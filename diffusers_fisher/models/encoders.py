@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, check_shape
 
 LOG_NOISE_LIMIT = 8.0  # the embedding sees log(sigma/alpha) clamped to +-8, beyond every usual schedule
 
@@ -185,16 +185,16 @@ class FeatureStatistics(nn.Module):
         Raises:
             InputError: shapes that do not fit, levels that do not rise, values that are no mean and deviation.
         """
-        given = {"log_noise": log_noise, "mean": mean, "deviation": deviation}
-        for name, value in given.items():
-            wanted = tuple(getattr(self, name).shape)
-            if tuple(value.shape) != wanted or not bool(torch.isfinite(value).all()):
-                raise InputError(
-                    f"The features' `{name}` has shape {tuple(value.shape)}; allowed: {wanted}, finite numbers."
-                )
+        statistics = {"log_noise": log_noise, "mean": mean, "deviation": deviation}
+        for name, value in statistics.items():
+            check_shape(
+                f"The features' `{name}`", value.shape, getattr(self, name).shape, "Measure it for this model."
+            )
+            if not bool(torch.isfinite(value).all()):
+                raise InputError(f"The features' `{name}` holds NaN or infinity. Pass finite values.")
         if bool((log_noise.diff() <= 0).any()) or bool((deviation < 0).any()):
             raise InputError("The features' statistics need rising `log_noise`, and a `deviation` not below zero.")
-        for name, value in given.items():
+        for name, value in statistics.items():
             getattr(self, name).copy_(value)
 
     def standardised(self, features: torch.Tensor, log_noise: torch.Tensor) -> torch.Tensor:

@@ -14,16 +14,14 @@ import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..denoiser import Denoiser
 from ..errors import InputError, UnsupportedError
 from ..noise import NoiseSchedule, noise_schedule
-
-if TYPE_CHECKING:
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 NUM_TENSORS = 16  # parameters that are looked at one by one
 NUM_VALUES = 65536  # values of each that are read
@@ -36,17 +34,14 @@ SCHEDULE_TOLERANCE = 1e-3  # of log(sigma/alpha)
 LOG_LIMIT = 20.0  # stands for infinity: a schedule that ends in pure noise
 COMPILED = "_orig_mod."  # what torch.compile puts before names
 KEY_VALUES = 64  # weights that a key reads at least: `parameter.data.mul_()` moves no version counter
-PLAIN = {bool, int, float, str, type(None)}
-OF_TORCH = {
-    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_backward_pre_hooks", "_backward_hooks",
-    "_is_full_backward_hook", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-}  # fmt: skip
+SIMPLE_TYPES = {bool, int, float, str, type(None)}
+OF_TORCH = set(vars(torch.nn.Module())) - {"training", "_forward_hooks", "_forward_pre_hooks"}
 """Attributes of every module that are read elsewhere or have no part in an evaluation."""
 
 
-_KEPT: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Hashable, dict[str, Any]]] = weakref.WeakKeyDictionary()
+_FINGERPRINTS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Hashable, dict[str, Any]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def denoiser_fingerprint(denoiser: Denoiser | DiffusionPipeline) -> dict[str, Any]:
@@ -95,17 +90,17 @@ def network_key(network: torch.nn.Module) -> Hashable:
                     readable.append(parameter)
         for name, value in vars(module).items():
             if name not in OF_TORCH and (type(value) is not OrderedDict or value):  # most modules have no hooks
-                entries += (name, value if type(value) in PLAIN else _summary(value))
+                entries += (name, value if type(value) in SIMPLE_TYPES else _summary(value))
     return tuple(entries), _sampled_values(readable)
 
 
 def _kept_fingerprint(network: torch.nn.Module) -> dict[str, Any]:
     """Returns the network's fingerprint, computed anew only where its key has changed."""
     key = network_key(network)
-    kept = _KEPT.get(network)
-    if kept is None or kept[0] != key:
-        kept = _KEPT[network] = key, _network_fingerprint(network)
-    return kept[1]
+    entry = _FINGERPRINTS.get(network)
+    if entry is None or entry[0] != key:
+        entry = _FINGERPRINTS[network] = key, _network_fingerprint(network)
+    return entry[1]
 
 
 def _network_fingerprint(network: torch.nn.Module) -> dict[str, Any]:
@@ -199,14 +194,14 @@ def _sampled_values(parameters: Sequence[torch.Tensor]) -> tuple[float, ...]:
 
 def _summary(value: object) -> Hashable:
     """Returns numbers, strings and containers of them by value, other objects by class, identity and attributes."""
-    if type(value) in PLAIN:
+    if type(value) in SIMPLE_TYPES:
         return value
     if isinstance(value, dict):
         return tuple([(_summary(key), _summary(entry)) for key, entry in value.items()])
     if isinstance(value, (list, tuple, set)):
         return tuple([_summary(entry) for entry in value])
     own = getattr(value, "__dict__", {})  # such as an attention processor's
-    return type(value).__qualname__, id(value), *(entry for entry in own.items() if type(entry[1]) in PLAIN)
+    return type(value).__qualname__, id(value), *(entry for entry in own.items() if type(entry[1]) in SIMPLE_TYPES)
 
 
 def _five_levels(schedule: NoiseSchedule) -> list[float]:

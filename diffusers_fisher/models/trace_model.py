@@ -18,12 +18,12 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, BaseOutput
 
 from ..denoiser import Denoiser
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, check_shape
 from ..files import atomic_path, check_safetensors, read_json, save_tensors
-from ..fisher.trace_output import LOG_NOISE_RANGE, FisherTraceOutput, noise_shares
+from ..fisher.trace_matching import LOG_NOISE_RANGE, noise_shares
 from ..noise import DenoisingState, NoiseLevel, expand
 from .card import model_card
 from .encoders import FeatureEncoder, ImageEncoder, NoiseEmbedding, PixelHead, SpectralHead, TokenEncoder, TraceHead
@@ -39,6 +39,19 @@ MAX_LOG_RATIO = 12.0  # |g|, by how much log v may leave the prior's
 LEAST_ALPHA = 1e-3  # relative to the level's norm, where x_0 is computed
 FADING_NOISE = 10.0  # the predicted x_0 is divided by sqrt(1 + (s/10)^2)
 MIXED_FREQUENCIES = 16
+
+
+@dataclasses.dataclass
+class FisherTraceOutput(BaseOutput):
+    """What the trace model returns for a batch, float32; one of the two is set.
+
+    Args:
+        logits: logits of r, (B,), or of the diagonal of Cov[eps|x_t] in the model's basis, (B, ...).
+        second_moment: E[|x_0|^2/d | x_t], (B,), from models of target "norm".
+    """
+
+    logits: torch.Tensor | None = None
+    second_moment: torch.Tensor | None = None
 
 
 class FisherTraceModel(ModelMixin, ConfigMixin):
@@ -118,8 +131,8 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         self.summaries = (
             None if feature_channels is None else FeatureEncoder(feature_channels, time_channels, head_channels)
         )
-        known = self.encoder.features + inputs + (0 if feature_channels is None else head_channels)
-        self.head = TraceHead(known, time_channels, head_channels, numbers)
+        width = self.encoder.features + inputs + (0 if feature_channels is None else head_channels)
+        self.head = TraceHead(width, time_channels, head_channels, numbers)
         self.map: PixelHead | SpectralHead | None = None
         if spectral:
             self.map = SpectralHead(in_channels, MIXED_FREQUENCIES)
@@ -182,11 +195,13 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         vector, stem, h = self.encoder(x, embedding)
         axes = (2, 3) if self.config["layout"] == "image" else (1,)
         energies = (x.float().square().mean(axes) + 1e-6).log().to(x.dtype)
-        known = [vector, energies]
+        vectors = [vector, energies]
         if self.summaries is not None:
-            self._check_features(features, len(sample))
-            known.append(self.summaries(features, log_noise, embedding))
-        numbers = self.head(torch.cat(known, dim=1), embedding)
+            if features is not None:
+                wanted = (len(sample), self.config["feature_channels"])
+                check_shape("`features`", features.shape, wanted, "Use the denoiser that the model was trained for.")
+            vectors.append(self.summaries(features, log_noise, embedding))
+        numbers = self.head(torch.cat(vectors, dim=1), embedding)
         shape = sample.shape[1:]
         if self.config["target"] == "norm":
             moment = self.prior.second_moment(sample, log_noise)
@@ -309,14 +324,6 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
                 folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr, subfolder=subfolder
             )
 
-    def _check_features(self, features: torch.Tensor | None, count: int) -> None:
-        wanted = (count, self.config["feature_channels"])
-        if features is not None and features.shape != wanted:
-            raise InputError(
-                f"`features` has shape {tuple(features.shape)}; allowed: {wanted}, by the trace model's "
-                "`feature_channels`. Use the denoiser it was trained for."
-            )
-
     def _joined(
         self,
         sample: torch.Tensor,
@@ -335,9 +342,9 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
                 f"'{layout}'."
             )
         width = config["pooled_channels"]
-        if (pooled is None) != (width is None) or (pooled is not None and pooled.shape != (len(sample), width)):
-            got = None if pooled is None else tuple(pooled.shape)
-            wanted = None if width is None else (len(sample), width)
+        got = None if pooled is None else tuple(pooled.shape)
+        wanted = None if width is None else (len(sample), width)
+        if got != wanted:
             raise InputError(f"`pooled` has shape {got}; allowed: {wanted}, by the trace model's `pooled_channels`.")
         parts = [sample]
         if config["use_prediction"]:

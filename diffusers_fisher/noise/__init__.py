@@ -7,7 +7,6 @@ from .registry import (
     input_scale,
     log_noise_to_signal_at,
     log_noise_to_signal_range,
-    log_noise_to_signal_table,
     noise_level,
     noise_schedule,
     prediction_of,
@@ -20,6 +19,6 @@ from .state import DenoisingState, state_of
 __all__ = [
     "PREDICTION_TYPES", "DenoisingState", "NoiseLevel", "NoiseSchedule", "Prediction", "RunSigmaSchedule",
     "TableSchedule", "Timestep", "VarianceExplodingSchedule", "expand", "input_scale", "log_noise_to_signal_at",
-    "log_noise_to_signal_range", "log_noise_to_signal_table", "noise_level", "noise_schedule", "prediction_of",
+    "log_noise_to_signal_range", "noise_level", "noise_schedule", "prediction_of",
     "register_noise_schedule", "state_of", "timestep_at",
 ]  # fmt: skip

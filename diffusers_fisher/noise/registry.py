@@ -8,17 +8,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from ..errors import UnsupportedError
-from .families import (
-    AncestralKDPM2Schedule,
-    EDMSchedule,
-    FlowSchedule,
-    FlowSigmaSchedule,
-    InverseTableSchedule,
-    KDiffusionSchedule,
-    KDPM2Schedule,
-    SigmaSchedule,
-    TableSchedule,
-)  # fmt: skip
+from . import families
 from .level import NoiseLevel, Timestep
 from .prediction import Prediction
 from .schedule import NoiseSchedule, SchedulerParts
@@ -30,24 +20,26 @@ if TYPE_CHECKING:
 def _sigma_or_flow(scheduler: SchedulerMixin) -> NoiseSchedule:
     """The schedule of solvers that serve both kinds of networks, which their config tells apart."""
     flow = cast(SchedulerParts, scheduler).config.get("use_flow_sigmas", False)
-    return FlowSigmaSchedule(scheduler) if flow else SigmaSchedule(scheduler)
+    return families.FlowSigmaSchedule(scheduler) if flow else families.SigmaSchedule(scheduler)
 
 
 # By class name, so that no scheduler is imported before it is used.
 _SCHEDULES: dict[str, Callable[[SchedulerMixin], NoiseSchedule]] = {
-    "DDIMScheduler": TableSchedule, "DDPMScheduler": TableSchedule,
-    "DDIMParallelScheduler": TableSchedule, "DDPMParallelScheduler": TableSchedule,
-    "PNDMScheduler": TableSchedule, "LCMScheduler": TableSchedule, "TCDScheduler": TableSchedule,
-    "DDIMInverseScheduler": InverseTableSchedule,
+    "DDIMScheduler": families.TableSchedule, "DDPMScheduler": families.TableSchedule,
+    "DDIMParallelScheduler": families.TableSchedule, "DDPMParallelScheduler": families.TableSchedule,
+    "PNDMScheduler": families.TableSchedule, "LCMScheduler": families.TableSchedule,
+    "TCDScheduler": families.TableSchedule, "DDIMInverseScheduler": families.InverseTableSchedule,
     "DPMSolverMultistepScheduler": _sigma_or_flow, "DPMSolverMultistepInverseScheduler": _sigma_or_flow,
     "DPMSolverSinglestepScheduler": _sigma_or_flow, "UniPCMultistepScheduler": _sigma_or_flow,
     "DEISMultistepScheduler": _sigma_or_flow, "SASolverScheduler": _sigma_or_flow,
-    "EulerDiscreteScheduler": KDiffusionSchedule, "EulerAncestralDiscreteScheduler": KDiffusionSchedule,
-    "HeunDiscreteScheduler": KDiffusionSchedule, "LMSDiscreteScheduler": KDiffusionSchedule,
-    "KDPM2DiscreteScheduler": KDPM2Schedule, "KDPM2AncestralDiscreteScheduler": AncestralKDPM2Schedule,
-    "EDMEulerScheduler": EDMSchedule, "EDMDPMSolverMultistepScheduler": EDMSchedule,
-    "FlowMatchEulerDiscreteScheduler": FlowSchedule, "FlowMatchHeunDiscreteScheduler": FlowSchedule,
-    "FlowMatchLCMScheduler": FlowSchedule,
+    "EulerDiscreteScheduler": families.KDiffusionSchedule,
+    "EulerAncestralDiscreteScheduler": families.KDiffusionSchedule,
+    "HeunDiscreteScheduler": families.KDiffusionSchedule, "LMSDiscreteScheduler": families.KDiffusionSchedule,
+    "KDPM2DiscreteScheduler": families.KDPM2Schedule,
+    "KDPM2AncestralDiscreteScheduler": families.AncestralKDPM2Schedule,
+    "EDMEulerScheduler": families.EDMSchedule, "EDMDPMSolverMultistepScheduler": families.EDMSchedule,
+    "FlowMatchEulerDiscreteScheduler": families.FlowSchedule, "FlowMatchHeunDiscreteScheduler": families.FlowSchedule,
+    "FlowMatchLCMScheduler": families.FlowSchedule,
 }  # fmt: skip
 
 
@@ -131,8 +123,3 @@ def timestep_at(scheduler: SchedulerMixin, log_s: torch.Tensor) -> torch.Tensor:
         InputError: a level outside the schedule.
     """
     return noise_schedule(scheduler).timestep_at(log_s)
-
-
-def log_noise_to_signal_table(scheduler: SchedulerMixin) -> torch.Tensor:
-    """log(sigma/alpha) of every training timestep, (T,) float64, increasing, of a scheduler with `alphas_cumprod`."""
-    return TableSchedule(scheduler).table()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, check_shape
 from .level import NoiseLevel, Timestep, expand
 from .prediction import Prediction
 from .registry import noise_schedule
@@ -40,11 +40,8 @@ class DenoisingState:
     features: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.model_output.shape != self.sample.shape:
-            raise InputError(
-                f"Model output has shape {tuple(self.model_output.shape)}, the sample {tuple(self.sample.shape)}; "
-                "they must agree. Models with learned variance give two halves: pass the mean half alone."
-            )
+        advice = "Models with learned variance give two halves: pass the mean half alone."
+        check_shape("The model output", self.model_output.shape, self.sample.shape, advice)
 
     @property
     def known_timestep(self) -> Timestep:
@@ -69,9 +66,8 @@ class DenoisingState:
         return -self.epsilon / expand(self.level.sigma, self.sample)
 
     def _combine(self, sample_factor: torch.Tensor, output_factor: torch.Tensor) -> torch.Tensor:
-        return expand(sample_factor, self.sample) * self.sample + expand(
-            output_factor, self.sample
-        ) * self.model_output.to(self.sample.dtype)
+        sample, output = self.sample, self.model_output.to(self.sample.dtype)
+        return expand(sample_factor, sample) * sample + expand(output_factor, sample) * output
 
 
 def state_of(

@@ -120,7 +120,7 @@ for _class in CATALOG.values():
     _class.__module__ = "diffusers_fisher"
 
 
-_MADE: dict[type, type] = {}  # classes outside the catalog are made once, so that `isinstance` works
+_CLASSES: dict[type, type] = {}  # classes outside the catalog are made once, so that `isinstance` works
 
 
 def fisher_scheduler(cls: type[Any]) -> type[Any]:
@@ -138,9 +138,9 @@ def fisher_scheduler(cls: type[Any]) -> type[Any]:
         )
     if issubclass(cls, FisherSchedulerMixin):
         return cls
-    made = CATALOG.get(f"Fisher{cls.__name__}")
-    if made is not None and issubclass(made, cls):
-        return made
-    if cls not in _MADE:
-        _MADE[cls] = type(f"Fisher{cls.__name__}", (FisherSchedulerMixin, cls), {"__module__": cls.__module__})
-    return _MADE[cls]
+    name = f"Fisher{cls.__name__}"
+    if issubclass(CATALOG.get(name, object), cls):
+        return CATALOG[name]
+    if cls not in _CLASSES:
+        _CLASSES[cls] = type(name, (FisherSchedulerMixin, cls), {"__module__": cls.__module__})
+    return _CLASSES[cls]

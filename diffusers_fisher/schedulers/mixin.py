@@ -50,10 +50,7 @@ class FisherSchedulerMixin(Scheduler):
         cls.add_noise = add_noise  # type: ignore[attr-defined]
 
     def differentiable(
-        self,
-        estimator: FisherEstimator,
-        changed_latents: str = "refuse",
-        controls: list[torch.Tensor] | None = None,
+        self, estimator: FisherEstimator, changed_latents: str = "refuse", controls: list[torch.Tensor] | None = None
     ) -> AbstractContextManager[Trajectory]:
         """Records the run inside the block so that it can be differentiated without a graph in the denoiser.
 

@@ -50,10 +50,7 @@ class Trajectory:
     """
 
     def __init__(
-        self,
-        estimator: FisherEstimator,
-        changed_latents: str = "refuse",
-        controls: list[torch.Tensor] | None = None,
+        self, estimator: FisherEstimator, changed_latents: str = "refuse", controls: list[torch.Tensor] | None = None
     ):
         if changed_latents not in CHANGED_LATENTS:
             raise InputError(f"`changed_latents` is '{changed_latents}'; allowed: {', '.join(CHANGED_LATENTS)}.")

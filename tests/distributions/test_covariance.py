@@ -182,7 +182,7 @@ EYE = torch.eye(D, dtype=torch.float64)
     ("make", "message"),
     [
         (lambda: Covariance.isotropic(-1.0, SHAPE), "must not be negative; the smallest is -1"),
-        (lambda: Covariance.isotropic(float("nan"), SHAPE), "`variances` of a covariance holds NaN or infinity"),
+        (lambda: Covariance.isotropic(float("nan"), SHAPE), "`variances` holds NaN or infinity"),
         (lambda: Covariance.isotropic(torch.ones(2, 3), SHAPE), r"shape \(2, 3\).*allowed: a number or \(K,\)"),
         (lambda: Covariance.isotropic(1.0, (0, 3)), "samples of one dimension or more"),
         (lambda: Covariance.isotropic(torch.ones(2).half(), SHAPE), "dtype torch.float16; allowed: float32, float64"),

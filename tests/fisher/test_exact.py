@@ -234,7 +234,7 @@ def test_states_and_vectors_of_another_shape_are_refused():
         ExactFisher(distribution)(DenoisingState(X.flatten(1), X.flatten(1), level, Prediction("epsilon")))
     operator = ExactFisher(distribution)(DenoisingState(X, X, level, Prediction("epsilon")))
     for product in (operator.matvec, operator.covariance):
-        with pytest.raises(InputError, match=r"vector has shape \(1, 3, 2, 2\); the operator's state has \(2, 3, 2"):
+        with pytest.raises(InputError, match=r"vector has shape \(1, 3, 2, 2\); allowed: \(2, 3, 2"):
             product(X[:1])
     with pytest.raises(InputError, match=r"Vectors have shape \(5, 3, 2, 2\); allowed: \(..., 2, 3, 2, 2\)"):
         operator.posterior.covariance(torch.ones(5, 3, 2, 2))
@@ -245,9 +245,9 @@ def test_states_and_vectors_of_another_shape_are_refused():
     [
         (
             lambda: GaussianMixture(MEANS.half(), ISOTROPIC),
-            "Means have dtype torch.float16; allowed: float32, float64",
+            r"`means` has dtype torch.float16; allowed: float32, float64. Pass means.float\(\)",
         ),
-        (lambda: GaussianMixture(MEANS / 0, ISOTROPIC), "Means hold NaN or infinity"),
+        (lambda: GaussianMixture(MEANS / 0, ISOTROPIC), "`means` holds NaN or infinity"),
         (lambda: GaussianMixture(MEANS[0, 0, 0], ISOTROPIC), r"allowed: \(K, \*shape\). Pass mean\[None\] for one"),
         (lambda: GaussianMixture(MEANS[:0], ISOTROPIC), r"Means have shape \(0, 3, 2, 2\)"),
         (lambda: GaussianMixture(MEANS.flatten(1), ISOTROPIC), r"covariance has 1 modes of shape \(3, 2, 2\)"),

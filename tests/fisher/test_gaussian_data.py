@@ -198,9 +198,9 @@ def test_direct_prior_can_be_corrected_too():
 def test_bad_input_is_refused(tmp_path):
     with pytest.raises(InputError, match="has 2 modes; GaussianFisher takes one"):
         GaussianFisher(Covariance.diagonal(torch.ones(2, *SHAPE, dtype=torch.float64)))
-    with pytest.raises(InputError, match=r"The mean has shape \(2,\), the covariance's samples \(3, 2, 4\)"):
+    with pytest.raises(InputError, match=r"The mean has shape \(2,\); allowed: \(3, 2, 4\)"):
         GaussianFisher(Covariance.isotropic(1.0, SHAPE), torch.zeros(2))
-    with pytest.raises(InputError, match=r"over samples of shape \(3, 2, 4\), the state's have \(3, 2, 2\)"):
+    with pytest.raises(InputError, match=r"sample of the state has shape \(3, 2, 2\); allowed: \(3, 2, 4\). Fit"):
         GaussianFisher(Covariance.isotropic(1.0, SHAPE))(state(shape=(2, 3, 2, 2)))
     with pytest.raises(InputError, match="No samples were given; a covariance needs at least two"):
         GaussianFisher.fit_diagonal(iter([]))

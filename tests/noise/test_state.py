@@ -84,7 +84,7 @@ def test_half_precision_outputs_are_combined_in_the_samples_dtype(dtype):
 
 
 def test_output_of_another_shape_is_refused():
-    with pytest.raises(InputError, match=r"shape \(2, 6, 2, 2\), the sample \(2, 3, 2, 2\); .* pass the mean half"):
+    with pytest.raises(InputError, match=r"shape \(2, 6, 2, 2\); allowed: \(2, 3, 2, 2\).* pass the mean half"):
         DenoisingState(latents(), latents(shape=(2, 6, 2, 2)), LEVELS["flow"], Prediction("epsilon"))
 
 

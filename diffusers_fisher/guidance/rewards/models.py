@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import re
@@ -74,6 +75,7 @@ class ClassifierReward:
         raise InputError(f"The classifier has no class {target!r}; allowed: {names}.")
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class TextImageReward:
     """Rewards the similarity of image and text under a model with two encoders: CLIP, SigLIP, PickScore.
 
@@ -89,20 +91,12 @@ class TextImageReward:
         logits: whether to return the model's logit instead of the cosine.
     """
 
-    def __init__(
-        self,
-        model: CLIPModel | SiglipModel,
-        tokenizer: PreTrainedTokenizerBase,
-        image_input: ImageInput,
-        text: str | Sequence[str] | None = None,
-        logits: bool = False,
-    ):
-        self.model = model
-        self.tokenizer = tokenizer
-        self.image_input = image_input
-        self.text = text
-        self.logits = logits
-        self._text_embeddings: dict[str, torch.Tensor] = {}
+    model: CLIPModel | SiglipModel
+    tokenizer: PreTrainedTokenizerBase
+    image_input: ImageInput
+    text: str | Sequence[str] | None = None
+    logits: bool = False
+    _text_embeddings: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict, init=False)
 
     @classmethod
     def from_pretrained(
@@ -187,6 +181,7 @@ class TextImageReward:
         return torch.stack([self._text_embeddings[text] for text in texts])
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class AestheticReward:
     """Rewards the LAION aesthetic score, about 1 to 10: people's ratings as predicted from CLIP image embeddings.
 
@@ -196,10 +191,9 @@ class AestheticReward:
         image_input: function from images in [0, 1] to `pixel_values`.
     """
 
-    def __init__(self, model: CLIPModel, head: torch.nn.Module, image_input: ImageInput):
-        self.model = model
-        self.head = head
-        self.image_input = image_input
+    model: CLIPModel
+    head: torch.nn.Module
+    image_input: ImageInput
 
     @classmethod
     def from_pretrained(cls, head: str | os.PathLike, path: str = CLIP_LARGE, **kwargs: Any) -> AestheticReward:
@@ -241,7 +235,8 @@ def aesthetic_head(path: str | os.PathLike) -> torch.nn.Sequential:
             number.
     """
     tensors = _head_tensors(Path(path))
-    names = sorted((name for name in tensors if name.endswith("weight")), key=_numbers)
+    weights = (name for name in tensors if name.endswith("weight"))
+    names = sorted(weights, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
     biases = [name.removesuffix("weight") + "bias" for name in names]
     shapes = [tuple(tensors[name].shape) for name in names]
     is_chain = all(len(shape) == 2 for shape in shapes) and all(
@@ -283,10 +278,6 @@ def _download_options(kwargs: dict[str, Any], same_repository: bool = True) -> d
     names = {"token", "cache_dir", "local_files_only", "force_download"}
     names |= {"revision", "subfolder"} if same_repository else set()
     return {name: value for name, value in kwargs.items() if name in names}
-
-
-def _numbers(name: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", name)]
 
 
 def _image_features(model: CLIPModel | SiglipModel, pixels: torch.Tensor) -> torch.Tensor:

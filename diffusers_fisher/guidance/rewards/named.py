@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ...checkpoints import embedded_checkpoint
 from ...errors import FisherError, InputError
 from ..checks import Reward, name_of
 from .models import AestheticReward, ClassifierReward, TextImageReward
@@ -56,7 +57,8 @@ def _load(name: str) -> Reward:
     kind, _, rest = name.partition(":")
     parts = rest.split(":") if rest else []
     if kind == "classifier" and len(parts) == 2:
-        return ClassifierReward.from_pretrained(_classifier_path(parts[0]), target=parts[1])
+        path = Path(embedded_checkpoint(), "classifier") if parts[0] == "embedded" else parts[0]
+        return ClassifierReward.from_pretrained(path, target=parts[1])
     if kind in ("clip", "siglip", "pick_score") and len(parts) <= 1:
         make = getattr(TextImageReward, kind)
         return make(path=parts[0]) if parts else make()
@@ -65,12 +67,6 @@ def _load(name: str) -> Reward:
     if kind == "python" and len(parts) == 2:
         return _import_function(*parts)
     raise InputError(f"The reward is '{name}'; allowed: {FORMS}.")
-
-
-def _classifier_path(path: str) -> str:
-    from ...checkpoints import embedded_checkpoint
-
-    return str(Path(embedded_checkpoint()) / "classifier") if path == "embedded" else path
 
 
 def _import_function(module: str, name: str) -> Reward:
