@@ -60,7 +60,7 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
     trace_log_prob: torch.Tensor
     standard_error: torch.Tensor
     discretisation_error: torch.Tensor
-    r: torch.Tensor
+    unexplained_noise_fraction: torch.Tensor
     noise_to_signal: torch.Tensor
     final_latents: torch.Tensor
     dims: int

@@ -11,10 +11,10 @@ from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError, UnsupportedError
 from ..fisher.autodiff import AutodiffFisher
 from ..fisher.estimator import FisherEstimator
-from ..noise import log_noise_to_signal_range, timestep_at
+from ..noise import timestep_at
 from .output import LikelihoodOutput
 from .schemes import noise_grid
-from .solver import Problem, bind_estimator, check_samples, checked_prior
+from .solver import Integration, Path, Problem, likelihood_output, problem_of
 
 
 def reference_log_likelihood(
@@ -59,31 +59,18 @@ def reference_log_likelihood(
         raise InputError(
             f"`tolerance` is {tolerance}, `num_levels` {num_levels}; allowed: between 0 and 0.1, at least 2."
         )
-    check_samples(samples)
-    moments = checked_prior(samples, prior_mean, prior_variance)
-    samples = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
-    low, high = log_noise_to_signal_range(denoiser.scheduler)
-    estimator = bind_estimator(AutodiffFisher(chunk_size=64) if estimator is None else estimator, denoiser)
-    problem = Problem(denoiser, samples.double(), samples.dtype, estimator, None, low, high, *moments)
-    grid, before = noise_grid(low, high, num_levels - 1), denoiser.num_calls
+    integration = Integration(num_levels - 1, None, prior_mean, prior_variance, space=space)
+    estimator = AutodiffFisher(chunk_size=64) if estimator is None else estimator
+    problem = problem_of(denoiser, samples, estimator, integration)
+    grid = noise_grid(problem.low, problem.high, num_levels - 1)
     end, trace, r = _solve(odeint, problem, grid, tolerance)
     rough_end, rough_trace, _ = _solve(odeint, problem, grid, 10 * tolerance)
     prior = problem.prior(end)
     error = (prior + trace - problem.prior(rough_end) - rough_trace).abs()
     if not torch.isfinite(prior + trace).all():
         raise NumericalError(f"Reference log-likelihoods are not finite: {(prior + trace).tolist()}.")
-    tensors = {
-        "log_prob": prior + trace, "prior_log_prob": prior, "trace_log_prob": trace,
-        "standard_error": torch.zeros_like(trace), "discretisation_error": error, "r": r,
-        "noise_to_signal": grid.exp(), "final_latents": end, "trace_by_probe": trace.new_empty(0, len(trace)),
-    }  # fmt: skip
-    return LikelihoodOutput(
-        **{key: value.cpu() for key, value in tensors.items()}, dims=samples[0].numel(),
-        num_denoiser_calls=denoiser.num_calls - before, space=space,
-        prior="standard" if prior_mean is None else "moment-matched", density="smoothed",
-        trace=f"{estimator.description}, no probes", halved=False, scheme=f"dopri5, tolerance {tolerance:g}",
-        offset_bits=0.0,
-    )  # fmt: skip
+    path = Path(end, prior, trace, trace.new_empty(0, len(trace)), r, grid.exp(), error)
+    return likelihood_output(problem, integration, path, f"dopri5, tolerance {tolerance:g}")
 
 
 def _solve(

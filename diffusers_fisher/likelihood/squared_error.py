@@ -19,7 +19,7 @@ from ..errors import InputError, NumericalError
 from ..noise import expand, log_noise_to_signal_range, timestep_at
 from .bins import dequantised, offset_bits
 from .output import SquaredErrorOutput
-from .solver import check_samples, checked_prior
+from .solver import checked_prior, checked_samples, standard_noise
 
 CROSSOVER = 0.3
 """Noise-to-signal about which r falls from one to zero for usual data. Below it the squared error is most of the
@@ -56,12 +56,11 @@ def squared_error_log_likelihood(
     """
     if num_levels < 4 or num_levels % 2:
         raise InputError(f"`num_levels` is {num_levels}; allowed: even, at least 4, sensibly 32 or more.")
-    check_samples(samples)
+    samples = checked_samples(samples)
     mean, variance = checked_prior(samples, prior_mean, prior_variance)
-    samples = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
     low, high = log_noise_to_signal_range(denoiser.scheduler)
     levels, weights = _levels(num_levels, low, high, generator)
-    noises = [_draw(samples[:1], generator) for _ in range(num_levels)]
+    noises = [standard_noise(samples[:1], generator) for _ in range(num_levels)]
     start = samples.double() if bins is None else dequantised(samples, bins, generator)
     timesteps, before = timestep_at(denoiser.scheduler, levels), denoiser.num_calls
     dimensions, rows = samples[0].numel(), []
@@ -112,12 +111,6 @@ def _levels(
 def _share(log_s: torch.Tensor) -> torch.Tensor:
     """r of Gaussian data with standard deviation `CROSSOVER`."""
     return torch.sigmoid(2 * (math.log(CROSSOVER) - log_s))
-
-
-def _draw(like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    from diffusers.utils.torch_utils import randn_tensor
-
-    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype).double()
 
 
 @torch.no_grad()
