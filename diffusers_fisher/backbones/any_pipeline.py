@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from .autoencoder import decode_latents
 from .base import Backbone
 
 
@@ -33,10 +32,10 @@ class AnyPipelineBackbone(Backbone):
     def size_arguments_of(self, latents: torch.Tensor) -> dict[str, Any]:
         return super().size_arguments_of(latents) if self.factor else {}
 
-    def decode_scaled(self, latents: torch.Tensor) -> torch.Tensor:
-        # All of Stable Diffusion XL's pipelines standardise, whatever they are for.
-        standardised = self.name.startswith("StableDiffusionXL")
-        return decode_latents(self._known_autoencoder, latents, standardised)
+    @property
+    def standardises_latents(self) -> bool:  # type: ignore[override]
+        """True for all of Stable Diffusion XL's pipelines, whatever they are for."""
+        return self.name.startswith("StableDiffusionXL")
 
     def pooled(self, conditions: dict[str, Any]) -> None:
         """None: how this family pools its conditions is not known."""

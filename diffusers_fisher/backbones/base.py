@@ -25,8 +25,8 @@ from ..noise import noise_schedule
 from ..schedulers import FisherSchedulerMixin, fisher_scheduler
 from .autoencoder import decode_latents, encode_pixels, images_of
 from .conditions import Condition, Conditions, text_conditions
-from .given_latents import shallow_copy
 from .parts import LatentStatistics, checkpoint_parts
+from .stock_calls import shallow_copy
 
 Generators = torch.Generator | list[torch.Generator] | None
 Moment = torch.Tensor | float | None
@@ -45,12 +45,17 @@ class Backbone:
         space: "latent", or "pixel" where samples are the images themselves.
         predicts_flow: whether the network was trained on (1 - s) x_0 + s eps.
         scales_samples: whether the call multiplies noise and model input by the scheduler's factors.
+        standardises_latents: whether the call uses the autoencoder's `latents_mean` and `latents_std`.
+        pooled_index: place of the pooled embeddings, which the network itself takes, among what `encode_prompt`
+            returns; None where there are none.
         network_name, autoencoder_name: names of these components.
     """
 
     space: ClassVar[str] = "latent"
     predicts_flow: ClassVar[bool] = False
     scales_samples: ClassVar[bool] = True
+    standardises_latents: bool = False
+    pooled_index: ClassVar[int | None] = None
     network_name: ClassVar[str] = "transformer"
     autoencoder_name: ClassVar[str] = "vae"
 
@@ -271,11 +276,11 @@ class Backbone:
 
         The deviation is None where encoding is not random.
         """
-        return encode_pixels(self._known_autoencoder, pixels)
+        return encode_pixels(self._known_autoencoder, pixels, self.standardises_latents)
 
     def decode_scaled(self, latents: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W), about -1 to 1, of scaled latents (B, C, h, w)."""
-        return decode_latents(self._known_autoencoder, latents)
+        return decode_latents(self._known_autoencoder, latents, self.standardises_latents)
 
     def decode(self, latents: torch.Tensor, pixels: tuple[int, int] | None = None) -> torch.Tensor:
         """Images (B, 3, H, W) in [0, 1], float32, of latents in the pipeline's layout; differentiable."""
@@ -363,6 +368,8 @@ class Backbone:
         Args:
             conditions: the call's arguments, with one condition per sample as `conditions` gives them.
         """
+        if self.pooled_index is not None:
+            return self.encoded_conditions(conditions)[self.pooled_index]
         raise UnsupportedError(
             f"{self.name} has no conditions, so no pooled vector for a trace model with `pooled_channels`. Use a "
             "trace model with pooled_channels=None."
@@ -422,36 +429,6 @@ class Backbone:
                 f"`bins` is {bins}, but {self.name} is in latents, whose density is not that of pixels in bins. Leave "
                 "it out."
             )
-
-
-class PixelBackbone(Backbone):
-    """Samples are the images themselves, (B, C, H, W) in [-1, 1]."""
-
-    space = "pixel"
-    scales_samples = False
-    network_name = "unet"
-
-    @property
-    def factor(self) -> int:
-        return 1
-
-    @property
-    def size_multiple(self) -> int:
-        """The network halves its input between its blocks."""
-        return 2 ** (len(self.config["block_out_channels"]) - 1)
-
-    @property
-    def image_channels(self) -> int:
-        return self.config["in_channels"]
-
-    def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return pixels, None
-
-    def decode_scaled(self, latents: torch.Tensor) -> torch.Tensor:
-        return latents
-
-    def check_decoder(self) -> None:
-        """Checks nothing: samples are images."""
 
 
 def guided_likelihood(name: str, scale: float) -> InputError:

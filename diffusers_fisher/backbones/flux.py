@@ -18,6 +18,7 @@ class FluxBackbone(Backbone):
     """
 
     predicts_flow = True
+    pooled_index = 1
 
     @property
     def size_multiple(self) -> int:
@@ -38,10 +39,6 @@ class FluxBackbone(Backbone):
         if pixels is None:
             raise InputError("Packed latents don't tell the image's shape; give `pixels`, its height and width.")
         return self.pipe._unpack_latents(latents, *pixels, self.factor)
-
-    def pooled(self, conditions: dict[str, Any]) -> torch.Tensor:
-        """The pooled embeddings that the network itself is given."""
-        return self.encoded_conditions(conditions)[1]
 
     def unguided_scale(self, call_arguments: dict[str, Any]) -> float:
         scale = call_arguments.get("true_cfg_scale", 1.0)

@@ -47,16 +47,19 @@ def checkpoint_parts(pipe: DiffusionPipeline) -> CheckpointParts:
     parts = vars(pipe).get(_OWN) or _STOCK.get(pipe)
     if parts is None:
         source = str(pipe.config.get("_name_or_path") or "")
-        parts = CheckpointParts()
-        if os.path.isdir(source):
-            parts = CheckpointParts(load_trace_model(source), load_statistics(source))
+        parts = load_parts(source) if os.path.isdir(source) else CheckpointParts()
         _STOCK[pipe] = parts
     return parts
 
 
 def set_checkpoint_parts(pipe: DiffusionPipeline, parts: CheckpointParts) -> None:
-    """Makes `parts` those of a pipeline of ours, in the place of its folder's."""
+    """Sets the parts of a pipeline of ours, in the place of those of its folder."""
     vars(pipe)[_OWN] = parts
+
+
+def load_parts(source: str | os.PathLike, **hub_arguments: Any) -> CheckpointParts:
+    """Loads the parts kept with checkpoint `source`. Raises `CheckpointError` for a damaged file."""
+    return CheckpointParts(load_trace_model(source, **hub_arguments), load_statistics(source, **hub_arguments))
 
 
 def load_trace_model(source: str | os.PathLike, **hub_arguments: Any) -> FisherTraceModel | None:

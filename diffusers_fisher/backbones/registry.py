@@ -25,6 +25,14 @@ BACKBONES: dict[str, str | type[Backbone]] = {
 """Backbones by the name of the stock pipeline class, loaded when they are asked for; subclasses inherit them."""
 
 
+DIFFERENTIATE_RUNS = (
+    "Its sampling runs may be differentiated all the same: set pipe.scheduler = "
+    "fisher_scheduler(type(pipe.scheduler)).from_config(pipe.scheduler.config) and call it inside "
+    "`with pipe.scheduler.differentiable(...)`."
+)
+"""What a message about a pipeline without a backbone advises."""
+
+
 def register_backbone(pipeline: type[DiffusionPipeline], backbone: type[Backbone]) -> None:
     """Makes `backbone` that of pipelines of class `pipeline` and of its subclasses."""
     BACKBONES[pipeline.__name__] = backbone
@@ -57,13 +65,11 @@ def backbone_of(pipe: DiffusionPipeline, any_pipeline: bool = False) -> Backbone
             f"The pipeline is a {type(pipe).__name__}; pass a diffusers pipeline, such as "
             "StableDiffusionPipeline.from_pretrained(...)."
         )
-    found = backbone_class(type(pipe))
-    if found is not None:
-        return found(pipe)
+    backbone = backbone_class(type(pipe))
+    if backbone is not None:
+        return backbone(pipe)
     if any_pipeline:
         return AnyPipelineBackbone(pipe)
     raise UnsupportedError(
-        f"{type(pipe).__name__} has no backbone; supported: {', '.join(sorted(BACKBONES))}. Its sampling runs may be "
-        "differentiated all the same: set pipe.scheduler = fisher_scheduler(type(pipe.scheduler))"
-        ".from_config(pipe.scheduler.config) and call it inside `with pipe.scheduler.differentiable(...)`."
+        f"{type(pipe).__name__} has no backbone; supported: {', '.join(sorted(BACKBONES))}. {DIFFERENTIATE_RUNS}"
     )

@@ -23,7 +23,7 @@ from ..fisher.estimator import FisherEstimator, check_estimator
 from ..fisher.finite_difference import FiniteDifferenceFisher
 from ..fisher.one_step import OneStepFisher
 from ..images import ImageLike
-from .checks import Prompts, Reward, check_differentiable, check_guidance
+from .checks import Reward, check_differentiable, check_guidance
 from .movers import OptimizerFactory, optimizer_factory
 from .noise_ascent import VARIABLES, AscentSettings, GuidanceOutput, GuidedRun, NoiseAscent, ascend_noise
 from .text import TextEmbedding, TextGradientEstimator
@@ -103,10 +103,8 @@ def guide(
     backbone = backbone_of(pipe)
     check_arguments(backbone.name, backbone.parameters, guide, call_arguments)
     steps = backbone.parameters["num_inference_steps"].default if num_inference_steps is None else num_inference_steps
-    check_guidance(num_guidance_steps, step_size, steps, output_type)
-    options = GuidanceOptions(
-        estimator, optimise, held_out_reward, adjoint_guidance_scale, decoder, checkpoint_decoder, patience
-    )
+    check_guidance(num_guidance_steps, step_size, steps, output_type, patience)
+    options = GuidanceOptions(estimator, optimise, adjoint_guidance_scale, decoder, checkpoint_decoder)
     options.check(backbone)
     settings = AscentSettings(num_guidance_steps, step_size, optimizer_factory(optimizer, step_size), patience)
     backbone.check_scheduler()
@@ -118,8 +116,14 @@ def guide(
     if "guidance_scale" in backbone.parameters:
         default = backbone.parameters["guidance_scale"].default
         arguments["guidance_scale"] = default if guidance_scale is None else guidance_scale
-    problem = GuidanceProblem(backbone, reward, options, prompts, pixels, noise, generator, arguments)
-    output = problem.solve(settings, output_type)
+    denoisers, scheduler = _Denoisers(backbone, options, arguments), backbone.differentiable_scheduler()
+    sample = SamplingRun(denoisers.forward, scheduler, generator, denoisers.backward, **arguments)
+    decode = functools.partial(backbone.with_autoencoder(decoder).decode, pixels=pixels)
+    run = GuidedRun(
+        sample, decode, reward, prompts, scheduler, denoisers.estimator, held_out_reward, optimise, denoisers.text
+    )
+    ascent = _ascend(backbone, run, noise, pixels, settings, options)
+    output = _output(backbone, ascent, denoisers, output_type)
     return output if return_dict else cast(GuidanceOutput, output.to_tuple())
 
 
@@ -129,11 +133,9 @@ class GuidanceOptions:
 
     estimator: FisherEstimator | None
     optimise: Sequence[str]
-    held_out_reward: Reward | None
     adjoint_guidance_scale: float | None
     decoder: torch.nn.Module | None
     checkpoint_decoder: bool
-    patience: int | None
 
     def check(self, backbone: Backbone) -> None:
         """Refuses values out of range. Raises `InputError` that says which."""
@@ -141,8 +143,6 @@ class GuidanceOptions:
             raise InputError(f"`optimise` is {self.optimise!r}; allowed: some of {', '.join(VARIABLES)}, as a list.")
         if self.estimator is not None:
             check_estimator(self.estimator)
-        if self.patience is not None and self.patience < 1:
-            raise InputError(f"`patience` is {self.patience}; allowed: at least 1 run, or None.")
         if (self.decoder is not None or self.checkpoint_decoder) and backbone.autoencoder is None:
             raise InputError(
                 f"{backbone.name} has no autoencoder `vae`; leave out `decoder` and `checkpoint_decoder`."
@@ -154,99 +154,75 @@ class GuidanceOptions:
             )
 
 
-class GuidanceProblem:
-    """One call of `guide`, checked: what is sampled, decoded and rewarded.
+def _ascend(
+    backbone: Backbone, run: GuidedRun, noise: torch.Tensor, pixels: tuple[int, int], settings: AscentSettings,
+    options: GuidanceOptions,
+) -> NoiseAscent:  # fmt: skip
+    """Runs the ascent, and decodes its best images by the pipeline's own autoencoder.
 
     Args:
-        prompts: one per sample, as the reward is told of them.
-        pixels: height and width of the images.
         noise: (B, ...) initial noise in the pipeline's layout.
-        generator: of the scheduler's noise.
-        arguments: to the pipeline's call.
+        pixels: height and width of the images.
     """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(backbone.loaded())
+        if options.decoder is not None:
+            _check_decoder(options.decoder, run.decode, noise, pixels)
+        if options.checkpoint_decoder:
+            decoder = backbone.autoencoder if options.decoder is None else options.decoder
+            stack.enter_context(_checkpoints(decoder))
+        show = stack.enter_context(_progress(backbone.pipe, settings.num_guidance_steps + 1))
+        ascent = ascend_noise(run, noise, settings, show)
+        if options.decoder is not None:
+            for kept in (ascent.best, ascent.initial):
+                with torch.no_grad():
+                    kept["images"] = backbone.decode(kept["latents"], pixels)
+    return ascent
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        reward: Reward,
-        options: GuidanceOptions,
-        prompts: Prompts,
-        pixels: tuple[int, int],
-        noise: torch.Tensor,
-        generator: Generators,
-        arguments: dict[str, Any],
-    ):
-        self.backbone, self.reward, self.options = backbone, reward, options
-        self.prompts, self.pixels, self.noise = prompts, pixels, noise
-        self.denoisers = _Denoisers(backbone, options, arguments)
-        self.scheduler = backbone.differentiable_scheduler()
-        self.run = SamplingRun(self.denoisers.forward, self.scheduler, generator, self.denoisers.backward, **arguments)
 
-    def solve(self, settings: AscentSettings, output_type: str) -> GuidanceOutput:
-        """Runs the ascent and finishes its images."""
-        backbone, options = self.backbone, self.options
-        decoding = backbone.with_autoencoder(options.decoder)
-        with backbone.loaded():
-            if options.decoder is not None:
-                self._check_decoder(decoding, options.decoder)
-            checkpointed = (
-                _checkpointed(decoding.autoencoder) if options.checkpoint_decoder else contextlib.nullcontext()
-            )
-            with checkpointed, _progress(backbone.pipe, settings.num_guidance_steps + 1) as show:
-                run = GuidedRun(
-                    self.run, functools.partial(decoding.decode, pixels=self.pixels), self.reward, self.prompts,
-                    self.scheduler, self.denoisers.estimator, options.held_out_reward, options.optimise,
-                    self.denoisers.text,
-                )  # fmt: skip
-                ascent = ascend_noise(run, self.noise, settings, show)
-            if options.decoder is not None:
-                self._decode_anew(ascent)
-        return self._output(ascent, output_type)
+@torch.no_grad()
+def _check_decoder(
+    decoder: torch.nn.Module,
+    decode: Callable[[torch.Tensor], torch.Tensor],
+    noise: torch.Tensor,
+    pixels: tuple[int, int],
+) -> None:
+    """Refuses a decoder to images of another size than `pixels`, by one sample. Raises `InputError`."""
+    if not callable(getattr(decoder, "decode", None)):
+        raise InputError(f"`decoder` is a {type(decoder).__name__}; allowed: an autoencoder, such as AutoencoderTiny.")
+    size = tuple(decode(noise[:1]).shape[-2:])
+    if size != pixels:
+        raise InputError(
+            f"`decoder` makes {size[0]}x{size[1]} pixels of this pipeline's latents, whose autoencoder makes "
+            f"{pixels[0]}x{pixels[1]}; give a decoder of the same latents."
+        )
 
-    @torch.no_grad()
-    def _check_decoder(self, decoding: Backbone, decoder: torch.nn.Module) -> None:
-        """Refuses what decodes to images of another size, by one sample."""
-        if not callable(getattr(decoder, "decode", None)):
-            raise InputError(
-                f"`decoder` is a {type(decoder).__name__}; allowed: an autoencoder, such as AutoencoderTiny."
-            )
-        size = tuple(decoding.decode(self.noise[:1], self.pixels).shape[-2:])
-        if size != self.pixels:
-            raise InputError(
-                f"`decoder` makes {size[0]}x{size[1]} pixels of this pipeline's latents, whose autoencoder makes "
-                f"{self.pixels[0]}x{self.pixels[1]}; give a decoder of the same latents."
-            )
 
-    @torch.no_grad()
-    def _decode_anew(self, ascent: NoiseAscent) -> None:
-        """Makes the images by the pipeline's own autoencoder, where another decoded them for the reward."""
-        for kept in (ascent.best, ascent.initial):
-            kept["images"] = self.backbone.decode(kept["latents"], self.pixels)
+def _output(backbone: Backbone, ascent: NoiseAscent, denoisers: _Denoisers, output_type: str) -> GuidanceOutput:
+    """Finishes the images as the stock call does, and makes the output."""
+    processor = vars(backbone.pipe).get("image_processor") or VaeImageProcessor()
+    (images, unsafe), (initial, _) = (backbone.finish(kept["images"]) for kept in (ascent.best, ascent.initial))
+    count = len(ascent.best_rewards)
 
-    def _output(self, ascent: NoiseAscent, output_type: str) -> GuidanceOutput:
-        processor = vars(self.backbone.pipe).get("image_processor") or VaeImageProcessor()
-        finished, initial = (self.backbone.finish(kept["images"]) for kept in (ascent.best, ascent.initial))
-        count = len(ascent.best_rewards)
+    def shown(tensor: torch.Tensor) -> ImageLike:
+        return processor.postprocess(tensor, output_type, do_denormalize=[False] * count)
 
-        def shown(images: torch.Tensor) -> ImageLike:
-            return processor.postprocess(images, output_type, do_denormalize=[False] * count)
+    def rows(history: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(history) if history else torch.zeros(0, count, dtype=torch.float64)
 
-        def rows(history: list[torch.Tensor]) -> torch.Tensor:
-            return torch.stack(history) if history else torch.zeros(0, count, dtype=torch.float64)
-
-        return GuidanceOutput(
-            images=shown(finished[0]), rewards=rows(ascent.rewards), best_rewards=ascent.best_rewards,
-            latents=ascent.best_noise, gradient_norms=rows(ascent.gradient_norms),
-            seconds=torch.tensor(ascent.seconds, dtype=torch.float64),
-            num_denoiser_calls=ascent.num_sampling_calls + self.denoisers.calls(),
-            nsfw_content_detected=finished[1], initial_images=shown(initial[0]),
-            held_out_rewards=rows(ascent.held_out_rewards), shell_distances=rows(ascent.shell_distances),
-            status=ascent.status, prompt_embeds=ascent.best.get("text"), controls=ascent.best.get("control"),
-        )  # fmt: skip
+    return GuidanceOutput(
+        images=shown(images), rewards=rows(ascent.rewards), best_rewards=ascent.best_rewards,
+        latents=ascent.best_noise, gradient_norms=rows(ascent.gradient_norms),
+        seconds=torch.tensor(ascent.seconds, dtype=torch.float64),
+        num_denoiser_calls=ascent.num_sampling_calls + denoisers.calls(), nsfw_content_detected=unsafe,
+        initial_images=shown(initial), held_out_rewards=rows(ascent.held_out_rewards),
+        shell_distances=rows(ascent.shell_distances), status=ascent.status,
+        prompt_embeds=ascent.best.get("text"), controls=ascent.best.get("control"),
+    )  # fmt: skip
 
 
 class _Denoisers:
-    """The denoiser of the sampling run, that of the backward pass, and the estimator bound to the latter."""
+    """The denoiser of the sampling run, the denoiser of the backward pass, and the estimator that evaluates it."""
 
     def __init__(self, backbone: Backbone, options: GuidanceOptions, arguments: dict[str, Any]):
         arguments = {
@@ -294,11 +270,8 @@ def _progress(pipe: DiffusionPipeline, total: int) -> Iterator[Callable[[torch.T
 
 
 @contextlib.contextmanager
-def _checkpointed(autoencoder: Any) -> Iterator[None]:
+def _checkpoints(autoencoder: Any) -> Iterator[None]:
     """Recomputes an autoencoder's activations in the block's backward passes rather than keeping them."""
-    if autoencoder is None:
-        yield
-        return
     names = ("gradient_checkpointing", "_gradient_checkpointing_func")
     before = [(part, {k: v for k, v in vars(part).items() if k in names}) for part in autoencoder.modules()]
     try:

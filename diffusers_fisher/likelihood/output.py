@@ -40,7 +40,7 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
             error is in none of these; infinite for one probe.
         discretisation_error: (B,) nats, size of the error by the finite number of steps: an estimate from the same
             evaluations, or where `halved` is true the difference from half as many steps.
-        r: (levels, B) mean posterior variance of the noise, tr Cov[eps|x]/d.
+        unexplained_noise_fraction: (levels, B) mean posterior variance of the noise, tr Cov[eps|x]/d; "r" in formulas.
         noise_to_signal: (levels,) sigma/alpha of the nodes, increasing.
         final_latents: (B, ...) x~ at the noise end, in units of the data.
         dims: dimensions of one sample.

@@ -7,6 +7,7 @@ from typing import TypeVar, overload
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from ..backbones.registry import DIFFERENTIATE_RUNS
 from ..errors import UnsupportedError
 from .mixin import FisherPipelineMixin
 from .persistence import over_components_of
@@ -28,14 +29,12 @@ __all__ = [
 ]  # fmt: skip
 
 PIPELINES: dict[str, type[FisherPipelineMixin]] = {
-    cls.__name__: cls
-    for cls in (
-        DDIMFisherPipeline, DDPMFisherPipeline, DiTFisherPipeline, FluxFisherPipeline, LDMFisherPipeline,
-        PixArtAlphaFisherPipeline, PixArtSigmaFisherPipeline, StableDiffusion3FisherPipeline,
-        StableDiffusionFisherPipeline, StableDiffusionXLFisherPipeline,
-    )
-}  # fmt: skip
+    name: globals()[name] for name in __all__ if name.endswith("FisherPipeline")
+}
 """Our pipeline classes by name."""
+
+for _class in PIPELINES.values():
+    _class.__module__ = "diffusers_fisher"  # the public module is what a saved component names
 
 Fisher = TypeVar("Fisher", bound=FisherPipelineMixin)
 
@@ -74,9 +73,7 @@ def _fisher_class(cls: type[DiffusionPipeline]) -> type[FisherPipelineMixin]:
     if made is None or not issubclass(made, cls):
         supported = ", ".join(name.replace("Fisher", "") for name in PIPELINES)
         raise UnsupportedError(
-            f"There is no Fisher version of {cls.__name__}; supported: {supported}. Its sampling runs may be "
-            "differentiated all the same: set pipe.scheduler = fisher_scheduler(type(pipe.scheduler))"
-            ".from_config(pipe.scheduler.config) and call it inside `with pipe.scheduler.differentiable(...)`."
+            f"There is no Fisher version of {cls.__name__}; supported: {supported}. {DIFFERENTIATE_RUNS}"
         )
     return made
 

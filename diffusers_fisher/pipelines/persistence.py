@@ -10,31 +10,19 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
-from ..backbones.parts import (
-    MARK,
-    STATISTICS,
-    TRACE_MODEL,
-    CheckpointParts,
-    load_scheduler_name,
-    load_statistics,
-    load_trace_model,
-    read_table,
-    set_checkpoint_parts,
-)
-from ..errors import CheckpointError, InputError
+from ..backbones.parts import MARK, STATISTICS, TRACE_MODEL, CheckpointParts, read_table
+from ..errors import CheckpointError
 from ..files import check_safetensors, read_json, save_tensors, write_json
 from ..models import FisherTraceModel
-from ..schedulers import FisherSchedulerMixin, fisher_scheduler
-
-if TYPE_CHECKING:
-    from .mixin import FisherPipelineMixin
+from ..schedulers import FisherSchedulerMixin
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
@@ -47,13 +35,13 @@ NEEDED_FILES = (
 )
 """Files (any one of each list) of components whose class name has the word in it."""
 
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
-
 
 def stock_class(cls: type) -> type[Any]:
     """The first class of diffusers itself in the MRO of `cls`."""
     own = (parent for parent in cls.__mro__ if parent.__module__.split(".")[0] == "diffusers")
-    return next(parent for parent in own if not issubclass(parent, FisherSchedulerMixin))  # made ones bear its module
+    return next(
+        parent for parent in own if not issubclass(parent, FisherSchedulerMixin)
+    )  # those of `fisher_scheduler` bear its module
 
 
 def over_components_of(pipe: DiffusionPipeline, cls: type[Pipeline], **components: Any) -> Pipeline:
@@ -72,40 +60,15 @@ def stock_pipeline(pipe: DiffusionPipeline) -> DiffusionPipeline:
     return over_components_of(pipe, stock_class(type(pipe)), scheduler=scheduler)
 
 
-def load_pipeline_parts(
-    load: Callable[..., Pipeline], source: str | os.PathLike, arguments: dict[str, Any]
-) -> Pipeline:
-    """Loads a pipeline by the stock `load`, and its Fisher parts.
-
-    Raises:
-        CheckpointError: a local folder with a missing or truncated file.
-    """
-    check_folder(source, given=arguments)
-    pipe = load(source, **arguments)
-    hub = {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
-    set_checkpoint_parts(pipe, CheckpointParts(load_trace_model(source, **hub), load_statistics(source, **hub)))
-    if load_scheduler_name(source, **hub) is not None and "scheduler" not in arguments:
-        pipe.scheduler = fisher_scheduler(type(pipe.scheduler)).from_config(pipe.scheduler.config)
-    return pipe
-
-
-def save_pipeline(pipe: FisherPipelineMixin, folder: str | os.PathLike, arguments: dict[str, Any]) -> None:
-    """Saves the stock pipeline, and the Fisher parts beside its index.
-
-    Raises:
-        InputError: an upload, or another form than safetensors.
-    """
-    if arguments.get("push_to_hub") or arguments.get("safe_serialization") is False:
-        raise InputError("Save to a folder, in safetensors; push the finished folder with huggingface_hub.")
-    stock_pipeline(pipe).save_pretrained(folder, **arguments)
-    folder = Path(folder)
-    scheduler = type(pipe.scheduler).__name__ if isinstance(pipe.scheduler, FisherSchedulerMixin) else None
-    write_json(folder / MARK, {"scheduler": scheduler})
-    _save_trace_model(pipe.trace_model, folder / TRACE_MODEL)
-    if pipe.latent_statistics is None:
+def save_parts(folder: Path, scheduler: SchedulerMixin, parts: CheckpointParts) -> None:
+    """Saves the scheduler's class, the latent statistics and the trace model beside the stock index."""
+    name = type(scheduler).__name__ if isinstance(scheduler, FisherSchedulerMixin) else None
+    write_json(folder / MARK, {"scheduler": name})
+    _save_trace_model(parts.trace_model, folder / TRACE_MODEL)
+    if parts.latent_statistics is None:
         (folder / STATISTICS).unlink(missing_ok=True)  # of another pipeline that was saved there
         return
-    mean, variance = pipe.latent_statistics
+    mean, variance = parts.latent_statistics
     description = {"description": "mean and variance of the scaled latents of the training data"}
     save_tensors(folder / STATISTICS, {"mean": mean, "variance": variance}, description)
 
@@ -120,11 +83,11 @@ def _save_trace_model(model: FisherTraceModel | None, folder: Path) -> None:
         folder.rmdir()
 
 
-def check_folder(source: str | os.PathLike, given: Collection[str] = ()) -> None:
+def check_folder(source: str | os.PathLike, passed_components: Collection[str] = ()) -> None:
     """Refuses a local checkpoint folder with a missing or damaged file, before anything is loaded.
 
     Args:
-        given: names of components that the caller brings, whose folders are not read.
+        passed_components: names of components that the caller passes, whose folders are not read.
 
     Raises:
         CheckpointError: names the file at fault.
@@ -138,7 +101,7 @@ def check_folder(source: str | os.PathLike, given: Collection[str] = ()) -> None
             "again if it is the embedded checkpoint."
         )
     for name, value in read_table(folder / "model_index.json").items():
-        if name in given or not isinstance(value, list) or not value or value[0] is None:
+        if name in passed_components or not isinstance(value, list) or not value or value[0] is None:
             continue
         if not (folder / name).is_dir():
             raise CheckpointError(f"'{folder}' lacks the folder '{name}' that its model_index.json names.")

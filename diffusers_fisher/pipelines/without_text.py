@@ -46,7 +46,7 @@ class DDPMFisherPipeline(UnconditionalMixin, DDPMPipeline):
 
     unet: UNet2DModel
 
-    __call__ = torch.no_grad()(call_ddpm)  # type: ignore[assignment]
+    __call__ = torch.no_grad()(call_ddpm)
 
 
 class DDIMFisherPipeline(UnconditionalMixin, DDIMPipeline):
@@ -63,7 +63,7 @@ class DDIMFisherPipeline(UnconditionalMixin, DDIMPipeline):
         if isinstance(scheduler, DDIMScheduler):
             self.register_modules(scheduler=scheduler)
 
-    __call__ = torch.no_grad()(call_ddim)  # type: ignore[assignment]
+    __call__ = torch.no_grad()(call_ddim)
 
 
 class LDMFisherPipeline(UnconditionalMixin, LDMPipeline):
@@ -75,7 +75,7 @@ class LDMFisherPipeline(UnconditionalMixin, LDMPipeline):
     unet: UNet2DModel
     vqvae: VQModel
 
-    __call__ = torch.no_grad()(call_ldm)  # type: ignore[assignment]
+    __call__ = torch.no_grad()(call_ldm)
 
 
 class DiTFisherPipeline(FisherPipelineMixin, DiTPipeline):
@@ -88,7 +88,7 @@ class DiTFisherPipeline(FisherPipelineMixin, DiTPipeline):
     vae: AutoencoderKL
     labels: dict[str, int]
 
-    __call__ = torch.no_grad()(call_dit)  # type: ignore[assignment]
+    __call__ = torch.no_grad()(call_dit)
 
     def log_likelihood(  # type: ignore[override]
         self, images: ImageLike | None = None, class_labels: int | Sequence[int] | None = None, **options: Any
@@ -101,7 +101,3 @@ class DiTFisherPipeline(FisherPipelineMixin, DiTPipeline):
     ) -> GuidanceOutput:
         """Guides samples as `diffusers_fisher.guide` does, with class labels for prompts."""
         return guidance.guide(self, class_labels, reward, **options)
-
-
-for _class in (DDPMFisherPipeline, DDIMFisherPipeline, LDMFisherPipeline, DiTFisherPipeline):
-    _class.__module__ = "diffusers_fisher"  # the public module is what a saved component names
