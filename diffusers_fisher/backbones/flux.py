@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from .base import Backbone, guided_likelihood
+from .base import Backbone
+from .inputs import guided_likelihood
 
 
 class FluxBackbone(Backbone):

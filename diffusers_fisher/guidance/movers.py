@@ -97,7 +97,7 @@ def optimizer_factory(optimizer: Any, step_size: float) -> OptimizerFactory | No
         cls = getattr(torch.optim, optimizer, None)
         if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
             raise InputError(f"`optimizer` is '{optimizer}'; allowed: a name in torch.optim, such as Adam.")
-        make = functools.partial(cls, lr=step_size)
+        make = functools.partial(cls, lr=step_size)  # type: ignore[call-arg]
     try:
         trial = make([torch.nn.Parameter(torch.zeros(2))])
     except Exception as error:

@@ -12,18 +12,9 @@ from diffusers.utils import BaseOutput
 from ..errors import NumericalError, TrajectoryError
 from ..fisher.estimator import FisherEstimator
 from ..schedulers import FisherSchedulerMixin, Trajectory
-from .checks import (
-    Prompts,
-    Reward,
-    check_images,
-    check_reported,
-    checked_reward,
-    name_of,
-    not_differentiable,
-    unit,
-    watch_gradient,
-)
-from .movers import NormalisedAscent, OptimizerFactory, TorchAscent, check_sphere, shell_distance
+from . import checks
+from .checks import Prompts, Reward
+from .movers import Mover, NormalisedAscent, OptimizerFactory, TorchAscent, check_sphere, shell_distance
 from .text import TextEmbedding
 
 logger = logging.getLogger(__name__)
@@ -109,16 +100,6 @@ class NoiseAscent:
     runs_without_gain: int = 0
     status: str = COMPLETED
 
-    @property
-    def best_images(self) -> torch.Tensor:
-        """Returns the best images, (B, 3, H, W) in [0, 1]."""
-        return self.best["images"]
-
-    @property
-    def best_noise(self) -> torch.Tensor:
-        """Returns the initial noise of the best images, (B, ...)."""
-        return self.best["noise"]
-
     def record(
         self, rewards: torch.Tensor, held_out: torch.Tensor | None, tensors: dict[str, torch.Tensor]
     ) -> torch.Tensor:
@@ -194,15 +175,21 @@ class GuidedRun:
             variables["text"] = self.text.value.detach()
         with torch.set_grad_enabled(with_gradient):
             images = self.decode(latents)
-            check_images(images, f"run {step}")
-            rewards = checked_reward(self.reward, images, self.prompts)
-            watch_gradient(images, self.reward, f"run {step}")
+            checks.check_images(images, f"run {step}")
+            rewards = checks.checked_reward(self.reward, images, self.prompts)
+            checks.watch_gradient(images, self.reward, f"run {step}")
             total = rewards.sum()  # here, because the caller may be under no_grad
         held_out = self._held_out(images.detach(), step, ascent)
         improved = ascent.record(rewards, held_out, {**variables, "images": images, "latents": latents})
         if not with_gradient:
             return variables, improved, {}
-        _check_connected(trajectory, latents, rewards, self.reward, step)
+        if trajectory.states and not latents.requires_grad:
+            raise TrajectoryError(
+                f"In run {step}, something replaced the latents after the scheduler's last step, a callback say, and "
+                "with them the way back to the noise. Leave what the last step returns as it is."
+            )
+        if not rewards.requires_grad:
+            raise checks.not_differentiable(self.reward)
         return variables, improved, self._gradients(trajectory, total)
 
     @torch.no_grad()
@@ -210,12 +197,12 @@ class GuidedRun:
         """Returns the held-out rewards (B,) float64, NaN where they are not finite; None without such a reward."""
         if self.held_out_reward is None:
             return None
-        values = checked_reward(self.held_out_reward, images, self.prompts, finite=False).double().cpu()
+        values = checks.checked_reward(self.held_out_reward, images, self.prompts, finite=False).double().cpu()
         finite = torch.isfinite(values)
         if not finite.all() and all(bool(torch.isfinite(row).all()) for row in ascent.held_out_rewards):
             logger.warning(
                 "The held-out reward %s is not finite in run %d: %s. Such values are recorded as NaN, here and in "
-                "later runs; the guidance goes on.", name_of(self.held_out_reward), step, values.tolist(),
+                "later runs; the guidance goes on.", checks.name_of(self.held_out_reward), step, values.tolist(),
             )  # fmt: skip
         return torch.where(finite, values, torch.nan)
 
@@ -285,25 +272,30 @@ def ascend_noise(
     """
     steps, patience = settings.num_guidance_steps, settings.patience
     ascent = NoiseAscent(torch.full((len(noise),), -torch.inf, dtype=torch.float64))
-    variables, mover = {"noise": noise}, None
+    variables = {"noise": noise}
+    mover: Mover | None = None
     if steps > 0 and settings.optimizer is None:
         check_sphere(noise)
     if run.held_out_reward is not None:
         with torch.no_grad():
             one = run.decode(noise[:1])  # for its size and device alone
-        check_reported(run.held_out_reward, (len(noise), *one.shape[1:]), run.prompts, one.device)
+        checks.check_reported(run.held_out_reward, (len(noise), *one.shape[1:]), run.prompts, one.device)
     for step in range(steps + 1):
         begin = time.perf_counter()
         try:
             variables, improved, gradients = run(variables, step, step < steps, ascent)
             if gradients:
-                ascent.gradient_norms.append(_joint_norm(gradients))
-                _warn_of_flat_rewards(ascent, run.reward)
+                parts = torch.stack([checks.unit(gradient)[1] for gradient in gradients.values()])
+                ascent.gradient_norms.append(torch.linalg.vector_norm(parts, dim=0))
+                if len(ascent.gradient_norms) == 1:
+                    _warn_of_flat_rewards(ascent.gradient_norms[0], run.reward)
                 moving = {name: variables[name] for name in gradients}
-                if mover is None and settings.optimizer is None:
-                    mover = NormalisedAscent(moving, noise, settings.step_size)
-                elif mover is None:
-                    mover = TorchAscent(moving, settings.optimizer)
+                if mover is None:
+                    mover = (
+                        NormalisedAscent(moving, noise, settings.step_size)
+                        if settings.optimizer is None
+                        else TorchAscent(moving, settings.optimizer)
+                    )
                 variables |= mover.move(moving, gradients, improved)
         except NumericalError as error:
             if not ascent.rewards:  # nothing to return
@@ -320,29 +312,11 @@ def ascend_noise(
     return ascent
 
 
-def _warn_of_flat_rewards(ascent: NoiseAscent, reward: Reward) -> None:
+def _warn_of_flat_rewards(gradient_norms: torch.Tensor, reward: Reward) -> None:
     """Warns of samples that can't move because their first gradient is zero."""
-    still = (ascent.gradient_norms[-1] == 0).nonzero().flatten().tolist()
-    if still and len(ascent.gradient_norms) == 1:
+    still = (gradient_norms == 0).nonzero().flatten().tolist()
+    if still:
         logger.warning(
             "The gradient of the reward %s is zero for samples %s, which do not move: the reward does not change with "
-            "the image there, or its gradient is lost to rounding.", name_of(reward), still,
+            "the image there, or its gradient is lost to rounding.", checks.name_of(reward), still,
         )  # fmt: skip
-
-
-def _joint_norm(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Returns the norm over all that is optimised, (B,) float64, whatever the gradients' size."""
-    return torch.linalg.vector_norm(torch.stack([unit(gradient)[1] for gradient in gradients.values()]), dim=0)
-
-
-def _check_connected(
-    trajectory: Trajectory, latents: torch.Tensor, rewards: torch.Tensor, reward: Reward, step: int
-) -> None:
-    """Refuses a run whose latents, or a reward whose values, have lost the graph to the noise."""
-    if trajectory.states and not latents.requires_grad:
-        raise TrajectoryError(
-            f"In run {step}, something replaced the latents after the scheduler's last step, a callback say, and with "
-            "them the way back to the noise. Leave what the last step returns as it is."
-        )
-    if not rewards.requires_grad:
-        raise not_differentiable(reward)

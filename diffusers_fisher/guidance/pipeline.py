@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -104,8 +103,7 @@ def guide(
     check_arguments(backbone.name, backbone.parameters, guide, call_arguments)
     steps = backbone.parameters["num_inference_steps"].default if num_inference_steps is None else num_inference_steps
     check_guidance(num_guidance_steps, step_size, steps, output_type, patience)
-    options = GuidanceOptions(estimator, optimise, adjoint_guidance_scale, decoder, checkpoint_decoder)
-    options.check(backbone)
+    _check_options(backbone, estimator, optimise, decoder is not None or checkpoint_decoder)
     settings = AscentSettings(num_guidance_steps, step_size, optimizer_factory(optimizer, step_size), patience)
     backbone.check_scheduler()
     prompts, conditions = backbone.conditions(prompt, call_arguments, None, num_images_per_prompt)
@@ -116,64 +114,58 @@ def guide(
     if "guidance_scale" in backbone.parameters:
         default = backbone.parameters["guidance_scale"].default
         arguments["guidance_scale"] = default if guidance_scale is None else guidance_scale
-    denoisers, scheduler = _Denoisers(backbone, options, arguments), backbone.differentiable_scheduler()
+    denoisers = _Denoisers(backbone, arguments, estimator, adjoint_guidance_scale, "text" in optimise)
+    scheduler = backbone.differentiable_scheduler()
     sample = SamplingRun(denoisers.forward, scheduler, generator, denoisers.backward, **arguments)
     decode = functools.partial(backbone.with_autoencoder(decoder).decode, pixels=pixels)
     run = GuidedRun(
         sample, decode, reward, prompts, scheduler, denoisers.estimator, held_out_reward, optimise, denoisers.text
     )
-    ascent = _ascend(backbone, run, noise, pixels, settings, options)
+    ascent = _ascend(backbone, run, noise, pixels, settings, decoder, checkpoint_decoder)
     output = _output(backbone, ascent, denoisers, output_type)
     return output if return_dict else cast(GuidanceOutput, output.to_tuple())
 
 
-@dataclasses.dataclass(frozen=True)
-class GuidanceOptions:
-    """Arguments of `guide` that say what is optimised and by what. See there."""
-
-    estimator: FisherEstimator | None
-    optimise: Sequence[str]
-    adjoint_guidance_scale: float | None
-    decoder: torch.nn.Module | None
-    checkpoint_decoder: bool
-
-    def check(self, backbone: Backbone) -> None:
-        """Refuses values out of range. Raises `InputError` that says which."""
-        if isinstance(self.optimise, str) or not self.optimise or not set(self.optimise) <= set(VARIABLES):
-            raise InputError(f"`optimise` is {self.optimise!r}; allowed: some of {', '.join(VARIABLES)}, as a list.")
-        if self.estimator is not None:
-            check_estimator(self.estimator)
-        if (self.decoder is not None or self.checkpoint_decoder) and backbone.autoencoder is None:
-            raise InputError(
-                f"{backbone.name} has no autoencoder `vae`; leave out `decoder` and `checkpoint_decoder`."
-            )
-        if "text" in self.optimise and self.estimator is not None and self.estimator.denoiser is not None:
-            raise InputError(
-                "The estimator has a denoiser of its own, whose prompts stay as they are while the text embedding is "
-                f"optimised. Make it without: {type(self.estimator).__name__}()."
-            )
+def _check_options(
+    backbone: Backbone, estimator: FisherEstimator | None, optimise: Sequence[str], has_decoder_options: bool
+) -> None:
+    """Refuses what `guide` can't optimise, estimate or decode by. Raises `InputError`."""
+    if isinstance(optimise, str) or not optimise or not set(optimise) <= set(VARIABLES):
+        raise InputError(f"`optimise` is {optimise!r}; allowed: some of {', '.join(VARIABLES)}, as a list.")
+    if has_decoder_options and backbone.autoencoder is None:
+        raise InputError(f"{backbone.name} has no autoencoder `vae`; leave out `decoder` and `checkpoint_decoder`.")
+    if estimator is not None and check_estimator(estimator).denoiser is not None and "text" in optimise:
+        raise InputError(
+            "The estimator has a denoiser of its own, whose prompts stay as they are while the text embedding is "
+            f"optimised. Make it without: {type(estimator).__name__}()."
+        )
 
 
 def _ascend(
     backbone: Backbone, run: GuidedRun, noise: torch.Tensor, pixels: tuple[int, int], settings: AscentSettings,
-    options: GuidanceOptions,
+    decoder: torch.nn.Module | None, checkpoint_decoder: bool,
 ) -> NoiseAscent:  # fmt: skip
     """Runs the ascent, and decodes its best images by the pipeline's own autoencoder.
 
     Args:
         noise: (B, ...) initial noise in the pipeline's layout.
         pixels: height and width of the images.
+        decoder: decoder that `run` uses in the place of the pipeline's own; None: it uses the pipeline's own.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(backbone.loaded())
-        if options.decoder is not None:
-            _check_decoder(options.decoder, run.decode, noise, pixels)
-        if options.checkpoint_decoder:
-            decoder = backbone.autoencoder if options.decoder is None else options.decoder
-            stack.enter_context(_checkpoints(decoder))
-        show = stack.enter_context(_progress(backbone.pipe, settings.num_guidance_steps + 1))
+        if decoder is not None:
+            _check_decoder(decoder, run.decode, noise, pixels)
+        if checkpoint_decoder:
+            stack.enter_context(_checkpoints(backbone.autoencoder if decoder is None else decoder))
+        progress = stack.enter_context(backbone.pipe.progress_bar(total=settings.num_guidance_steps + 1))
+
+        def show(rewards: torch.Tensor) -> None:
+            progress.set_postfix(reward=f"{float(rewards.mean()):.3f}")
+            progress.update()
+
         ascent = ascend_noise(run, noise, settings, show)
-        if options.decoder is not None:
+        if decoder is not None:
             for kept in (ascent.best, ascent.initial):
                 with torch.no_grad():
                     kept["images"] = backbone.decode(kept["latents"], pixels)
@@ -212,7 +204,7 @@ def _output(backbone: Backbone, ascent: NoiseAscent, denoisers: _Denoisers, outp
 
     return GuidanceOutput(
         images=shown(images), rewards=rows(ascent.rewards), best_rewards=ascent.best_rewards,
-        latents=ascent.best_noise, gradient_norms=rows(ascent.gradient_norms),
+        latents=ascent.best["noise"], gradient_norms=rows(ascent.gradient_norms),
         seconds=torch.tensor(ascent.seconds, dtype=torch.float64),
         num_denoiser_calls=ascent.num_sampling_calls + denoisers.calls(), nsfw_content_detected=unsafe,
         initial_images=shown(initial), held_out_rewards=rows(ascent.held_out_rewards),
@@ -224,24 +216,27 @@ def _output(backbone: Backbone, ascent: NoiseAscent, denoisers: _Denoisers, outp
 class _Denoisers:
     """The denoiser of the sampling run, the denoiser of the backward pass, and the estimator that evaluates it."""
 
-    def __init__(self, backbone: Backbone, options: GuidanceOptions, arguments: dict[str, Any]):
+    def __init__(
+        self, backbone: Backbone, arguments: dict[str, Any], estimator: FisherEstimator | None,
+        adjoint_guidance_scale: float | None, optimises_text: bool,
+    ):  # fmt: skip
         arguments = {
             key: value
             for key, value in arguments.items()
             if not key.startswith("callback") and key != "num_inference_steps"
         }
         self.forward = self.backward = PipelineDenoiser(backbone, **arguments)
-        estimator = default_estimator(backbone.dtype) if options.estimator is None else options.estimator
-        scale = options.adjoint_guidance_scale
+        estimator = default_estimator(backbone.dtype) if estimator is None else estimator
+        scale = adjoint_guidance_scale
         if scale is not None and scale != arguments.get("guidance_scale", scale):
             self.backward = PipelineDenoiser(backbone, **{**arguments, "guidance_scale": scale})
             estimator = estimator.without_model_output()
         self.estimator = estimator.bind(self.backward)
-        counted: dict[int, Denoiser] = {id(each): each for each in (self.forward, self.backward)}
-        own = [each for each in self.estimator.denoisers if isinstance(each, Denoiser)]  # plain functions don't count
-        counted |= {id(each): each for each in own}
+        denoisers = (self.forward, self.backward, *self.estimator.denoisers)
+        # By identity, so that each counts once; plain functions don't count their calls.
+        counted = {id(each): each for each in denoisers if isinstance(each, Denoiser)}
         self._calls_before = [(each, each.num_calls) for each in counted.values()]
-        self.text = TextEmbedding() if "text" in options.optimise else None
+        self.text = TextEmbedding() if optimises_text else None
         if self.text is not None:
             for denoiser in {id(each): each for each in (self.forward, self.backward)}.values():
                 self.text.attach(denoiser)
@@ -256,17 +251,6 @@ def default_estimator(dtype: torch.dtype) -> OneStepFisher:
     """`OneStepFisher` by differences long enough to stand out of the rounding of a network of `dtype`."""
     step = HALF_PRECISION_STEPS.get(dtype)
     return OneStepFisher(None if step is None else FiniteDifferenceFisher(relative_step=step))
-
-
-@contextlib.contextmanager
-def _progress(pipe: DiffusionPipeline, total: int) -> Iterator[Callable[[torch.Tensor], None]]:
-    with pipe.progress_bar(total=total) as progress:
-
-        def show(rewards: torch.Tensor) -> None:
-            progress.set_postfix(reward=f"{float(rewards.mean()):.3f}")
-            progress.update()
-
-        yield show
 
 
 @contextlib.contextmanager

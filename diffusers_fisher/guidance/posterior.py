@@ -22,16 +22,8 @@ from ..errors import InputError, NumericalError, TrajectoryError, UnsupportedErr
 from ..fisher.direct import DirectFisher
 from ..fisher.estimator import FisherEstimator, check_estimator
 from ..noise import DenoisingState, NoiseLevel, Timestep, expand, noise_schedule, state_of
-from .checks import (
-    Reward,
-    check_differentiable,
-    check_images,
-    checked_reward,
-    norms,
-    not_differentiable,
-    unit,
-    watch_gradient,
-)
+from . import checks
+from .checks import Reward, norms, unit
 from .noise_ascent import COMPLETED
 
 logger = logging.getLogger(__name__)
@@ -116,15 +108,19 @@ def posterior_guidance(
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Sets one instance attribute for the block, past any `__setattr__`, and puts back what was there."""
-    own = {key: kept for key, kept in vars(owner).items() if key == name}  # one of the user's own
-    vars(owner)[name] = value
+def _watches(owner: Any, name: str, watch: Callable) -> Iterator[None]:
+    """Calls `watch(method, ...)` in the place of a method of `owner` in the block, and then puts back what was there.
+
+    The attribute is set past any `__setattr__`. Pipelines inspect the method's signature, which stays the same.
+    """
+    attributes = {key: value for key, value in vars(owner).items() if key == name}  # an attribute that a user set
+    method = getattr(owner, name)
+    vars(owner)[name] = functools.update_wrapper(functools.partial(watch, method), method)
     try:
         yield
     finally:
         vars(owner).pop(name, None)
-        vars(owner).update(own)
+        vars(owner).update(attributes)
 
 
 class PosteriorGuidance(contextlib.AbstractContextManager):
@@ -168,11 +164,10 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
         self._is_evaluating = False  # then calls of the pipeline are the estimator's own, and no runs
 
     def __enter__(self) -> PosteriorGuidance:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_replaced(self._pipe.scheduler, "step", self._watched(self._pipe.scheduler)))
-            if hasattr(self._pipe, "prepare_latents"):  # else the first guided step finds a bad reward
-                stack.enter_context(_replaced(self._pipe, "prepare_latents", self._trying(self._pipe)))
-            self._block = stack.pop_all()
+        self._scheduler, self._block = self._pipe.scheduler, contextlib.ExitStack()
+        self._block.enter_context(_watches(self._scheduler, "step", self._step))
+        if hasattr(self._pipe, "prepare_latents"):  # else the first guided step finds a bad reward
+            self._block.enter_context(_watches(self._pipe, "prepare_latents", self._prepare_latents))
         return self
 
     def __exit__(self, *raised: Any) -> None:
@@ -235,11 +230,11 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
         with torch.enable_grad():
             leaf = clean.requires_grad_()
             images = self._decode(leaf)
-            check_images(images, f"guided step {step}")
-            values = checked_reward(self._reward, images, prompts)
+            checks.check_images(images, f"guided step {step}")
+            values = checks.checked_reward(self._reward, images, prompts)
             if not values.requires_grad:
-                raise not_differentiable(self._reward)
-            watch_gradient(images, self._reward, f"guided step {step}")
+                raise checks.not_differentiable(self._reward)
+            checks.watch_gradient(images, self._reward, f"guided step {step}")
             (gradient,) = torch.autograd.grad(values.sum(), leaf)
         product = estimator(state).original_jacobian(gradient)
         if not torch.isfinite(product).all():
@@ -287,43 +282,26 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
             raise InputError(f"{len(self._prompts)} `prompts` were given for {count} samples; give one, or one each.")
         return self._prompts
 
-    def _trying(self, pipe: Any) -> Callable:
-        """Returns the pipeline's `prepare_latents`, after which the reward is tried."""
-        prepare = pipe.prepare_latents
-
-        @functools.wraps(prepare)
-        def watched(*args, **kwargs):
-            result = prepare(*args, **kwargs)
-            if not self._is_evaluating:
-                self._try(result[0] if isinstance(result, (tuple, list)) else result)
+    def _prepare_latents(self, prepare: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Calls the pipeline's `prepare_latents`, and tries the reward once per number and size of images."""
+        result = prepare(*args, **kwargs)
+        latents = result[0] if isinstance(result, (tuple, list)) else result
+        if self._is_evaluating or not isinstance(latents, torch.Tensor):
             return result
-
-        return watched
-
-    def _try(self, latents: Any) -> None:
-        """Tries the reward on images of the latents' number and size, once per such shape."""
-        if not isinstance(latents, torch.Tensor):
-            return
         shape = _pixel_shape(self._pipe, latents) if self._has_pixel_shape else None
         if shape is None:
             with torch.no_grad():
                 shape = tuple(self._decode(latents).shape)
         if shape not in self._tried:
-            check_differentiable(self._reward, shape, self._prompts_of(shape[0]), latents.device)
+            checks.check_differentiable(self._reward, shape, self._prompts_of(shape[0]), latents.device)
             self._tried.add(shape)
+        return result
 
-    def _watched(self, scheduler: Any) -> Callable:
-        self._scheduler = scheduler
-        step = scheduler.step
-
-        @functools.wraps(step)  # pipelines inspect its signature
-        def watched(model_output, timestep, sample, *args, **kwargs):
-            self._watch(model_output, timestep, sample)
-            return step(model_output, timestep, sample, *args, **kwargs)
-
-        return watched
-
-    def _watch(self, model_output: torch.Tensor, timestep: Timestep, sample: torch.Tensor) -> None:
+    def _step(
+        self, step: Callable, model_output: torch.Tensor, timestep: Timestep, sample: torch.Tensor, *args: Any,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Keeps the state that the scheduler's `step` begins from, and calls it."""
         scheduler = self._scheduler
         if scheduler.timesteps is not self._timesteps:  # another run
             self._timesteps, self._begin, self._run_estimator = scheduler.timesteps, None, None
@@ -335,6 +313,7 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
         if self._begin is None:
             self._begin = self._state.level
         self._steps += 1
+        return step(model_output, timestep, sample, *args, **kwargs)
 
 
 def _decoder(pipe: DiffusionPipeline) -> Callable[[torch.Tensor], torch.Tensor]:

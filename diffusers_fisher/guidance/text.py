@@ -75,10 +75,6 @@ class TextEmbedding:
         finally:
             self._value = before
 
-    def accumulate(self, gradient: torch.Tensor) -> None:
-        """Adds one step's share to the gradient."""
-        self.gradient = gradient if self.gradient is None else self.gradient + gradient
-
 
 class TextGradientEstimator(FisherEstimator):
     """Gives the products of `estimator`, each of which also adds to the text's gradient."""
@@ -127,7 +123,7 @@ class _TextOperator(FisherOperator):
                 model_input = expand(state.input_scale, sample) * sample
                 output = parent.text_denoiser.model_output(model_input, state.known_timestep)
         of_text, of_sample = torch.autograd.grad(output, (text, sample), v.to(output.dtype))
-        parent.text.accumulate(of_text)
+        parent.text.gradient = of_text if parent.text.gradient is None else parent.text.gradient + of_text
         if parent.estimator.uses_backward_pass:
             return of_sample.to(v.dtype)  # the same graph gives its product too
         return self._operator().output_jacobian(v)

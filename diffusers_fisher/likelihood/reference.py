@@ -1,4 +1,4 @@
-"""The likelihood that others are held against: adaptive steps and the whole Jacobian."""
+"""The reference for other likelihoods: adaptive steps and the whole Jacobian."""
 
 from __future__ import annotations
 
@@ -27,17 +27,19 @@ def reference_log_likelihood(
     prior_variance: torch.Tensor | float | None = None,
     space: str = "latent",
 ) -> LikelihoodOutput:
-    """Log-likelihood of clean `samples` (B, ...) by torchdiffeq's `dopri5` with the exact trace at every evaluation.
+    """Integrates the log-likelihood of clean `samples` (B, ...) by torchdiffeq's `dopri5`, with exact traces.
 
     x~/sqrt(1 + s^2) and the integral of 1 - r are one state; the step is set by the worst sample of the batch, so
     results depend on the batch within the tolerance. For tests and benchmarks of small models: an evaluation takes d
     products with the Jacobian. Cost: as many evaluations as the tolerance asks, 60 to 300.
 
     Args:
-        denoiser: at guidance scale 1.
-        estimator: None: `AutodiffFisher(denoiser, chunk_size=64)`.
-        tolerance: relative and absolute, of the state; below 1e-6 a float32 network's rounding makes steps collapse.
-        num_levels: at which `r` is kept, those of the fixed schemes with as many nodes.
+        denoiser: denoiser at guidance scale 1.
+        estimator: gives the trace at every evaluation; None: `AutodiffFisher(denoiser, chunk_size=64)`.
+        tolerance: relative and absolute tolerance of the state; below 1e-6 the rounding of a float32 network makes
+            steps collapse.
+        num_levels: number of levels at which the unexplained noise fraction is kept: the nodes of the fixed schemes
+            with as many nodes.
         prior_mean, prior_variance, space: as in `log_likelihood`.
 
     Returns:
@@ -76,14 +78,14 @@ def reference_log_likelihood(
 def _solve(
     odeint: Any, problem: Problem, grid: torch.Tensor, tolerance: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x~ at the noise end, d times the integral of 1 - r, and r at the nodes (levels, B)."""
+    """Returns x~ at the noise end, d times the integral of 1 - r, and r at the nodes (levels, B)."""
     shape, dimensions = problem.start.shape, problem.start[0].numel()
 
     def rates(u: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         s = math.exp(float(u))
         norm = math.hypot(1, s)
         x = (norm * state[:, :-1]).view(shape)
-        # An adaptive solver may ask a rounding beyond the ends.
+        # An adaptive solver may ask for levels that rounding puts beyond the ends.
         timestep = timestep_at(problem.denoiser.scheduler, u.detach().cpu().clamp(problem.low, problem.high))
         epsilon, rest, _ = problem.evaluate(x, timestep)
         # d/du of x~/norm, with d(norm)/du = s^2/norm

@@ -11,7 +11,6 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -24,6 +23,8 @@ from ..noise import expand, log_noise_to_signal_range, timestep_at
 from .bins import dequantised, offset_bits
 from .output import LikelihoodOutput
 from .schemes import DEFAULT_SCHEME, Scheme, Track, noise_grid, quadrature_weights, scheme_of
+
+Moment = torch.Tensor | float | None
 
 COARSE = 0.05
 """Discretisation error, in bits/dim, above which a likelihood warns."""
@@ -40,7 +41,7 @@ class Problem:
         estimator: gives the trace at every node, with its denoiser.
         probes: probes of the trace; None where the trace is exact.
         low, high: log(sigma/alpha) at the ends.
-        mean, variance: moments of the data, for the prior.
+        mean, variance: float64 moments of the data, for the prior.
         calls_before: the denoiser's `num_calls` before the integration.
     """
 
@@ -51,8 +52,8 @@ class Problem:
     probes: Probes | None
     low: float
     high: float
-    mean: torch.Tensor | float
-    variance: torch.Tensor | float
+    mean: torch.Tensor
+    variance: torch.Tensor
     calls_before: int
 
     def evaluate(self, x: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -68,11 +69,9 @@ class Problem:
 
     def prior(self, x: torch.Tensor) -> torch.Tensor:
         """Returns log N(x; mean, variance + s^2) at the noise end, (B,) nats."""
-        mean, variance = (
-            torch.as_tensor(value, dtype=torch.float64, device=x.device) for value in (self.mean, self.variance)
-        )
         # Without validation: `integrate_log_likelihood` reports a path that is not finite, in words.
-        prior = torch.distributions.Normal(mean, (variance + math.exp(self.high) ** 2).sqrt(), validate_args=False)
+        deviation = (self.variance + math.exp(self.high) ** 2).sqrt()
+        prior = torch.distributions.Normal(self.mean, deviation, validate_args=False)
         return prior.log_prob(x).flatten(1).sum(1)
 
 
@@ -113,8 +112,8 @@ class Integration:
 
     num_steps: int = 20
     num_probes: int | None = 2
-    prior_mean: torch.Tensor | float | None = None
-    prior_variance: torch.Tensor | float | None = None
+    prior_mean: Moment = None
+    prior_variance: Moment = None
     noised: bool = False
     step_halving: bool = False
     generator: Generators = None
@@ -321,21 +320,25 @@ def checked_samples(samples: torch.Tensor) -> torch.Tensor:
     return samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
 
 
-def checked_prior(samples: torch.Tensor, mean: Any, variance: Any) -> tuple[Any, Any]:
-    """Mean and variance of the data, 0 and 1 where neither is given. Raises `InputError` where they do not fit."""
+def checked_prior(samples: torch.Tensor, mean: Moment, variance: Moment) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns mean and variance of the data in float64, 0 and 1 where both are None.
+
+    Raises:
+        InputError: only one of them, values that do not broadcast to a sample, or that are not finite or negative.
+    """
     if (mean is None) != (variance is None):
         raise InputError("Give both `prior_mean` and `prior_variance` (of the data), or neither for 0 and 1.")
-    if mean is None:
-        return 0.0, 1.0
+    moments = (0.0, 1.0) if mean is None or variance is None else (mean, variance)
+    mean, variance = (torch.as_tensor(value, dtype=torch.float64, device=samples.device) for value in moments)
     shape = tuple(samples.shape[1:])
-    mean, variance = torch.as_tensor(mean), torch.as_tensor(variance)
     for name, value in (("prior_mean", mean), ("prior_variance", variance)):
-        sizes = tuple(value.shape)
-        fits = len(sizes) <= len(shape) and all(
-            size in (1, full) for size, full in zip(reversed(sizes), reversed(shape), strict=False)
-        )
-        if not fits:
-            raise InputError(f"`{name}` has shape {sizes}; allowed: a number, or what broadcasts to {shape}.")
+        try:
+            value.expand(shape)
+        except RuntimeError:
+            sizes = tuple(value.shape)
+            raise InputError(
+                f"`{name}` has shape {sizes}; allowed: a number, or what broadcasts to {shape}."
+            ) from None
     if not (torch.isfinite(mean).all() and torch.isfinite(variance).all() and (variance >= 0).all()):
         raise InputError("`prior_mean` must be finite, and `prior_variance` finite and not negative.")
     return mean, variance

@@ -45,7 +45,7 @@ def stock_class(cls: type) -> type[Any]:
 
 
 def over_components_of(pipe: DiffusionPipeline, cls: type[Pipeline], **components: Any) -> Pipeline:
-    """A pipeline of class `cls` over the components and settings of `pipe`, some of them exchanged."""
+    """Makes a pipeline of class `cls` over the components and settings of `pipe`, with other `components`."""
     parts = {**pipe.components, **components}
     parameters = inspect.signature(cls.__init__).parameters
     settings = {key: pipe.config[key] for key in parameters if key not in parts and key in pipe.config}
@@ -53,7 +53,7 @@ def over_components_of(pipe: DiffusionPipeline, cls: type[Pipeline], **component
 
 
 def stock_pipeline(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """The stock pipeline over the same components, with the stock scheduler."""
+    """Makes the stock pipeline over the same components, with the stock scheduler."""
     scheduler = pipe.scheduler
     if isinstance(scheduler, FisherSchedulerMixin):
         scheduler = stock_class(type(scheduler)).from_config(pipe.scheduler.config)
@@ -61,26 +61,25 @@ def stock_pipeline(pipe: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def save_parts(folder: Path, scheduler: SchedulerMixin, parts: CheckpointParts) -> None:
-    """Saves the scheduler's class, the latent statistics and the trace model beside the stock index."""
-    name = type(scheduler).__name__ if isinstance(scheduler, FisherSchedulerMixin) else None
-    write_json(folder / MARK, {"scheduler": name})
-    _save_trace_model(parts.trace_model, folder / TRACE_MODEL)
+    """Saves the scheduler's class, the latent statistics and the trace model beside the stock index.
+
+    Files of parts that the pipeline lacks are removed: they are those of another pipeline that was saved there.
+    """
+    scheduler_name = type(scheduler).__name__ if isinstance(scheduler, FisherSchedulerMixin) else None
+    write_json(folder / MARK, {"scheduler": scheduler_name})
+    if parts.trace_model is not None:
+        parts.trace_model.save_pretrained(folder / TRACE_MODEL)
+    else:
+        for name in (FisherTraceModel.config_name, SAFETENSORS_WEIGHTS_NAME):
+            (folder / TRACE_MODEL / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is no such folder, or it has files that are not ours
+            (folder / TRACE_MODEL).rmdir()
     if parts.latent_statistics is None:
-        (folder / STATISTICS).unlink(missing_ok=True)  # of another pipeline that was saved there
+        (folder / STATISTICS).unlink(missing_ok=True)
         return
     mean, variance = parts.latent_statistics
     description = {"description": "mean and variance of the scaled latents of the training data"}
     save_tensors(folder / STATISTICS, {"mean": mean, "variance": variance}, description)
-
-
-def _save_trace_model(model: FisherTraceModel | None, folder: Path) -> None:
-    if model is not None:
-        model.save_pretrained(folder)
-        return
-    for name in (FisherTraceModel.config_name, SAFETENSORS_WEIGHTS_NAME):
-        (folder / name).unlink(missing_ok=True)  # of another pipeline that was saved there
-    with contextlib.suppress(OSError):  # not there, or with files that are not ours
-        folder.rmdir()
 
 
 def check_folder(source: str | os.PathLike, passed_components: Collection[str] = ()) -> None:
