@@ -30,7 +30,7 @@ CELL = 1.5  # inches of one picture
 
 @dataclasses.dataclass(frozen=True)
 class _Column:
-    """One picture per sample, with a line of text below each: colours (B, H, W, 3), or numbers of a map (B, H, W)."""
+    """Holds one picture per sample, and a line of text below each: colours (B, H, W, 3), or numbers (B, H, W)."""
 
     title: str
     pictures: torch.Tensor

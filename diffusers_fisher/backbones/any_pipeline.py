@@ -1,4 +1,4 @@
-"""Pipelines of a family that is not known: what can be said of any of them."""
+"""Backbone of pipelines of a family that the library does not know."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .base import Backbone
 
 
 class AnyPipelineBackbone(Backbone):
-    """A pipeline by its call alone: it can be evaluated at latents and, with an autoencoder, decode them.
+    """Knows a pipeline by its call alone: evaluates it at latents and, with an autoencoder, decodes them.
 
     It has no likelihood: nothing is known of its guidance, nor of its latents' layout.
     """
@@ -34,11 +34,11 @@ class AnyPipelineBackbone(Backbone):
 
     @property
     def standardises_latents(self) -> bool:  # type: ignore[override]
-        """True for all of Stable Diffusion XL's pipelines, whatever they are for."""
+        """Whether it is one of Stable Diffusion XL's pipelines, which all standardise, whatever they are for."""
         return self.name.startswith("StableDiffusionXL")
 
     def pooled(self, conditions: dict[str, Any]) -> None:
-        """None: how this family pools its conditions is not known."""
+        """Returns None: how this family pools its conditions is not known."""
         return None
 
     def check_scheduler(self) -> None:

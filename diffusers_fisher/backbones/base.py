@@ -1,7 +1,7 @@
 """One object per pipeline that knows what is particular to its family: a `Backbone`.
 
 The defaults here are those of a text-to-image pipeline in latents (B, C, h, w) of a Kullback-Leibler autoencoder. A
-family overrides what differs; `backbones/stable_diffusion_3.py` shows how little that may be.
+family's class overrides what differs; `backbones/stable_diffusion_3.py` is a short example.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Moment = torch.Tensor | float | None
 
 
 class Backbone:
-    """What the library must know of one pipeline: its layouts, sizes, conditions, and how it is called.
+    """Says what the library must know of one pipeline: its layouts, sizes and conditions, and how to call it.
 
-    Nothing of the pipeline is changed: calls are made on shallow copies of it, which share its components. These keep
-    state of their own (offload hooks, adapters, caches), so one pipeline's components serve one thread at a time.
+    Nothing of the pipeline is changed: its shallow copies are called, which share its components. The components keep
+    state (offload hooks, adapters, caches), so one pipeline's components serve one thread at a time.
 
     Args:
         pipe: the pipeline, stock or one of ours.
@@ -77,7 +77,7 @@ class Backbone:
         return self.pipe.scheduler
 
     def differentiable_scheduler(self) -> FisherSchedulerMixin:
-        """A scheduler like the pipeline's whose runs can be differentiated."""
+        """Makes a scheduler like the pipeline's whose runs can be differentiated."""
         return fisher_scheduler(type(self.scheduler)).from_config(self.pipe.scheduler.config)
 
     @property
@@ -102,7 +102,7 @@ class Backbone:
 
     @property
     def latent_statistics(self) -> LatentStatistics | None:
-        """Mean and variance of the training data's latents, each of one sample's shape, where they are known."""
+        """Mean and variance of the training data's latents, each of one sample's shape; None where not known."""
         return checkpoint_parts(self.pipe).latent_statistics
 
     @property
@@ -124,7 +124,7 @@ class Backbone:
 
     @functools.cached_property
     def function(self) -> Callable[..., Any]:
-        """The pipeline's call as a function of the pipeline and `latents`.
+        """The pipeline's call, as a function of the pipeline and `latents`.
 
         Raises:
             UnsupportedError: the call takes no `latents`.
@@ -134,7 +134,7 @@ class Backbone:
             return call
         if self.latents_call is None:
             raise UnsupportedError(
-                f"{self.name} takes no `latents`, so it can't be evaluated at a given sample; supported: pipelines "
+                f"{self.name} takes no `latents`, so it can't be evaluated at a sample; supported: pipelines "
                 "whose call has `latents`, such as StableDiffusionPipeline."
             )
         return self.latents_call
@@ -194,7 +194,7 @@ class Backbone:
 
     @contextlib.contextmanager
     def loaded(self) -> Iterator[None]:
-        """Under model offload the network stays on its device between the block's calls, and is offloaded after."""
+        """Keeps the network on its device between the block's calls under model offload, and then offloads it."""
         if not self.is_offloaded:
             yield
             return
@@ -220,7 +220,7 @@ class Backbone:
 
     @property
     def size_multiple(self) -> int:
-        """What heights and widths of images must divide by."""
+        """Number of pixels of which heights and widths of images must be multiples."""
         return math.lcm(8, self.factor)
 
     @property

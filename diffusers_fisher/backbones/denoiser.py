@@ -95,7 +95,16 @@ class PipelineDenoiser(Denoiser):
         if unknown:
             allowed = sorted(set(parameters) - {"self", "pipe", "kwargs"})
             raise InputError(f"The call of {self.backbone.name} does not take {unknown}; it takes {allowed}.")
-        _check_step_indexed(call_arguments)
+        indexed = {
+            name: call_arguments[name]
+            for name, neutral in STEP_INDEXED.items()
+            if name in call_arguments and not _are_all(call_arguments[name], neutral)
+        }
+        if indexed:
+            raise UnsupportedError(
+                f"{indexed} acts by the step's index within a run, which a single evaluation does not have. Leave it "
+                "out, or differentiate a run with an estimator that needs no denoiser, such as DirectFisher()."
+            )
         self.backbone.check_scheduler()
         super().__init__(self.backbone.scheduler)
         self.guidance_scale = guidance_scale
@@ -108,7 +117,7 @@ class PipelineDenoiser(Denoiser):
 
     @property
     def pipe(self) -> DiffusionPipeline:
-        """The pipeline that it calls."""
+        """The pipeline that the denoiser calls."""
         return self.backbone.pipe
 
     @property
@@ -133,7 +142,7 @@ class PipelineDenoiser(Denoiser):
             timestep: one timestep, possibly fractional, or without guidance one per sample, (B,).
 
         Raises:
-            InputError: timesteps of another number than samples; what the pipeline refuses, in its own words.
+            InputError: timesteps of another number than samples.
             UnsupportedError: a call that does not step, or that changes what the step returned.
             NumericalError: the output is not finite.
         """
@@ -204,19 +213,6 @@ class PipelineDenoiser(Denoiser):
         if self.substitute is None:
             return encoded
         return self.substitute(encoded, kwargs.get("prompt", args[0] if args else None), kwargs.get("prompt_embeds"))
-
-
-def _check_step_indexed(call_arguments: dict[str, Any]) -> None:
-    indexed = {
-        name: call_arguments[name]
-        for name, neutral in STEP_INDEXED.items()
-        if name in call_arguments and not _are_all(call_arguments[name], neutral)
-    }
-    if indexed:
-        raise UnsupportedError(
-            f"{indexed} acts by the step's index within a run, which a single evaluation does not have. Leave it "
-            "out, or differentiate a run with an estimator that needs no denoiser, such as DirectFisher()."
-        )
 
 
 def _key(value: object) -> Hashable:

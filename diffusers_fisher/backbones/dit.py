@@ -16,7 +16,7 @@ call_dit = make_latents_call(DiTPipeline)
 
 
 class DiTBackbone(Backbone):
-    """DiT: class labels stand where text pipelines have prompts."""
+    """Knows DiT: class labels stand where text pipelines have prompts."""
 
     scales_samples = False
     latents_call = staticmethod(call_dit)
@@ -42,6 +42,6 @@ class DiTBackbone(Backbone):
 
     @torch.no_grad()
     def pooled(self, conditions: dict[str, Any]) -> torch.Tensor:
-        """The labels' embeddings in the network's first block."""
+        """Returns the labels' embeddings in the network's first block, (B, width)."""
         table = self.pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
         return table(torch.tensor(conditions["class_labels"], device=table.weight.device))

@@ -12,7 +12,7 @@ from .inputs import guided_likelihood
 
 
 class FluxBackbone(Backbone):
-    """Flux: flow matching, on latents packed to (B, h/2 * w/2, 4 * C).
+    """Knows Flux: flow matching, on latents packed to (B, h/2 * w/2, 4 * C).
 
     The guidance scale of Flux-dev is an input of the network, so a likelihood is that of one scale: the stock call's
     default unless `guidance_scale` is passed.

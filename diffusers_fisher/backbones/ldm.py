@@ -13,7 +13,7 @@ call_ldm = make_latents_call(LDMPipeline)
 
 
 class LDMBackbone(UnconditionalBackbone):
-    """Latents of the vector-quantised autoencoder before its quantisation, scaled."""
+    """Knows latents of a vector-quantised autoencoder: they are those before its quantisation, scaled."""
 
     autoencoder_name = "vqvae"
     latents_call = staticmethod(call_ldm)
@@ -24,7 +24,7 @@ class LDMBackbone(UnconditionalBackbone):
 
     @property
     def size_multiple(self) -> int:
-        """The network halves the latents between its blocks."""
+        """Number of pixels of which sizes must be multiples: the network halves the latents between its blocks."""
         return self.factor * 2 ** (len(self.config["block_out_channels"]) - 1)
 
     def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

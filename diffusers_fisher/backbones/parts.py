@@ -33,18 +33,18 @@ class CheckpointParts:
 
 
 _STOCK: weakref.WeakKeyDictionary[DiffusionPipeline, CheckpointParts] = weakref.WeakKeyDictionary()
-_OWN = "_checkpoint_parts"  # the attribute of our own pipelines, which copies of them keep
+_ATTRIBUTE = "_checkpoint_parts"  # the attribute of our own pipelines, which copies of them keep
 
 
 def checkpoint_parts(pipe: DiffusionPipeline) -> CheckpointParts:
-    """The parts of a pipeline: those that were set on it, else those of the folder that it was loaded from.
+    """Returns the parts of a pipeline: those that were set on it, else those of the folder that it was loaded from.
 
     Nothing is written on a stock pipeline. A folder is read once.
 
     Raises:
         CheckpointError: a damaged file.
     """
-    parts = vars(pipe).get(_OWN) or _STOCK.get(pipe)
+    parts = vars(pipe).get(_ATTRIBUTE) or _STOCK.get(pipe)
     if parts is None:
         source = str(pipe.config.get("_name_or_path") or "")
         parts = load_parts(source) if os.path.isdir(source) else CheckpointParts()
@@ -54,7 +54,7 @@ def checkpoint_parts(pipe: DiffusionPipeline) -> CheckpointParts:
 
 def set_checkpoint_parts(pipe: DiffusionPipeline, parts: CheckpointParts) -> None:
     """Sets the parts of a pipeline of ours, in the place of those of its folder."""
-    vars(pipe)[_OWN] = parts
+    vars(pipe)[_ATTRIBUTE] = parts
 
 
 def load_parts(source: str | os.PathLike, **hub_arguments: Any) -> CheckpointParts:
@@ -89,13 +89,13 @@ def load_statistics(source: str | os.PathLike, **hub_arguments: Any) -> LatentSt
 
 
 def load_scheduler_name(source: str | os.PathLike, **hub_arguments: Any) -> str | None:
-    """The Fisher scheduler's class that checkpoint `source` was saved with; None for a stock scheduler."""
+    """Returns the name of the Fisher scheduler's class in checkpoint `source`; None for a stock scheduler."""
     file = find_file(source, MARK, hub_arguments)
     return read_table(file).get("scheduler") if file else None
 
 
 def read_table(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises `CheckpointError` for anything else."""
+    """Reads a JSON file that holds an object. Raises `CheckpointError` for anything else."""
     table = read_json(file)
     if not isinstance(table, dict):
         raise CheckpointError(f"Checkpoint file '{file}' holds a {type(table).__name__}; it must hold a JSON object.")
@@ -103,7 +103,7 @@ def read_table(file: Path) -> dict[str, Any]:
 
 
 def find_file(source: str | os.PathLike, name: str, hub_arguments: Mapping[str, Any]) -> Path | None:
-    """A file of a folder or of a repository on the Hub; None where there is none."""
+    """Finds a file of a folder or of a repository on the Hub; returns None where there is no such file."""
     if Path(source).is_dir():
         file = Path(source) / name
         return file if file.is_file() else None

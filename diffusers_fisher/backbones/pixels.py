@@ -20,7 +20,7 @@ class PixelBackbone(Backbone):
 
     @property
     def size_multiple(self) -> int:
-        """What heights and widths must divide by: the network halves its input between its blocks."""
+        """Number of pixels of which sizes must be multiples: the network halves its input between its blocks."""
         return 2 ** (len(self.config["block_out_channels"]) - 1)
 
     @property

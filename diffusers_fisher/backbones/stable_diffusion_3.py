@@ -6,7 +6,7 @@ from .base import Backbone
 
 
 class StableDiffusion3Backbone(Backbone):
-    """Stable Diffusion 3 and 3.5: flow matching, on latents that the transformer cuts into patches."""
+    """Knows Stable Diffusion 3 and 3.5: flow matching, on latents that the transformer cuts into patches."""
 
     predicts_flow = True
     pooled_index = 2

@@ -11,7 +11,7 @@ from .base import Backbone
 
 
 class StableDiffusionXLBackbone(Backbone):
-    """Stable Diffusion XL. The network's size conditions are those of the image unless others are passed."""
+    """Knows Stable Diffusion XL. The network's size conditions are those of the image unless others are passed."""
 
     network_name = "unet"
     pooled_index = 2

@@ -1,4 +1,4 @@
-"""Stock calls that take no `latents`, made to start from latents and to return the latents that they end with.
+"""Makes stock calls that take no `latents` start from latents, and return the latents that they end with.
 
 The stock call itself runs, on a shallow copy of the pipeline: only the function by which it draws its noise, its
 scheduler and its autoencoder are replaced for that call.
@@ -91,7 +91,7 @@ def _call_from(latents: torch.Tensor, call: Callable, pipe: DiffusionPipeline, c
 
 
 class _WatchedScheduler:
-    """A pipeline's scheduler, which keeps the last sample it returned.
+    """Stands for a pipeline's scheduler, and keeps the last sample that it returned.
 
     A pipeline that hands it every sample twice (DiT, for classifier-free guidance) gets it back twice, but the
     scheduler's own step sees it once: so a differentiable run has the shape of the latents.
@@ -123,7 +123,7 @@ class _WatchedScheduler:
 
 
 class _NoDecoder:
-    """An autoencoder that decodes nothing, because a decoding would cost more than a step of most networks."""
+    """Stands for an autoencoder and decodes nothing: a decoding would cost more than a step of most networks."""
 
     def __init__(self, autoencoder: torch.nn.Module):
         self._autoencoder = autoencoder

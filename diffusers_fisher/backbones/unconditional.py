@@ -37,12 +37,12 @@ class UnconditionalBackbone(Backbone):
 
 
 class DDPMBackbone(UnconditionalBackbone, PixelBackbone):
-    """Unconditional models in pixels, sampled by DDPM."""
+    """Knows unconditional models in pixels, sampled by DDPM."""
 
     latents_call = staticmethod(call_ddpm)
 
 
 class DDIMBackbone(UnconditionalBackbone, PixelBackbone):
-    """Unconditional models in pixels, sampled by DDIM."""
+    """Knows unconditional models in pixels, sampled by DDIM."""
 
     latents_call = staticmethod(call_ddim)

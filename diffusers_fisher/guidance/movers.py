@@ -110,14 +110,6 @@ def optimizer_factory(optimizer: Any, step_size: float) -> OptimizerFactory | No
     return make
 
 
-def check_sphere(noise: torch.Tensor) -> None:
-    """Refuses noise (B, ...) without a norm. Raises `InputError`."""
-    if not bool((norms(noise) > 0).all()):
-        raise InputError(
-            "A sample of the initial noise is all zero, so there is no sphere to move it on; draw it anew."
-        )
-
-
 def shell_distance(noise: torch.Tensor) -> torch.Tensor:
     """Returns the distance of the noise's norm from that of Gaussian noise, in standard deviations, (B,) float64.
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from diffusers.utils import BaseOutput
 
-from ..errors import NumericalError, TrajectoryError
+from ..errors import InputError, NumericalError, TrajectoryError
 from ..fisher.estimator import FisherEstimator
 from ..schedulers import FisherSchedulerMixin, Trajectory
 from . import checks
 from .checks import Prompts, Reward
-from .movers import Mover, NormalisedAscent, OptimizerFactory, TorchAscent, check_sphere, shell_distance
+from .movers import Mover, NormalisedAscent, OptimizerFactory, TorchAscent, shell_distance
 from .text import TextEmbedding
 
 logger = logging.getLogger(__name__)
@@ -274,8 +274,10 @@ def ascend_noise(
     ascent = NoiseAscent(torch.full((len(noise),), -torch.inf, dtype=torch.float64))
     variables = {"noise": noise}
     mover: Mover | None = None
-    if steps > 0 and settings.optimizer is None:
-        check_sphere(noise)
+    if steps > 0 and settings.optimizer is None and not bool((checks.norms(noise) > 0).all()):
+        raise InputError(
+            "A sample of the initial noise is all zero, so there is no sphere to move it on; draw it anew."
+        )
     if run.held_out_reward is not None:
         with torch.no_grad():
             one = run.decode(noise[:1])  # for its size and device alone

@@ -1,4 +1,4 @@
-"""Guidance of a pipeline through the whole sampling run: from what a user passes to the best images."""
+"""Guidance of a pipeline through the whole sampling run: from a user's arguments to the best images."""
 
 from __future__ import annotations
 
@@ -65,13 +65,14 @@ def guide(
 
     Args:
         pipe: a pipeline that has a backbone, stock or ours; nothing on it is changed.
-        prompt: one, or several; None where `prompt_embeds` are given. Class labels for pipelines that take those.
+        prompt: one prompt, or several; None where `prompt_embeds` are passed. Class labels where the pipeline takes
+            class labels.
         reward: `reward(images, prompts) -> (B,)`, images (B, 3, H, W) in [0, 1] with a graph, higher is better.
         num_guidance_steps: gradient steps; 0 samples and scores.
         step_size: length of the first step relative to the noise's norm; halved for a sample whose reward is no better
             than its best before.
-        estimator: of the diffusion Fisher; None: `OneStepFisher()`, for one denoiser call per guidance step.
-        num_inference_steps, guidance_scale: of the sampling runs; None: the stock call's own defaults.
+        estimator: estimator of the diffusion Fisher; None: `OneStepFisher()`, for one denoiser call per guidance step.
+        num_inference_steps, guidance_scale: arguments of the sampling runs; None: the stock call's defaults.
         latents: initial noise of unit variance, (B, C, h, w), or packed where the pipeline's own are; None: drawn with
             `generator` as the stock call does.
         output_type: "pil", "np", "pt".
@@ -214,7 +215,7 @@ def _output(backbone: Backbone, ascent: NoiseAscent, denoisers: _Denoisers, outp
 
 
 class _Denoisers:
-    """The denoiser of the sampling run, the denoiser of the backward pass, and the estimator that evaluates it."""
+    """Holds the denoiser of the sampling run, that of the backward pass, and the estimator that evaluates it."""
 
     def __init__(
         self, backbone: Backbone, arguments: dict[str, Any], estimator: FisherEstimator | None,
@@ -243,12 +244,12 @@ class _Denoisers:
             self.estimator = TextGradientEstimator(self.estimator, self.text, self.backward)
 
     def calls(self) -> int:
-        """Evaluations since this was made, besides the sampling runs'."""
+        """Returns the evaluations since this object was made, without those of the sampling runs."""
         return sum(each.num_calls - before for each, before in self._calls_before)
 
 
 def default_estimator(dtype: torch.dtype) -> OneStepFisher:
-    """`OneStepFisher` by differences long enough to stand out of the rounding of a network of `dtype`."""
+    """Makes a `OneStepFisher` whose differences exceed the rounding errors of a network of `dtype`."""
     step = HALF_PRECISION_STEPS.get(dtype)
     return OneStepFisher(None if step is None else FiniteDifferenceFisher(relative_step=step))
 

@@ -124,7 +124,7 @@ def _watches(owner: Any, name: str, watch: Callable) -> Iterator[None]:
 
 
 class PosteriorGuidance(contextlib.AbstractContextManager):
-    """The callback of `posterior_guidance`, its context manager, and a record of the last run.
+    """Guides the runs of a pipeline in its block as their callback, and records the last run.
 
     Attributes:
         rewards: rewards of the predicted clean samples before every guided step, a list of (B,) float64.

@@ -61,7 +61,7 @@ def log_likelihood(
         latents: (B, C, h, w) scaled latents, instead of `images`.
         num_inference_steps: steps of the integration.
         estimator: gives the trace of the diffusion Fisher; None: `TraceMatchingFisher` with the checkpoint's trace
-            model, or where it has none the network's own trace, `AutodiffFisher()`.
+            model, or without a trace model the network's own trace, `AutodiffFisher()`.
         num_probes: Hutchinson probes; None: the exact trace, with `AutodiffFisher` by C*h*w backward passes per step;
             "auto": None for trace models, else 2.
         noised, step_halving, generator, scheme: see `diffusers_fisher.likelihood.Integration`.
@@ -123,7 +123,7 @@ def compare_likelihood(
     "squared error" needs no graph: the denoiser's squared errors at random levels, as diffusion classifiers take them
     (Li et al., 2303.16203), weighted to a log-likelihood. "ode" is `log_likelihood` for every prompt, with the same
     grid and probes. Differences and their standard errors are methods of the output; between images those of "ode" are
-    no smaller than each side's, as every image has probes of its own.
+    no smaller than those of each side, because every image has its own probes.
 
     Args:
         images, latents: as in `log_likelihood`.
@@ -147,7 +147,7 @@ def compare_likelihood(
     candidates = [None] if prompts is None else prompts
     if isinstance(candidates, str) or not len(candidates):
         raise InputError(f"`prompts` is {prompts!r}; allowed: a list of at least one, each for all images.")
-    if generator is None:  # not None, by which noise on a GPU would come from its own generator, that is not replayed
+    if generator is None:  # for None, noise on a GPU would come from the GPU's generator, which is not replayed
         generator = torch.default_generator
     samples = backbone.samples_of(images, latents, options.pop("data_range", UNIT_RANGE))
     rows: list[LikelihoodOutput] | list[SquaredErrorOutput]

@@ -32,7 +32,7 @@ COARSE = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The samples and the denoiser of one likelihood, checked, with all random draws made.
+    """Holds the samples and the denoiser of one likelihood, after all checks and random draws.
 
     Args:
         denoiser: denoiser at guidance scale 1; a guided output is the score of no density.
@@ -77,7 +77,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """One integration from the data to the noise end. The names are those of `LikelihoodOutput`."""
+    """Holds the result of one integration, from the data to the noise end, by the names of `LikelihoodOutput`."""
 
     final_latents: torch.Tensor
     prior_log_prob: torch.Tensor
@@ -94,18 +94,20 @@ class Path:
 
 @dataclasses.dataclass(frozen=True)
 class Integration:
-    """How a log-likelihood is integrated, and what density it is of.
+    """Says how a log-likelihood is integrated, and of which density.
 
     Args:
-        num_steps: steps of the grid in log(sigma/alpha), see `noise_grid`; at least 2.
-        num_probes: Rademacher probes for Hutchinson's trace; None: the exact trace of the operator (d products).
-        prior_mean, prior_variance: of the data, broadcastable to one sample; None for both: 0 and 1 ("standard").
-        noised: evaluate at `samples + s_0 * noise` instead of at `samples`.
-        step_halving: measure the discretisation error by half as many steps, for half as many evaluations again.
+        num_steps: number of steps of the grid in log(sigma/alpha), see `noise_grid`; at least 2.
+        num_probes: number of Rademacher probes for Hutchinson's trace; None: the operator's exact trace (d products).
+        prior_mean, prior_variance: moments of the data, which broadcast to one sample; None for both: 0 and 1
+            ("standard").
+        noised: whether to evaluate at `samples + s_0 * noise` instead of at `samples`.
+        step_halving: whether to measure the discretisation error by half as many steps, for half as many evaluations
+            again.
         generator: draws the probes, the place in the bins, and the noise of `noised`, in this order.
         scheme: "euler", "trapezoid", "adams3" or "adams4", of order 1 to 4.
-        bins: the samples lie on so many equally spaced values from -1 to 1: each is moved to a random point of its
-            bin, and `bits_per_dim` is that of the bins.
+        bins: number of equally spaced values from -1 to 1 on which the samples lie: each is moved to a random point of
+            its bin, and `bits_per_dim` is that of the bins. None: that of the density.
         space: "latent" or "pixel", for the output.
         on_step: called after every evaluation.
     """

@@ -43,7 +43,7 @@ class FisherPipelineMixin(DiffusionPipeline):
 
     @property
     def latent_statistics(self) -> LatentStatistics | None:
-        """(mean, variance) of the training data's scaled latents, each of one sample's shape, for the likelihood's
+        """Mean and variance of the training data's scaled latents, each of one sample's shape, for the likelihood's
         prior; None where the checkpoint has none. May be set."""
         return checkpoint_parts(self).latent_statistics
 

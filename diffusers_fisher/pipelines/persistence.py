@@ -37,10 +37,10 @@ NEEDED_FILES = (
 
 
 def stock_class(cls: type) -> type[Any]:
-    """The first class of diffusers itself in the MRO of `cls`."""
-    own = (parent for parent in cls.__mro__ if parent.__module__.split(".")[0] == "diffusers")
+    """Returns the first class of diffusers itself in the MRO of `cls`."""
+    parents = (parent for parent in cls.__mro__ if parent.__module__.split(".")[0] == "diffusers")
     return next(
-        parent for parent in own if not issubclass(parent, FisherSchedulerMixin)
+        parent for parent in parents if not issubclass(parent, FisherSchedulerMixin)
     )  # those of `fisher_scheduler` bear its module
 
 

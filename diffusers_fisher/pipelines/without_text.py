@@ -39,7 +39,7 @@ class UnconditionalMixin(FisherPipelineMixin):
 
 
 class DDPMFisherPipeline(UnconditionalMixin, DDPMPipeline):
-    """`DDPMPipeline` with `log_likelihood` and `guide`, and a call that takes `latents` and gives them.
+    """`DDPMPipeline` with `log_likelihood` and `guide`, and a call that takes and returns `latents`.
 
     Its space is that of the pixels, scaled to [-1, 1].
     """
@@ -50,7 +50,7 @@ class DDPMFisherPipeline(UnconditionalMixin, DDPMPipeline):
 
 
 class DDIMFisherPipeline(UnconditionalMixin, DDIMPipeline):
-    """`DDIMPipeline` with `log_likelihood` and `guide`, and a call that takes `latents` and gives them.
+    """`DDIMPipeline` with `log_likelihood` and `guide`, and a call that takes and returns `latents`.
 
     Its space is that of the pixels, scaled to [-1, 1]. A `DDIMScheduler` is kept, also a Fisher one; any other is
     replaced by one, as the stock pipeline does with every scheduler.
@@ -67,7 +67,7 @@ class DDIMFisherPipeline(UnconditionalMixin, DDIMPipeline):
 
 
 class LDMFisherPipeline(UnconditionalMixin, LDMPipeline):
-    """`LDMPipeline` with `log_likelihood` and `guide`, and a call that takes `latents` and gives them.
+    """`LDMPipeline` with `log_likelihood` and `guide`, and a call that takes and returns `latents`.
 
     Latents are those of the vector-quantised autoencoder before its quantisation, scaled.
     """
@@ -79,7 +79,7 @@ class LDMFisherPipeline(UnconditionalMixin, LDMPipeline):
 
 
 class DiTFisherPipeline(FisherPipelineMixin, DiTPipeline):
-    """`DiTPipeline` with `log_likelihood` and `guide`, and a call that takes `latents` and gives them.
+    """`DiTPipeline` with `log_likelihood` and `guide`, and a call that takes and returns `latents`.
 
     Class labels stand where text pipelines have prompts; a reward gets them as its second argument.
     """
