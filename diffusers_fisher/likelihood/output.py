@@ -83,18 +83,17 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         offset = f", {self.offset_bits:.4f} of them for the bins" if self.offset_bits else ""
         how = "against half as many" if self.halved else "estimated"
         by_probes = f"{probes:.4f} by the probes" if len(self.trace_by_probe) else "no probes"
-        return "\n".join(
-            [
-                f"Log-likelihood of {count} {self.space} sample{'s' * (count > 1)} of {self.dims} dimensions",
-                f"  bits/dim  {float(bits.mean()):.4f} on average, {float(bits.min()):.4f} to {float(bits.max()):.4f}"
-                f"{offset}",
-                f"  errors    {steps:.4f} bits/dim by the steps ({how}), {by_probes}, on average",
-                f"  density   {self.density} with noise {float(self.noise_to_signal[0]):.4g}; prior {self.prior}",
-                f"  trace     {self.trace}",
-                f"  path      {self.scheme}, {len(self.noise_to_signal)} levels to noise-to-signal "
-                f"{float(self.noise_to_signal[-1]):.4g}; {self.num_denoiser_calls} denoiser calls in all",
-            ]
-        )
+        lines = [
+            f"Log-likelihood of {count} {self.space} sample{'s' * (count > 1)} of {self.dims} dimensions",
+            f"  bits/dim  {float(bits.mean()):.4f} on average, {float(bits.min()):.4f} to {float(bits.max()):.4f}"
+            f"{offset}",
+            f"  errors    {steps:.4f} bits/dim by the steps ({how}), {by_probes}, on average",
+            f"  density   {self.density} with noise {float(self.noise_to_signal[0]):.4g}; prior {self.prior}",
+            f"  trace     {self.trace}",
+            f"  path      {self.scheme}, {len(self.noise_to_signal)} levels to noise-to-signal "
+            f"{float(self.noise_to_signal[-1]):.4g}; {self.num_denoiser_calls} denoiser calls in all",
+        ]
+        return "\n".join(lines)
 
 
 @dataclasses.dataclass
