@@ -214,7 +214,7 @@ def _draw_likelihoods(left: Axes, right: Axes, likelihoods: Mapping[str, Likelih
     """Draws histograms of bits/dim, and r by noise level with its standard deviation over the images."""
     for name, out in likelihoods.items():
         left.hist(out.bits_per_dim.numpy(), bins=20, alpha=0.6, label=name)
-        mean, spread = out.r.mean(1), out.r.std(1)
+        mean, spread = out.unexplained_noise_fraction.mean(1), out.unexplained_noise_fraction.std(1)
         right.plot(out.noise_to_signal, mean, label=name)
         right.fill_between(out.noise_to_signal, mean - spread, mean + spread, alpha=0.2)
     left.set(xlabel="bits/dim of the latent (lower is likelier)", ylabel="images", title="Likelihood")

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class Denoiser(abc.ABC):
-    """A denoising network as a function of its own input (variance preserving for k-diffusion style schedulers).
+    """Evaluates a denoising network at its own input (variance preserving for k-diffusion style schedulers).
 
     Args:
-        scheduler: the diffusers scheduler whose timesteps, noise levels and prediction type the network uses.
+        scheduler: diffusers scheduler whose timesteps, noise levels and prediction type the network uses.
 
     Attributes:
         num_calls: evaluations so far.
@@ -31,15 +31,19 @@ class Denoiser(abc.ABC):
 
     @abc.abstractmethod
     def model_output(self, x: torch.Tensor, timestep: Timestep) -> torch.Tensor:
-        """Raw model output at model input `x`, (B, ...), at one timestep, or at one per sample, (B,). Builds a graph
-        only where `x` asks for one."""
+        """Returns the raw model output at model input `x`, (B, ...). Builds a graph only where `x` asks for one.
+
+        Args:
+            x: (B, ...) model input.
+            timestep: one timestep, or one per sample, (B,).
+        """
 
     def __call__(self, x: torch.Tensor, timestep: Timestep) -> torch.Tensor:
-        """Predicted noise at `x`, (B, ...). Cost: one evaluation."""
+        """Returns the predicted noise at `x`, (B, ...). Cost: one evaluation."""
         return self.state(x, timestep).epsilon
 
     def state(self, x: torch.Tensor, timestep: Timestep) -> DenoisingState:
-        """The denoising state at model input `x` and (possibly fractional) `timestep`. Cost: one evaluation."""
+        """Returns the denoising state at `x` and a (possibly fractional) timestep. Cost: one evaluation."""
         output = self.model_output(x, timestep)
         return DenoisingState(
             x, output.to(x.dtype), self.level(timestep), self.prediction, timestep, features=self._features
@@ -51,10 +55,10 @@ class Denoiser(abc.ABC):
         return None
 
     def pooled_condition(self) -> torch.Tensor | None:
-        """One vector per sample, (B, width), that stands for what the samples are conditioned on; None without."""
+        """Returns one vector per sample, (B, width), that stands for the sample's condition; None without one."""
         return None
 
     def level(self, timestep: Timestep) -> NoiseLevel:
-        """Noise level of the model's input at `timestep`."""
-        carried = noise_level(self.scheduler, timestep)
-        return carried.scaled(input_scale(self.scheduler, carried))
+        """Returns the noise level of the model's input at `timestep`."""
+        sample_level = noise_level(self.scheduler, timestep)
+        return sample_level.scaled(input_scale(self.scheduler, sample_level))

@@ -58,11 +58,15 @@ def image_tensor(
 
 
 def _stacked(images: list | tuple, channels: int) -> numpy.ndarray | torch.Tensor:
-    """Several images of one kind and size as one array or tensor."""
+    """Stacks several images of one kind and size to one array or tensor."""
     import numpy
     from PIL.Image import Image
 
-    arrays = [_pil_array(image, channels) if isinstance(image, Image) else image for image in images]
+    arrays = list(images)
+    for index, image in enumerate(images):
+        if isinstance(image, Image):
+            array = numpy.asarray(eight_bit(image, channels), dtype=numpy.float32) / 255
+            arrays[index] = array[..., None] if channels == 1 else array
     kinds = sorted({type(array).__name__ for array in arrays})
     if len(kinds) != 1 or not isinstance(arrays[0], (numpy.ndarray, torch.Tensor)):
         raise InputError(
@@ -76,7 +80,7 @@ def _stacked(images: list | tuple, channels: int) -> numpy.ndarray | torch.Tenso
 
 
 def _in_unit_range(tensor: torch.Tensor, low: float, high: float, multiple: int) -> torch.Tensor:
-    """Images (B, C, H, W) with values from `low` to `high` as float32 in [0, 1], checked."""
+    """Scales images (B, C, H, W) from `low` to `high` to float32 in [0, 1]. Raises `InputError` for others."""
     scaled = (low, high) != UNIT_RANGE
     if not (tensor.is_floating_point() or scaled) or not bool(((tensor >= low) & (tensor <= high)).all()):
         allowed = f"numbers in [{low}, {high}]" if scaled else "floating point in [0, 1]"
@@ -97,17 +101,10 @@ def _in_unit_range(tensor: torch.Tensor, low: float, high: float, multiple: int)
 
 
 def eight_bit(image: Image, channels: int) -> Image:
-    """A PIL image as grey (`channels` 1) or RGB. Raises `InputError` for modes that Pillow clips to 8 bits."""
+    """Converts a PIL image to grey (`channels` 1) or RGB. Raises `InputError` for modes of more than 8 bits."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         raise InputError(
-            f"The PIL image has mode '{image.mode}' (16 or 32 bits a pixel), whose values have no range of their own; "
-            "allowed: 8-bit modes, such as L and RGB. Scale it to 8 bits first."
+            f"The PIL image has mode '{image.mode}' (16 or 32 bits per pixel), whose values have no range of their "
+            "own; allowed: 8-bit modes, such as L and RGB. Scale it to 8 bits first."
         )
     return image.convert("L" if channels == 1 else "RGB")
-
-
-def _pil_array(image: Image, channels: int) -> numpy.ndarray:
-    import numpy
-
-    array = numpy.asarray(eight_bit(image, channels), dtype=numpy.float32) / 255
-    return array[..., None] if channels == 1 else array

@@ -21,7 +21,6 @@ from .fisher.operator import FisherOperator
 from .noise import NoiseLevel
 
 if TYPE_CHECKING:
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
@@ -31,7 +30,7 @@ CELL = 1.5  # inches of one picture
 
 @dataclasses.dataclass(frozen=True)
 class _Column:
-    """One picture per sample, with a line of text below each: colours (B, H, W, 3), or numbers of a map (B, H, W)."""
+    """Holds one picture per sample, and a line of text below each: colours (B, H, W, 3), or numbers (B, H, W)."""
 
     title: str
     pictures: torch.Tensor
@@ -164,11 +163,7 @@ def decode_latents(pipe: DiffusionPipeline | None, latents: torch.Tensor) -> tor
 
 
 def _directions(
-    operator: FisherOperator,
-    show: Callable[[torch.Tensor], torch.Tensor],
-    count: int,
-    scale: float,
-    largest: bool,
+    operator: FisherOperator, show: Callable[[torch.Tensor], torch.Tensor], count: int, scale: float, largest: bool
 ) -> list[list[_Column]]:
     """Returns for each eigenvector the columns minus, plus and difference."""
     mean = operator.state.pred_original_sample.detach()
@@ -208,12 +203,7 @@ def _draw_group(part: SubFigure, name: str, columns: list[_Column]) -> None:
 
 
 def _draw_line(
-    axes: Axes,
-    name: str,
-    x: torch.Tensor,
-    sigma: torch.Tensor,
-    line: Sequence[Estimate],
-    dimensions: int | None,
+    axes: Axes, name: str, x: torch.Tensor, sigma: torch.Tensor, line: Sequence[Estimate], dimensions: int | None
 ) -> None:
     factor = sigma**2 if dimensions is None else -(sigma**2) / dimensions
     mean = factor * torch.stack([estimate.value.mean() for estimate in line]).cpu()

@@ -1,4 +1,4 @@
-"""Pipelines of a family that is not known: what can be said of any of them."""
+"""Backbone of pipelines of a family that the library does not know."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 
-from .autoencoder import decode_latents
 from .base import Backbone
 
 
 class AnyPipelineBackbone(Backbone):
-    """A pipeline by its call alone: it can be evaluated at latents and, with an autoencoder, decode them.
+    """Knows a pipeline by its call alone: evaluates it at latents and, with an autoencoder, decodes them.
 
     It has no likelihood: nothing is known of its guidance, nor of its latents' layout.
     """
@@ -33,13 +32,13 @@ class AnyPipelineBackbone(Backbone):
     def size_arguments_of(self, latents: torch.Tensor) -> dict[str, Any]:
         return super().size_arguments_of(latents) if self.factor else {}
 
-    def decode_scaled(self, latents: torch.Tensor) -> torch.Tensor:
-        # All of Stable Diffusion XL's pipelines standardise, whatever they are for.
-        standardised = self.name.startswith("StableDiffusionXL")
-        return decode_latents(self._known_autoencoder, latents, standardised)
+    @property
+    def standardises_latents(self) -> bool:  # type: ignore[override]
+        """Whether it is one of Stable Diffusion XL's pipelines, which all standardise, whatever they are for."""
+        return self.name.startswith("StableDiffusionXL")
 
     def pooled(self, conditions: dict[str, Any]) -> None:
-        """None: how this family pools its conditions is not known."""
+        """Returns None: how this family pools its conditions is not known."""
         return None
 
     def check_scheduler(self) -> None:

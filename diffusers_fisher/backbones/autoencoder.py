@@ -8,45 +8,47 @@ from diffusers.models.autoencoders.vq_model import VQModel
 
 
 def encode_pixels(
-    autoencoder: AutoencoderKL, pixels: torch.Tensor, standardised: bool = False
+    autoencoder: AutoencoderKL, pixels: torch.Tensor, standardises: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of scaled latents, (B, C, h, w) float32 each, of pixels (B, 3, H, W) in [-1, 1].
+    """Returns mean and standard deviation of scaled latents, (B, C, h, w) float32 each.
 
     Args:
-        standardised: use the autoencoder's `latents_mean` and `latents_std`, where it has them; else its shift factor.
+        pixels: (B, 3, H, W) in [-1, 1].
+        standardises: see `latent_moments`.
     """
     posterior = autoencoder.encode(pixels.to(autoencoder.dtype)).latent_dist
     mean = posterior.mode().float()
-    if standardised:
-        shift, deviation = latent_moments(autoencoder, mean)
-        factor = autoencoder.config["scaling_factor"] / deviation
-    else:
-        shift, factor = autoencoder.config.get("shift_factor") or 0.0, autoencoder.config["scaling_factor"]
+    shift, deviation = latent_moments(autoencoder, mean, standardises)
+    factor = autoencoder.config["scaling_factor"] / deviation
     return (mean - shift) * factor, posterior.std.float() * factor
 
 
 def decode_latents(
-    autoencoder: AutoencoderKL | VQModel, latents: torch.Tensor, standardised: bool = False
+    autoencoder: AutoencoderKL | VQModel, latents: torch.Tensor, standardises: bool = False
 ) -> torch.Tensor:
-    """Pixels, about -1 to 1, of scaled latents (B, C, h, w), in the autoencoder's dtype.
+    """Returns pixels, about -1 to 1, of scaled latents (B, C, h, w), in the autoencoder's dtype.
 
     Args:
-        standardised: see `encode_pixels`.
+        standardises: see `latent_moments`.
     """
-    scale = autoencoder.config["scaling_factor"]
-    if standardised:
-        mean, deviation = latent_moments(autoencoder, latents)
-        own = latents * deviation / scale + mean
-    else:
-        own = latents / scale + (autoencoder.config.get("shift_factor") or 0.0)
-    return autoencoder.decode(own.to(autoencoder.dtype)).sample
+    shift, deviation = latent_moments(autoencoder, latents, standardises)
+    unscaled = latents * deviation / autoencoder.config["scaling_factor"] + shift
+    return autoencoder.decode(unscaled.to(autoencoder.dtype)).sample
 
 
 def latent_moments(
-    autoencoder: AutoencoderKL | VQModel, like: torch.Tensor
+    autoencoder: AutoencoderKL | VQModel, like: torch.Tensor, standardises: bool
 ) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-    """Mean and standard deviation per channel by which some autoencoders' latents are standardised; else 0 and 1."""
+    """Returns what latents are shifted by, and what they are divided by beside the scaling factor.
+
+    Args:
+        like: tensor with the dtype and device of the result.
+        standardises: take the autoencoder's `latents_mean` and `latents_std` per channel, where it has them (else 0
+            and 1); False: take its shift factor, and 1.
+    """
     config = autoencoder.config
+    if not standardises:
+        return config.get("shift_factor") or 0.0, 1.0
     if config.get("latents_mean") is None or config.get("latents_std") is None:
         return 0.0, 1.0
     mean, deviation = (torch.tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
@@ -54,5 +56,5 @@ def latent_moments(
 
 
 def images_of(pixels: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3, H, W) float32 in [0, 1] of pixels that are about -1 to 1."""
+    """Returns images (B, 3, H, W) float32 in [0, 1] of pixels that are about -1 to 1."""
     return (pixels.float() / 2 + 0.5).clamp(0, 1)

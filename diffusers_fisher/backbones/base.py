@@ -1,7 +1,7 @@
 """One object per pipeline that knows what is particular to its family: a `Backbone`.
 
 The defaults here are those of a text-to-image pipeline in latents (B, C, h, w) of a Kullback-Leibler autoencoder. A
-family overrides what differs; `backbones/stable_diffusion_3.py` shows how little that may be.
+family's class overrides what differs; `backbones/stable_diffusion_3.py` is a short example.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from ..noise import noise_schedule
 from ..schedulers import FisherSchedulerMixin, fisher_scheduler
 from .autoencoder import decode_latents, encode_pixels, images_of
 from .conditions import Condition, Conditions, text_conditions
-from .given_latents import shallow_copy
+from .inputs import guided_likelihood
 from .parts import LatentStatistics, checkpoint_parts
+from .stock_calls import shallow_copy
 
 Generators = torch.Generator | list[torch.Generator] | None
 Moment = torch.Tensor | float | None
 
 
 class Backbone:
-    """What the library must know of one pipeline: its layouts, sizes, conditions, and how it is called.
+    """Says what the library must know of one pipeline: its layouts, sizes and conditions, and how to call it.
 
-    Nothing of the pipeline is changed: calls are made on shallow copies of it, which share its components. These keep
-    state of their own (offload hooks, adapters, caches), so one pipeline's components serve one thread at a time.
+    Nothing of the pipeline is changed: its shallow copies are called, which share its components. The components keep
+    state (offload hooks, adapters, caches), so one pipeline's components serve one thread at a time.
 
     Args:
         pipe: the pipeline, stock or one of ours.
@@ -46,12 +47,17 @@ class Backbone:
         space: "latent", or "pixel" where samples are the images themselves.
         predicts_flow: whether the network was trained on (1 - s) x_0 + s eps.
         scales_samples: whether the call multiplies noise and model input by the scheduler's factors.
+        standardises_latents: whether the call uses the autoencoder's `latents_mean` and `latents_std`.
+        pooled_index: place of the pooled embeddings, which the network itself takes, among what `encode_prompt`
+            returns; None where there are none.
         network_name, autoencoder_name: names of these components.
     """
 
     space: ClassVar[str] = "latent"
     predicts_flow: ClassVar[bool] = False
     scales_samples: ClassVar[bool] = True
+    standardises_latents: bool = False
+    pooled_index: ClassVar[int | None] = None
     network_name: ClassVar[str] = "transformer"
     autoencoder_name: ClassVar[str] = "vae"
 
@@ -72,7 +78,7 @@ class Backbone:
         return self.pipe.scheduler
 
     def differentiable_scheduler(self) -> FisherSchedulerMixin:
-        """A scheduler like the pipeline's whose runs can be differentiated."""
+        """Makes a scheduler like the pipeline's whose runs can be differentiated."""
         return fisher_scheduler(type(self.scheduler)).from_config(self.pipe.scheduler.config)
 
     @property
@@ -97,7 +103,7 @@ class Backbone:
 
     @property
     def latent_statistics(self) -> LatentStatistics | None:
-        """Mean and variance of the training data's latents, each of one sample's shape, where they are known."""
+        """Mean and variance of the training data's latents, each of one sample's shape; None where not known."""
         return checkpoint_parts(self.pipe).latent_statistics
 
     @property
@@ -107,7 +113,7 @@ class Backbone:
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the latents that the call is given: that of the network's weights."""
+        """dtype of the latents that the call takes: that of the network's weights."""
         return self._known_network.dtype
 
     @property
@@ -119,17 +125,17 @@ class Backbone:
 
     @functools.cached_property
     def function(self) -> Callable[..., Any]:
-        """The pipeline's call as a function of the pipeline and `latents`.
+        """The pipeline's call, as a function of the pipeline and `latents`.
 
         Raises:
-            UnsupportedError: it takes no `latents`.
+            UnsupportedError: the call takes no `latents`.
         """
         call = type(self.pipe).__call__
         if "latents" in inspect.signature(call).parameters:
             return call
         if self.latents_call is None:
             raise UnsupportedError(
-                f"{self.name} takes no `latents`, so it can't be evaluated at a given sample; supported: pipelines "
+                f"{self.name} takes no `latents`, so it can't be evaluated at a sample; supported: pipelines "
                 "whose call has `latents`, such as StableDiffusionPipeline."
             )
         return self.latents_call
@@ -139,7 +145,7 @@ class Backbone:
 
     @functools.cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
-        """What the call takes, by name."""
+        """Parameters of the call by name."""
         return inspect.signature(self.function).parameters
 
     @property
@@ -160,26 +166,27 @@ class Backbone:
         encode_prompt: Callable[..., tuple] | None = None,
         **arguments: Any,
     ) -> Any:
-        """Runs the pipeline's call on a shallow copy with a scheduler of its own, without a progress bar.
+        """Runs the pipeline's call on a shallow copy with another scheduler, without a progress bar.
 
         Args:
-            scheduler: what the call runs on.
-            latents: in the pipeline's layout.
-            with_graph: leave the call's `torch.no_grad` out.
-            encode_prompt: takes the place of the pipeline's own; its first argument is that one.
-            **arguments: to the call.
+            scheduler: scheduler that the call runs on.
+            latents: latents in the pipeline's layout.
+            with_graph: whether to leave the call's `torch.no_grad` out.
+            encode_prompt: takes the place of the pipeline's `encode_prompt`, which is its first argument.
+            **arguments: other arguments of the call.
         """
-        own = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
+        attributes = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
         # Under model offload a copy would keep books of its own over hooks that all copies share.
         if self.is_offloaded:
-            own["maybe_free_model_hooks"] = _do_nothing if self._keeps_loaded else self.pipe.maybe_free_model_hooks
-        made = shallow_copy(self.pipe, **own)
+            offload = self.pipe.maybe_free_model_hooks
+            attributes["maybe_free_model_hooks"] = (lambda: None) if self._keeps_loaded else offload
+        pipe = shallow_copy(self.pipe, **attributes)
         if encode_prompt is not None and self.encodes_prompts:
-            encode = functools.partial(type(made).encode_prompt, made)  # type: ignore[attr-defined]
-            vars(made)["encode_prompt"] = functools.partial(encode_prompt, encode)
+            encode = functools.partial(type(pipe).encode_prompt, pipe)  # type: ignore[attr-defined]
+            vars(pipe)["encode_prompt"] = functools.partial(encode_prompt, encode)
         call = inspect.unwrap(self.function) if with_graph else self.function
         with contextlib.nullcontext() if with_graph or self.latents_call is None else torch.no_grad():
-            return call(made, latents=latents, **arguments)
+            return call(pipe, latents=latents, **arguments)
 
     def progress_bar(self, total: int) -> tqdm:
         """Returns a progress bar as the pipeline makes them; a pipeline notes its first bar, so a copy makes it."""
@@ -192,7 +199,7 @@ class Backbone:
 
     @contextlib.contextmanager
     def loaded(self) -> Iterator[None]:
-        """Under model offload the network stays on its device between the block's calls, and is offloaded after."""
+        """Keeps the network on its device between the block's calls under model offload, and then offloads it."""
         if not self.is_offloaded:
             yield
             return
@@ -204,7 +211,7 @@ class Backbone:
             self.pipe.maybe_free_model_hooks()
 
     def with_autoencoder(self, autoencoder: torch.nn.Module | None) -> Backbone:
-        """The same with another autoencoder; itself for None."""
+        """Returns this backbone with another autoencoder; for None itself."""
         if autoencoder is None:
             return self
         return type(self)(shallow_copy(self.pipe, **{self.autoencoder_name: autoencoder}))
@@ -218,7 +225,7 @@ class Backbone:
 
     @property
     def size_multiple(self) -> int:
-        """What heights and widths of images must divide by."""
+        """Number of pixels of which heights and widths of images must be multiples."""
         return math.lcm(8, self.factor)
 
     @property
@@ -237,7 +244,7 @@ class Backbone:
         return 3
 
     def image_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """Height and width in pixels, the network's own where one is None. Raises `InputError` unless they divide."""
+        """Returns height and width in pixels, the network's own for None. Raises `InputError` unless they divide."""
         default = self.sample_size
         rows, columns = (default, default) if isinstance(default, int) else default
         size = (height or rows * self.factor, width or columns * self.factor)
@@ -246,11 +253,11 @@ class Backbone:
         return size
 
     def size_arguments(self, pixels: tuple[int, int]) -> dict[str, Any]:
-        """The call's arguments for images of height and width `pixels`."""
+        """Returns the call's arguments for images of height and width `pixels`."""
         return dict(zip(("height", "width"), pixels, strict=True)) if "height" in self.parameters else {}
 
     def size_arguments_of(self, latents: torch.Tensor) -> dict[str, Any]:
-        """The same for latents (B, C, h, w); nothing for packed ones, which do not tell their size."""
+        """Returns the call's arguments for the size of latents (B, C, h, w); none for packed latents."""
         if latents.ndim != 4 or "height" not in self.parameters:
             return {}
         return {"height": latents.shape[-2] * self.factor, "width": latents.shape[-1] * self.factor}
@@ -272,23 +279,25 @@ class Backbone:
     # Pixels and latents
 
     def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Mean and standard deviation of scaled latents, (B, C, h, w) float32 each, of pixels (B, 3, H, W) in [-1, 1].
+        """Returns mean and standard deviation of scaled latents, (B, C, h, w) float32 each.
+
+        Args:
+            pixels: (B, 3, H, W) in [-1, 1].
 
         The deviation is None where encoding is not random.
         """
-        return encode_pixels(self._known_autoencoder, pixels)
+        return encode_pixels(self._known_autoencoder, pixels, self.standardises_latents)
 
     def decode_scaled(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, H, W), about -1 to 1, of scaled latents (B, C, h, w)."""
-        return decode_latents(self._known_autoencoder, latents)
+        """Decodes scaled latents (B, C, h, w) to pixels (B, 3, H, W), about -1 to 1."""
+        return decode_latents(self._known_autoencoder, latents, self.standardises_latents)
 
     def decode(self, latents: torch.Tensor, pixels: tuple[int, int] | None = None) -> torch.Tensor:
-        """Images (B, 3, H, W) in [0, 1], float32, of latents in the pipeline's layout; differentiable."""
+        """Decodes latents in the pipeline's layout to images (B, 3, H, W) float32 in [0, 1]; differentiable."""
         return images_of(self.decode_scaled(self.unpack(latents, pixels)))
 
     def finish(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
-        """Does what the stock call does to images (B, 3, H, W) in [0, 1] at its end, and says which were flagged as
-        unsafe (an empty list where nothing looks)."""
+        """Finishes images (B, 3, H, W) in [0, 1] as the stock call does, and flags the unsafe ones."""
         return images, []
 
     def check_decoder(self) -> None:
@@ -314,12 +323,12 @@ class Backbone:
         latents: torch.Tensor | None = None,
         data_range: tuple[float, float] = UNIT_RANGE,
     ) -> torch.Tensor:
-        """Scaled latents (B, C, h, w) float32 of images, or of the latents that were passed instead; checked.
+        """Returns scaled latents (B, C, h, w) float32 of images, or the latents that were passed instead, checked.
 
         The mean of the autoencoder's posterior stands for an image.
 
         Raises:
-            InputError: both or neither, or of a kind, size or range that the pipeline does not take.
+            InputError: both or neither of them, or a kind, size or range that the pipeline does not take.
         """
         if (images is None) == (latents is None):
             raise InputError("Give either `images` or `latents`: exactly one of them.")
@@ -337,7 +346,7 @@ class Backbone:
     def initial_noise(
         self, latents: torch.Tensor | None, count: int, pixels: tuple[int, int], generator: Generators
     ) -> torch.Tensor:
-        """Initial noise float32 in the pipeline's layout: `latents` checked, or drawn as the stock call draws it."""
+        """Returns initial noise float32 in the pipeline's layout: `latents`, or noise drawn as the stock call does."""
         shape: tuple[int, ...] = (count, self.latent_channels, *(side // self.factor for side in pixels))
         if latents is None:
             if isinstance(generator, list) and len(generator) != count:
@@ -349,9 +358,13 @@ class Backbone:
         return latents.detach().to(self.device, torch.float32)
 
     def prior(self, mean: Moment, variance: Moment, samples: torch.Tensor) -> tuple[Moment, Moment]:
-        """Moments of the data in the pipeline's layout: those passed, or else the checkpoint's, or None."""
+        """Returns moments of the data in the pipeline's layout: those passed, else the checkpoint's, else None."""
         if mean is None and variance is None and self.latent_statistics is not None:
-            mean, variance = (_fit(value, samples[0]) for value in self.latent_statistics)
+            # Statistics per element fit latents of one size; for other sizes their mean over space stands for them.
+            mean, variance = (
+                value if value.shape == samples.shape[1:] else value.mean(dim=(-2, -1), keepdim=True)
+                for value in self.latent_statistics
+            )
         return self.pack_statistic(mean, samples), self.pack_statistic(variance, samples)
 
     # Conditions
@@ -359,37 +372,39 @@ class Backbone:
     def conditions(
         self, prompt: Condition, call_arguments: dict[str, Any], count: int | None, num_images_per_prompt: int = 1
     ) -> Conditions:
-        """What a reward is told of every sample, and the call arguments that say it; see `text_conditions`."""
+        """Returns one condition per sample, and the call arguments that say them; see `text_conditions`."""
         return text_conditions(self.name, self.parameters, prompt, call_arguments, count, num_images_per_prompt)
 
     def pooled(self, conditions: dict[str, Any]) -> torch.Tensor | None:
-        """One vector per sample, (B, width), that stands for its condition, for trace models with `pooled_channels`.
+        """Returns one vector per sample, (B, width), that stands for its condition in trace models.
 
         Args:
-            conditions: the call's arguments, with one condition per sample as `conditions` gives them.
+            conditions: the call's arguments, with one condition per sample as the method `conditions` returns them.
         """
+        if self.pooled_index is not None:
+            return self.encoded_conditions(conditions)[self.pooled_index]
         raise UnsupportedError(
             f"{self.name} has no conditions, so no pooled vector for a trace model with `pooled_channels`. Use a "
             "trace model with pooled_channels=None."
         )
 
     def encoded_conditions(self, conditions: dict[str, Any]) -> tuple:
-        """What `encode_prompt` gives for the call arguments `conditions`, without what guidance needs."""
+        """Returns the result of `encode_prompt` for the call arguments `conditions`, without negative prompts."""
         encode = self.pipe.encode_prompt
-        wanted = inspect.signature(encode).parameters
+        parameters = inspect.signature(encode).parameters
         arguments = {
-            name: conditions.get(name, self.parameters[name].default) for name in wanted if name in self.parameters
+            name: conditions.get(name, self.parameters[name].default) for name in parameters if name in self.parameters
         }
-        if "do_classifier_free_guidance" in wanted:
+        if "do_classifier_free_guidance" in parameters:
             arguments["do_classifier_free_guidance"] = False
         with torch.no_grad():
             return encode(**arguments)
 
     def unguided_scale(self, call_arguments: dict[str, Any]) -> float:
-        """The guidance scale at which the output is a score, taken out of `call_arguments`: 1.
+        """Removes the guidance scale from `call_arguments`, and returns the one at which the output is a score: 1.
 
         Raises:
-            InputError: they have another one.
+            InputError: they have another scale.
         """
         scale = call_arguments.pop("guidance_scale", 1.0)
         if scale != 1.0:
@@ -429,56 +444,7 @@ class Backbone:
             )
 
 
-class PixelBackbone(Backbone):
-    """Samples are the images themselves, (B, C, H, W) in [-1, 1]."""
-
-    space = "pixel"
-    scales_samples = False
-    network_name = "unet"
-
-    @property
-    def factor(self) -> int:
-        return 1
-
-    @property
-    def size_multiple(self) -> int:
-        """The network halves its input between its blocks."""
-        return 2 ** (len(self.config["block_out_channels"]) - 1)
-
-    @property
-    def image_channels(self) -> int:
-        return self.config["in_channels"]
-
-    def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return pixels, None
-
-    def decode_scaled(self, latents: torch.Tensor) -> torch.Tensor:
-        return latents
-
-    def check_decoder(self) -> None:
-        """Checks nothing: samples are images."""
-
-
-def guided_likelihood(name: str, scale: float) -> InputError:
-    """The error for a likelihood that is asked of a guided output."""
-    return InputError(
-        f"`{name}` is {scale}; a likelihood is at 1.0, because a guided output is the score of no density. Leave it "
-        "out."
-    )
-
-
-def _do_nothing() -> None:
-    """In the place of what would offload the networks between two calls."""
-
-
 def _form(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return f"have shape {tuple(value.shape)}"
     return f"are a {type(value).__name__}"
-
-
-def _fit(statistic: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A per-element statistic for latents of its own size; its mean over space for others."""
-    if statistic.shape == like.shape:
-        return statistic
-    return statistic.mean(dim=(-2, -1), keepdim=True)

@@ -15,7 +15,7 @@ Condition = str | int | Sequence[str | int | None] | torch.Tensor | None
 """What samples are conditioned on: one prompt or class label, or several; None: nothing, or the empty prompt."""
 
 Conditions = tuple[Sequence[str] | Sequence[int], dict[str, Any]]
-"""One condition per sample, as a reward is told of it, and the call arguments that say them."""
+"""One condition per sample, in the form that rewards take, and the call arguments that say them."""
 
 NEGATIVE_PROMPTS = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
@@ -46,57 +46,60 @@ def text_conditions(
         num_images_per_prompt: how often every condition is taken.
 
     Returns:
-        The prompts (empty strings for embeddings), and the arguments that say them.
+        The prompts (empty strings for embeddings), and the call arguments that say them.
 
     Raises:
         InputError: prompts of the wrong kind or number, both or neither of prompts and embeddings, embeddings without
             the tensors that belong to them.
     """
-    if any(arguments.get(name) is not None for name in _names("") + _names("negative_")):
-        return _embedded(name, parameters, prompt, arguments, count, num_images_per_prompt)
+    if any(arguments.get(sign + name) is not None for sign in ("", "negative_") for name in EMBEDDINGS):
+        if prompt is not None:
+            raise InputError("Give either `prompt` or `prompt_embeds`: exactly one of them.")
+        return _embedded(_embeddings(name, parameters, arguments), arguments, count, num_images_per_prompt)
     if count is None:
-        given = prompt_list(prompt, num_images_per_prompt)
+        prompts = prompt_list(prompt, num_images_per_prompt)
     else:
-        given = one_each("prompt", "" if prompt is None else prompt, count)
-    texts: dict[str, Any] = {"prompt": given}
+        prompts = one_each("prompt", "" if prompt is None else prompt, count)
+    texts: dict[str, Any] = {"prompt": prompts}
     for name in PROMPT_ARGUMENTS:
         if arguments.get(name) is not None:
-            texts[name] = one_each(name, arguments[name], len(given), "prompt")
+            texts[name] = one_each(name, arguments[name], len(prompts), "prompt")
     texts = {name: [text for text in entries for _ in range(num_images_per_prompt)] for name, entries in texts.items()}
     return texts["prompt"], texts
 
 
-def _embedded(
-    pipeline: str,
-    parameters: Mapping[str, inspect.Parameter],
-    prompt: Condition,
-    arguments: dict[str, Any],
-    count: int | None,
-    num_images_per_prompt: int,
-) -> tuple[list[str], dict[str, Any]]:
-    if prompt is not None:
-        raise InputError("Give either `prompt` or `prompt_embeds`: exactly one of them.")
-    found: dict[str, torch.Tensor] = {}
+def _embeddings(
+    pipeline: str, parameters: Mapping[str, inspect.Parameter], arguments: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Returns the embeddings among the arguments by name. Raises `InputError` where they do not belong together."""
+    embeddings: dict[str, torch.Tensor] = {}
     for sign in ("", "negative_"):
-        names = [name for name in _names(sign) if name in parameters]
-        given = [name for name in names if arguments.get(name) is not None]
-        missing = [name for name in names if name not in given]
-        if missing and (given or not sign):
-            have = f"`{'`, `'.join(given)}` without " if given else "no "
+        names = [sign + name for name in EMBEDDINGS if sign + name in parameters]
+        present = [name for name in names if arguments.get(name) is not None]
+        missing = [name for name in names if name not in present]
+        if missing and (present or not sign):
+            have = f"`{'`, `'.join(present)}` without " if present else "no "
             raise InputError(
                 f"{pipeline} was given {have}`{'`, `'.join(missing)}`; they belong together, as the "
                 "pipeline's `encode_prompt` returns them."
             )
-        found |= {name: arguments[name] for name in given}
-    for name in _names(""):
-        pair = [tuple(found[sign + name].shape[1:]) for sign in ("", "negative_") if sign + name in found]
+        embeddings |= {name: arguments[name] for name in present}
+    for name in EMBEDDINGS:
+        pair = [tuple(embeddings[key].shape[1:]) for key in (name, f"negative_{name}") if key in embeddings]
         # Calls with `true_cfg_scale` evaluate the two apart; the others put them beside each other.
         if len(set(pair)) > 1 and "true_cfg_scale" not in parameters:
             raise InputError(
                 f"`{name}` and `negative_{name}` have shapes {pair[0]} and {pair[1]} per prompt; they must be the "
                 "same: encode both to one number of tokens, as `encode_prompt` does."
             )
-    sizes = {name: len(value) for name, value in found.items()}
+    return embeddings
+
+
+def _embedded(
+    embeddings: dict[str, torch.Tensor], arguments: dict[str, Any], count: int | None, num_images_per_prompt: int
+) -> tuple[list[str], dict[str, Any]]:
+    """Makes one embedding per sample. Arguments, result and errors are those of `text_conditions`."""
+    sizes = {name: len(value) for name, value in embeddings.items()}
     number = sizes["prompt_embeds"] if count is None else count
     if any(size not in (number, 1 if count is not None else number) for size in sizes.values()) or number < 1:
         raise InputError(
@@ -106,15 +109,11 @@ def _embedded(
         raise InputError(f"`num_images_per_prompt` is {num_images_per_prompt}; allowed: at least 1.")
     one_per_sample: dict[str, Any] = {
         name: value.expand(number, *value.shape[1:]).repeat_interleave(num_images_per_prompt, dim=0)
-        for name, value in found.items()
+        for name, value in embeddings.items()
     }
-    if "negative_prompt_embeds" in found and "negative_prompt" not in arguments:
+    if "negative_prompt_embeds" in embeddings and "negative_prompt" not in arguments:
         one_per_sample["negative_prompt"] = None  # where a call has a default for it (PixArt), it would refuse both
     return [""] * (number * num_images_per_prompt), one_per_sample
-
-
-def _names(sign: str) -> list[str]:
-    return [sign + name for name in EMBEDDINGS]
 
 
 def class_conditions(

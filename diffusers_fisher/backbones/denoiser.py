@@ -20,14 +20,14 @@ STEP_INDEXED = {
     "control_guidance_start": 0.0, "control_guidance_end": 1.0, "adapter_conditioning_factor": 1.0,
     "skip_guidance_layers": None, "denoising_start": None, "denoising_end": None, "strength": 1.0,
 }  # fmt: skip
-"""Call arguments that act by the step's index within its run, with the value that does not."""
+"""Call arguments that act by the step's index within its run, with the value that has no effect."""
 
 FIXED = {"strength": 1.0, "use_resolution_binning": False}
-"""Call arguments that every evaluation is given unless the caller gives another value."""
+"""Call arguments of every evaluation unless the caller passes another value."""
 
 
 class EchoScheduler:
-    """A scheduler of one step that hands the model output back."""
+    """Stands for a scheduler of one step, and hands the model output back."""
 
     order = 1
     init_noise_sigma = 1.0
@@ -63,13 +63,13 @@ class PipelineDenoiser(Denoiser):
     A shallow copy of the pipeline is called, with a scheduler of its own, so nothing on the pipeline changes. Prompts
     are encoded once, at the first call. Samples are in the model's own input coordinates (variance preserving for
     k-diffusion style schedulers), in the pipeline's latent layout: (B, C, H, W), or packed (B, N, C) with `height` and
-    `width` given.
+    `width` passed.
 
     Conditioning by the step's index (ControlNet's start and end) can't be had from one step and is refused. Flux
     casts the timestep to the latents' dtype. Without guidance the states have `features`, where the network is not
-    compiled. What the pipeline draws in its call (an inpainting pipeline's encoding of its masked image) is drawn anew
-    by every evaluation: give it ready-made (`masked_image_latents`). PixArt's binning of sizes is off: the latents
-    decide.
+    compiled. Every evaluation draws anew what the pipeline draws in its call (such as an inpainting pipeline's
+    encoding of its masked image): pass it instead (`masked_image_latents`). PixArt's binning of sizes is off: the
+    latents decide the size.
 
     Args:
         pipe: a diffusers pipeline whose call takes `latents`, or one of the families that have a backbone.
@@ -78,10 +78,10 @@ class PipelineDenoiser(Denoiser):
 
     Attributes:
         num_calls: evaluations so far (with classifier-free guidance each runs the network on twice the batch).
-        call_arguments: what every call of the pipeline is given.
-        substitute: a function of what `encode_prompt` returned, of its prompt and of its `prompt_embeds`, whose result
-            takes its place in every evaluation; None: nothing does.
-        outdated: in words, what of the run that it stands for is not in its arguments; evaluations are then refused.
+        call_arguments: arguments of every call of the pipeline.
+        substitute: function of the result of `encode_prompt`, of its prompt and of its `prompt_embeds`, whose own
+            result is used instead in every evaluation. None: no substitution.
+        outdated: message that says what of the run is not in the denoiser's arguments; evaluations are then refused.
 
     Raises:
         UnsupportedError: a pipeline whose call takes no `latents`, a scheduler whose levels are not known or of
@@ -95,7 +95,16 @@ class PipelineDenoiser(Denoiser):
         if unknown:
             allowed = sorted(set(parameters) - {"self", "pipe", "kwargs"})
             raise InputError(f"The call of {self.backbone.name} does not take {unknown}; it takes {allowed}.")
-        _check_step_indexed(call_arguments)
+        indexed = {
+            name: call_arguments[name]
+            for name, neutral in STEP_INDEXED.items()
+            if name in call_arguments and not _are_all(call_arguments[name], neutral)
+        }
+        if indexed:
+            raise UnsupportedError(
+                f"{indexed} acts by the step's index within a run, which a single evaluation does not have. Leave it "
+                "out, or differentiate a run with an estimator that needs no denoiser, such as DirectFisher()."
+            )
         self.backbone.check_scheduler()
         super().__init__(self.backbone.scheduler)
         self.guidance_scale = guidance_scale
@@ -108,7 +117,7 @@ class PipelineDenoiser(Denoiser):
 
     @property
     def pipe(self) -> DiffusionPipeline:
-        """The pipeline that it calls."""
+        """The pipeline that the denoiser calls."""
         return self.backbone.pipe
 
     @property
@@ -122,18 +131,18 @@ class PipelineDenoiser(Denoiser):
         return self.backbone.network
 
     def pooled_condition(self) -> torch.Tensor | None:
-        """See `Denoiser.pooled_condition`: (B, width), of the call's conditions."""
+        """Returns one vector per sample, (B, width), of the call's conditions; see `Denoiser.pooled_condition`."""
         return self.backbone.pooled(self.call_arguments)
 
     def model_output(self, x: torch.Tensor, timestep: Timestep) -> torch.Tensor:
-        """Raw (guided) model output at model input `x`. Builds a graph only where `x` asks for one.
+        """Returns the raw (guided) model output at model input `x`. Builds a graph only where `x` asks for one.
 
         Args:
-            x: (B, ...).
-            timestep: one, possibly fractional, or without guidance one per sample, (B,).
+            x: (B, ...) model input.
+            timestep: one timestep, possibly fractional, or without guidance one per sample, (B,).
 
         Raises:
-            InputError: timesteps of another number than samples; what the pipeline refuses, in its own words.
+            InputError: timesteps of another number than samples.
             UnsupportedError: a call that does not step, or that changes what the step returned.
             NumericalError: the output is not finite.
         """
@@ -159,7 +168,7 @@ class PipelineDenoiser(Denoiser):
         return self._checked_output(result[0], scheduler.output, timestep)
 
     def _checked_output(self, output: torch.Tensor, stepped: torch.Tensor | None, timestep: Timestep) -> torch.Tensor:
-        """What the call returned, where it is what the scheduler's step was given, and finite."""
+        """Returns the call's output. Raises unless it is finite, and the tensor that the scheduler's step took."""
         name = self.backbone.name
         if stepped is None:
             raise UnsupportedError(
@@ -184,16 +193,14 @@ class PipelineDenoiser(Denoiser):
             raise InputError(
                 f"{count} timesteps were given for {len(x)} samples; allowed: one for all, or one per sample."
             )
-        if count > 1 and self._doubles_batch():
+        doubles_batch = self.guidance_scale > 1
+        if "true_cfg_scale" in self.backbone.parameters:  # then the other scale is an input of the network
+            doubles_batch = self.call_arguments.get("true_cfg_scale", 1.0) > 1
+        if count > 1 and doubles_batch:
             raise UnsupportedError(
                 f"With guidance (scale {self.guidance_scale}) {self.backbone.name} runs twice the batch, which has no "
                 "such timesteps; call once for every timestep, or at guidance scale 1."
             )
-
-    def _doubles_batch(self) -> bool:
-        if "true_cfg_scale" in self.backbone.parameters:
-            return self.call_arguments.get("true_cfg_scale", 1.0) > 1  # the other scale is an input of the network
-        return self.guidance_scale > 1
 
     def encode_prompt(self, encode: Callable[..., tuple], *args: Any, **kwargs: Any) -> tuple:
         """Encodes each prompt once by the pipeline's own `encode`, without a graph, and remembers the result."""
@@ -208,21 +215,8 @@ class PipelineDenoiser(Denoiser):
         return self.substitute(encoded, kwargs.get("prompt", args[0] if args else None), kwargs.get("prompt_embeds"))
 
 
-def _check_step_indexed(call_arguments: dict[str, Any]) -> None:
-    indexed = {
-        name: call_arguments[name]
-        for name, neutral in STEP_INDEXED.items()
-        if name in call_arguments and not _equal(call_arguments[name], neutral)
-    }
-    if indexed:
-        raise UnsupportedError(
-            f"{indexed} acts by the step's index within a run, which a single evaluation does not have. Leave it "
-            "out, or differentiate a run with an estimator that needs no denoiser, such as DirectFisher()."
-        )
-
-
 def _key(value: object) -> Hashable:
-    """A hashable stand-in for call arguments: strings and numbers by value, tensors by identity."""
+    """Makes a hashable key of call arguments: strings and numbers by value, tensors by identity."""
     if isinstance(value, dict):
         return tuple((name, _key(entry)) for name, entry in sorted(value.items()))
     if isinstance(value, (list, tuple)):
@@ -234,6 +228,6 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.shape == right.shape and bool(((left == right) | (left.isnan() & right.isnan())).all())
 
 
-def _equal(value: object, neutral: float | None) -> bool:
-    """Whether an argument, or every entry of it, is `neutral`."""
+def _are_all(value: object, neutral: float | None) -> bool:
+    """Returns whether an argument, or every entry of it, is `neutral`."""
     return all(entry == neutral for entry in value) if isinstance(value, (list, tuple)) else value == neutral

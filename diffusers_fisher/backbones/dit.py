@@ -9,28 +9,14 @@ from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
 
 from .base import Backbone
 from .conditions import Condition, Conditions, class_conditions
-from .given_latents import call_with_latents
+from .stock_calls import make_latents_call
 
-
-def call_dit(
-    pipe: DiTPipeline,
-    class_labels: list[int],
-    guidance_scale: float = 4.0,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    num_inference_steps: int = 50,
-    output_type: str = "pil",
-    return_dict: bool = True,
-    latents: torch.Tensor | None = None,  # (B, C, h, w) initial noise of unit variance
-) -> Any:
-    """Runs the stock call; also from `latents`, and with `output_type` "latent" up to the final latents."""
-    return call_with_latents(
-        pipe, DiTPipeline, len(class_labels), latents, output_type, return_dict, class_labels=class_labels,
-        guidance_scale=guidance_scale, generator=generator, num_inference_steps=num_inference_steps,
-    )  # fmt: skip
+call_dit = make_latents_call(DiTPipeline)
+"""Runs the stock call; also from `latents`, and with `output_type` "latent" up to the final latents."""
 
 
 class DiTBackbone(Backbone):
-    """DiT: class labels stand where text pipelines have prompts."""
+    """Knows DiT: class labels stand where text pipelines have prompts."""
 
     scales_samples = False
     latents_call = staticmethod(call_dit)
@@ -56,6 +42,6 @@ class DiTBackbone(Backbone):
 
     @torch.no_grad()
     def pooled(self, conditions: dict[str, Any]) -> torch.Tensor:
-        """The labels' embeddings in the network's first block."""
+        """Returns the labels' embeddings in the network's first block, (B, width)."""
         table = self.pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
         return table(torch.tensor(conditions["class_labels"], device=table.weight.device))

@@ -7,17 +7,19 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from .base import Backbone, guided_likelihood
+from .base import Backbone
+from .inputs import guided_likelihood
 
 
 class FluxBackbone(Backbone):
-    """Flux: flow matching, on latents packed to (B, h/2 * w/2, 4 * C).
+    """Knows Flux: flow matching, on latents packed to (B, h/2 * w/2, 4 * C).
 
     The guidance scale of Flux-dev is an input of the network, so a likelihood is that of one scale: the stock call's
     default unless `guidance_scale` is passed.
     """
 
     predicts_flow = True
+    pooled_index = 1
 
     @property
     def size_multiple(self) -> int:
@@ -38,10 +40,6 @@ class FluxBackbone(Backbone):
         if pixels is None:
             raise InputError("Packed latents don't tell the image's shape; give `pixels`, its height and width.")
         return self.pipe._unpack_latents(latents, *pixels, self.factor)
-
-    def pooled(self, conditions: dict[str, Any]) -> torch.Tensor:
-        """The pooled embeddings that the network itself is given."""
-        return self.encoded_conditions(conditions)[1]
 
     def unguided_scale(self, call_arguments: dict[str, Any]) -> float:
         scale = call_arguments.get("true_cfg_scale", 1.0)

@@ -55,3 +55,11 @@ def check_arguments(
             f"`{function.__name__}` does not take `{name}`.{meant} It takes {', '.join(options)}; and arguments of "
             f"{pipeline}'s call."
         )
+
+
+def guided_likelihood(name: str, scale: float) -> InputError:
+    """Makes the error for a likelihood of a guided output."""
+    return InputError(
+        f"`{name}` is {scale}; a likelihood is at 1.0, because a guided output is the score of no density. Leave it "
+        "out."
+    )

@@ -33,11 +33,11 @@ class CheckpointParts:
 
 
 _STOCK: weakref.WeakKeyDictionary[DiffusionPipeline, CheckpointParts] = weakref.WeakKeyDictionary()
-_OWN = "_checkpoint_parts"  # the attribute of our own pipelines, which copies of them keep
+_ATTRIBUTE = "_checkpoint_parts"  # the attribute of our own pipelines, which copies of them keep
 
 
 def checkpoint_parts(pipe: DiffusionPipeline) -> CheckpointParts:
-    """The parts of a pipeline: those that were set on it, else those of the folder that it was loaded from.
+    """Returns the parts of a pipeline: those that were set on it, else those of the folder that it was loaded from.
 
     Nothing is written on a stock pipeline. A folder is read once.
 
@@ -47,9 +47,7 @@ def checkpoint_parts(pipe: DiffusionPipeline) -> CheckpointParts:
     parts = loaded_parts(pipe)
     if parts is None:
         source = str(pipe.config.get("_name_or_path") or "")
-        parts = CheckpointParts()
-        if os.path.isdir(source):
-            parts = CheckpointParts(load_trace_model(source), load_statistics(source))
+        parts = load_parts(source) if os.path.isdir(source) else CheckpointParts()
         if parts.trace_model is not None:
             torch.nn.Module.to(parts.trace_model, pipe.device)
         _STOCK[pipe] = parts
@@ -58,12 +56,17 @@ def checkpoint_parts(pipe: DiffusionPipeline) -> CheckpointParts:
 
 def loaded_parts(pipe: DiffusionPipeline) -> CheckpointParts | None:
     """Returns the parts that were set or read before; None if nothing was."""
-    return vars(pipe).get(_OWN) or _STOCK.get(pipe)
+    return vars(pipe).get(_ATTRIBUTE) or _STOCK.get(pipe)
 
 
 def set_checkpoint_parts(pipe: DiffusionPipeline, parts: CheckpointParts) -> None:
-    """Makes `parts` those of a pipeline of ours, in the place of its folder's."""
-    vars(pipe)[_OWN] = parts
+    """Sets the parts of a pipeline of ours, in the place of those of its folder."""
+    vars(pipe)[_ATTRIBUTE] = parts
+
+
+def load_parts(source: str | os.PathLike, **hub_arguments: Any) -> CheckpointParts:
+    """Loads the parts kept with checkpoint `source`. Raises `CheckpointError` for a damaged file."""
+    return CheckpointParts(load_trace_model(source, **hub_arguments), load_statistics(source, **hub_arguments))
 
 
 def load_trace_model(source: str | os.PathLike, **hub_arguments: Any) -> FisherTraceModel | None:
@@ -93,13 +96,13 @@ def load_statistics(source: str | os.PathLike, **hub_arguments: Any) -> LatentSt
 
 
 def load_scheduler_name(source: str | os.PathLike, **hub_arguments: Any) -> str | None:
-    """The Fisher scheduler's class that checkpoint `source` was saved with; None for a stock scheduler."""
+    """Returns the name of the Fisher scheduler's class in checkpoint `source`; None for a stock scheduler."""
     file = find_file(source, MARK, hub_arguments)
     return read_table(file).get("scheduler") if file else None
 
 
 def read_table(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises `CheckpointError` for anything else."""
+    """Reads a JSON file that holds an object. Raises `CheckpointError` for anything else."""
     table = read_json(file)
     if not isinstance(table, dict):
         raise CheckpointError(f"Checkpoint file '{file}' holds a {type(table).__name__}; it must hold a JSON object.")
@@ -107,7 +110,7 @@ def read_table(file: Path) -> dict[str, Any]:
 
 
 def find_file(source: str | os.PathLike, name: str, hub_arguments: Mapping[str, Any]) -> Path | None:
-    """A file of a folder or of a repository on the Hub; None where there is none."""
+    """Finds a file of a folder or of a repository on the Hub; returns None where there is no such file."""
     if Path(source).is_dir():
         file = Path(source) / name
         return file if file.is_file() else None

@@ -22,48 +22,46 @@ BACKBONES: dict[str, str | type[Backbone]] = {
     "StableDiffusionPipeline": ".stable_diffusion:StableDiffusionBackbone",
     "StableDiffusionXLPipeline": ".stable_diffusion_xl:StableDiffusionXLBackbone",
 }
-"""Backbones by the name of the stock pipeline class, loaded when they are asked for; subclasses inherit them."""
+"""Backbones by the name of the stock pipeline class, loaded at their first use; subclasses inherit them."""
+
+
+DIFFERENTIATE_RUNS = (
+    "Its sampling runs may be differentiated all the same: set pipe.scheduler = "
+    "fisher_scheduler(type(pipe.scheduler)).from_config(pipe.scheduler.config) and call it inside "
+    "`with pipe.scheduler.differentiable(...)`."
+)
+"""What a message about a pipeline without a backbone advises."""
 
 
 def register_backbone(pipeline: type[DiffusionPipeline], backbone: type[Backbone]) -> None:
-    """Makes `backbone` that of pipelines of class `pipeline` and of its subclasses."""
+    """Registers the backbone of pipelines of class `pipeline` and of its subclasses."""
     BACKBONES[pipeline.__name__] = backbone
 
 
-def backbone_class(pipeline: type[DiffusionPipeline]) -> type[Backbone] | None:
-    """The backbone of a pipeline class; None where there is none."""
-    for parent in pipeline.__mro__:
-        entry = BACKBONES.get(parent.__name__)
-        if isinstance(entry, str):
-            module, _, name = entry.partition(":")
-            return getattr(importlib.import_module(module, __package__), name)
-        if entry is not None:
-            return entry
-    return None
-
-
 def backbone_of(pipe: DiffusionPipeline, any_pipeline: bool = False) -> Backbone:
-    """The typed face of a pipeline, stock or ours, by which likelihood and guidance know it.
+    """Makes the backbone of a pipeline, stock or ours.
 
     Args:
-        any_pipeline: where the class has no backbone, give one that can call the pipeline and knows its autoencoder.
+        any_pipeline: for a class without a backbone, make one that can call the pipeline and knows its autoencoder.
 
     Raises:
-        InputError: no pipeline.
-        UnsupportedError: no backbone for its class.
+        InputError: another object than a pipeline.
+        UnsupportedError: a class without a backbone.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise InputError(
             f"The pipeline is a {type(pipe).__name__}; pass a diffusers pipeline, such as "
             "StableDiffusionPipeline.from_pretrained(...)."
         )
-    found = backbone_class(type(pipe))
-    if found is not None:
-        return found(pipe)
+    for parent in type(pipe).__mro__:
+        entry = BACKBONES.get(parent.__name__)
+        if isinstance(entry, str):
+            module, _, name = entry.partition(":")
+            entry = getattr(importlib.import_module(module, __package__), name)
+        if entry is not None:
+            return entry(pipe)
     if any_pipeline:
         return AnyPipelineBackbone(pipe)
     raise UnsupportedError(
-        f"{type(pipe).__name__} has no backbone; supported: {', '.join(sorted(BACKBONES))}. Its sampling runs may be "
-        "differentiated all the same: set pipe.scheduler = fisher_scheduler(type(pipe.scheduler))"
-        ".from_config(pipe.scheduler.config) and call it inside `with pipe.scheduler.differentiable(...)`."
+        f"{type(pipe).__name__} has no backbone; supported: {', '.join(sorted(BACKBONES))}. {DIFFERENTIATE_RUNS}"
     )

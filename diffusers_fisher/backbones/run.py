@@ -16,18 +16,18 @@ StepCallback = Callable[[DiffusionPipeline, int, Any, dict[str, Any]], dict[str,
 
 
 class SamplingRun:
-    """Initial noise (B, ...) to final latents by the pipeline's own call, the same run every time.
+    """Runs the pipeline's call from initial noise (B, ...) to final latents, the same run every time.
 
     Nothing on the pipeline changes: the run has a scheduler of its own. Prompts are encoded once, and stochastic
     schedulers see the same noise in every run, where the pipeline's call passes them its generator.
 
     Args:
-        denoiser: of the same pipeline and prompts; keeps the encoded prompts.
-        scheduler: what the run is on.
-        generator: of the scheduler's noise; None: one of its own.
-        evaluated: the denoiser that the backward pass evaluates; marked as outdated where a `callback_on_step_end`
-            changes what the network is told.
-        **call_arguments: to the pipeline's call.
+        denoiser: denoiser of the same pipeline and prompts; keeps the encoded prompts.
+        scheduler: scheduler of the run.
+        generator: generator of the scheduler's noise; None: the run makes one.
+        evaluated: denoiser that the backward pass evaluates; marked as outdated where a `callback_on_step_end` changes
+            the network's conditions.
+        **call_arguments: arguments of the pipeline's call.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class SamplingRun:
 
 
 def _watched(denoiser: PipelineDenoiser, callback: StepCallback) -> dict[str, Any]:
-    """The call arguments for `callback`, with which `denoiser` learns of changes to more than the latents."""
+    """Returns call arguments for `callback` that mark `denoiser` as outdated after changes to more than latents."""
 
     def watched(pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         before = {name: value for name, value in tensors.items() if name != "latents"}
@@ -74,7 +74,7 @@ def _watched(denoiser: PipelineDenoiser, callback: StepCallback) -> dict[str, An
             denoiser.outdated = f"A callback changed {sorted(set(changed))} after step {step} of the run"
         return result
 
-    # The pipelines ask callbacks of diffusers' own class which tensors they take; `watched` is of no class.
+    # Pipelines ask callbacks of diffusers' own class which tensors they take; `watched` has no such class.
     tensors = getattr(callback, "tensor_inputs", None)
     return {"callback_on_step_end": watched} | (
         {} if tensors is None else {"callback_on_step_end_tensor_inputs": tensors}

@@ -11,14 +11,17 @@ from .base import Backbone
 
 
 class StableDiffusionBackbone(Backbone):
-    """Stable Diffusion 1.x and 2.x."""
+    """Knows Stable Diffusion 1.x and 2.x."""
 
     network_name = "unet"
 
     @torch.no_grad()
     def pooled(self, conditions: dict[str, Any]) -> torch.Tensor:
-        """The text encoder's pooled output, its last hidden state at the end of the text; the network is given the
-        states of all tokens. Embeddings in place of prompts do not tell where the text ends."""
+        """Returns the text encoder's pooled output, (B, width): its last hidden state at the end of the text.
+
+        The network itself takes the states of all tokens. Embeddings in the place of prompts do not tell where the
+        text ends.
+        """
         prompts = conditions.get("prompt")
         if prompts is None:
             raise InputError(
@@ -36,8 +39,8 @@ class StableDiffusionBackbone(Backbone):
     def finish(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
         if self.pipe.safety_checker is None:
             return images, []
-        checked, found = self.pipe.run_safety_checker(2 * images - 1, images.device, self.pipe.dtype)
-        flagged = [bool(entry) for entry in found]
-        # As in the stock call, what the checker puts in place (black) is taken as it is.
+        checked, concepts = self.pipe.run_safety_checker(2 * images - 1, images.device, self.pipe.dtype)
+        flagged = [bool(entry) for entry in concepts]
+        # As in the stock call, the checker's black image takes the place of a flagged image.
         chosen = torch.tensor(flagged, device=images.device)[:, None, None, None]
         return torch.where(chosen, checked, images), flagged

@@ -7,24 +7,15 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from .autoencoder import decode_latents, encode_pixels
 from .base import Backbone
 
 
 class StableDiffusionXLBackbone(Backbone):
-    """Stable Diffusion XL. The sizes that the network is told are those of the image unless others are passed."""
+    """Knows Stable Diffusion XL. The network's size conditions are those of the image unless others are passed."""
 
     network_name = "unet"
-
-    def pooled(self, conditions: dict[str, Any]) -> torch.Tensor:
-        """The pooled embeddings that the network itself is given."""
-        return self.encoded_conditions(conditions)[2]
-
-    def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return encode_pixels(self._known_autoencoder, pixels, standardised=True)
-
-    def decode_scaled(self, latents: torch.Tensor) -> torch.Tensor:
-        return decode_latents(self._known_autoencoder, latents, standardised=True)
+    pooled_index = 2
+    standardises_latents = True
 
     def finish(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
         if self.pipe.watermark is None:

@@ -4,53 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 
 from ..errors import InputError
-from .base import Backbone, PixelBackbone
+from .base import Backbone
 from .conditions import Condition, Conditions
-from .given_latents import call_with_latents
+from .pixels import PixelBackbone
+from .stock_calls import make_latents_call
 
+call_ddpm = make_latents_call(DDPMPipeline)
+"""Runs the stock call; also from `latents`, and with `output_type` "latent" up to final samples in [-1, 1]."""
 
-def call_ddpm(
-    pipe: DDPMPipeline,
-    batch_size: int = 1,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    num_inference_steps: int = 1000,
-    output_type: str = "pil",
-    return_dict: bool = True,
-    latents: torch.Tensor | None = None,  # (batch_size, C, H, W) initial noise of unit variance
-) -> Any:
-    """Runs the stock call; also from `latents`, and with `output_type` "latent" up to final samples in [-1, 1]."""
-    return call_with_latents(
-        pipe, DDPMPipeline, batch_size, latents, output_type, return_dict, batch_size=batch_size,
-        generator=generator, num_inference_steps=num_inference_steps,
-    )  # fmt: skip
-
-
-def call_ddim(
-    pipe: DDIMPipeline,
-    batch_size: int = 1,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    eta: float = 0.0,
-    num_inference_steps: int = 50,
-    use_clipped_model_output: bool | None = None,
-    output_type: str = "pil",
-    return_dict: bool = True,
-    latents: torch.Tensor | None = None,  # (batch_size, C, H, W) initial noise of unit variance
-) -> Any:
-    """Runs the stock call; also from `latents`, and with `output_type` "latent" up to final samples in [-1, 1]."""
-    return call_with_latents(
-        pipe, DDIMPipeline, batch_size, latents, output_type, return_dict, batch_size=batch_size,
-        generator=generator, eta=eta, num_inference_steps=num_inference_steps,
-        use_clipped_model_output=use_clipped_model_output,
-    )  # fmt: skip
+call_ddim = make_latents_call(DDIMPipeline)
+"""Runs the stock call; also from `latents`, and with `output_type` "latent" up to final samples in [-1, 1]."""
 
 
 class UnconditionalBackbone(Backbone):
-    """Pipelines without prompts, which are told a number of samples."""
+    """Pipelines without prompts, whose calls take a number of samples."""
 
     network_name = "unet"
 
@@ -66,12 +37,12 @@ class UnconditionalBackbone(Backbone):
 
 
 class DDPMBackbone(UnconditionalBackbone, PixelBackbone):
-    """Unconditional models in pixels, sampled by DDPM."""
+    """Knows unconditional models in pixels, sampled by DDPM."""
 
     latents_call = staticmethod(call_ddpm)
 
 
 class DDIMBackbone(UnconditionalBackbone, PixelBackbone):
-    """Unconditional models in pixels, sampled by DDIM."""
+    """Knows unconditional models in pixels, sampled by DDIM."""
 
     latents_call = staticmethod(call_ddim)

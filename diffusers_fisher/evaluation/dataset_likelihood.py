@@ -381,9 +381,10 @@ def _record(position: int, name: str, caption: Caption, out: LikelihoodOutput, i
     values: dict[str, float | None] = {key: float(getattr(out, key)[index]) for key in nats}
     if not math.isfinite(float(out.standard_error[index])):  # one probe has no standard error
         values["standard_error"] = None
+    fractions = out.unexplained_noise_fraction[:, index].tolist()
     return {
         "position": position, "name": name, "caption": caption, "bits_per_dim": float(out.bits_per_dim[index]),
-        **values, "dims": out.dims, "r": [round(value, 6) for value in out.r[:, index].tolist()],
+        **values, "dims": out.dims, "r": [round(value, 6) for value in fractions],
     }  # fmt: skip
 
 

@@ -19,7 +19,9 @@ Reward = Callable[[torch.Tensor, Any], torch.Tensor]
 better."""
 
 
-def check_guidance(num_guidance_steps: int, step_size: float, num_inference_steps: int, output_type: str) -> None:
+def check_guidance(
+    num_guidance_steps: int, step_size: float, num_inference_steps: int, output_type: str, patience: int | None
+) -> None:
     """Refuses numbers of steps, step sizes and output types that `guide` can't use. Raises `InputError`."""
     whole = isinstance(num_guidance_steps, int) and isinstance(num_inference_steps, int)
     if not whole or num_guidance_steps < 0 or num_inference_steps < 1:
@@ -29,6 +31,8 @@ def check_guidance(num_guidance_steps: int, step_size: float, num_inference_step
         )
     if not 0 < step_size < math.inf:
         raise InputError(f"`step_size` is {step_size}; allowed: positive, such as 0.2 of the noise's norm.")
+    if patience is not None and patience < 1:
+        raise InputError(f"`patience` is {patience}; allowed: at least 1 run, or None.")
     if output_type not in ("pil", "np", "pt"):
         raise InputError(f"`output_type` is '{output_type}'; allowed: pil, np, pt.")
 
@@ -44,7 +48,7 @@ def checked_reward(reward: Reward, images: torch.Tensor, prompts: Prompts, finit
         got = f"shape {tuple(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
         raise InputError(
             f"The reward {name_of(reward)} returned {got} for {len(images)} images; it must return a tensor of shape "
-            f"({len(images)},), one number an image, higher is better."
+            f"({len(images)},), one number per image, higher is better."
         )
     if finite and not torch.isfinite(values).all():
         raise NumericalError(f"The reward {name_of(reward)} is not finite: {values.detach().cpu().tolist()}.")
@@ -52,10 +56,11 @@ def checked_reward(reward: Reward, images: torch.Tensor, prompts: Prompts, finit
 
 
 def check_differentiable(reward: Reward, shape: Sequence[int], prompts: Prompts, device: torch.device) -> None:
-    """Tries the reward on smooth ramps before any sampling.
+    """Tries the reward on smooth ramps before any sampling. Cost: one evaluation of the reward and its gradient.
 
     Raises:
-        InputError: autograd finds no way from the images to the reward. TrajectoryError: torch.inference_mode is on.
+        InputError: the reward has no gradient with respect to the images.
+        TrajectoryError: torch.inference_mode is on.
     """
     if torch.is_inference_mode_enabled():
         raise TrajectoryError(
@@ -71,7 +76,7 @@ def check_differentiable(reward: Reward, shape: Sequence[int], prompts: Prompts,
         )
     if not connected:
         raise not_differentiable(reward)
-    for _, term in getattr(reward, "terms", ()):  # one with a graph would hide the others of a sum
+    for _, term in getattr(reward, "terms", ()):  # a term with a graph would hide the other terms of a sum
         check_differentiable(term, shape, prompts, device)
 
 
@@ -87,24 +92,25 @@ def check_reported(reward: Reward, shape: Sequence[int], prompts: Prompts, devic
 
 
 def _check_callable(reward: Reward) -> None:
+    """Refuses a reward that can't be called with two arguments. Raises `InputError`."""
     try:
         inspect.signature(reward).bind(None, None)
     except TypeError as error:
         raise InputError(
             f"The reward {name_of(reward)} can't be called as reward(images, prompts): {error}. It must take both, "
-            "images (B, 3, H, W) in [0, 1] and a prompt each, whether it uses the prompts or not."
+            "images (B, 3, H, W) in [0, 1] and one prompt per image, whether it uses the prompts or not."
         ) from error
     except ValueError:  # a builtin that does not tell its arguments
         return
 
 
 def _ramps(shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Images with no two pixels alike: a reward that divides by the images' contrast is fine on real ones."""
+    """Makes images with no two equal pixels, so that a reward may divide by the images' contrast."""
     return torch.linspace(0.25, 0.75, math.prod(shape), device=device).reshape(tuple(shape))
 
 
 def not_differentiable(reward: Reward) -> InputError:
-    """The error for a reward without a graph to the images."""
+    """Makes the error for a reward without a graph to the images."""
     return InputError(
         f"The reward {name_of(reward)} is not differentiable with respect to the images: it returned a tensor without "
         "a graph to them. Keep to torch operations on the tensor; processors that go through PIL or numpy, `.item()`, "
@@ -113,9 +119,9 @@ def not_differentiable(reward: Reward) -> InputError:
 
 
 def watch_gradient(images: torch.Tensor, reward: Reward, where: str) -> None:
-    """Has the backward pass through `images` refuse a gradient of the reward that is not finite, named with `where`.
+    """Makes the backward pass through `images` check the reward's gradient before it goes on to the denoiser.
 
-    The pass then raises `NumericalError`, before the gradient goes on to the denoiser.
+    The pass raises `NumericalError` where the gradient is not finite; the message names `where`.
     """
 
     def check(gradient: torch.Tensor) -> None:
@@ -130,11 +136,7 @@ def watch_gradient(images: torch.Tensor, reward: Reward, where: str) -> None:
 
 
 def check_images(images: torch.Tensor, where: str) -> None:
-    """Refuses images that are not finite.
-
-    Raises:
-        NumericalError: names `where`.
-    """
+    """Refuses images that are not finite. Raises `NumericalError`, which names `where`."""
     if not torch.isfinite(images).all():
         raise NumericalError(
             f"The images of {where} are not finite. Half-precision autoencoders and denoisers are the usual cause: "
@@ -143,19 +145,20 @@ def check_images(images: torch.Tensor, where: str) -> None:
 
 
 def name_of(reward: Any) -> str:
-    """The reward's name for messages."""
+    """Returns the reward's name for messages."""
     return f"'{getattr(reward, '__name__', type(reward).__name__)}'"
 
 
 def norms(x: torch.Tensor) -> torch.Tensor:
-    """Norm of every sample, (B, 1, ...)."""
+    """Returns the norm of every sample, (B, 1, ...)."""
     return torch.linalg.vector_norm(x.flatten(1), dim=1).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def unit(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every sample divided by its norm (zero where that is zero), and the norms (B,) float64 on the CPU.
+    """Returns every sample divided by its norm (zero where the norm is zero), and the norms (B,) float64 on the CPU.
 
-    Scaled by the largest element first: squares of 1e20, which some estimators' gradients reach, overflow in float32.
+    Each sample is scaled by its largest element first: squares of 1e20, which some estimators' gradients reach,
+    overflow in float32.
     """
     flat = x.flatten(1)
     largest = flat.abs().amax(1, keepdim=True)

@@ -1,10 +1,11 @@
-"""How what is optimised moves along its gradient: normalised ascent, or any optimiser of torch.optim.
+"""Moves what is optimised along its gradient: normalised ascent, or any optimiser of torch.optim.
 
 The variables are tensors by name, (B, ...) each: "noise", and on request "text" and "control".
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -21,25 +22,27 @@ OptimizerFactory = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 
 
 class Mover(Protocol):
-    """One step of an ascent."""
+    """Takes the steps of an ascent."""
 
     def move(self, variables: Variables, gradients: Variables, improved: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The variables after a step along the rewards' `gradients`.
+        """Returns the variables after a step along the rewards' `gradients`.
 
         Args:
-            improved: (B,) bool, whether the last step gave the sample its best reward so far.
+            improved: (B,) bool, whether the sample's last reward is its best so far.
         """
 
 
 class NormalisedAscent:
-    """Steps of a length of their own along each sample's unit gradient; the noise stays on its sphere.
+    """Moves each sample along its unit gradient by steps of the sample's own length; the noise stays on its sphere.
+
+    A sample's steps are halved whenever its reward is no better than its best before, so that near an optimum it does
+    not overshoot for ever.
 
     Args:
-        variables: where they begin. The first step is `step_size` times the norm of the noise, or of the text
-            embedding; for the control, all steps of the run together, that of the noise.
-
-    A sample's steps are halved whenever its reward was no better than the best before, so that near an optimum it
-    does not overshoot for ever.
+        variables: values at the beginning.
+        noise: (B, ...) initial noise.
+        step_size: length of the first step, relative to the norm of the noise or of the text embedding; the control
+            (all steps of the run together) is measured by the norm of the noise.
     """
 
     def __init__(self, variables: Variables, noise: torch.Tensor, step_size: float):
@@ -61,7 +64,7 @@ class NormalisedAscent:
 
 
 class TorchAscent:
-    """Steps of an optimiser from torch.optim on minus the sum of the rewards. Nothing holds the noise on its sphere.
+    """Steps by an optimiser of torch.optim on minus the sum of the rewards. Nothing holds the noise on its sphere.
 
     Elementwise optimisers (SGD, Adam and their kind) keep the samples apart.
     """
@@ -78,11 +81,14 @@ class TorchAscent:
 
 
 def optimizer_factory(optimizer: Any, step_size: float) -> OptimizerFactory | None:
-    """The factory that `optimizer` means: a name in torch.optim (with `step_size` as its learning rate), a factory,
-    or None for normalised ascent.
+    """Returns the factory that `optimizer` stands for; None for normalised ascent.
+
+    Args:
+        optimizer: a name in torch.optim, a factory, or None for normalised ascent.
+        step_size: learning rate of an optimiser by name.
 
     Raises:
-        InputError: another name, or what makes no optimiser, or one that evaluates the reward by itself.
+        InputError: another name, a factory that makes no optimiser, or one whose steps evaluate the reward themselves.
     """
     if optimizer is None:
         return None
@@ -91,11 +97,7 @@ def optimizer_factory(optimizer: Any, step_size: float) -> OptimizerFactory | No
         cls = getattr(torch.optim, optimizer, None)
         if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
             raise InputError(f"`optimizer` is '{optimizer}'; allowed: a name in torch.optim, such as Adam.")
-
-        def named(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
-            return cls(parameters, lr=step_size)  # type: ignore[call-arg]
-
-        make = named
+        make = functools.partial(cls, lr=step_size)  # type: ignore[call-arg]
     try:
         trial = make([torch.nn.Parameter(torch.zeros(2))])
     except Exception as error:
@@ -108,18 +110,10 @@ def optimizer_factory(optimizer: Any, step_size: float) -> OptimizerFactory | No
     return make
 
 
-def check_sphere(noise: torch.Tensor) -> None:
-    """Refuses noise (B, ...) without a norm. Raises `InputError`."""
-    if not bool((norms(noise) > 0).all()):
-        raise InputError(
-            "A sample of the initial noise is all zero, so there is no sphere to move it on; draw it anew."
-        )
-
-
 def shell_distance(noise: torch.Tensor) -> torch.Tensor:
-    """How far the norm of noise (B, ...) is from that of Gaussian noise, in its standard deviations, (B,) float64.
+    """Returns the distance of the noise's norm from that of Gaussian noise, in standard deviations, (B,) float64.
 
-    |z| of d standard normal numbers has mean sqrt(d - 1/2) and standard deviation sqrt(1/2), nearly, for d of some
+    |z| of d standard normal numbers has mean sqrt(d - 1/2) and standard deviation sqrt(1/2), nearly, for d of a few
     tens or more.
     """
     flat = noise.detach().double().flatten(1)

@@ -9,21 +9,12 @@ from typing import Any
 import torch
 from diffusers.utils import BaseOutput
 
-from ..errors import NumericalError, TrajectoryError
+from ..errors import InputError, NumericalError, TrajectoryError
 from ..fisher.estimator import FisherEstimator
 from ..schedulers import FisherSchedulerMixin, Trajectory
-from .checks import (
-    Prompts,
-    Reward,
-    check_images,
-    check_reported,
-    checked_reward,
-    name_of,
-    not_differentiable,
-    unit,
-    watch_gradient,
-)
-from .movers import Mover, NormalisedAscent, OptimizerFactory, TorchAscent, check_sphere, shell_distance
+from . import checks
+from .checks import Prompts, Reward
+from .movers import Mover, NormalisedAscent, OptimizerFactory, TorchAscent, shell_distance
 from .text import TextEmbedding
 
 logger = logging.getLogger(__name__)
@@ -34,27 +25,28 @@ VARIABLES = ("noise", "text", "control")
 
 @dataclasses.dataclass
 class GuidanceOutput(BaseOutput):
-    """The best image of every sample, and how it was reached.
+    """Holds the best image of every sample, and the history of the guidance.
 
     Args:
         images: PIL images, array or tensor, by `output_type`.
-        rewards: (runs, B) float64, of the image that each step started from; the last row is the end. There are
-            guidance steps + 1 runs, fewer where it stopped early.
-        best_rewards: (B,) float64, the largest of each column.
+        rewards: (runs, B) float64, rewards of the image that each step started from; the last row is the end. There
+            are guidance steps + 1 runs, fewer where the guidance stopped early.
+        best_rewards: (B,) float64, the largest reward of each column.
         latents: (B, ...) float32 initial noise of the best images; pass it as `latents` to get them again.
-        gradient_norms: (steps taken, B) float64, norm of d reward / d what is optimised.
+        gradient_norms: (steps, B) float64, norm of the reward's gradient with respect to what is optimised.
         seconds: (runs,) float64, wall time of each sampling run with its gradient.
         num_denoiser_calls: evaluations of the denoiser by the sampling runs and the estimator together.
-        nsfw_content_detected: per image, where the pipeline has a safety checker; empty otherwise.
-        initial_images: what the first run gave, without guidance, in the form of `images` (and black, as those are,
-            where a safety checker flags them).
-        held_out_rewards: (runs, B) float64, of the same images by the reward that is not optimised; no rows without.
-            NaN where it was not finite, which the log says once and which changes nothing else.
-        shell_distances: (runs, B) float64, of the noise's norm from that of Gaussian noise, in standard deviations of
-            the latter. Beyond some 3 the noise is none that the model was trained on.
-        status: "completed", or why it stopped early.
+        nsfw_content_detected: one flag per image, where the pipeline has a safety checker; empty otherwise.
+        initial_images: images of the first run, without guidance, in the form of `images` (black where a safety
+            checker flags them, as `images` are).
+        held_out_rewards: (runs, B) float64, rewards of the same images by the reward that is not optimised; no rows
+            without such a reward. NaN where it was not finite, which the log says once and which changes nothing else.
+        shell_distances: (runs, B) float64, distance of the noise's norm from the norm of Gaussian noise, in standard
+            deviations of the latter. Beyond about 3 the model was not trained on such noise.
+        status: "completed", or why the guidance stopped early.
         prompt_embeds: (B, tokens, width) text embedding of the best images where it was optimised.
-        controls: (B, steps, ...) what was added to the model's output at every step for the best images, likewise.
+        controls: (B, steps, ...) tensors that were added to the model's output at every step for the best images,
+            where they were optimised.
     """
 
     images: Any
@@ -88,11 +80,11 @@ class GuidanceOutput(BaseOutput):
 
 @dataclasses.dataclass
 class NoiseAscent:
-    """The best found so far, and the history. Filled by `ascend_noise`.
+    """Holds the best samples so far, and the history. `ascend_noise` fills it.
 
     Args:
         best_rewards: (B,) float64.
-        best: what belongs to them: "images", "latents" (the run's end), "noise", and what else is optimised.
+        best: tensors of the best samples: "images", "latents" (the run's end), "noise", and what else is optimised.
         initial: "images" and "latents" of the first run.
     """
 
@@ -108,36 +100,26 @@ class NoiseAscent:
     runs_without_gain: int = 0
     status: str = COMPLETED
 
-    @property
-    def best_images(self) -> torch.Tensor:
-        """(B, 3, H, W) in [0, 1]."""
-        return self.best["images"]
-
-    @property
-    def best_noise(self) -> torch.Tensor:
-        """(B, ...) initial noise."""
-        return self.best["noise"]
-
     def record(
-        self, rewards: torch.Tensor, held_out: torch.Tensor | None, found: dict[str, torch.Tensor]
+        self, rewards: torch.Tensor, held_out: torch.Tensor | None, tensors: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """Notes one run's rewards and keeps, sample by sample, the better of old and new.
+        """Records one run's rewards and keeps, sample by sample, the better of old and new.
 
         Returns:
-            (B,) bool: where the new is the best so far.
+            (B,) bool: whether the run's reward is the sample's best so far.
         """
         rewards = rewards.detach().double().cpu()
         self.rewards.append(rewards)
         if held_out is not None:
             self.held_out_rewards.append(held_out)
-        self.shell_distances.append(shell_distance(found["noise"]))
+        self.shell_distances.append(shell_distance(tensors["noise"]))
         better = rewards > self.best_rewards
         self.best_rewards = torch.where(better, rewards, self.best_rewards)
         self.runs_without_gain = 0 if bool(better.any()) else self.runs_without_gain + 1
         if not self.best:
-            self.best = {name: tensor.detach().clone() for name, tensor in found.items()}
+            self.best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
             self.initial = {name: self.best[name].clone() for name in ("images", "latents")}
-        for name, tensor in found.items():
+        for name, tensor in tensors.items():
             chosen = better.to(tensor.device)
             self.best[name][chosen] = tensor.detach()[chosen]
         return better
@@ -145,19 +127,19 @@ class NoiseAscent:
 
 @dataclasses.dataclass
 class GuidedRun:
-    """One sampling run with its rewards and their gradients, as a function of what is optimised.
+    """Runs the sampling once, with its rewards and their gradients, as a function of what is optimised.
 
     Args:
-        sample: noise (B, ...) to final latents, one run of `scheduler`.
-        decode: latents to images (B, 3, H, W) in [0, 1], differentiable.
-        reward: of images and prompts.
-        prompts: one per sample, or class labels.
-        scheduler: the differentiable scheduler that `sample` runs on.
-        estimator: of the diffusion Fisher, in the place of the denoiser's Jacobian.
-        held_out_reward: recorded beside the reward, and not optimised.
+        sample: function from noise (B, ...) to final latents, one run of `scheduler`.
+        decode: differentiable function from latents to images (B, 3, H, W) in [0, 1].
+        reward: function of images and prompts.
+        prompts: one prompt or class label per sample.
+        scheduler: differentiable scheduler that `sample` runs on.
+        estimator: estimator of the diffusion Fisher, in the place of the denoiser's Jacobian.
+        held_out_reward: reward that is recorded and not optimised.
         optimise: names of what moves: "noise", "text" (with `text`), "control" (added to the model's output at every
             step, zero at first).
-        text: the embedding that `sample` and `estimator` use.
+        text: embedding that `sample` and `estimator` use.
     """
 
     sample: Callable[[torch.Tensor], torch.Tensor]
@@ -173,13 +155,13 @@ class GuidedRun:
     def __call__(
         self, variables: dict[str, torch.Tensor], step: int, with_gradient: bool, ascent: NoiseAscent
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
-        """Runs, and records in `ascent` what it gave.
+        """Runs the sampling, and records its rewards and images in `ascent`.
 
         Args:
             variables: "noise", and from the second run on "text" and "control" where they are optimised.
 
         Returns:
-            The variables, all that there are; where the reward is the best so far, (B,); and the gradients of those
+            All variables; whether the reward is the sample's best so far, (B,); and the gradients of the variables
             that are optimised (none without `with_gradient`).
         """
         controls = self._put(variables)
@@ -193,33 +175,39 @@ class GuidedRun:
             variables["text"] = self.text.value.detach()
         with torch.set_grad_enabled(with_gradient):
             images = self.decode(latents)
-            check_images(images, f"run {step}")
-            rewards = checked_reward(self.reward, images, self.prompts)
-            watch_gradient(images, self.reward, f"run {step}")
+            checks.check_images(images, f"run {step}")
+            rewards = checks.checked_reward(self.reward, images, self.prompts)
+            checks.watch_gradient(images, self.reward, f"run {step}")
             total = rewards.sum()  # here, because the caller may be under no_grad
         held_out = self._held_out(images.detach(), step, ascent)
         improved = ascent.record(rewards, held_out, {**variables, "images": images, "latents": latents})
         if not with_gradient:
             return variables, improved, {}
-        _check_connected(trajectory, latents, rewards, self.reward, step)
+        if trajectory.states and not latents.requires_grad:
+            raise TrajectoryError(
+                f"In run {step}, something replaced the latents after the scheduler's last step, a callback say, and "
+                "with them the way back to the noise. Leave what the last step returns as it is."
+            )
+        if not rewards.requires_grad:
+            raise checks.not_differentiable(self.reward)
         return variables, improved, self._gradients(trajectory, total)
 
     @torch.no_grad()
     def _held_out(self, images: torch.Tensor, step: int, ascent: NoiseAscent) -> torch.Tensor | None:
-        """(B,) float64, NaN where the held-out reward is not finite; None without one."""
+        """Returns the held-out rewards (B,) float64, NaN where they are not finite; None without such a reward."""
         if self.held_out_reward is None:
             return None
-        values = checked_reward(self.held_out_reward, images, self.prompts, finite=False).double().cpu()
+        values = checks.checked_reward(self.held_out_reward, images, self.prompts, finite=False).double().cpu()
         finite = torch.isfinite(values)
         if not finite.all() and all(bool(torch.isfinite(row).all()) for row in ascent.held_out_rewards):
             logger.warning(
                 "The held-out reward %s is not finite in run %d: %s. Such values are recorded as NaN, here and in "
-                "later runs; the guidance goes on.", name_of(self.held_out_reward), step, values.tolist(),
+                "later runs; the guidance goes on.", checks.name_of(self.held_out_reward), step, values.tolist(),
             )  # fmt: skip
         return torch.where(finite, values, torch.nan)
 
     def _put(self, variables: dict[str, torch.Tensor]) -> list[torch.Tensor] | None:
-        """Puts the text in its place for a run; gives the controls as the scheduler takes them, None for none."""
+        """Puts the text in its place for a run; returns the controls as the scheduler takes them, None for none."""
         if self.text is not None:
             self.text.gradient = None
             if "text" in variables:
@@ -245,13 +233,13 @@ class GuidedRun:
 
 @dataclasses.dataclass(frozen=True)
 class AscentSettings:
-    """How far and by which steps an ascent goes.
+    """Says how far and by which steps an ascent goes.
 
     Args:
-        num_guidance_steps: gradient steps; 0 samples and scores.
-        step_size: of normalised ascent, see `NormalisedAscent`.
-        optimizer: makes one of torch.optim, instead of normalised ascent.
-        patience: stops after so many runs in which no sample reached a new best; None: never.
+        num_guidance_steps: number of gradient steps; 0 samples and scores.
+        step_size: step size of normalised ascent, see `NormalisedAscent`.
+        optimizer: makes an optimiser of torch.optim, instead of normalised ascent.
+        patience: number of runs without a new best of any sample after which the ascent stops; None: it never does.
     """
 
     num_guidance_steps: int = 10
@@ -269,8 +257,8 @@ def ascend_noise(
     """Climbs the reward by gradient steps on the initial noise, and on request on what else a run depends on.
 
     Args:
-        run: a sampling run with its reward. The shape of a held-out reward is tried before the first run, for which
-            one sample is decoded.
+        run: sampling run with its reward. The shape of a held-out reward is tried before the first run, for which one
+            sample is decoded.
         noise: (B, ...) float32 initial noise.
         on_step: called with the rewards (B,) after each of the `num_guidance_steps + 1` runs.
 
@@ -284,20 +272,32 @@ def ascend_noise(
     """
     steps, patience = settings.num_guidance_steps, settings.patience
     ascent = NoiseAscent(torch.full((len(noise),), -torch.inf, dtype=torch.float64))
-    variables, mover = {"noise": noise}, None
-    if steps > 0 and settings.optimizer is None:
-        check_sphere(noise)
+    variables = {"noise": noise}
+    mover: Mover | None = None
+    if steps > 0 and settings.optimizer is None and not bool((checks.norms(noise) > 0).all()):
+        raise InputError(
+            "A sample of the initial noise is all zero, so there is no sphere to move it on; draw it anew."
+        )
     if run.held_out_reward is not None:
-        _try_held_out(run, run.held_out_reward, noise)
+        with torch.no_grad():
+            one = run.decode(noise[:1])  # for its size and device alone
+        checks.check_reported(run.held_out_reward, (len(noise), *one.shape[1:]), run.prompts, one.device)
     for step in range(steps + 1):
         begin = time.perf_counter()
         try:
             variables, improved, gradients = run(variables, step, step < steps, ascent)
             if gradients:
-                ascent.gradient_norms.append(_joint_norm(gradients))
-                _warn_of_flat_rewards(ascent, run.reward)
+                parts = torch.stack([checks.unit(gradient)[1] for gradient in gradients.values()])
+                ascent.gradient_norms.append(torch.linalg.vector_norm(parts, dim=0))
+                if len(ascent.gradient_norms) == 1:
+                    _warn_of_flat_rewards(ascent.gradient_norms[0], run.reward)
                 moving = {name: variables[name] for name in gradients}
-                mover = mover or _mover(moving, noise, settings)
+                if mover is None:
+                    mover = (
+                        NormalisedAscent(moving, noise, settings.step_size)
+                        if settings.optimizer is None
+                        else TorchAscent(moving, settings.optimizer)
+                    )
                 variables |= mover.move(moving, gradients, improved)
         except NumericalError as error:
             if not ascent.rewards:  # nothing to return
@@ -314,41 +314,11 @@ def ascend_noise(
     return ascent
 
 
-def _try_held_out(run: GuidedRun, reward: Reward, noise: torch.Tensor) -> None:
-    with torch.no_grad():
-        one = run.decode(noise[:1])  # for its size and device alone
-    check_reported(reward, (len(noise), *one.shape[1:]), run.prompts, one.device)
-
-
-def _mover(moving: dict[str, torch.Tensor], noise: torch.Tensor, settings: AscentSettings) -> Mover:
-    if settings.optimizer is None:
-        return NormalisedAscent(moving, noise, settings.step_size)
-    return TorchAscent(moving, settings.optimizer)
-
-
-def _warn_of_flat_rewards(ascent: NoiseAscent, reward: Reward) -> None:
-    """Says of the first gradients which samples can't move."""
-    still = (ascent.gradient_norms[-1] == 0).nonzero().flatten().tolist()
-    if still and len(ascent.gradient_norms) == 1:
+def _warn_of_flat_rewards(gradient_norms: torch.Tensor, reward: Reward) -> None:
+    """Warns of samples that can't move because their first gradient is zero."""
+    still = (gradient_norms == 0).nonzero().flatten().tolist()
+    if still:
         logger.warning(
             "The gradient of the reward %s is zero for samples %s, which do not move: the reward does not change with "
-            "the image there, or its gradient is lost to rounding.", name_of(reward), still,
+            "the image there, or its gradient is lost to rounding.", checks.name_of(reward), still,
         )  # fmt: skip
-
-
-def _joint_norm(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Norm over all that is optimised, (B,) float64, whatever the gradients' size."""
-    return torch.linalg.vector_norm(torch.stack([unit(gradient)[1] for gradient in gradients.values()]), dim=0)
-
-
-def _check_connected(
-    trajectory: Trajectory, latents: torch.Tensor, rewards: torch.Tensor, reward: Reward, step: int
-) -> None:
-    """Refuses a run whose latents, or a reward whose values, have lost the graph to the noise."""
-    if trajectory.states and not latents.requires_grad:
-        raise TrajectoryError(
-            f"In run {step}, something replaced the latents after the scheduler's last step, a callback say, and with "
-            "them the way back to the noise. Leave what the last step returns as it is."
-        )
-    if not rewards.requires_grad:
-        raise not_differentiable(reward)

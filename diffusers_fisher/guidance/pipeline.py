@@ -1,9 +1,8 @@
-"""Guidance of a pipeline through the whole sampling run: from what a user passes to the best images."""
+"""Guidance of a pipeline through the whole sampling run: from a user's arguments to the best images."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -23,7 +22,7 @@ from ..fisher.estimator import FisherEstimator, check_estimator
 from ..fisher.finite_difference import FiniteDifferenceFisher
 from ..fisher.one_step import OneStepFisher
 from ..images import ImageLike
-from .checks import Prompts, Reward, check_differentiable, check_guidance
+from .checks import Reward, check_differentiable, check_guidance
 from .movers import OptimizerFactory, optimizer_factory
 from .noise_ascent import VARIABLES, AscentSettings, GuidanceOutput, GuidedRun, NoiseAscent, ascend_noise
 from .text import TextEmbedding, TextGradientEstimator
@@ -66,13 +65,14 @@ def guide(
 
     Args:
         pipe: a pipeline that has a backbone, stock or ours; nothing on it is changed.
-        prompt: one, or several; None where `prompt_embeds` are given. Class labels for pipelines that take those.
+        prompt: one prompt, or several; None where `prompt_embeds` are passed. Class labels where the pipeline takes
+            class labels.
         reward: `reward(images, prompts) -> (B,)`, images (B, 3, H, W) in [0, 1] with a graph, higher is better.
         num_guidance_steps: gradient steps; 0 samples and scores.
         step_size: length of the first step relative to the noise's norm; halved for a sample whose reward is no better
             than its best before.
-        estimator: of the diffusion Fisher; None: `OneStepFisher()`, for one denoiser call per guidance step.
-        num_inference_steps, guidance_scale: of the sampling runs; None: the stock call's own defaults.
+        estimator: estimator of the diffusion Fisher; None: `OneStepFisher()`, for one denoiser call per guidance step.
+        num_inference_steps, guidance_scale: arguments of the sampling runs; None: the stock call's defaults.
         latents: initial noise of unit variance, (B, C, h, w), or packed where the pipeline's own are; None: drawn with
             `generator` as the stock call does.
         output_type: "pil", "np", "pt".
@@ -103,11 +103,8 @@ def guide(
     backbone = backbone_of(pipe)
     check_arguments(backbone.name, backbone.parameters, guide, call_arguments)
     steps = backbone.parameters["num_inference_steps"].default if num_inference_steps is None else num_inference_steps
-    check_guidance(num_guidance_steps, step_size, steps, output_type)
-    options = GuidanceOptions(
-        estimator, optimise, held_out_reward, adjoint_guidance_scale, decoder, checkpoint_decoder, patience
-    )
-    options.check(backbone)
+    check_guidance(num_guidance_steps, step_size, steps, output_type, patience)
+    _check_options(backbone, estimator, optimise, decoder is not None or checkpoint_decoder)
     settings = AscentSettings(num_guidance_steps, step_size, optimizer_factory(optimizer, step_size), patience)
     backbone.check_scheduler()
     prompts, conditions = backbone.conditions(prompt, call_arguments, None, num_images_per_prompt)
@@ -118,187 +115,148 @@ def guide(
     if "guidance_scale" in backbone.parameters:
         default = backbone.parameters["guidance_scale"].default
         arguments["guidance_scale"] = default if guidance_scale is None else guidance_scale
-    problem = GuidanceProblem(backbone, reward, options, prompts, pixels, noise, generator, arguments)
-    output = problem.solve(settings, output_type)
+    denoisers = _Denoisers(backbone, arguments, estimator, adjoint_guidance_scale, "text" in optimise)
+    scheduler = backbone.differentiable_scheduler()
+    sample = SamplingRun(denoisers.forward, scheduler, generator, denoisers.backward, **arguments)
+    decode = functools.partial(backbone.with_autoencoder(decoder).decode, pixels=pixels)
+    run = GuidedRun(
+        sample, decode, reward, prompts, scheduler, denoisers.estimator, held_out_reward, optimise, denoisers.text
+    )
+    ascent = _ascend(backbone, run, noise, pixels, settings, decoder, checkpoint_decoder)
+    output = _output(backbone, ascent, denoisers, output_type)
     return output if return_dict else cast(GuidanceOutput, output.to_tuple())
 
 
-@dataclasses.dataclass(frozen=True)
-class GuidanceOptions:
-    """Arguments of `guide` that say what is optimised and by what. See there."""
-
-    estimator: FisherEstimator | None
-    optimise: Sequence[str]
-    held_out_reward: Reward | None
-    adjoint_guidance_scale: float | None
-    decoder: torch.nn.Module | None
-    checkpoint_decoder: bool
-    patience: int | None
-
-    def check(self, backbone: Backbone) -> None:
-        """Refuses values out of range. Raises `InputError` that says which."""
-        if isinstance(self.optimise, str) or not self.optimise or not set(self.optimise) <= set(VARIABLES):
-            raise InputError(f"`optimise` is {self.optimise!r}; allowed: some of {', '.join(VARIABLES)}, as a list.")
-        if self.estimator is not None:
-            check_estimator(self.estimator)
-        if self.patience is not None and self.patience < 1:
-            raise InputError(f"`patience` is {self.patience}; allowed: at least 1 run, or None.")
-        if (self.decoder is not None or self.checkpoint_decoder) and backbone.autoencoder is None:
-            raise InputError(
-                f"{backbone.name} has no autoencoder `vae`; leave out `decoder` and `checkpoint_decoder`."
-            )
-        if "text" in self.optimise and self.estimator is not None and self.estimator.denoiser is not None:
-            raise InputError(
-                "The estimator has a denoiser of its own, whose prompts stay as they are while the text embedding is "
-                f"optimised. Make it without: {type(self.estimator).__name__}()."
-            )
+def _check_options(
+    backbone: Backbone, estimator: FisherEstimator | None, optimise: Sequence[str], has_decoder_options: bool
+) -> None:
+    """Refuses what `guide` can't optimise, estimate or decode by. Raises `InputError`."""
+    if isinstance(optimise, str) or not optimise or not set(optimise) <= set(VARIABLES):
+        raise InputError(f"`optimise` is {optimise!r}; allowed: some of {', '.join(VARIABLES)}, as a list.")
+    if has_decoder_options and backbone.autoencoder is None:
+        raise InputError(f"{backbone.name} has no autoencoder `vae`; leave out `decoder` and `checkpoint_decoder`.")
+    if estimator is not None and check_estimator(estimator).denoiser is not None and "text" in optimise:
+        raise InputError(
+            "The estimator has a denoiser of its own, whose prompts stay as they are while the text embedding is "
+            f"optimised. Make it without: {type(estimator).__name__}()."
+        )
 
 
-class GuidanceProblem:
-    """One call of `guide`, checked: what is sampled, decoded and rewarded.
+def _ascend(
+    backbone: Backbone, run: GuidedRun, noise: torch.Tensor, pixels: tuple[int, int], settings: AscentSettings,
+    decoder: torch.nn.Module | None, checkpoint_decoder: bool,
+) -> NoiseAscent:  # fmt: skip
+    """Runs the ascent, and decodes its best images by the pipeline's own autoencoder.
 
     Args:
-        prompts: one per sample, as the reward is told of them.
-        pixels: height and width of the images.
         noise: (B, ...) initial noise in the pipeline's layout.
-        generator: of the scheduler's noise.
-        arguments: to the pipeline's call.
+        pixels: height and width of the images.
+        decoder: decoder that `run` uses in the place of the pipeline's own; None: it uses the pipeline's own.
     """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(backbone.loaded())
+        if decoder is not None:
+            _check_decoder(decoder, run.decode, noise, pixels)
+        if checkpoint_decoder:
+            stack.enter_context(_checkpoints(backbone.autoencoder if decoder is None else decoder))
+        progress = stack.enter_context(backbone.progress_bar(settings.num_guidance_steps + 1))
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        reward: Reward,
-        options: GuidanceOptions,
-        prompts: Prompts,
-        pixels: tuple[int, int],
-        noise: torch.Tensor,
-        generator: Generators,
-        arguments: dict[str, Any],
-    ):
-        self.backbone, self.reward, self.options = backbone, reward, options
-        self.prompts, self.pixels, self.noise = prompts, pixels, noise
-        self.denoisers = _Denoisers(backbone, options, arguments)
-        self.scheduler = backbone.differentiable_scheduler()
-        self.run = SamplingRun(self.denoisers.forward, self.scheduler, generator, self.denoisers.backward, **arguments)
+        def show(rewards: torch.Tensor) -> None:
+            progress.set_postfix(reward=f"{float(rewards.mean()):.3f}")
+            progress.update()
 
-    def solve(self, settings: AscentSettings, output_type: str) -> GuidanceOutput:
-        """Runs the ascent and finishes its images."""
-        backbone, options = self.backbone, self.options
-        decoding = backbone.with_autoencoder(options.decoder)
-        with backbone.loaded():
-            if options.decoder is not None:
-                self._check_decoder(decoding, options.decoder)
-            checkpointed = (
-                _checkpointed(decoding.autoencoder) if options.checkpoint_decoder else contextlib.nullcontext()
-            )
-            with checkpointed, _progress(backbone, settings.num_guidance_steps + 1) as show:
-                run = GuidedRun(
-                    self.run, functools.partial(decoding.decode, pixels=self.pixels), self.reward, self.prompts,
-                    self.scheduler, self.denoisers.estimator, options.held_out_reward, options.optimise,
-                    self.denoisers.text,
-                )  # fmt: skip
-                ascent = ascend_noise(run, self.noise, settings, show)
-            if options.decoder is not None:
-                self._decode_anew(ascent)
-        return self._output(ascent, output_type)
+        ascent = ascend_noise(run, noise, settings, show)
+        if decoder is not None:
+            for kept in (ascent.best, ascent.initial):
+                with torch.no_grad():
+                    kept["images"] = backbone.decode(kept["latents"], pixels)
+    return ascent
 
-    @torch.no_grad()
-    def _check_decoder(self, decoding: Backbone, decoder: torch.nn.Module) -> None:
-        """Refuses what decodes to images of another size, by one sample."""
-        if not callable(getattr(decoder, "decode", None)):
-            raise InputError(
-                f"`decoder` is a {type(decoder).__name__}; allowed: an autoencoder, such as AutoencoderTiny."
-            )
-        size = tuple(decoding.decode(self.noise[:1], self.pixels).shape[-2:])
-        if size != self.pixels:
-            raise InputError(
-                f"`decoder` makes {size[0]}x{size[1]} pixels of this pipeline's latents, whose autoencoder makes "
-                f"{self.pixels[0]}x{self.pixels[1]}; give a decoder of the same latents."
-            )
 
-    @torch.no_grad()
-    def _decode_anew(self, ascent: NoiseAscent) -> None:
-        """Makes the images by the pipeline's own autoencoder, where another decoded them for the reward."""
-        for kept in (ascent.best, ascent.initial):
-            kept["images"] = self.backbone.decode(kept["latents"], self.pixels)
+@torch.no_grad()
+def _check_decoder(
+    decoder: torch.nn.Module,
+    decode: Callable[[torch.Tensor], torch.Tensor],
+    noise: torch.Tensor,
+    pixels: tuple[int, int],
+) -> None:
+    """Refuses a decoder to images of another size than `pixels`, by one sample. Raises `InputError`."""
+    if not callable(getattr(decoder, "decode", None)):
+        raise InputError(f"`decoder` is a {type(decoder).__name__}; allowed: an autoencoder, such as AutoencoderTiny.")
+    size = tuple(decode(noise[:1]).shape[-2:])
+    if size != pixels:
+        raise InputError(
+            f"`decoder` makes {size[0]}x{size[1]} pixels of this pipeline's latents, whose autoencoder makes "
+            f"{pixels[0]}x{pixels[1]}; give a decoder of the same latents."
+        )
 
-    def _output(self, ascent: NoiseAscent, output_type: str) -> GuidanceOutput:
-        processor = vars(self.backbone.pipe).get("image_processor") or VaeImageProcessor()
-        finished, initial = (self.backbone.finish(kept["images"]) for kept in (ascent.best, ascent.initial))
-        count = len(ascent.best_rewards)
 
-        def shown(images: torch.Tensor) -> ImageLike:
-            return processor.postprocess(images, output_type, do_denormalize=[False] * count)
+def _output(backbone: Backbone, ascent: NoiseAscent, denoisers: _Denoisers, output_type: str) -> GuidanceOutput:
+    """Finishes the images as the stock call does, and makes the output."""
+    processor = vars(backbone.pipe).get("image_processor") or VaeImageProcessor()
+    (images, unsafe), (initial, _) = (backbone.finish(kept["images"]) for kept in (ascent.best, ascent.initial))
+    count = len(ascent.best_rewards)
 
-        def rows(history: list[torch.Tensor]) -> torch.Tensor:
-            return torch.stack(history) if history else torch.zeros(0, count, dtype=torch.float64)
+    def shown(tensor: torch.Tensor) -> ImageLike:
+        return processor.postprocess(tensor, output_type, do_denormalize=[False] * count)
 
-        return GuidanceOutput(
-            images=shown(finished[0]), rewards=rows(ascent.rewards), best_rewards=ascent.best_rewards,
-            latents=ascent.best_noise, gradient_norms=rows(ascent.gradient_norms),
-            seconds=torch.tensor(ascent.seconds, dtype=torch.float64),
-            num_denoiser_calls=ascent.num_sampling_calls + self.denoisers.calls(),
-            nsfw_content_detected=finished[1], initial_images=shown(initial[0]),
-            held_out_rewards=rows(ascent.held_out_rewards), shell_distances=rows(ascent.shell_distances),
-            status=ascent.status, prompt_embeds=ascent.best.get("text"), controls=ascent.best.get("control"),
-        )  # fmt: skip
+    def rows(history: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(history) if history else torch.zeros(0, count, dtype=torch.float64)
+
+    return GuidanceOutput(
+        images=shown(images), rewards=rows(ascent.rewards), best_rewards=ascent.best_rewards,
+        latents=ascent.best["noise"], gradient_norms=rows(ascent.gradient_norms),
+        seconds=torch.tensor(ascent.seconds, dtype=torch.float64),
+        num_denoiser_calls=ascent.num_sampling_calls + denoisers.calls(), nsfw_content_detected=unsafe,
+        initial_images=shown(initial), held_out_rewards=rows(ascent.held_out_rewards),
+        shell_distances=rows(ascent.shell_distances), status=ascent.status,
+        prompt_embeds=ascent.best.get("text"), controls=ascent.best.get("control"),
+    )  # fmt: skip
 
 
 class _Denoisers:
-    """The denoiser of the sampling run, that of the backward pass, and the estimator bound to the latter."""
+    """Holds the denoiser of the sampling run, that of the backward pass, and the estimator that evaluates it."""
 
-    def __init__(self, backbone: Backbone, options: GuidanceOptions, arguments: dict[str, Any]):
+    def __init__(
+        self, backbone: Backbone, arguments: dict[str, Any], estimator: FisherEstimator | None,
+        adjoint_guidance_scale: float | None, optimises_text: bool,
+    ):  # fmt: skip
         arguments = {
             key: value
             for key, value in arguments.items()
             if not key.startswith("callback") and key != "num_inference_steps"
         }
         self.forward = self.backward = PipelineDenoiser(backbone, **arguments)
-        estimator = default_estimator(backbone.dtype) if options.estimator is None else options.estimator
-        scale = options.adjoint_guidance_scale
+        estimator = default_estimator(backbone.dtype) if estimator is None else estimator
+        scale = adjoint_guidance_scale
         if scale is not None and scale != arguments.get("guidance_scale", scale):
             self.backward = PipelineDenoiser(backbone, **{**arguments, "guidance_scale": scale})
             estimator = estimator.without_model_output()
         self.estimator = estimator.bind(self.backward)
-        counted: dict[int, Denoiser] = {id(each): each for each in (self.forward, self.backward)}
-        own = [each for each in self.estimator.denoisers if isinstance(each, Denoiser)]  # plain functions don't count
-        counted |= {id(each): each for each in own}
+        denoisers = (self.forward, self.backward, *self.estimator.denoisers)
+        # By identity, so that each counts once; plain functions don't count their calls.
+        counted = {id(each): each for each in denoisers if isinstance(each, Denoiser)}
         self._calls_before = [(each, each.num_calls) for each in counted.values()]
-        self.text = TextEmbedding() if "text" in options.optimise else None
+        self.text = TextEmbedding() if optimises_text else None
         if self.text is not None:
             for denoiser in {id(each): each for each in (self.forward, self.backward)}.values():
                 self.text.attach(denoiser)
             self.estimator = TextGradientEstimator(self.estimator, self.text, self.backward)
 
     def calls(self) -> int:
-        """Evaluations since this was made, besides the sampling runs'."""
+        """Returns the evaluations since this object was made, without those of the sampling runs."""
         return sum(each.num_calls - before for each, before in self._calls_before)
 
 
 def default_estimator(dtype: torch.dtype) -> OneStepFisher:
-    """`OneStepFisher` by differences long enough to stand out of the rounding of a network of `dtype`."""
+    """Makes a `OneStepFisher` whose differences exceed the rounding errors of a network of `dtype`."""
     step = HALF_PRECISION_STEPS.get(dtype)
     return OneStepFisher(None if step is None else FiniteDifferenceFisher(relative_step=step))
 
 
 @contextlib.contextmanager
-def _progress(backbone: Backbone, total: int) -> Iterator[Callable[[torch.Tensor], None]]:
-    with backbone.progress_bar(total) as progress:
-
-        def show(rewards: torch.Tensor) -> None:
-            progress.set_postfix(reward=f"{float(rewards.mean()):.3f}")
-            progress.update()
-
-        yield show
-
-
-@contextlib.contextmanager
-def _checkpointed(autoencoder: Any) -> Iterator[None]:
+def _checkpoints(autoencoder: Any) -> Iterator[None]:
     """Recomputes an autoencoder's activations in the block's backward passes rather than keeping them."""
-    if autoencoder is None:
-        yield
-        return
     names = ("gradient_checkpointing", "_gradient_checkpointing_func")
     before = [(part, {k: v for k, v in vars(part).items() if k in names}) for part in autoencoder.modules()]
     try:

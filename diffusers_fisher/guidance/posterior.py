@@ -22,16 +22,8 @@ from ..errors import InputError, NumericalError, TrajectoryError, UnsupportedErr
 from ..fisher.direct import DirectFisher
 from ..fisher.estimator import FisherEstimator, check_estimator
 from ..noise import DenoisingState, NoiseLevel, Timestep, expand, noise_schedule, state_of
-from .checks import (
-    Reward,
-    check_differentiable,
-    check_images,
-    checked_reward,
-    norms,
-    not_differentiable,
-    unit,
-    watch_gradient,
-)
+from . import checks
+from .checks import Reward, norms, unit
 from .noise_ascent import COMPLETED
 
 logger = logging.getLogger(__name__)
@@ -40,36 +32,6 @@ SAME_OUTPUT = 0.05
 """Relative difference of two evaluations of one denoiser by rounding of half-precision networks, at most."""
 
 
-class _Block(contextlib.AbstractContextManager):
-    """A context manager that says so to those who pass it on without entering it."""
-
-    def __init__(self, inner: contextlib.AbstractContextManager):
-        self._inner = inner
-
-    def __enter__(self) -> Any:
-        return self._inner.__enter__()
-
-    def __exit__(self, *raised: Any) -> bool | None:
-        return self._inner.__exit__(*raised)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise TrajectoryError(
-            "posterior_guidance is a context manager: write `with posterior_guidance(pipe, reward) as guidance:`, and "
-            "in the block pass `callback_on_step_end=guidance`."
-        )
-
-
-def _entered(block: Callable) -> Callable:
-    make = contextlib.contextmanager(block)
-
-    @functools.wraps(block)
-    def made(*args, **kwargs):
-        return _Block(make(*args, **kwargs))
-
-    return made
-
-
-@_entered
 def posterior_guidance(
     pipe: Any,
     reward: Reward,
@@ -79,8 +41,8 @@ def posterior_guidance(
     estimator: FisherEstimator | None = None,
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
     denoiser: Denoiser | None = None,
-) -> Iterator[PosteriorGuidance]:
-    """Guides the runs of any pipeline inside the block, through `callback_on_step_end`.
+) -> PosteriorGuidance:
+    """Makes a context manager that guides the runs of any pipeline inside its block, by `callback_on_step_end`.
 
         with posterior_guidance(pipe, reward, strength=0.2) as guidance:
             images = pipe(prompt, callback_on_step_end=guidance).images
@@ -91,29 +53,29 @@ def posterior_guidance(
     network's own vector-Jacobian product, that of DPS (Chung et al., 2209.14687) and FreeDoM (Yu et al., 2303.09833).
     `FiniteDifferenceFisher` and `GaussianFisher` lie between; endpoint forms need the run's end and are refused.
 
-    The scheduler's `step` is watched inside the block, which gives the callback the state that a step began from, and
-    the pipeline's `prepare_latents`, after which the reward is tried on images of the run's number and size, before
-    the denoiser's first evaluation. Nothing of the pipeline is changed after the block.
+    Inside the block the scheduler's `step` is watched, so that the callback knows the state that a step began from.
+    The pipeline's `prepare_latents` is watched too: after it the reward is tried on images of the run's number and
+    size, before the denoiser's first evaluation. After the block the pipeline is as it was.
 
     Args:
         pipe: a pipeline whose call takes `callback_on_step_end`; used as it is.
         reward: `reward(images, prompts) -> (B,)`, images (B, 3, H, W) in [0, 1] with a graph.
-        prompts: what the reward is told, one for all samples or one each; None: nothing (an empty prompt each), which
+        prompts: prompts for the reward, one for all samples or one per sample; None: an empty prompt per sample, which
             rewards that compare images with their prompts refuse. The pipeline's own prompts are not read.
         strength: the tilt's size relative to the score: the score becomes score + strength alpha |score| u, with u
             the unit direction and alpha that of the variance-preserving sample. The predicted clean sample so moves
             by `strength` sigma |eps|, less than `strength` standard deviations of the noise at any level.
-        estimator: of the diffusion Fisher; None: `DirectFisher()`.
-        decode: latents in the pipeline's layout to images (B, 3, H, W) in [0, 1], differentiable. None: by the
-            pipeline's autoencoder; packed latents (Flux) need it.
+        estimator: estimator of the diffusion Fisher; None: `DirectFisher()`.
+        decode: differentiable function from latents in the pipeline's layout to images (B, 3, H, W) in [0, 1]; None:
+            the pipeline's autoencoder decodes. Packed latents (Flux) need the function.
         denoiser: bound to an estimator that needs a denoiser and has none. It must be the run's own function, with
-            the call's prompts and guidance scale. None: at the first guided step of every run one is made of
+            the call's prompts and guidance scale. None: at the first guided step of every run a denoiser is made of
             `prompts` and the call's guidance scale, and compared with the run's output there, by one evaluation.
 
-    Yields:
-        The `PosteriorGuidance`, to be passed as `callback_on_step_end`. Cost: a decoding, a reward and their backward
-        pass a step, and the estimator's product; once a reward and its backward pass for the trial, and with `decode`
-        a decoding, for the images' size.
+    Returns:
+        A context manager that gives its block the `PosteriorGuidance`, which is passed as `callback_on_step_end`.
+        Cost: one decoding, one reward and their backward pass per step, and the estimator's product; once per size of
+        images a reward and its backward pass for the trial, and with `decode` a decoding, for the images' size.
 
     Raises:
         InputError: `strength` not positive, something else than an estimator, a trace model of another denoiser;
@@ -128,9 +90,12 @@ def posterior_guidance(
     """
     if not 0 < strength < math.inf:
         raise InputError(f"`strength` is {strength}; allowed: positive, such as 0.2 of the score's norm.")
-    scheduler = pipe.scheduler
-    noise_schedule(scheduler)
-    _check_callback(pipe)
+    noise_schedule(pipe.scheduler)
+    if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
+        raise UnsupportedError(
+            f"{type(pipe).__name__} takes no `callback_on_step_end`, so it can't be guided step by step; guide its "
+            "initial noise instead: fisher_pipeline(pipe).guide(...)."
+        )
     estimator = DirectFisher() if estimator is None else check_estimator(estimator)
     if estimator.uses_whole_run:
         raise UnsupportedError(
@@ -139,51 +104,56 @@ def posterior_guidance(
         )
     estimator.check_denoiser(pipe)
     estimator = estimator if denoiser is None else estimator.bind(denoiser)
-    shape = None if decode is not None else functools.partial(_pixel_shape, pipe)
-    guidance = PosteriorGuidance(reward, prompts, strength, estimator, decode or _decoder(pipe), shape)
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_replaced(scheduler, "step", guidance._watched(scheduler)))
-            if hasattr(pipe, "prepare_latents"):  # else the first guided step finds out
-                stack.enter_context(_replaced(pipe, "prepare_latents", guidance._trying(pipe)))
-            yield guidance
-    finally:
-        guidance._scheduler = None
-    guidance._check_called()
+    return PosteriorGuidance(pipe, reward, prompts, strength, estimator, decode)
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Sets one instance attribute for the block, past any `__setattr__`, and puts back what was there."""
-    own = {key: kept for key, kept in vars(owner).items() if key == name}  # one of the user's own
-    vars(owner)[name] = value
+def _watches(owner: Any, name: str, watch: Callable) -> Iterator[None]:
+    """Calls `watch(method, ...)` in the place of a method of `owner` in the block, and then puts back what was there.
+
+    The attribute is set past any `__setattr__`. Pipelines inspect the method's signature, which stays the same.
+    """
+    attributes = {key: value for key, value in vars(owner).items() if key == name}  # an attribute that a user set
+    method = getattr(owner, name)
+    vars(owner)[name] = functools.update_wrapper(functools.partial(watch, method), method)
     try:
         yield
     finally:
         vars(owner).pop(name, None)
-        vars(owner).update(own)
+        vars(owner).update(attributes)
 
 
-class PosteriorGuidance:
-    """The callback of `posterior_guidance`, and what it saw of the last run.
+class PosteriorGuidance(contextlib.AbstractContextManager):
+    """Guides the runs of a pipeline in its block as their callback, and records the last run.
 
     Attributes:
-        rewards: of the predicted clean samples before every guided step, a list of (B,) float64.
-        gradient_norms: |J^T g|, likewise.
-        status: "completed", or at which step a number that was not finite ended the guidance; the run went on without.
+        rewards: rewards of the predicted clean samples before every guided step, a list of (B,) float64.
+        gradient_norms: |J^T g| at every guided step, a list of (B,) float64.
+        status: "completed", or at which step a number that was not finite ended the guidance, after which the run went
+            on without it.
     """
 
-    def __init__(self, reward, prompts, strength, estimator, decode, shape=None):
+    def __init__(
+        self,
+        pipe: Any,
+        reward: Reward,
+        prompts: str | Sequence[str] | None,
+        strength: float,
+        estimator: FisherEstimator,
+        decode: Callable[[torch.Tensor], torch.Tensor] | None,
+    ):
         self.rewards: list[torch.Tensor] = []
         self.gradient_norms: list[torch.Tensor] = []
         self.status = COMPLETED
+        self._pipe = pipe
+        self._block: contextlib.ExitStack | None = None
         self._reward = reward
         self._prompts = prompts
         self._strength = strength
         self._estimator = estimator
-        self._run_estimator: FisherEstimator | None = None  # the same with a denoiser of the present run
-        self._decode = decode
-        self._shape = shape  # of the images, from latents; None: of one decoding
+        self._run_estimator: FisherEstimator | None = None  # the estimator with a denoiser of the present run
+        self._decode = decode or _decoder(pipe)
+        self._has_pixel_shape = decode is None
         self._tried: set[tuple[int, ...]] = set()
         self._scheduler: Any = None
         self._timesteps: Any = None
@@ -191,11 +161,33 @@ class PosteriorGuidance:
         self._state: DenoisingState | None = None
         self._begin: NoiseLevel | None = None  # level from which the sample comes that is to be tilted
         self._steps = self._calls = 0
+        self._is_evaluating = False  # then calls of the pipeline are the estimator's own, and no runs
+
+    def __enter__(self) -> PosteriorGuidance:
+        self._scheduler, self._block = self._pipe.scheduler, contextlib.ExitStack()
+        self._block.enter_context(_watches(self._scheduler, "step", self._step))
+        if hasattr(self._pipe, "prepare_latents"):  # else the first guided step finds a bad reward
+            self._block.enter_context(_watches(self._pipe, "prepare_latents", self._prepare_latents))
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        if self._block is not None:
+            self._block.close()
+        self._scheduler = None
+        if raised[0] is None and self._steps and not self._calls:
+            raise TrajectoryError(
+                "The pipeline ran without guidance: pass it `callback_on_step_end=guidance`, what the block yields."
+            )
 
     def __call__(
         self, pipe: Any, step_index: int, timestep: Timestep, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """diffusers' callback: the latents after a step, tilted."""
+        """Returns the tilted latents after a step: it is diffusers' callback."""
+        if self._block is None:
+            raise TrajectoryError(
+                "posterior_guidance is a context manager: write `with posterior_guidance(pipe, reward) as guidance:`, "
+                "and in the block pass `callback_on_step_end=guidance`."
+            )
         state = self._state
         if self._scheduler is None or state is None:
             raise TrajectoryError(
@@ -214,6 +206,7 @@ class PosteriorGuidance:
         self._begin, self._state = end, None
         if self.status != COMPLETED:
             return callback_kwargs
+        self._is_evaluating = True
         try:
             if self._run_estimator is None:
                 self._run_estimator = self._with_denoiser(pipe, state)
@@ -224,22 +217,24 @@ class PosteriorGuidance:
             self.status = f"stopped at guided step {len(self.rewards)}: {error}"
             logger.warning("Guidance %s The run goes on without it.", self.status)
             return callback_kwargs
+        finally:
+            self._is_evaluating = False
         tilt = expand(_rotation(begin, end) * self._strength, direction) * norms(state.epsilon) * direction
         latents = callback_kwargs["latents"]
         return callback_kwargs | {"latents": (latents + tilt).to(latents.dtype)}
 
     def _direction(self, state: DenoisingState, estimator: FisherEstimator, step: int) -> torch.Tensor:
-        """The unit direction in which the score is tilted, (B, ...)."""
+        """Returns the unit direction in which the score is tilted, (B, ...)."""
         clean = state.pred_original_sample.detach()
         prompts = self._prompts_of(len(clean))
         with torch.enable_grad():
             leaf = clean.requires_grad_()
             images = self._decode(leaf)
-            check_images(images, f"guided step {step}")
-            values = checked_reward(self._reward, images, prompts)
+            checks.check_images(images, f"guided step {step}")
+            values = checks.checked_reward(self._reward, images, prompts)
             if not values.requires_grad:
-                raise not_differentiable(self._reward)
-            watch_gradient(images, self._reward, f"guided step {step}")
+                raise checks.not_differentiable(self._reward)
+            checks.watch_gradient(images, self._reward, f"guided step {step}")
             (gradient,) = torch.autograd.grad(values.sum(), leaf)
         product = estimator(state).original_jacobian(gradient)
         if not torch.isfinite(product).all():
@@ -280,71 +275,49 @@ class PosteriorGuidance:
         return self._estimator.bind(denoiser)
 
     def _prompts_of(self, count: int) -> Sequence[str]:
-        """One a sample."""
+        """Returns one prompt per sample."""
         if self._prompts is None or isinstance(self._prompts, str):
             return [self._prompts or ""] * count
         if len(self._prompts) != count:
             raise InputError(f"{len(self._prompts)} `prompts` were given for {count} samples; give one, or one each.")
         return self._prompts
 
-    def _trying(self, pipe: Any) -> Callable:
-        """The pipeline's `prepare_latents`, after which the reward is tried."""
-        make = pipe.prepare_latents
-
-        @functools.wraps(make)
-        def watched(*args, **kwargs):
-            made = make(*args, **kwargs)
-            if pipe.scheduler is self._scheduler:  # not an estimator's own evaluation of the denoiser
-                self._try(made[0] if isinstance(made, (tuple, list)) else made)
-            return made
-
-        return watched
-
-    def _try(self, latents: Any) -> None:
-        """Tries the reward on images of the latents' number and size, once for each."""
-        if not isinstance(latents, torch.Tensor):
-            return
-        shape = self._shape(latents) if self._shape is not None else None
+    def _prepare_latents(self, prepare: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Calls the pipeline's `prepare_latents`, and tries the reward once per number and size of images."""
+        result = prepare(*args, **kwargs)
+        latents = result[0] if isinstance(result, (tuple, list)) else result
+        if self._is_evaluating or not isinstance(latents, torch.Tensor):
+            return result
+        shape = _pixel_shape(self._pipe, latents) if self._has_pixel_shape else None
         if shape is None:
             with torch.no_grad():
                 shape = tuple(self._decode(latents).shape)
         if shape not in self._tried:
-            check_differentiable(self._reward, shape, self._prompts_of(shape[0]), latents.device)
+            checks.check_differentiable(self._reward, shape, self._prompts_of(shape[0]), latents.device)
             self._tried.add(shape)
+        return result
 
-    def _watched(self, scheduler: Any) -> Callable:
-        self._scheduler = scheduler
-        step = scheduler.step
-
-        @functools.wraps(step)  # pipelines inspect its signature
-        def watched(model_output, timestep, sample, *args, **kwargs):
-            self._watch(model_output, timestep, sample)
-            return step(model_output, timestep, sample, *args, **kwargs)
-
-        return watched
-
-    def _watch(self, model_output: torch.Tensor, timestep: Timestep, sample: torch.Tensor) -> None:
+    def _step(
+        self, step: Callable, model_output: torch.Tensor, timestep: Timestep, sample: torch.Tensor, *args: Any,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Keeps the state that the scheduler's `step` begins from, and calls it."""
         scheduler = self._scheduler
         if scheduler.timesteps is not self._timesteps:  # another run
             self._timesteps, self._begin, self._run_estimator = scheduler.timesteps, None, None
             self.rewards, self.gradient_norms, self.status = [], [], COMPLETED
-        wide = sample.detach().to(torch.promote_types(sample.dtype, torch.float32))
+        carrier = sample.detach().to(torch.promote_types(sample.dtype, torch.float32))
         index = noise_schedule(scheduler).start_step(timestep)
         self._timestep = timestep
-        self._state = state_of(scheduler, wide, model_output.detach().to(wide.dtype), timestep, index)
+        self._state = state_of(scheduler, carrier, model_output.detach().to(carrier.dtype), timestep, index)
         if self._begin is None:
             self._begin = self._state.level
         self._steps += 1
-
-    def _check_called(self) -> None:
-        if self._steps and not self._calls:
-            raise TrajectoryError(
-                "The pipeline ran without guidance: pass it `callback_on_step_end=guidance`, what the block yields."
-            )
+        return step(model_output, timestep, sample, *args, **kwargs)
 
 
 def _decoder(pipe: DiffusionPipeline) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Scaled latents (B, C, h, w) to images (B, 3, H, W) float32 in [0, 1] by the autoencoder, with a graph.
+    """Makes a function from scaled latents (B, C, h, w) to images (B, 3, H, W) float32 in [0, 1], with a graph.
 
     Raises:
         UnsupportedError: the pipeline has no autoencoder, or packs its latents (at the first call).
@@ -364,7 +337,7 @@ def _decoder(pipe: DiffusionPipeline) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _pixel_shape(pipe: DiffusionPipeline, latents: torch.Tensor) -> tuple[int, ...] | None:
-    """Shape of the images of latents (B, C, h, w) without decoding them; None where the pipeline does not tell."""
+    """Returns the shape of the images of latents (B, C, h, w) without decoding; None where the pipeline lacks it."""
     factor = vars(pipe).get("vae_scale_factor")
     if factor is None or latents.ndim != 4:
         return None
@@ -373,7 +346,7 @@ def _pixel_shape(pipe: DiffusionPipeline, latents: torch.Tensor) -> tuple[int, .
 
 
 def _rotation(begin: NoiseLevel, end: NoiseLevel) -> torch.Tensor:
-    """What a unit tilt of eps by alpha is worth after a first-order step of the probability-flow ODE, float64.
+    """Returns how far a unit tilt of eps by alpha moves the sample in a first-order step of the ODE, float64.
 
     d x~/ds = eps, so a change -alpha d of eps moves the carried sample by alpha_end (s_begin - s_end) alpha d, with
     alpha that of the variance-preserving sample, which keeps it finite where s_begin is infinite: for those samples
@@ -381,11 +354,3 @@ def _rotation(begin: NoiseLevel, end: NoiseLevel) -> torch.Tensor:
     """
     cosine, sine = begin.alpha / begin.norm, begin.sigma / begin.norm
     return end.alpha * sine - end.sigma * cosine
-
-
-def _check_callback(pipe: Any) -> None:
-    if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
-        raise UnsupportedError(
-            f"{type(pipe).__name__} takes no `callback_on_step_end`, so it can't be guided step by step; guide its "
-            "initial noise instead: fisher_pipeline(pipe).guide(...)."
-        )

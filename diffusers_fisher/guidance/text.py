@@ -15,14 +15,14 @@ from ..noise import DenoisingState, expand
 
 
 class TextEmbedding:
-    """What a pipeline's `encode_prompt` returns first, as a variable shared by the denoisers it is attached to.
+    """Holds the prompts' embedding, the first entry of `encode_prompt`'s result, as a variable of several denoisers.
 
     Its gradient is that of the network, by automatic differentiation: no estimator of the diffusion Fisher knows how
-    the noise depends on the text. Cost: one evaluation with a graph a step of the backward pass, and its backward.
+    the noise depends on the text. Cost: one evaluation with a graph per step of the backward pass, and its backward.
 
     Attributes:
         value: (B, tokens, width) float32 or wider, from the first encoding on.
-        gradient: of the loss with respect to `value`, summed over the steps; None before the first.
+        gradient: gradient of the loss with respect to `value`, summed over the steps; None before the first step.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class TextEmbedding:
         """Puts the variable in the place of the prompts' embedding in all of `denoiser`'s evaluations.
 
         Raises:
-            UnsupportedError: its pipeline encodes no prompts.
+            UnsupportedError: the denoiser's pipeline encodes no prompts.
         """
         if not denoiser.backbone.encodes_prompts:
             raise UnsupportedError(
@@ -54,28 +54,26 @@ class TextEmbedding:
         denoiser.substitute = self._substitute
 
     def _substitute(self, encoded: tuple, prompt: object, prompt_embeds: torch.Tensor | None) -> tuple:
-        """What `encode_prompt` returned, with the variable in the place of the embedding; it begins at that."""
+        """Returns the result of `encode_prompt` with the variable in the place of the embedding.
+
+        The first call sets the variable to the embedding.
+        """
         source = prompt, id(prompt_embeds)
         if self._value is not None and source != self._prompt:
             return encoded  # of negative prompts, where a call encodes them by themselves (Flux)
         if self._value is None:
             self._prompt = source
-            wide = torch.promote_types(encoded[0].dtype, torch.float32)
-            self._value = encoded[0].detach().to(wide, copy=True)
+            self._value = encoded[0].detach().to(torch.promote_types(encoded[0].dtype, torch.float32), copy=True)
         return (self._value.to(encoded[0].dtype), *encoded[1:])
 
     @contextlib.contextmanager
-    def held(self, value: torch.Tensor) -> Iterator[None]:
-        """`value` for the block, in the variable's place."""
+    def replaced_by(self, value: torch.Tensor) -> Iterator[None]:
+        """Puts `value` in the variable's place for the block."""
         before, self._value = self._value, value
         try:
             yield
         finally:
             self._value = before
-
-    def accumulate(self, gradient: torch.Tensor) -> None:
-        """Adds one step's share to the gradient."""
-        self.gradient = gradient if self.gradient is None else self.gradient + gradient
 
 
 class TextGradientEstimator(FisherEstimator):
@@ -99,8 +97,10 @@ class TextGradientEstimator(FisherEstimator):
 
 
 class _TextOperator(FisherOperator):
-    """See `TextGradientEstimator`. Products with the output's Jacobian, which trajectories take, add to the text's
-    gradient; all others are the estimator's own."""
+    """Adds to the text's gradient in products with the output's Jacobian, which trajectories take.
+
+    All other products are the estimator's own.
+    """
 
     def __init__(self, parent: TextGradientEstimator, state: DenoisingState, endpoint: torch.Tensor | None):
         super().__init__(state)
@@ -119,11 +119,11 @@ class _TextOperator(FisherOperator):
             # The sample asks for a graph in any case: without it the pipeline would be called under no_grad.
             sample = state.sample.detach().requires_grad_()
             text = parent.text.value.detach().requires_grad_()
-            with parent.text.held(text):
+            with parent.text.replaced_by(text):
                 model_input = expand(state.input_scale, sample) * sample
                 output = parent.text_denoiser.model_output(model_input, state.known_timestep)
         of_text, of_sample = torch.autograd.grad(output, (text, sample), v.to(output.dtype))
-        parent.text.accumulate(of_text)
+        parent.text.gradient = of_text if parent.text.gradient is None else parent.text.gradient + of_text
         if parent.estimator.uses_backward_pass:
             return of_sample.to(v.dtype)  # the same graph gives its product too
         return self._operator().output_jacobian(v)

@@ -9,15 +9,7 @@ from .solver import Integration, integrate_log_likelihood
 from .squared_error import squared_error_log_likelihood
 
 __all__ = [
-    "DEFAULT_SCHEME",
-    "SCHEMES",
-    "Integration",
-    "LikelihoodComparison",
-    "LikelihoodOutput",
-    "SquaredErrorOutput",
-    "dequantised",
-    "integrate_log_likelihood",
-    "offset_bits",
-    "reference_log_likelihood",
+    "DEFAULT_SCHEME", "SCHEMES", "Integration", "LikelihoodComparison", "LikelihoodOutput", "SquaredErrorOutput",
+    "dequantised", "integrate_log_likelihood", "offset_bits", "reference_log_likelihood",
     "squared_error_log_likelihood",
-]
+]  # fmt: skip

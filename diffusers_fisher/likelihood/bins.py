@@ -9,11 +9,11 @@ import torch
 from ..errors import InputError
 
 MODEL_RANGE = (-1.0, 1.0)
-"""What diffusers' pixel models see of an image."""
+"""Range of pixels in diffusers' pixel models."""
 
 
 def offset_bits(bins: int | None, data_range: tuple[float, float] = MODEL_RANGE) -> float:
-    """Bits a dimension to add to those of a density over values in `data_range`, for the probability of a bin.
+    """Returns the bits per dimension that turn a density over values in `data_range` to the probability of a bin.
 
     `bins` values lie equally spaced on the range, its ends included, so a bin is (high - low)/(bins - 1) wide: 256 on
     [-1, 1] add log2(127.5).
@@ -27,12 +27,12 @@ def dequantised(
     generator: torch.Generator | list[torch.Generator] | None = None,
     data_range: tuple[float, float] = MODEL_RANGE,
 ) -> torch.Tensor:
-    """Samples (B, ...) on `bins` equally spaced values, each moved to a uniformly random point of its bin, float64.
+    """Moves samples (B, ...) on `bins` equally spaced values to uniformly random points of their bins, float64.
 
-    The mean log density of these is at most the log probability of the bins (Theis et al., 1511.01844).
+    The mean log density of these points is at most the log probability of the bins (Theis et al., 1511.01844).
 
     Raises:
-        InputError: fewer than two bins, an empty range, samples outside it or between its values.
+        InputError: fewer than two bins, an empty range, samples outside the range or between its values.
     """
     from diffusers.utils.torch_utils import randn_tensor
 
@@ -52,6 +52,6 @@ def dequantised(
             f"Samples lie up to {off:.2f} bins beside the {bins} values of {low} to {high}. Round the images to their "
             "levels first, or leave `bins` out for a density without them."
         )
-    # A normal draw's distribution function is uniform; torch's generators on other devices are diffusers' business.
+    # A normal draw's distribution function is uniform; diffusers knows how to draw by generators on other devices.
     normal = randn_tensor(samples.shape, generator=generator, device=samples.device, dtype=torch.float64)
     return low + width * (position.round() + torch.special.ndtr(normal) - 0.5)

@@ -1,4 +1,4 @@
-"""Which prompt fits an image, which image is likelier: differences of log-likelihoods with their paired error."""
+"""Differences of log-likelihoods with their paired error: which prompt fits an image, which image is likelier."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ SHOWN = 10  # images, when printed
 
 @dataclasses.dataclass
 class LikelihoodComparison(BaseOutput):
-    """Log-likelihoods of B images under P prompts by the same noise, levels and probes. Float64 on the CPU.
+    """Holds log-likelihoods of B images under P prompts by the same noise, levels and probes. Float64 on the CPU.
 
     Args:
         log_prob: (P, B) nats.
         contributions: (n, P, B) nats, `log_prob` by each random draw alone (a level with its noise, or a probe); n = 0
-            where nothing was random. Draws are paired over prompts, and over images by "squared error".
-        discretisation_error: (P, B) nats, of the ODE; zero by "squared error". Mostly the same for all prompts.
+            where nothing was random. Draws are paired over prompts, and with "squared error" over images too.
+        discretisation_error: (P, B) nats, error of the ODE, mostly equal for all prompts; zero with "squared error".
         dims: dimensions of one sample.
-        num_denoiser_calls: for the whole table.
+        num_denoiser_calls: evaluations of the denoiser for the whole table.
         space: "latent" or "pixel".
         method: "squared error" or "ode".
     """
@@ -70,13 +70,13 @@ class LikelihoodComparison(BaseOutput):
         return self.log_prob.argsort(1, descending=True)
 
     def behind_best_prompt(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """How far each prompt is behind the image's best one, (P, B) nats, zero or less, and its standard error."""
+        """Returns each prompt's difference from the image's best prompt, (P, B) nats, at most 0, and its error."""
         return self._behind(0)
 
     def behind_best_image(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """How far each image is behind the likeliest under its prompt, (P, B) nats, and its standard error.
+        """Returns each image's difference from the likeliest under the prompt, (P, B) nats, and its standard error.
 
-        Between images the log-likelihood also tells flat ones from textured ones, whatever the prompt says.
+        Between images the log-likelihood also tells flat images from textured images, whatever the prompt says.
         """
         return self._behind(1)
 
@@ -88,7 +88,7 @@ class LikelihoodComparison(BaseOutput):
         return difference, self._error(draws - draws.gather(axis + 1, index))
 
     def _error(self, differences: torch.Tensor) -> torch.Tensor:
-        """Standard error of the mean over the first axis; zero for a best entry against itself."""
+        """Returns the standard error of the mean over the first axis; zero for a best entry against itself."""
         if len(differences) == 0:
             return torch.zeros_like(self.log_prob)
         if self.method == "squared error":

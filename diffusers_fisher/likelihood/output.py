@@ -1,4 +1,4 @@
-"""What a likelihood is reported as."""
+"""Outputs of likelihoods."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffusers.utils import BaseOutput
 
 
 class BitsPerDim:
-    """Units of a log-likelihood: needs `log_prob`, `dims` and `offset_bits`."""
+    """Converts a log-likelihood to other units; needs `log_prob`, `dims` and `offset_bits`."""
 
     log_prob: torch.Tensor
     dims: int
@@ -23,35 +23,36 @@ class BitsPerDim:
 
     @property
     def bits_per_dim(self) -> torch.Tensor:
-        """-log_prob/(d ln 2) + offset_bits, (B,) bits a dimension of `space`: lower is likelier."""
+        """-log_prob/(d ln 2) + offset_bits, (B,) bits per dimension of `space`: lower is likelier."""
         return -self.log_prob / (self.dims * math.log(2)) + self.offset_bits
 
 
 @dataclasses.dataclass
 class LikelihoodOutput(BitsPerDim, BaseOutput):
-    """Log-likelihoods of a batch, with what they are made of. All tensors float64 on the CPU.
+    """Holds log-likelihoods of a batch, and their parts and errors. All tensors are float64 on the CPU.
 
     Args:
         log_prob: (B,) nats. The density is that of the model's data smoothed with noise of `noise_to_signal[0]`, in
-            the coordinates of `space`, at the given point (or, where `density` is "noised", at a noised one).
+            the coordinates of `space`, at the sample (or, where `density` is "noised", at the noised sample).
         prior_log_prob: (B,) nats, the part of the noise end.
-        trace_log_prob: (B,) nats, the part of the integrated trace; the two add up to `log_prob`.
-        standard_error: (B,) nats, from the trace's probes; zero without probes, where a trace model's own
-            error is in none of these; infinite for one probe.
+        trace_log_prob: (B,) nats, the part of the integrated trace; the two parts add up to `log_prob`.
+        standard_error: (B,) nats, from the trace's probes; infinite for one probe, zero without probes. It does not
+            include the error of a trace model.
         discretisation_error: (B,) nats, size of the error by the finite number of steps: an estimate from the same
             evaluations, or where `halved` is true the difference from half as many steps.
-        r: (levels, B) mean posterior variance of the noise, tr Cov[eps|x]/d.
+        unexplained_noise_fraction: (levels, B) mean posterior variance of the noise, tr Cov[eps|x]/d; "r" in formulas.
         noise_to_signal: (levels,) sigma/alpha of the nodes, increasing.
         final_latents: (B, ...) x~ at the noise end, in units of the data.
         dims: dimensions of one sample.
-        num_denoiser_calls: evaluations of the denoiser for the whole batch, a halved run included.
+        num_denoiser_calls: evaluations of the denoiser for the whole batch, those of `step_halving` included.
         space: "latent" or "pixel".
         prior: "standard" (mean 0, variance 1 for the data at the noise end) or "moment-matched".
         density: "smoothed" or "noised".
-        trace: how the trace was obtained: the estimator, and its number of probes.
+        trace: description of the trace's estimator, and its number of probes.
         halved: whether `discretisation_error` was measured with half as many steps.
-        scheme: the integration scheme, of `diffusers_fisher.likelihood.SCHEMES`.
-        offset_bits: what `bits_per_dim` adds for data in bins: log2 of the bins in a unit of the model's coordinates.
+        scheme: name of the integration scheme, of `diffusers_fisher.likelihood.SCHEMES`.
+        offset_bits: bits that `bits_per_dim` adds for data in bins: log2 of the bins in a unit of the model's
+            coordinates.
         trace_by_probe: (k, B) nats, `trace_log_prob` by each probe alone, for paired comparisons; k = 0 without.
     """
 
@@ -60,7 +61,7 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
     trace_log_prob: torch.Tensor
     standard_error: torch.Tensor
     discretisation_error: torch.Tensor
-    r: torch.Tensor
+    unexplained_noise_fraction: torch.Tensor
     noise_to_signal: torch.Tensor
     final_latents: torch.Tensor
     dims: int
@@ -97,7 +98,7 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
 
 @dataclasses.dataclass
 class SquaredErrorOutput(BitsPerDim, BaseOutput):
-    """Log-likelihoods of a batch by squared errors of the denoiser, without an ODE. All tensors float64 on the CPU.
+    """Holds log-likelihoods of a batch by squared errors of the denoiser, without an ODE. All float64 on the CPU.
 
     Args:
         log_prob: (B,) nats, the mean over the noise of log p~ at `sample + s_0 * noise`, s_0 = `smoothing`.

@@ -1,4 +1,4 @@
-"""Likelihoods of images under a pipeline: from what a user passes to what is integrated."""
+"""Likelihoods of images under a pipeline: from a user's arguments to the integration."""
 
 from __future__ import annotations
 
@@ -56,21 +56,22 @@ def log_likelihood(
         pipe: a pipeline that has a backbone, stock or ours; nothing on it is changed.
         images: PIL images, arrays (B, H, W, 3) or tensors (B, 3, H, W), in `data_range`; height and width multiples
             of 8 and of the autoencoder's factor.
-        prompt: one for all, or one per image; None: the empty prompt. Class labels for pipelines that take those.
+        prompt: one prompt for all images, or one per image; None: the empty prompt. Class labels where the pipeline
+            takes class labels.
         latents: (B, C, h, w) scaled latents, instead of `images`.
         num_inference_steps: steps of the integration.
         estimator: gives the trace of the diffusion Fisher; None: `TraceMatchingFisher` with the checkpoint's trace
-            model, or where it has none the network's own trace, `AutodiffFisher()`.
+            model, or without a trace model the network's own trace, `AutodiffFisher()`.
         num_probes: Hutchinson probes; None: the exact trace, with `AutodiffFisher` by C*h*w backward passes per step;
             "auto": None for trace models, else 2.
         noised, step_halving, generator, scheme: see `diffusers_fisher.likelihood.Integration`.
-        prior_mean, prior_variance: of the training data's latents; None: the checkpoint's `latent_statistics`, or 0
-            and 1 where it has none. The output says which.
-        data_range: what arrays and tensors of images reach from and to, such as (0, 255).
+        prior_mean, prior_variance: moments of the training data's latents; None: the checkpoint's `latent_statistics`,
+            or 0 and 1 where it has none. The output's `prior` says which.
+        data_range: lowest and highest value of arrays and tensors of images, such as (0, 255).
         bins: for pipelines in pixels, the number of values an image can have, 256 for 8 bits: each pixel is moved to a
-            random point of its bin, and `bits_per_dim` is that of the discrete image. None: of the density.
-        **call_arguments: to the pipeline's call, such as `prompt_embeds` with what belongs to them. Negative prompts
-            count for nothing without guidance, and are refused.
+            random point of its bin, and `bits_per_dim` is that of the discrete image. None: that of the density.
+        **call_arguments: arguments of the pipeline's call, such as `prompt_embeds` with the tensors that belong to
+            them. Negative prompts have no effect without guidance, and are refused.
 
     Returns:
         `LikelihoodOutput`. Cost: `num_inference_steps` + 1 evaluations, half as many again with `step_halving`, each
@@ -84,10 +85,16 @@ def log_likelihood(
     """
     backbone = backbone_of(pipe)
     backbone.check_bins(bins)
-    guidance = _checked_scale(backbone, num_inference_steps, call_arguments)
+    if num_inference_steps < 2:
+        raise InputError(f"`num_inference_steps` is {num_inference_steps}; allowed: at least 2, sensibly 20 or more.")
+    backbone.check_scheduler()
+    guidance = backbone.unguided_scale(call_arguments)
+    check_arguments(backbone.name, backbone.parameters, log_likelihood, call_arguments)
     samples = backbone.samples_of(images, latents, data_range)
     denoiser = unguided_denoiser(backbone, samples, guidance, prompt, call_arguments)
-    trace = trace_estimator(backbone, estimator)
+    if estimator is None:
+        estimator = AutodiffFisher() if backbone.trace_model is None else TraceMatchingFisher(backbone.trace_model)
+    trace = check_estimator(estimator)
     if num_probes == "auto":
         num_probes = trace.default_num_probes
     mean, variance = backbone.prior(prior_mean, prior_variance, samples)
@@ -111,21 +118,21 @@ def compare_likelihood(
     generator: torch.Generator | None = None,
     **options: Any,
 ) -> LikelihoodComparison:
-    """Compares every image under every prompt, with equal draws: which prompt fits an image, which image is likelier.
+    """Compares the likelihoods of every image under every prompt, by equal draws for all.
 
     "squared error" needs no graph: the denoiser's squared errors at random levels, as diffusion classifiers take them
     (Li et al., 2303.16203), weighted to a log-likelihood. "ode" is `log_likelihood` for every prompt, with the same
     grid and probes. Differences and their standard errors are methods of the output; between images those of "ode" are
-    no smaller than each side's, as every image has probes of its own.
+    no smaller than those of each side, because every image has its own probes.
 
     Args:
         images, latents: as in `log_likelihood`.
-        prompts: each for all images (class labels where the pipeline takes those); None: unconditional.
+        prompts: prompts (class labels where the pipeline takes those), each for all images; None: unconditional.
         method: "squared error" or "ode".
-        num_levels: draws of "squared error", even; None: 64.
-        generator: its draws are repeated for every prompt. Without one the numbers change from call to call.
-        **options: "ode": of `log_likelihood`. "squared error": `prior_mean`, `prior_variance`, `data_range`, `bins`,
-            and arguments of the pipeline's call.
+        num_levels: number of draws of "squared error", even; None: 64.
+        generator: its draws are repeated for every prompt. Without a generator the numbers change from call to call.
+        **options: for "ode" the options of `log_likelihood`; for "squared error" `prior_mean`, `prior_variance`,
+            `data_range`, `bins`, and arguments of the pipeline's call.
 
     Returns:
         `LikelihoodComparison`. Cost: for every prompt `num_levels` evaluations, or those of `log_likelihood`.
@@ -140,7 +147,7 @@ def compare_likelihood(
     candidates = [None] if prompts is None else prompts
     if isinstance(candidates, str) or not len(candidates):
         raise InputError(f"`prompts` is {prompts!r}; allowed: a list of at least one, each for all images.")
-    if generator is None:  # not None, by which noise on a GPU would come from its own generator, that is not replayed
+    if generator is None:  # for None, noise on a GPU would come from the GPU's generator, which is not replayed
         generator = torch.default_generator
     samples = backbone.samples_of(images, latents, options.pop("data_range", UNIT_RANGE))
     rows: list[LikelihoodOutput] | list[SquaredErrorOutput]
@@ -152,9 +159,21 @@ def compare_likelihood(
         errors = torch.stack([row.discretisation_error for row in scores])
         draws = [row.prior_log_prob + row.trace_by_probe for row in scores]
     else:
-        rows = squares = _squared_errors(
-            backbone, samples, candidates, NUM_LEVELS if num_levels is None else num_levels, generator, options
-        )
+        backbone.check_scheduler()
+        bins = options.pop("bins", None)
+        backbone.check_bins(bins)
+        mean, variance = backbone.prior(options.pop("prior_mean", None), options.pop("prior_variance", None), samples)
+        scale = backbone.unguided_scale(options)
+        denoisers = [unguided_denoiser(backbone, samples, scale, prompt, dict(options)) for prompt in candidates]
+        levels = NUM_LEVELS if num_levels is None else num_levels
+        with backbone.loaded(), backbone.progress_bar(levels * len(denoisers)) as progress:
+            rows = squares = [
+                squared_error_log_likelihood(
+                    denoiser, backbone.pack(samples), levels, mean, variance, generator, backbone.space,
+                    progress.update, bins,
+                )
+                for denoiser in _replayed(denoisers, generator)
+            ]  # fmt: skip
         errors = torch.zeros(len(squares), len(samples), dtype=torch.float64)
         draws = [row.contributions for row in squares]
     return LikelihoodComparison(
@@ -165,16 +184,12 @@ def compare_likelihood(
 
 
 def unguided_denoiser(
-    backbone: Backbone,
-    samples: torch.Tensor,
-    guidance_scale: float,
-    prompt: Condition,
-    call_arguments: dict[str, Any],
+    backbone: Backbone, samples: torch.Tensor, guidance_scale: float, prompt: Condition, call_arguments: dict[str, Any]
 ) -> PipelineDenoiser:
-    """The pipeline's denoiser for samples (B, C, h, w) with one condition each.
+    """Makes the pipeline's denoiser for samples (B, C, h, w) with one condition per sample.
 
     Args:
-        guidance_scale: that at which the network's output is a score, see `Backbone.unguided_scale`.
+        guidance_scale: guidance scale at which the network's output is a score, see `Backbone.unguided_scale`.
 
     Raises:
         InputError: negative prompts, which count for nothing; conditions that the pipeline does not take.
@@ -189,24 +204,6 @@ def unguided_denoiser(
     pixels = samples.shape[-2] * backbone.factor, samples.shape[-1] * backbone.factor
     arguments = {**backbone.size_arguments(pixels), **call_arguments, **conditions}
     return PipelineDenoiser(backbone, guidance_scale, **arguments)
-
-
-def trace_estimator(backbone: Backbone, estimator: FisherEstimator | None = None) -> FisherEstimator:
-    """The estimator of a likelihood's trace: the one passed, else the checkpoint's trace model, else the network."""
-    if estimator is not None:
-        return check_estimator(estimator)
-    model = backbone.trace_model
-    return AutodiffFisher() if model is None else TraceMatchingFisher(model)
-
-
-def _checked_scale(backbone: Backbone, num_inference_steps: int, call_arguments: dict[str, Any]) -> float:
-    """Refuses what a likelihood can't use; returns the guidance scale, taken out of `call_arguments`."""
-    if num_inference_steps < 2:
-        raise InputError(f"`num_inference_steps` is {num_inference_steps}; allowed: at least 2, sensibly 20 or more.")
-    backbone.check_scheduler()
-    scale = backbone.unguided_scale(call_arguments)
-    check_arguments(backbone.name, backbone.parameters, log_likelihood, call_arguments)
-    return scale
 
 
 def _check_options(backbone: Backbone, method: str, num_levels: int | None, options: dict[str, Any]) -> None:
@@ -229,34 +226,8 @@ def _check_options(backbone: Backbone, method: str, num_levels: int | None, opti
     check_arguments(backbone.name, backbone.parameters, compare_likelihood, arguments)
 
 
-def _squared_errors(
-    backbone: Backbone,
-    samples: torch.Tensor,
-    prompts: Sequence[Condition],
-    num_levels: int,
-    generator: torch.Generator,
-    options: dict[str, Any],
-) -> list[SquaredErrorOutput]:
-    backbone.check_scheduler()
-    moments = options.pop("prior_mean", None), options.pop("prior_variance", None)
-    bins = options.pop("bins", None)
-    backbone.check_bins(bins)
-    mean, variance = backbone.prior(*moments, samples)
-    guidance = backbone.unguided_scale(options)
-    denoisers = [unguided_denoiser(backbone, samples, guidance, prompt, dict(options)) for prompt in prompts]
-    rows = []
-    with backbone.loaded(), backbone.progress_bar(num_levels * len(denoisers)) as progress:
-        for denoiser in _replayed(denoisers, generator):
-            out = squared_error_log_likelihood(
-                denoiser, backbone.pack(samples), num_levels, mean, variance, generator, backbone.space,
-                progress.update, bins,
-            )  # fmt: skip
-            rows.append(out)
-    return rows
-
-
 def _replayed(entries: Sequence[Any], generator: torch.Generator) -> Iterator[Any]:
-    """The entries, with the generator in the same state before each, once moved on in the end."""
+    """Yields the entries, with the generator in the same state before each entry."""
     state = generator.get_state()
     for entry in entries:
         generator.set_state(state)

@@ -1,4 +1,4 @@
-"""The likelihood that others are held against: adaptive steps and the whole Jacobian."""
+"""The reference for other likelihoods: adaptive steps and the whole Jacobian."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError, UnsupportedError
 from ..fisher.autodiff import AutodiffFisher
 from ..fisher.estimator import FisherEstimator
-from ..noise import log_noise_to_signal_range, timestep_at
+from ..noise import timestep_at
 from .output import LikelihoodOutput
 from .schemes import noise_grid
-from .solver import Problem, bind_estimator, check_samples, checked_prior
+from .solver import Integration, Path, Problem, likelihood_output, problem_of
 
 
 def reference_log_likelihood(
@@ -27,17 +27,19 @@ def reference_log_likelihood(
     prior_variance: torch.Tensor | float | None = None,
     space: str = "latent",
 ) -> LikelihoodOutput:
-    """Log-likelihood of clean `samples` (B, ...) by torchdiffeq's `dopri5` with the exact trace at every evaluation.
+    """Integrates the log-likelihood of clean `samples` (B, ...) by torchdiffeq's `dopri5`, with exact traces.
 
     x~/sqrt(1 + s^2) and the integral of 1 - r are one state; the step is set by the worst sample of the batch, so
     results depend on the batch within the tolerance. For tests and benchmarks of small models: an evaluation takes d
     products with the Jacobian. Cost: as many evaluations as the tolerance asks, 60 to 300.
 
     Args:
-        denoiser: at guidance scale 1.
-        estimator: None: `AutodiffFisher(denoiser, chunk_size=64)`.
-        tolerance: relative and absolute, of the state; below 1e-6 a float32 network's rounding makes steps collapse.
-        num_levels: at which `r` is kept, those of the fixed schemes with as many nodes.
+        denoiser: denoiser at guidance scale 1.
+        estimator: gives the trace at every evaluation; None: `AutodiffFisher(denoiser, chunk_size=64)`.
+        tolerance: relative and absolute tolerance of the state; below 1e-6 the rounding of a float32 network makes
+            steps collapse.
+        num_levels: number of levels at which the unexplained noise fraction is kept: the nodes of the fixed schemes
+            with as many nodes.
         prior_mean, prior_variance, space: as in `log_likelihood`.
 
     Returns:
@@ -59,44 +61,31 @@ def reference_log_likelihood(
         raise InputError(
             f"`tolerance` is {tolerance}, `num_levels` {num_levels}; allowed: between 0 and 0.1, at least 2."
         )
-    check_samples(samples)
-    moments = checked_prior(samples, prior_mean, prior_variance)
-    samples = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
-    low, high = log_noise_to_signal_range(denoiser.scheduler)
-    estimator = bind_estimator(AutodiffFisher(chunk_size=64) if estimator is None else estimator, denoiser)
-    problem = Problem(denoiser, samples.double(), samples.dtype, estimator, None, low, high, *moments)
-    grid, before = noise_grid(low, high, num_levels - 1), denoiser.num_calls
+    integration = Integration(num_levels - 1, None, prior_mean, prior_variance, space=space)
+    estimator = AutodiffFisher(chunk_size=64) if estimator is None else estimator
+    problem = problem_of(denoiser, samples, estimator, integration)
+    grid = noise_grid(problem.low, problem.high, num_levels - 1)
     end, trace, r = _solve(odeint, problem, grid, tolerance)
     rough_end, rough_trace, _ = _solve(odeint, problem, grid, 10 * tolerance)
     prior = problem.prior(end)
     error = (prior + trace - problem.prior(rough_end) - rough_trace).abs()
     if not torch.isfinite(prior + trace).all():
         raise NumericalError(f"Reference log-likelihoods are not finite: {(prior + trace).tolist()}.")
-    tensors = {
-        "log_prob": prior + trace, "prior_log_prob": prior, "trace_log_prob": trace,
-        "standard_error": torch.zeros_like(trace), "discretisation_error": error, "r": r,
-        "noise_to_signal": grid.exp(), "final_latents": end, "trace_by_probe": trace.new_empty(0, len(trace)),
-    }  # fmt: skip
-    return LikelihoodOutput(
-        **{key: value.cpu() for key, value in tensors.items()}, dims=samples[0].numel(),
-        num_denoiser_calls=denoiser.num_calls - before, space=space,
-        prior="standard" if prior_mean is None else "moment-matched", density="smoothed",
-        trace=f"{estimator.description}, no probes", halved=False, scheme=f"dopri5, tolerance {tolerance:g}",
-        offset_bits=0.0,
-    )  # fmt: skip
+    path = Path(end, prior, trace, trace.new_empty(0, len(trace)), r, grid.exp(), error)
+    return likelihood_output(problem, integration, path, f"dopri5, tolerance {tolerance:g}")
 
 
 def _solve(
     odeint: Any, problem: Problem, grid: torch.Tensor, tolerance: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x~ at the noise end, d times the integral of 1 - r, and r at the nodes (levels, B)."""
+    """Returns x~ at the noise end, d times the integral of 1 - r, and r at the nodes (levels, B)."""
     shape, dimensions = problem.start.shape, problem.start[0].numel()
 
     def rates(u: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         s = math.exp(float(u))
         norm = math.hypot(1, s)
         x = (norm * state[:, :-1]).view(shape)
-        # An adaptive solver may ask a rounding beyond the ends.
+        # An adaptive solver may ask for levels that rounding puts beyond the ends.
         timestep = timestep_at(problem.denoiser.scheduler, u.detach().cpu().clamp(problem.low, problem.high))
         epsilon, rest, _ = problem.evaluate(x, timestep)
         # d/du of x~/norm, with d(norm)/du = s^2/norm

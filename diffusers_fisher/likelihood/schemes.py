@@ -1,4 +1,4 @@
-"""Grids in log(sigma/alpha), the schemes that carry a sample along them, and the integral of the trace.
+"""Grids in log(sigma/alpha), the schemes that carry a sample along a grid, and the integral of the trace.
 
 Notation: s = sigma/alpha, u = log s. The probability-flow ODE is dx~/du = s eps(x~, u) for every schedule (Karras et
 al., 2206.00364). A scheme of order k takes eps for a polynomial in u through its last nodes and integrates
@@ -19,15 +19,17 @@ from ..errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """How a sample is carried along a grid, and how the trace is integrated.
+    """Says how a sample is carried along a grid, and how the trace is integrated.
 
     Args:
-        order: of the path's error in the step size; also the number of nodes of the corrector.
-        companion: order of a second solution by the same evaluations; the difference tells the error.
-        quadrature, companion_quadrature: nodes of the polynomial under the trace's integral, likewise.
-        fine, coarse: what these differences count in the error's estimate, on grids of small steps and of large ones.
-            More than 1 where the companion is of higher order, so that the difference is the error but for what the
-            companion itself is off; less where it is of lower order, so that the difference overstates the error.
+        order: order of the path's error in the step size; also the number of nodes of the corrector.
+        companion: order of a second solution by the same evaluations; the difference estimates the error.
+        quadrature: number of nodes of the polynomial under the trace's integral.
+        companion_quadrature: number of nodes of a second polynomial; the difference estimates the error.
+        fine, coarse: factors of these differences in the error's estimate, on grids of small and of large steps. A
+            factor exceeds 1 where the companion is of higher order: the difference is then the error, up to the
+            companion's own error. It is less than 1 where the companion is of lower order, because the difference then
+            overstates the error.
     """
 
     order: int
@@ -44,61 +46,64 @@ SCHEMES = {
     "adams3": Scheme(3, 2, 4, 3, 0.4, 1.0),
     "adams4": Scheme(4, 3, 4, 3, 0.3, 1.0),
 }
-"""By name. Each costs one evaluation of the denoiser a node."""
+"""Schemes by name. Each costs one evaluation of the denoiser per node."""
 
 DEFAULT_SCHEME = "adams4"
 
 
 def scheme_of(name: str) -> Scheme:
-    """Raises `InputError` for unknown names."""
+    """Returns the scheme called `name`. Raises `InputError` for unknown names."""
     if name not in SCHEMES:
         raise InputError(f"`scheme` is {name!r}; allowed: {', '.join(SCHEMES)}.")
     return SCHEMES[name]
 
 
 TRANSITION, WIDTH = 0.5, 1.2
-"""log s about which the grid is twice as dense, and how far: there separate modes merge, so that r changes fastest."""
+"""Centre and width, in log s, of the range where the grid is up to twice as dense: separate modes merge there, so that
+r changes fastest."""
 
 CORE = (-3.6, 2.7)
 """Range of log s beyond which the grid thins out: below, r is nearly 1 and smooth, above, eps hardly changes."""
 
 THINNING = (0.2, 0.5)
-"""How fast, below and above: the logarithm of the density falls by so much for each unit of log s."""
+"""Rates of that below and above: fall of the density's logarithm per unit of log s."""
 
 
 def noise_grid(low: float, high: float, num_steps: int) -> torch.Tensor:
-    """(num_steps + 1,) float64 log s from `low` to `high`, dense where Gaussian mixtures need it."""
+    """Makes a grid of log s from `low` to `high`, (num_steps + 1,) float64, dense where Gaussian mixtures need it."""
     u = numpy.linspace(low, high, 4001)
     outside = THINNING[0] * numpy.maximum(CORE[0] - u, 0) + THINNING[1] * numpy.maximum(u - CORE[1], 0)
     density = (1 + numpy.exp(-(((u - TRANSITION) / WIDTH) ** 2) / 2)) * numpy.exp(-outside)
+    # The nodes are at equal steps of the density's integral (by the trapezoidal rule), so a grid of half as many steps
+    # has every other node.
     share = numpy.concatenate([[0.0], numpy.cumsum(density[1:] + density[:-1])])
     return torch.from_numpy(numpy.interp(numpy.linspace(0, share[-1], num_steps + 1), share, u))
 
 
 def quadrature_weights(grid: torch.Tensor, points: int) -> torch.Tensor:
-    """(levels,) float64 w with integral of f over the grid = sum w_i f_i.
+    """Returns weights w (levels,) float64 of a quadrature: the integral of f over the grid is sum w_i f_i.
 
-    Every interval has its own polynomial, through the `points` nodes nearest to it: 2 is the trapezoidal rule, 4 a
-    cubic.
+    Every interval has a polynomial of its own, through the `points` nodes nearest to it: 2 is the trapezoidal rule, 4
+    makes cubics. A single polynomial through all nodes would oscillate.
     """
     nodes, total = grid.tolist(), torch.zeros(len(grid), dtype=torch.float64)
     points = min(points, len(nodes))
     for index in range(len(nodes) - 1):
-        first = min(max(0, index + 1 - points // 2), len(nodes) - points)
+        first = min(max(0, index + 1 - points // 2), len(nodes) - points)  # at the ends the nearest are on one side
         weights = _weights(nodes[first : first + points], nodes[index], nodes[index + 1], numpy.ones_like)
         total[first : first + points] += torch.tensor(weights, dtype=torch.float64)
     return total
 
 
 class Track:
-    """One solution along a grid, stepped by evaluations that may have been made at another's points.
+    """Steps one solution along a grid, by evaluations that may lie at another solution's points.
 
     Args:
         x: (B, ...) float64, x~ at the first node.
-        epsilon: (B, ...) float64, eps there.
-        order: nodes of the corrector.
+        epsilon: (B, ...) float64, eps at the first node.
+        order: number of nodes of the corrector.
         linearised: move every evaluation to this solution's own point by the isotropic part of the Jacobian of eps,
-            (1 - r)/s, which the trace tells.
+            (1 - r)/s, which the trace gives at no further cost.
     """
 
     def __init__(self, x: torch.Tensor, epsilon: torch.Tensor, order: int, linearised: bool = False):
@@ -108,7 +113,7 @@ class Track:
         self._known = [epsilon]
 
     def predict(self, grid: Sequence[float], index: int) -> torch.Tensor:
-        """x~ at node `index` from the nodes before it."""
+        """Returns x~ at node `index` from the nodes before it."""
         points = min(max(1, self.order - 1), index)
         weights = step_weights(grid[index - points : index], grid[index - 1], grid[index])
         return self.x + _combined(weights, self._known[-points:])
@@ -116,7 +121,13 @@ class Track:
     def correct(
         self, grid: Sequence[float], index: int, at: torch.Tensor, epsilon: torch.Tensor, slope: torch.Tensor
     ) -> None:
-        """Moves to node `index`, given eps there as evaluated at `at` (B, ...); `slope` (B, 1, ...) is (1 - r)/s."""
+        """Moves to node `index`.
+
+        Args:
+            at: (B, ...) x~ at which eps was evaluated.
+            epsilon: (B, ...) eps at `at`.
+            slope: (B, 1, ...) change of eps per change of x~, (1 - r)/s.
+        """
         if self.order == 1:
             self.x = self.predict(grid, index)
         else:
@@ -125,7 +136,9 @@ class Track:
             before = self.x + _combined(weights, self._known[-(points - 1) :])
             self.x = before + last * epsilon
             if self.linearised:
-                # x = before + last (eps + slope (x - at)), solved for x; a step too long for that gets a bound.
+                # The corrector is implicit: x = before + last (eps + slope (x - at)), solved for x. Where the step is
+                # so long that the denominator nears 0 or changes its sign, the linear model does not hold: 0.1 bounds
+                # the correction at ten times the explicit one.
                 self.x = at + (self.x - at) / (1 - last * slope).clamp_min(0.1)
         if self.linearised:
             epsilon = epsilon + slope * (self.x - at)
@@ -133,7 +146,10 @@ class Track:
 
 
 def step_weights(nodes: Sequence[float], start: float, end: float) -> list[float]:
-    """w with integral of e^u eps(u) from `start` to `end` = sum w_i eps(u_i), eps a polynomial through `nodes`."""
+    """Returns w: the integral of e^u eps(u) from `start` to `end` is sum w_i eps(u_i), for eps polynomial in u.
+
+    The polynomial goes through `nodes`, and e^u is integrated exactly: so a step has no error where eps is constant.
+    """
     return _weights(nodes, start, end, numpy.exp)
 
 
@@ -143,7 +159,7 @@ _ABSCISSAE, _GAUSS_WEIGHTS = numpy.polynomial.legendre.leggauss(16)  # exact to 
 def _weights(
     nodes: Sequence[float], start: float, end: float, factor: Callable[[numpy.ndarray], numpy.ndarray]
 ) -> list[float]:
-    """Integrals from `start` to `end` of `factor` times each Lagrange polynomial of `nodes`."""
+    """Integrates `factor` times each Lagrange polynomial of `nodes` from `start` to `end`."""
     middle, half = (start + end) / 2, (end - start) / 2
     u = middle + half * _ABSCISSAE
     weights = half * _GAUSS_WEIGHTS * factor(u)

@@ -19,7 +19,7 @@ from ..errors import InputError, NumericalError
 from ..noise import expand, log_noise_to_signal_range, timestep_at
 from .bins import dequantised, offset_bits
 from .output import SquaredErrorOutput
-from .solver import check_samples, checked_prior
+from .solver import checked_prior, checked_samples, standard_noise
 
 CROSSOVER = 0.3
 """Noise-to-signal about which r falls from one to zero for usual data. Below it the squared error is most of the
@@ -37,16 +37,17 @@ def squared_error_log_likelihood(
     on_step: Callable[[], object] = lambda: None,
     bins: int | None = None,
 ) -> SquaredErrorOutput:
-    """Mean log-likelihood of noised `samples` (B, ...), a cross-check of the ODE's with `noised=True`.
+    """Estimates the mean log-likelihood of noised `samples` (B, ...), to check that of the ODE with `noised=True`.
 
     Every level is drawn from its own part of the noise range (stratified, denser where the error varies most); levels
     and noises are the same for all samples of the batch, and for every call with an equal generator, so differences
     have less variance than either side. Accumulated in float64. Cost: `num_levels` evaluations, no graph.
 
     Args:
-        denoiser: at guidance scale 1.
+        denoiser: denoiser at guidance scale 1.
         samples: clean samples in the model's coordinates, finite; half precision becomes float32.
-        num_levels: draws, even, at least 4: the standard error is that of pairs of neighbours, and errs upwards.
+        num_levels: number of draws, even, at least 4: the standard error comes from pairs of neighbours, and errs
+            upwards.
         prior_mean, prior_variance, space, on_step, bins: as in `log_likelihood`.
         generator: draws the levels, the noises, then the places in the bins.
 
@@ -56,12 +57,11 @@ def squared_error_log_likelihood(
     """
     if num_levels < 4 or num_levels % 2:
         raise InputError(f"`num_levels` is {num_levels}; allowed: even, at least 4, sensibly 32 or more.")
-    check_samples(samples)
+    samples = checked_samples(samples)
     mean, variance = checked_prior(samples, prior_mean, prior_variance)
-    samples = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
     low, high = log_noise_to_signal_range(denoiser.scheduler)
     levels, weights = _levels(num_levels, low, high, generator)
-    noises = [_draw(samples[:1], generator) for _ in range(num_levels)]
+    noises = [standard_noise(samples[:1], generator) for _ in range(num_levels)]
     start = samples.double() if bins is None else dequantised(samples, bins, generator)
     timesteps, before = timestep_at(denoiser.scheduler, levels), denoiser.num_calls
     dimensions, rows = samples[0].numel(), []
@@ -84,7 +84,7 @@ def squared_error_log_likelihood(
 
 
 def stratified_error(contributions: torch.Tensor) -> torch.Tensor:
-    """Standard error of the mean over (n, ...) draws from n neighbouring strata, by pairs of neighbours.
+    """Returns the standard error of the mean over (n, ...) draws from n neighbouring strata, by pairs of neighbours.
 
     A pair's difference holds the variance of both and the difference of their means, so this errs upwards.
     """
@@ -95,45 +95,38 @@ def stratified_error(contributions: torch.Tensor) -> torch.Tensor:
 def _levels(
     count: int, low: float, high: float, generator: torch.Generator | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log s (n,), one from each of n parts of equal probability, and the inverse density there."""
+    """Draws log s (n,), one from each of n parts of equal probability, and returns the inverse density there too."""
     fine = torch.linspace(low, high, 4097, dtype=torch.float64)
     density = 0.25 + _share(fine)
     cumulative = torch.cumulative_trapezoid(density, fine)
     cumulative = torch.cat([torch.zeros(1, dtype=torch.float64), cumulative])
     device = "cpu" if generator is None else generator.device
     uniform = torch.rand(count, generator=generator, dtype=torch.float64, device=device).cpu()
-    wanted = (torch.arange(count) + uniform) / count * cumulative[-1]
-    upper = torch.searchsorted(cumulative, wanted).clamp(1, len(fine) - 1)
-    share = (wanted - cumulative[upper - 1]) / (cumulative[upper] - cumulative[upper - 1])
+    quantiles = (torch.arange(count) + uniform) / count * cumulative[-1]
+    upper = torch.searchsorted(cumulative, quantiles).clamp(1, len(fine) - 1)
+    share = (quantiles - cumulative[upper - 1]) / (cumulative[upper] - cumulative[upper - 1])
     levels = fine[upper - 1] + share * (fine[upper] - fine[upper - 1])
     return levels, cumulative[-1] / (0.25 + _share(levels))
 
 
 def _share(log_s: torch.Tensor) -> torch.Tensor:
-    """r of Gaussian data with standard deviation `CROSSOVER`."""
+    """Returns r of Gaussian data with standard deviation `CROSSOVER`."""
     return torch.sigmoid(2 * (math.log(CROSSOVER) - log_s))
-
-
-def _draw(like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    from diffusers.utils.torch_utils import randn_tensor
-
-    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype).double()
 
 
 @torch.no_grad()
 def _squared_error(
     denoiser: Denoiser, start: torch.Tensor, dtype: torch.dtype, noise: torch.Tensor, timestep: torch.Tensor
 ) -> torch.Tensor:
-    """|eps - eps_theta|^2, (B,) float64."""
+    """Returns |eps - eps_theta|^2, (B,) float64."""
     level = denoiser.level(timestep)
     noised = (expand(level.alpha, start) * start + expand(level.sigma, start) * noise).to(dtype)
     epsilon = denoiser.state(noised, timestep.to(torch.float32)).epsilon
     return (noise - epsilon.double()).square().flatten(1).sum(1)
 
 
-def _mean_prior(x: torch.Tensor, mean: torch.Tensor | float, variance: torch.Tensor | float, s: float) -> torch.Tensor:
-    """E log N(x + s eps; mean, variance + s^2) over eps, (B,) nats."""
-    mean, variance = (torch.as_tensor(value, dtype=torch.float64, device=x.device) for value in (mean, variance))
+def _mean_prior(x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, s: float) -> torch.Tensor:
+    """Returns E log N(x + s eps; mean, variance + s^2) over eps, (B,) nats."""
     total = (variance + s**2).expand(x.shape[1:])
     squares = ((x - mean).square() + s**2) / total
     return -0.5 * (squares + (2 * math.pi * total).log()).flatten(1).sum(1)

@@ -232,7 +232,7 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         with torch.no_grad():
             return self.forward(**inputs, pooled=pooled)
 
-    def r(self, state: DenoisingState, pooled: torch.Tensor | None = None) -> torch.Tensor:
+    def unexplained_noise_fraction(self, state: DenoisingState, pooled: torch.Tensor | None = None) -> torch.Tensor:
         """tr Cov[eps|x_t]/d at a state, (B,) float64. Cost and errors as `evaluate`."""
         return noise_shares(self.evaluate(state, pooled), state)[0].reshape(len(state.sample), -1).mean(1)
 

@@ -7,6 +7,7 @@ from typing import TypeVar, overload
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from ..backbones.registry import DIFFERENTIATE_RUNS
 from ..errors import UnsupportedError
 from .mixin import FisherPipelineMixin
 from .persistence import over_components_of
@@ -28,14 +29,12 @@ __all__ = [
 ]  # fmt: skip
 
 PIPELINES: dict[str, type[FisherPipelineMixin]] = {
-    cls.__name__: cls
-    for cls in (
-        DDIMFisherPipeline, DDPMFisherPipeline, DiTFisherPipeline, FluxFisherPipeline, LDMFisherPipeline,
-        PixArtAlphaFisherPipeline, PixArtSigmaFisherPipeline, StableDiffusion3FisherPipeline,
-        StableDiffusionFisherPipeline, StableDiffusionXLFisherPipeline,
-    )
-}  # fmt: skip
+    name: globals()[name] for name in __all__ if name.endswith("FisherPipeline")
+}
 """Our pipeline classes by name."""
+
+for _class in PIPELINES.values():
+    _class.__module__ = "diffusers_fisher"  # the public module is what a saved component names
 
 Fisher = TypeVar("Fisher", bound=FisherPipelineMixin)
 
@@ -49,43 +48,41 @@ def fisher_pipeline(pipe: type[DiffusionPipeline]) -> type[FisherPipelineMixin]:
 def fisher_pipeline(
     pipe: DiffusionPipeline | type[DiffusionPipeline],
 ) -> FisherPipelineMixin | type[FisherPipelineMixin]:
-    """Makes the Fisher version of a stock pipeline, over the same components; of a pipeline class, gives the class.
+    """Makes the Fisher version of a stock pipeline over the same components; for a class, returns the Fisher class.
 
-    A trace model and latent statistics in the folder that the pipeline was loaded from are found there.
+    It has the trace model and the latent statistics of the folder that the pipeline was loaded from.
 
     Raises:
-        UnsupportedError: there is none for that class.
+        UnsupportedError: the class has no Fisher version.
     """
     if isinstance(pipe, type):
         return _fisher_class(pipe)
     if isinstance(pipe, FisherPipelineMixin):
         return pipe
-    made = over_components_of(pipe, _fisher_class(type(pipe)))
-    made.register_to_config(_name_or_path=pipe.config.get("_name_or_path"))
+    ours = over_components_of(pipe, _fisher_class(type(pipe)))
+    ours.register_to_config(_name_or_path=pipe.config.get("_name_or_path"))
     if "labels" in vars(pipe):
-        made.labels = dict(pipe.labels)  # of DiT, whose names of classes are in no config
-    return made
+        ours.labels = dict(pipe.labels)  # of DiT, whose names of classes are in no config
+    return ours
 
 
 def _fisher_class(cls: type[DiffusionPipeline]) -> type[FisherPipelineMixin]:
     if issubclass(cls, FisherPipelineMixin):
         return cls
-    made = PIPELINES.get(cls.__name__.removesuffix("Pipeline") + "FisherPipeline")
-    if made is None or not issubclass(made, cls):
+    ours = PIPELINES.get(cls.__name__.removesuffix("Pipeline") + "FisherPipeline")
+    if ours is None or not issubclass(ours, cls):
         supported = ", ".join(name.replace("Fisher", "") for name in PIPELINES)
         raise UnsupportedError(
-            f"There is no Fisher version of {cls.__name__}; supported: {supported}. Its sampling runs may be "
-            "differentiated all the same: set pipe.scheduler = fisher_scheduler(type(pipe.scheduler))"
-            ".from_config(pipe.scheduler.config) and call it inside `with pipe.scheduler.differentiable(...)`."
+            f"There is no Fisher version of {cls.__name__}; supported: {supported}. {DIFFERENTIATE_RUNS}"
         )
-    return made
+    return ours
 
 
 def custom_pipeline_file(pipeline: str = "StableDiffusionFisherPipeline") -> str:
-    """The file for `DiffusionPipeline.from_pretrained(path, custom_pipeline=..., trust_remote_code=True)`.
+    """Returns the file for `DiffusionPipeline.from_pretrained(path, custom_pipeline=..., trust_remote_code=True)`.
 
-    For another pipeline than that of Stable Diffusion, whose file is a part of the package, it is written, one line
-    long, into the cache where diffusers puts its copy of it.
+    The file for Stable Diffusion is a part of the package. For other pipelines a file of one line is written to the
+    cache in which diffusers puts its copy of the file.
 
     Args:
         pipeline: name of one of our pipeline classes.

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from ..backbones.parts import LatentStatistics, checkpoint_parts, loaded_parts, set_checkpoint_parts
+from ..backbones.parts import (
+    LatentStatistics,
+    checkpoint_parts,
+    load_parts,
+    load_scheduler_name,
+    loaded_parts,
+    set_checkpoint_parts,
+)
 from ..errors import InputError
 from ..guidance import pipeline as guidance
 from ..likelihood import pipeline as likelihood
 from ..models import FisherTraceModel
-from .persistence import load_pipeline_parts, save_pipeline
+from ..schedulers import fisher_scheduler
+from .persistence import check_folder, save_parts, stock_pipeline
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 else:
     DiffusionPipeline = object  # at run time the mixin stands before the stock class
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
 
 
 class FisherPipelineMixin(DiffusionPipeline):
@@ -39,7 +50,7 @@ class FisherPipelineMixin(DiffusionPipeline):
 
     @property
     def latent_statistics(self) -> LatentStatistics | None:
-        """(mean, variance) of the training data's scaled latents, each of one sample's shape, for the likelihood's
+        """Mean and variance of the training data's scaled latents, each of one sample's shape, for the likelihood's
         prior; None where the checkpoint has none. May be set."""
         return checkpoint_parts(self).latent_statistics
 
@@ -49,9 +60,9 @@ class FisherPipelineMixin(DiffusionPipeline):
 
     @property
     def trace_model(self) -> FisherTraceModel | None:
-        """The `FisherTraceModel` of this checkpoint's denoiser, by which `log_likelihood` knows the trace unless it is
-        given an estimator; None where there is none. May be set. It is no component: it follows the pipeline to a
-        device (`to`), but keeps its own precision and is not offloaded."""
+        """The `FisherTraceModel` of this checkpoint's denoiser; None where there is none. May be set. `log_likelihood`
+        takes the trace from it unless an estimator is passed. It is no component: it follows the pipeline to a device
+        (`to`), but keeps its own precision and is not offloaded."""
         return checkpoint_parts(self).trace_model
 
     @trace_model.setter
@@ -79,8 +90,14 @@ class FisherPipelineMixin(DiffusionPipeline):
         Raises:
             CheckpointError: a local folder with a missing or truncated file.
         """
-        load = super().from_pretrained
-        return load_pipeline_parts(load, pretrained_model_name_or_path, kwargs)
+        source = pretrained_model_name_or_path
+        check_folder(source, passed_components=kwargs)
+        pipe = super().from_pretrained(source, **kwargs)
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        set_checkpoint_parts(pipe, load_parts(source, **hub))
+        if load_scheduler_name(source, **hub) is not None and "scheduler" not in kwargs:
+            pipe.scheduler = fisher_scheduler(type(pipe.scheduler)).from_config(pipe.scheduler.config)
+        return pipe
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike, **kwargs: Any
@@ -88,6 +105,12 @@ class FisherPipelineMixin(DiffusionPipeline):
         """Saves the stock pipeline, readable by any diffusers, with the Fisher parts beside its index.
 
         Args:
-            **kwargs: as the stock pipeline's `save_pretrained` (safetensors only).
+            **kwargs: as the stock pipeline's `save_pretrained`.
+
+        Raises:
+            InputError: an upload, or another form than safetensors.
         """
-        save_pipeline(self, save_directory, kwargs)
+        if kwargs.get("push_to_hub") or kwargs.get("safe_serialization") is False:
+            raise InputError("Save to a folder, in safetensors; push the finished folder with huggingface_hub.")
+        stock_pipeline(self).save_pretrained(save_directory, **kwargs)
+        save_parts(Path(save_directory), self.scheduler, checkpoint_parts(self))

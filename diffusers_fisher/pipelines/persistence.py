@@ -10,29 +10,19 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
-from ..backbones.parts import (
-    MARK,
-    STATISTICS,
-    TRACE_MODEL,
-    CheckpointParts,
-    checkpoint_parts,
-    load_scheduler_name,
-    load_statistics,
-    load_trace_model,
-    read_table,
-    set_checkpoint_parts,
-)
-from ..errors import CheckpointError, InputError
+from ..backbones.parts import MARK, STATISTICS, TRACE_MODEL, CheckpointParts, read_table
+from ..errors import CheckpointError
 from ..files import check_safetensors, read_json, save_tensors, write_json
 from ..models import FisherTraceModel
-from ..schedulers import FisherSchedulerMixin, fisher_scheduler
+from ..schedulers import FisherSchedulerMixin
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
@@ -45,17 +35,17 @@ NEEDED_FILES = (
 )
 """Files (any one of each list) of components whose class name has the word in it."""
 
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
-
 
 def stock_class(cls: type) -> type[Any]:
-    """The first class of diffusers itself in the MRO of `cls`."""
-    own = (parent for parent in cls.__mro__ if parent.__module__.split(".")[0] == "diffusers")
-    return next(parent for parent in own if not issubclass(parent, FisherSchedulerMixin))  # made ones bear its module
+    """Returns the first class of diffusers itself in the MRO of `cls`."""
+    parents = (parent for parent in cls.__mro__ if parent.__module__.split(".")[0] == "diffusers")
+    return next(
+        parent for parent in parents if not issubclass(parent, FisherSchedulerMixin)
+    )  # those of `fisher_scheduler` bear its module
 
 
 def over_components_of(pipe: DiffusionPipeline, cls: type[Pipeline], **components: Any) -> Pipeline:
-    """A pipeline of class `cls` over the components and settings of `pipe`, some of them exchanged."""
+    """Makes a pipeline of class `cls` over the components and settings of `pipe`, with other `components`."""
     parts = {**pipe.components, **components}
     parameters = inspect.signature(cls.__init__).parameters
     settings = {key: pipe.config[key] for key in parameters if key not in parts and key in pipe.config}
@@ -63,67 +53,40 @@ def over_components_of(pipe: DiffusionPipeline, cls: type[Pipeline], **component
 
 
 def stock_pipeline(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """The stock pipeline over the same components, with the stock scheduler."""
+    """Makes the stock pipeline over the same components, with the stock scheduler."""
     scheduler = pipe.scheduler
     if isinstance(scheduler, FisherSchedulerMixin):
         scheduler = stock_class(type(scheduler)).from_config(pipe.scheduler.config)
     return over_components_of(pipe, stock_class(type(pipe)), scheduler=scheduler)
 
 
-def load_pipeline_parts(
-    load: Callable[..., Pipeline], source: str | os.PathLike, arguments: dict[str, Any]
-) -> Pipeline:
-    """Loads a pipeline by the stock `load`, and its Fisher parts.
+def save_parts(folder: Path, scheduler: SchedulerMixin, parts: CheckpointParts) -> None:
+    """Saves the scheduler's class, the latent statistics and the trace model beside the stock index.
 
-    Raises:
-        CheckpointError: a local folder with a missing or truncated file.
+    Files of parts that the pipeline lacks are removed: they are those of another pipeline that was saved there.
     """
-    check_folder(source, given=arguments)
-    pipe = load(source, **arguments)
-    hub = {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
-    set_checkpoint_parts(pipe, CheckpointParts(load_trace_model(source, **hub), load_statistics(source, **hub)))
-    if load_scheduler_name(source, **hub) is not None and "scheduler" not in arguments:
-        pipe.scheduler = fisher_scheduler(type(pipe.scheduler)).from_config(pipe.scheduler.config)
-    return pipe
-
-
-def save_pipeline(pipe: DiffusionPipeline, folder: str | os.PathLike, arguments: dict[str, Any]) -> None:
-    """Saves the stock pipeline, and the Fisher parts beside its index.
-
-    Raises:
-        InputError: an upload, or another form than safetensors.
-    """
-    if arguments.get("push_to_hub") or arguments.get("safe_serialization") is False:
-        raise InputError("Save to a folder, in safetensors; push the finished folder with huggingface_hub.")
-    stock_pipeline(pipe).save_pretrained(folder, **arguments)
-    folder = Path(folder)
-    scheduler = type(pipe.scheduler).__name__ if isinstance(pipe.scheduler, FisherSchedulerMixin) else None
-    write_json(folder / MARK, {"scheduler": scheduler})
-    parts = checkpoint_parts(pipe)
-    _save_trace_model(parts.trace_model, folder / TRACE_MODEL)
+    scheduler_name = type(scheduler).__name__ if isinstance(scheduler, FisherSchedulerMixin) else None
+    write_json(folder / MARK, {"scheduler": scheduler_name})
+    if parts.trace_model is not None:
+        parts.trace_model.save_pretrained(folder / TRACE_MODEL)
+    else:
+        for name in (FisherTraceModel.config_name, SAFETENSORS_WEIGHTS_NAME):
+            (folder / TRACE_MODEL / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is no such folder, or it has files that are not ours
+            (folder / TRACE_MODEL).rmdir()
     if parts.latent_statistics is None:
-        (folder / STATISTICS).unlink(missing_ok=True)  # of another pipeline that was saved there
+        (folder / STATISTICS).unlink(missing_ok=True)
         return
     mean, variance = parts.latent_statistics
     description = {"description": "mean and variance of the scaled latents of the training data"}
     save_tensors(folder / STATISTICS, {"mean": mean, "variance": variance}, description)
 
 
-def _save_trace_model(model: FisherTraceModel | None, folder: Path) -> None:
-    if model is not None:
-        model.save_pretrained(folder)
-        return
-    for name in (FisherTraceModel.config_name, SAFETENSORS_WEIGHTS_NAME):
-        (folder / name).unlink(missing_ok=True)  # of another pipeline that was saved there
-    with contextlib.suppress(OSError):  # not there, or with files that are not ours
-        folder.rmdir()
-
-
-def check_folder(source: str | os.PathLike, given: Collection[str] = ()) -> None:
+def check_folder(source: str | os.PathLike, passed_components: Collection[str] = ()) -> None:
     """Refuses a local checkpoint folder with a missing or damaged file, before anything is loaded.
 
     Args:
-        given: names of components that the caller brings, whose folders are not read.
+        passed_components: names of components that the caller passes, whose folders are not read.
 
     Raises:
         CheckpointError: names the file at fault.
@@ -137,7 +100,7 @@ def check_folder(source: str | os.PathLike, given: Collection[str] = ()) -> None
             "again if it is the embedded checkpoint."
         )
     for name, value in read_table(folder / "model_index.json").items():
-        if name in given or not isinstance(value, list) or not value or value[0] is None:
+        if name in passed_components or not isinstance(value, list) or not value or value[0] is None:
             continue
         if not (folder / name).is_dir():
             raise CheckpointError(f"'{folder}' lacks the folder '{name}' that its model_index.json names.")

@@ -62,7 +62,7 @@ class StableDiffusionFisherPipeline(LatentPipelineMixin, StableDiffusionPipeline
 class StableDiffusionXLFisherPipeline(LatentPipelineMixin, StableDiffusionXLPipeline):
     """`StableDiffusionXLPipeline` with `log_likelihood` and `guide`; its call is the stock one.
 
-    The sizes that the network is told (`original_size`, `target_size`) are those of the image unless given.
+    The network's size conditions (`original_size`, `target_size`) are those of the image unless others are passed.
     """
 
     unet: UNet2DConditionModel
@@ -94,7 +94,7 @@ class FluxFisherPipeline(LatentPipelineMixin, FluxPipeline):
 
     Latents are packed, (B, h/2 * w/2, 4 * C), in `guide` and in outputs; `log_likelihood` takes (B, C, h, w). The
     guidance scale of Flux-dev is an input of the network, so a likelihood is that of one scale: the stock call's
-    default unless `guidance_scale` is given.
+    default unless `guidance_scale` is passed.
     """
 
     transformer: FluxTransformer2DModel
@@ -124,10 +124,3 @@ class PixArtSigmaFisherPipeline(LatentPipelineMixin, PixArtSigmaPipeline):
     transformer: PixArtTransformer2DModel
     text_encoder: T5EncoderModel
     tokenizer: PreTrainedTokenizerBase
-
-
-for _class in (
-    StableDiffusionFisherPipeline, StableDiffusionXLFisherPipeline, StableDiffusion3FisherPipeline, FluxFisherPipeline,
-    PixArtAlphaFisherPipeline, PixArtSigmaFisherPipeline,
-):  # fmt: skip
-    _class.__module__ = "diffusers_fisher"  # the public module is what a saved component names

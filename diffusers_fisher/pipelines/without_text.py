@@ -39,18 +39,18 @@ class UnconditionalMixin(FisherPipelineMixin):
 
 
 class DDPMFisherPipeline(UnconditionalMixin, DDPMPipeline):
-    """`DDPMPipeline` with `log_likelihood` and `guide`, and a call that takes `latents` and gives them.
+    """`DDPMPipeline` with `log_likelihood` and `guide`, and a call that takes and returns `latents`.
 
     Its space is that of the pixels, scaled to [-1, 1].
     """
 
     unet: UNet2DModel
 
-    __call__ = torch.no_grad()(call_ddpm)  # type: ignore[assignment]
+    __call__ = torch.no_grad()(call_ddpm)
 
 
 class DDIMFisherPipeline(UnconditionalMixin, DDIMPipeline):
-    """`DDIMPipeline` with `log_likelihood` and `guide`, and a call that takes `latents` and gives them.
+    """`DDIMPipeline` with `log_likelihood` and `guide`, and a call that takes and returns `latents`.
 
     Its space is that of the pixels, scaled to [-1, 1]. A `DDIMScheduler` is kept, also a Fisher one; any other is
     replaced by one, as the stock pipeline does with every scheduler.
@@ -63,11 +63,11 @@ class DDIMFisherPipeline(UnconditionalMixin, DDIMPipeline):
         if isinstance(scheduler, DDIMScheduler):
             self.register_modules(scheduler=scheduler)
 
-    __call__ = torch.no_grad()(call_ddim)  # type: ignore[assignment]
+    __call__ = torch.no_grad()(call_ddim)
 
 
 class LDMFisherPipeline(UnconditionalMixin, LDMPipeline):
-    """`LDMPipeline` with `log_likelihood` and `guide`, and a call that takes `latents` and gives them.
+    """`LDMPipeline` with `log_likelihood` and `guide`, and a call that takes and returns `latents`.
 
     Latents are those of the vector-quantised autoencoder before its quantisation, scaled.
     """
@@ -75,11 +75,11 @@ class LDMFisherPipeline(UnconditionalMixin, LDMPipeline):
     unet: UNet2DModel
     vqvae: VQModel
 
-    __call__ = torch.no_grad()(call_ldm)  # type: ignore[assignment]
+    __call__ = torch.no_grad()(call_ldm)
 
 
 class DiTFisherPipeline(FisherPipelineMixin, DiTPipeline):
-    """`DiTPipeline` with `log_likelihood` and `guide`, and a call that takes `latents` and gives them.
+    """`DiTPipeline` with `log_likelihood` and `guide`, and a call that takes and returns `latents`.
 
     Class labels stand where text pipelines have prompts; a reward gets them as its second argument.
     """
@@ -88,7 +88,7 @@ class DiTFisherPipeline(FisherPipelineMixin, DiTPipeline):
     vae: AutoencoderKL
     labels: dict[str, int]
 
-    __call__ = torch.no_grad()(call_dit)  # type: ignore[assignment]
+    __call__ = torch.no_grad()(call_dit)
 
     def log_likelihood(  # type: ignore[override]
         self, images: ImageLike | None = None, class_labels: int | Sequence[int] | None = None, **options: Any
@@ -101,7 +101,3 @@ class DiTFisherPipeline(FisherPipelineMixin, DiTPipeline):
     ) -> GuidanceOutput:
         """Guides samples as `diffusers_fisher.guide` does, with class labels for prompts."""
         return guidance.guide(self, class_labels, reward, **options)
-
-
-for _class in (DDPMFisherPipeline, DDIMFisherPipeline, LDMFisherPipeline, DiTFisherPipeline):
-    _class.__module__ = "diffusers_fisher"  # the public module is what a saved component names

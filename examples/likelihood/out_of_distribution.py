@@ -63,7 +63,7 @@ def evaluated(pipe: Any, count: int, folder: Path) -> tuple[dict[str, torch.Tens
                 images, prompts, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0)
             )
             prior = out.prior_log_prob / (out.dims * math.log(2))
-            rows = torch.cat([out.r.T, prior[:, None]], 1).tolist()
+            rows = torch.cat([out.unexplained_noise_fraction.T, prior[:, None]], 1).tolist()
             records.write(key, {"bits_per_dim": out.bits_per_dim.tolist(), "features": rows, "trace": out.trace})
         row = records.read(key)
         bits.setdefault(name, []).extend(row["bits_per_dim"])

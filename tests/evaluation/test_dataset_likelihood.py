@@ -86,7 +86,9 @@ def test_a_record_is_what_log_likelihood_gives_for_the_image_alone(place, done):
         assert row["caption"] == example.caption and row["dims"] == out.dims == 256
         assert row["bits_per_dim"] == pytest.approx(float(out.bits_per_dim), abs=AGREEMENT)
         assert row["log_prob"] == pytest.approx(row["prior_log_prob"] + row["trace_log_prob"], abs=1e-9)
-        assert row["r"] == pytest.approx(out.r[:, 0].tolist(), abs=1e-4)  # six decimals, of float32 networks
+        assert row["r"] == pytest.approx(
+            out.unexplained_noise_fraction[:, 0].tolist(), abs=1e-4
+        )  # six decimals, of float32 networks
 
 
 def test_one_line_an_image_in_order_and_what_can_not_be_read_is_named(done):

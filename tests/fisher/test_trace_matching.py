@@ -216,7 +216,7 @@ def test_pipeline_s_likelihood_takes_it(pipe, model):
     )
     assert bool(torch.isfinite(out.log_prob).all())
     assert out.num_denoiser_calls == 5
-    assert bool(((out.r > 0) & (out.r < 1)).all())
+    assert bool(((out.unexplained_noise_fraction > 0) & (out.unexplained_noise_fraction < 1)).all())
 
 
 def test_pipeline_s_guidance_takes_it(pipe, model):

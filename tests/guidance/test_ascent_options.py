@@ -39,7 +39,7 @@ def test_held_out_reward_that_is_not_finite_stops_nothing(value, first, caplog):
     ascent, plain = problem.ascend(held_out_reward=held_out), Problem().ascend()
     assert ascent.status == "completed"
     assert torch.equal(torch.stack(ascent.rewards), torch.stack(plain.rewards))
-    assert torch.equal(ascent.best_images, plain.best_images)
+    assert torch.equal(ascent.best["images"], plain.best["images"])
     rows = torch.stack(ascent.held_out_rewards)
     assert bool(torch.isfinite(rows[:, 0]).all())
     assert torch.isnan(rows[:, 1]).tolist() == [run >= first - 1 for run in range(5)]
@@ -174,4 +174,4 @@ def test_control_alone_leaves_the_noise_where_it_is():
     of_noise = norms(problem.exact_gradient(problem.noises[0])).double()
     # the joint norm; float32
     assert relative(both.gradient_norms[0], torch.hypot(first, of_noise)) < 1e-5
-    assert not torch.equal(both.best_noise, problem.noises[0])
+    assert not torch.equal(both.best["noise"], problem.noises[0])

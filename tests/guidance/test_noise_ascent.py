@@ -63,9 +63,9 @@ def test_best_is_kept_sample_by_sample():
     problem = Problem()
     ascent = problem.ascend(scripted([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0], [2.0, 1.0], [1.0, 1.0]]))
     torch.testing.assert_close(ascent.best_rewards, torch.tensor([3.0, 2.0]).double(), rtol=0, atol=1e-4)  # the slope
-    assert torch.equal(ascent.best_noise, torch.stack([problem.noises[2][0], problem.noises[1][1]]))
+    assert torch.equal(ascent.best["noise"], torch.stack([problem.noises[2][0], problem.noises[1][1]]))
     images = [torch.sigmoid(problem.run(noise)) for noise in problem.noises[:3]]
-    assert torch.equal(ascent.best_images, torch.stack([images[2][0], images[1][1]]))
+    assert torch.equal(ascent.best["images"], torch.stack([images[2][0], images[1][1]]))
 
 
 def test_first_of_equal_rewards_is_kept():
@@ -76,7 +76,7 @@ def test_first_of_equal_rewards_is_kept():
         return 1 + (values - values.detach())  # with a gradient all the same
 
     ascent = problem.ascend(constant)
-    assert torch.equal(ascent.best_noise, problem.noises[0])
+    assert torch.equal(ascent.best["noise"], problem.noises[0])
     assert not torch.equal(problem.noises[1], problem.noises[0])
 
 
@@ -112,7 +112,7 @@ def test_zero_steps_sample_and_score():
     ascent = problem.ascend(lambda images, prompts: images.detach().sum((1, 2, 3)), num_guidance_steps=0)
     assert len(problem.noises) == len(ascent.rewards) == len(ascent.seconds) == 1
     assert ascent.gradient_norms == []
-    assert torch.equal(ascent.best_noise, problem.noises[0])
+    assert torch.equal(ascent.best["noise"], problem.noises[0])
     assert torch.equal(ascent.best_rewards, ascent.rewards[0])
 
 
@@ -149,7 +149,7 @@ def test_callers_noise_and_grad_mode_are_left_alone():
         ascent = Problem().ascend(noise=noise)
         assert not torch.is_grad_enabled()
     assert torch.equal(noise, latents(torch.float32, SHAPE))
-    held = [ascent.best_images, ascent.best_noise, *ascent.rewards, *ascent.gradient_norms]
+    held = [ascent.best["images"], ascent.best["noise"], *ascent.rewards, *ascent.gradient_norms]
     assert not any(tensor.requires_grad for tensor in held)
 
 
@@ -200,7 +200,7 @@ def test_reward_that_is_not_finite_later_stops_with_the_best_so_far(value, run, 
     assert len(problem.noises) == run + 1
     assert len(ascent.rewards) == len(ascent.gradient_norms) == len(ascent.seconds) == run
     assert float(ascent.best_rewards[1]) == pytest.approx(run - 1, abs=1e-4)  # the slope
-    assert torch.equal(ascent.best_noise[1], problem.noises[run - 1][1])
+    assert torch.equal(ascent.best["noise"][1], problem.noises[run - 1][1])
     assert ascent.status.startswith(f"stopped in run {run}: The reward '<lambda>' is not finite: [0.")
     assert [record.getMessage() for record in caplog.records] == [
         f"Guidance {ascent.status} The best so far is returned."
@@ -252,7 +252,7 @@ def test_gradient_that_is_not_finite_at_once_leaves_the_unguided_run():
     words = "stopped in run 0: The gradient of the reward 'root' with respect to the images of run 0 is not finite"
     assert ascent.status.startswith(words)
     assert (len(ascent.rewards), len(ascent.gradient_norms), len(ascent.seconds)) == (1, 0, 1)
-    assert torch.equal(ascent.best_noise, problem.noises[0])
+    assert torch.equal(ascent.best["noise"], problem.noises[0])
 
 
 def test_images_that_are_not_finite():

@@ -103,7 +103,7 @@ def test_isotropic_gaussian_in_closed_form():
     out = likelihood(oracle, draws(oracle), num_steps=200, prior_mean=0.0, prior_variance=variance)
     s = out.noise_to_signal
     # Float32 timesteps between the table's entries move s by 1e-7 relative.
-    assert relative(out.r, (variance / (variance + s**2))[:, None].expand(201, 4)) < 1e-6
+    assert relative(out.unexplained_noise_fraction, (variance / (variance + s**2))[:, None].expand(201, 4)) < 1e-6
     integral = DIMENSIONS / 2 * math.log((variance + float(s[-1]) ** 2) / (variance + float(s[0]) ** 2))
     # Trapezoidal rule, d h^2/12 times the difference of the integrand's slopes at the ends, which are 0.003 or less.
     assert bool(((out.trace_log_prob - integral).abs() < 1e-5).all())
@@ -118,16 +118,22 @@ def test_exact_trace_at_the_first_node_is_the_oracles():
     level = NoiseLevel.from_log_noise_to_signal(out.noise_to_signal[0].log())
     trace = oracle.trace(level.alpha * samples, level)
     # By autodiff in float64; 1 - r is formed from terms of order one.
-    assert relative(1 - out.r[0], level.sigma**2 * trace / DIMENSIONS) < 1e-10
+    assert relative(1 - out.unexplained_noise_fraction[0], level.sigma**2 * trace / DIMENSIONS) < 1e-10
 
 
 def test_r_tells_what_is_left_to_know_of_the_noise():
     """Nothing where x_0 is known to be one of some points, and nothing beside much noise; all of it beside none."""
     points, gaussian = (likelihood(ORACLES[name], draws(ORACLES[name])) for name in ("points", "gaussian"))
-    assert float(points.r[0].abs().max()) < 1e-12  # 1 minus one, in float64: the next point is 80 s away
-    assert bool((points.r[-1] < 0.01).all())  # v/(v + s^2) at unit variance and s = 14.6: 0.005
-    assert bool((gaussian.r[-1] < 0.01).all())
-    assert bool((gaussian.r[0] > 0.97).all())  # the smallest of six variances is 0.02, 24 times s^2
+    assert (
+        float(points.unexplained_noise_fraction[0].abs().max()) < 1e-12
+    )  # 1 minus one, in float64: the next point is 80 s away
+    assert bool(
+        (points.unexplained_noise_fraction[-1] < 0.01).all()
+    )  # v/(v + s^2) at unit variance and s = 14.6: 0.005
+    assert bool((gaussian.unexplained_noise_fraction[-1] < 0.01).all())
+    assert bool(
+        (gaussian.unexplained_noise_fraction[0] > 0.97).all()
+    )  # the smallest of six variances is 0.02, 24 times s^2
 
 
 class TestHutchinson:
@@ -227,7 +233,7 @@ def test_density_does_not_depend_on_the_family(name):
     # a difference of float64 terms 1/s^2 = 1e3 times its size.
     tolerance = 1e-6 if name.startswith("EDM") else 1e-10
     assert relative(out.log_prob, reference.log_prob) < tolerance
-    assert relative(out.r, reference.r) < tolerance
+    assert relative(out.unexplained_noise_fraction, reference.unexplained_noise_fraction) < tolerance
     assert relative(out.noise_to_signal, reference.noise_to_signal) < 1e-12
     assert out.num_denoiser_calls == reference.num_denoiser_calls
 
@@ -267,7 +273,7 @@ def test_calls_and_notifications_are_one_a_node(num_steps, halving, evaluations)
         out = likelihood(oracle, samples, num_steps=num_steps, num_probes=num_probes, **options)
         assert out.num_denoiser_calls == evaluations
         assert len(steps) == evaluations
-        assert out.r.shape == (num_steps + 1, 4)
+        assert out.unexplained_noise_fraction.shape == (num_steps + 1, 4)
 
 
 @pytest.mark.parametrize(("central", "products"), [(False, 1), (True, 2)])
@@ -290,7 +296,8 @@ def test_output_has_these_fields():
     assert isinstance(out, LikelihoodOutput)
     tensors = {
         "log_prob": (4,), "prior_log_prob": (4,), "trace_log_prob": (4,), "standard_error": (4,),
-        "discretisation_error": (4,), "r": (21, 4), "noise_to_signal": (21,), "final_latents": (4, *ORACLE_SHAPE),
+        "discretisation_error": (4,), "unexplained_noise_fraction": (21, 4), "noise_to_signal": (21,),
+        "final_latents": (4, *ORACLE_SHAPE),
         "trace_by_probe": (2, 4),
     }  # fmt: skip
     words = {
@@ -398,7 +405,11 @@ class Breaking(Denoiser):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (3, r"Log-likelihoods are not finite: \[nan, nan, nan, nan\]; r by noise level: \[\["),
+        (
+            3,
+            r"Log-likelihoods are not finite: \[nan, nan, nan, nan\]; unexplained noise fractions by noise "
+            r"level: \[\[",
+        ),
         (11, "Log-likelihoods are not finite"),  # the last node
         (14, "half as many steps are not finite, .* or pass `step_halving=False`"),
     ],

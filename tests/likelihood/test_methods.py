@@ -255,7 +255,13 @@ def test_reference_is_exact_to_its_tolerance(name):
     assert out.num_denoiser_calls == denoiser.num_calls
     assert (out.prior, out.scheme) == ("moment-matched", "dopri5, tolerance 1e-06")
     fine = likelihood(oracle, samples, num_steps=200)
-    assert relative(out.r, likelihood(oracle, samples, num_steps=8 * 25).r[::25]) < 1e-3  # both paths' errors
+    assert (
+        relative(
+            out.unexplained_noise_fraction,
+            likelihood(oracle, samples, num_steps=8 * 25).unexplained_noise_fraction[::25],
+        )
+        < 1e-3
+    )  # both paths' errors
     assert relative(out.final_latents, fine.final_latents) < 1e-4
     assert torch.equal(samples, before)
 

@@ -180,7 +180,7 @@ def test_output_says_what_it_is():
     assert (out.space, out.prior, out.density, out.dims) == ("latent", "standard", "smoothed", 16)
     assert "AutodiffFisher" in out.trace
     assert "3 probes" in out.trace
-    assert out.r.shape == (5, 2)
+    assert out.unexplained_noise_fraction.shape == (5, 2)
     assert out.noise_to_signal.shape == (5,)
     assert out.num_denoiser_calls == 5 + 3  # and half as many steps
     assert torch.equal(out.bits_per_dim, -out.log_prob / (16 * math.log(2)))

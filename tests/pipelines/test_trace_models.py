@@ -84,7 +84,9 @@ def test_likelihood_and_guidance_know_the_trace_from_it(backbone):
     denoiser = likelihood_denoiser(backbone, pipe)
     start = float(denoiser.level(timestep).alpha) * backbone.packed(pipe, x)
     r = model.r(denoiser.state(start, timestep.float()))
-    torch.testing.assert_close(out.r[0], r, rtol=1e-4, atol=0)  # float32 samples, and logits of them
+    torch.testing.assert_close(
+        out.unexplained_noise_fraction[0], r, rtol=1e-4, atol=0
+    )  # float32 samples, and logits of them
     chosen = backbone.score(pipe, latents=x, estimator=AutodiffFisher())
     assert torch.equal(chosen.log_prob, before.log_prob)
     assert chosen.trace == before.trace == "AutodiffFisher, 2 probes"
@@ -155,7 +157,10 @@ def test_likelihood_and_guidance_of_a_model_with_features(backbone):
     out = backbone.score(pipe, latents=x)
     timestep = timestep_at(pipe.scheduler, out.noise_to_signal.log())[0]
     state = denoiser.state(float(denoiser.level(timestep).alpha) * start, timestep.float())
-    found, expected = out.r[0].logit(), model.r(state).logit()  # r is nearly 1 at the first level
+    found, expected = (
+        out.unexplained_noise_fraction[0].logit(),
+        model.r(state).logit(),
+    )  # r is nearly 1 at the first level
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)  # float32 samples, and logits of them
     without = model.r(dataclasses.replace(state, features=None)).logit()
     assert float((without - expected).abs().min()) > 1e-2

@@ -117,7 +117,7 @@ def test_image_to_image_is_bit_for_bit_and_differentiable_at_its_first_sample(xl
 
 def test_image_to_image_as_a_denoiser_is_refused_in_words():
     pipe = pipeline("Img2Img", xl=False)
-    with pytest.raises(UnsupportedError, match="takes no `latents`, so it can't be evaluated at a given sample"):
+    with pytest.raises(UnsupportedError, match="takes no `latents`, so it can't be evaluated at a sample"):
         PipelineDenoiser(pipe, prompt=PROMPTS, image=pictures())
     with pytest.raises(UnsupportedError, match=r"\{'strength': 0.8\} acts by the step's index within a run"):
         PipelineDenoiser(pipeline("Img2Img", xl=True), prompt=PROMPTS, image=pictures(), strength=0.8)

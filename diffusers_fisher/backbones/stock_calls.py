@@ -1,0 +1,135 @@
+"""Makes stock calls that take no `latents` start from latents, and return the latents that they end with.
+
+The stock call itself runs, on a shallow copy of the pipeline: only the function by which it draws its noise, its
+scheduler and its autoencoder are replaced for that call.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+
+from ..errors import InputError
+
+
+def make_latents_call(stock: type[DiffusionPipeline]) -> Callable[..., Any]:
+    """Makes a function of the stock call's arguments that also takes `latents`, (B, C, h, w) of unit variance.
+
+    Without `latents` the stock call draws the initial noise itself. With `output_type` "latent" the function returns
+    the final latents, and no autoencoder runs. The caller decides on the grad mode.
+
+    Args:
+        stock: class of the pipelines, whose call takes `batch_size` or `class_labels`.
+
+    Returns:
+        The function. It raises `InputError` for latents of another number than the samples', or of other channels than
+        the network's.
+    """
+    stock_call = inspect.unwrap(stock.__call__)
+    parameters = list(inspect.signature(stock_call).parameters.values())
+    place = -1 if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else len(parameters)
+    parameters.insert(place, inspect.Parameter("latents", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None))
+    signature = inspect.Signature(parameters)
+
+    def call_with_latents(*args: Any, **kwargs: Any) -> Any:
+        values = signature.bind(*args, **kwargs)
+        values.apply_defaults()
+        arguments = values.arguments
+        arguments |= arguments.pop("kwargs", {})
+        pipe, latents = arguments.pop("self"), arguments.pop("latents")
+        if latents is None and arguments["output_type"] != "latent":
+            return stock_call(pipe, **arguments)
+        count = len(arguments["class_labels"]) if "class_labels" in arguments else arguments["batch_size"]
+        replacements = {"scheduler": _WatchedScheduler(pipe.scheduler, count)}
+        call = stock_call if latents is None else _call_from(latents, stock_call, pipe, count)
+        if arguments["output_type"] != "latent":
+            return call(shallow_copy(pipe, **replacements), **arguments)
+        autoencoders = {name: part for name, part in pipe.components.items() if name in ("vae", "vqvae")}
+        silent = {name: _NoDecoder(autoencoder) for name, autoencoder in autoencoders.items()}
+        call(shallow_copy(pipe, **replacements, **silent), **{**arguments, "output_type": "pt"})
+        final: Any = replacements["scheduler"].last  # a tensor, as other stock calls return against their own types
+        return ImagePipelineOutput(images=final) if arguments["return_dict"] else (final,)
+
+    call_with_latents.__signature__ = signature  # type: ignore[attr-defined]
+    return call_with_latents
+
+
+def shallow_copy(pipe: DiffusionPipeline, **attributes: Any) -> DiffusionPipeline:
+    """Makes a pipeline over the same components, on which `attributes` are set.
+
+    They are written past the pipeline's `__setattr__`, which would note the change in the configuration.
+    """
+    copied = copy.copy(pipe)
+    vars(copied).update(attributes)
+    return copied
+
+
+def _call_from(latents: torch.Tensor, call: Callable, pipe: DiffusionPipeline, count: int) -> Callable:
+    """Returns the function `call` with `latents` in the place of what it draws.
+
+    Its code runs over the same names, of which only `randn_tensor` means another function.
+    """
+    network = pipe.unet if "unet" in pipe.components else pipe.transformer
+    shape, channels = tuple(latents.shape), network.config.in_channels
+    if len(shape) != 4 or shape[:2] != (count, channels):
+        raise InputError(f"`latents` have shape {shape}; allowed: ({count}, {channels}, h, w).")
+
+    def randn_tensor(shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, **_: Any):
+        return latents.to(device=device or latents.device, dtype=dtype or latents.dtype)
+
+    names = {**call.__globals__, "randn_tensor": randn_tensor}
+    function = types.FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
+    function.__kwdefaults__ = call.__kwdefaults__
+    return function
+
+
+class _WatchedScheduler:
+    """Stands for a pipeline's scheduler, and keeps the last sample that it returned.
+
+    A pipeline that hands it every sample twice (DiT, for classifier-free guidance) gets it back twice, but the
+    scheduler's own step sees it once: so a differentiable run has the shape of the latents.
+    """
+
+    def __init__(self, scheduler: Any, count: int):
+        self._scheduler = scheduler
+        self._count = count
+        self.last: torch.Tensor | None = None
+        # Pipelines inspect the signature of `step`.
+        self.step = functools.update_wrapper(functools.partial(self._step), scheduler.step)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scheduler, name)
+
+    def _step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        copies = len(sample) // self._count
+        if copies > 1:
+            model_output, sample = model_output[: self._count], sample[: self._count]
+        result = self._scheduler.step(model_output, timestep, sample, *args, **kwargs)
+        self.last = result[0] if isinstance(result, tuple) else result.prev_sample
+        if copies == 1:
+            return result
+        repeated = torch.cat([self.last] * copies)
+        if isinstance(result, tuple):
+            return (repeated, *result[1:])
+        result.prev_sample = repeated
+        return result
+
+
+class _NoDecoder:
+    """Stands for an autoencoder and decodes nothing: a decoding would cost more than a step of most networks."""
+
+    def __init__(self, autoencoder: torch.nn.Module):
+        self._autoencoder = autoencoder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._autoencoder, name)
+
+    def decode(self, *args: Any, **kwargs: Any) -> types.SimpleNamespace:
+        return types.SimpleNamespace(sample=torch.zeros(1, 1, 1, 1))
