@@ -409,5 +409,5 @@ def coupling_cost(start: torch.Tensor, end: torch.Tensor, batches: int = 8) -> C
         pairs.append(float(costs.diagonal().mean()))
         optimal.append(float(ot.emd2(uniform.numpy(), uniform.numpy(), costs.cpu().numpy())))
     gaps = torch.tensor(pairs, dtype=torch.float64) - torch.tensor(optimal, dtype=torch.float64)
-    mean = lambda values: sum(values) / len(values)  # noqa: E731
-    return CouplingCost(mean(pairs), mean(optimal), float(gaps.mean()), float(gaps.std() / batches**0.5))
+    means = (sum(values) / batches for values in (pairs, optimal))
+    return CouplingCost(*means, float(gaps.mean()), float(gaps.std() / batches**0.5))
