@@ -91,7 +91,8 @@ class Images(torch.utils.data.Dataset):
     def __init__(self, rows: Dataset | IterableDataset, data: ImageData, channels: int, text_captions: bool):
         self.files_left_out: list[str] = []
         self.rows, self.data, self.channels = rows, data, channels
-        self.names = _class_names(rows, data) if text_captions else None
+        feature = (rows.features or {}).get(data.caption_column)
+        self.names: list[str] | None = getattr(feature, "names", None) if text_captions else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -256,11 +257,6 @@ def _quiet(datasets: ModuleType) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _class_names(rows: Dataset | IterableDataset, data: ImageData) -> list[str] | None:
-    feature = (rows.features or {}).get(data.caption_column)
-    return getattr(feature, "names", None)
-
-
 def _decode(entry: dict[str, Any] | None, name: str, data: ImageData, channels: int) -> torch.Tensor:
     """Returns pixels (C, H, W), float32 in [0, 1]."""
     import numpy
@@ -299,10 +295,7 @@ class CachedLatents(torch.utils.data.Dataset):
                 "`accelerate launch -m diffusers_fisher.training.cache_latents --config ...`."
             )
         self.index = read_json(self.folder / LATENT_INDEX)
-        starts = [0]
-        for count in self.index["counts"]:
-            starts.append(starts[-1] + count)
-        self._starts = torch.tensor(starts)
+        self._starts = torch.tensor([0, *self.index["counts"]]).cumsum(0)
         self._shards: dict[int, tuple[torch.Tensor, list[Caption]]] = {}
 
     def __len__(self) -> int:

@@ -1,21 +1,22 @@
 """Runs the demonstration of `diffusers-fisher demo`: likelihood and guidance on the embedded checkpoint."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pandas
 import torch
+from matplotlib.axes import Axes
 
 from . import __version__
 from .checkpoints import EMBEDDED_CLASSES, embedded_checkpoint, embedded_prompt, embedded_test_images
 from .errors import CoarseGridWarning
+from .figures import make_figure
 from .files import check_writable, save_figure, write_json
 from .fisher import (
     AutodiffFisher,
@@ -28,9 +29,6 @@ from .fisher import (
 from .guidance import ClassifierReward, GuidanceOutput
 from .likelihood import LikelihoodOutput
 from .pipelines import StableDiffusionFisherPipeline
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 PROMPT_CLASS = EMBEDDED_CLASSES.index("sneaker")
 TARGET = "ankle boot"
@@ -100,8 +98,6 @@ def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Returns the versions of the packages on which the figures depend, and the number of threads."""
-    from importlib.metadata import version
-
     own = {"diffusers_fisher": __version__, "threads": str(torch.get_num_threads())}
     return own | {name: version(name) for name in ("diffusers", "transformers", "torch")}
 
@@ -142,10 +138,7 @@ def _likelihood_report(out: LikelihoodOutput) -> dict[str, Any]:
         "discretisation_error": float(out.discretisation_error.abs().mean() / nats),
         "largest_discretisation_error": float(out.discretisation_error.abs().max() / nats),
         "num_denoiser_calls": out.num_denoiser_calls,
-        "space": out.space,
-        "prior": out.prior,
-        "density": out.density,
-        "trace": out.trace,
+        **{name: getattr(out, name) for name in ("space", "prior", "density", "trace")},
     }
 
 
@@ -180,15 +173,11 @@ def _write(
     pipe: StableDiffusionFisherPipeline,
     seed: int,
 ) -> None:
-    from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's choice
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = make_figure(11, 4, columns=2)
     _draw_likelihoods(left, right, likelihoods)
     save_figure(figure, output / "likelihood.png")
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = make_figure(6, 4)
     for name, run in runs.items():
         axes.plot(run.seconds.cumsum(0), run.rewards.mean(1), marker=".", label=name)
     axes.set(xlabel="seconds", ylabel=f"log-probability of '{TARGET}'", title="Reward against time")
@@ -200,8 +189,7 @@ def _write(
         **SAMPLING,
     ).images  # fmt: skip
     rows = {"before": before, **{name: run.images for name, run in runs.items()}}
-    figure = Figure(figsize=(8, 1.35 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), 1)
+    figure, grid = make_figure(8, 1.35 * len(rows), len(rows))
     for axes, (name, pictures) in zip(grid, rows.items(), strict=True):
         axes.imshow(torch.cat(list(pictures), dim=-1).permute(1, 2, 0))
         axes.set_title(name, fontsize=9, loc="left")

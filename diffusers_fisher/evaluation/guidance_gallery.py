@@ -1,7 +1,5 @@
 """Guides many prompts over many processes and writes a gallery, for `diffusers-fisher guide`."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import logging
@@ -9,9 +7,10 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 
 from ..backbones import backbone_of
 from ..errors import CoarseGridWarning, InputError, NumericalError, UnsupportedError
@@ -27,9 +26,6 @@ from ..jobs.records import Records, item_keys, shard
 from ..pipelines import FisherPipelineMixin
 from ..settings import Dtype, GuidanceEstimator, Positive, settings_class
 from .guidance_gallery_report import PICTURES, gallery_summary, write_gallery
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
 
 logger = logging.getLogger(__name__)
 

@@ -4,15 +4,13 @@ A digest is a hash. A note is a JSON mapping that a run keeps in its folder. `no
 two runs and says in words what differs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -21,9 +19,7 @@ from ..backbones import backbone_of
 from ..data import CachedLatents, Images, ImageStream
 from ..errors import InputError
 from ..files import read_json
-
-if TYPE_CHECKING:
-    from ..pipelines import FisherPipelineMixin
+from ..pipelines import FisherPipelineMixin
 
 ROWS = 1000  # about so many rows of a dataset, evenly spaced, enter its digest
 STREAM_ROWS = 100  # so many first rows of a stream enter its digest

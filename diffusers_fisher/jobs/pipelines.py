@@ -1,7 +1,5 @@
 """Loads the pipeline of a run as its settings say."""
 
-from __future__ import annotations
-
 import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline

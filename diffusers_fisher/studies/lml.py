@@ -9,8 +9,6 @@ same level. The LML step is the parent's own step from x', with the model output
 works with any scheduler whose step is a function of x_0 and eps.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import warnings

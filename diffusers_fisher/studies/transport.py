@@ -6,8 +6,6 @@ al., ICML 2025, arXiv 2505.23264, section 5). By Brenier's theorem the map is th
 if and only if it is the gradient of a convex function, that is, A symmetric positive semi-definite everywhere.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import math
@@ -129,7 +127,7 @@ class AdaptiveSteps:
         options = {"step_t": grid[-1:]}
         return {"method": "dopri8", "rtol": self.tolerance, "atol": self.tolerance * 1e-3, "options": options}
 
-    def coarsen(self) -> AdaptiveSteps:
+    def coarsen(self) -> "AdaptiveSteps":
         """Returns the coarser integration that the error is measured with."""
         return AdaptiveSteps(10 * self.tolerance)
 
@@ -160,7 +158,7 @@ class FixedSteps:
         """Returns the arguments of `torchdiffeq.odeint` over `grid`."""
         return {"method": {2: "midpoint", 4: "rk4"}[self.order]}
 
-    def coarsen(self) -> FixedSteps:
+    def coarsen(self) -> "FixedSteps":
         """Returns the coarser integration that the error is measured with.
 
         It has so few steps that the difference of the results is at least about twice the error.
@@ -409,5 +407,5 @@ def coupling_cost(start: torch.Tensor, end: torch.Tensor, batches: int = 8) -> C
         pairs.append(float(costs.diagonal().mean()))
         optimal.append(float(ot.emd2(uniform.numpy(), uniform.numpy(), costs.cpu().numpy())))
     gaps = torch.tensor(pairs, dtype=torch.float64) - torch.tensor(optimal, dtype=torch.float64)
-    means = (sum(values) / batches for values in (pairs, optimal))
-    return CouplingCost(*means, float(gaps.mean()), float(gaps.std() / batches**0.5))
+    standard_error = float(gaps.std() / batches**0.5)
+    return CouplingCost(sum(pairs) / batches, sum(optimal) / batches, float(gaps.mean()), standard_error)

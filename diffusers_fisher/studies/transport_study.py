@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas
 import torch
@@ -22,7 +22,6 @@ from ..fisher.autodiff import AutodiffFisher
 from ..fisher.estimator import FisherEstimator
 from ..fisher.operator import FisherMatrixOperator
 from ..noise import DenoisingState
-from ..pipelines import StableDiffusionFisherPipeline
 from .transport import (
     SCHEDULES,
     FixedSteps,
@@ -38,6 +37,9 @@ from .transport import (
     off_diagonal_asymmetry,
     transport_map,
 )
+
+if TYPE_CHECKING:
+    from ..pipelines import StableDiffusionFisherPipeline
 
 TRIANGLE = ((0.5, 0.0), (0.0, -0.5), (0.0, 0.0))  # the paper's points
 AXIS_LINE = ((0.0, 0.0), (0.0, 0.5), (0.0, -0.6))  # its affine ones
@@ -194,7 +196,7 @@ def indices_by_steps(case: Case, schedule: Schedule, runs: int, seed: int) -> li
 
 
 def learned_map(
-    seed: int, count: int = 4, steps: int = 12, pipe: StableDiffusionFisherPipeline | None = None
+    seed: int, count: int = 4, steps: int = 12, pipe: "StableDiffusionFisherPipeline | None" = None
 ) -> dict[str, Any]:
     """Returns the same indices for the embedded checkpoint's own map, in 256 dimensions, from noise to latents.
 
@@ -212,6 +214,8 @@ def learned_map(
     """
     begin = time.perf_counter()
     if pipe is None:
+        from ..pipelines import StableDiffusionFisherPipeline
+
         pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
     prompts = [embedded_prompt(index % len(EMBEDDED_CLASSES)) for index in range(count)]
     denoiser = PipelineDenoiser(pipe, prompt=prompts)

@@ -4,7 +4,7 @@ Notation: F, C and M as in `diffusers_fisher.fisher.operator`; D is F as a matri
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -198,25 +198,18 @@ class _Contract:
 
     def stochastic_traces(self, count: int, generator: torch.Generator) -> None:
         """Checks Hutchinson's trace, and Hutch++'s trace where the dimension allows a sketch."""
-        like, size = self.v, min(SKETCH, self.dense.shape[-1] - 1)
-
-        def hutchinson() -> Estimate:
-            return self.operator.trace(rademacher(NUM_PROBES, like, generator))
-
-        self._estimates("Hutchinson", hutchinson, count, NUM_PROBES)
+        like, size, trace = self.v, min(SKETCH, self.dense.shape[-1] - 1), self.operator.trace
+        draws = [trace(rademacher(NUM_PROBES, like, generator)) for _ in range(count)]
+        self._estimates("Hutchinson", draws, NUM_PROBES)
         if size:
             # All draws share one sketch: with a new sketch per draw, few draws would not show their spread.
             sketch = gaussian(size, like, generator)
-
-            def hutch_plus_plus() -> Estimate:
-                return self.operator.trace(rademacher(NUM_PROBES, like, generator), sketch)
-
-            self._estimates("Hutch++", hutch_plus_plus, count, NUM_PROBES + size)
+            draws = [trace(rademacher(NUM_PROBES, like, generator), sketch) for _ in range(count)]
+            self._estimates("Hutch++", draws, NUM_PROBES + size)
 
     # Helpers of the checks
 
-    def _estimates(self, name: str, draw: Callable[[], Estimate], count: int, num_probes: int) -> None:
-        draws = [draw() for _ in range(count)]
+    def _estimates(self, name: str, draws: Sequence[Estimate], num_probes: int) -> None:
         self._form(f"{name} mean", draws[0].value, self.unit.shape, torch.float64)
         self._form(f"{name} standard error", draws[0].standard_error, self.unit.shape, torch.float64)
         if draws[0].num_probes != num_probes:
@@ -226,7 +219,7 @@ class _Contract:
         exact = self.dense.diagonal(dim1=1, dim2=2).double().sum(1).cpu()
         spread = values.std(0)
         floor = self.rounding * self.dense.shape[-1] * self.unit  # rounding is the only error of an exact estimate
-        self._within(f"{name} mean", (values.mean(0) - exact).abs(), 4 * spread / count**0.5 + floor)
+        self._within(f"{name} mean", (values.mean(0) - exact).abs(), 4 * spread / len(draws) ** 0.5 + floor)
         self._within(f"{name} standard error", (reported - spread).abs(), spread / 2 + floor)
 
     def _form(self, name: str, value: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -7,8 +7,6 @@ a trace matching config. A killed run goes on where it was, shard by shard. Imag
 counted and named in the cache's index.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """Keeps the training states of a run in a folder, with the loss curve and the notes that belong to them."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -5,8 +5,6 @@ at the later levels too. The denoiser's Jacobian differs there from the one at n
 learn it at these points.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import warnings
@@ -55,7 +53,7 @@ class Paths:
         save_tensors(path, tensors, {"captions": json.dumps(self.captions)})
 
     @classmethod
-    def load(cls, path: Path) -> Paths:
+    def load(cls, path: Path) -> "Paths":
         """Reads what `save` wrote. Raises `CheckpointError` for a damaged file."""
         tensors, metadata = load_tensors(path)
         return cls(**tensors, captions=json.loads(metadata["captions"]))

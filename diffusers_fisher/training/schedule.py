@@ -1,7 +1,5 @@
 """Learning rates and batches as functions of the step alone, so that a resumed run equals an unbroken one."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import torch

@@ -19,8 +19,6 @@ Every draw depends on the seed, the step and the sample's place in the global ba
 processes nor a resumption changes it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -240,32 +238,26 @@ def trace_loss(
     return means + _one_sided(r, y, floor).mean(1) + squared_weight * (r.mean(1) - y.mean(1)).square()
 
 
-@dataclasses.dataclass(frozen=True)
 class TraceObjective:
     """The loss of one training step for a trace model of any target.
 
     Args:
-        target, basis: target and basis of the model; `basis` is None for models of the trace alone.
+        config: config of the model, which gives its target, and the basis of a diagonal.
         estimator: the estimator that gives v^T J v for "jacobian", such as `AutodiffFisher(denoiser)`.
         squared_weight: see `trace_loss`.
+
+    Raises:
+        InputError: "jacobian" has no estimator.
     """
 
-    target: str
-    basis: str | None
-    estimator: FisherEstimator | None = None
-    squared_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.target == "jacobian" and self.estimator is None:
+    def __init__(
+        self, config: Mapping[str, Any], estimator: FisherEstimator | None = None, squared_weight: float = 0.0
+    ):
+        self.target: str = config["target"]
+        self.basis: str | None = config["basis"] if config["output"] == "diagonal" else None
+        self.estimator, self.squared_weight = estimator, squared_weight
+        if self.target == "jacobian" and estimator is None:
             raise InputError("Target 'jacobian' needs an estimator, such as AutodiffFisher(denoiser).")
-
-    @classmethod
-    def of(
-        cls, config: Mapping[str, Any], estimator: FisherEstimator | None = None, squared_weight: float = 0.0
-    ) -> TraceObjective:
-        """Makes the objective of a model with this config. Raises `InputError` if "jacobian" has no estimator."""
-        basis = config["basis"] if config["output"] == "diagonal" else None
-        return cls(config["target"], basis, estimator, squared_weight)
 
     def __call__(
         self,

@@ -7,8 +7,6 @@ averaged parameters), `loss.jsonl`, `validation.jsonl`, `validation.png`, `repor
 depends on the seed, the step and the sample's place in the batch alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math
@@ -257,7 +255,7 @@ class TraceMatching:
             )  # fmt: skip
         denoiser = self.space.denoiser(captions, piece.samples, draw.copies)
         estimator = jacobian_estimator(config, denoiser) if jacobian else None
-        objective = TraceObjective.of(self.model.config, estimator, config.squared_weight)
+        objective = TraceObjective(self.model.config, estimator, config.squared_weight)
         pooled = denoiser.pooled_condition() if self.model.config["pooled_channels"] else None
         if pooled is not None:
             pooled = pooled[: len(samples)]  # the draw repeats it
