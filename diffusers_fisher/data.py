@@ -120,6 +120,10 @@ class Images(torch.utils.data.Dataset):
             return caption
         return self.names[caption] if caption >= 0 else None
 
+    def undecoded(self) -> Iterator[dict[str, Any]]:
+        """Yields undecoded rows in order; `example` decodes them."""
+        yield from self.rows
+
     def example(self, row: dict[str, Any], position: int) -> Example:
         """Decodes a row of the dataset."""
         name = self.row_name(row, position)

@@ -77,9 +77,8 @@ def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
     begin = time.perf_counter()
     pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
     images, labels = embedded_test_images()
-    print(
-        f"How likely are images under the checkpoint? ({len(images)} test images, bits/dim of the latent)", flush=True
-    )
+    question = "How likely are images under the checkpoint?"
+    print(f"{question} ({len(images)} test images, bits/dim of the latent)", flush=True)
     sets = _image_sets(images, seed)
     likelihoods = {name: _likelihood(pipe, version, labels, seed) for name, version in sets.items()}
     likelihoods[PROBES] = _likelihood(pipe, images, labels, seed, estimator=AutodiffFisher(), num_probes=2)
@@ -124,8 +123,7 @@ def _guide(
     prompts = [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES
     generator = torch.Generator().manual_seed(seed)
     options = {"estimator": estimator, "generator": generator, "output_type": "pt", **SAMPLING, **GUIDANCE}
-    out = pipe.guide(prompts, reward, **options)
-    return cast(GuidanceOutput, out)
+    return cast(GuidanceOutput, pipe.guide(prompts, reward, **options))
 
 
 def _likelihood_report(out: LikelihoodOutput) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def evaluate_dataset(
     backbone.check_bins(settings.bins)
     name = chosen_estimator(pipe, settings.estimator)
     with state.main_process_first():  # the others find what the first has downloaded
-        images = open_images(settings.data, backbone.image_channels, text_captions=backbone.takes_text)
+        images = open_images(settings.data, backbone.image_channels, backbone.takes_text)
         note = {**flat_settings(dataclasses.asdict(settings)), "estimator": name, "images": images_digest(images)}
         records = _records(output, {**note, **pipeline_digests(pipe)}, images, retry_failed)
         before = Collected(records)

@@ -18,9 +18,7 @@ from ..distributions import Covariance, Distribution, GaussianMixture
 from ..errors import InputError
 from ..figures import make_figure
 from ..files import atomic_path, check_writable, save_figure, write_json
-from ..fisher.autodiff import AutodiffFisher
-from ..fisher.estimator import FisherEstimator
-from ..fisher.operator import FisherMatrixOperator
+from ..fisher import AutodiffFisher, FisherEstimator, FisherMatrixOperator
 from ..noise import DenoisingState
 from .transport import (
     SCHEDULES,

@@ -9,10 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..errors import FisherError, InputError, UnsupportedError
-from ..fisher.estimate import Estimate, gaussian, rademacher
-from ..fisher.estimator import FisherEstimator
+from ..fisher import Estimate, FisherEstimator, FisherOperator, gaussian, rademacher
 from ..fisher.numerics import per_sample
-from ..fisher.operator import FisherOperator
 from ..noise import DenoisingState, NoiseLevel
 
 NUM_PROBES, SKETCH = 4, 2  # numbers of probes and of sketch vectors per estimate

@@ -29,9 +29,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ..denoiser import Denoiser
 from ..distributions.covariance import DCTBasis
 from ..errors import InputError, NumericalError
-from ..fisher.estimator import FisherEstimator
+from ..fisher import FisherEstimator, FisherOperator
 from ..fisher.numerics import dot
-from ..fisher.operator import FisherOperator
 from ..jobs.seeds import step_generator
 from ..models import FisherTraceOutput, trace_inputs
 from ..noise import DenoisingState, expand, log_noise_to_signal_at, log_noise_to_signal_range, timestep_at
@@ -310,8 +309,7 @@ def _one_sided(r: torch.Tensor, y: torch.Tensor, floor: float) -> torch.Tensor:
 def _in_basis(v: torch.Tensor, basis: str | None) -> torch.Tensor:
     if basis != "dct":
         return v
-    transform = DCTBasis(tuple(v.shape[1:])).to(v.device)
-    return transform.analyse(v.double().flatten(1)).view(v.shape)
+    return DCTBasis(tuple(v.shape[1:])).to(v.device).analyse(v.double().flatten(1)).view(v.shape)
 
 
 def _out_of_basis(v: torch.Tensor, basis: str | None) -> torch.Tensor:

@@ -28,9 +28,7 @@ from ..data import CachedLatents, Caption, Images, open_images
 from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError
 from ..files import check_writable, write_json
-from ..fisher.autodiff import AutodiffFisher
-from ..fisher.estimator import FisherEstimator
-from ..fisher.finite_difference import FiniteDifferenceFisher
+from ..fisher import AutodiffFisher, FiniteDifferenceFisher, FisherEstimator
 from ..jobs.command import config_parser, errors_in_words
 from ..jobs.config import flat_settings, load_config
 from ..jobs.identity import autoencoder_note, data_note, note_differences, refuse_differences
@@ -129,10 +127,9 @@ class TraceMatching:
             check_cache(cached, self.pipe)
             return cached
         assert config.data is not None  # checked
+        backbone = backbone_of(self.pipe)
         with self.accelerator.main_process_first():  # the others find what the first has downloaded
-            return open_images(
-                config.data, backbone_of(self.pipe).image_channels, text_captions=backbone_of(self.pipe).takes_text
-            )
+            return open_images(config.data, backbone.image_channels, backbone.takes_text)
 
     def run(self) -> FisherTraceModel:
         """Trains to the end, from the newest checkpoint if there is one; returns the averaged model.
@@ -163,8 +160,7 @@ class TraceMatching:
         if accelerator.is_main_process:
             for curve in ("loss", "validation"):
                 self.folder.cut(curve, start)
-        model = accelerator.prepare(self.model.train())
-        optimizer = accelerator.prepare(optimizer)
+        model, optimizer = accelerator.prepare(self.model.train(), optimizer)
         accelerator.init_trackers("trace_matching", config=_tracked(config))
         try:
             for step in self._steps(model, optimizer, start):

@@ -10,8 +10,7 @@ import torch
 from ..data import Caption
 from ..figures import make_figure
 from ..files import save_figure
-from ..fisher.autodiff import AutodiffFisher
-from ..fisher.estimate import rademacher
+from ..fisher import AutodiffFisher, rademacher
 from ..jobs.seeds import step_generator
 from ..models import FisherTraceModel
 from ..noise import log_noise_to_signal_range
