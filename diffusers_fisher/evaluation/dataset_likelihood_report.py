@@ -15,6 +15,7 @@ from ..data import Images, ImageStream
 from ..errors import CheckpointError
 from ..figures import make_figure
 from ..files import atomic_path, save_figure, write_json
+from ..jobs.identity import Note
 from ..jobs.pages import Page
 from ..jobs.records import Records
 from ..likelihood.solver import COARSE
@@ -85,7 +86,7 @@ class Collected:
         return self.records.read(key)["records"][number]
 
 
-def write_results(records: Records, images: Images, total: int, run: Mapping[str, Any]) -> dict[str, Any]:
+def write_results(records: Records, images: Images, total: int, run: Note) -> dict[str, Any]:
     """Writes `likelihoods.jsonl`, `summary.json`, `histogram.png` and `index.html`; returns the summary.
 
     Args:
@@ -131,7 +132,7 @@ def _table(collected: Collected, path: Path) -> tuple[pandas.DataFrame, list[dic
 
 
 def _summary(
-    collected: Collected, table: pandas.DataFrame, failed: Sequence[dict[str, Any]], run: Mapping[str, Any]
+    collected: Collected, table: pandas.DataFrame, failed: Sequence[dict[str, Any]], run: Note
 ) -> dict[str, Any]:
     bits, nats = table["bits_per_dim"], table["dims"] * math.log(2)  # nats of one bit/dim
     steps, probes = table["discretisation_error"] / nats, table["standard_error"] / nats
@@ -173,7 +174,7 @@ def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def histogram(bits: pandas.Series, summary: Mapping[str, Any]) -> Figure:
+def histogram(bits: pandas.Series, summary: Note) -> Figure:
     """Draws the distribution of the images' bits/dim."""
     figure, (axes,) = make_figure(7, 3.5)
     axes.hist(bits, bins=min(80, max(10, round(len(bits) ** 0.5))), color="C0", alpha=0.8)
@@ -187,13 +188,7 @@ def histogram(bits: pandas.Series, summary: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _page(
-    summary: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    figure: Figure,
-    ends: Mapping[str, Sequence[dict[str, Any]]],
-    images: Images,
-) -> Page:
+def _page(summary: Note, settings: Note, figure: Figure, ends: Mapping[str, Sequence[Note]], images: Images) -> Page:
     page = Page("Log-likelihoods of a dataset")
     method, bits, errors = summary["method"], summary["bits_per_dim"], summary["errors_in_bits_per_dim"]
     page.paragraph(
@@ -227,7 +222,7 @@ def _page(
     return page
 
 
-def _caption(row: Mapping[str, Any]) -> str:
+def _caption(row: Note) -> str:
     caption = "" if row["caption"] is None else f", {row['caption']}"
     return f"{row['bits_per_dim']:.3f} bits/dim: {row['name']}{caption}"
 
@@ -255,7 +250,7 @@ def _small(pixels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.interpolate(pixels[None], sides, mode="area")[0]
 
 
-def _outline(summary: Mapping[str, Any], folder: Path) -> str:
+def _outline(summary: Note, folder: Path) -> str:
     """Returns what the console shows at the end."""
     bits = summary["bits_per_dim"]
     lines = [
@@ -268,7 +263,7 @@ def _outline(summary: Mapping[str, Any], folder: Path) -> str:
     return "\n".join([*lines, *_warnings(summary), f"The report is {(folder / 'index.html').resolve()}"])
 
 
-def _warnings(summary: Mapping[str, Any]) -> list[str]:
+def _warnings(summary: Note) -> list[str]:
     """Returns sentences that a reader of the numbers must know."""
     sentences, coarse, unread = [], summary["images_on_a_coarse_grid"], summary["files_not_read"]
     if coarse:

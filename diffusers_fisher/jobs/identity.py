@@ -27,14 +27,12 @@ FILE_BYTES = 1024  # last bytes of an image file that enter its digest
 VALUES = 1024  # first values of a tensor that enter its digest
 DATA_NOTE = "data.json"  # file of the note of a run's data
 ABSENT = object()
+Note = Mapping[str, Any]
+"""A JSON mapping."""
 
 
 def note_differences(
-    before: Mapping[str, Any],
-    now: Mapping[str, Any],
-    free: tuple[str, ...] = (),
-    tolerance: float = 0.0,
-    absent_is_null: bool = False,
+    before: Note, now: Note, free: tuple[str, ...] = (), tolerance: float = 0.0, absent_is_null: bool = False
 ) -> list[str]:
     """Says in words which entries of two notes differ, such as "`steps` was 3, is 4".
 
@@ -182,6 +180,6 @@ def _alike(left: object, right: object, tolerance: float) -> bool:
     return left == right
 
 
-def _in_words(note: Mapping[str, Any], name: str) -> str:
+def _in_words(note: Note, name: str) -> str:
     text = json.dumps(note[name], ensure_ascii=False) if name in note else "absent"
     return text if len(text) <= 120 else text[:117] + "..."

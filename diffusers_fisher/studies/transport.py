@@ -59,11 +59,9 @@ class Schedule:
                 f"Schedule '{self.name}' has data_time {self.data_time}, noise_time {self.noise_time}; allowed: "
                 "0 < data_time < noise_time. Stop short of a singular end."
             )
-        log_times = torch.linspace(
-            math.log(self.data_time), math.log(self.noise_time), NUM_CHECK_TIMES, dtype=torch.float64
-        )
+        times = _log_times(self, NUM_CHECK_TIMES)[1:-1].flip(0).exp().tolist()
         previous_ratio = 0.0
-        for time in (self.data_time, *log_times[1:-1].exp().tolist(), self.noise_time):
+        for time in (self.data_time, *times, self.noise_time):
             level = self.level(time)
             if not (0 < float(level.alpha) < math.inf and 0 < float(level.sigma) < math.inf):
                 raise InputError(
@@ -92,6 +90,10 @@ class Schedule:
         drift = alpha_rate / alpha
         # In units of the data, x/alpha, only sigma/alpha changes; this is alpha times the derivative of sigma/alpha.
         return drift, sigma_rate - sigma * drift
+
+
+def _log_times(schedule: Schedule, count: int) -> torch.Tensor:
+    return torch.linspace(math.log(schedule.noise_time), math.log(schedule.data_time), count, dtype=torch.float64)
 
 
 def _scaled_linear_alpha(time: torch.Tensor) -> torch.Tensor:
@@ -169,10 +171,6 @@ class FixedSteps:
     def grid(self, schedule: Schedule, num_points: int) -> torch.Tensor:
         """Returns the log times of all steps, from noise to data; every step is kept."""
         return _log_times(schedule, self.num_steps + 1)
-
-
-def _log_times(schedule: Schedule, count: int) -> torch.Tensor:
-    return torch.linspace(math.log(schedule.noise_time), math.log(schedule.data_time), count, dtype=torch.float64)
 
 
 Products = Callable[[torch.Tensor], torch.Tensor]
