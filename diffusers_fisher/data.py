@@ -201,6 +201,7 @@ def _datasets() -> ModuleType:
 def _load(datasets: ModuleType, data: ImageData) -> Dataset | IterableDataset:
     folder = Path(data.path)
     saved = folder / "state.json", folder / "dataset_dict.json"
+    options = {"split": data.split, "streaming": data.streaming}
     try:
         with _quiet(datasets):
             if any(path.is_file() for path in saved):
@@ -209,12 +210,8 @@ def _load(datasets: ModuleType, data: ImageData) -> Dataset | IterableDataset:
                 return rows.to_iterable_dataset() if data.streaming else rows
             if _is_flat(folder, data):
                 # By itself ImageFolder takes "train" or "test" in a file's name for its split, without the others.
-                return datasets.load_dataset(
-                    "imagefolder", data_files={data.split: f"{folder}/**"}, split=data.split, streaming=data.streaming
-                )
-            return datasets.load_dataset(
-                data.path, data.name, split=data.split, revision=data.revision, streaming=data.streaming
-            )
+                return datasets.load_dataset("imagefolder", data_files={data.split: f"{folder}/**"}, **options)
+            return datasets.load_dataset(data.path, data.name, revision=data.revision, **options)
     except (OSError, ValueError, KeyError, IndexError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
             f"The data '{data.path}' (name {data.name}, split '{data.split}') can't be opened: {error}. Give a folder "

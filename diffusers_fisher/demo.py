@@ -182,10 +182,8 @@ def _write(
     axes.legend()
     save_figure(figure, output / "guidance.png")
 
-    before = pipe(
-        [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES, generator=torch.Generator().manual_seed(seed), output_type="pt",
-        **SAMPLING,
-    ).images  # fmt: skip
+    prompts, generator = [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES, torch.Generator().manual_seed(seed)
+    before = pipe(prompts, generator=generator, output_type="pt", **SAMPLING).images
     rows = {"before": before, **{name: run.images for name, run in runs.items()}}
     figure, grid = make_figure(8, 1.35 * len(rows), len(rows))
     for axes, (name, pictures) in zip(grid, rows.items(), strict=True):

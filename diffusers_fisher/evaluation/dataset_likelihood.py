@@ -295,14 +295,13 @@ class ImageShare:
             options["prompt"] = [self._condition(caption) for caption in captions]
         if settings.estimator in PROBED:
             options |= {"estimator": PROBED[settings.estimator](), "num_probes": settings.num_probes or None}
+        pixels = torch.stack([example.pixels for _, example in group])
         failed: Exception | None = None
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", CoarseGridWarning)  # the summary warns once, for all images
-                out = log_likelihood(  # its conditions may be prompts, labels or none
-                    self.pipe, torch.stack([example.pixels for _, example in group]),
-                    num_inference_steps=settings.num_inference_steps, **options,
-                )  # fmt: skip
+                # The conditions in `options` may be prompts, labels or none.
+                out = log_likelihood(self.pipe, pixels, num_inference_steps=settings.num_inference_steps, **options)
         # diffusers raises ValueError, of which InputError is a subclass.
         except (ValueError, NumericalError, torch.OutOfMemoryError) as error:
             failed = error.with_traceback(None)  # the traceback would keep the tensors
@@ -310,10 +309,8 @@ class ImageShare:
             return self._without(group, failed)
         if self.method is None:
             self.method = {name: getattr(out, name) for name in ("space", "density", "prior", "trace", "scheme")}
-        return [
-            _record(position, example.name, caption, out, index)
-            for index, ((position, example), caption) in enumerate(zip(group, captions, strict=True))
-        ]
+        rows = enumerate(zip(group, captions, strict=True))
+        return [_record(position, example.name, caption, out, row) for row, ((position, example), caption) in rows]
 
     def _condition(self, caption: Caption) -> str | int:
         """Returns the condition for a caption.

@@ -279,10 +279,8 @@ def _likelihoods(pipe: FisherPipelineMixin, prompt: str, images: dict[str, torch
     generator = torch.Generator().manual_seed(seed)
     out = pipe.log_likelihood(torch.stack(list(images.values())), prompt, generator=generator)
     errors = (out.standard_error + out.discretisation_error.abs()) / (out.dims * math.log(2))
-    return {
-        "bits_per_dim": dict(zip(images, _finite(out.bits_per_dim.tolist()), strict=True)),
-        "bits_per_dim_error": dict(zip(images, _finite(errors.tolist()), strict=True)),
-    }
+    numbers = {"bits_per_dim": out.bits_per_dim, "bits_per_dim_error": errors}
+    return {name: dict(zip(images, _finite(rows.tolist()), strict=True)) for name, rows in numbers.items()}
 
 
 def _finite(values: list[float]) -> list[float | None]:

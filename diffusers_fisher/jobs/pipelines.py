@@ -45,9 +45,8 @@ def load_pipeline(settings: DenoiserSettings) -> FisherPipelineMixin:
     try:
         index = diffusers.DiffusionPipeline.load_config(path, **hub)
         stock: type[DiffusionPipeline] = getattr(diffusers, index["_class_name"], DiffusionPipeline)
-        pipe = fisher_pipeline(stock).from_pretrained(
-            path, variant=settings.variant, dtype=getattr(torch, settings.dtype), **hub
-        )
+        dtype = getattr(torch, settings.dtype)
+        pipe = fisher_pipeline(stock).from_pretrained(path, variant=settings.variant, dtype=dtype, **hub)
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:

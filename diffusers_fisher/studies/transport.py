@@ -291,11 +291,8 @@ def transport_map(
     if not (torch.isfinite(jacobian).all() and torch.isfinite(trajectory).all()):
         raise NumericalError(f"The map under schedule '{schedule.name}' is not finite. Use smaller steps.")
     change = (jacobian - coarse).flatten(1).norm(dim=1) / jacobian.flatten(1).norm(dim=1)
-    levels = [float(schedule.level(time).noise_to_signal) for time in times]
-    return TransportMap(
-        start, trajectory[-1], jacobian, trajectory, jacobians, torch.tensor(levels, dtype=torch.float64),
-        float(change.max()),
-    )  # fmt: skip
+    levels = torch.tensor([float(schedule.level(time).noise_to_signal) for time in times], dtype=torch.float64)
+    return TransportMap(start, trajectory[-1], jacobian, trajectory, jacobians, levels, float(change.max()))
 
 
 def _integrate(

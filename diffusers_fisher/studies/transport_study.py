@@ -366,9 +366,8 @@ def _plots(output: Path, report: dict[str, Any], paths: dict[str, torch.Tensor])
     for name, rows in pandas.DataFrame(report["by_steps"]).groupby("schedule", sort=False):
         axes.errorbar(rows["steps"], rows[index], rows[f"{index}_standard_error"], marker=".", capsize=2, label=name)
     axes.set(xscale="log", xlabel="steps of the midpoint rule", ylabel="off-diagonal asymmetry")
-    axes.set_title(
-        f"{report['by_steps'][0]['case']}: what is left of the schedules' differences when integrated finely"
-    )
+    case = report["by_steps"][0]["case"]
+    axes.set_title(f"{case}: what is left of the schedules' differences when integrated finely")
     axes.legend()
     save_figure(figure, output / "index_by_steps.png")
     if not paths:

@@ -15,11 +15,7 @@ Modules = dict[str, torch.nn.Module]
 
 
 def save_training_state(
-    path: str | os.PathLike,
-    modules: Modules,
-    optimizer: torch.optim.Optimizer,
-    averages: list[torch.Tensor],
-    step: int,
+    path: str | Path, modules: Modules, optimizer: torch.optim.Optimizer, averages: list[torch.Tensor], step: int
 ) -> None:
     """Writes the whole state after `step` completed steps to one safetensors file, atomically."""
     tensors = {f"module.{name}.{key}": value for name, m in modules.items() for key, value in m.state_dict().items()}

@@ -101,9 +101,8 @@ def draw_trace_batch(
             probes.append(2.0 * signs - 1)
     first = torch.stack(noise)
     rows = torch.cat([first, mirrored_noise(first)]) if mirrored else first
-    return TraceDraw(
-        levels.repeat(copies), rows, copies, torch.stack(probes, dim=1).flatten(0, 1) if with_probes else None
-    )
+    signs_by_row = torch.stack(probes, dim=1).flatten(0, 1) if with_probes else None
+    return TraceDraw(levels.repeat(copies), rows, copies, signs_by_row)
 
 
 def draw_log_noise(

@@ -208,10 +208,8 @@ class TraceMatching:
         )
         pieces = iter(self.data.pieces(share, start, settings.workers))
         total = torch.zeros((), device=accelerator.device)
-        progress = tqdm(
-            range(start, settings.steps), "trace matching", settings.steps, initial=start,
-            disable=not accelerator.is_main_process,
-        )  # fmt: skip
+        hidden, steps = not accelerator.is_main_process, range(start, settings.steps)
+        progress = tqdm(steps, "trace matching", settings.steps, initial=start, disable=hidden)
         for step in progress:
             for number, part in enumerate(share.slices):
                 with accelerator.no_sync(model) if number + 1 < len(share.slices) else contextlib.nullcontext():
@@ -262,9 +260,8 @@ class TraceMatching:
         """Returns the noise (n, C, h, w) by which samples are drawn from the autoencoder's posterior."""
         shape, first = self.space.unpacked_shape(piece.samples), step * self.config.optimisation.batch_size
         rows = range(first + part.start, first + part.stop)
-        return torch.stack(
-            [torch.randn(shape, generator=step_generator(self.config.seed, "posterior", row)) for row in rows]
-        )
+        generators = [step_generator(self.config.seed, "posterior", row) for row in rows]
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
     def _with_dropout(self, captions: list[Caption], step: int, part: slice) -> list[Caption]:
         generator = step_generator(self.config.seed, "captions", step)
@@ -332,9 +329,8 @@ def _width(values: torch.Tensor | None) -> int | None:
 
 def check_cache(cached: CachedLatents, pipe: FisherPipelineMixin) -> None:
     """Refuses latents of another autoencoder. Raises `InputError` that says what differs."""
-    differences = note_differences(
-        cached.index["space"], autoencoder_note(pipe), tolerance=AUTOENCODER_TOLERANCE, absent_is_null=True
-    )
+    before, now = cached.index["space"], autoencoder_note(pipe)
+    differences = note_differences(before, now, tolerance=AUTOENCODER_TOLERANCE, absent_is_null=True)
     advice = "Make the cache of latents again."
     refuse_differences(cached.folder, "was made with another autoencoder", differences, advice)
 
