@@ -15,8 +15,7 @@ Checkpoint = Annotated[str, Option(help="Folder or Hub id of a pipeline; 'embedd
 WeightDtype = Annotated[Dtype, Option(help="Dtype of the pipeline's weights.")]
 ConfigFile = Annotated[Path, Option("--config", help="YAML file; see configs/ for examples.")]
 Changes = Annotated[
-    list[str] | None,
-    Option("--set", metavar="KEY=VALUE", help="A setting that replaces the file's; repeatable."),
+    list[str] | None, Option("--set", metavar="KEY=VALUE", help="A setting that replaces the file's; repeatable.")
 ]
 RetryFailed = Annotated[bool, Option(help="Try again what failed before.")]
 

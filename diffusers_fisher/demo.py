@@ -48,19 +48,12 @@ ESTIMATORS: dict[str, Callable[[], FisherEstimator]] = {
     "endpoint, paper": EndpointFisher,
 }
 LIKELIHOOD_COLUMNS = {
-    "bits/dim": "mean",
-    "std": "standard_deviation",
-    "probe s.e.": "probe_standard_error",
-    "step error": "discretisation_error",
-    "at most": "largest_discretisation_error",
-    "calls": "num_denoiser_calls",
-}
+    "bits/dim": "mean", "std": "standard_deviation", "probe s.e.": "probe_standard_error",
+    "step error": "discretisation_error", "at most": "largest_discretisation_error", "calls": "num_denoiser_calls",
+}  # fmt: skip
 GUIDANCE_COLUMNS = {
-    "reward before": "reward_before",
-    "after": "reward_after",
-    "seconds": "seconds",
-    "calls": "num_denoiser_calls",
-}
+    "reward before": "reward_before", "after": "reward_after", "seconds": "seconds", "calls": "num_denoiser_calls",
+}  # fmt: skip
 
 
 def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:

@@ -253,10 +253,8 @@ def _small(pixels: torch.Tensor) -> torch.Tensor:
 def _outline(summary: Note, folder: Path) -> str:
     """Returns what the console shows at the end."""
     bits = summary["bits_per_dim"]
-    lines = [
-        f"{summary['evaluated']} of {summary['images']} images: {bits['mean']:.4f} bits/dim on average, from "
-        f"{bits['least']:.4f} to {bits['greatest']:.4f}"
-    ]
+    span = f"from {bits['least']:.4f} to {bits['greatest']:.4f}"
+    lines = [f"{summary['evaluated']} of {summary['images']} images: {bits['mean']:.4f} bits/dim on average, {span}"]
     if summary["left_out"]:
         first = summary["left_out_images"][0]["error"]
         lines.append(f"{summary['left_out']} images left out, named in summary.json; the first: {first}")

@@ -125,9 +125,7 @@ def images_digest(images: Images) -> str:
     else:
         rows = [(position, images.rows[position]) for position in range(0, len(images), max(1, len(images) // ROWS))]
         count = str(len(images))
-    digest = hashlib.sha256()
-    for position, row in rows:
-        digest.update(_row_bytes(images, row, position))
+    digest = hashlib.sha256(b"".join(_row_bytes(images, row, position) for position, row in rows))
     return f"{count}, sha256 {digest.hexdigest()[:16]}"
 
 

@@ -233,13 +233,9 @@ def learned_map(
             return matrices[-1]
 
         flow = transport_map(denoiser_field(denoiser, MatrixFisher(own)), start, schedule, integration)
-    in_order = iter(matrices)
-
-    def symmetrised(state: DenoisingState) -> torch.Tensor:
-        matrix = next(in_order)
-        return (matrix + matrix.mT) / 2
-
-    symmetric_flow = transport_map(denoiser_field(denoiser, MatrixFisher(symmetrised)), start, schedule, integration)
+    symmetrised = ((matrix + matrix.mT) / 2 for matrix in matrices)
+    in_order = MatrixFisher(lambda state: next(symmetrised))
+    symmetric_flow = transport_map(denoiser_field(denoiser, in_order), start, schedule, integration)
     first = matrices[: integration.order * steps : integration.order]  # of each step's evaluations
     return {
         "samples": count, "steps": steps, "order": integration.order,
@@ -318,16 +314,10 @@ def run_study(
         print(_line(row), flush=True)
     lines = ("line along an axis", "line in general position")  # the rectangle's plan shows as much as theirs
     coupling_cases = [case for case in cases if case.name not in lines]
-    report: dict[str, Any] = {
-        "maps": rows,
-        "couplings": [coupling(case, SCHEDULES["edm"], 1024, seed) for case in coupling_cases + higher],
-        "by_steps": [
-            row
-            for case in coupling_cases[:1]
-            for schedule in SCHEDULES.values()
-            for row in indices_by_steps(case, schedule, 60, seed)
-        ],
-    }
+    couplings = [coupling(case, SCHEDULES["edm"], 1024, seed) for case in coupling_cases + higher]
+    first = coupling_cases[0]
+    by_steps = [row for schedule in SCHEDULES.values() for row in indices_by_steps(first, schedule, 60, seed)]
+    report: dict[str, Any] = {"maps": rows, "couplings": couplings, "by_steps": by_steps}
     for row in report["couplings"]:
         print(
             f"coupling, {row['case']}: {row['pairs']:.6f} per pair, optimal {row['optimal']:.6f}, "

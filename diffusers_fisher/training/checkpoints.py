@@ -184,11 +184,8 @@ class TrainingFolder:
             return
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                whole = line.endswith("\n") and json.loads(line)["step"] <= step
-            except (ValueError, KeyError, TypeError):
-                whole = False
-            if whole:
-                kept.append(line)
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
         with self.writing(path.name), atomic_path(path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")

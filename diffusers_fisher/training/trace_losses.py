@@ -314,8 +314,7 @@ def _in_basis(v: torch.Tensor, basis: str | None) -> torch.Tensor:
 def _out_of_basis(v: torch.Tensor, basis: str | None) -> torch.Tensor:
     if basis != "dct":
         return v
-    transform = DCTBasis(tuple(v.shape[1:])).to(v.device)
-    return transform.synthesise(v.double().flatten(1)).to(v.dtype).view(v.shape)
+    return DCTBasis(tuple(v.shape[1:])).to(v.device).synthesise(v.double().flatten(1)).to(v.dtype).view(v.shape)
 
 
 def _averaged(values: torch.Tensor, basis: str | None) -> torch.Tensor:
