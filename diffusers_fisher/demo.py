@@ -83,7 +83,10 @@ def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
     report["guidance"] = {name: _guidance_report(out) for name, out in runs.items()}
     _print_table("estimator", report["guidance"], GUIDANCE_COLUMNS)
     report |= {"seconds": round(time.perf_counter() - begin, 1), "versions": versions()}
-    _write(output, report, likelihoods, runs, pipe, seed)
+    prompts, generator = [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES, torch.Generator().manual_seed(seed)
+    before = pipe(prompts, generator=generator, output_type="pt", **SAMPLING).images
+    _draw(output, likelihoods, runs, before)
+    write_json(output / "report.json", report)
     print(f"\nImages, plots and report.json are in {output.resolve()} ({report['seconds']} s in all).")
     return report
 
@@ -156,13 +159,8 @@ def _print_table(title: str, report: Mapping[str, Mapping[str, Any]], columns: M
     print(textwrap.indent(table.to_string(float_format="{:.3f}".format), "  "))
 
 
-def _write(
-    output: Path,
-    report: dict[str, Any],
-    likelihoods: dict[str, LikelihoodOutput],
-    runs: dict[str, GuidanceOutput],
-    pipe: StableDiffusionFisherPipeline,
-    seed: int,
+def _draw(
+    output: Path, likelihoods: Mapping[str, LikelihoodOutput], runs: Mapping[str, GuidanceOutput], before: torch.Tensor
 ) -> None:
     figure, (left, right) = make_figure(11, 4, columns=2)
     _draw_likelihoods(left, right, likelihoods)
@@ -175,8 +173,6 @@ def _write(
     axes.legend()
     save_figure(figure, output / "guidance.png")
 
-    prompts, generator = [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES, torch.Generator().manual_seed(seed)
-    before = pipe(prompts, generator=generator, output_type="pt", **SAMPLING).images
     rows = {"before": before, **{name: run.images for name, run in runs.items()}}
     figure, grid = make_figure(8, 1.35 * len(rows), len(rows))
     for axes, (name, pictures) in zip(grid, rows.items(), strict=True):
@@ -184,7 +180,6 @@ def _write(
         axes.set_title(name, fontsize=9, loc="left")
         axes.set_axis_off()
     save_figure(figure, output / "gallery.png")
-    write_json(output / "report.json", report)
 
 
 def _draw_likelihoods(left: Axes, right: Axes, likelihoods: Mapping[str, LikelihoodOutput]) -> None:
