@@ -3,46 +3,45 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Context, Exit, Option, Typer, echo
 from typer.core import TyperGroup
 
 from . import __version__
 from .jobs.command import errors_in_words
 from .settings import Dtype, GuidanceEstimator, TraceEstimator
 
-Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
-Checkpoint = Annotated[str, typer.Option(help="Folder or Hub id of a pipeline; 'embedded' is the embedded one.")]
-WeightDtype = Annotated[Dtype, typer.Option(help="Dtype of the pipeline's weights.")]
-ConfigFile = Annotated[Path, typer.Option("--config", help="YAML file; see configs/ for examples.")]
+Seed = Annotated[int, Option(help="Seed of every random draw.")]
+Checkpoint = Annotated[str, Option(help="Folder or Hub id of a pipeline; 'embedded' is the embedded one.")]
+WeightDtype = Annotated[Dtype, Option(help="Dtype of the pipeline's weights.")]
+ConfigFile = Annotated[Path, Option("--config", help="YAML file; see configs/ for examples.")]
 Changes = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A setting that replaces the file's; repeatable."),
+    list[str] | None, Option("--set", metavar="KEY=VALUE", help="A setting that replaces the file's; repeatable.")
 ]
-RetryFailed = Annotated[bool, typer.Option(help="Try again what failed before.")]
+RetryFailed = Annotated[bool, Option(help="Try again what failed before.")]
 
 
 class Commands(TyperGroup):
     """The subcommands. Their errors are messages without a traceback, if the package raises them on purpose."""
 
-    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
+    def invoke(self, ctx: Context) -> object:  # type: ignore[override]
         with errors_in_words():
             return super().invoke(ctx)
 
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.callback(invoke_without_command=True)
-def main(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+def main(version: Annotated[bool, Option("--version", help="Print the version and stop.")] = False) -> None:
     """Likelihood and reward guidance of pretrained diffusers checkpoints, without differentiating the denoiser."""
     if version:
-        typer.echo(__version__)
-        raise typer.Exit
+        echo(__version__)
+        raise Exit
 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for images, plots and report.json.")] = Path("outputs/demo"),
+    output: Annotated[Path, Option(help="Folder for images, plots and report.json.")] = Path("outputs/demo"),
     seed: Seed = 0,
 ) -> None:
     """Compute likelihoods of real images and guide by a reward, on the embedded checkpoint. Minutes on two cores."""
@@ -53,16 +52,14 @@ def demo(
 
 @app.command()
 def transport(
-    output: Annotated[Path, typer.Option(help="Folder for the table, plots and transport.json.")] = Path(
+    output: Annotated[Path, Option(help="Folder for the table, plots and transport.json.")] = Path(
         "outputs/transport"
     ),
-    runs: Annotated[int, typer.Option(help="Random starts per map; 300 gives the standard errors of the docs.")] = 300,
+    runs: Annotated[int, Option(help="Random starts per map; 300 gives the standard errors of the docs.")] = 300,
     points: Annotated[
-        str | None, typer.Option(help='Your own points instead of the study\'s, such as "0.5,0; 0,-0.5; 0,0".')
+        str | None, Option(help='Your own points instead of the study\'s, such as "0.5,0; 0,-0.5; 0,0".')
     ] = None,
-    learned: Annotated[
-        bool, typer.Option(help="Also study the embedded checkpoint's map, in 256 dimensions.")
-    ] = False,
+    learned: Annotated[bool, Option(help="Also study the embedded checkpoint's map, in 256 dimensions.")] = False,
     seed: Seed = 0,
 ) -> None:
     """Is the probability-flow ODE's map an optimal transport map? Under a minute; minutes more with --learned."""
@@ -73,39 +70,33 @@ def transport(
 
 @app.command()
 def guide(
-    prompts: Annotated[Path, typer.Option(help="Text file with one prompt per line.")],
-    output: Annotated[Path, typer.Option(help="Folder of records, pictures, index.html and gallery.png.")] = Path(
+    prompts: Annotated[Path, Option(help="Text file with one prompt per line.")],
+    output: Annotated[Path, Option(help="Folder of records, pictures, index.html and gallery.png.")] = Path(
         "outputs/guide"
     ),
     checkpoint: Checkpoint = "embedded",
     reward: Annotated[
         str,
-        typer.Option(
+        Option(
             help="classifier:PATH:CLASS, clip[:PATH], siglip[:PATH], pick_score[:PATH], "
             "aesthetic:HEAD_FILE[:CLIP_PATH] or python:MODULE:FUNCTION."
         ),
     ] = "classifier:embedded:ankle boot",
-    held_out: Annotated[str | None, typer.Option(help="Another reward, which is reported and not optimised.")] = None,
-    estimator: Annotated[GuidanceEstimator, typer.Option(help="Estimator of the Fisher.")] = "one-step",
-    guidance_steps: Annotated[int, typer.Option(help="Gradient steps per prompt.")] = 10,
-    step_size: Annotated[float, typer.Option(help="Size of the first step, relative to the norm of the noise.")] = 0.2,
-    steps: Annotated[int | None, typer.Option(help="Steps of a sampling run; unset: the pipeline's default.")] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="Guidance scale; unset: the pipeline's default.")
-    ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="Negative prompt for all prompts.")] = None,
-    optimizer: Annotated[
-        str | None, typer.Option(help="Name in torch.optim; --step-size is its learning rate.")
-    ] = None,
-    patience: Annotated[int | None, typer.Option(help="Stop after so many runs without a new best.")] = None,
-    likelihood: Annotated[bool, typer.Option(help="Also compute bits/dim of every image before and after.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Prompts that are guided at once.")] = 1,
-    checkpoint_decoder: Annotated[
-        bool, typer.Option(help="Recompute the decoder's activations: less memory.")
-    ] = False,
-    offload: Annotated[bool, typer.Option(help="Keep a network on the accelerator only while it works.")] = False,
+    held_out: Annotated[str | None, Option(help="Another reward, which is reported and not optimised.")] = None,
+    estimator: Annotated[GuidanceEstimator, Option(help="Estimator of the Fisher.")] = "one-step",
+    guidance_steps: Annotated[int, Option(help="Gradient steps per prompt.")] = 10,
+    step_size: Annotated[float, Option(help="Size of the first step, relative to the norm of the noise.")] = 0.2,
+    steps: Annotated[int | None, Option(help="Steps of a sampling run; unset: the pipeline's default.")] = None,
+    guidance_scale: Annotated[float | None, Option(help="Guidance scale; unset: the pipeline's default.")] = None,
+    negative_prompt: Annotated[str | None, Option(help="Negative prompt for all prompts.")] = None,
+    optimizer: Annotated[str | None, Option(help="Name in torch.optim; --step-size is its learning rate.")] = None,
+    patience: Annotated[int | None, Option(help="Stop after so many runs without a new best.")] = None,
+    likelihood: Annotated[bool, Option(help="Also compute bits/dim of every image before and after.")] = False,
+    batch_size: Annotated[int, Option(help="Prompts that are guided at once.")] = 1,
+    checkpoint_decoder: Annotated[bool, Option(help="Recompute the decoder's activations: less memory.")] = False,
+    offload: Annotated[bool, Option(help="Keep a network on the accelerator only while it works.")] = False,
     dtype: WeightDtype = "float32",
-    seed: Annotated[int, typer.Option(help="Seed of the first prompt; every further prompt's is one more.")] = 0,
+    seed: Annotated[int, Option(help="Seed of the first prompt; every further prompt's is one more.")] = 0,
     retry_failed: RetryFailed = False,
 ) -> None:
     """Guide every prompt of a file by a reward. A stopped run goes on; `accelerate launch` runs several processes."""
@@ -122,38 +113,36 @@ def guide(
         output=output, prompts_file=prompts, settings=settings, memory=memory, retry_failed=retry_failed
     )
     if summary["failed"] == summary["prompts"]:
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 @app.command()
 def likelihood(
-    data: Annotated[str, typer.Option(help="Folder of images or of `save_to_disk`, or a dataset's name.")],
-    output: Annotated[Path, typer.Option(help="Folder of likelihoods.jsonl, summary.json and index.html.")] = Path(
+    data: Annotated[str, Option(help="Folder of images or of `save_to_disk`, or a dataset's name.")],
+    output: Annotated[Path, Option(help="Folder of likelihoods.jsonl, summary.json and index.html.")] = Path(
         "outputs/likelihood"
     ),
     model: Checkpoint = "embedded",
-    revision: Annotated[str | None, typer.Option(help="Revision of the pipeline on the Hub.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Variant of the pipeline on the Hub.")] = None,
+    revision: Annotated[str | None, Option(help="Revision of the pipeline on the Hub.")] = None,
+    variant: Annotated[str | None, Option(help="Variant of the pipeline on the Hub.")] = None,
     dtype: WeightDtype = "float32",
-    data_name: Annotated[str | None, typer.Option(help="Configuration of the dataset.")] = None,
-    data_revision: Annotated[str | None, typer.Option(help="Revision of the dataset on the Hub.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
-    image_column: Annotated[str, typer.Option(help="Column of the images.")] = "image",
-    caption_column: Annotated[str | None, typer.Option(help="Column of captions or class labels.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="One prompt for all images, instead of captions.")] = None,
-    resolution: Annotated[int | None, typer.Option(help="Resize and crop the images to this size.")] = None,
-    streaming: Annotated[bool, typer.Option(help="Never download the whole dataset.")] = False,
-    limit: Annotated[int | None, typer.Option(help="Number of images, the first of the data.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at once; the numbers do not depend on it.")] = 16,
+    data_name: Annotated[str | None, Option(help="Configuration of the dataset.")] = None,
+    data_revision: Annotated[str | None, Option(help="Revision of the dataset on the Hub.")] = None,
+    split: Annotated[str, Option(help="Split of the dataset.")] = "train",
+    image_column: Annotated[str, Option(help="Column of the images.")] = "image",
+    caption_column: Annotated[str | None, Option(help="Column of captions or class labels.")] = None,
+    prompt: Annotated[str | None, Option(help="One prompt for all images, instead of captions.")] = None,
+    resolution: Annotated[int | None, Option(help="Resize and crop the images to this size.")] = None,
+    streaming: Annotated[bool, Option(help="Never download the whole dataset.")] = False,
+    limit: Annotated[int | None, Option(help="Number of images, the first of the data.")] = None,
+    batch_size: Annotated[int, Option(help="Images at once; the numbers do not depend on it.")] = 16,
     retry_failed: RetryFailed = False,
-    num_inference_steps: Annotated[int, typer.Option(help="Steps of the integration.")] = 32,
-    scheme: Annotated[str | None, typer.Option(help="euler, trapezoid, adams3 or adams4 (default).")] = None,
-    estimator: Annotated[TraceEstimator, typer.Option(help="Estimator of the trace.")] = "auto",
-    num_probes: Annotated[int, typer.Option(help="Probes per image; 0: the exact trace.")] = 2,
-    bins: Annotated[
-        int | None, typer.Option(help="Values of a pixel (256 for 8 bits), for pipelines in pixels.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of probes and dequantisation.")] = 0,
+    num_inference_steps: Annotated[int, Option(help="Steps of the integration.")] = 32,
+    scheme: Annotated[str | None, Option(help="euler, trapezoid, adams3 or adams4 (default).")] = None,
+    estimator: Annotated[TraceEstimator, Option(help="Estimator of the trace.")] = "auto",
+    num_probes: Annotated[int, Option(help="Probes per image; 0: the exact trace.")] = 2,
+    bins: Annotated[int | None, Option(help="Values of a pixel (256 for 8 bits), for pipelines in pixels.")] = None,
+    seed: Annotated[int, Option(help="Seed of probes and dequantisation.")] = 0,
 ) -> None:
     """Log-likelihoods of a dataset. A stopped run goes on; `accelerate launch` runs several processes."""
     from .data import ImageData
@@ -185,7 +174,7 @@ def train(config: ConfigFile, changes: Changes = None) -> None:
 def cache_latents(
     config: ConfigFile,
     changes: Changes = None,
-    batch_size: Annotated[int, typer.Option(help="Images that are encoded at once.")] = 16,
+    batch_size: Annotated[int, Option(help="Images that are encoded at once.")] = 16,
 ) -> None:
     """Encode the images of a training configuration once, so that training reads latents."""
     from .training.cache_latents import cache_latents_of_file

@@ -91,7 +91,8 @@ class Images(torch.utils.data.Dataset):
     def __init__(self, rows: Dataset | IterableDataset, data: ImageData, channels: int, text_captions: bool):
         self.files_left_out: list[str] = []
         self.rows, self.data, self.channels = rows, data, channels
-        self.names = _class_names(rows, data) if text_captions else None
+        feature = (rows.features or {}).get(data.caption_column)
+        self.names: list[str] | None = getattr(feature, "names", None) if text_captions else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -118,6 +119,10 @@ class Images(torch.utils.data.Dataset):
         if self.names is None or not isinstance(caption, int):
             return caption
         return self.names[caption] if caption >= 0 else None
+
+    def undecoded(self) -> Iterator[dict[str, Any]]:
+        """Yields undecoded rows in order; `example` decodes them."""
+        yield from self.rows
 
     def example(self, row: dict[str, Any], position: int) -> Example:
         """Decodes a row of the dataset."""
@@ -196,6 +201,7 @@ def _datasets() -> ModuleType:
 def _load(datasets: ModuleType, data: ImageData) -> Dataset | IterableDataset:
     folder = Path(data.path)
     saved = folder / "state.json", folder / "dataset_dict.json"
+    options = {"split": data.split, "streaming": data.streaming}
     try:
         with _quiet(datasets):
             if any(path.is_file() for path in saved):
@@ -204,12 +210,8 @@ def _load(datasets: ModuleType, data: ImageData) -> Dataset | IterableDataset:
                 return rows.to_iterable_dataset() if data.streaming else rows
             if _is_flat(folder, data):
                 # By itself ImageFolder takes "train" or "test" in a file's name for its split, without the others.
-                return datasets.load_dataset(
-                    "imagefolder", data_files={data.split: f"{folder}/**"}, split=data.split, streaming=data.streaming
-                )
-            return datasets.load_dataset(
-                data.path, data.name, split=data.split, revision=data.revision, streaming=data.streaming
-            )
+                return datasets.load_dataset("imagefolder", data_files={data.split: f"{folder}/**"}, **options)
+            return datasets.load_dataset(data.path, data.name, revision=data.revision, **options)
     except (OSError, ValueError, KeyError, IndexError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
             f"The data '{data.path}' (name {data.name}, split '{data.split}') can't be opened: {error}. Give a folder "
@@ -256,11 +258,6 @@ def _quiet(datasets: ModuleType) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _class_names(rows: Dataset | IterableDataset, data: ImageData) -> list[str] | None:
-    feature = (rows.features or {}).get(data.caption_column)
-    return getattr(feature, "names", None)
-
-
 def _decode(entry: dict[str, Any] | None, name: str, data: ImageData, channels: int) -> torch.Tensor:
     """Returns pixels (C, H, W), float32 in [0, 1]."""
     import numpy
@@ -299,10 +296,7 @@ class CachedLatents(torch.utils.data.Dataset):
                 "`accelerate launch -m diffusers_fisher.training.cache_latents --config ...`."
             )
         self.index = read_json(self.folder / LATENT_INDEX)
-        starts = [0]
-        for count in self.index["counts"]:
-            starts.append(starts[-1] + count)
-        self._starts = torch.tensor(starts)
+        self._starts = torch.tensor([0, *self.index["counts"]]).cumsum(0)
         self._shards: dict[int, tuple[torch.Tensor, list[Caption]]] = {}
 
     def __len__(self) -> int:

@@ -1,21 +1,22 @@
 """Runs the demonstration of `diffusers-fisher demo`: likelihood and guidance on the embedded checkpoint."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pandas
 import torch
+from matplotlib.axes import Axes
 
 from . import __version__
 from .checkpoints import EMBEDDED_CLASSES, embedded_checkpoint, embedded_prompt, embedded_test_images
 from .errors import CoarseGridWarning
+from .figures import make_figure
 from .files import check_writable, save_figure, write_json
 from .fisher import (
     AutodiffFisher,
@@ -28,9 +29,6 @@ from .fisher import (
 from .guidance import ClassifierReward, GuidanceOutput
 from .likelihood import LikelihoodOutput
 from .pipelines import StableDiffusionFisherPipeline
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 PROMPT_CLASS = EMBEDDED_CLASSES.index("sneaker")
 TARGET = "ankle boot"
@@ -50,19 +48,12 @@ ESTIMATORS: dict[str, Callable[[], FisherEstimator]] = {
     "endpoint, paper": EndpointFisher,
 }
 LIKELIHOOD_COLUMNS = {
-    "bits/dim": "mean",
-    "std": "standard_deviation",
-    "probe s.e.": "probe_standard_error",
-    "step error": "discretisation_error",
-    "at most": "largest_discretisation_error",
-    "calls": "num_denoiser_calls",
-}
+    "bits/dim": "mean", "std": "standard_deviation", "probe s.e.": "probe_standard_error",
+    "step error": "discretisation_error", "at most": "largest_discretisation_error", "calls": "num_denoiser_calls",
+}  # fmt: skip
 GUIDANCE_COLUMNS = {
-    "reward before": "reward_before",
-    "after": "reward_after",
-    "seconds": "seconds",
-    "calls": "num_denoiser_calls",
-}
+    "reward before": "reward_before", "after": "reward_after", "seconds": "seconds", "calls": "num_denoiser_calls",
+}  # fmt: skip
 
 
 def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
@@ -79,9 +70,8 @@ def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
     begin = time.perf_counter()
     pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
     images, labels = embedded_test_images()
-    print(
-        f"How likely are images under the checkpoint? ({len(images)} test images, bits/dim of the latent)", flush=True
-    )
+    question = "How likely are images under the checkpoint?"
+    print(f"{question} ({len(images)} test images, bits/dim of the latent)", flush=True)
     sets = _image_sets(images, seed)
     likelihoods = {name: _likelihood(pipe, version, labels, seed) for name, version in sets.items()}
     likelihoods[PROBES] = _likelihood(pipe, images, labels, seed, estimator=AutodiffFisher(), num_probes=2)
@@ -93,15 +83,16 @@ def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
     report["guidance"] = {name: _guidance_report(out) for name, out in runs.items()}
     _print_table("estimator", report["guidance"], GUIDANCE_COLUMNS)
     report |= {"seconds": round(time.perf_counter() - begin, 1), "versions": versions()}
-    _write(output, report, likelihoods, runs, pipe, seed)
+    prompts, generator = [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES, torch.Generator().manual_seed(seed)
+    before = pipe(prompts, generator=generator, output_type="pt", **SAMPLING).images
+    _draw(output, likelihoods, runs, before)
+    write_json(output / "report.json", report)
     print(f"\nImages, plots and report.json are in {output.resolve()} ({report['seconds']} s in all).")
     return report
 
 
 def versions() -> dict[str, str]:
     """Returns the versions of the packages on which the figures depend, and the number of threads."""
-    from importlib.metadata import version
-
     own = {"diffusers_fisher": __version__, "threads": str(torch.get_num_threads())}
     return own | {name: version(name) for name in ("diffusers", "transformers", "torch")}
 
@@ -128,8 +119,7 @@ def _guide(
     prompts = [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES
     generator = torch.Generator().manual_seed(seed)
     options = {"estimator": estimator, "generator": generator, "output_type": "pt", **SAMPLING, **GUIDANCE}
-    out = pipe.guide(prompts, reward, **options)
-    return cast(GuidanceOutput, out)
+    return cast(GuidanceOutput, pipe.guide(prompts, reward, **options))
 
 
 def _likelihood_report(out: LikelihoodOutput) -> dict[str, Any]:
@@ -142,10 +132,7 @@ def _likelihood_report(out: LikelihoodOutput) -> dict[str, Any]:
         "discretisation_error": float(out.discretisation_error.abs().mean() / nats),
         "largest_discretisation_error": float(out.discretisation_error.abs().max() / nats),
         "num_denoiser_calls": out.num_denoiser_calls,
-        "space": out.space,
-        "prior": out.prior,
-        "density": out.density,
-        "trace": out.trace,
+        **{name: getattr(out, name) for name in ("space", "prior", "density", "trace")},
     }
 
 
@@ -172,42 +159,27 @@ def _print_table(title: str, report: Mapping[str, Mapping[str, Any]], columns: M
     print(textwrap.indent(table.to_string(float_format="{:.3f}".format), "  "))
 
 
-def _write(
-    output: Path,
-    report: dict[str, Any],
-    likelihoods: dict[str, LikelihoodOutput],
-    runs: dict[str, GuidanceOutput],
-    pipe: StableDiffusionFisherPipeline,
-    seed: int,
+def _draw(
+    output: Path, likelihoods: Mapping[str, LikelihoodOutput], runs: Mapping[str, GuidanceOutput], before: torch.Tensor
 ) -> None:
-    from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's choice
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = make_figure(11, 4, columns=2)
     _draw_likelihoods(left, right, likelihoods)
     save_figure(figure, output / "likelihood.png")
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = make_figure(6, 4)
     for name, run in runs.items():
         axes.plot(run.seconds.cumsum(0), run.rewards.mean(1), marker=".", label=name)
     axes.set(xlabel="seconds", ylabel=f"log-probability of '{TARGET}'", title="Reward against time")
     axes.legend()
     save_figure(figure, output / "guidance.png")
 
-    before = pipe(
-        [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES, generator=torch.Generator().manual_seed(seed), output_type="pt",
-        **SAMPLING,
-    ).images  # fmt: skip
     rows = {"before": before, **{name: run.images for name, run in runs.items()}}
-    figure = Figure(figsize=(8, 1.35 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), 1)
+    figure, grid = make_figure(8, 1.35 * len(rows), len(rows))
     for axes, (name, pictures) in zip(grid, rows.items(), strict=True):
         axes.imshow(torch.cat(list(pictures), dim=-1).permute(1, 2, 0))
         axes.set_title(name, fontsize=9, loc="left")
         axes.set_axis_off()
     save_figure(figure, output / "gallery.png")
-    write_json(output / "report.json", report)
 
 
 def _draw_likelihoods(left: Axes, right: Axes, likelihoods: Mapping[str, LikelihoodOutput]) -> None:

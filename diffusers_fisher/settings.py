@@ -1,21 +1,17 @@
 """Settings of runs: dataclasses that refuse, when they are made, values which can't be used."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import typing
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import pydantic.dataclasses
 from pydantic import Field
+from pydantic_core import ErrorDetails
 
 from .errors import InputError
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 Kind = TypeVar("Kind")
 

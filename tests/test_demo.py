@@ -148,7 +148,7 @@ def test_progress_is_shown_on_stderr(run):
 
 
 def test_seed_decides_everything(shrunken, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "_write", lambda *_: None)
+    monkeypatch.setattr(demo, "_draw", lambda *_: None)
     monkeypatch.setattr(demo, "ESTIMATORS", {"one step (default)": demo.ESTIMATORS["one step (default)"]})
 
     def bits(seed):

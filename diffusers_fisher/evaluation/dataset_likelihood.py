@@ -1,7 +1,5 @@
 """Computes log-likelihoods of a dataset's images over many processes, for `diffusers-fisher likelihood`."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math
@@ -9,10 +7,12 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
+from accelerate import PartialState
 from pydantic import Field
+from tqdm.auto import tqdm
 
 from ..backbones import backbone_of
 from ..data import Caption, Example, ImageData, Images, ImageStream, UnreadableImageError, no_images, open_images
@@ -32,9 +32,7 @@ from ..pipelines import FisherPipelineMixin
 from ..settings import NotNegative, TraceEstimator, settings_class
 from .dataset_likelihood_report import FILE, Collected, write_results
 
-if TYPE_CHECKING:
-    from accelerate import PartialState
-
+PROBED: dict[str, type[FisherEstimator]] = {"autodiff": AutodiffFisher, "finite-difference": FiniteDifferenceFisher}
 ATTEMPTS = 64  # a run stops after so many refused images, if no image could be evaluated
 WRITE_SECONDS = (1.0, 60.0)  # shortest and longest time between two files of records
 WRITE_FRACTION = 0.01  # of the time so far, between two files: a kill loses little, and there are few files
@@ -106,15 +104,22 @@ def evaluate_dataset(
     """
     if batch_size < 1:
         raise InputError(f"`batch_size` is {batch_size}; allowed: at least 1.")
-    _check_apart(output, settings.data)
+    folder, resolution = settings.data.path, settings.data.resolution
+    if Path(folder).is_dir() and output.resolve().is_relative_to(Path(folder).resolve()):
+        raise InputError(
+            f"The output '{output}' lies in the data's folder '{folder}', whose images its pictures would become; "
+            "name another folder."
+        )
     state = process_state()
     pipe = load_pipeline(settings.denoiser).to(state.device)
     backbone = backbone_of(pipe)
-    _check_resolution(settings.data, backbone.size_multiple)
+    multiple = backbone.size_multiple
+    if resolution is not None and resolution % multiple:
+        raise InputError(f"`resolution` is {resolution}; allowed for this pipeline: multiples of {multiple}.")
     backbone.check_bins(settings.bins)
     name = chosen_estimator(pipe, settings.estimator)
     with state.main_process_first():  # the others find what the first has downloaded
-        images = open_images(settings.data, backbone.image_channels, text_captions=backbone.takes_text)
+        images = open_images(settings.data, backbone.image_channels, backbone.takes_text)
         note = {**flat_settings(dataclasses.asdict(settings)), "estimator": name, "images": images_digest(images)}
         records = _records(output, {**note, **pipeline_digests(pipe)}, images, retry_failed)
         before = Collected(records)
@@ -128,27 +133,8 @@ def evaluate_dataset(
     if not state.is_main_process:
         return None
     seconds = time.perf_counter() - begin
-    run = {
-        "processes": state.num_processes,
-        "batch_size": batch_size,
-        "seconds": seconds,
-        "images": count - len(done),
-    }
+    run = {"processes": state.num_processes, "batch_size": batch_size, "seconds": seconds, "images": count - len(done)}
     return write_results(records, images, count, run)
-
-
-def _check_apart(output: Path, data: ImageData) -> None:
-    folder = Path(data.path)
-    if folder.is_dir() and output.resolve().is_relative_to(folder.resolve()):
-        raise InputError(
-            f"The output '{output}' lies in the data's folder '{data.path}', whose images its pictures would become; "
-            "name another folder."
-        )
-
-
-def _check_resolution(data: ImageData, multiple: int) -> None:
-    if data.resolution is not None and data.resolution % multiple:
-        raise InputError(f"`resolution` is {data.resolution}; allowed for this pipeline: multiples of {multiple}.")
 
 
 def _records(output: Path, note: dict[str, Any], images: Images, retry_failed: bool) -> Records:
@@ -197,6 +183,7 @@ def chosen_estimator(pipe: FisherPipelineMixin, name: TraceEstimator) -> TraceEs
     return name
 
 
+@dataclasses.dataclass
 class ImageShare:
     """Evaluates the images of one process.
 
@@ -204,27 +191,24 @@ class ImageShare:
         settings: settings whose estimator is not "auto".
         batch_size: number of images that are evaluated at once.
         state: accelerate's state of the process.
+        attempt: number of the attempt at images that failed before.
     """
 
-    def __init__(
-        self,
-        pipe: FisherPipelineMixin,
-        images: Images,
-        settings: DatasetSettings,
-        records: Records,
-        batch_size: int,
-        state: PartialState,
-    ):
-        self.pipe, self.images, self.settings, self.records = pipe, images, settings, records
-        self.batch_size, self.state = batch_size, state
-        self.attempt = 0  # number of the attempt at images that failed before
-        self.backbone = backbone_of(pipe)
-        self.method: dict[str, Any] | None = None  # description of the likelihoods; None before the first one
+    pipe: FisherPipelineMixin
+    images: Images
+    settings: DatasetSettings
+    records: Records
+    batch_size: int
+    state: PartialState
+    attempt: int = 0
+
+    def __post_init__(self) -> None:
+        self.backbone = backbone_of(self.pipe)
         self.refused: list[str] = []  # errors of images before the first likelihood
         self.written: list[dict[str, Any]] = []  # records that are in no file yet
-        self.total = 0 if isinstance(images, ImageStream) else len(images)
+        self.total = 0 if isinstance(self.images, ImageStream) else len(self.images)
         if self.pipe.trace_model is not None:
-            self.pipe.trace_model.to(state.device)
+            self.pipe.trace_model.to(self.state.device)
 
     def run(self, done: frozenset[int], method: dict[str, Any] | None) -> int:
         """Evaluates all images but those that are `done`, and waits for the other processes.
@@ -239,9 +223,7 @@ class ImageShare:
         Raises:
             InputError: there are no images, or no image of the whole data could be evaluated.
         """
-        from tqdm.auto import tqdm
-
-        self.method = method
+        self.method = method  # description of the likelihoods; None before the first one
         begin = self.last = time.perf_counter()
         index, number = self.state.process_index, self.state.num_processes
         rows = self._rows(done)
@@ -300,10 +282,9 @@ class ImageShare:
         for group in sizes.values():
             records += self._likelihoods(group)
         rows = dict(batch)
-        return [
-            {**record, FILE: row_digest(self.images, rows[record["position"]], record["position"])}
-            for record in records
-        ]
+        for record in records:
+            record[FILE] = row_digest(self.images, rows[record["position"]], record["position"])
+        return records
 
     def _likelihoods(self, group: Sequence[tuple[int, Example]]) -> list[dict[str, Any]]:
         settings = self.settings
@@ -312,19 +293,15 @@ class ImageShare:
         options: dict[str, Any] = {"scheme": settings.scheme, "bins": settings.bins, "generator": generators}
         if any(caption is not None for caption in captions):
             options["prompt"] = [self._condition(caption) for caption in captions]
-        if settings.estimator != "trace-model":
-            estimator: FisherEstimator = AutodiffFisher()
-            if settings.estimator == "finite-difference":
-                estimator = FiniteDifferenceFisher()
-            options |= {"estimator": estimator, "num_probes": settings.num_probes or None}
+        if settings.estimator in PROBED:
+            options |= {"estimator": PROBED[settings.estimator](), "num_probes": settings.num_probes or None}
+        pixels = torch.stack([example.pixels for _, example in group])
         failed: Exception | None = None
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", CoarseGridWarning)  # the summary warns once, for all images
-                out = log_likelihood(  # its conditions may be prompts, labels or none
-                    self.pipe, torch.stack([example.pixels for _, example in group]),
-                    num_inference_steps=settings.num_inference_steps, **options,
-                )  # fmt: skip
+                # The conditions in `options` may be prompts, labels or none.
+                out = log_likelihood(self.pipe, pixels, num_inference_steps=settings.num_inference_steps, **options)
         # diffusers raises ValueError, of which InputError is a subclass.
         except (ValueError, NumericalError, torch.OutOfMemoryError) as error:
             failed = error.with_traceback(None)  # the traceback would keep the tensors
@@ -332,10 +309,8 @@ class ImageShare:
             return self._without(group, failed)
         if self.method is None:
             self.method = {name: getattr(out, name) for name in ("space", "density", "prior", "trace", "scheme")}
-        return [
-            _record(position, example.name, caption, out, index)
-            for index, ((position, example), caption) in enumerate(zip(group, captions, strict=True))
-        ]
+        rows = enumerate(zip(group, captions, strict=True))
+        return [_record(position, example.name, caption, out, row) for row, ((position, example), caption) in rows]
 
     def _condition(self, caption: Caption) -> str | int:
         """Returns the condition for a caption.

@@ -1,26 +1,24 @@
 """Reports the likelihoods of a dataset: one file of records, a summary, a histogram and a page."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas
 import torch
+from matplotlib.figure import Figure
 
 from ..data import Images, ImageStream
 from ..errors import CheckpointError
+from ..figures import make_figure
 from ..files import atomic_path, save_figure, write_json
+from ..jobs.identity import Note
 from ..jobs.pages import Page
 from ..jobs.records import Records
 from ..likelihood.solver import COARSE
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 SHOWN = 24  # images of each end on the page
@@ -39,6 +37,7 @@ class Collected:
 
     Attributes:
         seconds: seconds of evaluation, summed over all processes and runs.
+        positions: positions of all images that have a record.
         failed: positions of images whose record is an error.
         method: space, density, prior, trace and scheme of the likelihoods; None while there is no likelihood.
 
@@ -58,21 +57,14 @@ class Collected:
             for number, row in enumerate(group["records"]):
                 self._places[row["position"]] = (key, number)
                 (self.failed.add if "error" in row else self.failed.discard)(row["position"])
-
-    @property
-    def count(self) -> int:
-        return len(self._places)
-
-    @property
-    def positions(self) -> frozenset[int]:
-        return frozenset(self._places)
+        self.positions = frozenset(self._places)
 
     def check(self, total: int) -> None:
         """Raises `CheckpointError` unless every image has a record."""
-        missing = sorted(set(range(total)) - self._places.keys())
-        if missing or len(self._places) > total:
+        missing = sorted(set(range(total)) - self.positions)
+        if missing or len(self.positions) > total:
             raise CheckpointError(
-                f"'{self.records.folder}' has {len(self._places)} records of {total} images, none of those at "
+                f"'{self.records.folder}' has {len(self.positions)} records of {total} images, none of those at "
                 f"positions {missing[:5]}; run the same command again. Processes on several machines need one folder "
                 "that all of them see."
             )
@@ -94,7 +86,7 @@ class Collected:
         return self.records.read(key)["records"][number]
 
 
-def write_results(records: Records, images: Images, total: int, run: Mapping[str, Any]) -> dict[str, Any]:
+def write_results(records: Records, images: Images, total: int, run: Note) -> dict[str, Any]:
     """Writes `likelihoods.jsonl`, `summary.json`, `histogram.png` and `index.html`; returns the summary.
 
     Args:
@@ -140,13 +132,13 @@ def _table(collected: Collected, path: Path) -> tuple[pandas.DataFrame, list[dic
 
 
 def _summary(
-    collected: Collected, table: pandas.DataFrame, failed: Sequence[dict[str, Any]], run: Mapping[str, Any]
+    collected: Collected, table: pandas.DataFrame, failed: Sequence[dict[str, Any]], run: Note
 ) -> dict[str, Any]:
     bits, nats = table["bits_per_dim"], table["dims"] * math.log(2)  # nats of one bit/dim
     steps, probes = table["discretisation_error"] / nats, table["standard_error"] / nats
     settings = collected.records.settings
     return {
-        "images": collected.count, "evaluated": len(bits), "left_out": len(failed),
+        "images": len(collected.positions), "evaluated": len(bits), "left_out": len(failed),
         "left_out_images": [{"name": row["name"], "error": row["error"]} for row in failed[:NAMED]],
         "bits_per_dim": {
             "mean": float(bits.mean()), "standard_deviation": _number(bits.std()),
@@ -161,7 +153,7 @@ def _summary(
         "several_sizes": table["dims"].nunique() > 1,
         "method": collected.method, "evaluations_an_image": settings["num_inference_steps"] + 1,
         "process_seconds": collected.seconds,
-        "images_per_process_second": collected.count / max(collected.seconds, 1e-9),
+        "images_per_process_second": len(collected.positions) / max(collected.seconds, 1e-9),
         "last_run": {**run, "images_per_second": run["images"] / max(run["seconds"], 1e-9)},
     }  # fmt: skip
 
@@ -182,31 +174,21 @@ def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def histogram(bits: pandas.Series, summary: Mapping[str, Any]) -> Figure:
+def histogram(bits: pandas.Series, summary: Note) -> Figure:
     """Draws the distribution of the images' bits/dim."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = make_figure(7, 3.5)
     axes.hist(bits, bins=min(80, max(10, round(len(bits) ** 0.5))), color="C0", alpha=0.8)
     mean = summary["bits_per_dim"]["mean"]
     axes.axvline(mean, color="C1", label=f"mean {mean:.3f}")
     quantiles = summary["bits_per_dim"]["quantiles"]
-    for index, name in enumerate(("0.05", "0.95")):
-        label = "5% and 95%" if index == 0 else None
-        axes.axvline(quantiles[name], color="C1", linestyle=":", label=label)
+    axes.axvline(quantiles["0.05"], color="C1", linestyle=":", label="5% and 95%")
+    axes.axvline(quantiles["0.95"], color="C1", linestyle=":")
     axes.set(xlabel=f"bits/dim of the {summary['method']['space']} (lower is likelier)", ylabel="images")
     axes.legend()
     return figure
 
 
-def _page(
-    summary: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    figure: Figure,
-    ends: Mapping[str, Sequence[dict[str, Any]]],
-    images: Images,
-) -> Page:
+def _page(summary: Note, settings: Note, figure: Figure, ends: Mapping[str, Sequence[Note]], images: Images) -> Page:
     page = Page("Log-likelihoods of a dataset")
     method, bits, errors = summary["method"], summary["bits_per_dim"], summary["errors_in_bits_per_dim"]
     page.paragraph(
@@ -227,10 +209,8 @@ def _page(
     page.figure(figure, "Images by bits/dim.")
     if summary["by_caption"]:
         page.heading("By caption")
-        page.table(
-            ("caption", "images", "mean bits/dim", "standard deviation"),
-            [tuple(row.values()) for row in summary["by_caption"]],
-        )
+        means = [tuple(row.values()) for row in summary["by_caption"]]
+        page.table(("caption", "images", "mean bits/dim", "standard deviation"), means)
     pictures = _pictures(images, {row["position"] for end in ends.values() for row in end})
     for title, end in ends.items():
         page.heading(title)
@@ -242,7 +222,7 @@ def _page(
     return page
 
 
-def _caption(row: Mapping[str, Any]) -> str:
+def _caption(row: Note) -> str:
     caption = "" if row["caption"] is None else f", {row['caption']}"
     return f"{row['bits_per_dim']:.3f} bits/dim: {row['name']}{caption}"
 
@@ -270,20 +250,18 @@ def _small(pixels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.interpolate(pixels[None], sides, mode="area")[0]
 
 
-def _outline(summary: Mapping[str, Any], folder: Path) -> str:
+def _outline(summary: Note, folder: Path) -> str:
     """Returns what the console shows at the end."""
     bits = summary["bits_per_dim"]
-    lines = [
-        f"{summary['evaluated']} of {summary['images']} images: {bits['mean']:.4f} bits/dim on average, from "
-        f"{bits['least']:.4f} to {bits['greatest']:.4f}"
-    ]
+    span = f"from {bits['least']:.4f} to {bits['greatest']:.4f}"
+    lines = [f"{summary['evaluated']} of {summary['images']} images: {bits['mean']:.4f} bits/dim on average, {span}"]
     if summary["left_out"]:
         first = summary["left_out_images"][0]["error"]
         lines.append(f"{summary['left_out']} images left out, named in summary.json; the first: {first}")
     return "\n".join([*lines, *_warnings(summary), f"The report is {(folder / 'index.html').resolve()}"])
 
 
-def _warnings(summary: Mapping[str, Any]) -> list[str]:
+def _warnings(summary: Note) -> list[str]:
     """Returns sentences that a reader of the numbers must know."""
     sentences, coarse, unread = [], summary["images_on_a_coarse_grid"], summary["files_not_read"]
     if coarse:

@@ -1,7 +1,5 @@
 """Guides many prompts over many processes and writes a gallery, for `diffusers-fisher guide`."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import logging
@@ -9,9 +7,10 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 
 from ..backbones import backbone_of
 from ..errors import CoarseGridWarning, InputError, NumericalError, UnsupportedError
@@ -27,9 +26,6 @@ from ..jobs.records import Records, item_keys, shard
 from ..pipelines import FisherPipelineMixin
 from ..settings import Dtype, GuidanceEstimator, Positive, settings_class
 from .guidance_gallery_report import PICTURES, gallery_summary, write_gallery
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
 
 logger = logging.getLogger(__name__)
 
@@ -283,10 +279,8 @@ def _likelihoods(pipe: FisherPipelineMixin, prompt: str, images: dict[str, torch
     generator = torch.Generator().manual_seed(seed)
     out = pipe.log_likelihood(torch.stack(list(images.values())), prompt, generator=generator)
     errors = (out.standard_error + out.discretisation_error.abs()) / (out.dims * math.log(2))
-    return {
-        "bits_per_dim": dict(zip(images, _finite(out.bits_per_dim.tolist()), strict=True)),
-        "bits_per_dim_error": dict(zip(images, _finite(errors.tolist()), strict=True)),
-    }
+    numbers = {"bits_per_dim": out.bits_per_dim, "bits_per_dim_error": errors}
+    return {name: dict(zip(images, _finite(rows.tolist()), strict=True)) for name, rows in numbers.items()}
 
 
 def _finite(values: list[float]) -> list[float | None]:

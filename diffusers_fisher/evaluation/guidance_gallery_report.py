@@ -1,21 +1,19 @@
 """Reports the guidance of many prompts: means over the prompts, curves of the rewards, a page and a gallery."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import pandas
+from matplotlib.figure import Figure
+from PIL import Image
 
+from ..figures import make_figure
 from ..files import save_figure
 from ..guidance.noise_ascent import COMPLETED
 from ..jobs.pages import Page
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PICTURES = "pictures"  # folder of the pictures
 SHOWN = 100  # prompts on the page, which holds their pictures
@@ -84,11 +82,9 @@ def _before_and_after(record: Mapping[str, Any], name: str) -> tuple[float | Non
 
 def curves(records: Sequence[dict[str, Any]]) -> Figure:
     """Draws the rewards by run, and the held-out rewards where there are any: each prompt's and their mean."""
-    from matplotlib.figure import Figure
-
     names, length = _reward_names(records), min(len(record["rewards"]) for record in records)
-    figure = Figure(figsize=(5 * len(names), 3.2), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    figure, row = make_figure(5 * len(names), 3.2, columns=len(names))
+    for axes, name in zip(row, names, strict=True):
         for record in records:
             axes.plot(pandas.Series(record[name], dtype=float), color="0.8", linewidth=0.8)
         axes.plot(_histories([record[name] for record in records], length).mean(), color="C0", marker=".")
@@ -99,15 +95,13 @@ def curves(records: Sequence[dict[str, Any]]) -> Figure:
 def by_seconds(records: Sequence[dict[str, Any]]) -> Figure:
     """Draws means over prompts of the best reward so far, and of the held-out reward of the same run, by the mean of
     the seconds since the beginning of a prompt's batch. A prompt that stopped early stays where it was."""
-    from matplotlib.figure import Figure
-
     names, length = _reward_names(records), max(len(record["rewards"]) for record in records)
     seconds = _histories([list(itertools.accumulate(record["seconds"])) for record in records], length).mean()
     rewards = _histories([record["rewards"] for record in records], length)
     is_best = rewards.eq(rewards.cummax(axis="columns"))
     best_runs = numpy.maximum.accumulate(numpy.where(is_best, range(length), 0), axis=1)
-    figure = Figure(figsize=(5 * len(names), 3.2), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    figure, row = make_figure(5 * len(names), 3.2, columns=len(names))
+    for axes, name in zip(row, names, strict=True):
         table = _histories([record[name] for record in records], length)
         best = pandas.DataFrame(numpy.take_along_axis(table.to_numpy(), best_runs, axis=1))
         axes.plot(seconds, best.mean(), color="C0", marker=".")
@@ -118,12 +112,9 @@ def by_seconds(records: Sequence[dict[str, Any]]) -> Figure:
 
 def gallery(folder: Path, records: Sequence[dict[str, Any]]) -> Figure:
     """Draws one row per prompt: the image before, the image after, and the rewards by run."""
-    from matplotlib.figure import Figure
-    from PIL import Image
-
-    figure = Figure(figsize=(6.4, 1.9 * len(records)), layout="constrained")
-    rows = figure.subplots(len(records), 3, squeeze=False)
-    for row, record in zip(rows, records, strict=True):
+    figure, cells = make_figure(6.4, 1.9 * len(records), len(records), 3)
+    for index, record in enumerate(records):
+        row = cells[3 * index : 3 * index + 3]
         for axes, name in zip(row, ("before", "after"), strict=False):
             with Image.open(folder / record[name]) as picture:
                 axes.imshow(numpy.asarray(picture))

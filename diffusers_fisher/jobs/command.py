@@ -1,7 +1,5 @@
 """Shares between commands what all of them do: errors in words, and the reading of configuration files."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import sys

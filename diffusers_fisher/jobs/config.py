@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
+import yaml
 
 from ..errors import InputError
 from ..settings import input_error
@@ -40,8 +41,6 @@ def load_config(path: str | os.PathLike, kind: type[Config], changes: Sequence[s
     Raises:
         InputError: names the file and the key at fault.
     """
-    import yaml
-
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -54,8 +53,6 @@ def load_config(path: str | os.PathLike, kind: type[Config], changes: Sequence[s
 
 def _change(values: object, change: str) -> None:
     """Sets "key.key=value" in nested mappings. A section that is missing or null is made."""
-    import yaml
-
     path, equals, text = change.partition("=")
     *sections, key = path.split(".")
     if not equals or not key or not isinstance(values, dict):

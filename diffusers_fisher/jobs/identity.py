@@ -4,15 +4,13 @@ A digest is a hash. A note is a JSON mapping that a run keeps in its folder. `no
 two runs and says in words what differs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -21,9 +19,7 @@ from ..backbones import backbone_of
 from ..data import CachedLatents, Images, ImageStream
 from ..errors import InputError
 from ..files import read_json
-
-if TYPE_CHECKING:
-    from ..pipelines import FisherPipelineMixin
+from ..pipelines import FisherPipelineMixin
 
 ROWS = 1000  # about so many rows of a dataset, evenly spaced, enter its digest
 STREAM_ROWS = 100  # so many first rows of a stream enter its digest
@@ -31,14 +27,12 @@ FILE_BYTES = 1024  # last bytes of an image file that enter its digest
 VALUES = 1024  # first values of a tensor that enter its digest
 DATA_NOTE = "data.json"  # file of the note of a run's data
 ABSENT = object()
+Note = Mapping[str, Any]
+"""A JSON mapping."""
 
 
 def note_differences(
-    before: Mapping[str, Any],
-    now: Mapping[str, Any],
-    free: tuple[str, ...] = (),
-    tolerance: float = 0.0,
-    absent_is_null: bool = False,
+    before: Note, now: Note, free: tuple[str, ...] = (), tolerance: float = 0.0, absent_is_null: bool = False
 ) -> list[str]:
     """Says in words which entries of two notes differ, such as "`steps` was 3, is 4".
 
@@ -131,9 +125,7 @@ def images_digest(images: Images) -> str:
     else:
         rows = [(position, images.rows[position]) for position in range(0, len(images), max(1, len(images) // ROWS))]
         count = str(len(images))
-    digest = hashlib.sha256()
-    for position, row in rows:
-        digest.update(_row_bytes(images, row, position))
+    digest = hashlib.sha256(b"".join(_row_bytes(images, row, position) for position, row in rows))
     return f"{count}, sha256 {digest.hexdigest()[:16]}"
 
 
@@ -186,6 +178,6 @@ def _alike(left: object, right: object, tolerance: float) -> bool:
     return left == right
 
 
-def _in_words(note: Mapping[str, Any], name: str) -> str:
+def _in_words(note: Note, name: str) -> str:
     text = json.dumps(note[name], ensure_ascii=False) if name in note else "absent"
     return text if len(text) <= 120 else text[:117] + "..."

@@ -1,19 +1,17 @@
 """Writes a report as one HTML file with its text, tables, figures and pictures inside, so that it needs no other."""
 
-from __future__ import annotations
-
 import base64
 import io
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+from PIL import Image
 
 from ..files import atomic_path
-
-if TYPE_CHECKING:
-    import torch
-    from matplotlib.figure import Figure
 
 Cell = str | float | None
 
@@ -54,8 +52,6 @@ class Page:
 
     def text(self) -> str:
         """Returns the page as HTML."""
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-
         environment = Environment(
             loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined,
             trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
@@ -83,8 +79,6 @@ def _png(picture: torch.Tensor | str | os.PathLike) -> bytes:
 
 
 def _encoded(image: torch.Tensor) -> bytes:
-    from PIL import Image
-
     array = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     png = io.BytesIO()
     Image.fromarray(array).save(png, format="png")

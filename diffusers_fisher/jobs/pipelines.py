@@ -1,7 +1,5 @@
 """Loads the pipeline of a run as its settings say."""
 
-from __future__ import annotations
-
 import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -47,9 +45,8 @@ def load_pipeline(settings: DenoiserSettings) -> FisherPipelineMixin:
     try:
         index = diffusers.DiffusionPipeline.load_config(path, **hub)
         stock: type[DiffusionPipeline] = getattr(diffusers, index["_class_name"], DiffusionPipeline)
-        pipe = fisher_pipeline(stock).from_pretrained(
-            path, variant=settings.variant, dtype=getattr(torch, settings.dtype), **hub
-        )
+        dtype = getattr(torch, settings.dtype)
+        pipe = fisher_pipeline(stock).from_pretrained(path, variant=settings.variant, dtype=dtype, **hub)
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:

@@ -1,12 +1,10 @@
 """Sets up accelerate's processes, on CPUs and GPUs alike."""
 
-from __future__ import annotations
-
 import datetime
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from accelerate import PartialState
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 WAIT = datetime.timedelta(days=7)
 """How long processes wait for each other. Where one works for all, or the shares differ, this may take hours."""
@@ -14,9 +12,6 @@ WAIT = datetime.timedelta(days=7)
 
 def uses_cpu() -> bool:
     """Returns whether processes compute on CPUs: `accelerate launch --cpu` asks for it, or there is no accelerator."""
-    import torch
-    from accelerate.utils import parse_flag_from_env
-
     return bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or not torch.accelerator.is_available()
 
 
@@ -26,6 +21,4 @@ def process_state() -> PartialState:
     Unlike a plain `PartialState()` it also works for several processes on CPUs, each of which would otherwise take
     itself for the only one.
     """
-    from accelerate import PartialState
-
     return PartialState(cpu=uses_cpu(), timeout=WAIT)

@@ -1,7 +1,5 @@
 """Keeps the work over many items through a kill: one JSON record per item, written whole or not at all."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -9,8 +9,6 @@ same level. The LML step is the parent's own step from x', with the model output
 works with any scheduler whose step is a function of x_0 and eps.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import warnings
@@ -142,9 +140,8 @@ def _make_init(parent: type) -> Callable[..., None]:
         self.register_to_config(**options)
 
     signature = inspect.signature(parent_init)
-    options = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in OPTIONS.items()
-    ]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    options = [inspect.Parameter(name, kind, default=value) for name, value in OPTIONS.items()]
     __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *options])  # type: ignore[attr-defined]
     return __init__
 

@@ -6,8 +6,6 @@ al., ICML 2025, arXiv 2505.23264, section 5). By Brenier's theorem the map is th
 if and only if it is the gradient of a convex function, that is, A symmetric positive semi-definite everywhere.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import math
@@ -61,11 +59,9 @@ class Schedule:
                 f"Schedule '{self.name}' has data_time {self.data_time}, noise_time {self.noise_time}; allowed: "
                 "0 < data_time < noise_time. Stop short of a singular end."
             )
-        log_times = torch.linspace(
-            math.log(self.data_time), math.log(self.noise_time), NUM_CHECK_TIMES, dtype=torch.float64
-        )
+        times = _log_times(self, NUM_CHECK_TIMES)[1:-1].flip(0).exp().tolist()
         previous_ratio = 0.0
-        for time in (self.data_time, *log_times[1:-1].exp().tolist(), self.noise_time):
+        for time in (self.data_time, *times, self.noise_time):
             level = self.level(time)
             if not (0 < float(level.alpha) < math.inf and 0 < float(level.sigma) < math.inf):
                 raise InputError(
@@ -94,6 +90,10 @@ class Schedule:
         drift = alpha_rate / alpha
         # In units of the data, x/alpha, only sigma/alpha changes; this is alpha times the derivative of sigma/alpha.
         return drift, sigma_rate - sigma * drift
+
+
+def _log_times(schedule: Schedule, count: int) -> torch.Tensor:
+    return torch.linspace(math.log(schedule.noise_time), math.log(schedule.data_time), count, dtype=torch.float64)
 
 
 def _scaled_linear_alpha(time: torch.Tensor) -> torch.Tensor:
@@ -129,7 +129,7 @@ class AdaptiveSteps:
         options = {"step_t": grid[-1:]}
         return {"method": "dopri8", "rtol": self.tolerance, "atol": self.tolerance * 1e-3, "options": options}
 
-    def coarsen(self) -> AdaptiveSteps:
+    def coarsen(self) -> "AdaptiveSteps":
         """Returns the coarser integration that the error is measured with."""
         return AdaptiveSteps(10 * self.tolerance)
 
@@ -160,7 +160,7 @@ class FixedSteps:
         """Returns the arguments of `torchdiffeq.odeint` over `grid`."""
         return {"method": {2: "midpoint", 4: "rk4"}[self.order]}
 
-    def coarsen(self) -> FixedSteps:
+    def coarsen(self) -> "FixedSteps":
         """Returns the coarser integration that the error is measured with.
 
         It has so few steps that the difference of the results is at least about twice the error.
@@ -171,10 +171,6 @@ class FixedSteps:
     def grid(self, schedule: Schedule, num_points: int) -> torch.Tensor:
         """Returns the log times of all steps, from noise to data; every step is kept."""
         return _log_times(schedule, self.num_steps + 1)
-
-
-def _log_times(schedule: Schedule, count: int) -> torch.Tensor:
-    return torch.linspace(math.log(schedule.noise_time), math.log(schedule.data_time), count, dtype=torch.float64)
 
 
 Products = Callable[[torch.Tensor], torch.Tensor]
@@ -295,11 +291,8 @@ def transport_map(
     if not (torch.isfinite(jacobian).all() and torch.isfinite(trajectory).all()):
         raise NumericalError(f"The map under schedule '{schedule.name}' is not finite. Use smaller steps.")
     change = (jacobian - coarse).flatten(1).norm(dim=1) / jacobian.flatten(1).norm(dim=1)
-    levels = [float(schedule.level(time).noise_to_signal) for time in times]
-    return TransportMap(
-        start, trajectory[-1], jacobian, trajectory, jacobians, torch.tensor(levels, dtype=torch.float64),
-        float(change.max()),
-    )  # fmt: skip
+    levels = torch.tensor([float(schedule.level(time).noise_to_signal) for time in times], dtype=torch.float64)
+    return TransportMap(start, trajectory[-1], jacobian, trajectory, jacobians, levels, float(change.max()))
 
 
 def _integrate(
@@ -409,5 +402,5 @@ def coupling_cost(start: torch.Tensor, end: torch.Tensor, batches: int = 8) -> C
         pairs.append(float(costs.diagonal().mean()))
         optimal.append(float(ot.emd2(uniform.numpy(), uniform.numpy(), costs.cpu().numpy())))
     gaps = torch.tensor(pairs, dtype=torch.float64) - torch.tensor(optimal, dtype=torch.float64)
-    mean = lambda values: sum(values) / len(values)  # noqa: E731
-    return CouplingCost(mean(pairs), mean(optimal), float(gaps.mean()), float(gaps.std() / batches**0.5))
+    standard_error = float(gaps.std() / batches**0.5)
+    return CouplingCost(sum(pairs) / batches, sum(optimal) / batches, float(gaps.mean()), standard_error)

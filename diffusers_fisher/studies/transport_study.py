@@ -1,25 +1,24 @@
 """Runs the study of `diffusers-fisher transport`: where the map of the PF-ODE is an optimal transport map."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas
 import torch
+from matplotlib.axes import Axes
 from tqdm.auto import tqdm
 
 from ..backbones import PipelineDenoiser
 from ..checkpoints import EMBEDDED_CLASSES, embedded_checkpoint, embedded_prompt
-from ..distributions import Covariance, GaussianMixture
+from ..distributions import Covariance, Distribution, GaussianMixture
 from ..errors import InputError
+from ..figures import make_figure
 from ..files import atomic_path, check_writable, save_figure, write_json
-from ..fisher.autodiff import AutodiffFisher
-from ..fisher.estimator import FisherEstimator
-from ..fisher.operator import FisherMatrixOperator
+from ..fisher import AutodiffFisher, FisherEstimator, FisherMatrixOperator
 from ..noise import DenoisingState
 from .transport import (
     SCHEDULES,
@@ -38,9 +37,6 @@ from .transport import (
 )
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from ..distributions.mixtures import Distribution
     from ..pipelines import StableDiffusionFisherPipeline
 
 TRIANGLE = ((0.5, 0.0), (0.0, -0.5), (0.0, 0.0))  # the paper's points
@@ -64,21 +60,25 @@ def few_points(points: torch.Tensor) -> GaussianMixture:
     return GaussianMixture(points, Covariance.isotropic(0.0, tuple(points.shape[1:])))
 
 
+def _gaussian(mean: torch.Tensor, covariance: torch.Tensor) -> GaussianMixture:
+    return GaussianMixture(mean[None], Covariance.full(covariance[None], tuple(mean.shape)))
+
+
 def two_dimensional_cases() -> list[Case]:
     """Returns the paper's two point sets, and controls whose maps are known to be optimal or known not to be."""
     turn = _rotation(0.4)
     corners = torch.tensor([[x, y] for x in (-0.5, 0.5) for y in (-0.3, 0.3)], dtype=torch.float64)
     line = torch.tensor([[0.1], [0.6], [-0.5]], dtype=torch.float64) * torch.tensor([[0.6, 0.8]], dtype=torch.float64)
-    mean = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
+    mean = torch.tensor([0.3, -0.2], dtype=torch.float64)
     covariance = turn @ torch.diag(torch.tensor([0.4, 0.05], dtype=torch.float64)) @ turn.mT
-    modes = torch.tensor(TRIANGLE, dtype=torch.float64)
+    triangle = torch.tensor(TRIANGLE, dtype=torch.float64)
     return [
-        Case("triangle", few_points(torch.tensor(TRIANGLE, dtype=torch.float64)), False),
+        Case("triangle", few_points(triangle), False),
         Case("line along an axis", few_points(torch.tensor(AXIS_LINE, dtype=torch.float64)), True),
         Case("line in general position", few_points(line + 0.2), True),
         Case("rotated rectangle", few_points(corners @ turn.mT), True),
-        Case("Gaussian", GaussianMixture(mean, Covariance.full(covariance[None], (2,))), True),
-        Case("three Gaussians", GaussianMixture(modes, Covariance.isotropic(0.01, (2,))), False),
+        Case("Gaussian", _gaussian(mean, covariance), True),
+        Case("three Gaussians", GaussianMixture(triangle, Covariance.isotropic(0.01, (2,))), False),
     ]
 
 
@@ -93,11 +93,7 @@ def higher_dimensional_cases(dimensions: int = 16, generator: torch.Generator | 
     return [
         Case(f"8 points in {dimensions}-d", few_points(points), False),
         Case(f"8 points on a line in {dimensions}-d", few_points(line + 0.1), True),
-        Case(
-            f"Gaussian in {dimensions}-d",
-            GaussianMixture(points[:1], Covariance.full(covariance[None], (dimensions,))),
-            True,
-        ),
+        Case(f"Gaussian in {dimensions}-d", _gaussian(points[0], covariance), True),
     ]
 
 
@@ -131,15 +127,18 @@ def user_case(points: torch.Tensor) -> Case:
     return Case(f"{len(points)} given points", few_points(points.double()), None)
 
 
+def pure_noise(schedule: Schedule, shape: Sequence[int], count: int, seed: int) -> torch.Tensor:
+    """Returns points (count, *shape) at the noise end, in units of the data: pure noise, as a sampler starts (and as
+    the paper's experiment does), not the noised data."""
+    noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return schedule.level(schedule.noise_time).noise_to_signal * noise
+
+
 def study(
     case: Case, schedule: Schedule, runs: int, seed: int, num_points: int = 2
 ) -> tuple[dict[str, Any], TransportMap]:
     """Returns indices of the map at `runs` random points of the noise end with their standard errors, and the map."""
-    generator = torch.Generator().manual_seed(seed)
-    level = schedule.level(schedule.noise_time)
-    shape = case.distribution.shape
-    # Pure noise, as a sampler starts (and as the paper's experiment does), not the noised data.
-    start = torch.randn(runs, *shape, generator=generator, dtype=torch.float64) * level.noise_to_signal
+    start = pure_noise(schedule, case.distribution.shape, runs, seed)
     flow = transport_map(exact_field(case.distribution), start, schedule, num_points=num_points)
     row: dict[str, Any] = {"case": case.name, "schedule": schedule.name, "optimal": case.optimal, "runs": runs}
     row |= indices(flow.jacobian) | {"integration_error": flow.error}
@@ -186,10 +185,7 @@ def coupling(case: Case, schedule: Schedule, count: int, seed: int) -> dict[str,
 
 def indices_by_steps(case: Case, schedule: Schedule, runs: int, seed: int) -> list[dict[str, Any]]:
     """Returns the indices by number of steps, which show how much of an index is the integrator's error."""
-    generator = torch.Generator().manual_seed(seed)
-    level = schedule.level(schedule.noise_time)
-    noise = torch.randn(runs, *case.distribution.shape, generator=generator, dtype=torch.float64)
-    start = noise * level.noise_to_signal
+    start = pure_noise(schedule, case.distribution.shape, runs, seed)
     rows = []
     for steps in STEP_COUNTS:
         flow = transport_map(exact_field(case.distribution), start, schedule, FixedSteps(steps, order=2))
@@ -198,7 +194,7 @@ def indices_by_steps(case: Case, schedule: Schedule, runs: int, seed: int) -> li
 
 
 def learned_map(
-    seed: int, count: int = 4, steps: int = 12, pipe: StableDiffusionFisherPipeline | None = None
+    seed: int, count: int = 4, steps: int = 12, pipe: "StableDiffusionFisherPipeline | None" = None
 ) -> dict[str, Any]:
     """Returns the same indices for the embedded checkpoint's own map, in 256 dimensions, from noise to latents.
 
@@ -224,8 +220,7 @@ def learned_map(
     schedule = model_schedule(denoiser)
     backbone = denoiser.backbone
     shape = (backbone.latent_channels, *(side // backbone.factor for side in backbone.image_size()))
-    noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    start = schedule.level(schedule.noise_time).noise_to_signal * noise
+    start = pure_noise(schedule, shape, count, seed)
     matrices: list[torch.Tensor] = []
     integration = FixedSteps(steps)
     evaluations = integration.order * (steps + integration.coarsen().num_steps)
@@ -238,13 +233,9 @@ def learned_map(
             return matrices[-1]
 
         flow = transport_map(denoiser_field(denoiser, MatrixFisher(own)), start, schedule, integration)
-    in_order = iter(matrices)
-
-    def symmetrised(state: DenoisingState) -> torch.Tensor:
-        matrix = next(in_order)
-        return (matrix + matrix.mT) / 2
-
-    symmetric_flow = transport_map(denoiser_field(denoiser, MatrixFisher(symmetrised)), start, schedule, integration)
+    symmetrised = ((matrix + matrix.mT) / 2 for matrix in matrices)
+    in_order = MatrixFisher(lambda state: next(symmetrised))
+    symmetric_flow = transport_map(denoiser_field(denoiser, in_order), start, schedule, integration)
     first = matrices[: integration.order * steps : integration.order]  # of each step's evaluations
     return {
         "samples": count, "steps": steps, "order": integration.order,
@@ -255,16 +246,6 @@ def learned_map(
         "symmetrised_asymmetry_by_level": asymmetry(symmetric_flow.jacobians).mean(1).tolist(),
         "integration_error_symmetrised": symmetric_flow.error, "seconds": round(time.perf_counter() - begin, 1),
     }  # fmt: skip
-
-
-class MatrixFisher(FisherEstimator):
-    """Takes the Fisher's matrices (B, d, d) from a function of the state."""
-
-    def __init__(self, matrices: Callable[[DenoisingState], torch.Tensor]):
-        self.matrices = matrices
-
-    def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> MatrixOperator:
-        return MatrixOperator(state, self.matrices(state))
 
 
 class MatrixOperator(FisherMatrixOperator):
@@ -279,6 +260,16 @@ class MatrixOperator(FisherMatrixOperator):
 
     def dense(self) -> torch.Tensor:
         return self.matrix
+
+
+class MatrixFisher(FisherEstimator):
+    """Takes the Fisher's matrices (B, d, d) from a function of the state."""
+
+    def __init__(self, matrices: Callable[[DenoisingState], torch.Tensor]):
+        self.matrices = matrices
+
+    def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> MatrixOperator:
+        return MatrixOperator(state, self.matrices(state))
 
 
 def run_study(
@@ -311,31 +302,22 @@ def run_study(
     begin = time.perf_counter()
     rows, paths = [], {}
     print(HEADING)
-    for case in cases:
-        for schedule in SCHEDULES.values():
-            has_picture = schedule.name == PLOT_SCHEDULE and case.distribution.shape == (2,)
-            row, flow = study(case, schedule, runs, seed, PLOT_POINTS if has_picture else 2)
-            if has_picture:
-                paths[case.name] = flow.trajectory[:, :PLOT_TRAJECTORIES].clone()
-            rows.append(row)
-            print(_line(row), flush=True)
     higher = higher_dimensional_cases() if points is None else []
-    for case in higher:
-        row, _ = study(case, SCHEDULES["vp"], max(2, runs // 10), seed)
+    studies = [(case, schedule, runs) for case in cases for schedule in SCHEDULES.values()]
+    studies += [(case, SCHEDULES["vp"], max(2, runs // 10)) for case in higher]
+    for case, schedule, count in studies:
+        has_picture = schedule.name == PLOT_SCHEDULE and case.distribution.shape == (2,)
+        row, flow = study(case, schedule, count, seed, PLOT_POINTS if has_picture else 2)
+        if has_picture:
+            paths[case.name] = flow.trajectory[:, :PLOT_TRAJECTORIES].clone()
         rows.append(row)
         print(_line(row), flush=True)
     lines = ("line along an axis", "line in general position")  # the rectangle's plan shows as much as theirs
     coupling_cases = [case for case in cases if case.name not in lines]
-    report: dict[str, Any] = {
-        "maps": rows,
-        "couplings": [coupling(case, SCHEDULES["edm"], 1024, seed) for case in coupling_cases + higher],
-        "by_steps": [
-            row
-            for case in coupling_cases[:1]
-            for name in SCHEDULES
-            for row in indices_by_steps(case, SCHEDULES[name], 60, seed)
-        ],
-    }
+    couplings = [coupling(case, SCHEDULES["edm"], 1024, seed) for case in coupling_cases + higher]
+    first = coupling_cases[0]
+    by_steps = [row for schedule in SCHEDULES.values() for row in indices_by_steps(first, schedule, 60, seed)]
+    report: dict[str, Any] = {"maps": rows, "couplings": couplings, "by_steps": by_steps}
     for row in report["couplings"]:
         print(
             f"coupling, {row['case']}: {row['pairs']:.6f} per pair, optimal {row['optimal']:.6f}, "
@@ -369,29 +351,23 @@ def _rotation(angle: float) -> torch.Tensor:
 
 
 def _plots(output: Path, report: dict[str, Any], paths: dict[str, torch.Tensor]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for name in SCHEDULES:
-        rows = [row for row in report["by_steps"] if row["schedule"] == name]
-        steps, values = [row["steps"] for row in rows], [row["off_diagonal_asymmetry"] for row in rows]
-        errors = [row["off_diagonal_asymmetry_standard_error"] for row in rows]
-        axes.errorbar(steps, values, errors, marker=".", capsize=2, label=name)
+    figure, (axes,) = make_figure(7, 4)
+    index = "off_diagonal_asymmetry"
+    for name, rows in pandas.DataFrame(report["by_steps"]).groupby("schedule", sort=False):
+        axes.errorbar(rows["steps"], rows[index], rows[f"{index}_standard_error"], marker=".", capsize=2, label=name)
     axes.set(xscale="log", xlabel="steps of the midpoint rule", ylabel="off-diagonal asymmetry")
-    axes.set_title(
-        f"{report['by_steps'][0]['case']}: what is left of the schedules' differences when integrated finely"
-    )
+    case = report["by_steps"][0]["case"]
+    axes.set_title(f"{case}: what is left of the schedules' differences when integrated finely")
     axes.legend()
     save_figure(figure, output / "index_by_steps.png")
     if not paths:
         return
     indices_by_case = {row["case"]: row["asymmetry"] for row in report["maps"] if row["schedule"] == PLOT_SCHEDULE}
-    figure = Figure(figsize=(4 * len(paths), 4), layout="constrained")
-    for axes, (name, path) in zip(figure.subplots(1, len(paths), squeeze=False)[0], paths.items(), strict=True):
+    figure, row = make_figure(4 * len(paths), 4, columns=len(paths))
+    for axes, (name, path) in zip(row, paths.items(), strict=True):
         _draw_paths(axes, path)
         axes.set_title(f"{name}\nasymmetry {indices_by_case[name]:.1e}")
-    figure.axes[0].set_ylabel(f"{PLOT_SCHEDULE}: noise to data")
+    row[0].set_ylabel(f"{PLOT_SCHEDULE}: noise to data")
     save_figure(figure, output / "maps.png")
 
 
@@ -407,16 +383,13 @@ def _draw_paths(axes: Axes, path: torch.Tensor) -> None:
 
 def report_learned(output: Path, report: dict[str, Any]) -> None:
     """Prints the report of `learned_map`, and draws it by noise level in the file learned.png of `output`."""
-    from matplotlib.figure import Figure
-
     own = report["fisher_asymmetry_by_level"]
     print(
         f"embedded checkpoint, {report['samples']} samples: asymmetry of the map {report['map']['asymmetry']:.4f}, of "
         f"the network's own Fisher {min(own):.4f} to {max(own):.4f}; of the map with symmetrised Jacobians "
         f"{report['map_of_symmetrised_jacobians']['asymmetry']:.4f}"
     )
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
+    figure, (axes,) = make_figure(7, 4)
     levels = report["noise_to_signal"]
     axes.plot(levels[:-1], own, label="the network's own Fisher at this level")
     axes.plot(levels[1:], report["map_asymmetry_by_level"][1:], label="the map from noise to this level")

@@ -3,16 +3,14 @@
 Notation: F, C and M as in `diffusers_fisher.fisher.operator`; D is F as a matrix.
 """
 
-import dataclasses
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ..errors import FisherError, InputError, UnsupportedError
-from ..fisher.estimate import Estimate, gaussian, rademacher
-from ..fisher.estimator import FisherEstimator
+from ..fisher import Estimate, FisherEstimator, FisherOperator, gaussian, rademacher
 from ..fisher.numerics import per_sample
-from ..fisher.operator import FisherOperator
 from ..noise import DenoisingState, NoiseLevel
 
 NUM_PROBES, SKETCH = 4, 2  # numbers of probes and of sketch vectors per estimate
@@ -66,7 +64,7 @@ def check_fisher(
     Cost: 3 d products, some tens more, and 12 per estimate.
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    contract = _Contract.of(operator, rounding, generator)
+    contract = _Contract(operator, rounding, generator)
     contract.products()
     contract.matrix()
     contract.jacobians()
@@ -79,25 +77,16 @@ def check_fisher(
         contract.stochastic_traces(num_estimates, generator)
 
 
-@dataclasses.dataclass(frozen=True)
 class _Contract:
     """Holds an operator with its matrix, two vectors per sample and the unit of errors, (B,)."""
 
-    operator: FisherOperator
-    dense: torch.Tensor
-    v: torch.Tensor
-    w: torch.Tensor
-    unit: torch.Tensor
-    rounding: float
-
-    @classmethod
-    def of(cls, operator: FisherOperator, rounding: float, generator: torch.Generator) -> "_Contract":
+    def __init__(self, operator: FisherOperator, rounding: float, generator: torch.Generator):
         sample = operator.state.sample
-        v, w = gaussian(2, sample, generator).vectors
-        dense = operator.dense()
-        contract = cls(operator, dense, v, w, torch.zeros(len(sample)), _raise_to_rounding(rounding, sample.dtype))
-        contract._form("dense", dense, (len(sample), sample[0].numel(), sample[0].numel()), sample.dtype)
-        return dataclasses.replace(contract, unit=_unit(dense, operator.state.level))
+        self.operator, self.rounding = operator, _raise_to_rounding(rounding, sample.dtype)
+        self.v, self.w = gaussian(2, sample, generator).vectors
+        self.dense = operator.dense()
+        self._form("dense", self.dense, (len(sample), sample[0].numel(), sample[0].numel()), sample.dtype)
+        self.unit = _unit(self.dense, operator.state.level)
 
     # The properties
 
@@ -109,10 +98,8 @@ class _Contract:
         self._compare("zero", operator.matvec(torch.zeros_like(v)), torch.zeros_like(v), v)
         self._compare("linearity", operator.matvec(2 * v - 3 * w), 2 * product - 3 * other, 2 * v.abs() + 3 * w.abs())
         if len(v) > 1:
-            mixed = torch.cat([v[:1], w[1:]])
-            self._compare(
-                "independence", operator.matvec(mixed), torch.cat([product[:1], other[1:]]), v.abs() + w.abs()
-            )
+            mixed, expected = torch.cat([v[:1], w[1:]]), torch.cat([product[:1], other[1:]])
+            self._compare("independence", operator.matvec(mixed), expected, v.abs() + w.abs())
         pair = operator.matmat(torch.stack([v, w]))
         self._form("matmat", pair, (2, *v.shape), v.dtype)
         self._compare("matmat", pair[0], product, v)
@@ -132,9 +119,8 @@ class _Contract:
         diagonal, trace = operator.diagonal(), operator.trace()
         for name, estimate, shape in (("diagonal", diagonal, state.sample.shape), ("trace", trace, (len(dense),))):
             self._form(name, estimate.value, shape, torch.float64)
-            self._compare(
-                f"{name} standard error", estimate.standard_error, torch.zeros_like(estimate.value), size=0.0
-            )
+            zero = torch.zeros_like(estimate.value)
+            self._compare(f"{name} standard error", estimate.standard_error, zero, size=0.0)
         exact = dense.diagonal(dim1=1, dim2=2).double()
         self._compare("diagonal", diagonal.value.flatten(1), exact, size=dimensions**0.5)
         self._compare("trace", trace.value, exact.sum(1), size=dimensions)
@@ -159,17 +145,17 @@ class _Contract:
         expected = factors[0] * epsilon + factors[1] * clean + factors[2] * v
         # An error of F becomes an error of C times sigma^4/alpha^2, and of the Jacobian of x_0 times sigma^2/alpha.
         size = factors[0].abs() * sigma + factors[1].abs() * sigma**2 / alpha.clamp_min(1e-6)
-        self._compare(
-            "output jacobian", operator.output_jacobian(v), expected, (size + factors[2].abs() * sigma**2) * v
-        )
+        size = size + factors[2].abs() * sigma**2
+        self._compare("output jacobian", operator.output_jacobian(v), expected, size * v)
 
     def agreement(self, exact: torch.Tensor | FisherOperator, tolerance: float) -> None:
         """Checks the matrix against the exact matrix, and with it diagonal and trace, which `matrix` compared."""
         matrix = exact if isinstance(exact, torch.Tensor) else exact.dense()
         if matrix.shape != self.dense.shape:
             raise InputError(f"`exact` has shape {tuple(matrix.shape)}; allowed: {tuple(self.dense.shape)}.")
-        unit = _unit(matrix, self.operator.state.level)
-        contract = dataclasses.replace(self, unit=unit, rounding=_raise_to_rounding(tolerance, self.v.dtype))
+        contract = copy.copy(self)
+        contract.unit = _unit(matrix, self.operator.state.level)
+        contract.rounding = _raise_to_rounding(tolerance, self.v.dtype)
         contract._compare("exact matrix", self.dense, matrix, size=matrix.shape[-1] ** 0.5)
 
     def batch_invariance(self, estimator: FisherEstimator, endpoint: torch.Tensor | None) -> None:
@@ -198,25 +184,18 @@ class _Contract:
 
     def stochastic_traces(self, count: int, generator: torch.Generator) -> None:
         """Checks Hutchinson's trace, and Hutch++'s trace where the dimension allows a sketch."""
-        like, size = self.v, min(SKETCH, self.dense.shape[-1] - 1)
-
-        def hutchinson() -> Estimate:
-            return self.operator.trace(rademacher(NUM_PROBES, like, generator))
-
-        self._estimates("Hutchinson", hutchinson, count, NUM_PROBES)
+        like, size, trace = self.v, min(SKETCH, self.dense.shape[-1] - 1), self.operator.trace
+        draws = [trace(rademacher(NUM_PROBES, like, generator)) for _ in range(count)]
+        self._estimates("Hutchinson", draws, NUM_PROBES)
         if size:
             # All draws share one sketch: with a new sketch per draw, few draws would not show their spread.
             sketch = gaussian(size, like, generator)
-
-            def hutch_plus_plus() -> Estimate:
-                return self.operator.trace(rademacher(NUM_PROBES, like, generator), sketch)
-
-            self._estimates("Hutch++", hutch_plus_plus, count, NUM_PROBES + size)
+            draws = [trace(rademacher(NUM_PROBES, like, generator), sketch) for _ in range(count)]
+            self._estimates("Hutch++", draws, NUM_PROBES + size)
 
     # Helpers of the checks
 
-    def _estimates(self, name: str, draw: Callable[[], Estimate], count: int, num_probes: int) -> None:
-        draws = [draw() for _ in range(count)]
+    def _estimates(self, name: str, draws: Sequence[Estimate], num_probes: int) -> None:
         self._form(f"{name} mean", draws[0].value, self.unit.shape, torch.float64)
         self._form(f"{name} standard error", draws[0].standard_error, self.unit.shape, torch.float64)
         if draws[0].num_probes != num_probes:
@@ -226,7 +205,7 @@ class _Contract:
         exact = self.dense.diagonal(dim1=1, dim2=2).double().sum(1).cpu()
         spread = values.std(0)
         floor = self.rounding * self.dense.shape[-1] * self.unit  # rounding is the only error of an exact estimate
-        self._within(f"{name} mean", (values.mean(0) - exact).abs(), 4 * spread / count**0.5 + floor)
+        self._within(f"{name} mean", (values.mean(0) - exact).abs(), 4 * spread / len(draws) ** 0.5 + floor)
         self._within(f"{name} standard error", (reported - spread).abs(), spread / 2 + floor)
 
     def _form(self, name: str, value: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -7,8 +7,6 @@ a trace matching config. A killed run goes on where it was, shard by shard. Imag
 counted and named in the cache's index.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json
@@ -22,7 +20,7 @@ from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
 from ..backbones import backbone_of
-from ..data import LATENT_INDEX, Images, ImageStream, UnreadableImageError, open_images, shard_name
+from ..data import LATENT_INDEX, Images, UnreadableImageError, open_images, shard_name
 from ..errors import InputError
 from ..files import check_writable, load_tensors, read_json, save_tensors, write_json
 from ..jobs.command import config_parser, errors_in_words
@@ -69,15 +67,16 @@ def cache_latents(config: TraceMatchingConfig, batch_size: int = 16) -> int:
             notes.check_data(data_note(open_images(config.data)))
         return sum(read_json(folder / LATENT_INDEX)["counts"])
     pipe = load_pipeline(dataclasses.replace(config.denoiser, compile=False)).to(state.device)
+    backbone = backbone_of(pipe)
     with state.main_process_first():
-        source = open_images(config.data, backbone_of(pipe).image_channels, text_captions=backbone_of(pipe).takes_text)
+        source = open_images(config.data, backbone.image_channels, backbone.takes_text)
     space = SampleSpace(pipe, latents=False)
     first = _first_readable(source)
     space.moments(first[None])  # refuses sizes that can't be encoded
     if state.is_main_process:
         notes.claim(settings, FREE_SETTINGS, data=data_note(source))
     number = -1
-    for number, rows in enumerate(batched(_rows(source), SHARD_SIZE)):
+    for number, rows in enumerate(batched(enumerate(source.undecoded()), SHARD_SIZE)):
         if number % state.num_processes == state.process_index and not (folder / shard_name(number)).is_file():
             shown = tqdm(rows, shard_name(number), disable=not state.is_main_process)
             _write_shard(folder / shard_name(number), shown, source, space, first, batch_size)
@@ -88,15 +87,10 @@ def cache_latents(config: TraceMatchingConfig, batch_size: int = 16) -> int:
     return sum(read_json(folder / LATENT_INDEX)["counts"])
 
 
-def _rows(source: Images | ImageStream) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields undecoded rows with their positions."""
-    yield from enumerate(source.undecoded() if isinstance(source, ImageStream) else source.rows)
-
-
 def _first_readable(source: Images) -> torch.Tensor:
     """Returns the pixels of the first image that can be read. All other images must have its size."""
     position = -1
-    for position, row in _rows(source):
+    for position, row in enumerate(source.undecoded()):
         with contextlib.suppress(UnreadableImageError):
             return source.example(row, position).pixels
     raise InputError(f"None of the {position + 1} images of '{source.data.path}' can be read.")

@@ -1,7 +1,5 @@
 """Changes images, so that a trace model is also right for images that are unlike the training data."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

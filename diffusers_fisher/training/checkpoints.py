@@ -1,12 +1,9 @@
 """Keeps the training states of a run in a folder, with the loss curve and the notes that belong to them."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,10 @@ import torch
 from ..errors import CheckpointError
 from ..files import atomic_path, read_json, write_json
 from ..jobs.config import flat_settings
-from ..jobs.identity import DATA_NOTE, note_differences, refuse_differences
+from ..jobs.identity import DATA_NOTE, Note, note_differences, refuse_differences
 from ..jobs.records import writing
 from ..models import fingerprint_differences
-from .state import load_training_state, save_training_state
+from .state import Modules, load_training_state, save_training_state
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +72,7 @@ class TrainingFolder:
         """Whether the folder has work that other settings would spoil."""
         return any(True for pattern in self.work for _ in self.path.glob(pattern))
 
-    def check(self, settings: Mapping[str, Any], free: tuple[str, ...]) -> None:
+    def check(self, settings: Note, free: tuple[str, ...]) -> None:
         """Refuses to go on with a run of other settings, if that run has written any of its work.
 
         Args:
@@ -90,7 +87,7 @@ class TrainingFolder:
             differences = self._other_settings(settings, free)
             refuse_differences(self.path, "holds a run with other settings", differences, advice)
 
-    def check_data(self, data: Mapping[str, Any] | None) -> None:
+    def check_data(self, data: Note | None) -> None:
         """Refuses to go on with data that have changed, if the run has written any of its work.
 
         Args:
@@ -105,11 +102,7 @@ class TrainingFolder:
             refuse_differences(self.path, "was made of other data", self._other_data(data), advice)
 
     def claim(
-        self,
-        settings: Mapping[str, Any],
-        free: tuple[str, ...],
-        fingerprint: Mapping[str, Any] | None = None,
-        data: Mapping[str, Any] | None = None,
+        self, settings: Note, free: tuple[str, ...], fingerprint: Note | None = None, data: Note | None = None
     ) -> None:
         """Notes the settings, the denoiser's fingerprint and the data of a run whose input has been checked.
 
@@ -138,25 +131,21 @@ class TrainingFolder:
         path = self.path / name
         return read_json(path) if path.exists() else {}
 
-    def _other_settings(self, settings: Mapping[str, Any], free: tuple[str, ...]) -> list[str]:
+    def _other_settings(self, settings: Note, free: tuple[str, ...]) -> list[str]:
         """Says in words which settings of the folder's run differ."""
         before = self._note(SETTINGS_NOTE)
         if not before:
             return []
         return note_differences(flat_settings(before), flat_settings(settings), free, absent_is_null=True)
 
-    def _other_data(self, data: Mapping[str, Any] | None) -> list[str]:
+    def _other_data(self, data: Note | None) -> list[str]:
         """Says in words what of the data has changed, as far as both notes say it."""
         before, now = self._note(DATA_NOTE), data or {}
         both = before.keys() & now.keys()
         return note_differences({key: before[key] for key in both}, {key: now[key] for key in both})
 
     def save(
-        self,
-        modules: dict[str, torch.nn.Module],
-        optimizer: torch.optim.Optimizer,
-        averages: list[torch.Tensor],
-        step: int,
+        self, modules: Modules, optimizer: torch.optim.Optimizer, averages: list[torch.Tensor], step: int
     ) -> None:
         """Writes the state after `step` steps, then removes the oldest checkpoints but for `keep` of them.
 
@@ -170,9 +159,7 @@ class TrainingFolder:
             for old in self._states[: -self.keep]:
                 old.unlink(missing_ok=True)
 
-    def resume(
-        self, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, averages: list[torch.Tensor]
-    ) -> int:
+    def resume(self, modules: Modules, optimizer: torch.optim.Optimizer, averages: list[torch.Tensor]) -> int:
         """Restores the newest checkpoint that can be read; returns its number of steps, or 0 without a checkpoint."""
         states = self._states
         for path in reversed(states):
@@ -184,7 +171,7 @@ class TrainingFolder:
                 logger.warning("%s Going on with the one before.", error)
         return 0
 
-    def append(self, curve: str, record: Mapping[str, Any]) -> None:
+    def append(self, curve: str, record: Note) -> None:
         """Adds a line to a curve, such as "loss"."""
         name = f"{curve}.jsonl"
         with self.writing(name), open(self.path / name, "a", encoding="utf-8") as file:
@@ -197,11 +184,8 @@ class TrainingFolder:
             return
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                whole = line.endswith("\n") and json.loads(line)["step"] <= step
-            except (ValueError, KeyError, TypeError):
-                whole = False
-            if whole:
-                kept.append(line)
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
         with self.writing(path.name), atomic_path(path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")

@@ -5,8 +5,6 @@ at the later levels too. The denoiser's Jacobian differs there from the one at n
 learn it at these points.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import warnings
@@ -18,8 +16,7 @@ import torch
 from ..data import Caption
 from ..errors import CoarseGridWarning
 from ..files import load_tensors, save_tensors
-from ..fisher.direct import DirectFisher, DirectOperator
-from ..fisher.estimator import FisherEstimator
+from ..fisher import DirectFisher, FisherEstimator, FisherOperator
 from ..jobs.seeds import step_generator
 from ..likelihood import Integration, integrate_log_likelihood
 from ..noise import DenoisingState, expand
@@ -55,7 +52,7 @@ class Paths:
         save_tensors(path, tensors, {"captions": json.dumps(self.captions)})
 
     @classmethod
-    def load(cls, path: Path) -> Paths:
+    def load(cls, path: Path) -> "Paths":
         """Reads what `save` wrote. Raises `CheckpointError` for a damaged file."""
         tensors, metadata = load_tensors(path)
         return cls(**tensors, captions=json.loads(metadata["captions"]))
@@ -94,7 +91,7 @@ class _Recorder(FisherEstimator):
     def __init__(self) -> None:
         self.states: list[DenoisingState] = []
 
-    def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> DirectOperator:
+    def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> FisherOperator:
         self.states.append(state)
         return DirectFisher()(state)
 
@@ -123,9 +120,8 @@ def follow_paths(
         for states in zip(*visited, strict=True):  # level by level: the order is the same for parts of any size
             for part, state in zip(parts, states, strict=True):
                 level = state.level
-                z = (state.sample - expand(level.alpha, state.sample) * clean[part]) / expand(
-                    level.sigma, state.sample
-                )
+                alpha, sigma = (expand(value, state.sample) for value in (level.alpha, level.sigma))
+                z = (state.sample - alpha * clean[part]) / sigma
                 noises.append(z.float().cpu())
                 levels.append(level.log_noise_to_signal.double().cpu().reshape(1).expand(len(z)))
                 owners.append(count + torch.arange(part.start, part.start + len(z)))
@@ -142,9 +138,8 @@ def _visited(
     recorder = _Recorder()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CoarseGridWarning)  # the path is used here, not the likelihood
-        integrate_log_likelihood(
-            space.denoiser(captions, data), clean, recorder, Integration(num_steps=num_steps, num_probes=None)
-        )
+        integration = Integration(num_steps=num_steps, num_probes=None)
+        integrate_log_likelihood(space.denoiser(captions, data), clean, recorder, integration)
     return recorder.states
 
 

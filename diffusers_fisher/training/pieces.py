@@ -1,7 +1,5 @@
 """Cuts training data into pieces of global batches, which do not depend on the number of processes."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import itertools
@@ -34,7 +32,7 @@ class Piece:
     skipped: list[str]
 
     @classmethod
-    def of(cls, entries: Sequence[Entry]) -> Piece:
+    def of(cls, entries: Sequence[Entry]) -> "Piece":
         """Stacks samples of one size. Raises `InputError` for samples of several sizes."""
         samples, captions, skipped = zip(*entries, strict=True)
         shapes = sorted({tuple(sample.shape) for sample in samples})

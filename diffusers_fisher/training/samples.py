@@ -1,7 +1,5 @@
 """Turns images and captions into what a denoiser takes."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Sequence

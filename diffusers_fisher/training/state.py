@@ -4,7 +4,6 @@ Randomness needs no saving: training code draws from `jobs.seeds.step_generator`
 seed and the step.
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -12,13 +11,11 @@ import torch
 from ..errors import CheckpointError
 from ..files import load_tensors, save_tensors
 
+Modules = dict[str, torch.nn.Module]
+
 
 def save_training_state(
-    path: str | os.PathLike,
-    modules: dict[str, torch.nn.Module],
-    optimizer: torch.optim.Optimizer,
-    averages: list[torch.Tensor],
-    step: int,
+    path: str | Path, modules: Modules, optimizer: torch.optim.Optimizer, averages: list[torch.Tensor], step: int
 ) -> None:
     """Writes the whole state after `step` completed steps to one safetensors file, atomically."""
     tensors = {f"module.{name}.{key}": value for name, m in modules.items() for key, value in m.state_dict().items()}
@@ -29,10 +26,7 @@ def save_training_state(
 
 
 def load_training_state(
-    path: str | os.PathLike,
-    modules: dict[str, torch.nn.Module],
-    optimizer: torch.optim.Optimizer,
-    averages: list[torch.Tensor],
+    path: str | Path, modules: Modules, optimizer: torch.optim.Optimizer, averages: list[torch.Tensor]
 ) -> int:
     """Restores what `save_training_state` wrote, in place; returns the number of completed steps (0 without a file).
 

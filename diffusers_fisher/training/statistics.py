@@ -1,7 +1,5 @@
 """Sets what a trace model knows before training: statistics of the data and of the denoiser's features."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import torch

@@ -1,21 +1,19 @@
 """Defines the configuration of trace matching, which the YAML files in `configs/` hold."""
 
-from __future__ import annotations
-
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
+import torch
+from accelerate.tracking import get_available_trackers
 from pydantic import Field
 
 from ..data import ImageData
 from ..errors import InputError
 from ..jobs.pipelines import DenoiserSettings
+from ..models import FisherTraceModel
 from ..pipelines import FisherPipelineMixin
 from ..settings import Fraction, NotNegative, Positive, settings_class
 from .schedule import Optimisation
-
-if TYPE_CHECKING:
-    from ..models import FisherTraceModel
 
 AtLeastTwo = Annotated[int, Field(ge=2)]
 LARGEST_WEIGHT = {"residual": 1e6, "jacobian": 1e6, "norm": 0.0}
@@ -179,8 +177,6 @@ def check_trackers(names: list[str]) -> None:
     Raises:
         InputError: names the trackers.
     """
-    from accelerate.tracking import get_available_trackers
-
     installed = [str(tracker) for tracker in get_available_trackers()]
     wrong = [name for name in names if name not in (*installed, "all")]
     if wrong:
@@ -204,22 +200,17 @@ def make_trace_model(
         pooled_channels: size of the pooled text embedding; None means that the model takes none.
         feature_channels: size of the denoiser's features; None means that the model takes none.
     """
-    import torch
-
-    from ..models import FisherTraceModel
-
-    settings, layout = config.model, "image" if len(shape) == 3 else "tokens"
-    channels = shape[0] if layout == "image" else shape[-1]
+    layout, channels = ("image", shape[0]) if len(shape) == 3 else ("tokens", shape[-1])
     per_channel = (channels, 1, 1) if layout == "image" else (1, channels)
+    options = dataclasses.asdict(config.model)
+    prior = options.pop("prior")
+    del options["pooled"], options["features"]  # the channels that the arguments give say both
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = FisherTraceModel(
-            in_channels=channels, layout=layout, target=config.target, output=settings.output, basis=settings.basis,
-            block_out_channels=settings.block_out_channels, layers_per_block=settings.layers_per_block,
-            patch_size=settings.patch_size, head_channels=settings.head_channels,
-            time_channels=settings.time_channels, use_prediction=settings.use_prediction,
-            pooled_channels=pooled_channels, feature_channels=feature_channels,
-            prior_shape=shape if settings.prior == "sample" and layout == "image" else per_channel,
+            in_channels=channels, layout=layout, target=config.target, pooled_channels=pooled_channels,
+            feature_channels=feature_channels,
+            prior_shape=shape if prior == "sample" and layout == "image" else per_channel, **options,
         )  # fmt: skip
     model.set_fingerprint(pipe)
     return model

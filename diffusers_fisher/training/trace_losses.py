@@ -19,8 +19,6 @@ Every draw depends on the seed, the step and the sample's place in the global ba
 processes nor a resumption changes it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -31,9 +29,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ..denoiser import Denoiser
 from ..distributions.covariance import DCTBasis
 from ..errors import InputError, NumericalError
-from ..fisher.estimator import FisherEstimator
+from ..fisher import FisherEstimator, FisherOperator
 from ..fisher.numerics import dot
-from ..fisher.operator import FisherOperator
 from ..jobs.seeds import step_generator
 from ..models import FisherTraceOutput, trace_inputs
 from ..noise import DenoisingState, expand, log_noise_to_signal_at, log_noise_to_signal_range, timestep_at
@@ -104,9 +101,8 @@ def draw_trace_batch(
             probes.append(2.0 * signs - 1)
     first = torch.stack(noise)
     rows = torch.cat([first, mirrored_noise(first)]) if mirrored else first
-    return TraceDraw(
-        levels.repeat(copies), rows, copies, torch.stack(probes, dim=1).flatten(0, 1) if with_probes else None
-    )
+    signs_by_row = torch.stack(probes, dim=1).flatten(0, 1) if with_probes else None
+    return TraceDraw(levels.repeat(copies), rows, copies, signs_by_row)
 
 
 def draw_log_noise(
@@ -240,32 +236,26 @@ def trace_loss(
     return means + _one_sided(r, y, floor).mean(1) + squared_weight * (r.mean(1) - y.mean(1)).square()
 
 
-@dataclasses.dataclass(frozen=True)
 class TraceObjective:
     """The loss of one training step for a trace model of any target.
 
     Args:
-        target, basis: target and basis of the model; `basis` is None for models of the trace alone.
+        config: config of the model, which gives its target, and the basis of a diagonal.
         estimator: the estimator that gives v^T J v for "jacobian", such as `AutodiffFisher(denoiser)`.
         squared_weight: see `trace_loss`.
+
+    Raises:
+        InputError: "jacobian" has no estimator.
     """
 
-    target: str
-    basis: str | None
-    estimator: FisherEstimator | None = None
-    squared_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.target == "jacobian" and self.estimator is None:
+    def __init__(
+        self, config: Mapping[str, Any], estimator: FisherEstimator | None = None, squared_weight: float = 0.0
+    ):
+        self.target: str = config["target"]
+        self.basis: str | None = config["basis"] if config["output"] == "diagonal" else None
+        self.estimator, self.squared_weight = estimator, squared_weight
+        if self.target == "jacobian" and estimator is None:
             raise InputError("Target 'jacobian' needs an estimator, such as AutodiffFisher(denoiser).")
-
-    @classmethod
-    def of(
-        cls, config: Mapping[str, Any], estimator: FisherEstimator | None = None, squared_weight: float = 0.0
-    ) -> TraceObjective:
-        """Makes the objective of a model with this config. Raises `InputError` if "jacobian" has no estimator."""
-        basis = config["basis"] if config["output"] == "diagonal" else None
-        return cls(config["target"], basis, estimator, squared_weight)
 
     def __call__(
         self,
@@ -318,15 +308,13 @@ def _one_sided(r: torch.Tensor, y: torch.Tensor, floor: float) -> torch.Tensor:
 def _in_basis(v: torch.Tensor, basis: str | None) -> torch.Tensor:
     if basis != "dct":
         return v
-    transform = DCTBasis(tuple(v.shape[1:])).to(v.device)
-    return transform.analyse(v.double().flatten(1)).view(v.shape)
+    return DCTBasis(tuple(v.shape[1:])).to(v.device).analyse(v.double().flatten(1)).view(v.shape)
 
 
 def _out_of_basis(v: torch.Tensor, basis: str | None) -> torch.Tensor:
     if basis != "dct":
         return v
-    transform = DCTBasis(tuple(v.shape[1:])).to(v.device)
-    return transform.synthesise(v.double().flatten(1)).to(v.dtype).view(v.shape)
+    return DCTBasis(tuple(v.shape[1:])).to(v.device).synthesise(v.double().flatten(1)).to(v.dtype).view(v.shape)
 
 
 def _averaged(values: torch.Tensor, basis: str | None) -> torch.Tensor:

@@ -7,8 +7,6 @@ averaged parameters), `loss.jsonl`, `validation.jsonl`, `validation.png`, `repor
 depends on the seed, the step and the sample's place in the batch alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math
@@ -30,9 +28,7 @@ from ..data import CachedLatents, Caption, Images, open_images
 from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError
 from ..files import check_writable, write_json
-from ..fisher.autodiff import AutodiffFisher
-from ..fisher.estimator import FisherEstimator
-from ..fisher.finite_difference import FiniteDifferenceFisher
+from ..fisher import AutodiffFisher, FiniteDifferenceFisher, FisherEstimator
 from ..jobs.command import config_parser, errors_in_words
 from ..jobs.config import flat_settings, load_config
 from ..jobs.identity import autoencoder_note, data_note, note_differences, refuse_differences
@@ -131,10 +127,9 @@ class TraceMatching:
             check_cache(cached, self.pipe)
             return cached
         assert config.data is not None  # checked
+        backbone = backbone_of(self.pipe)
         with self.accelerator.main_process_first():  # the others find what the first has downloaded
-            return open_images(
-                config.data, backbone_of(self.pipe).image_channels, text_captions=backbone_of(self.pipe).takes_text
-            )
+            return open_images(config.data, backbone.image_channels, backbone.takes_text)
 
     def run(self) -> FisherTraceModel:
         """Trains to the end, from the newest checkpoint if there is one; returns the averaged model.
@@ -165,8 +160,7 @@ class TraceMatching:
         if accelerator.is_main_process:
             for curve in ("loss", "validation"):
                 self.folder.cut(curve, start)
-        model = accelerator.prepare(self.model.train())
-        optimizer = accelerator.prepare(optimizer)
+        model, optimizer = accelerator.prepare(self.model.train(), optimizer)
         accelerator.init_trackers("trace_matching", config=_tracked(config))
         try:
             for step in self._steps(model, optimizer, start):
@@ -214,10 +208,8 @@ class TraceMatching:
         )
         pieces = iter(self.data.pieces(share, start, settings.workers))
         total = torch.zeros((), device=accelerator.device)
-        progress = tqdm(
-            range(start, settings.steps), "trace matching", settings.steps, initial=start,
-            disable=not accelerator.is_main_process,
-        )  # fmt: skip
+        hidden, steps = not accelerator.is_main_process, range(start, settings.steps)
+        progress = tqdm(steps, "trace matching", settings.steps, initial=start, disable=hidden)
         for step in progress:
             for number, part in enumerate(share.slices):
                 with accelerator.no_sync(model) if number + 1 < len(share.slices) else contextlib.nullcontext():
@@ -257,7 +249,7 @@ class TraceMatching:
             )  # fmt: skip
         denoiser = self.space.denoiser(captions, piece.samples, draw.copies)
         estimator = jacobian_estimator(config, denoiser) if jacobian else None
-        objective = TraceObjective.of(self.model.config, estimator, config.squared_weight)
+        objective = TraceObjective(self.model.config, estimator, config.squared_weight)
         pooled = denoiser.pooled_condition() if self.model.config["pooled_channels"] else None
         if pooled is not None:
             pooled = pooled[: len(samples)]  # the draw repeats it
@@ -268,9 +260,8 @@ class TraceMatching:
         """Returns the noise (n, C, h, w) by which samples are drawn from the autoencoder's posterior."""
         shape, first = self.space.unpacked_shape(piece.samples), step * self.config.optimisation.batch_size
         rows = range(first + part.start, first + part.stop)
-        return torch.stack(
-            [torch.randn(shape, generator=step_generator(self.config.seed, "posterior", row)) for row in rows]
-        )
+        generators = [step_generator(self.config.seed, "posterior", row) for row in rows]
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
     def _with_dropout(self, captions: list[Caption], step: int, part: slice) -> list[Caption]:
         generator = step_generator(self.config.seed, "captions", step)
@@ -338,9 +329,8 @@ def _width(values: torch.Tensor | None) -> int | None:
 
 def check_cache(cached: CachedLatents, pipe: FisherPipelineMixin) -> None:
     """Refuses latents of another autoencoder. Raises `InputError` that says what differs."""
-    differences = note_differences(
-        cached.index["space"], autoencoder_note(pipe), tolerance=AUTOENCODER_TOLERANCE, absent_is_null=True
-    )
+    before, now = cached.index["space"], autoencoder_note(pipe)
+    differences = note_differences(before, now, tolerance=AUTOENCODER_TOLERANCE, absent_is_null=True)
     advice = "Make the cache of latents again."
     refuse_differences(cached.folder, "was made with another autoencoder", differences, advice)
 

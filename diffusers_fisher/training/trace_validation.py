@@ -1,7 +1,5 @@
 """Compares a trace model with Hutchinson's estimate and with the squared errors of its denoiser on held-out data."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path
@@ -10,9 +8,9 @@ from typing import Any
 import torch
 
 from ..data import Caption
+from ..figures import make_figure
 from ..files import save_figure
-from ..fisher.autodiff import AutodiffFisher
-from ..fisher.estimate import rademacher
+from ..fisher import AutodiffFisher, rademacher
 from ..jobs.seeds import step_generator
 from ..models import FisherTraceModel
 from ..noise import log_noise_to_signal_range
@@ -114,10 +112,7 @@ def plot_validation(validation: Validation, path: Path) -> None:
         validation: r by level and sample.
         path: file of the picture, written atomically.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = make_figure(10, 4, columns=2)
     report, x = validation.report(), validation.log_noise
     for name, label in (("model", "trace model"), ("jacobian", "Hutchinson"), ("squared_error", "squared errors")):
         left.errorbar(x, report["mean"][name], report["standard_error"][name], label=label, capsize=2)

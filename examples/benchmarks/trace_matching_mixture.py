@@ -107,7 +107,7 @@ def train(
     model = FisherTraceModel(**{**NETWORK, **settings})
     prior = GaussianFisher.fit_diagonal(mixture.sample(20000, step_generator(seed, "prior")), dct=True)
     model.set_prior(prior.mean, prior.covariance.variances.view(SHAPE))
-    objective = TraceObjective.of(model.config)
+    objective = TraceObjective(model.config)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     average = EMAModel(parameters, decay=0.995)

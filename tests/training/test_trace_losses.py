@@ -321,7 +321,7 @@ def test_gradients_of_two_processes_average_to_those_of_one(kind):
     data, scheduler = GaussianData(basis="dct"), make()
     model = data.model(target=target, output="diagonal" if rest else "trace", pooled_channels=3)
     denoiser = GaussianDenoiser(data, scheduler)
-    objective = TraceObjective.of(model.config, AutodiffFisher(denoiser))
+    objective = TraceObjective(model.config, AutodiffFisher(denoiser))
     samples, pooled = data.sample(4, seeded()).float(), torch.randn(4, 3, generator=seeded())
 
     def gradient(mine):
@@ -366,7 +366,7 @@ def test_training_finds_what_the_prior_does_not_know(target):
     data.mean.zero_()
     data.variance.fill_(0.26)
     model = data.model(target=target).train()
-    objective = TraceObjective.of(model.config, AutodiffFisher(denoiser))
+    objective = TraceObjective(model.config, AutodiffFisher(denoiser))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
 
     def error():
@@ -407,9 +407,9 @@ def test_jacobian_needs_an_estimator_and_probes():
     data = GaussianData()
     model = data.model(target="jacobian")
     with pytest.raises(InputError, match="needs an estimator"):
-        TraceObjective.of(model.config)
+        TraceObjective(model.config)
     denoiser = GaussianDenoiser(data, make())
-    objective = TraceObjective.of(model.config, AutodiffFisher(denoiser))
+    objective = TraceObjective(model.config, AutodiffFisher(denoiser))
     with pytest.raises(InputError, match="needs probes; draw the batch with `with_probes=True`"):
         objective(model, denoiser, data.sample(2, seeded()).float(), draw_trace_batch(make(), IMAGE, 2, 0, 0))
 
@@ -419,7 +419,7 @@ def test_what_is_not_finite_stops_the_step():
     denoiser, model = GaussianDenoiser(data, make()), data.model()
     draw = draw_trace_batch(make(), IMAGE, 2, 0, 0)
     samples = data.sample(2, seeded()).float()
-    objective = TraceObjective.of(model.config)
+    objective = TraceObjective(model.config)
     with pytest.raises(NumericalError, match="The denoiser's output is not finite"):
         objective(model, denoiser, samples * float("nan"), draw)
     with torch.no_grad():
