@@ -101,7 +101,7 @@ def _compare(
     trace = AutodiffFisher(denoiser)(state).trace(rademacher(probes, clean, generators)).value
     jacobian = 1 - (state.level.sigma**2).to(trace.device) * trace / clean[0].numel()
     pooled = denoiser.pooled_condition() if model.config["pooled_channels"] else None
-    ways = (model.r(state, pooled), jacobian, residual_target(state, noise.to(clean.device)))
+    ways = (model.unexplained_noise_fraction(state, pooled), jacobian, residual_target(state, noise.to(clean.device)))
     return torch.stack([values.detach().double().cpu() for values in ways])
 
 

@@ -102,7 +102,7 @@ class Ways:
         return paired_seconds(
             {
                 "denoiser": lambda: float(denoiser.state(latents, 500).epsilon.sum()),
-                "trace model": lambda: float(self.model.r(state).sum()),
+                "trace model": lambda: float(self.model.unexplained_noise_fraction(state).sum()),
             },
             rounds,
         )

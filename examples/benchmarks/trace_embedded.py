@@ -112,7 +112,7 @@ def with_earlier(found: dict[str, Any], earlier: dict[str, Any]) -> dict[str, An
 def errors_and_r(pipe: Any, models: dict[str, FisherTraceModel], *drawn: Any) -> torch.Tensor:
     """(levels, 1 + models, images): squared errors of a draw, and r by every model there; `drawn` as for `states`."""
     rows = [
-        [residual_target(state, noise), *(model.r(state) for model in models.values())]
+        [residual_target(state, noise), *(model.unexplained_noise_fraction(state) for model in models.values())]
         for state, noise, _ in states(pipe, *drawn)
     ]
     return torch.stack([torch.stack([value.double() for value in row]) for row in rows])
@@ -163,7 +163,9 @@ def full_jacobians(pipe: Any, models: dict[str, FisherTraceModel], count: int) -
     for state, _, denoiser in tqdm(states(pipe, moments, captions, 0, with_graph=True), "Jacobians", LEVELS):
         trace = AutodiffFisher(denoiser)(state).trace(None).value
         exact = 1 - state.level.sigma**2 * trace / state.sample[0].numel()
-        rows.append(torch.stack([exact.double(), *(model.r(state) for model in models.values())]))
+        rows.append(
+            torch.stack([exact.double(), *(model.unexplained_noise_fraction(state) for model in models.values())])
+        )
     values = torch.stack(rows)  # (levels, 1 + models, images)
     means = {name: values[:, index].mean(1).tolist() for index, name in enumerate(["full Jacobian", *models])}
     return {

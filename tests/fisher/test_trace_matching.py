@@ -95,7 +95,7 @@ def test_trace_is_that_of_r():
     data = GaussianData()
     state = state_of(data)
     model = disturbed(data.model())
-    expected = 32 * (1 - model.r(state)) / state.level.sigma**2
+    expected = 32 * (1 - model.unexplained_noise_fraction(state)) / state.level.sigma**2
     assert relative(TraceMatchingFisher(model)(state).trace().value, expected) < 1e-12
 
 

@@ -75,7 +75,7 @@ def test_untrained_model_is_exact_on_gaussian_data(kind, scheduler):
     shape, basis, settings = KINDS[kind]
     data = GaussianData(shape, basis)
     state = state_of(data, make(scheduler), [200.0, 500.0, 900.0])
-    r = data.model(**settings).r(state)
+    r = data.model(**settings).unexplained_noise_fraction(state)
     assert r.shape == (3,)
     assert r.dtype is torch.float64
     # float32; from a second moment r is a difference of numbers 1/s^2 (here up to 3) times larger.
@@ -90,7 +90,7 @@ def test_both_ends_are_right_whatever_the_network_says(kind):
     level = NoiseLevel.from_log_noise_to_signal(noise_to_signal.log())
     x = torch.randn(11, *shape, generator=seeded(), dtype=torch.float64)
     state = DenoisingState(x, 0.3 * x, level, Prediction("v_prediction"))
-    r = model.r(state)
+    r = model.unexplained_noise_fraction(state)
     assert bool(((r > 0) & (r < 1)).all())
     variance = r / (1 - r) * noise_to_signal**2  # the effective one lies within exp(+-12) of the prior's
     bound = torch.tensor(12.0).exp()
@@ -104,7 +104,7 @@ def test_same_noised_sample_gives_the_same_r_in_every_scheduler():
     data = GaussianData()
     model = disturbed(data.model())
     state = state_of(data, make("epsilon"), [300.0, 700.0])
-    r = model.r(state)
+    r = model.unexplained_noise_fraction(state)
     for factor, prediction in (
         (1 / state.level.alpha, "epsilon"),
         (1 / (state.level.alpha + state.level.sigma), "flow_prediction"),
@@ -113,7 +113,7 @@ def test_same_noised_sample_gives_the_same_r_in_every_scheduler():
         sample = factor.view(-1, 1, 1, 1) * state.sample
         output = state.epsilon if prediction == "epsilon" else state.epsilon - state.pred_original_sample
         other = DenoisingState(sample, output, level, Prediction(prediction))
-        assert torch.allclose(model.r(other), r, rtol=1e-5)  # float32
+        assert torch.allclose(model.unexplained_noise_fraction(other), r, rtol=1e-5)  # float32
 
 
 def test_diagonal_averages_to_r_and_one_network_gives_both():
@@ -123,7 +123,9 @@ def test_diagonal_averages_to_r_and_one_network_gives_both():
         state = state_of(data, make("epsilon"), [300.0, 700.0])
         logits = model.evaluate(state).logits
         assert logits.shape == state.sample.shape
-        assert torch.allclose(model.r(state), logits.double().sigmoid().flatten(1).mean(1), rtol=1e-12)
+        assert torch.allclose(
+            model.unexplained_noise_fraction(state), logits.double().sigmoid().flatten(1).mean(1), rtol=1e-12
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,7 +138,9 @@ def test_samples_do_not_see_each_other(kind):
         state, sample=state.sample[1:2], model_output=state.model_output[1:2],
         level=NoiseLevel(state.level.alpha[1:2], state.level.sigma[1:2]),
     )  # fmt: skip
-    assert torch.allclose(model.r(alone), model.r(state)[1:2], rtol=1e-4, atol=1e-6)
+    assert torch.allclose(
+        model.unexplained_noise_fraction(alone), model.unexplained_noise_fraction(state)[1:2], rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("output", ["trace", "diagonal"])
@@ -146,11 +150,13 @@ def test_other_sizes_take_interpolated_variances(basis, output):
     for size in ((6, 8), (5, 3)):
         x = torch.randn(2, 2, *size, generator=seeded())
         state = DenoisingState(x, x, NoiseLevel.from_log_noise_to_signal(torch.zeros(())), Prediction("epsilon"))
-        assert bool(((model.r(state) > 0) & (model.r(state) < 1)).all())
+        assert bool(
+            ((model.unexplained_noise_fraction(state) > 0) & (model.unexplained_noise_fraction(state) < 1)).all()
+        )
     flat = FisherTraceModel(**SMALL, in_channels=2, basis=basis, output=output, prior_shape=(2, 4, 4))
     flat.set_prior(0.0, 0.5)  # what does not vary is interpolated exactly
     level = NoiseLevel.from_log_noise_to_signal(torch.zeros((), dtype=torch.float64))
-    r = flat.r(DenoisingState(x, x, level, Prediction("epsilon")))
+    r = flat.unexplained_noise_fraction(DenoisingState(x, x, level, Prediction("epsilon")))
     assert torch.allclose(r, torch.full((2,), 1 / 3, dtype=torch.float64), rtol=1e-6)
 
 
@@ -163,10 +169,12 @@ def test_tokens_of_another_number_need_statistics_a_channel():
         match=r"statistics of 6 tokens of 3 channels, samples have 9 of 3; allowed: 6 tokens, so images of the size "
         r"it was trained on\. For other sizes train one with statistics per channel \(`prior: channel`\)",
     ):
-        data.model().r(state)
+        data.model().unexplained_noise_fraction(state)
     model = FisherTraceModel(**SMALL, in_channels=3, layout="tokens")
     model.set_prior(0.0, 0.5)
-    assert torch.allclose(model.r(state), torch.full((2,), 1 / 3, dtype=torch.float64), rtol=1e-6)
+    assert torch.allclose(
+        model.unexplained_noise_fraction(state), torch.full((2,), 1 / 3, dtype=torch.float64), rtol=1e-6
+    )
 
 
 # Inputs
@@ -182,7 +190,7 @@ def test_inputs_are_bounded_to_the_noisy_end():
         inputs = trace_inputs(state)
         assert all(bool(torch.isfinite(value).all()) for value in inputs.values())
         assert float(inputs["original"].abs().max()) < 50
-        r = GaussianData().model().r(state)
+        r = GaussianData().model().unexplained_noise_fraction(state)
         assert float(r[0]) < 1e-15
 
 
@@ -190,7 +198,7 @@ def test_zero_terminal_snr_ends_in_zero_r():
     scheduler = diffusers.DDIMScheduler(**STABLE_DIFFUSION, **ZERO_SNR)
     data = GaussianData()
     state = state_of(data, scheduler, [0.0, 999.0])
-    assert float(data.model().r(state)[1]) < 1e-15
+    assert float(data.model().unexplained_noise_fraction(state)[1]) < 1e-15
 
 
 def test_prediction_and_sample_both_matter_to_a_trained_network():
@@ -198,8 +206,8 @@ def test_prediction_and_sample_both_matter_to_a_trained_network():
     model, without = disturbed(data.model()), disturbed(data.model(use_prediction=False))
     state = state_of(data, make("epsilon"), [300.0, 700.0])
     other = dataclasses.replace(state, model_output=state.model_output + 0.5)
-    assert not torch.equal(model.r(state), model.r(other))
-    assert torch.equal(without.r(state), without.r(other))
+    assert not torch.equal(model.unexplained_noise_fraction(state), model.unexplained_noise_fraction(other))
+    assert torch.equal(without.unexplained_noise_fraction(state), without.unexplained_noise_fraction(other))
     assert set(trace_inputs(state)) == {"sample", "log_noise", "original", "epsilon"}
 
 
@@ -215,13 +223,15 @@ def test_features_condition_where_there_are_some(kind):
     model = disturbed(data.model(feature_channels=6, **settings))
     state = state_of(data, make("epsilon"), [300.0, 700.0])
     known, other = with_features(state), with_features(state, 4)
-    assert not torch.equal(model.r(known), model.r(other))
-    assert not torch.equal(model.r(known), model.r(state))
+    assert not torch.equal(model.unexplained_noise_fraction(known), model.unexplained_noise_fraction(other))
+    assert not torch.equal(model.unexplained_noise_fraction(known), model.unexplained_noise_fraction(state))
     single = dataclasses.replace(known, sample=known.sample[1:], model_output=known.model_output[1:],
         level=NoiseLevel(known.level.alpha[1:], known.level.sigma[1:]), features=known.features[1:])  # fmt: skip
-    assert torch.allclose(model.r(single), model.r(known)[1:], rtol=1e-4, atol=1e-6)  # float32, other batch
+    assert torch.allclose(
+        model.unexplained_noise_fraction(single), model.unexplained_noise_fraction(known)[1:], rtol=1e-4, atol=1e-6
+    )  # float32, other batch
     plain = disturbed(data.model(**settings))
-    assert torch.equal(plain.r(known), plain.r(state))
+    assert torch.equal(plain.unexplained_noise_fraction(known), plain.unexplained_noise_fraction(state))
 
 
 def test_features_are_standardised_at_their_own_level():
@@ -236,15 +246,17 @@ def test_features_are_standardised_at_their_own_level():
     average = log_noise[:, None] * torch.arange(6)
     seen = []
     model.summaries.head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-    model.r(dataclasses.replace(state, features=average))
+    model.unexplained_noise_fraction(dataclasses.replace(state, features=average))
     assert float(seen[0].abs().max()) < 1e-4  # float32
     nodes = dataclasses.replace(state, level=NoiseLevel.from_log_noise_to_signal(levels[[2, 9]].double()))
-    model.r(dataclasses.replace(nodes, features=mean[[2, 9]] + 0.5 * deviation[[2, 9]]))
+    model.unexplained_noise_fraction(dataclasses.replace(nodes, features=mean[[2, 9]] + 0.5 * deviation[[2, 9]]))
     assert torch.allclose(seen[1], torch.full((2, 6), 0.5), atol=1e-3)  # 1e-5 is added to deviations
-    model.r(dataclasses.replace(nodes, features=mean[[2, 9]] + 1e4))
+    model.unexplained_noise_fraction(dataclasses.replace(nodes, features=mean[[2, 9]] + 1e4))
     assert torch.allclose(seen[2], torch.full((2, 6), 8.0))
     low = NoiseLevel.from_log_noise_to_signal(torch.tensor([-9.0, 9.0], dtype=torch.float64))
-    model.r(dataclasses.replace(state, level=low, features=mean[[0, 47]]))  # beyond the ends: as there
+    model.unexplained_noise_fraction(
+        dataclasses.replace(state, level=low, features=mean[[0, 47]])
+    )  # beyond the ends: as there
     assert float(seen[3].abs().max()) < 1e-4
 
 
@@ -273,7 +285,7 @@ def test_features_of_another_width_are_refused():
     data = GaussianData()
     state = with_features(state_of(data, make("epsilon"), [300.0, 700.0]))
     with pytest.raises(InputError, match=r"`features` has shape \(2, 6\); allowed: \(2, 7\)"):
-        data.model(feature_channels=7).r(state)
+        data.model(feature_channels=7).unexplained_noise_fraction(state)
 
 
 def test_pooled_vector_conditions():
@@ -281,9 +293,12 @@ def test_pooled_vector_conditions():
     model = disturbed(data.model(pooled_channels=5))
     state = state_of(data, make("epsilon"), [300.0, 700.0])
     pooled = torch.randn(2, 5, generator=seeded())
-    r = model.r(state, pooled)
-    assert not torch.equal(r, model.r(state, pooled.flip(0)))
-    assert torch.equal(model.r(state, pooled[:1]), model.r(state, pooled[:1].expand(2, 5)))
+    r = model.unexplained_noise_fraction(state, pooled)
+    assert not torch.equal(r, model.unexplained_noise_fraction(state, pooled.flip(0)))
+    assert torch.equal(
+        model.unexplained_noise_fraction(state, pooled[:1]),
+        model.unexplained_noise_fraction(state, pooled[:1].expand(2, 5)),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -291,8 +306,8 @@ def test_half_precision_models_and_states(dtype):
     data = GaussianData()
     state = state_of(data, make("epsilon"), [300.0, 700.0], dtype=torch.float32)
     model = disturbed(data.model(), 0.1)
-    r = model.r(state)
-    low = model.to(dtype).r(state)
+    r = model.unexplained_noise_fraction(state)
+    low = model.to(dtype).unexplained_noise_fraction(state)
     assert low.dtype is torch.float64
     assert torch.allclose(low, r, rtol=0.05)  # bfloat16 has eight bits; the prior is evaluated in float32
 
@@ -316,7 +331,7 @@ def test_round_trip(tmp_path):
         model.save_pretrained(tmp_path)
         loaded = FisherTraceModel.from_pretrained(tmp_path)
         state = with_features(state_of(data, make("epsilon"), [300.0, 700.0]))
-        assert torch.equal(loaded.r(state), model.r(state))
+        assert torch.equal(loaded.unexplained_noise_fraction(state), model.unexplained_noise_fraction(state))
         assert {k: loaded.config[k] for k in SMALL} == {
             k: list(v) if isinstance(v, tuple) else v for k, v in SMALL.items()
         }
@@ -417,7 +432,7 @@ def test_state_of_another_prediction_type_is_refused():
     model.set_fingerprint(tiny.stable_diffusion())
     state = state_of(GaussianData(), make("v_prediction"), [300.0])
     with pytest.raises(InputError, match="trained for prediction type 'epsilon', the state has 'v_prediction'"):
-        model.r(state)
+        model.unexplained_noise_fraction(state)
 
 
 @pytest.mark.parametrize(
@@ -459,26 +474,26 @@ def test_samples_that_do_not_fit_are_refused(shape, words):
     x = torch.zeros(shape)
     state = DenoisingState(x, x, NoiseLevel.from_log_noise_to_signal(torch.zeros(())), Prediction("epsilon"))
     with pytest.raises(InputError, match=words):
-        GaussianData().model().r(state)
+        GaussianData().model().unexplained_noise_fraction(state)
 
 
 def test_other_inputs_that_do_not_fit_are_refused():
     data = GaussianData()
     state = state_of(data, make("epsilon"), [300.0, 700.0])
     with pytest.raises(InputError, match=r"`pooled` has shape \(2, 5\); allowed: None"):
-        data.model().r(state, torch.zeros(2, 5))
+        data.model().unexplained_noise_fraction(state, torch.zeros(2, 5))
     with pytest.raises(InputError, match=r"`pooled` has shape None; allowed: \(2, 5\)"):
-        data.model(pooled_channels=5).r(state)
+        data.model(pooled_channels=5).unexplained_noise_fraction(state)
     inputs = trace_inputs(state)
     with pytest.raises(InputError, match="takes the denoiser's predictions"):
         data.model()(inputs["sample"], inputs["log_noise"])
     x = torch.zeros(1, 2, 5, 4)
     odd = DenoisingState(x, x, NoiseLevel.from_log_noise_to_signal(torch.zeros(())), Prediction("epsilon"))
     with pytest.raises(InputError, match="multiples of the trace model's `patch_size`, 2"):
-        data.model(patch_size=2).r(odd)
+        data.model(patch_size=2).unexplained_noise_fraction(odd)
     tokens = GaussianData(TOKENS)
     x = torch.zeros(1, 5, 3)
     with pytest.raises(InputError, match="prior has statistics of 6 tokens"):
-        tokens.model().r(
+        tokens.model().unexplained_noise_fraction(
             DenoisingState(x, x, NoiseLevel.from_log_noise_to_signal(torch.zeros(())), Prediction("epsilon"))
         )

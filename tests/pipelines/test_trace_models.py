@@ -83,7 +83,7 @@ def test_likelihood_and_guidance_know_the_trace_from_it(backbone):
     timestep = timestep_at(pipe.scheduler, out.noise_to_signal.log())[0]
     denoiser = likelihood_denoiser(backbone, pipe)
     start = float(denoiser.level(timestep).alpha) * backbone.packed(pipe, x)
-    r = model.r(denoiser.state(start, timestep.float()))
+    r = model.unexplained_noise_fraction(denoiser.state(start, timestep.float()))
     torch.testing.assert_close(
         out.unexplained_noise_fraction[0], r, rtol=1e-4, atol=0
     )  # float32 samples, and logits of them
@@ -159,10 +159,10 @@ def test_likelihood_and_guidance_of_a_model_with_features(backbone):
     state = denoiser.state(float(denoiser.level(timestep).alpha) * start, timestep.float())
     found, expected = (
         out.unexplained_noise_fraction[0].logit(),
-        model.r(state).logit(),
+        model.unexplained_noise_fraction(state).logit(),
     )  # r is nearly 1 at the first level
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)  # float32 samples, and logits of them
-    without = model.r(dataclasses.replace(state, features=None)).logit()
+    without = model.unexplained_noise_fraction(dataclasses.replace(state, features=None)).logit()
     assert float((without - expected).abs().min()) > 1e-2
     assert bool((guided(backbone, pipe, estimator=TraceMatchingFisher(model)).gradient_norms > 0).all())
 

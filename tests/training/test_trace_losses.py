@@ -374,7 +374,7 @@ def test_training_finds_what_the_prior_does_not_know(target):
         state = noised_state(denoiser, denoiser.sample(500, seeded(4)), draw)
         trace = AutodiffFisher(denoiser)(state).trace().value
         exact = 1 - state.level.sigma**2 * trace / 32
-        return float((model.r(state) - exact).abs().mean())
+        return float((model.unexplained_noise_fraction(state) - exact).abs().mean())
 
     before = error()
     for step in range(150):
