@@ -11,24 +11,27 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
 from ..errors import InputError, UnsupportedError
 from ..images import UNIT_RANGE, ImageLike, image_tensor
-from ..models import FisherTraceModel
 from ..noise import noise_schedule
-from ..schedulers import FisherSchedulerMixin, fisher_scheduler
 from .autoencoder import decode_latents, encode_pixels, images_of
 from .conditions import Condition, Conditions, text_conditions
 from .inputs import guided_likelihood
 from .parts import LatentStatistics, checkpoint_parts
 from .stock_calls import shallow_copy
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    from ..models import FisherTraceModel
+    from ..schedulers import FisherSchedulerMixin
 
 Generators = torch.Generator | list[torch.Generator] | None
 Moment = torch.Tensor | float | None
@@ -79,6 +82,8 @@ class Backbone:
 
     def differentiable_scheduler(self) -> FisherSchedulerMixin:
         """Makes a scheduler like the pipeline's whose runs can be differentiated."""
+        from ..schedulers import fisher_scheduler
+
         return fisher_scheduler(type(self.scheduler)).from_config(self.pipe.scheduler.config)
 
     @property

@@ -7,14 +7,17 @@ import os
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..errors import CheckpointError
 from ..files import load_tensors, read_json
-from ..models import FisherTraceModel
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    from ..models import FisherTraceModel
 
 MARK = "fisher.json"
 STATISTICS = "latent_statistics.safetensors"
@@ -75,6 +78,8 @@ def load_trace_model(source: str | os.PathLike, **hub_arguments: Any) -> FisherT
     Raises:
         CheckpointError: one of its files is damaged.
     """
+    from ..models import FisherTraceModel
+
     if find_file(source, f"{TRACE_MODEL}/{FisherTraceModel.config_name}", hub_arguments) is None:
         return None
     return FisherTraceModel.from_pretrained(source, subfolder=TRACE_MODEL, **hub_arguments)

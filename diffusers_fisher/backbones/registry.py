@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
-
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from typing import TYPE_CHECKING
 
 from ..errors import InputError, UnsupportedError
 from .any_pipeline import AnyPipelineBackbone
 from .base import Backbone
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 BACKBONES: dict[str, str | type[Backbone]] = {
     "DDIMPipeline": ".unconditional:DDIMBackbone",
@@ -48,6 +50,8 @@ def backbone_of(pipe: DiffusionPipeline, any_pipeline: bool = False) -> Backbone
         InputError: another object than a pipeline.
         UnsupportedError: a class without a backbone.
     """
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
     if not isinstance(pipe, DiffusionPipeline):
         raise InputError(
             f"The pipeline is a {type(pipe).__name__}; pass a diffusers pipeline, such as "

@@ -11,12 +11,14 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
 def make_latents_call(stock: type[DiffusionPipeline]) -> Callable[..., Any]:
@@ -39,6 +41,8 @@ def make_latents_call(stock: type[DiffusionPipeline]) -> Callable[..., Any]:
     signature = inspect.Signature(parameters)
 
     def call_with_latents(*args: Any, **kwargs: Any) -> Any:
+        from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+
         values = signature.bind(*args, **kwargs)
         values.apply_defaults()
         arguments = values.arguments
