@@ -130,7 +130,9 @@ def test_what_can_not_be_shown_is_refused(pipe):
             fisher_pictures(pipe, operator, scale=scale)
     with pytest.raises(InputError, match="`count` is 0; allowed: 1 to 255"):
         fisher_pictures(pipe, operator, count=0)
-    with pytest.raises(InputError, match="NoneType has no autoencoder `vae`; pass `decode`, a function from latents"):
+    with pytest.raises(
+        InputError, match="There is no pipeline to decode with; pass one, or `decode`, a function from latents"
+    ):
         fisher_pictures(None, operator)
     with pytest.raises(UnsupportedError, match="knows products with one side"):
         fisher_pictures(pipe, FiniteDifferenceFisher(lambda x, t: x)(operator.state))

@@ -23,7 +23,7 @@ from ..images import UNIT_RANGE, ImageLike, image_tensor
 from ..noise import noise_schedule
 from .autoencoder import decode_latents, encode_pixels, images_of
 from .conditions import Condition, Conditions, text_conditions
-from .inputs import guided_likelihood
+from .inputs import form_of, guided_likelihood
 from .parts import LatentStatistics, checkpoint_parts
 from .stock_calls import shallow_copy
 
@@ -187,7 +187,7 @@ class Backbone:
             attributes["maybe_free_model_hooks"] = (lambda: None) if self._keeps_loaded else offload
         pipe = shallow_copy(self.pipe, **attributes)
         if encode_prompt is not None and self.encodes_prompts:
-            encode = functools.partial(type(pipe).encode_prompt, pipe)  # type: ignore[attr-defined]
+            encode = shallow_copy(pipe).encode_prompt  # of another copy: a circle would keep the call's tensors
             vars(pipe)["encode_prompt"] = functools.partial(encode_prompt, encode)
         call = inspect.unwrap(self.function) if with_graph else self.function
         with contextlib.nullcontext() if with_graph or self.latents_call is None else torch.no_grad():
@@ -344,7 +344,7 @@ class Backbone:
         shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else ()
         if len(shape) != 4 or shape[1] != channels or any(side % multiple for side in shape[2:]):
             raise InputError(
-                f"Latents {_form(latents)}; allowed: a tensor (B, {channels}, h, w), h and w multiples of {multiple}."
+                f"Latents {form_of(latents)}; allowed: a tensor (B, {channels}, h, w), h and w multiples of {multiple}."
             )
         return latents.to(self.device, torch.float32)
 
@@ -359,7 +359,7 @@ class Backbone:
             return self.pack(randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)).float()
         shape = tuple(self.pack(torch.empty(shape, device="meta")).shape)
         if not isinstance(latents, torch.Tensor) or latents.shape != shape or not torch.isfinite(latents).all():
-            raise InputError(f"`latents` {_form(latents)}; allowed: a tensor {shape}, finite, of unit variance.")
+            raise InputError(f"`latents` {form_of(latents)}; allowed: a tensor {shape}, finite, of unit variance.")
         return latents.detach().to(self.device, torch.float32)
 
     def prior(self, mean: Moment, variance: Moment, samples: torch.Tensor) -> tuple[Moment, Moment]:
@@ -447,9 +447,3 @@ class Backbone:
                 f"`bins` is {bins}, but {self.name} is in latents, whose density is not that of pixels in bins. Leave "
                 "it out."
             )
-
-
-def _form(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"have shape {tuple(value.shape)}"
-    return f"are a {type(value).__name__}"

@@ -63,3 +63,10 @@ def guided_likelihood(name: str, scale: float) -> InputError:
         f"`{name}` is {scale}; a likelihood is at 1.0, because a guided output is the score of no density. Leave it "
         "out."
     )
+
+
+def form_of(value: object) -> str:
+    """Says in a message what a value is instead of a fitting tensor: its shape, or its type."""
+    if isinstance(value, torch.Tensor):
+        return f"have shape {tuple(value.shape)}"
+    return f"are a {type(value).__name__}"

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..backbones import backbone_of
 from ..data import CachedLatents, Images, ImageStream
 from ..errors import InputError
 from ..files import read_json
-from ..pipelines import FisherPipelineMixin
 
 ROWS = 1000  # about so many rows of a dataset, evenly spaced, enter its digest
 STREAM_ROWS = 100  # so many first rows of a stream enter its digest
@@ -65,7 +65,7 @@ def refuse_differences(place: Path, relation: str, differences: Sequence[str], a
         raise InputError(f"'{place}' {relation}: {'; '.join(differences)}. {advice}")
 
 
-def pipeline_digests(pipe: FisherPipelineMixin) -> dict[str, str]:
+def pipeline_digests(pipe: DiffusionPipeline) -> dict[str, str]:
     """Returns hashes of everything that a pipeline's numbers depend on, `weights` and `configuration`.
 
     `weights` is a hash of the first 1024 values of every tensor of the components, the trace model and the latent
@@ -85,7 +85,7 @@ def pipeline_digests(pipe: FisherPipelineMixin) -> dict[str, str]:
     return {"weights": weights.hexdigest()[:16], "configuration": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
-def autoencoder_note(pipe: FisherPipelineMixin) -> dict[str, Any]:
+def autoencoder_note(pipe: DiffusionPipeline) -> dict[str, Any]:
     """Returns what scaled latents depend on: the autoencoder's weights (as one sum) and scaling.
 
     Pipelines without an autoencoder are all alike: their samples are pixels.

@@ -1,5 +1,7 @@
 """Loads the pipeline of a run as its settings say."""
 
+from typing import TYPE_CHECKING
+
 import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -7,8 +9,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from ..backbones import backbone_of
 from ..checkpoints import embedded_checkpoint
 from ..errors import CheckpointError, InputError
-from ..pipelines import FisherPipelineMixin, fisher_pipeline
 from ..settings import Dtype, settings_class
+
+if TYPE_CHECKING:
+    from ..pipelines import FisherPipelineMixin
 
 EMBEDDED = "embedded"
 
@@ -32,7 +36,7 @@ class DenoiserSettings:
     compile: bool = False
 
 
-def load_pipeline(settings: DenoiserSettings) -> FisherPipelineMixin:
+def load_pipeline(settings: DenoiserSettings) -> "FisherPipelineMixin":
     """Loads the Fisher version of the pipeline with its trace model and statistics, and freezes its weights.
 
     Raises:
@@ -40,6 +44,8 @@ def load_pipeline(settings: DenoiserSettings) -> FisherPipelineMixin:
         UnsupportedError: the pipeline has no Fisher version.
         CheckpointError: the pipeline's files are damaged.
     """
+    from ..pipelines import fisher_pipeline  # loads every pipeline class of diffusers that has a Fisher version
+
     path = embedded_checkpoint() if settings.path == EMBEDDED else settings.path
     hub = {"revision": settings.revision}
     try:

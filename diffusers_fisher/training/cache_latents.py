@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from ..backbones import backbone_of
@@ -29,7 +30,6 @@ from ..jobs.identity import autoencoder_note, data_note
 from ..jobs.pipelines import load_pipeline
 from ..jobs.processes import process_state
 from ..jobs.records import writing
-from ..pipelines import FisherPipelineMixin
 from .checkpoints import TrainingFolder
 from .pieces import batched
 from .samples import SampleSpace
@@ -129,7 +129,7 @@ def _write_shard(
         save_tensors(path, {"moments": torch.cat(moments)}, metadata)
 
 
-def _write_index(folder: Path, number: int, pipe: FisherPipelineMixin) -> None:
+def _write_index(folder: Path, number: int, pipe: DiffusionPipeline) -> None:
     counts, skipped, shape = [], [], []
     for shard in range(number):
         tensors, metadata = load_tensors(folder / shard_name(shard))

@@ -5,12 +5,12 @@ import functools
 from collections.abc import Sequence
 
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..backbones import Backbone, PipelineDenoiser, backbone_of
 from ..data import Caption
 from ..errors import InputError
 from ..likelihood.pipeline import unguided_denoiser
-from ..pipelines import FisherPipelineMixin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class SampleSpace:
         piece_size: number of samples that the autoencoder takes at once.
     """
 
-    pipe: FisherPipelineMixin
+    pipe: DiffusionPipeline
     latents: bool
     piece_size: int = 16
 

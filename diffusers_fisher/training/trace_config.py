@@ -5,13 +5,13 @@ from typing import Annotated, Literal
 
 import torch
 from accelerate.tracking import get_available_trackers
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from pydantic import Field
 
 from ..data import ImageData
 from ..errors import InputError
 from ..jobs.pipelines import DenoiserSettings
 from ..models import FisherTraceModel
-from ..pipelines import FisherPipelineMixin
 from ..settings import Fraction, NotNegative, Positive, settings_class
 from .schedule import Optimisation
 
@@ -188,7 +188,7 @@ def check_trackers(names: list[str]) -> None:
 
 def make_trace_model(
     config: TraceMatchingConfig,
-    pipe: FisherPipelineMixin,
+    pipe: DiffusionPipeline,
     shape: tuple[int, ...],
     pooled_channels: int | None = None,
     feature_channels: int | None = None,

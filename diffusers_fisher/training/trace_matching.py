@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import InitProcessGroupKwargs, gather_object
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
@@ -37,7 +38,6 @@ from ..jobs.processes import WAIT, uses_cpu
 from ..jobs.seeds import step_generator
 from ..models import FisherTraceModel
 from ..noise import log_noise_to_signal_range, timestep_at
-from ..pipelines import FisherPipelineMixin
 from .checkpoints import TrainingFolder
 from .paths import Paths, follow_paths
 from .pieces import BatchShare, Piece, TrainingData
@@ -327,7 +327,7 @@ def _width(values: torch.Tensor | None) -> int | None:
     return None if values is None else values.shape[1]
 
 
-def check_cache(cached: CachedLatents, pipe: FisherPipelineMixin) -> None:
+def check_cache(cached: CachedLatents, pipe: DiffusionPipeline) -> None:
     """Refuses latents of another autoencoder. Raises `InputError` that says what differs."""
     before, now = cached.index["space"], autoencoder_note(pipe)
     differences = note_differences(before, now, tolerance=AUTOENCODER_TOLERANCE, absent_is_null=True)

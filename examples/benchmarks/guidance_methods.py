@@ -31,7 +31,7 @@ class StoredGraph:
         self._leaf: torch.Tensor | None = None
 
     @contextlib.contextmanager
-    def differentiable(self, estimator: Any) -> Iterator["StoredGraph"]:
+    def differentiable(self, estimator: Any, controls: Any = None) -> Iterator["StoredGraph"]:
         yield self
 
     def sample(self, noise: torch.Tensor) -> torch.Tensor:

@@ -195,7 +195,7 @@ def test_trace_models_of_packed_tokens_are_made_for_every_image_size(prior):
     x = 0.5 * backbone.noise(1)
     shape = tuple(backbone.packed(pipe, x).shape[1:])
     settings = ModelSettings(prior=prior, block_out_channels=[4, 8], head_channels=8, time_channels=8)
-    optimisation = TraceOptimisation(1, 1, 1e-3, 0.0, 0, 0.0, 1)
+    optimisation = TraceOptimisation(1, 1, 1e-3, 0.0, 0, 0.0, 1, log_every=1)
     config = TraceMatchingConfig(0, "", "residual", DenoiserSettings(""), optimisation, settings)
     model = make_trace_model(config, pipe, shape)
     assert model.prior.mean.shape == (1, shape[1])
