@@ -344,7 +344,8 @@ class Backbone:
         shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else ()
         if len(shape) != 4 or shape[1] != channels or any(side % multiple for side in shape[2:]):
             raise InputError(
-                f"Latents {form_of(latents)}; allowed: a tensor (B, {channels}, h, w), h and w multiples of {multiple}."
+                f"Latents {form_of(latents)}; allowed: a tensor (B, {channels}, h, w), h and w "
+                f"multiples of {multiple}."
             )
         return latents.to(self.device, torch.float32)
 
