@@ -46,7 +46,7 @@ class SamplingRun:
             generator = torch.Generator(denoiser.device).manual_seed(seed)
         self._arguments = {"output_type": "latent", "return_dict": False, **call_arguments, "generator": generator}
         if self._arguments.get("callback_on_step_end") is not None:
-            self._arguments |= _watched(evaluated, self._arguments["callback_on_step_end"])
+            self._arguments |= _watch_steps(evaluated, self._arguments["callback_on_step_end"])
         self._generators = generator if isinstance(generator, list) else [generator]
         self._states = [entry.get_state() for entry in self._generators]
 
@@ -59,7 +59,7 @@ class SamplingRun:
         )[0]
 
 
-def _watched(denoiser: PipelineDenoiser, callback: StepCallback) -> dict[str, Any]:
+def _watch_steps(denoiser: PipelineDenoiser, callback: StepCallback) -> dict[str, Any]:
     """Returns call arguments for `callback` that mark `denoiser` as outdated after changes to more than latents."""
 
     def watched(pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -179,7 +179,7 @@ class GuidedRun:
             rewards = checks.checked_reward(self.reward, images, self.prompts)
             checks.watch_gradient(images, self.reward, f"run {step}")
             total = rewards.sum()  # here, because the caller may be under no_grad
-        held_out = self._held_out(images.detach(), step, ascent)
+        held_out = self._evaluate_held_out(images.detach(), step, ascent)
         improved = ascent.record(rewards, held_out, {**variables, "images": images, "latents": latents})
         if not with_gradient:
             return variables, improved, {}
@@ -193,7 +193,7 @@ class GuidedRun:
         return variables, improved, self._gradients(trajectory, total)
 
     @torch.no_grad()
-    def _held_out(self, images: torch.Tensor, step: int, ascent: NoiseAscent) -> torch.Tensor | None:
+    def _evaluate_held_out(self, images: torch.Tensor, step: int, ascent: NoiseAscent) -> torch.Tensor | None:
         """Returns the held-out rewards (B,) float64, NaN where they are not finite; None without such a reward."""
         if self.held_out_reward is None:
             return None

@@ -154,7 +154,7 @@ def compare_likelihood(
     if method == "ode":
         rows = scores = [
             log_likelihood(pipe, None, prompt, latents=samples, generator=generator, **options)
-            for prompt in _replayed(candidates, generator)
+            for prompt in _replay(candidates, generator)
         ]
         errors = torch.stack([row.discretisation_error for row in scores])
         draws = [row.prior_log_prob + row.trace_by_probe for row in scores]
@@ -172,7 +172,7 @@ def compare_likelihood(
                     denoiser, backbone.pack(samples), levels, mean, variance, generator, backbone.space,
                     progress.update, bins,
                 )
-                for denoiser in _replayed(denoisers, generator)
+                for denoiser in _replay(denoisers, generator)
             ]  # fmt: skip
         errors = torch.zeros(len(squares), len(samples), dtype=torch.float64)
         draws = [row.contributions for row in squares]
@@ -226,7 +226,7 @@ def _check_options(backbone: Backbone, method: str, num_levels: int | None, opti
     check_arguments(backbone.name, backbone.parameters, compare_likelihood, arguments)
 
 
-def _replayed(entries: Sequence[Any], generator: torch.Generator) -> Iterator[Any]:
+def _replay(entries: Sequence[Any], generator: torch.Generator) -> Iterator[Any]:
     """Yields the entries, with the generator in the same state before each entry."""
     state = generator.get_state()
     for entry in entries:

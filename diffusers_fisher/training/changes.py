@@ -10,7 +10,7 @@ def changed(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     An image is inverted, noised, turned, blurred, mixed with another image, shuffled in blocks, made paler or darker,
     or replaced by one colour.
     """
-    ways = (_inverted, _noised, _noised, _turned, _blurred, _mixed, _shuffled, _faded, _plain)
+    ways = (_invert, _add_noise, _add_noise, _rotate, _blur, _mix, _shuffle, _fade, _keep)
     order = torch.randint(len(ways), (len(pixels),), generator=generator).tolist()
     rows = [ways[way](pixels, row, generator) for row, way in enumerate(order)]
     return torch.stack(rows).clamp(0, 1)
@@ -20,33 +20,33 @@ def _number(generator: torch.Generator, low: float, high: float) -> float:
     return low + (high - low) * float(torch.rand((), generator=generator))
 
 
-def _inverted(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:
+def _invert(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:
     return 1 - pixels[row]
 
 
-def _noised(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:
+def _add_noise(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:
     noise = torch.randn(pixels[row].shape, generator=generator).to(pixels)
     return pixels[row] + _number(generator, 0.02, 0.6) * noise
 
 
-def _turned(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:
+def _rotate(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:
     square = pixels.shape[-1] == pixels.shape[-2]
     quarters = int(torch.randint(1, 4, (), generator=generator)) if square else 2
     return pixels[row].rot90(quarters, (-2, -1))
 
 
-def _blurred(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:
+def _blur(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:
     factor = int(torch.randint(2, 5, (), generator=generator))
     small = F.interpolate(pixels[row : row + 1], scale_factor=1 / factor, mode="area")
     return F.interpolate(small, pixels.shape[-2:], mode="bilinear")[0]
 
 
-def _mixed(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:
+def _mix(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:
     other = int(torch.randint(len(pixels), (), generator=generator))
     return torch.lerp(pixels[row], pixels[other], _number(generator, 0.2, 0.8))
 
 
-def _shuffled(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:
+def _shuffle(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:
     """Puts the quarters into a random order; rolls images of odd sizes by half their size."""
     image = pixels[row]
     if image.shape[-1] % 2 or image.shape[-2] % 2:
@@ -56,10 +56,10 @@ def _shuffled(pixels: torch.Tensor, row: int, generator: torch.Generator) -> tor
     return torch.cat([torch.cat([a, b], -1), torch.cat([c, d], -1)], -2)
 
 
-def _faded(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:
+def _fade(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:
     return _number(generator, 0.2, 1.5) * (pixels[row] - 0.5) + _number(generator, 0.3, 0.7)
 
 
-def _plain(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:
+def _keep(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:
     colour = torch.rand(len(pixels[row]), 1, 1, generator=generator).to(pixels)
     return colour.expand(pixels[row].shape)

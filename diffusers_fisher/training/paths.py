@@ -116,7 +116,7 @@ def follow_paths(
         texts = without(texts, torch.rand(len(clean), generator=generator) < caption_dropout)
         parts = [slice(first, first + space.piece_size) for first in range(0, len(clean), space.piece_size)]
         num_steps = STEPS[number % len(STEPS)]
-        visited = [_visited(space, texts[part], piece.samples[part], clean[part], num_steps) for part in parts]
+        visited = [_visit_states(space, texts[part], piece.samples[part], clean[part], num_steps) for part in parts]
         for states in zip(*visited, strict=True):  # level by level: the order is the same for parts of any size
             for part, state in zip(parts, states, strict=True):
                 level = state.level
@@ -131,7 +131,7 @@ def follow_paths(
     return Paths(torch.cat(images), captions, torch.cat(owners), torch.cat(noises), torch.cat(levels))
 
 
-def _visited(
+def _visit_states(
     space: SampleSpace, captions: list[Caption], data: torch.Tensor, clean: torch.Tensor, num_steps: int
 ) -> list[DenoisingState]:
     """Returns the states at which a likelihood of `clean` evaluates the trace."""

@@ -47,7 +47,7 @@ def load_training_state(
         for key, value in tensors.items():
             if key.startswith("optimizer."):
                 _, position, entry = key.split(".", 2)
-                moments.setdefault(int(position), {})[entry] = _laid_out(value, parameters[int(position)])
+                moments.setdefault(int(position), {})[entry] = _match_layout(value, parameters[int(position)])
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         return int(metadata["step"])
     except (IndexError, KeyError, RuntimeError, ValueError) as error:
@@ -57,7 +57,7 @@ def load_training_state(
         ) from error
 
 
-def _laid_out(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def _match_layout(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """`value` in its parameter's memory format: fused optimizers pair elements by their place in memory."""
     if value.shape != parameter.shape:
         return value

@@ -87,7 +87,7 @@ class TraceMatching:
         self.space = SampleSpace(self.pipe, config.latents is not None, size)
         self.held_out = self.data.held_out()
         self.space.denoiser(self.held_out.captions, self.held_out.samples)  # refuses wrong captions
-        self.model = self._tried_model()
+        self.model = self._make_model()
         if accelerator.is_main_process:
             fingerprint, note = self.model.config["fingerprint"], data_note(self.data.source)
             self.folder.claim(dataclasses.asdict(config), FREE_SETTINGS, fingerprint, note)
@@ -96,7 +96,7 @@ class TraceMatching:
             self.skipped.update(self.data.source.index["skipped_images"])
         self._note(self.held_out)
 
-    def _tried_model(self) -> FisherTraceModel:
+    def _make_model(self) -> FisherTraceModel:
         """Makes an untrained trace model and tries it on a sample of the data. Sets `shape`, the shape of a sample."""
         data = self.held_out.samples[:1]
         sample = self.space.packed(data).cpu()
@@ -156,7 +156,7 @@ class TraceMatching:
             if config.model.features:
                 pieces = self.data.some(FEATURE_SAMPLES, FEATURE_PIECE)
                 fit_features(self.model, config, map(self._note, pieces), self.space)
-        self.paths = self._followed() if config.target == "jacobian" and config.on_path else None
+        self.paths = self._follow_paths() if config.target == "jacobian" and config.on_path else None
         if accelerator.is_main_process:
             for curve in ("loss", "validation"):
                 self.folder.cut(curve, start)
@@ -186,7 +186,7 @@ class TraceMatching:
         accelerator.end_training()
         return self.model.eval()
 
-    def _followed(self) -> Paths:
+    def _follow_paths(self) -> Paths:
         """Returns the paths. The main process integrates them for all, if the run's folder does not have them yet."""
         path, config = self.folder.path / "paths.safetensors", self.config
         with self.accelerator.main_process_first():

@@ -6,7 +6,7 @@ import torch
 from diffusers_fisher.jobs.seeds import step_generator
 from diffusers_fisher.training import changes
 
-WAYS = ["_inverted", "_noised", "_turned", "_blurred", "_mixed", "_shuffled", "_faded", "_plain"]
+WAYS = ["_invert", "_add_noise", "_rotate", "_blur", "_mix", "_shuffle", "_fade", "_keep"]
 
 
 @pytest.mark.parametrize("shape", [(64, 3, 16, 16), (64, 1, 15, 18)])
@@ -29,9 +29,9 @@ def test_every_way_changes_and_keeps_the_shape(way):
 
 def test_what_some_ways_do():
     pixels = torch.rand(1, 1, 8, 8, generator=step_generator(0))
-    assert torch.equal(changes._inverted(pixels, 0, step_generator(0)), 1 - pixels[0])
-    assert changes._plain(pixels, 0, step_generator(0)).unique().numel() == 1
-    turned = changes._turned(pixels, 0, step_generator(0))
+    assert torch.equal(changes._invert(pixels, 0, step_generator(0)), 1 - pixels[0])
+    assert changes._keep(pixels, 0, step_generator(0)).unique().numel() == 1
+    turned = changes._rotate(pixels, 0, step_generator(0))
     assert any(torch.equal(turned, pixels[0].rot90(quarters, (-2, -1))) for quarters in (1, 2, 3))
-    shuffled = changes._shuffled(pixels, 0, step_generator(0))
+    shuffled = changes._shuffle(pixels, 0, step_generator(0))
     assert torch.equal(shuffled.flatten().sort().values, pixels.flatten().sort().values)
