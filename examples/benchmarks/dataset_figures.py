@@ -88,5 +88,5 @@ def prompt_matching() -> str:
     return document(
         f"Share of test images whose own prompt, of {result['prompts']}, scores best; network in {result['dtype']}, "
         f"the trace of the ODE by {result['trace']}.",
-        table(["method", "images", "denoiser calls a prompt", "right", "image classifier, trained for it"], rows),
+        table(["method", "images", "denoiser calls per prompt", "right", "image classifier, trained for it"], rows),
     )

@@ -23,7 +23,7 @@ def guidance() -> str:
         "\\* sampling, decoding, and the reward's gradient at the latents. Stored graph and per-step recomputation "
         f"give the exact gradient; the faster of them here, {iteration['faster_exact_method']}, takes "
         f"{iteration['exact_over_default']['median']:.2f} times as long as one step, the default. A run's graph keeps "
-        f"{direct['latent_batches_a_step']:.1f} latent batches a step without one of the denoiser, "
+        f"{direct['latent_batches_a_step']:.1f} latent batches per step without one of the denoiser, "
         f"{stored['latent_batches_a_step']:.0f} with a stored graph. `import diffusers_fisher` takes "
         f"{result['import']['ratio']['median']:.2f} times as long as `import diffusers`.",
     )

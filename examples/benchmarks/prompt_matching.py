@@ -12,7 +12,7 @@ beside
 - "diffusion classifier": the plain mean of squared errors at evenly spaced timesteps with the same noise for all
   prompts (Li et al., 2303.16203).
 
-2,000 test images by every method with the same number of denoiser calls a prompt, and all 10,000 by the second with
+2,000 test images by every method with the same number of denoiser calls per prompt, and all 10,000 by the second with
 fewer. Needs Fashion-MNIST (see examples/fashion_mnist.py). Three quarters of an hour on one core; what was
 computed is kept in --output and taken up again. prompt_matching.json is written when all methods are through; methods
 that are not named keep their figures there.
