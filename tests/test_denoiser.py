@@ -1,5 +1,7 @@
 """A pipeline as a function: exactly the pipeline's own evaluation, and the pipeline left exactly as it was."""
 
+import copy
+
 import diffusers
 import pytest
 import tiny
@@ -245,3 +247,10 @@ def test_timesteps_that_do_not_fit_the_samples_are_refused():
     guided = PipelineDenoiser(tiny.stable_diffusion(), guidance_scale=4.0, prompt=["a b", "c"])
     with pytest.raises(UnsupportedError, match="twice the batch"):
         guided(x, torch.tensor([1, 2]))
+
+
+def test_denoiser_can_be_copied_deeply():
+    """Some stock calls copy their scheduler deeply, and with it the estimator of a recorded run and its denoiser."""
+    denoiser, x = PipelineDenoiser(tiny.stable_diffusion(), prompt="a"), PIPELINES["SD"].noise()
+    output = denoiser(x, 500)
+    assert torch.equal(copy.deepcopy(denoiser)(x, 500), output)

@@ -151,7 +151,7 @@ class Backbone:
     @functools.cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
         """Parameters of the call by name."""
-        return inspect.signature(self.function).parameters
+        return dict(inspect.signature(self.function).parameters)
 
     @property
     def takes_text(self) -> bool:
