@@ -251,6 +251,6 @@ def test_timesteps_that_do_not_fit_the_samples_are_refused():
 
 def test_denoiser_can_be_copied_deeply():
     """Some stock calls copy their scheduler deeply, and with it the estimator of a recorded run and its denoiser."""
-    denoiser, x = PipelineDenoiser(tiny.stable_diffusion(), prompt="a"), PIPELINES["SD"].noise()
+    denoiser, x = PipelineDenoiser(tiny.stable_diffusion(), prompt=["a", "b"]), PIPELINES["SD"].noise()
     output = denoiser(x, 500)
     assert torch.equal(copy.deepcopy(denoiser)(x, 500), output)
