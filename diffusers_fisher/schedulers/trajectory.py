@@ -10,6 +10,7 @@ is O(steps x latent) for any denoiser.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -37,6 +38,36 @@ if TYPE_CHECKING:
 CHANGED_LATENTS = ("refuse", "additive")
 
 
+@dataclasses.dataclass
+class _Record:
+    """What the backward pass needs of a run: no tensor in it has a graph.
+
+    The graph holds the backward functions. If these held the trajectory, whose samples hold the graph, nothing of a
+    run would ever be freed, because Python's garbage collector can't see a circle through a graph.
+    """
+
+    estimator: FisherEstimator
+    states: list[DenoisingState] = dataclasses.field(default_factory=list)
+    endpoint: torch.Tensor | None = None  # sample that the last step returned
+
+    def operator(self, index: int) -> FisherOperator:
+        return self.estimator(self.states[index], endpoint=self.endpoint)
+
+    def backward_of(
+        self, index: int, autocast: Callable[[], AbstractContextManager]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Returns the backward function of step `index`.
+
+        CUDA runs the backward pass in another thread, so the function itself sets the modes of torch.
+        """
+
+        def product(gradient: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad(), autocast():
+                return self.operator(index).output_jacobian(gradient)
+
+        return product
+
+
 class Trajectory:
     """Records one differentiable sampling run. `scheduler.differentiable(estimator)` makes it.
 
@@ -55,9 +86,10 @@ class Trajectory:
         if changed_latents not in CHANGED_LATENTS:
             raise InputError(f"`changed_latents` is '{changed_latents}'; allowed: {', '.join(CHANGED_LATENTS)}.")
         self.estimator = check_estimator(estimator)
+        self._record = _Record(self.estimator)
+        self.states = self._record.states
         self.changed_latents = changed_latents
         self.controls = controls
-        self.states: list[DenoisingState] = []
         self.initial_sample: torch.Tensor | None = None
         self.final_sample: torch.Tensor | None = None
         self.noised_sample: torch.Tensor | None = None
@@ -118,7 +150,7 @@ class Trajectory:
         """Returns the estimator's operator at the run's state `index`. Raises `TrajectoryError` before the run."""
         if self.final_sample is None:
             raise TrajectoryError("The run has no steps yet. Call `operator` after the pipeline has run.")
-        return self.estimator(self.states[index], endpoint=self.final_sample.detach())
+        return self._record.operator(index)
 
     def step(
         self, parent_step: Callable, scheduler: Scheduler, model_output: torch.Tensor, timestep: Timestep,
@@ -133,7 +165,9 @@ class Trajectory:
             state = state_of(scheduler, current.detach(), output, timestep, index)
             self.states.append(state)
             self._autocast = _current_autocast(sample.device.type)
-            output = _AttachJacobian.apply(current, output, self._product(len(self.states) - 1))
+            output = _AttachJacobian.apply(
+                current, output, self._record.backward_of(len(self.states) - 1, self._autocast)
+            )
             if self.controls is not None:
                 if len(self.controls) < len(self.states):
                     self.controls.append(torch.zeros_like(current).requires_grad_())
@@ -141,6 +175,7 @@ class Trajectory:
             result = parent_step(output, timestep, current, *args, **kwargs)
             next_sample = result[0] if isinstance(result, tuple) else result.prev_sample
             self.final_sample = next_sample
+            self._record.endpoint = next_sample.detach()
             # The pipeline gets its own dtype, while the chain goes on in float32 or wider.
             self._last_result = next_sample.to(sample.dtype)
             self._version = self._last_result._version
@@ -186,19 +221,6 @@ class Trajectory:
             "pass differentiable(estimator, changed_latents='additive'); other changes have no known gradient. One "
             "`differentiable` block holds one run."
         )
-
-    def _product(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Returns the backward function of step `index`.
-
-        CUDA runs the backward pass in another thread, so the function itself sets the modes of torch.
-        """
-        autocast = self._autocast
-
-        def product(gradient: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad(), autocast():
-                return self.operator(index).output_jacobian(gradient)
-
-        return product
 
 
 def _current_autocast(kind: str) -> Callable[[], AbstractContextManager]:
