@@ -1,0 +1,151 @@
+"""Keeps a folder for one run: a second run that would write into it is refused in words."""
+
+import contextlib
+import datetime
+import json
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ..errors import InputError
+
+LOCK = ".lock.json"
+BEAT_SECONDS = 30.0
+"""Time between two touches of the lock, by which its owner shows processes of other machines that it is alive."""
+SILENT_SECONDS = 600.0
+"""A lock of another machine that was not touched for so long is that of a dead owner."""
+
+
+class FolderLock:
+    """The lock of a folder: a file that names its owner's machine, process and start.
+
+    The lock relies on two operations that network file systems do atomically, unlike `flock`: making a hard link and
+    renaming. A lock whose owner is dead is taken over. Whether it is dead is read from the table of processes where
+    the owner ran on this machine, and from the age of the lock's last touch otherwise.
+
+    Use it as a context manager: it is taken at the start of the block and removed at its end.
+
+    Args:
+        folder: a folder that exists and can be written.
+
+    Raises:
+        InputError: a living process owns the folder; the message names it.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / LOCK
+        self._owner: dict[str, Any] = {
+            "machine": _machine(), "host": socket.gethostname(), "process": os.getpid(),
+            "started": psutil.Process().create_time(), "since": datetime.datetime.now().isoformat(" ", "seconds"),
+            "key": secrets.token_hex(8),
+        }  # fmt: skip
+        self._end = threading.Event()
+
+    def __enter__(self) -> "FolderLock":
+        while not self._take():
+            owner = _read(self.path)
+            if owner is not None and self._is_alive(owner):
+                raise InputError(
+                    f"'{self.path.parent}' belongs to a run that has not ended: process {owner.get('process')} on "
+                    f"{owner.get('host')}, since {owner.get('since')}. Name another folder, or wait for that run. If "
+                    f"the process no longer exists, delete '{self.path}'."
+                )
+            self._remove(owner)
+        threading.Thread(target=self._beat, daemon=True, name="folder lock").start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._end.set()
+        self._remove(self._owner)
+
+    def check(self) -> None:
+        """Raises `InputError` if another run has taken the folder over, because this one seemed dead for long."""
+        if (owner := _read(self.path)) != self._owner:
+            name = "nobody" if owner is None else f"process {owner.get('process')} on {owner.get('host')}"
+            raise InputError(
+                f"'{self.path.parent}' no longer belongs to this run but to {name}: its lock was removed, or taken "
+                "over while this process was stopped for long. Run the command again; what was written is kept."
+            )
+
+    def _take(self) -> bool:
+        """Makes the lock with its content in one operation; returns whether this run has it now."""
+        with _temporary(self.path, self._owner) as file:
+            try:
+                os.link(file, self.path)
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without hard links
+                with contextlib.suppress(FileExistsError), open(self.path, "x", encoding="utf-8") as lock:
+                    lock.write(file.read_text(encoding="utf-8"))
+                    return True
+                return False
+        return True
+
+    def _is_alive(self, owner: dict[str, Any]) -> bool:
+        if owner.get("machine") == _machine() and isinstance(owner.get("process"), int):
+            try:
+                started = psutil.Process(owner["process"]).create_time()
+            except psutil.NoSuchProcess:
+                return False
+            except psutil.Error:
+                return True
+            return abs(started - owner.get("started", started)) < 2  # otherwise another process got its number
+        with _temporary(self.path, {}) as file, contextlib.suppress(FileNotFoundError):
+            # Both times are of the file system's own clock, which may differ from this machine's.
+            return file.stat().st_mtime - self.path.stat().st_mtime < SILENT_SECONDS
+        return False
+
+    def _remove(self, owner: dict[str, Any] | None) -> None:
+        """Removes the lock if it is still that of `owner`.
+
+        The lock is renamed before it is read, so that of two runs that found a dead owner only one removes its lock. A
+        lock that turns out to be a third run's is put back.
+        """
+        aside = self.path.with_name(f".lock-{secrets.token_hex(8)}.json")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.path, aside)
+            if _read(aside) != owner:
+                with contextlib.suppress(OSError):
+                    os.link(aside, self.path)
+            aside.unlink()
+
+    def _beat(self) -> None:
+        while not self._end.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Returns the owner that a lock names, empty for a damaged lock; None without a lock."""
+    try:
+        owner = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, content: dict[str, Any]) -> Iterator[Path]:
+    """Yields a file of its own beside `path`, with `content`."""
+    file = path.with_name(f".lock-{secrets.token_hex(8)}.json")
+    try:
+        file.write_text(json.dumps(content), encoding="utf-8")
+        yield file
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _machine() -> str:
+    """Names the table of processes that this process is in: containers of one host have tables of their own."""
+    names = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        names += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join(names)

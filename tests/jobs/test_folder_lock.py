@@ -1,0 +1,154 @@
+"""The lock of a folder: one living owner, whose death gives the folder free, on one machine and on several."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from diffusers_fisher import InputError
+from diffusers_fisher.jobs import folder_lock
+from diffusers_fisher.jobs.folder_lock import LOCK, FolderLock
+
+HOLD = (
+    "import sys, time, pathlib; from diffusers_fisher.jobs.folder_lock import FolderLock\n"
+    "with FolderLock(pathlib.Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
+)
+
+
+@contextlib.contextmanager
+def holding(folder):
+    """Another process that holds the lock of `folder`."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "locked\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def write_owner(folder, **changes):
+    """A lock as this process would write it, but for `changes`."""
+    with FolderLock(folder):
+        owner = json.loads((folder / LOCK).read_text())
+    (folder / LOCK).write_text(json.dumps({**owner, **changes}))
+
+
+def test_the_lock_is_removed_with_its_block_and_after_an_error(tmp_path):
+    with FolderLock(tmp_path) as lock:
+        assert [file.name for file in tmp_path.iterdir()] == [LOCK]
+        lock.check()
+    with contextlib.suppress(KeyboardInterrupt), FolderLock(tmp_path):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_living_owner_is_named_and_keeps_its_folder(tmp_path):
+    with holding(tmp_path) as process:
+        with pytest.raises(InputError, match=rf"process {process.pid} on .*, since 20.*Name another folder.*{LOCK}"):
+            FolderLock(tmp_path).__enter__()
+        assert json.loads((tmp_path / LOCK).read_text())["process"] == process.pid
+        assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_one_process_has_the_lock_once(tmp_path):
+    with FolderLock(tmp_path), pytest.raises(InputError, match=f"process {os.getpid()} on"), FolderLock(tmp_path):
+        pass
+
+
+def test_a_killed_owner_gives_the_folder_free(tmp_path):
+    with holding(tmp_path) as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert (tmp_path / LOCK).exists()
+        with FolderLock(tmp_path) as lock:
+            lock.check()
+            assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_process_with_the_number_of_a_dead_owner_is_not_the_owner(tmp_path):
+    write_owner(tmp_path, started=psutil.Process().create_time() - 100)
+    with FolderLock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"process": "x"}'], ids=repr)
+def test_a_damaged_lock_holds_until_it_is_old(tmp_path, content):
+    (tmp_path / LOCK).write_text(content)
+    with pytest.raises(InputError, match="has not ended"):
+        FolderLock(tmp_path).__enter__()
+    old = time.time() - folder_lock.SILENT_SECONDS - 1
+    os.utime(tmp_path / LOCK, (old, old))
+    with FolderLock(tmp_path):
+        pass
+
+
+def test_an_owner_of_another_machine_lives_as_long_as_it_touches_its_lock(tmp_path, monkeypatch):
+    write_owner(tmp_path, machine="elsewhere", host="elsewhere", process=1)
+    with pytest.raises(InputError, match="process 1 on elsewhere"):
+        FolderLock(tmp_path).__enter__()
+    monkeypatch.setattr(folder_lock, "SILENT_SECONDS", 0.05)
+    time.sleep(0.1)
+    with FolderLock(tmp_path):
+        pass
+
+
+def test_the_owner_touches_its_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_lock, "BEAT_SECONDS", 0.05)
+    with FolderLock(tmp_path):
+        before = (tmp_path / LOCK).stat().st_mtime_ns
+        time.sleep(0.5)
+        assert (tmp_path / LOCK).stat().st_mtime_ns > before
+
+
+def test_an_owner_that_lost_its_folder_is_told_and_leaves_the_new_lock(tmp_path):
+    with FolderLock(tmp_path) as lock:
+        write = {"process": 1, "host": "elsewhere", "machine": "elsewhere"}
+        (tmp_path / LOCK).write_text(json.dumps(write))
+        with pytest.raises(InputError, match="no longer belongs to this run but to process 1 on elsewhere"):
+            lock.check()
+    assert json.loads((tmp_path / LOCK).read_text()) == write
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_system_without_hard_links_has_locks_too(tmp_path, monkeypatch):
+    def link(source, target):
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", link)
+    with FolderLock(tmp_path), pytest.raises(InputError, match=f"process {os.getpid()} on"), FolderLock(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_many_runs_that_find_a_dead_owner_one_takes_the_folder(tmp_path):
+    barrier, results = threading.Barrier(8), []
+
+    def run():
+        barrier.wait()
+        try:
+            with FolderLock(tmp_path):
+                results.append(True)
+                time.sleep(0.3)  # longer than the eight tries take
+        except InputError:
+            results.append(False)
+
+    for _ in range(10):
+        write_owner(tmp_path, started=0.0)
+        threads = [threading.Thread(target=run) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(results) == [False] * 7 + [True]
+        assert not list(tmp_path.iterdir())
+        results.clear()
