@@ -1,7 +1,9 @@
 """Fisher versions of diffusers' schedulers. Each class adds the method `differentiable` to its parent."""
 
+from collections.abc import Callable
 from typing import Any
 
+import diffusers
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim_inverse import DDIMInverseScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -142,5 +144,24 @@ def fisher_scheduler(cls: type[Any]) -> type[Any]:
     if issubclass(CATALOG.get(name, object), cls):
         return CATALOG[name]
     if cls not in _CLASSES:
-        _CLASSES[cls] = type(name, (FisherSchedulerMixin, cls), {"__module__": cls.__module__})
+        is_of_diffusers = getattr(diffusers, cls.__name__, None) is cls
+        # The package finds classes of diffusers by name, so that they are saved and loaded like those of the catalog.
+        module = "diffusers_fisher" if is_of_diffusers else cls.__module__
+        attributes = {"__module__": module} if is_of_diffusers else {"__module__": module, "__reduce__": _reduce}
+        _CLASSES[cls] = type(name, (FisherSchedulerMixin, cls), attributes)
     return _CLASSES[cls]
+
+
+def fisher_scheduler_named(name: str) -> type | None:
+    """The Fisher version of the diffusers scheduler whose name follows "Fisher"; None if there is none."""
+    cls = getattr(diffusers, name.removeprefix("Fisher"), None) if name.startswith("Fisher") else None
+    return fisher_scheduler(cls) if isinstance(cls, type) and issubclass(cls, SchedulerMixin) else None
+
+
+def _reduce(scheduler: FisherSchedulerMixin) -> tuple[Callable, tuple[type], dict[str, Any]]:
+    """Pickles a scheduler whose class was made of a user's: the class is made again."""
+    return _empty, (type(scheduler).__mro__[2],), scheduler.__getstate__()
+
+
+def _empty(cls: type) -> FisherSchedulerMixin:
+    return object.__new__(fisher_scheduler(cls))

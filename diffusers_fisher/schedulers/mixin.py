@@ -1,12 +1,14 @@
 """The mixin that makes any diffusers scheduler differentiable."""
 
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..fisher.estimator import FisherEstimator
+from ..noise import Timestep
 from .trajectory import Trajectory, record_run
 
 if TYPE_CHECKING:
@@ -18,36 +20,31 @@ else:
 class FisherSchedulerMixin(Scheduler):
     """Adds `differentiable` to a diffusers scheduler: `class MyFisherScheduler(FisherSchedulerMixin, MyScheduler)`.
 
-    Outside a `differentiable` block the class gives the results of its parent, bit for bit.
+    Outside a `differentiable` block the class gives the results of its parent, bit for bit. A class over it may have a
+    `step` of its own, also one that calls its parent's: the whole of it is one recorded step.
     """
 
     _trajectory: Trajectory | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # Pipelines inspect the signature of `step`: a bare *args would silently drop `generator` and `eta`.
-        parent_step = super().step
+        # The class's own method is wrapped, or the one that it inherits from outside of the mixin's classes.
+        for name, record in (("step", _record_step), ("add_noise", _record_noise)):
+            method = getattr(cls, name, None)
+            if method is not None and getattr(method, "_recorder", None) is not method:
+                wrapper = record(method)
+                vars(wrapper)["_recorder"] = wrapper  # itself: `functools.wraps` copies the attribute to others
+                setattr(cls, name, wrapper)
 
-        @functools.wraps(parent_step)
-        def step(self, model_output, timestep, sample, *args, **kwargs):
-            if self._trajectory is None:
-                return parent_step(self, model_output, timestep, sample, *args, **kwargs)
-            own_step = functools.partial(parent_step, self)
-            return self._trajectory.step(own_step, self, model_output, timestep, sample, *args, **kwargs)
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        """Returns the classes that the parent names as its compatible ones: diffusers looks them up by class name."""
+        parent = next(base for base in cls.__mro__ if not issubclass(base, FisherSchedulerMixin))
+        return parent._get_compatibles()  # type: ignore[attr-defined]
 
-        cls.step = step  # type: ignore[attr-defined]
-        parent_noise = getattr(super(), "add_noise", None)
-        if parent_noise is None:
-            return
-
-        @functools.wraps(parent_noise)
-        def add_noise(self, *args, **kwargs):
-            result = parent_noise(self, *args, **kwargs)
-            if self._trajectory is not None:
-                self._trajectory.noised_sample = result
-            return result
-
-        cls.add_noise = add_noise  # type: ignore[attr-defined]
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave a running trajectory out: it holds the run's samples and its denoiser."""
+        return {name: value for name, value in vars(self).items() if name != "_trajectory"}
 
     def differentiable(
         self, estimator: FisherEstimator, changed_latents: str = "refuse", controls: list[torch.Tensor] | None = None
@@ -72,3 +69,38 @@ class FisherSchedulerMixin(Scheduler):
             UnsupportedError: the noise levels of the run's scheduler or prediction type are not known.
         """
         return record_run(self, Trajectory(estimator, changed_latents, controls))
+
+
+def _record_step(method: Callable) -> Callable:
+    """Wraps a `step`, so that the run's trajectory records it where there is one."""
+
+    # Pipelines inspect the signature of `step`: a bare *args would silently drop `generator` and `eta`.
+    @functools.wraps(method)
+    def step(
+        self: FisherSchedulerMixin, model_output: torch.Tensor, timestep: Timestep, sample: torch.Tensor, *args: Any,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip  # Any: every scheduler has a result class of its own
+        trajectory = self._trajectory
+        if trajectory is None:
+            return method(self, model_output, timestep, sample, *args, **kwargs)
+        self._trajectory = None  # a subclass's step may call that of its parent, which is a part of the same step
+        try:
+            own_step = functools.partial(method, self)
+            return trajectory.step(own_step, self, model_output, timestep, sample, *args, **kwargs)
+        finally:
+            self._trajectory = trajectory
+
+    return step
+
+
+def _record_noise(method: Callable) -> Callable:
+    """Wraps an `add_noise`, so that the run's trajectory knows a noised image as the start of the run."""
+
+    @functools.wraps(method)
+    def add_noise(self: FisherSchedulerMixin, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = method(self, *args, **kwargs)
+        if self._trajectory is not None:
+            self._trajectory.noised_sample = result
+        return result
+
+    return add_noise
