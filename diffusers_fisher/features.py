@@ -6,12 +6,16 @@ The summaries carry information about the network's Jacobian.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 
 OUTPUT_NORMS = ("conv_norm_out", "norm_out")
 """Names of the normalisation before the output layers, in diffusers' UNets and transformers."""
+
+NO_KEYWORDS: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 def output_norm(network: torch.nn.Module | None) -> torch.nn.Module | None:
@@ -43,11 +47,16 @@ def record_summaries(network: torch.nn.Module | None) -> Iterator[list[torch.Ten
     The list stays empty where `output_norm` returns None.
     """
     summaries: list[torch.Tensor] = []
+    thread = threading.get_ident()
 
     def record(
-        module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], keywords: dict[str, torch.Tensor]
+        module: torch.nn.Module,
+        arguments: tuple[torch.Tensor, ...],
+        keywords: Mapping[str, torch.Tensor] = NO_KEYWORDS,
     ) -> None:
-        summaries.append(summary(next(iter((*arguments, *keywords.values())))))
+        # The network may work in other threads too; one of them passes no keywords while this hook is removed.
+        if threading.get_ident() == thread:
+            summaries.append(summary(next(iter((*arguments, *keywords.values())))))
 
     module = output_norm(network)
     handle = None if module is None else module.register_forward_pre_hook(record, with_kwargs=True)

@@ -10,11 +10,14 @@ import functools
 import inspect
 import logging
 import math
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..backbones import PipelineDenoiser, backbone_of
 from ..denoiser import Denoiser
@@ -83,8 +86,8 @@ def posterior_guidance(
             number; at the first guided step, an estimator without a denoiser where there are no `prompts`, or where
             the denoiser made of them does not give the run's output.
         UnsupportedError: a pipeline without callbacks or autoencoder, a scheduler that is not known.
-        TrajectoryError: the run was not given the callback, or the callback is called outside of the block;
-            torch.inference_mode.
+        TrajectoryError: the run was not given the callback, or the callback is called outside of the block; the
+            scheduler is guided by another block, or used in another thread; torch.inference_mode.
         NumericalError: in the trial a reward, or at the first guided step images, a reward or a gradient that are not
             finite. At later ones the run goes on without guidance, and its `status` says so.
     """
@@ -123,6 +126,26 @@ def _watches(owner: Any, name: str, watch: Callable) -> Iterator[None]:
         vars(owner).update(attributes)
 
 
+_GUIDED: weakref.WeakSet[SchedulerMixin] = weakref.WeakSet()
+_GUIDED_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def _only_guidance_of(scheduler: SchedulerMixin) -> Iterator[None]:
+    """Refuses a second guidance of a scheduler in the block, which would tilt the first one's run."""
+    with _GUIDED_LOCK:
+        if scheduler in _GUIDED:
+            raise TrajectoryError(
+                "The pipeline's scheduler is already guided by `posterior_guidance`, by an enclosing block or in "
+                "another thread. Leave that block first, or take a pipeline with a scheduler of its own."
+            )
+        _GUIDED.add(scheduler)
+    try:
+        yield
+    finally:
+        _GUIDED.discard(scheduler)
+
+
 class PosteriorGuidance(contextlib.AbstractContextManager):
     """Guides the runs of a pipeline in its block as their callback, and records the last run.
 
@@ -147,6 +170,7 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
         self.status = COMPLETED
         self._pipe = pipe
         self._block: contextlib.ExitStack | None = None
+        self._thread = threading.get_ident()
         self._reward = reward
         self._prompts = prompts
         self._strength = strength
@@ -164,8 +188,13 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
         self._is_evaluating = False  # then calls of the pipeline are the estimator's own, and no runs
 
     def __enter__(self) -> PosteriorGuidance:
-        self._scheduler, self._block = self._pipe.scheduler, contextlib.ExitStack()
+        with contextlib.ExitStack() as block:
+            block.enter_context(_only_guidance_of(self._pipe.scheduler))
+            self._scheduler, self._thread, self._block = self._pipe.scheduler, threading.get_ident(), block.pop_all()
         self._block.enter_context(_watches(self._scheduler, "step", self._step))
+        for name in ("set_timesteps", "scale_model_input"):
+            if hasattr(self._scheduler, name):
+                self._block.enter_context(_watches(self._scheduler, name, self._in_its_thread))
         if hasattr(self._pipe, "prepare_latents"):  # else the first guided step finds a bad reward
             self._block.enter_context(_watches(self._pipe, "prepare_latents", self._prepare_latents))
         return self
@@ -297,11 +326,21 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
             self._tried.add(shape)
         return result
 
+    def _in_its_thread(self, method: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Calls a method of the scheduler, whose state another thread would change below the guided run."""
+        if threading.get_ident() != self._thread:
+            raise TrajectoryError(
+                "The pipeline was called in one thread while it is guided by `posterior_guidance` in another. Its "
+                "scheduler keeps the state of one run: give each thread a pipeline with a scheduler of its own."
+            )
+        return method(*args, **kwargs)
+
     def _step(
         self, step: Callable, model_output: torch.Tensor, timestep: Timestep, sample: torch.Tensor, *args: Any,
         **kwargs: Any,
     ) -> Any:  # fmt: skip
         """Keeps the state that the scheduler's `step` begins from, and calls it."""
+        self._in_its_thread(lambda: None)
         scheduler = self._scheduler
         if scheduler.timesteps is not self._timesteps:  # another run
             self._timesteps, self._begin, self._run_estimator = scheduler.timesteps, None, None
