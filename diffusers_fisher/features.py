@@ -15,6 +15,8 @@ import torch
 OUTPUT_NORMS = ("conv_norm_out", "norm_out")
 """Names of the normalisation before the output layers, in diffusers' UNets and transformers."""
 
+_REGISTERING = threading.Lock()  # torch numbers hooks without one: of two with the same number one would be lost
+
 NO_KEYWORDS: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
@@ -59,9 +61,10 @@ def record_summaries(network: torch.nn.Module | None) -> Iterator[list[torch.Ten
             summaries.append(summary(next(iter((*arguments, *keywords.values())))))
 
     module = output_norm(network)
-    handle = None if module is None else module.register_forward_pre_hook(record, with_kwargs=True)
-    try:
+    if module is None:
         yield summaries
-    finally:
-        if handle is not None:
-            handle.remove()
+        return
+    with _REGISTERING:
+        handle = module.register_forward_pre_hook(record, with_kwargs=True)
+    with handle:
+        yield summaries
