@@ -23,6 +23,7 @@ from ..images import UNIT_RANGE, ImageLike, image_tensor
 from ..noise import noise_schedule
 from .autoencoder import decode_latents, encode_pixels, images_of
 from .conditions import Condition, Conditions, text_conditions
+from .encoding import encode_apart
 from .inputs import form_of, guided_likelihood
 from .parts import LatentStatistics, checkpoint_parts
 from .stock_calls import shallow_copy
@@ -187,7 +188,7 @@ class Backbone:
             attributes["maybe_free_model_hooks"] = (lambda: None) if self._keeps_loaded else offload
         pipe = shallow_copy(self.pipe, **attributes)
         if encode_prompt is not None and self.encodes_prompts:
-            encode = shallow_copy(pipe).encode_prompt  # of another copy: a circle would keep the call's tensors
+            encode = functools.partial(encode_apart, shallow_copy(pipe))  # of `pipe` itself it would be a circle
             vars(pipe)["encode_prompt"] = functools.partial(encode_prompt, encode)
         call = inspect.unwrap(self.function) if with_graph else self.function
         with contextlib.nullcontext() if with_graph or self.latents_call is None else torch.no_grad():

@@ -1,0 +1,53 @@
+"""Encodes prompts apart from other threads.
+
+A fast tokenizer keeps the padding and truncation of its last call, so that a call in another thread would change what
+this thread's prompts are padded to, in silence. Each thread therefore has its own copies of the tokenizers.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from .stock_calls import shallow_copy
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+
+class _Backends(threading.local):
+    """Copies of the part of tokenizers that keeps state, with the number of tokens that they were made with."""
+
+    def __init__(self) -> None:
+        self.by_tokenizer: weakref.WeakKeyDictionary[PreTrainedTokenizerFast, tuple[int, Tokenizer]]
+        self.by_tokenizer = weakref.WeakKeyDictionary()
+
+
+_BACKENDS = _Backends()
+
+
+def encode_apart(pipe: DiffusionPipeline, *args: Any, **kwargs: Any) -> tuple:
+    """Returns the result of the pipeline's `encode_prompt` with tokenizers of this thread.
+
+    Cost beside the encoding: a copy of each tokenizer, once per thread, a tenth of a second for 50,000 tokens.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    components = pipe.components.items()
+    own = {name: _own(part) for name, part in components if isinstance(part, PreTrainedTokenizerFast)}
+    return shallow_copy(pipe, **own).encode_prompt(*args, **kwargs)
+
+
+def _own(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Returns this thread's copy of a tokenizer; the copy is made anew when tokens were added."""
+    count, backend = _BACKENDS.by_tokenizer.get(tokenizer, (None, None))
+    if count != len(tokenizer):
+        backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        _BACKENDS.by_tokenizer[tokenizer] = len(tokenizer), backend
+    own = copy.copy(tokenizer)
+    own._tokenizer = backend
+    return own
