@@ -198,17 +198,16 @@ class FeatureStatistics(nn.Module):
             getattr(self, name).copy_(value)
 
     def standardised(self, features: torch.Tensor, log_noise: torch.Tensor) -> torch.Tensor:
-        """(B, features) of mean 0 and deviation 1 on training data of the same levels (B,), float32."""
-        mean, deviation = (self._at(log_noise.float(), table.float()) for table in (self.mean, self.deviation))
-        return ((features.float() - mean) / (deviation + 1e-5)).clamp(-OUTLIER, OUTLIER)
+        """Returns (B, features) with mean 0 and deviation 1 on training data of the same levels (B,), float32.
 
-    def _at(self, log_noise: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """Linear between the levels, the ends beyond them."""
-        levels = self.log_noise.float()
-        value = log_noise.clamp(levels[0], levels[-1]).contiguous()
+        The statistics are linear between the levels, and constant beyond the first and the last.
+        """
+        levels, tables = self.log_noise.float(), (self.mean.float(), self.deviation.float())
+        value = log_noise.float().clamp(levels[0], levels[-1]).contiguous()
         right = torch.searchsorted(levels, value).clamp(1, len(levels) - 1)
         share = (value - levels[right - 1]) / (levels[right] - levels[right - 1])
-        return torch.lerp(table[right - 1], table[right], share[:, None])
+        mean, deviation = (torch.lerp(table[right - 1], table[right], share[:, None]) for table in tables)
+        return ((features.float() - mean) / (deviation + 1e-5)).clamp(-OUTLIER, OUTLIER)
 
 
 class FeatureEncoder(nn.Module):

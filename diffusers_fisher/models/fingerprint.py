@@ -16,12 +16,13 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..denoiser import Denoiser
 from ..errors import InputError, UnsupportedError
-from ..noise import NoiseSchedule, noise_schedule
+from ..noise import noise_schedule
 
 NUM_TENSORS = 16  # parameters that are looked at one by one
 NUM_VALUES = 65536  # values of each that are read
@@ -65,7 +66,8 @@ def denoiser_fingerprint(denoiser: Denoiser | DiffusionPipeline) -> dict[str, An
             "the pipeline, or PipelineDenoiser(pipe, ...)."
         )
     noise = noise_schedule(scheduler)
-    schedule = {"prediction_type": noise.prediction.kind, "schedule": _five_levels(noise)}
+    levels = noise.log_noise_to_signal_at(noise.spread_timesteps(5)).clamp(-LOG_LIMIT, LOG_LIMIT)
+    schedule = {"prediction_type": noise.prediction.kind, "schedule": levels.tolist()}
     network = _network(denoiser)
     return schedule if network is None else copy.deepcopy(_kept_fingerprint(network)) | schedule
 
@@ -204,11 +206,6 @@ def _summary(value: object) -> Hashable:
     return type(value).__qualname__, id(value), *(entry for entry in own.items() if type(entry[1]) in SIMPLE_TYPES)
 
 
-def _five_levels(schedule: NoiseSchedule) -> list[float]:
-    """log(sigma/alpha) at five timesteps from the first to the last."""
-    return schedule.log_noise_to_signal_at(schedule.spread_timesteps(5)).clamp(-LOG_LIMIT, LOG_LIMIT).tolist()
-
-
 def _settings(network: torch.nn.Module) -> dict[str, Any]:
     """Returns settings that differ from the class's defaults: a newer diffusers may add keys, not change the model."""
     defaults = inspect.signature(type(network).__init__).parameters
@@ -288,24 +285,20 @@ def _sums_of_matrices(parameters: Iterable[torch.Tensor]) -> list[float] | None:
 
 def _changes_of_weights(expected: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[float, float]:
     """About how much, relative to its norm, the one parameter changed that did most, and all matrices together."""
-    counts = found.get("counts") or expected.get("counts")
-    one = all_matrices = 0.0
-    if counts:
-        scales = [math.sqrt(count) for count in counts]
-        one = _largest_gap(expected.get("weights"), found.get("weights"), scales)
+    counts = found.get("counts") or expected.get("counts") or ()
+    scales = [math.sqrt(count) for count in counts]
+    one = _largest_gap(expected.get("weights"), found.get("weights"), scales) if scales else 0.0
     left, right = expected.get("matrices"), found.get("matrices")
-    if left is not None and right is not None:
-        all_matrices = math.dist(left, right) / math.sqrt(NUM_SUMS)
-    return one, all_matrices
+    return one, 0.0 if left is None or right is None else math.dist(left, right) / math.sqrt(NUM_SUMS)
 
 
 def _largest_gap(
-    left: Sequence[float | None] | None, right: Sequence[float | None] | None, scales: Sequence[float] | None = None
+    left: Sequence[float | None] | None, right: Sequence[float | None] | None, scales: Sequence[float] = (1.0,)
 ) -> float:
+    """Returns the largest difference, times its scale; entries of None fit every number."""
     if left is None or right is None:
         return 0.0
     if len(left) != len(right):
         return math.inf
-    scales = [1.0] * len(left) if scales is None else scales
-    gaps = [s * abs(a - b) for s, a, b in zip(scales, left, right, strict=True) if a is not None and b is not None]
-    return max(gaps, default=0.0)
+    gaps = np.array(scales) * np.abs(np.array(left, dtype=float) - np.array(right, dtype=float))  # NaN for None
+    return float(np.nanmax(gaps, initial=0.0))

@@ -118,13 +118,11 @@ def follow_paths(
         num_steps = STEPS[number % len(STEPS)]
         visited = [_visit_states(space, texts[part], piece.samples[part], clean[part], num_steps) for part in parts]
         for states in zip(*visited, strict=True):  # level by level: the order is the same for parts of any size
-            for part, state in zip(parts, states, strict=True):
-                level = state.level
-                alpha, sigma = (expand(value, state.sample) for value in (level.alpha, level.sigma))
-                z = (state.sample - alpha * clean[part]) / sigma
-                noises.append(z.float().cpu())
-                levels.append(level.log_noise_to_signal.double().cpu().reshape(1).expand(len(z)))
-                owners.append(count + torch.arange(part.start, part.start + len(z)))
+            x, level = torch.cat([state.sample for state in states]), states[0].level
+            z = (x - expand(level.alpha, x) * clean) / expand(level.sigma, x)
+            noises.append(z.float().cpu())
+            levels.append(level.log_noise_to_signal.double().cpu().reshape(1).expand(len(z)))
+            owners.append(count + torch.arange(len(z)))
         images.append(clean.cpu())
         count += len(clean)
         captions += texts

@@ -88,21 +88,17 @@ def draw_trace_batch(
         InputError: the batch is empty.
     """
     positions = range(batch_size)[mine]
-    if batch_size < 1 or not len(positions):
+    if not positions:
         raise InputError(f"The batch has {batch_size} samples, {len(positions)} of them here; allowed: 1 or more.")
     copies = 2 if mirrored else 1
     levels = draw_log_noise(scheduler, batch_size, step_generator(seed, "levels", step))[mine]
-    noise, probes = [], []
-    for position in positions:
-        generator = step_generator(seed, "noise", step * batch_size + position)
-        noise.append(torch.randn(shape, generator=generator))
-        if with_probes:
-            signs = torch.randint(0, 2, (copies, *shape), generator=generator, dtype=torch.uint8)
-            probes.append(2.0 * signs - 1)
-    first = torch.stack(noise)
-    rows = torch.cat([first, mirrored_noise(first)]) if mirrored else first
-    signs_by_row = torch.stack(probes, dim=1).flatten(0, 1) if with_probes else None
-    return TraceDraw(levels.repeat(copies), rows, copies, signs_by_row)
+    generators = [step_generator(seed, "noise", step * batch_size + position) for position in positions]
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    draw = TraceDraw(levels.repeat(copies), torch.cat([noise, mirrored_noise(noise)]) if mirrored else noise, copies)
+    if not with_probes:
+        return draw
+    bits = [torch.randint(0, 2, (copies, *shape), generator=each, dtype=torch.uint8) for each in generators]
+    return dataclasses.replace(draw, probes=2.0 * torch.stack(bits, dim=1).flatten(0, 1) - 1)
 
 
 def draw_log_noise(

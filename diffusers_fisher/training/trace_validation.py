@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ..data import Caption
 from ..figures import make_figure
 from ..files import save_figure
 from ..fisher import AutodiffFisher, rademacher
@@ -69,33 +68,32 @@ def validate(model: FisherTraceModel, space: SampleSpace, held_out: Piece, confi
     """
     low, high = log_noise_to_signal_range(space.pipe.scheduler)
     levels = torch.linspace(low, high, config.validation.levels, dtype=torch.float64)
-    size, count = space.piece_size, len(held_out.captions)
+    count, probes = len(held_out.captions), config.validation.probes
+    parts = [slice(start, start + space.piece_size) for start in range(0, count, space.piece_size)]
+    pieces = [Piece(held_out.samples[part], held_out.captions[part], []) for part in parts]
     rows = []
     for number, level in enumerate(levels):
-        pieces = []
-        for start in range(0, count, size):
-            indices = range(start, min(start + size, count))
-            generators = [step_generator(config.seed, "validation", number, index) for index in indices]
-            data = held_out.samples[start : start + size]
-            captions = held_out.captions[start : start + size]
-            pieces.append(_compare(model, space, data, captions, level, generators, config.validation.probes))
-        rows.append(torch.cat(pieces, dim=1))
+        draws = [step_generator(config.seed, "validation", number, index) for index in range(count)]
+        columns = [
+            _compare(model, space, piece, level, draws[part], probes)
+            for piece, part in zip(pieces, parts, strict=True)
+        ]
+        rows.append(torch.cat(columns, dim=1))
     return Validation(levels, *torch.stack(rows, dim=1))
 
 
 def _compare(
     model: FisherTraceModel,
     space: SampleSpace,
-    data: torch.Tensor,
-    captions: list[Caption],
+    piece: Piece,
     level: torch.Tensor,  # log(sigma/alpha)
     generators: list[torch.Generator],  # one per sample
     probes: int,
 ) -> torch.Tensor:
     """Returns r of some samples at one level in the three ways, (3, n) float64 on the CPU."""
-    shape = space.unpacked_shape(data)
+    shape = space.unpacked_shape(piece.samples)
     posterior = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    clean, denoiser = space.packed(data, posterior), space.denoiser(captions, data)
+    clean, denoiser = space.packed(piece.samples, posterior), space.denoiser(piece.captions, piece.samples)
     noise = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators])
     state = noised_state(denoiser, clean, TraceDraw(level.expand(len(clean)), noise), with_graph=True)
     trace = AutodiffFisher(denoiser)(state).trace(rademacher(probes, clean, generators)).value
