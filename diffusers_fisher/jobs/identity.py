@@ -32,17 +32,17 @@ Note = Mapping[str, Any]
 
 
 def note_differences(
-    before: Note, now: Note, free: tuple[str, ...] = (), tolerance: float = 0.0, absent_is_null: bool = False
+    before: Note, now: Note, changeable: tuple[str, ...] = (), tolerance: float = 0.0, absent_is_null: bool = False
 ) -> list[str]:
     """Says in words which entries of two notes differ, such as "`steps` was 3, is 4".
 
     Args:
-        free: beginnings of the names of entries that may differ.
+        changeable: beginnings of the names of entries that may differ.
         tolerance: relative difference that floats may have.
         absent_is_null: treat an absent entry as a null. Notes of older releases lack newer entries, whose default is
             null.
     """
-    names = [name for name in sorted(before.keys() | now.keys()) if not name.startswith(free)]
+    names = [name for name in sorted(before.keys() | now.keys()) if not name.startswith(changeable)]
     if absent_is_null:
         before, now = ({**dict.fromkeys(names), **note} for note in (before, now))
     return [

@@ -187,9 +187,8 @@ class FeatureStatistics(nn.Module):
         """
         statistics = {"log_noise": log_noise, "mean": mean, "deviation": deviation}
         for name, value in statistics.items():
-            check_shape(
-                f"The features' `{name}`", value.shape, getattr(self, name).shape, "Measure it for this model."
-            )
+            shape = getattr(self, name).shape
+            check_shape(f"The features' `{name}`", value.shape, shape, "Measure it for this model.")
             if not bool(torch.isfinite(value).all()):
                 raise InputError(f"The features' `{name}` holds NaN or infinity. Pass finite values.")
         if bool((log_noise.diff() <= 0).any()) or bool((deviation < 0).any()):

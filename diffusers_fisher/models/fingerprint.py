@@ -69,7 +69,12 @@ def denoiser_fingerprint(denoiser: Denoiser | DiffusionPipeline) -> dict[str, An
     levels = noise.log_noise_to_signal_at(noise.spread_timesteps(5)).clamp(-LOG_LIMIT, LOG_LIMIT)
     schedule = {"prediction_type": noise.prediction.kind, "schedule": levels.tolist()}
     network = _network(denoiser)
-    return schedule if network is None else copy.deepcopy(_kept_fingerprint(network)) | schedule
+    if network is None:
+        return schedule
+    key = network_key(network)
+    if network not in _FINGERPRINTS or _FINGERPRINTS[network][0] != key:
+        _FINGERPRINTS[network] = key, _network_fingerprint(network)
+    return copy.deepcopy(_FINGERPRINTS[network][1]) | schedule
 
 
 @torch.no_grad()
@@ -94,15 +99,6 @@ def network_key(network: torch.nn.Module) -> Hashable:
             if name not in OF_TORCH and (type(value) is not OrderedDict or value):  # most modules have no hooks
                 entries += (name, value if type(value) in SIMPLE_TYPES else _summary(value))
     return tuple(entries), _sampled_values(readable)
-
-
-def _kept_fingerprint(network: torch.nn.Module) -> dict[str, Any]:
-    """Returns the network's fingerprint, computed anew only where its key has changed."""
-    key = network_key(network)
-    entry = _FINGERPRINTS.get(network)
-    if entry is None or entry[0] != key:
-        entry = _FINGERPRINTS[network] = key, _network_fingerprint(network)
-    return entry[1]
 
 
 def _network_fingerprint(network: torch.nn.Module) -> dict[str, Any]:
@@ -240,10 +236,8 @@ def _is_readable(parameter: torch.Tensor) -> bool:
     return not parameter.is_meta and parameter.is_floating_point() and parameter.element_size() >= 2
 
 
-def _values(parameter: torch.Tensor, count: int) -> torch.Tensor | None:
-    """Returns the first values, float64; None where they are not readable."""
-    if not _is_readable(parameter):
-        return None
+def _values(parameter: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns the first `count` values, float64."""
     return parameter.detach().flatten()[:count].cpu().double()
 
 
@@ -253,9 +247,9 @@ def _projection(parameter: torch.Tensor) -> float | None:
 
     Whatever the weights, it is about 1/sqrt(n), so that a change of w by a part rho moves it by about rho/sqrt(n).
     """
-    values = _values(parameter, NUM_VALUES)
-    if values is None:
+    if not _is_readable(parameter):
         return None
+    values = _values(parameter, NUM_VALUES)
     direction = _direction(NUM_VALUES)[: len(values)]
     size = float(values.norm() * direction.norm())
     return float(values @ direction) / size if size > 0 else 0.0
@@ -271,11 +265,11 @@ def _sums_of_matrices(parameters: Iterable[torch.Tensor]) -> list[float] | None:
     matrix are not at hand.
     """
     matrices = [parameter for parameter in parameters if parameter.ndim > 1 and parameter.numel() > 0]
+    if not all(map(_is_readable, matrices)):
+        return None
     sums = torch.zeros(NUM_SUMS, dtype=torch.float64)
     for parameter in matrices:
         values = _values(parameter, MATRIX_VALUES)
-        if values is None:
-            return None
         size = values.norm().clamp_min(LEAST_WEIGHT * len(values) ** 0.5)
         terms = values * _direction(NUM_VALUES)[: len(values)] / size
         sums += torch.nn.functional.pad(terms, (0, -len(terms) % NUM_SUMS)).view(-1, NUM_SUMS).sum(0)

@@ -190,7 +190,12 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         Raises:
             InputError: a shape that the model does not take, or an input that it needs and was not given.
         """
-        x = self._joined(sample, original, epsilon, pooled)
+        x = self._input(sample, original, epsilon)
+        width = self.config["pooled_channels"]
+        got = None if pooled is None else tuple(pooled.shape)
+        allowed = None if width is None else (len(sample), width)
+        if got != allowed:
+            raise InputError(f"`pooled` has shape {got}; allowed: {allowed}, by the trace model's `pooled_channels`.")
         embedding = self.embedding(log_noise, pooled)
         vector, stem, h = self.encoder(x, embedding)
         axes = (2, 3) if self.config["layout"] == "image" else (1,)
@@ -324,14 +329,10 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
                 folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr, subfolder=subfolder
             )
 
-    def _joined(
-        self,
-        sample: torch.Tensor,
-        original: torch.Tensor | None,
-        epsilon: torch.Tensor | None,
-        pooled: torch.Tensor | None,
+    def _input(
+        self, sample: torch.Tensor, original: torch.Tensor | None, epsilon: torch.Tensor | None
     ) -> torch.Tensor:
-        """The network's input, all channels side by side, in its dtype."""
+        """Returns the encoder's input in its dtype, with all channels side by side."""
         config = self.config
         layout, channels = config["layout"], config["in_channels"]
         axis, count = (1, 4) if layout == "image" else (2, 3)
@@ -341,11 +342,6 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
                 f"The trace model got samples of shape {tuple(sample.shape)}; allowed: {allowed}, its layout "
                 f"'{layout}'."
             )
-        width = config["pooled_channels"]
-        got = None if pooled is None else tuple(pooled.shape)
-        wanted = None if width is None else (len(sample), width)
-        if got != wanted:
-            raise InputError(f"`pooled` has shape {got}; allowed: {wanted}, by the trace model's `pooled_channels`.")
         parts = [sample]
         if config["use_prediction"]:
             if original is None or epsilon is None:

@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -31,7 +30,7 @@ from ..jobs.pipelines import load_pipeline
 from ..jobs.processes import process_state
 from ..jobs.records import writing
 from .checkpoints import TrainingFolder
-from .pieces import batched
+from .pieces import Row, batched
 from .samples import SampleSpace
 from .trace_config import TraceMatchingConfig
 
@@ -98,13 +97,9 @@ def _first_readable(source: Images) -> torch.Tensor:
 
 
 def _write_shard(
-    path: Path,
-    rows: Iterable[tuple[int, dict[str, Any]]],
-    source: Images,
-    space: SampleSpace,
-    first: torch.Tensor,  # (C, H, W) pixels of the cache's first image
-    batch_size: int,
+    path: Path, rows: Iterable[Row], source: Images, space: SampleSpace, first: torch.Tensor, batch_size: int
 ) -> None:
+    """Writes one shard. All images must have the size of `first`, the pixels (C, H, W) of the cache's first image."""
     captions, skipped = [], []
 
     def pixels() -> Iterator[torch.Tensor]:

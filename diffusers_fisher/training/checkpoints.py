@@ -71,27 +71,32 @@ class TrainingFolder:
         """Encloses what writes file `name` of the folder; see `diffusers_fisher.jobs.records.writing`."""
         return writing(self.path / name, self.last_good)
 
-    def check_settings(self) -> None:
-        """Refuses to go on with a run of other settings, if that run has written any of its work.
+    def check_settings(self) -> list[str]:
+        """Says in words which settings of the folder's run differ.
 
         Raises:
-            InputError: names the settings that differ.
+            InputError: settings differ, and the run has written some of its work.
         """
+        before, now = flat_settings(self._note(SETTINGS_NOTE)), flat_settings(self.settings)
+        differences = note_differences(before, now, self.changeable, absent_is_null=True) if before else []
         advice = "Resume with those, or name another output folder."
-        self._refuse("holds a run with other settings", self._other_settings(), advice)
+        return self._refuse("holds a run with other settings", differences, advice)
 
-    def check_data(self, data: Note | None) -> None:
-        """Refuses to go on with data that have changed, if the run has written any of its work.
+    def check_data(self, data: Note | None) -> list[str]:
+        """Says in words what of the data has changed, as far as both notes say it.
 
         Args:
             data: the result of `data_note`; None means that nothing is known of the data. Folders without a note take
                 any data.
 
         Raises:
-            InputError: says what differs.
+            InputError: data have changed, and the run has written some of its work.
         """
+        before, now = self._note(DATA_NOTE), data or {}
+        both = before.keys() & now.keys()
+        differences = note_differences({key: before[key] for key in both}, {key: now[key] for key in both})
         advice = "Images were added, removed or renamed since: put them back as they were, or name another folder."
-        self._refuse("was made of other data", self._other_data(data), advice)
+        return self._refuse("was made of other data", differences, advice)
 
     def write_notes(self, data: Note | None, fingerprint: Note | None = None) -> None:
         """Writes the settings, the data and the denoiser's fingerprint of a run whose input has been checked.
@@ -102,12 +107,10 @@ class TrainingFolder:
             InputError: as `check_settings` and `check_data`, or the folder's run has another denoiser; says what
                 differs.
         """
-        self.check_settings()
-        self.check_data(data)
+        differences = self.check_settings() + self.check_data(data)
         other_denoiser = fingerprint_differences(self._note(DENOISER_NOTE), fingerprint or {})
         advice = "Resume with that denoiser, or name another output folder."
-        self._refuse("holds a run of another denoiser", other_denoiser, advice)
-        if other_denoiser or self._other_settings() or self._other_data(data):
+        if differences + self._refuse("holds a run of another denoiser", other_denoiser, advice):
             for name in (*EARLY_FILES, DENOISER_NOTE, DATA_NOTE):
                 with self.writing(name):
                     (self.path / name).unlink(missing_ok=True)
@@ -116,26 +119,16 @@ class TrainingFolder:
                 with self.writing(name):
                     write_json(self.path / name, note)
 
-    def _refuse(self, relation: str, differences: list[str], advice: str) -> None:
-        """Raises `InputError` if there are differences and the folder has work that they would spoil."""
+    def _refuse(self, relation: str, differences: list[str], advice: str) -> list[str]:
+        """Returns the differences. Raises `InputError` if there are any and the folder has work of its run."""
         if any(any(self.path.glob(pattern)) for pattern in self.work):
             refuse_differences(self.path, relation, differences, advice)
+        return differences
 
     def _note(self, name: str) -> dict[str, Any]:
         """Returns the content of a note; empty if there is none."""
         path = self.path / name
         return read_json(path) if path.exists() else {}
-
-    def _other_settings(self) -> list[str]:
-        """Says in words which settings of the folder's run differ."""
-        before, now = flat_settings(self._note(SETTINGS_NOTE)), flat_settings(self.settings)
-        return note_differences(before, now, self.changeable, absent_is_null=True) if before else []
-
-    def _other_data(self, data: Note | None) -> list[str]:
-        """Says in words what of the data has changed, as far as both notes say it."""
-        before, now = self._note(DATA_NOTE), data or {}
-        both = before.keys() & now.keys()
-        return note_differences({key: before[key] for key in both}, {key: now[key] for key in both})
 
     def save(
         self, modules: Modules, optimizer: torch.optim.Optimizer, averages: list[torch.Tensor], step: int

@@ -94,9 +94,9 @@ class TrainingData:
                     f"The stream '{self.source.data.path}' has {len(rows)} images; {count} are to be held out. Give "
                     "more data or fewer held-out samples."
                 )
-            readable = _Readable(self.source, count, rows=rows)
+            readable = _Readable(self.source, range(count), rows)
         else:
-            readable = _Readable(self.source, count, first=len(self.source) - count)
+            readable = _Readable(self.source, range(len(self.source) - count, len(self.source)))
         return Piece.of([readable[index] for index in range(count)])
 
     def some(self, count: int, size: int) -> Iterator[Piece]:
@@ -108,7 +108,7 @@ class TrainingData:
             rows = itertools.islice(self.source.undecoded(self.num_held_out), count)
             entries = _readable_rows(self.source, enumerate(rows, self.num_held_out))
         else:
-            readable = _Readable(self.source, len(self.source) - self.num_held_out)
+            readable = _Readable(self.source, range(len(self.source) - self.num_held_out))
             indices = torch.linspace(0, len(readable) - 1, min(count, len(readable))).long().tolist()
             entries = (readable[index] for index in indices)
         yield from map(Piece.of, batched(entries, size))
@@ -126,7 +126,7 @@ class TrainingData:
                 yield from (batch[part] for part in share.slices)
 
         return torch.utils.data.DataLoader(
-            _Readable(self.source, count), batch_sampler=indices(), collate_fn=Piece.of, num_workers=workers,
+            _Readable(self.source, range(count)), batch_sampler=indices(), collate_fn=Piece.of, num_workers=workers,
             generator=torch.Generator(),  # it seeds the workers, which would otherwise draw from the global one
         )  # fmt: skip
 
@@ -158,26 +158,24 @@ def _readable_rows(images: Images, rows: Iterable[Row]) -> Iterator[Entry]:
 
 
 class _Readable(torch.utils.data.Dataset):
-    """Gives `count` samples from `first` on. The next readable one of them takes the place of an unreadable one.
+    """Gives the samples at `positions`. The next readable one of them takes the place of an unreadable one.
 
     Args:
         rows: undecoded rows by position; None means that the source has them by position.
     """
 
-    def __init__(
-        self, source: Images | CachedLatents, count: int, first: int = 0, rows: list[dict[str, Any]] | None = None
-    ):
-        self.source, self.count, self.first, self.rows = source, count, first, rows
+    def __init__(self, source: Images | CachedLatents, positions: range, rows: list[dict[str, Any]] | None = None):
+        self.source, self.positions, self.rows = source, positions, rows
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.positions)
 
     def __getitem__(self, index: int) -> Entry:
         if isinstance(self.source, CachedLatents):
-            return *self.source[self.first + index], ()
+            return *self.source[self.positions[index]], ()
         rows = self.source.rows if self.rows is None else self.rows
-        order = itertools.chain(range(index, self.count), range(index))
-        return next(_readable_rows(self.source, ((self.first + i, rows[self.first + i]) for i in order)))
+        order = itertools.chain(self.positions[index:], self.positions[:index])
+        return next(_readable_rows(self.source, ((position, rows[position]) for position in order)))
 
 
 class _StreamPieces(torch.utils.data.IterableDataset):
@@ -202,15 +200,12 @@ class _StreamPieces(torch.utils.data.IterableDataset):
 
     def _endless(self) -> Iterator[dict[str, Any]]:
         """Yields undecoded rows, shuffled within a buffer, epoch after epoch."""
+        if next(self.stream.undecoded(self.skip), None) is None:
+            raise InputError(
+                f"The stream '{self.stream.data.path}' has no images apart from the {self.skip} held-out ones. Give "
+                "more data or fewer held-out samples."
+            )
         rows = self.stream.rows.skip(self.skip).shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
         for epoch in itertools.count():
             rows.set_epoch(epoch)
-            empty = True
-            for row in rows:
-                empty = False
-                yield row
-            if empty:
-                raise InputError(
-                    f"The stream '{self.stream.data.path}' has no images apart from the {self.skip} held-out ones. "
-                    "Give more data or fewer held-out samples."
-                )
+            yield from rows

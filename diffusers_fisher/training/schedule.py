@@ -36,8 +36,9 @@ class Optimisation:
 
     def __post_init__(self) -> None:
         if self.warmup_steps >= self.steps:
-            allowed = f"from 0 to below `steps` ({self.steps})"
-            raise InputError(f"`warmup_steps` is {self.warmup_steps}; allowed: {allowed}.")
+            raise InputError(
+                f"`warmup_steps` is {self.warmup_steps}; allowed: from 0 to below `steps` ({self.steps})."
+            )
 
 
 def learning_rates(

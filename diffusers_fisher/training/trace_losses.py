@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
 
 from ..denoiser import Denoiser
 from ..distributions.covariance import DCTBasis
@@ -93,7 +94,7 @@ def draw_trace_batch(
     copies = 2 if mirrored else 1
     levels = draw_log_noise(scheduler, batch_size, step_generator(seed, "levels", step))[mine]
     generators = [step_generator(seed, "noise", step * batch_size + position) for position in positions]
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    noise = randn_tensor((len(generators), *shape), generators)
     draw = TraceDraw(levels.repeat(copies), torch.cat([noise, mirrored_noise(noise)]) if mirrored else noise, copies)
     if not with_probes:
         return draw

@@ -242,7 +242,8 @@ class TraceMatching:
         )  # fmt: skip
         dropout = torch.rand(config.optimisation.batch_size, generator=step_generator(config.seed, "captions", step))
         captions = without(piece.captions, dropout[part] < config.caption_dropout)
-        samples = self.space.packed(piece.samples, self._posterior_noise(piece, step, part))
+        rows = range(step * config.optimisation.batch_size, (step + 1) * config.optimisation.batch_size)[part]
+        samples = self.space.draw(piece.samples, [step_generator(config.seed, "posterior", row) for row in rows])
         if self.paths is not None:
             draw, samples, captions = self.paths.mixed(
                 draw, samples, captions, config.on_path, step_generator(config.seed, "paths", step),
@@ -256,13 +257,6 @@ class TraceMatching:
             pooled = pooled[: len(samples)]  # the draw repeats it
         known = (step + 1) % FEATURELESS_EVERY != 0
         return objective(model, denoiser, samples, draw, pooled, with_features=known).mean()
-
-    def _posterior_noise(self, piece: Piece, step: int, part: slice) -> torch.Tensor:
-        """Returns the noise (n, C, h, w) by which samples are drawn from the autoencoder's posterior."""
-        shape, first = self.space.unpacked_shape(piece.samples), step * self.config.optimisation.batch_size
-        rows = range(first + part.start, first + part.stop)
-        generators = [step_generator(self.config.seed, "posterior", row) for row in rows]
-        return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
     def _validate(
         self, average: EMAModel | None, parameters: list[torch.nn.Parameter], step: int

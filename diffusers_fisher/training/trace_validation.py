@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 from ..figures import make_figure
 from ..files import save_figure
@@ -68,39 +69,25 @@ def validate(model: FisherTraceModel, space: SampleSpace, held_out: Piece, confi
     """
     low, high = log_noise_to_signal_range(space.pipe.scheduler)
     levels = torch.linspace(low, high, config.validation.levels, dtype=torch.float64)
-    count, probes = len(held_out.captions), config.validation.probes
+    count = len(held_out.captions)
     parts = [slice(start, start + space.piece_size) for start in range(0, count, space.piece_size)]
-    pieces = [Piece(held_out.samples[part], held_out.captions[part], []) for part in parts]
-    rows = []
-    for number, level in enumerate(levels):
-        draws = [step_generator(config.seed, "validation", number, index) for index in range(count)]
-        columns = [
-            _compare(model, space, piece, level, draws[part], probes)
-            for piece, part in zip(pieces, parts, strict=True)
-        ]
-        rows.append(torch.cat(columns, dim=1))
+
+    def compare(number: int, level: torch.Tensor, part: slice) -> torch.Tensor:
+        """Returns r of some samples at one level in the three ways, (3, n) float64 on the CPU."""
+        generators = [step_generator(config.seed, "validation", number, index) for index in range(count)[part]]
+        samples = held_out.samples[part]
+        clean, denoiser = space.draw(samples, generators), space.denoiser(held_out.captions[part], samples)
+        noise = randn_tensor(clean.shape, generators)
+        state = noised_state(denoiser, clean, TraceDraw(level.expand(len(clean)), noise), with_graph=True)
+        trace = AutodiffFisher(denoiser)(state).trace(rademacher(config.validation.probes, clean, generators)).value
+        jacobian = 1 - (state.level.sigma**2).to(trace.device) * trace / clean[0].numel()
+        pooled = denoiser.pooled_condition() if model.config["pooled_channels"] else None
+        fraction = model.unexplained_noise_fraction(state, pooled)
+        ways = (fraction, jacobian, residual_target(state, noise.to(clean.device)))
+        return torch.stack([values.detach().double().cpu() for values in ways])
+
+    rows = [torch.cat([compare(number, level, part) for part in parts], dim=1) for number, level in enumerate(levels)]
     return Validation(levels, *torch.stack(rows, dim=1))
-
-
-def _compare(
-    model: FisherTraceModel,
-    space: SampleSpace,
-    piece: Piece,
-    level: torch.Tensor,  # log(sigma/alpha)
-    generators: list[torch.Generator],  # one per sample
-    probes: int,
-) -> torch.Tensor:
-    """Returns r of some samples at one level in the three ways, (3, n) float64 on the CPU."""
-    shape = space.unpacked_shape(piece.samples)
-    posterior = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    clean, denoiser = space.packed(piece.samples, posterior), space.denoiser(piece.captions, piece.samples)
-    noise = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators])
-    state = noised_state(denoiser, clean, TraceDraw(level.expand(len(clean)), noise), with_graph=True)
-    trace = AutodiffFisher(denoiser)(state).trace(rademacher(probes, clean, generators)).value
-    jacobian = 1 - (state.level.sigma**2).to(trace.device) * trace / clean[0].numel()
-    pooled = denoiser.pooled_condition() if model.config["pooled_channels"] else None
-    ways = (model.unexplained_noise_fraction(state, pooled), jacobian, residual_target(state, noise.to(clean.device)))
-    return torch.stack([values.detach().double().cpu() for values in ways])
 
 
 def plot_validation(validation: Validation, path: Path) -> None:
