@@ -78,8 +78,8 @@ def cache_latents(config: TraceMatchingConfig, batch_size: int = 16) -> int:
     number = -1
     for number, rows in enumerate(batched(enumerate(source.undecoded()), SHARD_SIZE)):
         if number % state.num_processes == state.process_index and not (folder / shard_name(number)).is_file():
-            shown = tqdm(rows, shard_name(number), disable=not state.is_main_process)
-            _write_shard(folder / shard_name(number), shown, source, space, first, batch_size)
+            progress = tqdm(rows, shard_name(number), disable=not state.is_main_process)
+            _write_shard(folder / shard_name(number), progress, source, space, first, batch_size)
     state.wait_for_everyone()
     if state.is_main_process:
         _write_index(folder, number + 1, pipe)

@@ -34,7 +34,7 @@ class TrainingFolder:
         path: the folder.
         settings: the run's settings as JSON, with nested sections.
         changeable: keys "section.key", or sections, that a resumed run may change.
-        keep: number of checkpoints that are kept; older ones are removed when a newer one is whole.
+        keep: number of checkpoints that are kept; older ones are removed after a newer one is written.
         work: patterns of files that reserve the folder for a run's settings, denoiser and data. Before one of these
             files is there, another run may take the folder.
     """
@@ -168,10 +168,10 @@ class TrainingFolder:
         path = self.path / f"{curve}.jsonl"
         if not path.exists():
             return
-        kept = []
+        lines = []
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 if line.endswith("\n") and json.loads(line)["step"] <= step:
-                    kept.append(line)
+                    lines.append(line)
         with self.writing(path.name), atomic_path(path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.write_text("".join(lines), encoding="utf-8")

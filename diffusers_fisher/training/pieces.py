@@ -70,7 +70,7 @@ class TrainingData:
     Args:
         source: images, a stream of images, or cached latents.
         settings: gives the batch size and the number of steps.
-        held_out: number of samples that are kept for validation: the last of the data, of a stream the first.
+        held_out: number of samples for the validation: the last of the data, or the first of a stream.
 
     Raises:
         InputError: there are too few samples for the held-out ones and one batch.
@@ -102,7 +102,7 @@ class TrainingData:
     def some(self, count: int, size: int) -> Iterator[Piece]:
         """Yields about `count` training samples, `size` at a time.
 
-        They are spread over the data. Of a stream they are the first samples that can be read.
+        The samples are spread over the data. Of a stream, the first samples that can be read are taken.
         """
         if isinstance(self.source, ImageStream):
             rows = itertools.islice(self.source.undecoded(self.num_held_out), count)

@@ -36,9 +36,8 @@ class Optimisation:
 
     def __post_init__(self) -> None:
         if self.warmup_steps >= self.steps:
-            raise InputError(
-                f"`warmup_steps` is {self.warmup_steps}; allowed: from 0 to below `steps` ({self.steps})."
-            )
+            allowed = f"from 0 to below `steps` ({self.steps})"
+            raise InputError(f"`warmup_steps` is {self.warmup_steps}; allowed: {allowed}.")
 
 
 def learning_rates(

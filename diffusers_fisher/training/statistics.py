@@ -28,8 +28,8 @@ def fit_prior(
         for number, piece in enumerate(pieces):
             yield space.draw(piece.samples, step_generator(config.seed, "prior", number)).cpu()
 
-    fitted = GaussianFisher.fit_diagonal(samples(), dct=config.model.basis == "dct")
-    mean, variance = fitted.mean, fitted.covariance.variances.view(fitted.mean.shape)
+    gaussian = GaussianFisher.fit_diagonal(samples(), dct=config.model.basis == "dct")
+    mean, variance = gaussian.mean, gaussian.covariance.variances.view(gaussian.mean.shape)
     if model.prior.mean.shape != mean.shape:  # one number per channel
         axes = (1, 2) if mean.ndim == 3 else (0,)
         variance = variance.mean(axes, keepdim=True) + mean.var(axes, correction=0, keepdim=True)

@@ -192,9 +192,9 @@ class TraceMatching:
         with self.accelerator.main_process_first():
             if not path.exists() and self.accelerator.is_main_process:
                 size = config.optimisation.batch_size
-                shown = tqdm(self.data.some(config.path_images, size), "paths", math.ceil(config.path_images / size))
-                pieces = map(self._note, shown)
-                paths = follow_paths(self.space, pieces, config.caption_dropout, config.path_change, config.seed)
+                pieces = map(self._note, self.data.some(config.path_images, size))
+                progress = tqdm(pieces, "paths", math.ceil(config.path_images / size))
+                paths = follow_paths(self.space, progress, config.caption_dropout, config.path_change, config.seed)
                 with self.folder.writing(path.name):
                     paths.save(path)
             return Paths.load(path)
@@ -255,8 +255,8 @@ class TraceMatching:
         pooled = denoiser.pooled_condition() if self.model.config["pooled_channels"] else None
         if pooled is not None:
             pooled = pooled[: len(samples)]  # the draw repeats it
-        known = (step + 1) % FEATURELESS_EVERY != 0
-        return objective(model, denoiser, samples, draw, pooled, with_features=known).mean()
+        with_features = (step + 1) % FEATURELESS_EVERY != 0
+        return objective(model, denoiser, samples, draw, pooled, with_features=with_features).mean()
 
     def _validate(
         self, average: EMAModel | None, parameters: list[torch.nn.Parameter], step: int
