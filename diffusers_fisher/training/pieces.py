@@ -144,7 +144,7 @@ def _readable_rows(images: Images, rows: Iterable[Row]) -> Iterator[Entry]:
         InputError: there are rows, but none of them can be read.
     """
     skipped: list[str] = []
-    some = False
+    any_readable = False
     for position, row in rows:
         try:
             example = images.example(row, position)
@@ -152,8 +152,8 @@ def _readable_rows(images: Images, rows: Iterable[Row]) -> Iterator[Entry]:
             skipped.append(images.row_name(row, position))
         else:
             yield example.pixels, example.caption, tuple(skipped)
-            skipped, some = [], True
-    if skipped and not some:
+            skipped, any_readable = [], True
+    if skipped and not any_readable:
         raise InputError(f"None of {len(skipped)} images in a row can be read; the first is '{skipped[0]}'.")
 
 

@@ -129,19 +129,19 @@ def pipeline_with_change(part, seed, layers=8):
 def test_changes_by_a_per_cent_are_noticed_however_large_the_tensors(part):
     mark = denoiser_fingerprint(pipeline_with_change(0, 0))
     for seed in range(10):
-        found = denoiser_fingerprint(pipeline_with_change(part, seed))
-        (words,) = fingerprint_differences(mark, found)
+        other_mark = denoiser_fingerprint(pipeline_with_change(part, seed))
+        (words,) = fingerprint_differences(mark, other_mark)
         (size,) = re.findall(r"weights of the denoiser \(by about (\S+) of their size\)", words)
         assert part / 2 < float(size) < 4 * part  # the largest of eight projections is about 1.4 standard deviations
         if part > 0.01:  # all eight projections of a change by one per cent may be below the tolerance
-            assert len(fingerprint_differences(first_release(mark), found)) == 1
+            assert len(fingerprint_differences(first_release(mark), other_mark)) == 1
 
 
 def test_changes_of_a_few_matrices_count_by_their_part_of_all():
     mark = denoiser_fingerprint(pipeline_with_change(0, 0))
     for seed in range(10):
-        found = denoiser_fingerprint(pipeline_with_change(0.03, seed, layers=2))
-        difference = torch.tensor(found["matrices"]) - torch.tensor(mark["matrices"])
+        other_mark = denoiser_fingerprint(pipeline_with_change(0.03, seed, layers=2))
+        difference = torch.tensor(other_mark["matrices"]) - torch.tensor(mark["matrices"])
         # The change is 0.03 in two of eight. A root mean square of 32 projections is within 40% (three deviations).
         assert float(difference.square().mean().sqrt()) == pytest.approx(0.03 / 2, rel=0.4)
 
@@ -157,10 +157,10 @@ def test_changes_of_other_parameters_than_the_sampled_ones_are_noticed():
         for layer in network:
             if id(layer.weight) not in alone:
                 layer.weight += 0.03 * layer.weight.std() * torch.randn(64, 64, generator=seeded(1))
-    found = denoiser_fingerprint(pipe)
+    other_mark = denoiser_fingerprint(pipe)
     assert sum(torch.equal(layer.weight, old) for layer, old in zip(network, before, strict=True)) == 16
-    assert fingerprint_differences(first_release(mark), found) == []
-    (words,) = fingerprint_differences(mark, found)
+    assert fingerprint_differences(first_release(mark), other_mark) == []
+    (words,) = fingerprint_differences(mark, other_mark)
     assert "weights of the denoiser" in words
 
 
@@ -183,9 +183,9 @@ def test_fused_lora_is_noticed(embedded, targets, dtype):
     network.fuse_lora()
     network.unload_lora()
     fused = SimpleNamespace(unet=network.to(dtype), scheduler=embedded.scheduler)
-    found = denoiser_fingerprint(fused)
-    assert found["parameters"] == mark["parameters"]
-    (words,) = fingerprint_differences(mark, found)
+    other_mark = denoiser_fingerprint(fused)
+    assert other_mark["parameters"] == mark["parameters"]
+    (words,) = fingerprint_differences(mark, other_mark)
     assert words.startswith("weights of the denoiser")
     assert words.endswith("another checkpoint, a fine-tune or a fused LoRA")
 
@@ -227,8 +227,8 @@ SCHEDULERS = {
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_denoisers_without_a_network_have_prediction_and_schedule(scheduler):
     kind, config = SCHEDULERS[scheduler]
-    made = kind(**config)
-    mark = denoiser_fingerprint(GaussianDenoiser(GaussianData(), made))
+    instance = kind(**config)
+    mark = denoiser_fingerprint(GaussianDenoiser(GaussianData(), instance))
     assert set(mark) == {"prediction_type", "schedule"}
     assert json.loads(json.dumps(mark, allow_nan=False)) == mark
     assert mark["schedule"] == sorted(mark["schedule"])
