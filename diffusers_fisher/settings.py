@@ -43,18 +43,18 @@ def settings_class(kind: type[Kind]) -> type[Kind]:
         InputError: (when an object is made) a value that its field does not allow, or an unknown or missing field.
     """
     config = pydantic.ConfigDict(extra="forbid", strict=True)
-    made: Any = pydantic.dataclasses.dataclass(kind, config=config, frozen=True)
-    make = made.__init__
+    checked_kind: Any = pydantic.dataclasses.dataclass(kind, config=config, frozen=True)
+    make = checked_kind.__init__
 
     @functools.wraps(make)
     def __init__(self: Kind, *args: Any, **kwargs: Any) -> None:
         try:
             make(self, *args, **kwargs)
         except pydantic.ValidationError as error:
-            raise input_error(error, made) from error
+            raise input_error(error, checked_kind) from error
 
-    made.__init__ = __init__
-    return made
+    checked_kind.__init__ = __init__
+    return checked_kind
 
 
 def input_error(error: pydantic.ValidationError, kind: type, where: str | None = None) -> InputError:
@@ -63,11 +63,11 @@ def input_error(error: pydantic.ValidationError, kind: type, where: str | None =
     Args:
         where: the file that the values come from; None: they come from code or from the command line.
     """
-    words = [_in_words(mistake, kind) for mistake in error.errors(include_url=False)]
+    words = [_describe_mistake(mistake, kind) for mistake in error.errors(include_url=False)]
     return InputError(" ".join([f"{where}:", *words] if where else words))
 
 
-def _in_words(mistake: ErrorDetails, kind: type) -> str:
+def _describe_mistake(mistake: ErrorDetails, kind: type) -> str:
     positions: dict[int | str, str] = dict(enumerate(_fields(kind)))  # a place may be the position of an argument
     path = [positions.get(part, str(part)) if number == 0 else str(part) for number, part in enumerate(mistake["loc"])]
     value = mistake["input"]
@@ -87,7 +87,7 @@ def _in_words(mistake: ErrorDetails, kind: type) -> str:
 
 
 def _keys(kind: type, path: Iterable[str]) -> str:
-    """The keys of a section, as words."""
+    """Returns the keys of a section, in words."""
     for name in path:
         hint = typing.get_type_hints(kind)[name]
         kind = next(each for each in (hint, *typing.get_args(hint)) if hasattr(each, "__dataclass_fields__"))

@@ -1,4 +1,4 @@
-"""The embedded checkpoint is what it says, works in stock diffusers and transformers, and damage to it is noticed."""
+"""The embedded checkpoint has its stated content, works in stock diffusers and transformers, and damage is noticed."""
 
 import os
 import shutil
@@ -59,18 +59,18 @@ def test_it_is_a_stock_stable_diffusion_pipeline(pipe):
     assert not any(module.training for module in (pipe.unet, pipe.vae, pipe.text_encoder))
 
 
-def test_prompted_classes_come_out(pipe, classifier):
+def test_samples_show_the_class_of_their_prompt(pipe, classifier):
     prompts = [embedded_prompt(label) for label in range(10)]
     generator = torch.Generator().manual_seed(0)
     images = pipe(prompts, num_inference_steps=15, guidance_scale=2.0, generator=generator, output_type="pt").images
     assert images.shape == (10, 3, 32, 32)
     with torch.no_grad():
         predicted = classifier.logits(images).argmax(1)
-    # Of a thousand samples (of 25 steps) 97% were as prompted; by chance one in ten would be.
+    # 97% of a thousand samples of 25 steps show the class of their prompt; by chance one in ten would.
     assert int((predicted == torch.arange(10)).sum()) >= 8
 
 
-def test_its_trace_model_is_the_default_of_likelihoods_and_agrees_with_probes():
+def test_the_trace_model_is_the_default_of_likelihoods_and_agrees_with_probes():
     pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
     pipe.set_progress_bar_config(disable=True)
     assert (FOLDER / "trace_model" / "diffusion_pytorch_model.safetensors").stat().st_size <= 5e6
@@ -87,7 +87,7 @@ def test_its_trace_model_is_the_default_of_likelihoods_and_agrees_with_probes():
     assert difference.abs().max() < 0.4
 
 
-def test_classes_and_captions():
+def test_classes_and_captions_are_those_of_the_training():
     assert EMBEDDED_CLASSES == (
         "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
     )  # fmt: skip
@@ -111,7 +111,7 @@ def test_every_word_of_the_captions_is_one_token(pipe):
         pieces = tokenizer.tokenize(prompt)
         assert pieces == [word + "</w>" for word in words]
         ids = tokenizer(prompt, padding="max_length", max_length=16).input_ids
-        # Start, words, end, and padding that is CLIP's: more of the end.
+        # The start, the words and the end; CLIP pads by repeating the end.
         assert ids[: len(words) + 2] == [562, *tokenizer.convert_tokens_to_ids(pieces), 563]
         assert set(ids[len(words) + 2 :]) == {563}
         rows.add(tuple(ids))
@@ -119,7 +119,7 @@ def test_every_word_of_the_captions_is_one_token(pipe):
     assert tokenizer.unk_token_id not in tokenizer.convert_tokens_to_ids(tokenizer.tokenize("zebra crossing, 3 é"))
 
 
-def test_held_out_images():
+def test_held_out_images_are_grey_and_of_all_classes():
     images, labels = embedded_test_images()
     assert (images.shape, images.dtype) == ((64, 3, 32, 32), torch.float32)
     assert (float(images.min()), float(images.max())) == (0.0, 1.0)
@@ -141,7 +141,7 @@ def test_held_out_images_are_those_of_the_test_set():
     assert torch.equal(tensors["labels"], labels[tensors["indices"]])
 
 
-def test_classifier_is_a_stock_one_and_mostly_right(classifier):
+def test_classifier_is_a_stock_model_and_mostly_right(classifier):
     model = AutoModelForImageClassification.from_pretrained(FOLDER / "classifier")
     assert [model.config.id2label[number] for number in range(10)] == list(EMBEDDED_CLASSES)
     images, labels = embedded_test_images()
@@ -218,7 +218,7 @@ def test_truncated_file_is_named(damaged, name):
 
 
 @pytest.mark.parametrize("read", [embedded_test_images, embedded_checkpoint])
-def test_damage_shows_before_anything_is_loaded(damaged, read):
+def test_damage_raises_before_anything_is_loaded(damaged, read):
     truncate(damaged / "unet" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model.safetensors' \(\d+ bytes\) can't be read"):
         read()

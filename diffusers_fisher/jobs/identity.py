@@ -21,8 +21,8 @@ from ..data import CachedLatents, Images, ImageStream
 from ..errors import InputError
 from ..files import read_json
 
-ROWS = 1000  # about so many rows of a dataset, evenly spaced, enter its digest
-STREAM_ROWS = 100  # so many first rows of a stream enter its digest
+ROWS = 1000  # about this number of rows of a dataset, evenly spaced, enter its digest
+STREAM_ROWS = 100  # this number of first rows of a stream enter its digest
 FILE_BYTES = 1024  # last bytes of an image file that enter its digest
 VALUES = 1024  # first values of a tensor that enter its digest
 DATA_NOTE = "data.json"  # file of the note of a run's data
@@ -32,23 +32,23 @@ Note = Mapping[str, Any]
 
 
 def note_differences(
-    before: Note, now: Note, free: tuple[str, ...] = (), tolerance: float = 0.0, absent_is_null: bool = False
+    before: Note, now: Note, changeable: tuple[str, ...] = (), tolerance: float = 0.0, absent_is_null: bool = False
 ) -> list[str]:
     """Says in words which entries of two notes differ, such as "`steps` was 3, is 4".
 
     Args:
-        free: beginnings of the names of entries that may differ.
+        changeable: beginnings of the names of entries that may differ.
         tolerance: relative difference that floats may have.
         absent_is_null: treat an absent entry as a null. Notes of older releases lack newer entries, whose default is
             null.
     """
-    names = [name for name in sorted(before.keys() | now.keys()) if not name.startswith(free)]
+    names = [name for name in sorted(before.keys() | now.keys()) if not name.startswith(changeable)]
     if absent_is_null:
         before, now = ({**dict.fromkeys(names), **note} for note in (before, now))
     return [
-        f"`{name}` was {_in_words(before, name)}, is {_in_words(now, name)}"
+        f"`{name}` was {_describe_entry(before, name)}, is {_describe_entry(now, name)}"
         for name in names
-        if not _alike(before.get(name, ABSENT), now.get(name, ABSENT), tolerance)
+        if not _agree(before.get(name, ABSENT), now.get(name, ABSENT), tolerance)
     ]
 
 
@@ -144,7 +144,7 @@ def _component_settings(component: object) -> object:
     """Returns the part of a component's configuration that depends neither on its folder nor on the release."""
     if hasattr(component, "backend_tokenizer"):
         backend = json.loads(component.backend_tokenizer.to_str())
-        del backend["padding"], backend["truncation"]  # they are those of its last call
+        del backend["padding"], backend["truncation"]  # the last call set them
         return [backend, getattr(component, "model_max_length", None)]
     if hasattr(component, "get_vocab"):
         return [component.get_vocab(), getattr(component, "model_max_length", None)]
@@ -172,12 +172,12 @@ def _size_and_end(entry: Mapping[str, Any]) -> tuple[int, bytes]:
         return 0, b""
 
 
-def _alike(left: object, right: object, tolerance: float) -> bool:
+def _agree(left: object, right: object, tolerance: float) -> bool:
     if isinstance(left, float) and isinstance(right, float):
         return math.isclose(left, right, rel_tol=tolerance)
     return left == right
 
 
-def _in_words(note: Note, name: str) -> str:
+def _describe_entry(note: Note, name: str) -> str:
     text = json.dumps(note[name], ensure_ascii=False) if name in note else "absent"
     return text if len(text) <= 120 else text[:117] + "..."

@@ -47,7 +47,7 @@ class Page:
         Args:
             pictures: pairs (picture, caption); a picture is a tensor (3, H, W) in [0, 1] or the path of a PNG file.
         """
-        parts = [(_base64(_png(picture)), caption) for picture, caption in pictures]
+        parts = [(_base64(_read_png(picture)), caption) for picture, caption in pictures]
         self._parts.append({"kind": "pictures", "pictures": parts})
 
     def text(self) -> str:
@@ -67,18 +67,18 @@ class Page:
 def save_picture(image: torch.Tensor, path: str | os.PathLike) -> None:
     """Writes an image (3, H, W) in [0, 1] as PNG, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_bytes(_encoded(image))
+        temporary.write_bytes(_encode_png(image))
 
 
 def _base64(png: bytes) -> str:
     return base64.b64encode(png).decode()
 
 
-def _png(picture: torch.Tensor | str | os.PathLike) -> bytes:
-    return Path(picture).read_bytes() if isinstance(picture, (str, os.PathLike)) else _encoded(picture)
+def _read_png(picture: torch.Tensor | str | os.PathLike) -> bytes:
+    return Path(picture).read_bytes() if isinstance(picture, (str, os.PathLike)) else _encode_png(picture)
 
 
-def _encoded(image: torch.Tensor) -> bytes:
+def _encode_png(image: torch.Tensor) -> bytes:
     array = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     png = io.BytesIO()
     Image.fromarray(array).save(png, format="png")

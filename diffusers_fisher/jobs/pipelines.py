@@ -47,12 +47,11 @@ def load_pipeline(settings: DenoiserSettings) -> "FisherPipelineMixin":
     from ..pipelines import fisher_pipeline  # loads every pipeline class of diffusers that has a Fisher version
 
     path = embedded_checkpoint() if settings.path == EMBEDDED else settings.path
-    hub = {"revision": settings.revision}
     try:
-        index = diffusers.DiffusionPipeline.load_config(path, **hub)
+        index = diffusers.DiffusionPipeline.load_config(path, revision=settings.revision)
         stock: type[DiffusionPipeline] = getattr(diffusers, index["_class_name"], DiffusionPipeline)
-        dtype = getattr(torch, settings.dtype)
-        pipe = fisher_pipeline(stock).from_pretrained(path, variant=settings.variant, dtype=dtype, **hub)
+        options = {"variant": settings.variant, "dtype": getattr(torch, settings.dtype)}
+        pipe = fisher_pipeline(stock).from_pretrained(path, revision=settings.revision, **options)
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:

@@ -7,7 +7,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 WAIT = datetime.timedelta(days=7)
-"""How long processes wait for each other. Where one works for all, or the shares differ, this may take hours."""
+"""How long processes wait for each other. If one process works for all, or has more work, this may take hours."""
 
 
 def uses_cpu() -> bool:

@@ -57,7 +57,7 @@ class Records:
         return {file.stem for file in (self.folder / RECORDS).glob("*.json") if not file.name.startswith(".")}
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Returns those of `keys` that have no record yet, in their order."""
+        """Returns the keys that have no record yet, in the order of `keys`."""
         done = self.done()
         return [key for key in keys if key not in done]
 
@@ -81,7 +81,7 @@ class Records:
         return record
 
     def collected(self, keys: Iterable[str]) -> list[dict[str, Any]]:
-        """Returns the records of all of `keys`, in their order."""
+        """Returns the records of all `keys`, in the order of `keys`."""
         return [self.read(key) for key in keys]
 
     def _file(self, key: str) -> Path:

@@ -11,7 +11,7 @@ MEANINGS = {
 
 
 def model_card(repo_id: str, config: Mapping[str, Any], description: str = "") -> str:
-    """The card's text: what the model estimates, for which denoiser, and how to use it."""
+    """Returns the card's text, which says what the model estimates, for which denoiser, and how to use it."""
     fingerprint = config.get("fingerprint") or {}
     rows = "\n".join(f"| {key} | `{value}` |" for key, value in fingerprint.items()) or "| none | fits any denoiser |"
     return f"""---

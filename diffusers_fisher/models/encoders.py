@@ -1,7 +1,7 @@
-"""Encoders of the trace model: images or packed tokens in, one vector per sample (and features per position) out.
+"""Encoders of the trace model: they turn images or packed tokens into a vector per sample and features per position.
 
-No normalisation layers: they would remove the amplitudes that tell how large the local variance is. Residual branches
-start at zero instead.
+They have no normalisation layers, which would remove the amplitudes that tell how large the local variance is.
+Residual branches start at zero instead.
 """
 
 import math
@@ -14,8 +14,8 @@ from ..errors import InputError, check_shape
 
 LOG_NOISE_LIMIT = 8.0  # the embedding sees log(sigma/alpha) clamped to +-8, beyond every usual schedule
 
-FEATURE_LEVELS = 48  # so dense that features are nearly linear in between
-OUTLIER = 8.0  # deviations of a feature, beyond which a sample is unlike all that was trained on
+FEATURE_LEVELS = 48  # so many that features are nearly linear between two levels
+OUTLIER = 8.0  # standard deviations of a feature; a sample beyond them is unlike all training data
 
 
 def _start_at_zero(layer: nn.Module) -> None:
@@ -24,7 +24,7 @@ def _start_at_zero(layer: nn.Module) -> None:
 
 
 class NoiseEmbedding(nn.Module):
-    """log(sigma/alpha), and a pooled text vector where there is one, as a vector of `channels`."""
+    """Embeds log(sigma/alpha), and a pooled text vector if there is one, as a vector of `channels` numbers."""
 
     def __init__(self, channels: int, pooled_channels: int | None):
         super().__init__()
@@ -34,7 +34,7 @@ class NoiseEmbedding(nn.Module):
         self.pooled = None if pooled_channels is None else nn.Linear(pooled_channels, channels)
 
     def forward(self, log_noise: torch.Tensor, pooled: torch.Tensor | None) -> torch.Tensor:
-        """(B,) and (B, pooled_channels) to (B, channels)."""
+        """Maps (B,) and (B, pooled_channels) to (B, channels)."""
         value = log_noise.clamp(-LOG_NOISE_LIMIT, LOG_NOISE_LIMIT)[:, None]
         exponents = torch.linspace(math.log(0.1), math.log(4.0), self.num_frequencies, device=value.device)
         angles = value * exponents.exp()  # radians per unit of log(sigma/alpha)
@@ -46,7 +46,7 @@ class NoiseEmbedding(nn.Module):
 
 
 class ConvolutionBlock(nn.Module):
-    """h + conv(silu(scale * conv(silu(h)) + shift)), scale and shift from the noise level."""
+    """Computes h + conv(silu(scale * conv(silu(h)) + shift)); scale and shift depend on the noise level."""
 
     def __init__(self, channels: int, embedding_channels: int):
         super().__init__()
@@ -61,12 +61,12 @@ class ConvolutionBlock(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Patches, a stem and stages of `ConvolutionBlock`s, each stage at half the size of the one before.
+    """Cuts images into patches; a stem and stages of `ConvolutionBlock`s follow. Each stage halves the size.
 
     Attributes:
         features: length of the pooled vector.
         stem_channels: channels of the first feature map.
-        channels: channels of the last one.
+        channels: channels of the last feature map.
     """
 
     def __init__(self, in_channels: int, channels: list[int], layers: int, patch_size: int, embedding_channels: int):
@@ -83,7 +83,7 @@ class ImageEncoder(nn.Module):
         self.features = channels[0] + channels[-1]
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(B, C, H, W) to a vector (B, features), the first and the last feature map."""
+        """Maps (B, C, H, W) to a vector (B, features), the first feature map and the last."""
         if x.shape[-1] % self.patch_size or x.shape[-2] % self.patch_size:
             raise InputError(
                 f"Samples are {tuple(x.shape[-2:])} wide; allowed: multiples of the trace model's `patch_size`, "
@@ -99,7 +99,7 @@ class ImageEncoder(nn.Module):
 
 
 class TokenBlock(nn.Module):
-    """h + a two-layer network of every token, its neighbours (a depthwise convolution) and the mean of all."""
+    """Adds to h a two-layer network of each token, its neighbours (a depthwise convolution) and the tokens' mean."""
 
     def __init__(self, channels: int, embedding_channels: int):
         super().__init__()
@@ -119,7 +119,7 @@ class TokenBlock(nn.Module):
 
 
 class TokenEncoder(nn.Module):
-    """The same for packed tokens: a stem and `TokenBlock`s, all of one width. Attributes as `ImageEncoder`'s."""
+    """Encodes packed tokens by a stem and `TokenBlock`s of one width. The attributes are those of `ImageEncoder`."""
 
     def __init__(self, in_channels: int, channels: list[int], layers: int, patch_size: int, embedding_channels: int):
         super().__init__()
@@ -130,7 +130,7 @@ class TokenEncoder(nn.Module):
         self.features = 2 * width
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(B, N, C) to a vector (B, features), the first and the last features of every token."""
+        """Maps (B, N, C) to a vector (B, features), the first features of every token and the last."""
         stem = self.stem(x)
         h = stem
         for block in self.blocks:
@@ -139,9 +139,9 @@ class TokenEncoder(nn.Module):
 
 
 def log_energy(x: torch.Tensor) -> torch.Tensor:
-    """Log of the mean square over positions, (B, C, N) to (B, C): how strongly every filter answers.
+    """Returns the logarithm of the mean square over positions, (B, C) of (B, C, N): how strongly every filter answers.
 
-    With predicted noise among the inputs this is what tells the local variance: E|eps*|^2/d = 1 - E[r].
+    If predicted noise is among the inputs, this number tells the local variance: E|eps*|^2/d = 1 - E[r].
     """
     return (x.float().square().mean(2) + 1e-6).log().to(x.dtype)
 
@@ -164,9 +164,9 @@ class TraceHead(nn.Module):
 
 
 class FeatureStatistics(nn.Module):
-    """What the denoiser's features are on training data, by noise level; float32 whatever the model's dtype.
+    """Mean and deviation of the denoiser's features on training data, by noise level; float32 in models of any dtype.
 
-    What differs between samples is small beside what differs between levels.
+    Features differ less between samples than between levels.
     """
 
     log_noise: torch.Tensor
@@ -180,16 +180,15 @@ class FeatureStatistics(nn.Module):
         self.register_buffer("deviation", torch.ones(FEATURE_LEVELS, features))
 
     def set(self, log_noise: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> None:
-        """Takes (levels,) rising log(sigma/alpha), `FEATURE_LEVELS` of them, and (levels, features) twice.
+        """Sets rising log(sigma/alpha) (levels,) with `FEATURE_LEVELS` levels, and two statistics (levels, features).
 
         Raises:
-            InputError: shapes that do not fit, levels that do not rise, values that are no mean and deviation.
+            InputError: shapes do not fit, levels do not rise, or values are no mean and deviation.
         """
         statistics = {"log_noise": log_noise, "mean": mean, "deviation": deviation}
         for name, value in statistics.items():
-            check_shape(
-                f"The features' `{name}`", value.shape, getattr(self, name).shape, "Measure it for this model."
-            )
+            shape = getattr(self, name).shape
+            check_shape(f"The features' `{name}`", value.shape, shape, "Measure it for this model.")
             if not bool(torch.isfinite(value).all()):
                 raise InputError(f"The features' `{name}` holds NaN or infinity. Pass finite values.")
         if bool((log_noise.diff() <= 0).any()) or bool((deviation < 0).any()):
@@ -198,25 +197,26 @@ class FeatureStatistics(nn.Module):
             getattr(self, name).copy_(value)
 
     def standardised(self, features: torch.Tensor, log_noise: torch.Tensor) -> torch.Tensor:
-        """(B, features) of mean 0 and deviation 1 on training data of the same levels (B,), float32."""
-        mean, deviation = (self._at(log_noise.float(), table.float()) for table in (self.mean, self.deviation))
-        return ((features.float() - mean) / (deviation + 1e-5)).clamp(-OUTLIER, OUTLIER)
+        """Returns (B, features) with mean 0 and deviation 1 on training data of the same levels (B,), float32.
 
-    def _at(self, log_noise: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """Linear between the levels, the ends beyond them."""
-        levels = self.log_noise.float()
-        value = log_noise.clamp(levels[0], levels[-1]).contiguous()
+        The statistics are linear between the levels, and constant beyond the first and the last.
+        """
+        levels, tables = self.log_noise.float(), (self.mean.float(), self.deviation.float())
+        value = log_noise.float().clamp(levels[0], levels[-1]).contiguous()
         right = torch.searchsorted(levels, value).clamp(1, len(levels) - 1)
         share = (value - levels[right - 1]) / (levels[right] - levels[right - 1])
-        return torch.lerp(table[right - 1], table[right], share[:, None])
+        mean, deviation = (torch.lerp(table[right - 1], table[right], share[:, None]) for table in tables)
+        return ((features.float() - mean) / (deviation + 1e-5)).clamp(-OUTLIER, OUTLIER)
 
 
 class FeatureEncoder(nn.Module):
-    """Summaries of the denoiser's last hidden layer to a vector, which starts at zero; one of its own for none.
+    """Maps summaries of the denoiser's last hidden layer to a vector, which starts at zero.
+
+    A learned vector stands for samples without a summary.
 
     Args:
-        features: numbers per sample.
-        channels: of the vector.
+        features: number of features per sample.
+        channels: length of the vector.
     """
 
     def __init__(self, features: int, embedding_channels: int, channels: int):
@@ -227,17 +227,17 @@ class FeatureEncoder(nn.Module):
         self.none = nn.Parameter(torch.zeros(channels))
 
     def forward(self, features: torch.Tensor | None, log_noise: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """(B, features), or None, and (B,) to (B, channels)."""
+        """Maps (B, features), or None, and (B,) to (B, channels)."""
         if features is not None:
             standard = self.statistics.standardised(features, log_noise)
             return self.head(standard.to(embedding.dtype), embedding) + 0 * self.none
-        # All parameters take part in either case: processes that train together wait for the gradient of each.
+        # All parameters take part in both cases: processes that train together wait for the gradient of each.
         absent = torch.zeros(len(log_noise), self.features, device=embedding.device, dtype=embedding.dtype)
         return self.none + 0 * self.head(absent, embedding)
 
 
 class PixelHead(nn.Module):
-    """The first and last feature maps to one number per coordinate of the sample; the last layer starts at zero."""
+    """Maps the first and last feature maps to one number per coordinate; the last layer starts at zero."""
 
     def __init__(self, encoder: ImageEncoder | TokenEncoder, channels: int, out_channels: int):
         super().__init__()
@@ -267,7 +267,7 @@ class SpectralHead(nn.Module):
         self.last = nn.Linear(64, rank * in_channels)
 
     def forward(self, weights: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """`weights` (B, rank) to (B, C, H, W) with `shape` (C, H, W)."""
+        """Maps `weights` (B, rank) to (B, C, H, W) with `shape` (C, H, W)."""
         device = weights.device
         rows, columns = (torch.arange(size, device=device) / size for size in shape[-2:])
         grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)

@@ -1,6 +1,7 @@
-"""Fingerprints say which denoiser a trace model belongs to: numbers of its weights, configuration and schedule.
+"""Fingerprints say which denoiser a trace model belongs to, by numbers of its weights, configuration and schedule.
 
-The network's part reads up to a million weights. It is kept until `network_key`, which costs milliseconds, changes.
+A fingerprint reads up to a million weights of the network. It is computed again only when `network_key` has changed,
+which costs milliseconds.
 """
 
 from __future__ import annotations
@@ -16,24 +17,25 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..denoiser import Denoiser
 from ..errors import InputError, UnsupportedError
-from ..noise import NoiseSchedule, noise_schedule
+from ..noise import noise_schedule
 
-NUM_TENSORS = 16  # parameters that are looked at one by one
-NUM_VALUES = 65536  # values of each that are read
-NUM_SUMS = 32  # over all matrices: their root mean square is that of the changes to 12%
-MATRIX_VALUES = 4096  # values of each matrix that are read
-LEAST_WEIGHT = 1e-6  # of a matrix's root mean square: float16 has no digits left below
+NUM_TENSORS = 16  # parameters that are compared one by one
+NUM_VALUES = 65536  # values that are read of each of these parameters
+NUM_SUMS = 32  # sums over all matrices: their root mean square is that of the changes, to within 12%
+MATRIX_VALUES = 4096  # values that are read of each matrix
+LEAST_WEIGHT = 1e-6  # least root mean square of a matrix: float16 has no digits below it
 WEIGHT_TOLERANCE = 1e-2  # relative change of one parameter, by one projection: rounding to bfloat16 is up to 2.3e-3
 MATRIX_TOLERANCE = 5e-3  # relative change of all matrices: rounding to bfloat16 is 1.6e-3
-SCHEDULE_TOLERANCE = 1e-3  # of log(sigma/alpha)
+SCHEDULE_TOLERANCE = 1e-3  # difference of log(sigma/alpha)
 LOG_LIMIT = 20.0  # stands for infinity: a schedule that ends in pure noise
-COMPILED = "_orig_mod."  # what torch.compile puts before names
-KEY_VALUES = 64  # weights that a key reads at least: `parameter.data.mul_()` moves no version counter
+COMPILED = "_orig_mod."  # torch.compile puts it before names
+KEY_VALUES = 64  # least number of weights that a key reads: `parameter.data.mul_()` moves no version counter
 SIMPLE_TYPES = {bool, int, float, str, type(None)}
 OF_TORCH = set(vars(torch.nn.Module())) - {"training", "_forward_hooks", "_forward_pre_hooks"}
 """Attributes of every module that are read elsewhere or have no part in an evaluation."""
@@ -47,16 +49,18 @@ _FINGERPRINTS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Hashable, dict[s
 def denoiser_fingerprint(denoiser: Denoiser | DiffusionPipeline) -> dict[str, Any]:
     """Returns the fingerprint of a pipeline or a `Denoiser`, which can be stored as JSON.
 
-    Keys: `denoiser` (class), `config` (hash of the settings that differ from their defaults), `parameters` (hash of
-    names and shapes), `weights` (projections of 16 parameters on a fixed direction, relative to their norms), `counts`
-    (how many values of each), `matrices` (32 sums of projections of all parameters with two axes or more, see
-    `_sums_of_matrices`), `prediction_type`, `schedule` (log(sigma/alpha) at five timesteps). A denoiser without a
-    network has only the last two; a compiled one is as it was before. The weights are compared to within the rounding
-    of 16-bit dtypes; those in 8 bits or fewer, or not in memory, fit anything. Cost: reads a million numbers at most,
-    and 4,096 of every matrix; a second call on the same network only those of `network_key`, if that is the same.
+    The keys are `denoiser` (class), `config` (hash of the settings that differ from their defaults), `parameters`
+    (hash of names and shapes), `weights` (projections of 16 parameters on a fixed direction, relative to their norms),
+    `counts` (number of values of each of them), `matrices` (32 sums of projections of all parameters with two axes or
+    more, see `_sums_of_matrices`), `prediction_type`, and `schedule` (log(sigma/alpha) at five timesteps). A denoiser
+    without a network has only the last two. `torch.compile` does not change the fingerprint. The weights are compared
+    to within the rounding of 16-bit dtypes. Weights in 8 bits or fewer, or not in memory, agree with all others.
+
+    Cost: reads a million numbers at most, and 4,096 of every matrix. A second call on the same network reads only the
+    numbers of `network_key`, if the key is the same.
 
     Raises:
-        UnsupportedError: an object without a scheduler, or with one that is not known.
+        UnsupportedError: the object has no scheduler, or one that is not known.
     """
     scheduler = getattr(denoiser, "scheduler", None)
     if scheduler is None:
@@ -65,19 +69,25 @@ def denoiser_fingerprint(denoiser: Denoiser | DiffusionPipeline) -> dict[str, An
             "the pipeline, or PipelineDenoiser(pipe, ...)."
         )
     noise = noise_schedule(scheduler)
-    schedule = {"prediction_type": noise.prediction.kind, "schedule": _five_levels(noise)}
+    levels = noise.log_noise_to_signal_at(noise.spread_timesteps(5)).clamp(-LOG_LIMIT, LOG_LIMIT)
+    schedule = {"prediction_type": noise.prediction.kind, "schedule": levels.tolist()}
     network = _network(denoiser)
-    return schedule if network is None else copy.deepcopy(_kept_fingerprint(network)) | schedule
+    if network is None:
+        return schedule
+    key = network_key(network)
+    if network not in _FINGERPRINTS or _FINGERPRINTS[network][0] != key:
+        _FINGERPRINTS[network] = key, _network_fingerprint(network)
+    return copy.deepcopy(_FINGERPRINTS[network][1]) | schedule
 
 
 @torch.no_grad()
 def network_key(network: torch.nn.Module) -> Hashable:
-    """Returns what changes whenever a network's function may have changed, cheap enough to read at every call.
+    """Returns a key that changes whenever a network's function may have changed. It is cheap enough for every call.
 
-    It holds, for each parameter, its name, shape, dtype, device, place in memory and version, and one value or more
-    (64 over all); for each module its class, hooks and every attribute of its own, among them adapters and their
-    scales, attention processors, FreeU's factors and the configuration. It holds no reference to any of them. Changes
-    through `parameter.data` move no version, and are seen at the sampled values alone.
+    For each parameter the key has its name, shape, dtype, device, place in memory and version, and one value or more
+    (64 in total). For each module it has the class, the hooks and every attribute of the module's own, among them
+    adapters and their scales, attention processors, FreeU's factors and the configuration. The key holds no reference
+    to any of them. Changes through `parameter.data` move no version, so only the sampled values show them.
     """
     entries: list[Hashable] = []  # flat, because there are thousands
     readable = []
@@ -94,15 +104,6 @@ def network_key(network: torch.nn.Module) -> Hashable:
     return tuple(entries), _sampled_values(readable)
 
 
-def _kept_fingerprint(network: torch.nn.Module) -> dict[str, Any]:
-    """Returns the network's fingerprint, computed anew only where its key has changed."""
-    key = network_key(network)
-    entry = _FINGERPRINTS.get(network)
-    if entry is None or entry[0] != key:
-        entry = _FINGERPRINTS[network] = key, _network_fingerprint(network)
-    return entry[1]
-
-
 def _network_fingerprint(network: torch.nn.Module) -> dict[str, Any]:
     parameters = dict(sorted((name.replace(COMPILED, ""), value) for name, value in network.named_parameters()))
     sampled = [parameters[name] for name in _spread(list(parameters))]
@@ -116,10 +117,9 @@ def _network_fingerprint(network: torch.nn.Module) -> dict[str, Any]:
 
 
 def fingerprint_differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """Returns in words how fingerprint `found` differs from `expected`; keys that one of them lacks are not compared.
+    """Says in words how fingerprint `found` differs from `expected`; keys that one of them lacks are not compared.
 
-    `expected` may lack `counts` and `matrices`, as fingerprints did at first: its weights are then compared by 16
-    parameters alone.
+    Fingerprints of the first release lack `counts` and `matrices`: their weights are compared by 16 parameters alone.
     """
     words = []
     for key, label in (("denoiser", "class of the denoiser"), ("prediction_type", "prediction type")):
@@ -136,15 +136,15 @@ def fingerprint_differences(expected: Mapping[str, Any], found: Mapping[str, Any
         )
     schedule = _largest_gap(expected.get("schedule"), found.get("schedule"))
     if schedule > SCHEDULE_TOLERANCE:
-        shown = [", ".join(f"{value:.3f}" for value in each["schedule"]) for each in (expected, found)]
-        words.append(f"schedule: trained for log(sigma/alpha) {shown[0]} at five timesteps, got {shown[1]}")
+        levels = [", ".join(f"{value:.3f}" for value in each["schedule"]) for each in (expected, found)]
+        words.append(f"schedule: trained for log(sigma/alpha) {levels[0]} at five timesteps, got {levels[1]}")
     return words
 
 
 def check_fingerprint(
     expected: Mapping[str, Any] | None, denoiser: Denoiser | DiffusionPipeline, name: str = "trace model"
 ) -> None:
-    """Refuses a denoiser that the `expected` fingerprint does not fit; None fits every denoiser.
+    """Refuses a denoiser whose fingerprint differs from `expected`; None allows every denoiser.
 
     Raises:
         InputError: says what differs.
@@ -160,7 +160,7 @@ def check_fingerprint(
 
 
 def _network(denoiser: Denoiser | DiffusionPipeline) -> torch.nn.Module | None:
-    """Returns the network as it was before `torch.compile`; None where there is none."""
+    """Returns the network as it was before `torch.compile`; None if there is no network."""
     if isinstance(denoiser, Denoiser):
         candidates = [denoiser.network]
     else:
@@ -200,13 +200,8 @@ def _summary(value: object) -> Hashable:
         return tuple([(_summary(key), _summary(entry)) for key, entry in value.items()])
     if isinstance(value, (list, tuple, set)):
         return tuple([_summary(entry) for entry in value])
-    own = getattr(value, "__dict__", {})  # such as an attention processor's
-    return type(value).__qualname__, id(value), *(entry for entry in own.items() if type(entry[1]) in SIMPLE_TYPES)
-
-
-def _five_levels(schedule: NoiseSchedule) -> list[float]:
-    """log(sigma/alpha) at five timesteps from the first to the last."""
-    return schedule.log_noise_to_signal_at(schedule.spread_timesteps(5)).clamp(-LOG_LIMIT, LOG_LIMIT).tolist()
+    attributes = getattr(value, "__dict__", {}).items()  # an attention processor's, for example
+    return type(value).__qualname__, id(value), *(entry for entry in attributes if type(entry[1]) in SIMPLE_TYPES)
 
 
 def _settings(network: torch.nn.Module) -> dict[str, Any]:
@@ -227,38 +222,36 @@ def _hash(content: object) -> str:
 
 
 def _spread(names: list[str]) -> list[str]:
-    """Up to `NUM_TENSORS` of `names`, evenly spaced."""
+    """Returns up to `NUM_TENSORS` of `names`, evenly spaced."""
     count = min(NUM_TENSORS, len(names))
     return [names[index * (len(names) - 1) // max(1, count - 1)] for index in range(count)]
 
 
 @functools.cache
 def _direction(count: int) -> torch.Tensor:
-    """A fixed direction without a pattern, (count,) float64, entries of mean square 1/2."""
+    """Returns a fixed direction without a pattern, (count,) float64; its entries have mean square 1/2."""
     return torch.cos(torch.arange(count, dtype=torch.float64) ** 2 * 0.7548776662466927)
 
 
 def _is_readable(parameter: torch.Tensor) -> bool:
-    """Whether values are in memory, and fine enough to tell a change from rounding."""
+    """Returns whether values are in memory, and fine enough to tell a change from rounding."""
     return not parameter.is_meta and parameter.is_floating_point() and parameter.element_size() >= 2
 
 
-def _values(parameter: torch.Tensor, count: int) -> torch.Tensor | None:
-    """Returns the first values, float64; None where they are not readable."""
-    if not _is_readable(parameter):
-        return None
+def _values(parameter: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns the first `count` values, float64."""
     return parameter.detach().flatten()[:count].cpu().double()
 
 
 @torch.no_grad()
 def _projection(parameter: torch.Tensor) -> float | None:
-    """<w, u>/|w| with u a fixed direction of norm one; None, which fits anything, where the values are not at hand.
+    """Returns <w, u>/|w| with a fixed direction u of norm one, or None if the values can't be read.
 
-    Whatever the weights, it is about 1/sqrt(n), so that a change of w by a part rho moves it by about rho/sqrt(n).
+    For all weights it is about 1/sqrt(n), so a change of w by a part rho moves it by about rho/sqrt(n).
     """
-    values = _values(parameter, NUM_VALUES)
-    if values is None:
+    if not _is_readable(parameter):
         return None
+    values = _values(parameter, NUM_VALUES)
     direction = _direction(NUM_VALUES)[: len(values)]
     size = float(values.norm() * direction.norm())
     return float(values @ direction) / size if size > 0 else 0.0
@@ -266,19 +259,19 @@ def _projection(parameter: torch.Tensor) -> float | None:
 
 @torch.no_grad()
 def _sums_of_matrices(parameters: Iterable[torch.Tensor]) -> list[float] | None:
-    """Random projections of all matrices together, each of which counts by its relative change.
+    """Returns random projections of all matrices together, or None if values of a matrix can't be read.
 
-    The values of a matrix, divided by their norm, are dealt out to the sums in turn. If matrix i changes by a part
-    rho_i of its norm, the sums change by the root mean square of rho over the matrices, in root mean square
-    (Johnson & Lindenstrauss): a LoRA fused into a few kinds of layers shows, wherever they are. None where values of a
-    matrix are not at hand.
+    Each matrix counts by its relative change. The values of a matrix, divided by their norm, go to the sums in turn.
+    If matrix i changes by a part rho_i of its norm, the root mean square of the sums' changes is the root mean square
+    of rho over the matrices (Johnson & Lindenstrauss). So a LoRA that is fused into a few kinds of layers shows,
+    wherever these layers are.
     """
     matrices = [parameter for parameter in parameters if parameter.ndim > 1 and parameter.numel() > 0]
+    if not all(map(_is_readable, matrices)):
+        return None
     sums = torch.zeros(NUM_SUMS, dtype=torch.float64)
     for parameter in matrices:
         values = _values(parameter, MATRIX_VALUES)
-        if values is None:
-            return None
         size = values.norm().clamp_min(LEAST_WEIGHT * len(values) ** 0.5)
         terms = values * _direction(NUM_VALUES)[: len(values)] / size
         sums += torch.nn.functional.pad(terms, (0, -len(terms) % NUM_SUMS)).view(-1, NUM_SUMS).sum(0)
@@ -287,25 +280,21 @@ def _sums_of_matrices(parameters: Iterable[torch.Tensor]) -> list[float] | None:
 
 
 def _changes_of_weights(expected: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[float, float]:
-    """About how much, relative to its norm, the one parameter changed that did most, and all matrices together."""
-    counts = found.get("counts") or expected.get("counts")
-    one = all_matrices = 0.0
-    if counts:
-        scales = [math.sqrt(count) for count in counts]
-        one = _largest_gap(expected.get("weights"), found.get("weights"), scales)
+    """Returns about how much the most changed parameter differs, relative to its norm, and all matrices together."""
+    counts = found.get("counts") or expected.get("counts") or ()
+    scales = [math.sqrt(count) for count in counts]
+    one = _largest_gap(expected.get("weights"), found.get("weights"), scales) if scales else 0.0
     left, right = expected.get("matrices"), found.get("matrices")
-    if left is not None and right is not None:
-        all_matrices = math.dist(left, right) / math.sqrt(NUM_SUMS)
-    return one, all_matrices
+    return one, 0.0 if left is None or right is None else math.dist(left, right) / math.sqrt(NUM_SUMS)
 
 
 def _largest_gap(
-    left: Sequence[float | None] | None, right: Sequence[float | None] | None, scales: Sequence[float] | None = None
+    left: Sequence[float | None] | None, right: Sequence[float | None] | None, scales: Sequence[float] = (1.0,)
 ) -> float:
+    """Returns the largest difference, times its scale; entries of None fit every number."""
     if left is None or right is None:
         return 0.0
     if len(left) != len(right):
         return math.inf
-    scales = [1.0] * len(left) if scales is None else scales
-    gaps = [s * abs(a - b) for s, a, b in zip(scales, left, right, strict=True) if a is not None and b is not None]
-    return max(gaps, default=0.0)
+    gaps = np.array(scales) * np.abs(np.array(left, dtype=float) - np.array(right, dtype=float))  # NaN for None
+    return float(np.nanmax(gaps, initial=0.0))

@@ -10,17 +10,17 @@ from torch import nn
 from ..distributions.covariance import DCTBasis
 from ..errors import InputError
 
-VARIANCE_FLOOR = 1e-6  # of the mean variance: coordinates that never vary must not have an infinite logarithm
+VARIANCE_FLOOR = 1e-6  # part of the mean variance: coordinates that never vary must not have an infinite logarithm
 
 
 class GaussianPrior(nn.Module):
     """Mean and variances of the data per coordinate, in the sample's own coordinates or those of the DCT.
 
     Args:
-        shape: of the statistics; broadcastable to one sample. Variances of samples (C, H, W) of another size are
-            interpolated: over the image for pixels, over the frequencies for the DCT. Those of tokens (N, C) can't
-            be, and take N tokens alone; (1, C) takes any number.
-        basis: "pixel" or "dct". The mean is in the sample's own coordinates either way.
+        shape: shape of the statistics, which broadcasts to one sample. For samples (C, H, W) of another size the
+            statistics are interpolated: over the image for pixels, over the frequencies for the DCT. Statistics of
+            tokens (N, C) can't be interpolated, so they serve samples of N tokens alone; (1, C) serves any number.
+        basis: "pixel" or "dct". The mean is in the sample's own coordinates in both cases.
     """
 
     mean: torch.Tensor
@@ -33,10 +33,10 @@ class GaussianPrior(nn.Module):
         self.register_buffer("variance", torch.ones(shape))
 
     def set(self, mean: torch.Tensor | float, variance: torch.Tensor | float) -> None:
-        """Takes the data's statistics, broadcastable to the prior's shape; floors variances at 1e-6 of their mean.
+        """Sets the data's statistics, which broadcast to the prior's shape; variances are at least 1e-6 of their mean.
 
         Raises:
-            InputError: shapes that do not fit, variances that are negative, all zero or not finite.
+            InputError: shapes do not fit, or variances are negative, all zero or not finite.
         """
         mean, variance = (torch.as_tensor(value).detach().float() for value in (mean, variance))
         for name, value in (("mean", mean), ("variance", variance)):
@@ -55,22 +55,22 @@ class GaussianPrior(nn.Module):
         self.variance.copy_(variance.clamp_min(VARIANCE_FLOOR * float(variance.mean())).expand(self.mean.shape))
 
     def variances(self, shape: torch.Size) -> torch.Tensor:
-        """Variances for samples of `shape`, float32."""
-        return self._fitted(self.variance.float().clamp_min(1e-12).log(), shape).exp()
+        """Returns the variances for samples of `shape`, float32."""
+        return self._resize(self.variance.float().clamp_min(1e-12).log(), shape).exp()
 
     def logits(self, log_noise: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """log(lambda/s^2) = logit of r for every coordinate, (B, *shape) float32."""
+        """Returns log(lambda/s^2), which is the logit of r, for every coordinate, (B, *shape) float32."""
         return self.variances(shape).log() - 2 * log_noise.float().view(-1, *[1] * len(shape))
 
     def mean_logit(self, log_noise: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Logit of r, the mean over coordinates, (B,) float32: log of mean(lambda/(lambda + s^2)) over its rest."""
+        """Returns the logit of r, (B,) float32. r is the mean of lambda/(lambda + s^2) over the coordinates."""
         logits = self.logits(log_noise, shape).flatten(1)
         return torch.logsumexp(F.logsigmoid(logits), 1) - torch.logsumexp(F.logsigmoid(-logits), 1)
 
     def second_moment(self, sample: torch.Tensor, log_noise: torch.Tensor) -> torch.Tensor:
-        """E[|x_0|^2/d | x] (B,) float32 from the variance-preserving sample (B, ...)."""
+        """Returns E[|x_0|^2/d | x], (B,) float32, from the variance-preserving sample (B, ...)."""
         shape = sample.shape[1:]
-        mean, x = self._fitted(self.mean.float(), shape).expand(shape), sample.float()
+        mean, x = self._resize(self.mean.float(), shape).expand(shape), sample.float()
         gain = torch.sigmoid(self.logits(log_noise, shape))  # lambda/(lambda + s^2)
         norm = log_noise.float().exp().square().add(1).sqrt().view(-1, *[1] * len(shape))  # x/alpha = norm * x
         if self.basis == "dct":
@@ -79,7 +79,8 @@ class GaussianPrior(nn.Module):
         posterior = (1 - gain) * mean + gain * norm * x
         return (posterior.square() + (1 - gain) * self.variances(shape)).flatten(1).mean(1)
 
-    def _fitted(self, statistic: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    def _resize(self, statistic: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """Returns a statistic for samples of `shape`. Raises `InputError` if it does not fit them."""
         sizes = tuple(statistic.shape)
         if len(sizes) == len(shape) and all(have in (1, want) for have, want in zip(sizes, shape, strict=True)):
             return statistic.expand(shape)

@@ -35,7 +35,7 @@ LAYOUTS = ("image", "tokens")
 OUTPUTS = ("trace", "diagonal")
 BASES = ("pixel", "dct")
 
-MAX_LOG_RATIO = 12.0  # |g|, by how much log v may leave the prior's
+MAX_LOG_RATIO = 12.0  # largest |g|: by so much log v may differ from the prior's
 LEAST_ALPHA = 1e-3  # relative to the level's norm, where x_0 is computed
 FADING_NOISE = 10.0  # the predicted x_0 is divided by sqrt(1 + (s/10)^2)
 MIXED_FREQUENCIES = 16
@@ -43,10 +43,10 @@ MIXED_FREQUENCIES = 16
 
 @dataclasses.dataclass
 class FisherTraceOutput(BaseOutput):
-    """What the trace model returns for a batch, float32; one of the two is set.
+    """The trace model's output for a batch, float32. One of the two fields is set.
 
     Args:
-        logits: logits of r, (B,), or of the diagonal of Cov[eps|x_t] in the model's basis, (B, ...).
+        logits: logits of r, (B,), or logits of the diagonal of Cov[eps|x_t] in the model's basis, (B, ...).
         second_moment: E[|x_0|^2/d | x_t], (B,), from models of target "norm".
     """
 
@@ -57,38 +57,42 @@ class FisherTraceOutput(BaseOutput):
 class FisherTraceModel(ModelMixin, ConfigMixin):
     """Estimates r(x, t) = tr Cov[eps|x_t]/d from a noisy sample, its noise level and the denoiser's prediction there.
 
-    The head is an effective variance, r = v/(v + s^2) with v = v_0 exp(g): v_0 is that of independent Gaussian
-    coordinates with the data's variances (`set_prior`), g the network, which starts at zero. So r goes to 1 as s -> 0
-    and to v/s^2 as s -> infinity whatever the network says, and an untrained model is right on Gaussian data. With
-    `output="diagonal"` every coordinate has its own v and r is the mean.
+    The model computes an effective variance v: r = v/(v + s^2) with v = v_0 exp(g). v_0 belongs to independent
+    Gaussian coordinates with the data's variances (`set_prior`). g is the network's output, which starts at zero. So r
+    goes to 1 as s -> 0 and to v/s^2 as s -> infinity for every output of the network, and an untrained model is right
+    on Gaussian data. With `output="diagonal"` every coordinate has its own v, and r is the mean.
 
-    Clamped: r stays in (0, 1), though between two modes it may exceed 1; |g| < 12; the network sees log s in [-8, 8]
-    (the prior sees all of it); variances of the prior are at least 1e-6 of their mean. Models of target "norm" give
-    E[|x_0|^2/d | x_t] = the prior's + the network, L2-trained as in the paper; their r may be anything.
+    Some values are limited: r stays in (0, 1), though the true r may exceed 1 between two modes; |g| < 12; the network
+    takes log s in [-8, 8] (the prior takes all of it); variances of the prior are at least 1e-6 of their mean. Models
+    of target "norm" give E[|x_0|^2/d | x_t] as the sum of the prior's and the network's, trained by the squared error
+    as in the paper; their r has no limits.
 
-    Conditioned on log(sigma/alpha) and not on the timestep, so every sampler and schedule of the denoiser may use it.
+    The model depends on log(sigma/alpha) and not on the timestep, so it serves every sampler and schedule of the
+    denoiser.
 
     Args:
         in_channels: C of samples (B, C, H, W), or of packed tokens (B, N, C).
         layout: "image" or "tokens".
-        target: what it is trained on: "residual" (the data's r, from squared errors of the denoiser), "jacobian" (the
-            model's own, from random probes) or "norm" (the paper's).
+        target: what the model is trained on: "residual" (the data's r, from squared errors of the denoiser),
+            "jacobian" (the denoiser's own r, from random probes) or "norm" (the paper's target).
         output: "trace", or "diagonal".
         basis: coordinates of the prior's variances and of the diagonal: "pixel" (the sample's own) or "dct" (discrete
             cosine transform over the image).
-        block_out_channels: channels of every stage, each at half the size of the one before; tokens have one width,
-            the first, and as many blocks.
+        block_out_channels: channels of every stage; each stage has half the size of the one before. Encoders of
+            tokens take the first number as their width, and have as many stages.
         layers_per_block: number of blocks per stage.
         patch_size: side of the square patches that the first layer takes (images).
         head_channels, time_channels: widths of the head and of the embedding of the noise level.
-        pooled_channels: width of an additional vector per sample, such as a pooled text embedding; None: none.
-        use_prediction: take the denoiser's predicted noise and x_0 too, which a sampler step knows anyway.
+        pooled_channels: length of an additional vector per sample, such as a pooled text embedding; None means that
+            the model takes none.
+        use_prediction: also take the denoiser's predicted noise and x_0, which every step of a sampler knows.
         feature_channels: count of numbers per sample that sum up the denoiser's last hidden layer, which its Jacobian
-            goes through (`DenoisingState.features`, by `PipelineDenoiser`); None: none. States without features are
-            taken too, with the accuracy of a model that knows none.
-        prior_shape: shape of the prior's statistics; None: one number per channel. With (N, C), for tokens, the model
-            takes N tokens alone.
-        fingerprint: fingerprint of the denoiser, see `diffusers_fisher.models.denoiser_fingerprint`; None: fits any.
+            goes through (`DenoisingState.features`, by `PipelineDenoiser`); None means that the model takes none.
+            States without features are taken too, with the accuracy of a model that takes none.
+        prior_shape: shape of the prior's statistics; None means one number per channel. With (N, C), for tokens, the
+            model takes samples of N tokens alone.
+        fingerprint: fingerprint of the denoiser, see `diffusers_fisher.models.denoiser_fingerprint`; None means that
+            the model serves every denoiser.
     """
 
     config_name = "config.json"  # type: ignore[assignment]
@@ -143,27 +147,28 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
 
     @property
     def target(self) -> str:
-        """What r was trained on: "residual", "jacobian" or "norm"."""
+        """The target of the training: "residual", "jacobian" or "norm"."""
         return self.config["target"]
 
     def set_prior(self, mean: torch.Tensor | float, variance: torch.Tensor | float) -> None:
-        """Sets the data's mean (sample's own coordinates) and variances (of `basis`), each broadcastable to
-        `prior_shape`; before training. `GaussianFisher.fit_diagonal(samples, dct=...)` measures both.
+        """Sets the data's mean (in the sample's own coordinates) and variances (in `basis`), before training.
+
+        Both broadcast to `prior_shape`. `GaussianFisher.fit_diagonal(samples, dct=...)` measures them.
 
         Raises:
-            InputError: shapes that do not fit, or values that are no mean and variance.
+            InputError: shapes do not fit, or values are no mean and variance.
         """
         self.prior.set(mean, variance)
 
     def set_feature_statistics(self, log_noise: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> None:
-        """Sets what the denoiser's features are on training data, by level; before training.
+        """Sets the statistics of the denoiser's features on training data by level, before training.
 
         Args:
             log_noise: (48,) rising log(sigma/alpha).
             mean, deviation: (48, feature_channels).
 
         Raises:
-            InputError: a model without features, or values that do not fit.
+            InputError: the model takes no features, or values do not fit.
         """
         if self.summaries is None:
             raise InputError("This trace model takes no features; make it with `feature_channels`.")
@@ -183,14 +188,19 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         Args:
             sample: (B, ...), variance preserving: x_t/sqrt(alpha^2 + sigma^2).
             log_noise: (B,) log(sigma/alpha), float32.
-            original, epsilon: (B, ...) the denoiser's predictions, x_0 faded as by `trace_inputs`.
-            features: (B, feature_channels) of the denoiser's last hidden layer; models without ignore them.
+            original, epsilon: (B, ...) the denoiser's predictions; x_0 is divided as by `trace_inputs`.
+            features: (B, feature_channels) of the denoiser's last hidden layer. Models that take none ignore them.
             pooled: (B, pooled_channels).
 
         Raises:
-            InputError: a shape that the model does not take, or an input that it needs and was not given.
+            InputError: the model does not take the shape of an input, or an input is missing.
         """
-        x = self._joined(sample, original, epsilon, pooled)
+        x = self._input(sample, original, epsilon)
+        width = self.config["pooled_channels"]
+        got = None if pooled is None else tuple(pooled.shape)
+        allowed = None if width is None else (len(sample), width)
+        if got != allowed:
+            raise InputError(f"`pooled` has shape {got}; allowed: {allowed}, by the trace model's `pooled_channels`.")
         embedding = self.embedding(log_noise, pooled)
         vector, stem, h = self.encoder(x, embedding)
         axes = (2, 3) if self.config["layout"] == "image" else (1,)
@@ -208,16 +218,18 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
             scale = (self.prior.mean.float().square() + self.prior.variance.float()).mean()
             return FisherTraceOutput(second_moment=moment + scale * numbers[:, 0].float())
         if self.map is None:
-            return FisherTraceOutput(logits=self.prior.mean_logit(log_noise, shape) + _bounded(numbers[:, 0]))
+            return FisherTraceOutput(logits=self.prior.mean_logit(log_noise, shape) + _limit(numbers[:, 0]))
         common = numbers[:, 0].view(-1, *[1] * len(shape))
         own = self.map(numbers[:, 1:], shape) if isinstance(self.map, SpectralHead) else self.map(stem, h)
-        return FisherTraceOutput(logits=self.prior.logits(log_noise, shape) + _bounded(common + own))
+        return FisherTraceOutput(logits=self.prior.logits(log_noise, shape) + _limit(common + own))
 
     def evaluate(self, state: DenoisingState, pooled: torch.Tensor | None = None) -> FisherTraceOutput:
-        """The output at a denoising state, without a graph. Cost: one evaluation of this model, none of the denoiser.
+        """Returns the output at a denoising state, without a graph.
+
+        Cost: one evaluation of this model, none of the denoiser.
 
         Raises:
-            InputError: a sample or `pooled` that the model does not take, a prediction type it was not trained for.
+            InputError: the model does not take the sample or `pooled`, or was trained for another prediction type.
         """
         expected = (self.config["fingerprint"] or {}).get("prediction_type")
         if expected is not None and expected != state.prediction.kind:
@@ -233,7 +245,7 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
             return self.forward(**inputs, pooled=pooled)
 
     def unexplained_noise_fraction(self, state: DenoisingState, pooled: torch.Tensor | None = None) -> torch.Tensor:
-        """tr Cov[eps|x_t]/d at a state, (B,) float64. Cost and errors as `evaluate`."""
+        """Returns tr Cov[eps|x_t]/d at a state, (B,) float64. Cost and errors are those of `evaluate`."""
         return noise_shares(self.evaluate(state, pooled), state)[0].reshape(len(state.sample), -1).mean(1)
 
     # Denoisers
@@ -243,7 +255,7 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         self.register_to_config(fingerprint=denoiser_fingerprint(denoiser))
 
     def check_fingerprint(self, denoiser: Denoiser | DiffusionPipeline) -> None:
-        """Refuses a denoiser this model was not trained for; a model without a fingerprint takes any.
+        """Refuses a denoiser that this model was not trained for. A model without a fingerprint takes every denoiser.
 
         Raises:
             InputError: says what differs.
@@ -258,7 +270,7 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         """Writes `diffusion_pytorch_model.safetensors` (config in its metadata) and `config.json`, each atomically.
 
         Raises:
-            InputError: an option other than diffusers' `safe_serialization=True` and `variant=None`.
+            InputError: an option differs from diffusers' `safe_serialization=True` and `variant=None`.
         """
         defaults = {"safe_serialization": True, "variant": None, "save_function": None, "push_to_hub": False}
         changed = sorted(key for key, value in kwargs.items() if key not in defaults or value != defaults[key])
@@ -281,10 +293,10 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> FisherTraceModel:
-        """As diffusers': a folder or a model id of the Hub.
+        """Loads a model as `ModelMixin.from_pretrained` of diffusers does, from a folder or from the Hub.
 
         Raises:
-            CheckpointError: a local folder with a missing or truncated file.
+            CheckpointError: a file of a local folder is missing or truncated.
         """
         folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
         if Path(pretrained_model_name_or_path).is_dir():
@@ -310,7 +322,7 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         """Publishes the model with a card that says what it estimates and for which denoiser.
 
         Args:
-            description: added to the card: the denoiser's name, data, training, measured errors.
+            description: text for the card: the denoiser's name, data, training, measured errors.
         """
         from diffusers.utils.hub_utils import create_repo
 
@@ -324,14 +336,10 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
                 folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr, subfolder=subfolder
             )
 
-    def _joined(
-        self,
-        sample: torch.Tensor,
-        original: torch.Tensor | None,
-        epsilon: torch.Tensor | None,
-        pooled: torch.Tensor | None,
+    def _input(
+        self, sample: torch.Tensor, original: torch.Tensor | None, epsilon: torch.Tensor | None
     ) -> torch.Tensor:
-        """The network's input, all channels side by side, in its dtype."""
+        """Returns the encoder's input in its dtype, with all channels side by side."""
         config = self.config
         layout, channels = config["layout"], config["in_channels"]
         axis, count = (1, 4) if layout == "image" else (2, 3)
@@ -341,11 +349,6 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
                 f"The trace model got samples of shape {tuple(sample.shape)}; allowed: {allowed}, its layout "
                 f"'{layout}'."
             )
-        width = config["pooled_channels"]
-        got = None if pooled is None else tuple(pooled.shape)
-        wanted = None if width is None else (len(sample), width)
-        if got != wanted:
-            raise InputError(f"`pooled` has shape {got}; allowed: {wanted}, by the trace model's `pooled_channels`.")
         parts = [sample]
         if config["use_prediction"]:
             if original is None or epsilon is None:
@@ -360,8 +363,8 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
 def trace_inputs(state: DenoisingState) -> dict[str, torch.Tensor]:
     """Returns the arguments of `FisherTraceModel.forward` at a state, detached, float32 or the state's own dtype.
 
-    All are of order one at every level: x_t over its norm, the predicted noise, and the predicted x_0 over
-    sqrt(1 + (s/10)^2), since an error of the predicted noise grows by s in it.
+    All are of order one at every level: x_t divided by its norm, the predicted noise, and the predicted x_0 divided by
+    sqrt(1 + (s/10)^2), since it has s times the error of the predicted noise.
     """
     sample = state.sample.detach()
     level = state.level
@@ -381,7 +384,8 @@ def trace_inputs(state: DenoisingState) -> dict[str, torch.Tensor]:
     }
 
 
-def _bounded(g: torch.Tensor) -> torch.Tensor:
+def _limit(g: torch.Tensor) -> torch.Tensor:
+    """Returns g for small g, and at most `MAX_LOG_RATIO` in magnitude."""
     return MAX_LOG_RATIO * torch.tanh(g.float() / MAX_LOG_RATIO)
 
 

@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -31,14 +30,14 @@ from ..jobs.pipelines import load_pipeline
 from ..jobs.processes import process_state
 from ..jobs.records import writing
 from .checkpoints import TrainingFolder
-from .pieces import batched
+from .pieces import Row, batched
 from .samples import SampleSpace
 from .trace_config import TraceMatchingConfig
 
 logger = get_logger(__name__)
 
 SHARD_SIZE = 4096  # images per shard
-FREE_SETTINGS = ("denoiser.compile",)
+CHANGEABLE_SETTINGS = ("denoiser.compile",)
 DISK_ADVICE = "make room and start again, whole shards are kept"
 
 
@@ -57,11 +56,12 @@ def cache_latents(config: TraceMatchingConfig, batch_size: int = 16) -> int:
     if config.data is None or config.latents is None:
         raise InputError("Caching needs both `data` (the images) and `latents` (the folder to write) in the config.")
     state, folder = process_state(), Path(config.latents)
-    notes = TrainingFolder(folder, work=(LATENT_INDEX, "latents-*.safetensors"))
     settings = {"data": dataclasses.asdict(config.data), "denoiser": dataclasses.asdict(config.denoiser)}
+    work = (LATENT_INDEX, "latents-*.safetensors")
+    notes = TrainingFolder(folder, settings, CHANGEABLE_SETTINGS, work=work)
     if state.is_main_process:
         check_writable(folder)
-        notes.check(settings, FREE_SETTINGS)
+        notes.check_settings()
     if (folder / LATENT_INDEX).is_file():
         if state.is_main_process and Path(config.data.path).is_dir():  # other data would have to be downloaded
             notes.check_data(data_note(open_images(config.data)))
@@ -74,12 +74,12 @@ def cache_latents(config: TraceMatchingConfig, batch_size: int = 16) -> int:
     first = _first_readable(source)
     space.moments(first[None])  # refuses sizes that can't be encoded
     if state.is_main_process:
-        notes.claim(settings, FREE_SETTINGS, data=data_note(source))
+        notes.write_notes(data_note(source))
     number = -1
     for number, rows in enumerate(batched(enumerate(source.undecoded()), SHARD_SIZE)):
         if number % state.num_processes == state.process_index and not (folder / shard_name(number)).is_file():
-            shown = tqdm(rows, shard_name(number), disable=not state.is_main_process)
-            _write_shard(folder / shard_name(number), shown, source, space, first, batch_size)
+            progress = tqdm(rows, shard_name(number), disable=not state.is_main_process)
+            _write_shard(folder / shard_name(number), progress, source, space, first, batch_size)
     state.wait_for_everyone()
     if state.is_main_process:
         _write_index(folder, number + 1, pipe)
@@ -97,13 +97,9 @@ def _first_readable(source: Images) -> torch.Tensor:
 
 
 def _write_shard(
-    path: Path,
-    rows: Iterable[tuple[int, dict[str, Any]]],
-    source: Images,
-    space: SampleSpace,
-    first: torch.Tensor,  # (C, H, W) pixels of the cache's first image
-    batch_size: int,
+    path: Path, rows: Iterable[Row], source: Images, space: SampleSpace, first: torch.Tensor, batch_size: int
 ) -> None:
+    """Writes one shard. All images must have the size of `first`, the pixels (C, H, W) of the cache's first image."""
     captions, skipped = [], []
 
     def pixels() -> Iterator[torch.Tensor]:

@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 
 
-def changed(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def change_images(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Returns images (n, C, H, W) in [0, 1], each changed in one random way.
 
     An image is inverted, noised, turned, blurred, mixed with another image, shuffled in blocks, made paler or darker,
     or replaced by one colour.
     """
-    ways = (_invert, _add_noise, _add_noise, _rotate, _blur, _mix, _shuffle, _fade, _keep)
+    ways = (_invert, _add_noise, _add_noise, _rotate, _blur, _mix, _shuffle, _fade, _fill)
     order = torch.randint(len(ways), (len(pixels),), generator=generator).tolist()
     rows = [ways[way](pixels, row, generator) for row, way in enumerate(order)]
     return torch.stack(rows).clamp(0, 1)
@@ -60,6 +60,6 @@ def _fade(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.T
     return _number(generator, 0.2, 1.5) * (pixels[row] - 0.5) + _number(generator, 0.3, 0.7)
 
 
-def _keep(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:
+def _fill(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:
     colour = torch.rand(len(pixels[row]), 1, 1, generator=generator).to(pixels)
     return colour.expand(pixels[row].shape)

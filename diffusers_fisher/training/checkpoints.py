@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints/step-*.safetensors"
 SETTINGS_NOTE = "config.json"
 DENOISER_NOTE = "fingerprint.json"
-PREPARED = ("paths.safetensors", "loss.jsonl", "validation.jsonl", "validation.png", "skipped.json")
+EARLY_FILES = ("paths.safetensors", "loss.jsonl", "validation.jsonl", "validation.png", "skipped.json")
 """Files that depend on settings, denoiser and data and may be there before the first checkpoint."""
 
 
@@ -32,12 +32,16 @@ class TrainingFolder:
 
     Args:
         path: the folder.
-        keep: number of checkpoints that are kept; older ones are removed when a newer one is whole.
+        settings: the run's settings as JSON, with nested sections.
+        changeable: keys "section.key", or sections, that a resumed run may change.
+        keep: number of checkpoints that are kept; older ones are removed after a newer one is written.
         work: patterns of files that reserve the folder for a run's settings, denoiser and data. Before one of these
             files is there, another run may take the folder.
     """
 
     path: Path
+    settings: Note
+    changeable: tuple[str, ...]
     keep: int = 2
     work: tuple[str, ...] = (CHECKPOINTS, "trace_model")
 
@@ -67,82 +71,64 @@ class TrainingFolder:
         """Encloses what writes file `name` of the folder; see `diffusers_fisher.jobs.records.writing`."""
         return writing(self.path / name, self.last_good)
 
-    @property
-    def begun(self) -> bool:
-        """Whether the folder has work that other settings would spoil."""
-        return any(True for pattern in self.work for _ in self.path.glob(pattern))
-
-    def check(self, settings: Note, free: tuple[str, ...]) -> None:
-        """Refuses to go on with a run of other settings, if that run has written any of its work.
-
-        Args:
-            settings: the run's settings as JSON, with nested sections.
-            free: keys "section.key", or sections, that may change.
+    def check_settings(self) -> list[str]:
+        """Says in words which settings of the folder's run differ.
 
         Raises:
-            InputError: names the settings that differ.
+            InputError: settings differ, and the run has written some of its work.
         """
-        if self.begun:
-            advice = "Resume with those, or name another output folder."
-            differences = self._other_settings(settings, free)
-            refuse_differences(self.path, "holds a run with other settings", differences, advice)
+        before, now = flat_settings(self._note(SETTINGS_NOTE)), flat_settings(self.settings)
+        differences = note_differences(before, now, self.changeable, absent_is_null=True) if before else []
+        advice = "Resume with those, or name another output folder."
+        return self._refuse("holds a run with other settings", differences, advice)
 
-    def check_data(self, data: Note | None) -> None:
-        """Refuses to go on with data that have changed, if the run has written any of its work.
+    def check_data(self, data: Note | None) -> list[str]:
+        """Says in words what of the data has changed, as far as both notes say it.
 
         Args:
             data: the result of `data_note`; None means that nothing is known of the data. Folders without a note take
                 any data.
 
         Raises:
-            InputError: says what differs.
+            InputError: data have changed, and the run has written some of its work.
         """
-        if self.begun:
-            advice = "Images were added, removed or renamed since: put them back as they were, or name another folder."
-            refuse_differences(self.path, "was made of other data", self._other_data(data), advice)
+        before, now = self._note(DATA_NOTE), data or {}
+        both = before.keys() & now.keys()
+        differences = note_differences({key: before[key] for key in both}, {key: now[key] for key in both})
+        advice = "Images were added, removed or renamed since: put them back as they were, or name another folder."
+        return self._refuse("was made of other data", differences, advice)
 
-    def claim(
-        self, settings: Note, free: tuple[str, ...], fingerprint: Note | None = None, data: Note | None = None
-    ) -> None:
-        """Notes the settings, the denoiser's fingerprint and the data of a run whose input has been checked.
+    def write_notes(self, data: Note | None, fingerprint: Note | None = None) -> None:
+        """Writes the settings, the data and the denoiser's fingerprint of a run whose input has been checked.
 
-        If another run wrote none of its work here, the files that it prepared are removed.
+        If another run wrote none of its work here, its other files are removed.
 
         Raises:
-            InputError: as `check` and `check_data`, or the run was begun with another denoiser; says what differs.
+            InputError: as `check_settings` and `check_data`, or the folder's run has another denoiser; says what
+                differs.
         """
-        self.check(settings, free)
-        self.check_data(data)
+        differences = self.check_settings() + self.check_data(data)
         other_denoiser = fingerprint_differences(self._note(DENOISER_NOTE), fingerprint or {})
-        if self.begun:
-            advice = "Resume with that denoiser, or name another output folder."
-            refuse_differences(self.path, "holds a run of another denoiser", other_denoiser, advice)
-        if other_denoiser or self._other_settings(settings, free) or self._other_data(data):
-            for name in (*PREPARED, DENOISER_NOTE, DATA_NOTE):
+        advice = "Resume with that denoiser, or name another output folder."
+        if differences + self._refuse("holds a run of another denoiser", other_denoiser, advice):
+            for name in (*EARLY_FILES, DENOISER_NOTE, DATA_NOTE):
                 with self.writing(name):
                     (self.path / name).unlink(missing_ok=True)
-        for name, note in ((DENOISER_NOTE, fingerprint), (DATA_NOTE, data), (SETTINGS_NOTE, settings)):
+        for name, note in ((DENOISER_NOTE, fingerprint), (DATA_NOTE, data), (SETTINGS_NOTE, self.settings)):
             if note is not None and (name == SETTINGS_NOTE or not (self.path / name).exists()):
                 with self.writing(name):
                     write_json(self.path / name, note)
+
+    def _refuse(self, relation: str, differences: list[str], advice: str) -> list[str]:
+        """Returns the differences. Raises `InputError` if there are any and the folder has work of its run."""
+        if any(any(self.path.glob(pattern)) for pattern in self.work):
+            refuse_differences(self.path, relation, differences, advice)
+        return differences
 
     def _note(self, name: str) -> dict[str, Any]:
         """Returns the content of a note; empty if there is none."""
         path = self.path / name
         return read_json(path) if path.exists() else {}
-
-    def _other_settings(self, settings: Note, free: tuple[str, ...]) -> list[str]:
-        """Says in words which settings of the folder's run differ."""
-        before = self._note(SETTINGS_NOTE)
-        if not before:
-            return []
-        return note_differences(flat_settings(before), flat_settings(settings), free, absent_is_null=True)
-
-    def _other_data(self, data: Note | None) -> list[str]:
-        """Says in words what of the data has changed, as far as both notes say it."""
-        before, now = self._note(DATA_NOTE), data or {}
-        both = before.keys() & now.keys()
-        return note_differences({key: before[key] for key in both}, {key: now[key] for key in both})
 
     def save(
         self, modules: Modules, optimizer: torch.optim.Optimizer, averages: list[torch.Tensor], step: int
@@ -182,10 +168,10 @@ class TrainingFolder:
         path = self.path / f"{curve}.jsonl"
         if not path.exists():
             return
-        kept = []
+        lines = []
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 if line.endswith("\n") and json.loads(line)["step"] <= step:
-                    kept.append(line)
+                    lines.append(line)
         with self.writing(path.name), atomic_path(path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.write_text("".join(lines), encoding="utf-8")

@@ -20,7 +20,7 @@ from ..fisher import DirectFisher, FisherEstimator, FisherOperator
 from ..jobs.seeds import step_generator
 from ..likelihood import Integration, integrate_log_likelihood
 from ..noise import DenoisingState, expand
-from .changes import changed
+from .changes import change_images
 from .pieces import Piece
 from .samples import SampleSpace, without
 from .trace_losses import TraceDraw
@@ -112,19 +112,17 @@ def follow_paths(
     count = 0
     for number, piece in enumerate(pieces):
         generator = step_generator(seed, "paths", number)
-        clean, texts = _varied(space, piece, change, generator)
+        clean, texts = _vary(space, piece, change, generator)
         texts = without(texts, torch.rand(len(clean), generator=generator) < caption_dropout)
         parts = [slice(first, first + space.piece_size) for first in range(0, len(clean), space.piece_size)]
         num_steps = STEPS[number % len(STEPS)]
         visited = [_visit_states(space, texts[part], piece.samples[part], clean[part], num_steps) for part in parts]
         for states in zip(*visited, strict=True):  # level by level: the order is the same for parts of any size
-            for part, state in zip(parts, states, strict=True):
-                level = state.level
-                alpha, sigma = (expand(value, state.sample) for value in (level.alpha, level.sigma))
-                z = (state.sample - alpha * clean[part]) / sigma
-                noises.append(z.float().cpu())
-                levels.append(level.log_noise_to_signal.double().cpu().reshape(1).expand(len(z)))
-                owners.append(count + torch.arange(part.start, part.start + len(z)))
+            x, level = torch.cat([state.sample for state in states]), states[0].level
+            z = (x - expand(level.alpha, x) * clean) / expand(level.sigma, x)
+            noises.append(z.float().cpu())
+            levels.append(level.log_noise_to_signal.double().cpu().reshape(1).expand(len(z)))
+            owners.append(count + torch.arange(len(z)))
         images.append(clean.cpu())
         count += len(clean)
         captions += texts
@@ -144,14 +142,17 @@ def _visit_states(
 
 
 @torch.no_grad()
-def _varied(
+def _vary(
     space: SampleSpace, piece: Piece, fraction: float, generator: torch.Generator
 ) -> tuple[torch.Tensor, list[Caption]]:
-    """Returns clean samples, a fraction of them of changed images, and captions, a fraction of them exchanged."""
+    """Returns clean samples and captions.
+
+    A fraction of the images is changed, and a fraction of the captions is exchanged.
+    """
     pixels, clean = space.pixels(piece.samples), space.packed(piece.samples)
-    unlike, exchanged = torch.rand(2, len(clean), generator=generator) < fraction
-    other = space.encoded(changed(pixels.cpu(), generator))
-    clean = torch.where(unlike.to(clean.device).view(-1, *[1] * (clean.ndim - 1)), other, clean)
+    changes, exchanges = torch.rand(2, len(clean), generator=generator) < fraction
+    other = space.encoded(change_images(pixels.cpu(), generator))
+    clean = torch.where(changes.to(clean.device).view(-1, *[1] * (clean.ndim - 1)), other, clean)
     order = torch.randint(len(clean), (len(clean),), generator=generator).tolist()
-    rows = zip(piece.captions, order, exchanged.tolist(), strict=True)
+    rows = zip(piece.captions, order, exchanges.tolist(), strict=True)
     return clean, [piece.captions[index] if exchange else caption for caption, index, exchange in rows]

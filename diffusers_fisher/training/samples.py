@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
 
 from ..backbones import Backbone, PipelineDenoiser, backbone_of
 from ..data import Caption
@@ -52,11 +53,11 @@ class SampleSpace:
                 f"Images are {data.shape[-2]}x{data.shape[-1]} pixels; this pipeline takes multiples of {multiple}. "
                 "Set `data.resolution`."
             )
-        return torch.cat([self._moments(piece) for piece in data.split(self.piece_size)])
-
-    def _moments(self, pixels: torch.Tensor) -> torch.Tensor:
-        mean, deviation = self.backbone.encode((2 * pixels - 1).to(self.backbone.device))
-        return torch.stack([mean, torch.zeros_like(mean) if deviation is None else deviation], dim=1)
+        pieces = [
+            self.backbone.encode((2 * piece - 1).to(self.backbone.device)) for piece in data.split(self.piece_size)
+        ]
+        stacks = [(mean, torch.zeros_like(mean) if deviation is None else deviation) for mean, deviation in pieces]
+        return torch.cat([torch.stack(stack, dim=1) for stack in stacks])
 
     def pixels(self, data: torch.Tensor) -> torch.Tensor:
         """Returns images (n, C, H, W) in [0, 1]: the data, or cached latents decoded by the autoencoder."""
@@ -67,8 +68,7 @@ class SampleSpace:
 
     def encoded(self, pixels: torch.Tensor) -> torch.Tensor:
         """Returns scaled latents (n, C, h, w) of images in [0, 1], in the pipeline's layout."""
-        pieces = [self._moments(piece)[:, 0] for piece in pixels.split(self.piece_size)]
-        return self.backbone.pack(torch.cat(pieces))
+        return dataclasses.replace(self, latents=False).packed(pixels)
 
     def packed(self, data: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Returns samples in the layout of the pipeline's latents.
@@ -79,6 +79,14 @@ class SampleSpace:
         """
         mean, deviation = self.moments(data).unbind(1)
         return self.backbone.pack(mean if noise is None else mean + deviation * noise.to(mean))
+
+    def draw(self, data: torch.Tensor, generator: torch.Generator | list[torch.Generator]) -> torch.Tensor:
+        """Returns samples drawn from the autoencoder's posterior, on which denoisers are trained.
+
+        Args:
+            generator: a generator on the CPU, or one per sample.
+        """
+        return self.packed(data, randn_tensor((len(data), *self.unpacked_shape(data)), generator))
 
     def unpacked_shape(self, data: torch.Tensor) -> tuple[int, ...]:
         """Returns the shape (C, h, w) of samples made of `data`."""
@@ -102,8 +110,7 @@ class SampleSpace:
         prompts: list[Caption] | None = None
         if any(caption is not None for caption in captions):
             prompts = [missing if caption is None else caption for caption in captions] * copies
-        backbone = self.backbone
-        return unguided_denoiser(backbone, like, backbone.unguided_scale({}), prompts, {})
+        return unguided_denoiser(self.backbone, like, self.backbone.unguided_scale({}), prompts, {})
 
 
 def without(captions: Sequence[Caption], dropped: torch.Tensor) -> list[Caption]:

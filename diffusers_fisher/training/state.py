@@ -58,7 +58,7 @@ def load_training_state(
 
 
 def _match_layout(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """`value` in its parameter's memory format: fused optimizers pair elements by their place in memory."""
+    """Returns `value` in its parameter's memory format: fused optimizers pair elements by their place in memory."""
     if value.shape != parameter.shape:
         return value
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -26,12 +26,10 @@ def fit_prior(
 
     def samples() -> Iterator[torch.Tensor]:
         for number, piece in enumerate(pieces):
-            shape = (len(piece.captions), *space.unpacked_shape(piece.samples))
-            noise = torch.randn(shape, generator=step_generator(config.seed, "prior", number))
-            yield space.packed(piece.samples, noise).cpu()
+            yield space.draw(piece.samples, step_generator(config.seed, "prior", number)).cpu()
 
-    fitted = GaussianFisher.fit_diagonal(samples(), dct=config.model.basis == "dct")
-    mean, variance = fitted.mean, fitted.covariance.variances.view(fitted.mean.shape)
+    gaussian = GaussianFisher.fit_diagonal(samples(), dct=config.model.basis == "dct")
+    mean, variance = gaussian.mean, gaussian.covariance.variances.view(gaussian.mean.shape)
     if model.prior.mean.shape != mean.shape:  # one number per channel
         axes = (1, 2) if mean.ndim == 3 else (0,)
         variance = variance.mean(axes, keepdim=True) + mean.var(axes, correction=0, keepdim=True)
@@ -57,12 +55,10 @@ def fit_features(
     features_by_level: list[list[torch.Tensor]] = [[] for _ in levels]
     for number, piece in enumerate(pieces):
         generator = step_generator(config.seed, "features", number)
-        count = len(piece.captions)
-        posterior = torch.randn(count, *space.unpacked_shape(piece.samples), generator=generator)
-        clean, denoiser = space.packed(piece.samples, posterior), space.denoiser(piece.captions, piece.samples)
+        clean, denoiser = space.draw(piece.samples, generator), space.denoiser(piece.captions, piece.samples)
         noise = torch.randn(clean.shape, generator=generator)
         for level, rows in zip(levels, features_by_level, strict=True):
-            features = noised_state(denoiser, clean, TraceDraw(level.expand(count), noise)).features
+            features = noised_state(denoiser, clean, TraceDraw(level.expand(len(clean)), noise)).features
             assert features is not None  # a model with features is made by a denoiser that has some
             rows.append(features.double().cpu())
     values = torch.stack([torch.cat(rows) for rows in features_by_level])  # (levels, samples, features)

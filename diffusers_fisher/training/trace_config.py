@@ -82,7 +82,7 @@ class ValidationSettings:
 
     Args:
         every: steps between validations; the last step is always followed by one.
-        samples: number of held-out samples: the last of the data, of a stream the first.
+        samples: number of held-out samples: the last of the data, or the first of a stream.
         levels: number of noise levels, equally spaced in log(sigma/alpha).
         probes: Hutchinson probes per sample; each costs a backward pass.
     """

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
 
 from ..denoiser import Denoiser
 from ..distributions.covariance import DCTBasis
@@ -80,29 +81,25 @@ def draw_trace_batch(
         shape: shape of one sample.
         batch_size: samples of the global batch, over all processes and accumulated pieces.
         mine: this process's (or piece's) part of the global batch.
-        mirrored: make two rows per sample, with noise and `mirrored_noise`. Use it for "residual": at small noise
-            1 - r is small, but the fluctuation of |eps|^2/d is not. It cancels in the mean of the two.
-        with_probes: draw probes too, for "jacobian".
+        mirrored: whether to make two rows per sample, with noise and `mirrored_noise`. Use them for "residual": at
+            small noise 1 - r is small, but the fluctuation of |eps|^2/d is not. It cancels in the mean of the two.
+        with_probes: whether to draw probes too, for "jacobian".
 
     Raises:
         InputError: the batch is empty.
     """
     positions = range(batch_size)[mine]
-    if batch_size < 1 or not len(positions):
+    if not positions:
         raise InputError(f"The batch has {batch_size} samples, {len(positions)} of them here; allowed: 1 or more.")
     copies = 2 if mirrored else 1
     levels = draw_log_noise(scheduler, batch_size, step_generator(seed, "levels", step))[mine]
-    noise, probes = [], []
-    for position in positions:
-        generator = step_generator(seed, "noise", step * batch_size + position)
-        noise.append(torch.randn(shape, generator=generator))
-        if with_probes:
-            signs = torch.randint(0, 2, (copies, *shape), generator=generator, dtype=torch.uint8)
-            probes.append(2.0 * signs - 1)
-    first = torch.stack(noise)
-    rows = torch.cat([first, mirrored_noise(first)]) if mirrored else first
-    signs_by_row = torch.stack(probes, dim=1).flatten(0, 1) if with_probes else None
-    return TraceDraw(levels.repeat(copies), rows, copies, signs_by_row)
+    generators = [step_generator(seed, "noise", step * batch_size + position) for position in positions]
+    noise = randn_tensor((len(generators), *shape), generators)
+    draw = TraceDraw(levels.repeat(copies), torch.cat([noise, mirrored_noise(noise)]) if mirrored else noise, copies)
+    if not with_probes:
+        return draw
+    bits = [torch.randint(0, 2, (copies, *shape), generator=each, dtype=torch.uint8) for each in generators]
+    return dataclasses.replace(draw, probes=2.0 * torch.stack(bits, dim=1).flatten(0, 1) - 1)
 
 
 def draw_log_noise(
@@ -146,7 +143,7 @@ def noised_state(denoiser: Denoiser, clean: torch.Tensor, draw: TraceDraw, with_
     Args:
         denoiser: a denoiser that takes a batch of timesteps, at guidance scale 1.
         clean: x_0 of every row (see `TraceDraw.repeat`), on the denoiser's device.
-        with_graph: keep the graph from the sample to the output (for estimators with `needs_graph`).
+        with_graph: whether to keep the graph from the sample to the output (for estimators with `needs_graph`).
 
     Raises:
         NumericalError: the denoiser's output is not finite.
@@ -173,7 +170,7 @@ def norm_target(clean: torch.Tensor) -> torch.Tensor:
 def residual_target(state: DenoisingState, noise: torch.Tensor, basis: str | None = None) -> torch.Tensor:
     """Returns |eps - eps_theta|^2/d, (B,) float32; with a `basis` ("pixel", "dct") one square per coordinate."""
     error = noise.to(state.sample) - state.epsilon.detach()
-    return _averaged(_in_basis(error, basis).square(), basis)
+    return _average(_to_basis(error, basis).square(), basis)
 
 
 def jacobian_target(operator: FisherOperator, probes: torch.Tensor, basis: str | None = None) -> torch.Tensor:
@@ -183,24 +180,24 @@ def jacobian_target(operator: FisherOperator, probes: torch.Tensor, basis: str |
     `AutodiffFisher(denoiser)` backward, `AutodiffFisher(denoiser, forward_mode=True)` forward, or
     `FiniteDifferenceFisher(denoiser)`. The first two are unbiased. Values may lie outside [0, 1].
     """
-    v = _out_of_basis(probes.to(operator.state.sample), basis)
+    v = _from_basis(probes.to(operator.state.sample), basis)
     variance = operator.state.level.sigma**2
     with torch.no_grad():
         product = operator.matvec(v)
-        forms = _in_basis(v, basis).double() * _in_basis(product, basis).double()
-    return _averaged(1 - expand(variance, forms) * forms, basis)
+        forms = _to_basis(v, basis).double() * _to_basis(product, basis).double()
+    return _average(1 - expand(variance, forms) * forms, basis)
 
 
 # Losses
 
 
 def scale_free_loss(logits: torch.Tensor, target: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
-    """Returns log r + y/r + log(1-r) + (1-y)/(1-r) of every entry, from the logits of r.
+    """Returns log r + y/r + log(1-r) + (1-y)/(1-r) for every entry, from the logits of r.
 
     `floor` is added to r, y, 1 - r and 1 - y. The only stationary point of the expectation is a minimum at r = E[y],
     also where y is negative.
     """
-    return _one_sided(torch.sigmoid(logits), target, floor) + _one_sided(torch.sigmoid(-logits), 1 - target, floor)
+    return _half_loss(torch.sigmoid(logits), target, floor) + _half_loss(torch.sigmoid(-logits), 1 - target, floor)
 
 
 def trace_loss(
@@ -232,8 +229,8 @@ def trace_loss(
         squared = (torch.sigmoid(prediction) - target).square()
         return scale_free_loss(prediction, target, floor) + squared_weight * squared
     r, rest, y = (each.flatten(1) for each in (torch.sigmoid(prediction), torch.sigmoid(-prediction), target))
-    means = _one_sided(r.mean(1), y.mean(1), floor) + _one_sided(rest.mean(1), 1 - y.mean(1), floor)
-    return means + _one_sided(r, y, floor).mean(1) + squared_weight * (r.mean(1) - y.mean(1)).square()
+    means = _half_loss(r.mean(1), y.mean(1), floor) + _half_loss(rest.mean(1), 1 - y.mean(1), floor)
+    return means + _half_loss(r, y, floor).mean(1) + squared_weight * (r.mean(1) - y.mean(1)).square()
 
 
 class TraceObjective:
@@ -272,7 +269,7 @@ class TraceObjective:
             model: the trace model, or its wrapper for several processes.
             samples: one clean sample per sample of the draw, in the model's coordinates (scaled latents).
             pooled: one vector per sample.
-            with_features: give the model the denoiser's features, if the states have them.
+            with_features: whether to give the model the denoiser's features, if the states have them.
 
         Raises:
             InputError: the draw has no probes for target "jacobian".
@@ -300,22 +297,22 @@ class TraceObjective:
         return jacobian_target(self.estimator(state), draw.probes, self.basis)
 
 
-def _one_sided(r: torch.Tensor, y: torch.Tensor, floor: float) -> torch.Tensor:
+def _half_loss(r: torch.Tensor, y: torch.Tensor, floor: float) -> torch.Tensor:
     r = (r + floor).clamp_min(1e-20)
     return r.log() + (y + floor) / r
 
 
-def _in_basis(v: torch.Tensor, basis: str | None) -> torch.Tensor:
+def _to_basis(v: torch.Tensor, basis: str | None) -> torch.Tensor:
     if basis != "dct":
         return v
     return DCTBasis(tuple(v.shape[1:])).to(v.device).analyse(v.double().flatten(1)).view(v.shape)
 
 
-def _out_of_basis(v: torch.Tensor, basis: str | None) -> torch.Tensor:
+def _from_basis(v: torch.Tensor, basis: str | None) -> torch.Tensor:
     if basis != "dct":
         return v
     return DCTBasis(tuple(v.shape[1:])).to(v.device).synthesise(v.double().flatten(1)).to(v.dtype).view(v.shape)
 
 
-def _averaged(values: torch.Tensor, basis: str | None) -> torch.Tensor:
+def _average(values: torch.Tensor, basis: str | None) -> torch.Tensor:
     return (values.flatten(1).mean(1) if basis is None else values).float()

@@ -25,7 +25,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..backbones import backbone_of
-from ..data import CachedLatents, Caption, Images, open_images
+from ..data import CachedLatents, Images, open_images
 from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError
 from ..files import check_writable, write_json
@@ -50,7 +50,7 @@ from .trace_validation import Validation, plot_validation, validate
 
 logger = get_logger(__name__)
 
-FREE_SETTINGS = (
+CHANGEABLE_SETTINGS = (
     "output", "trackers", "validation.every", "optimisation.keep_checkpoints", "optimisation.workers",
     "optimisation.gradient_accumulation", "optimisation.save_every", "optimisation.log_every", "denoiser.compile",
 )  # fmt: skip
@@ -77,10 +77,11 @@ class TraceMatching:
     def __init__(self, config: TraceMatchingConfig, accelerator: Accelerator):
         config.check(accelerator.num_processes)
         self.config, self.accelerator = config, accelerator
-        self.folder = TrainingFolder(Path(config.output), config.optimisation.keep_checkpoints)
+        settings, keep = dataclasses.asdict(config), config.optimisation.keep_checkpoints
+        self.folder = TrainingFolder(Path(config.output), settings, CHANGEABLE_SETTINGS, keep)
         if accelerator.is_main_process:
             check_writable(self.folder.path)
-            self.folder.check(dataclasses.asdict(config), FREE_SETTINGS)
+            self.folder.check_settings()
         self.pipe = load_pipeline(config.denoiser).to(accelerator.device)
         self.data = TrainingData(self._source(), config.optimisation, config.validation.samples, config.seed)
         size = config.piece_size(accelerator.num_processes)
@@ -89,8 +90,7 @@ class TraceMatching:
         self.space.denoiser(self.held_out.captions, self.held_out.samples)  # refuses wrong captions
         self.model = self._make_model()
         if accelerator.is_main_process:
-            fingerprint, note = self.model.config["fingerprint"], data_note(self.data.source)
-            self.folder.claim(dataclasses.asdict(config), FREE_SETTINGS, fingerprint, note)
+            self.folder.write_notes(data_note(self.data.source), self.model.config["fingerprint"])
         self.skipped = set(self.folder.skipped)
         if isinstance(self.data.source, CachedLatents):
             self.skipped.update(self.data.source.index["skipped_images"])
@@ -192,9 +192,9 @@ class TraceMatching:
         with self.accelerator.main_process_first():
             if not path.exists() and self.accelerator.is_main_process:
                 size = config.optimisation.batch_size
-                shown = tqdm(self.data.some(config.path_images, size), "paths", math.ceil(config.path_images / size))
-                pieces = map(self._note, shown)
-                paths = follow_paths(self.space, pieces, config.caption_dropout, config.path_change, config.seed)
+                pieces = map(self._note, self.data.some(config.path_images, size))
+                progress = tqdm(pieces, "paths", math.ceil(config.path_images / size))
+                paths = follow_paths(self.space, progress, config.caption_dropout, config.path_change, config.seed)
                 with self.folder.writing(path.name):
                     paths.save(path)
             return Paths.load(path)
@@ -240,8 +240,10 @@ class TraceMatching:
             self.pipe.scheduler, self.shape, config.optimisation.batch_size, step, config.seed, part,
             mirrored=config.target == "residual", with_probes=jacobian,
         )  # fmt: skip
-        captions = self._with_dropout(piece.captions, step, part)
-        samples = self.space.packed(piece.samples, self._posterior_noise(piece, step, part))
+        dropout = torch.rand(config.optimisation.batch_size, generator=step_generator(config.seed, "captions", step))
+        captions = without(piece.captions, dropout[part] < config.caption_dropout)
+        rows = range(step * config.optimisation.batch_size, (step + 1) * config.optimisation.batch_size)[part]
+        samples = self.space.draw(piece.samples, [step_generator(config.seed, "posterior", row) for row in rows])
         if self.paths is not None:
             draw, samples, captions = self.paths.mixed(
                 draw, samples, captions, config.on_path, step_generator(config.seed, "paths", step),
@@ -253,20 +255,8 @@ class TraceMatching:
         pooled = denoiser.pooled_condition() if self.model.config["pooled_channels"] else None
         if pooled is not None:
             pooled = pooled[: len(samples)]  # the draw repeats it
-        known = (step + 1) % FEATURELESS_EVERY != 0
-        return objective(model, denoiser, samples, draw, pooled, with_features=known).mean()
-
-    def _posterior_noise(self, piece: Piece, step: int, part: slice) -> torch.Tensor:
-        """Returns the noise (n, C, h, w) by which samples are drawn from the autoencoder's posterior."""
-        shape, first = self.space.unpacked_shape(piece.samples), step * self.config.optimisation.batch_size
-        rows = range(first + part.start, first + part.stop)
-        generators = [step_generator(self.config.seed, "posterior", row) for row in rows]
-        return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-
-    def _with_dropout(self, captions: list[Caption], step: int, part: slice) -> list[Caption]:
-        generator = step_generator(self.config.seed, "captions", step)
-        dropped = torch.rand(self.config.optimisation.batch_size, generator=generator) < self.config.caption_dropout
-        return without(captions, dropped[part])
+        with_features = (step + 1) % FEATURELESS_EVERY != 0
+        return objective(model, denoiser, samples, draw, pooled, with_features=with_features).mean()
 
     def _validate(
         self, average: EMAModel | None, parameters: list[torch.nn.Parameter], step: int

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
-from ..data import Caption
 from ..figures import make_figure
 from ..files import save_figure
 from ..fisher import AutodiffFisher, rademacher
@@ -69,40 +69,25 @@ def validate(model: FisherTraceModel, space: SampleSpace, held_out: Piece, confi
     """
     low, high = log_noise_to_signal_range(space.pipe.scheduler)
     levels = torch.linspace(low, high, config.validation.levels, dtype=torch.float64)
-    size, count = space.piece_size, len(held_out.captions)
-    rows = []
-    for number, level in enumerate(levels):
-        pieces = []
-        for start in range(0, count, size):
-            indices = range(start, min(start + size, count))
-            generators = [step_generator(config.seed, "validation", number, index) for index in indices]
-            data = held_out.samples[start : start + size]
-            captions = held_out.captions[start : start + size]
-            pieces.append(_compare(model, space, data, captions, level, generators, config.validation.probes))
-        rows.append(torch.cat(pieces, dim=1))
+    count = len(held_out.captions)
+    parts = [slice(start, start + space.piece_size) for start in range(0, count, space.piece_size)]
+
+    def compare(number: int, level: torch.Tensor, part: slice) -> torch.Tensor:
+        """Returns r of some samples at one level in the three ways, (3, n) float64 on the CPU."""
+        generators = [step_generator(config.seed, "validation", number, index) for index in range(count)[part]]
+        samples = held_out.samples[part]
+        clean, denoiser = space.draw(samples, generators), space.denoiser(held_out.captions[part], samples)
+        noise = randn_tensor(clean.shape, generators)
+        state = noised_state(denoiser, clean, TraceDraw(level.expand(len(clean)), noise), with_graph=True)
+        trace = AutodiffFisher(denoiser)(state).trace(rademacher(config.validation.probes, clean, generators)).value
+        jacobian = 1 - (state.level.sigma**2).to(trace.device) * trace / clean[0].numel()
+        pooled = denoiser.pooled_condition() if model.config["pooled_channels"] else None
+        fraction = model.unexplained_noise_fraction(state, pooled)
+        ways = (fraction, jacobian, residual_target(state, noise.to(clean.device)))
+        return torch.stack([values.detach().double().cpu() for values in ways])
+
+    rows = [torch.cat([compare(number, level, part) for part in parts], dim=1) for number, level in enumerate(levels)]
     return Validation(levels, *torch.stack(rows, dim=1))
-
-
-def _compare(
-    model: FisherTraceModel,
-    space: SampleSpace,
-    data: torch.Tensor,
-    captions: list[Caption],
-    level: torch.Tensor,  # log(sigma/alpha)
-    generators: list[torch.Generator],  # one per sample
-    probes: int,
-) -> torch.Tensor:
-    """Returns r of some samples at one level in the three ways, (3, n) float64 on the CPU."""
-    shape = space.unpacked_shape(data)
-    posterior = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    clean, denoiser = space.packed(data, posterior), space.denoiser(captions, data)
-    noise = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators])
-    state = noised_state(denoiser, clean, TraceDraw(level.expand(len(clean)), noise), with_graph=True)
-    trace = AutodiffFisher(denoiser)(state).trace(rademacher(probes, clean, generators)).value
-    jacobian = 1 - (state.level.sigma**2).to(trace.device) * trace / clean[0].numel()
-    pooled = denoiser.pooled_condition() if model.config["pooled_channels"] else None
-    ways = (model.unexplained_noise_fraction(state, pooled), jacobian, residual_target(state, noise.to(clean.device)))
-    return torch.stack([values.detach().double().cpu() for values in ways])
 
 
 def plot_validation(validation: Validation, path: Path) -> None:

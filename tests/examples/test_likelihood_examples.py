@@ -1,4 +1,4 @@
-"""The likelihood studies take up only records of the same pipeline."""
+"""The likelihood studies resume only with records of the same pipeline."""
 
 import sys
 from pathlib import Path

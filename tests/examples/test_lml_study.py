@@ -1,4 +1,4 @@
-"""The study of the LML schedulers: its distance against closed forms, its errors, its records."""
+"""The study of the LML schedulers: its distance agrees with closed forms; its errors and records."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_distance_of_gaussians_with_common_axes_is_that_of_their_axes():
     assert lml.frechet_distance(*reversed(gaussians)) == pytest.approx(expected, rel=1e-7)
 
 
-def test_distance_of_any_two_gaussians_is_scipys():
+def test_distance_of_two_gaussians_agrees_with_scipy():
     means, matrices = normal(2, 5), [covariance(seed) for seed in (1, 2)]
     cross = torch.from_numpy(sqrtm((matrices[0] @ matrices[1]).numpy()).real)
     expected = (means[0] - means[1]).square().sum() + (matrices[0] + matrices[1] - 2 * cross).trace()
@@ -49,7 +49,7 @@ def test_distance_of_any_two_gaussians_is_scipys():
     assert lml.frechet_distance((means[0], matrices[0]), (means[0], matrices[0])) == pytest.approx(0, abs=1e-10)
 
 
-def test_distance_of_samples_nears_that_of_their_laws_within_the_jackknifes_error():
+def test_distance_of_samples_is_that_of_their_laws_within_the_jackknife_error():
     factor = torch.linalg.cholesky(covariance(1))
     reference = (torch.zeros(5, dtype=torch.float64), covariance(2))
     features = normal(4000, 5, seed=3) @ factor.mT + 0.5
@@ -80,7 +80,7 @@ CELLS = [
 ]
 
 
-def test_records_are_kept_and_read_again(models, tmp_path, monkeypatch, capsys):
+def test_records_are_written_and_read_again(models, tmp_path, monkeypatch, capsys):
     reference = (torch.zeros(160, dtype=torch.float64), torch.eye(160, dtype=torch.float64))
     first = lml.measured(CELLS[0], models, reference, tmp_path)
     assert first["count"] == 20
@@ -114,8 +114,8 @@ def test_cells_differ_in_their_names_and_make_their_schedulers(models):
         assert (int(made.timesteps[0]), len(made.timesteps)) == (999, cell.calls)
 
 
-def test_differences_from_the_parent_are_of_the_same_noise():
-    """Replicates that differ by a constant: no error in the difference, however large either's own."""
+def test_differences_from_the_parent_compare_the_same_noise():
+    """Replicates that differ by a constant have a difference without an error, although each has a large error."""
     replicates = normal(10).tolist()
     cells = [row("DDIM", 5, 2.0, frechet_jackknife=replicates, seed=seed) for seed in (0, 2)]
     shifted = [value + 0.5 for value in replicates]
@@ -132,7 +132,7 @@ def row(sampler, calls, distance, **options):
     return {"sampler": sampler, "calls": calls, "frechet_distance": distance, **errors, **options}
 
 
-def test_least_distance_chooses_and_the_picture_is_drawn(tmp_path):
+def test_the_cell_of_least_distance_is_chosen_and_the_picture_is_drawn(tmp_path):
     sweep = [row("DDIM", 10, 2.0), row("DPM-Solver++", 10, 1.5)]
     for sampler in ("LML-DDIM", "LML-DPM-Solver++"):
         sweep += [

@@ -1,4 +1,4 @@
-"""The training example on a few random images: a folder for stock diffusers, and the same one after being killed."""
+"""The training example on a few random images writes a folder for stock diffusers, the same folder after a kill."""
 
 import dataclasses
 import gzip
@@ -33,7 +33,7 @@ def write_idx(path, array):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A folder of random images in Fashion-MNIST's format."""
+    """A folder of random images in the format of Fashion-MNIST."""
     folder = tmp_path_factory.mktemp("data")
     random = numpy.random.default_rng(0)
     for split, count in COUNT.items():
@@ -45,7 +45,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
-    """Accelerate keeps its settings for the process; no test may inherit them."""
+    """Accelerate keeps its settings for the process, so they are removed before each test."""
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
@@ -64,7 +64,7 @@ def config_for(data, output, **changes):
 
 @pytest.fixture(scope="module")
 def unbroken(data, tmp_path_factory):
-    """The output folder of a run that nobody disturbed."""
+    """The output folder of an unbroken run."""
     output = tmp_path_factory.mktemp("unbroken")
     AcceleratorState._reset_state(True)
     example.run(config_for(data, output))
@@ -72,7 +72,7 @@ def unbroken(data, tmp_path_factory):
 
 
 def contents(output):
-    """Every file of the finished checkpoint, and the final training states, bit for bit."""
+    """Returns the bytes of every file of the finished checkpoint, and the final training states."""
     files = {str(path.relative_to(output)): path.read_bytes() for path in (output / "checkpoint").rglob("*.*")}
     states = {path.name: load_tensors(path) for path in output.glob("*.safetensors")}
     return files, states
@@ -101,7 +101,7 @@ def test_stock_diffusers_loads_and_runs_the_result(unbroken):
     assert reward(torch.zeros(1, 3, 32, 32), [""]).shape == (1,)
 
 
-def test_result_has_what_the_package_ships(unbroken):
+def test_result_has_the_files_that_the_package_ships(unbroken):
     folder = unbroken / "checkpoint"
     statistics, metadata = load_tensors(folder / "latent_statistics.safetensors")
     assert "over the 40 training images" in metadata["description"]
@@ -140,7 +140,7 @@ def test_every_part_was_trained(unbroken):
         ("diffusion", "unet", "unet/diffusion_pytorch_model", example.make_unet),
     ],
 )
-def test_moving_averages_are_what_is_kept(unbroken, stage, module, file, make):
+def test_the_result_has_the_moving_averages(unbroken, stage, module, file, make):
     state, _ = load_tensors(unbroken / f"{stage}_state.safetensors")
     kept, _ = load_tensors(unbroken / "checkpoint" / f"{file}.safetensors")
     names = [name for name, _ in make().named_parameters()]
@@ -150,7 +150,7 @@ def test_moving_averages_are_what_is_kept(unbroken, stage, module, file, make):
 
 
 class Killed(BaseException):
-    """Nothing in the example may catch it."""
+    """An exception that the example never catches."""
 
 
 def die(*_, **__):
@@ -158,7 +158,7 @@ def die(*_, **__):
 
 
 def killing(monkeypatch, deaths):
-    """Makes the run raise `Killed` when the stage with so many steps reaches a step, once each."""
+    """Makes the run raise `Killed` once when a stage, named by its number of steps, reaches a step."""
     indices = example.batch_indices
 
     def batch_indices(count, stage, step, seed):
@@ -170,7 +170,7 @@ def killing(monkeypatch, deaths):
     monkeypatch.setattr(example, "batch_indices", batch_indices)
 
 
-def test_killed_and_resumed_training_is_an_unbroken_run_bit_for_bit(data, unbroken, tmp_path, monkeypatch):
+def test_killed_and_resumed_training_equals_an_unbroken_run_bit_for_bit(data, unbroken, tmp_path, monkeypatch):
     # Before the first state was saved, between two, and after the last but one; in all stages.
     deaths = [(6, 1), (6, 3), (6, 5), (5, 3), (7, 3)]
     killing(monkeypatch, deaths)
@@ -185,8 +185,8 @@ def test_killed_and_resumed_training_is_an_unbroken_run_bit_for_bit(data, unbrok
     assert_same(tmp_path, unbroken)
 
 
-def test_killed_between_training_and_writing_the_result(data, unbroken, tmp_path, monkeypatch):
-    """A half-written folder is not taken for a finished stage."""
+def test_a_run_killed_between_training_and_writing_the_result_resumes(data, unbroken, tmp_path, monkeypatch):
+    """A folder with half of its files does not count as a finished stage."""
     config = config_for(data, tmp_path)
     for owner, name in (
         (example, "save_tensors"),  # of the latents, before the autoencoder's folder
@@ -203,7 +203,7 @@ def test_killed_between_training_and_writing_the_result(data, unbroken, tmp_path
     assert_same(tmp_path, unbroken)
 
 
-def test_finished_run_is_left_as_it_is(data, unbroken, monkeypatch):
+def test_a_finished_run_is_not_changed(data, unbroken, monkeypatch):
     before = contents(unbroken)[0]
     stamps = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*model.safetensors")}
     for stage in ("train_autoencoder", "train_classifier", "train_diffusion"):
@@ -230,7 +230,7 @@ example.main()
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
-def test_sigkill_and_the_command_line(data, unbroken, tmp_path, monkeypatch):
+def test_the_command_line_resumes_after_sigkill(data, unbroken, tmp_path, monkeypatch):
     path, config = tmp_path / "config.yaml", config_for(data, tmp_path / "output")
     path.write_text(yaml.safe_dump(dataclasses.asdict(config)))
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES)}
@@ -245,7 +245,7 @@ def test_sigkill_and_the_command_line(data, unbroken, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(data, unbroken, tmp_path):
+def test_two_processes_train_to_the_result_of_one(data, unbroken, tmp_path):
     path, config = tmp_path / "config.yaml", config_for(data, tmp_path / "output")
     path.write_text(yaml.safe_dump(dataclasses.asdict(config)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -276,7 +276,7 @@ def test_mixed_precision_trains(data, tmp_path):
     assert all(bool(torch.isfinite(value).all()) for value in weights.values())
 
 
-def test_loss_log_averages_what_was_seen(data, tmp_path, monkeypatch):
+def test_the_loss_log_has_means_of_the_losses(data, tmp_path, monkeypatch):
     def loss_of(modules, indices, generator, mine):
         assert mine == slice(0, 4)
         return (modules["network"](torch.ones(1, 1)) - 3.0).square().mean()
@@ -309,7 +309,7 @@ def test_loss_that_is_not_finite_stops_the_run(data, tmp_path):
         example.train(*arguments, config_for(data, tmp_path), accelerator)
 
 
-def test_batches_are_pieces_of_one_permutation_an_epoch():
+def test_batches_are_pieces_of_one_permutation_per_epoch():
     stage = example.Optimisation(1, 4, 1e-3, 0.0, 0, 0.0, 1)
     epochs = [
         torch.cat([example.batch_indices(10, stage, step, 0) for step in (first, first + 1)]) for first in (0, 2)
@@ -324,7 +324,7 @@ def test_batches_are_pieces_of_one_permutation_an_epoch():
 
 
 def rates_from(stage, start):
-    """Learning rates of the steps from `start` on, and the one that would follow the last."""
+    """Returns the learning rates of the steps from `start` on, and the rate after the last step."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
     schedule = example.learning_rates(optimizer, stage, start)
     rates = []

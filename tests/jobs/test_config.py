@@ -1,4 +1,4 @@
-"""Configuration files: values arrive in their fields' types, and every mistake is named with its place."""
+"""Values of configuration files get the types of their fields, and every mistake is named with its place."""
 
 import dataclasses
 import re
@@ -36,54 +36,54 @@ class Config:
 GOOD = {"seed": 0, "name": "run", "stage": {"steps": 10, "learning_rate": 1}}
 
 
-def changed(**changes):
+def values(**changes):
     return {**GOOD, **changes}
 
 
-def test_values_and_defaults_arrive_in_their_fields():
-    config = build_config(Config, changed(limit=3, resume=False))
+def test_fields_get_their_values_and_defaults():
+    config = build_config(Config, values(limit=3, resume=False))
     assert config == Config(0, "run", Stage(10, 1.0), limit=3, resume=False)
-    assert type(config.stage.learning_rate) is float  # 1 in YAML is a fine learning rate
-    assert build_config(Config, changed(limit=None)) == Config(0, "run", Stage(10, 1.0))
+    assert type(config.stage.learning_rate) is float  # YAML may have 1 for a learning rate
+    assert build_config(Config, values(limit=None)) == Config(0, "run", Stage(10, 1.0))
 
 
 MISTAKES = {
-    "unknown key": (changed(sede=1), "`sede` is an unknown key; allowed: limit, name, resume, seed, sizes, stage"),
+    "unknown key": (values(sede=1), "`sede` is an unknown key; allowed: limit, name, resume, seed, sizes, stage"),
     "unknown key inside": (
-        changed(stage={**GOOD["stage"], "step": 1}),
+        values(stage={**GOOD["stage"], "step": 1}),
         r"`stage\.step` is an unknown key; allowed: learning_rate, steps, warmup",
     ),
     "missing key": ({"name": "run", "stage": GOOD["stage"]}, "`seed` is missing and has no default; add it"),
-    "missing key inside": (changed(stage={"steps": 1}), r"`stage\.learning_rate` is missing"),
-    "text for a number": (changed(seed="0"), r"`seed` is '0' \(str\); allowed: a valid integer"),
-    "fraction for an integer": (changed(seed=0.5), r"`seed` is 0\.5 \(float\); allowed: a valid integer"),
-    "truth value for an integer": (changed(seed=True), r"`seed` is True \(bool\); allowed: a valid integer"),
+    "missing key inside": (values(stage={"steps": 1}), r"`stage\.learning_rate` is missing"),
+    "text for a number": (values(seed="0"), r"`seed` is '0' \(str\); allowed: a valid integer"),
+    "fraction for an integer": (values(seed=0.5), r"`seed` is 0\.5 \(float\); allowed: a valid integer"),
+    "truth value for an integer": (values(seed=True), r"`seed` is True \(bool\); allowed: a valid integer"),
     "truth value for a number": (
-        changed(stage={"steps": 1, "learning_rate": True}),
+        values(stage={"steps": 1, "learning_rate": True}),
         r"`stage\.learning_rate` is True \(bool\); allowed: a valid number",
     ),
-    "number for a truth value": (changed(resume=1), r"`resume` is 1 \(int\); allowed: a valid boolean"),
-    "number for a text": (changed(name=3), r"`name` is 3 \(int\); allowed: a valid string"),
-    "nothing for a number": (changed(seed=None), r"`seed` is None \(NoneType\); allowed: a valid integer"),
-    "text for an optional number": (changed(limit="3"), r"`limit` is '3' \(str\); allowed: a valid integer"),
-    "number for a list": (changed(sizes=8), r"`sizes` is 8 \(int\); allowed: a valid (array|list)"),
-    "text in a list": (changed(sizes=[8, "9"]), r"`sizes\.1` is '9' \(str\); allowed: a valid integer"),
-    "list for a stage": (changed(stage=[1]), r"`stage` is \[1\] \(list\); allowed: a mapping with keys learning_rate"),
+    "number for a truth value": (values(resume=1), r"`resume` is 1 \(int\); allowed: a valid boolean"),
+    "number for a text": (values(name=3), r"`name` is 3 \(int\); allowed: a valid string"),
+    "nothing for a number": (values(seed=None), r"`seed` is None \(NoneType\); allowed: a valid integer"),
+    "text for an optional number": (values(limit="3"), r"`limit` is '3' \(str\); allowed: a valid integer"),
+    "number for a list": (values(sizes=8), r"`sizes` is 8 \(int\); allowed: a valid (array|list)"),
+    "text in a list": (values(sizes=[8, "9"]), r"`sizes\.1` is '9' \(str\); allowed: a valid integer"),
+    "list for a stage": (values(stage=[1]), r"`stage` is \[1\] \(list\); allowed: a mapping with keys learning_rate"),
     "text for everything": ("seed: 0", r"it is 'seed: 0' \(str\); allowed: a mapping with keys limit, name, resume"),
     "number out of its range": (
-        changed(stage={**GOOD["stage"], "warmup": 1.5}), r"`stage\.warmup` is 1\.5; allowed: less than or equal to 1",
+        values(stage={**GOOD["stage"], "warmup": 1.5}), r"`stage\.warmup` is 1\.5; allowed: less than or equal to 1",
     ),
-    "no number": (changed(stage={**GOOD["stage"], "warmup": float("nan")}), r"`stage\.warmup` is nan; allowed: "),
-    "fields that do not fit": (changed(stage={"steps": 0, "learning_rate": 1.0}), "`stage`: `steps` is 0, `warmup`"),
-    "two mistakes": (changed(seed="0", name=3), r"`seed` is '0' .*integer\. `name` is 3 .*string\."),
+    "no number": (values(stage={**GOOD["stage"], "warmup": float("nan")}), r"`stage\.warmup` is nan; allowed: "),
+    "fields that do not fit": (values(stage={"steps": 0, "learning_rate": 1.0}), "`stage`: `steps` is 0, `warmup`"),
+    "two mistakes": (values(seed="0", name=3), r"`seed` is '0' .*integer\. `name` is 3 .*string\."),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_named_with_their_place(name):
-    values, message = MISTAKES[name]
+    content, message = MISTAKES[name]
     with pytest.raises(InputError, match="^config: .*" + message):
-        build_config(Config, values)
+        build_config(Config, content)
 
 
 def test_mistakes_in_code_are_named_by_their_field():
@@ -133,7 +133,7 @@ def test_missing_file_is_refused_by_name(tmp_path):
         load_config(tmp_path / "nothing.yaml", Config)
 
 
-def test_shipped_config_is_what_its_script_reads():
+def test_shipped_config_fits_its_script():
     import train_embedded_checkpoint  # in examples/
 
     path = Path(__file__).parents[2] / "configs" / "embedded_checkpoint.yaml"

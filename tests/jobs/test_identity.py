@@ -1,4 +1,4 @@
-"""By what pipelines and images are known again: all that numbers depend on, and nothing else."""
+"""Digests of pipelines and images change with everything that numbers depend on, and with nothing else."""
 
 import json
 
@@ -47,7 +47,7 @@ def other_tokenizer(pipe):
         "tokenizer": (other_tokenizer, "configuration"),
     }.values(),
 )
-def test_a_change_of_the_pipeline_is_seen_and_named(change, name):
+def test_a_change_of_the_pipeline_changes_one_digest(change, name):
     pipe = make()
     before = pipeline_digests(pipe)
     change(pipe)
@@ -55,7 +55,7 @@ def test_a_change_of_the_pipeline_is_seen_and_named(change, name):
     assert {key for key in before if before[key] != after[key]} == {name}
 
 
-def test_the_same_pipeline_from_another_folder_and_after_a_call_is_known_again(tmp_path):
+def test_folder_and_calls_of_a_pipeline_do_not_change_its_digests(tmp_path):
     pipe = make()
     pipe.save_pretrained(tmp_path / "a")
     pipe.save_pretrained(tmp_path / "b")
@@ -73,7 +73,7 @@ def captions(folder, change):
 
 
 def another_picture(folder, number):
-    """Of the same size in bytes: an uncompressed file."""
+    """Replaces a picture by an uncompressed file, which always has the same size in bytes."""
     pixels = numpy.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=numpy.uint8)
     Image.fromarray(pixels).save(folder / "train-2.png", format="BMP")
 
@@ -90,7 +90,7 @@ def another_picture(folder, number):
     ],
     ids=["caption", "no caption", "picture", "count", "sizes"],
 )
-def test_a_change_of_the_images_is_seen(tmp_path, change, streaming):
+def test_a_change_of_the_images_changes_their_digest(tmp_path, change, streaming):
     data = ImageData(str(image_folder(tmp_path / "images")), caption_column="text", streaming=streaming)
     another_picture(tmp_path / "images", 1)
     before = images_digest(open_images(data))
@@ -100,7 +100,7 @@ def test_a_change_of_the_images_is_seen(tmp_path, change, streaming):
     assert images_digest(open_images(data)) != before
 
 
-def test_datasets_whose_images_have_no_files_are_told_apart(tmp_path):
+def test_datasets_whose_images_have_no_files_have_different_digests(tmp_path):
     def digest(shade):
         pictures = [Image.new("RGB", (8, 8), (shade, 0, number)) for number in range(3)]
         features = datasets.Features({"image": datasets.Image()})

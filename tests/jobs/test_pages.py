@@ -1,4 +1,4 @@
-"""The page of a report: one file that holds all it shows, with every text escaped."""
+"""The page of a report is one file with all its text and pictures, and every text is escaped."""
 
 import base64
 import io
@@ -13,7 +13,7 @@ from diffusers_fisher.jobs.pages import Page, save_picture
 
 
 class Reader(HTMLParser):
-    """Text by tag, sources of images, and that all that is opened is closed."""
+    """Collects texts by tag and sources of images, and checks that every open tag is closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -40,7 +40,7 @@ def picture(source):
     return Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,"))))
 
 
-def test_page_holds_what_it_was_given(tmp_path):
+def test_page_holds_its_texts_tables_and_pictures(tmp_path):
     from matplotlib.figure import Figure
 
     image = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -69,7 +69,7 @@ def test_page_holds_what_it_was_given(tmp_path):
         assert torch.equal(pixels.permute(2, 0, 1), expected)
 
 
-def test_page_fetches_nothing():
+def test_page_loads_no_other_file():
     page = Page("t")
     page.pictures([(torch.zeros(3, 2, 2), "c")])
     assert not re.search(r"https?:|<script|<link|src=\"(?!data:)", page.text())

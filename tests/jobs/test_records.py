@@ -1,4 +1,4 @@
-"""Records of many items: whole or absent, never of other settings."""
+"""Records of many items are whole or absent, and never belong to other settings."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from diffusers_fisher.jobs.records import Records, item_keys, shard
 SETTINGS = {"steps": 3, "prompts": ["a", "b"], "scale": 2.0}
 
 
-def test_what_is_written_is_read_by_the_next_run(tmp_path):
+def test_the_next_run_reads_the_records(tmp_path):
     keys = item_keys(3)
     first = Records(tmp_path, SETTINGS)
     assert first.missing(keys) == keys == ["00000", "00001", "00002"]
     first.write(keys[1], {"reward": [0.25, 1.0]})
-    again = Records(tmp_path, {**SETTINGS, "prompts": ("a", "b")})  # as JSON has it
+    again = Records(tmp_path, {**SETTINGS, "prompts": ("a", "b")})  # JSON makes it a list
     assert again.missing(keys) == [keys[0], keys[2]]
     assert again.done() == {keys[1]}
     assert again.read(keys[1]) == {"reward": [0.25, 1.0]}
@@ -43,7 +43,7 @@ def test_other_settings_are_refused_and_named(tmp_path, changes, message):
     assert json.loads((tmp_path / "settings.json").read_text()) == SETTINGS
 
 
-def test_run_without_records_binds_nobody(tmp_path):
+def test_a_run_without_records_leaves_the_folder_to_other_settings(tmp_path):
     Records(tmp_path, SETTINGS)
     Records(tmp_path, SETTINGS | {"steps": 4}).write("a", {})
     with pytest.raises(InputError, match="`steps` was 4, is 3"):

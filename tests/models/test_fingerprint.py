@@ -1,4 +1,4 @@
-"""Fingerprints: the same denoiser in every form passes, any other is refused with what differs."""
+"""A fingerprint accepts the same denoiser in every form, and refuses another one and says what differs."""
 
 import copy
 import gc
@@ -22,7 +22,7 @@ from diffusers_fisher.models import denoiser_fingerprint, fingerprint, fingerpri
 from diffusers_fisher.models.fingerprint import _spread
 
 FIRST = json.loads(Path(__file__).with_name("first_fingerprint.json").read_text())
-"""Of the embedded checkpoint, as fingerprints were at first: without `counts` and `matrices`."""
+"""The embedded checkpoint's fingerprint of the first release, without `counts` and `matrices`."""
 
 
 def seeded(seed=0):
@@ -39,12 +39,12 @@ def embedded():
     return tiny.quiet(diffusers.StableDiffusionPipeline.from_pretrained(embedded_checkpoint()))
 
 
-def as_at_first(mark):
+def first_release(mark):
     return {key: value for key, value in mark.items() if key not in ("counts", "matrices")}
 
 
 def cast(pipe, dtype):
-    """The pipeline with its network in another dtype."""
+    """Returns the pipeline with its network in another dtype."""
     return SimpleNamespace(unet=copy.deepcopy(pipe.unet).to(dtype), scheduler=pipe.scheduler)
 
 
@@ -73,14 +73,14 @@ def test_dtype_does_not_change_the_denoiser(pipe, embedded, dtype):
     FisherTraceModel.from_pretrained(embedded_checkpoint(), subfolder="trace_model").check_fingerprint(other)
 
 
-def test_weights_that_are_not_in_memory_fit_anything(pipe):
+def test_weights_that_are_not_in_memory_agree_with_all_others(pipe):
     assert fingerprint_differences(denoiser_fingerprint(pipe), denoiser_fingerprint(cast(pipe, "meta"))) == []
 
 
 def test_compiled_network_is_the_same_denoiser(pipe):
     mark = denoiser_fingerprint(pipe)
     whole, part, in_place = (cast(pipe, torch.float32) for _ in range(3))
-    whole.unet = torch.compile(whole.unet, backend="eager")  # at the first call, which there is none of
+    whole.unet = torch.compile(whole.unet, backend="eager")  # compiles at the first call, and there is none
     part.unet.mid_block = torch.compile(part.unet.mid_block, backend="eager")
     in_place.unet.compile(backend="eager")
     assert type(whole.unet).__name__ == "OptimizedModule"
@@ -88,7 +88,7 @@ def test_compiled_network_is_the_same_denoiser(pipe):
         assert denoiser_fingerprint(other) == mark
 
 
-def with_other_weights():
+def fine_tuned():
     pipe = tiny.stable_diffusion()
     with torch.no_grad():
         for parameter in pipe.unet.parameters():  # a fine-tune by one per cent
@@ -97,7 +97,7 @@ def with_other_weights():
 
 
 OTHERS = {
-    "weights of the denoiser": with_other_weights,
+    "weights of the denoiser": fine_tuned,
     "configuration of the denoiser": lambda: tiny.stable_diffusion(unet=tiny.unet(act_fn="gelu")),
     "names or shapes of parameters": lambda: tiny.stable_diffusion(unet=tiny.unet(layers_per_block=2)),
     "prediction type: trained for epsilon, got v_prediction": lambda: tiny.stable_diffusion(
@@ -116,8 +116,8 @@ class Matrices(torch.nn.Module):
         self.layers = torch.nn.ModuleList(torch.nn.Linear(256, 256, bias=False) for _ in range(8))
 
 
-def changed(part, seed, layers=8):
-    """A pipeline of `Matrices` whose first layers are changed by a part of their size."""
+def pipeline_with_change(part, seed, layers=8):
+    """Makes a pipeline of `Matrices` whose first layers differ by a part of their size."""
     network, generator = Matrices(), seeded(seed)
     with torch.no_grad():
         for layer in network.layers[:layers]:
@@ -127,27 +127,27 @@ def changed(part, seed, layers=8):
 
 @pytest.mark.parametrize("part", [0.01, 0.02, 0.03, 0.3])
 def test_changes_by_a_per_cent_are_noticed_however_large_the_tensors(part):
-    mark = denoiser_fingerprint(changed(0, 0))
+    mark = denoiser_fingerprint(pipeline_with_change(0, 0))
     for seed in range(10):
-        found = denoiser_fingerprint(changed(part, seed))
-        (words,) = fingerprint_differences(mark, found)
+        other_mark = denoiser_fingerprint(pipeline_with_change(part, seed))
+        (words,) = fingerprint_differences(mark, other_mark)
         (size,) = re.findall(r"weights of the denoiser \(by about (\S+) of their size\)", words)
-        assert part / 2 < float(size) < 4 * part  # the largest of eight projections is 1.4 standard deviations or so
-        if part > 0.01:  # eight projections of a change by one per cent may all be below
-            assert len(fingerprint_differences(as_at_first(mark), found)) == 1
+        assert part / 2 < float(size) < 4 * part  # the largest of eight projections is about 1.4 standard deviations
+        if part > 0.01:  # all eight projections of a change by one per cent may be below the tolerance
+            assert len(fingerprint_differences(first_release(mark), other_mark)) == 1
 
 
-def test_changes_of_a_few_matrices_are_noticed_by_their_share():
-    mark = denoiser_fingerprint(changed(0, 0))
+def test_changes_of_a_few_matrices_count_by_their_part_of_all():
+    mark = denoiser_fingerprint(pipeline_with_change(0, 0))
     for seed in range(10):
-        found = denoiser_fingerprint(changed(0.03, seed, layers=2))
-        difference = torch.tensor(found["matrices"]) - torch.tensor(mark["matrices"])
-        # 0.03 in two of eight; a root mean square of 32 projections is within 40% (three standard deviations)
+        other_mark = denoiser_fingerprint(pipeline_with_change(0.03, seed, layers=2))
+        difference = torch.tensor(other_mark["matrices"]) - torch.tensor(mark["matrices"])
+        # The change is 0.03 in two of eight. A root mean square of 32 projections is within 40% (three deviations).
         assert float(difference.square().mean().sqrt()) == pytest.approx(0.03 / 2, rel=0.4)
 
 
-def test_changes_beside_the_parameters_that_are_looked_at_one_by_one_are_noticed():
-    """The other 16 of 32 layers, by 3%."""
+def test_changes_of_other_parameters_than_the_sampled_ones_are_noticed():
+    """16 of 32 layers are sampled one by one. The other 16 change by 3%."""
     network = torch.nn.ModuleList(torch.nn.Linear(64, 64, bias=False) for _ in range(32))
     pipe = SimpleNamespace(unet=network, scheduler=tiny.scheduler())
     mark, before = denoiser_fingerprint(pipe), [layer.weight.clone() for layer in network]
@@ -157,10 +157,10 @@ def test_changes_beside_the_parameters_that_are_looked_at_one_by_one_are_noticed
         for layer in network:
             if id(layer.weight) not in alone:
                 layer.weight += 0.03 * layer.weight.std() * torch.randn(64, 64, generator=seeded(1))
-    found = denoiser_fingerprint(pipe)
+    other_mark = denoiser_fingerprint(pipe)
     assert sum(torch.equal(layer.weight, old) for layer, old in zip(network, before, strict=True)) == 16
-    assert fingerprint_differences(as_at_first(mark), found) == []
-    (words,) = fingerprint_differences(mark, found)
+    assert fingerprint_differences(first_release(mark), other_mark) == []
+    (words,) = fingerprint_differences(mark, other_mark)
     assert "weights of the denoiser" in words
 
 
@@ -183,9 +183,9 @@ def test_fused_lora_is_noticed(embedded, targets, dtype):
     network.fuse_lora()
     network.unload_lora()
     fused = SimpleNamespace(unet=network.to(dtype), scheduler=embedded.scheduler)
-    found = denoiser_fingerprint(fused)
-    assert found["parameters"] == mark["parameters"]
-    (words,) = fingerprint_differences(mark, found)
+    other_mark = denoiser_fingerprint(fused)
+    assert other_mark["parameters"] == mark["parameters"]
+    (words,) = fingerprint_differences(mark, other_mark)
     assert words.startswith("weights of the denoiser")
     assert words.endswith("another checkpoint, a fine-tune or a fused LoRA")
 
@@ -206,10 +206,10 @@ def test_fingerprint_survives_saving(pipe, tmp_path):
     loaded = FisherTraceModel.from_pretrained(tmp_path)
     loaded.check_fingerprint(pipe)
     with pytest.raises(InputError, match="was trained for another denoiser"):
-        loaded.check_fingerprint(with_other_weights())
+        loaded.check_fingerprint(fine_tuned())
 
 
-def test_model_without_a_fingerprint_fits_any(pipe):
+def test_model_without_a_fingerprint_takes_every_denoiser(pipe):
     GaussianData().model().check_fingerprint(pipe)
 
 
@@ -227,8 +227,8 @@ SCHEDULERS = {
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_denoisers_without_a_network_have_prediction_and_schedule(scheduler):
     kind, config = SCHEDULERS[scheduler]
-    made = kind(**config)
-    mark = denoiser_fingerprint(GaussianDenoiser(GaussianData(), made))
+    instance = kind(**config)
+    mark = denoiser_fingerprint(GaussianDenoiser(GaussianData(), instance))
     assert set(mark) == {"prediction_type", "schedule"}
     assert json.loads(json.dumps(mark, allow_nan=False)) == mark
     assert mark["schedule"] == sorted(mark["schedule"])
@@ -239,7 +239,7 @@ def test_fingerprint_needs_a_scheduler():
         denoiser_fingerprint(torch.nn.Linear(1, 1))
 
 
-# The key by which a network's fingerprint is kept
+# The key of a network, which says whether its fingerprint must be computed again
 
 
 def with_lora(network):
@@ -258,7 +258,7 @@ def train_lora(network):
 
 
 def merge_tokens(network):
-    """As tomesd does it: another class for the blocks, and settings on the network."""
+    """Changes the network as tomesd does: the blocks get another class, and the network gets settings."""
     block = network.mid_block.attentions[0].transformer_blocks[0]
     block.__class__ = type("ToMeBlock", (type(block),), {})
     network._tome_info = {"args": {"ratio": 0.5}, "hooks": []}
@@ -312,15 +312,15 @@ def test_key_changes_with_everything_that_changes_the_network():
 
 @pytest.fixture
 def computed(monkeypatch):
-    """The networks whose fingerprints are computed, not taken from those that are kept."""
+    """The networks whose fingerprints are computed anew."""
     networks = []
     compute = fingerprint._network_fingerprint
 
-    def noted(network):
+    def compute_and_record(network):
         networks.append(network)
         return compute(network)
 
-    monkeypatch.setattr(fingerprint, "_network_fingerprint", noted)
+    monkeypatch.setattr(fingerprint, "_network_fingerprint", compute_and_record)
     return networks
 
 
@@ -335,18 +335,18 @@ def test_fingerprint_is_computed_once_and_again_after_a_change(computed):
     pipe.unet.conv_in.weight.data.neg_()
     denoiser_fingerprint(pipe)
     assert len(computed) == 3
-    pipe.scheduler = tiny.scheduler(beta_end=0.02)  # not of the network
+    pipe.scheduler = tiny.scheduler(beta_end=0.02)  # the scheduler is no part of the network
     assert denoiser_fingerprint(pipe)["schedule"] != marks[0]["schedule"]
     assert len(computed) == 3
 
 
-def test_kept_fingerprint_is_not_the_callers_own(computed, pipe):
+def test_a_caller_cannot_change_the_stored_fingerprint(computed, pipe):
     mark = denoiser_fingerprint(pipe)
     mark["weights"].clear()
     assert denoiser_fingerprint(pipe)["weights"]
 
 
-def test_kept_fingerprints_hold_no_network():
+def test_stored_fingerprints_hold_no_network():
     pipe = tiny.stable_diffusion()
     denoiser_fingerprint(pipe)
     network = weakref.ref(pipe.unet)
@@ -355,14 +355,14 @@ def test_kept_fingerprints_hold_no_network():
     assert network() is None
 
 
-def test_key_of_weights_without_a_version():
+def test_weights_without_a_version_have_a_key():
     with torch.inference_mode():
         network = torch.nn.Linear(3, 3)
     assert network_key(network) == network_key(network)
     assert network_key(torch.nn.Linear(3, 3, device="meta")) != network_key(network)
 
 
-def test_key_reads_64_values_also_of_few_parameters():
+def test_key_of_few_parameters_reads_64_values_too():
     network = torch.nn.Linear(64, 64, bias=False)
     seen = 0
     for index in range(64):
@@ -378,4 +378,4 @@ def test_key_costs_less_than_5_milliseconds(embedded):
         begin = time.process_time()
         network_key(embedded.unet)
         times.append(time.process_time() - begin)
-    assert min(times) < 5e-3  # the least of many, as other processes may hold the machine
+    assert min(times) < 5e-3  # the least of many, as other processes may slow the machine

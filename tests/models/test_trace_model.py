@@ -1,4 +1,4 @@
-"""The trace model: right at both ends and at the start, its inputs, files and card."""
+"""The trace model is right at both ends of the noise and before training; its inputs, files and card."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def seeded(seed=0):
 
 
 def state_of(data, scheduler, timesteps, seed=1, dtype=torch.float64):
-    """A state of the ideal denoiser, one timestep a sample."""
+    """Returns a state of the ideal denoiser, with one timestep per sample."""
     denoiser = GaussianDenoiser(data, scheduler)
     timesteps = torch.tensor(timesteps, dtype=torch.float64)
     level = denoiser.level(timesteps)
@@ -66,7 +66,7 @@ def make(name, **changes):
     return case.parent(**{**case.config, **changes})
 
 
-# At the start, and at both ends
+# Before training, and at both ends of the noise
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -83,7 +83,7 @@ def test_untrained_model_is_exact_on_gaussian_data(kind, scheduler):
 
 
 @pytest.mark.parametrize("kind", [name for name in KINDS if "moment" not in name])
-def test_both_ends_are_right_whatever_the_network_says(kind):
+def test_both_ends_are_right_for_every_output_of_the_network(kind):
     shape, basis, settings = KINDS[kind]
     model = disturbed(GaussianData(shape, basis).model(**settings), 1.0)
     noise_to_signal = torch.logspace(-5, 5, 11, dtype=torch.float64)
@@ -92,7 +92,7 @@ def test_both_ends_are_right_whatever_the_network_says(kind):
     state = DenoisingState(x, 0.3 * x, level, Prediction("v_prediction"))
     r = model.unexplained_noise_fraction(state)
     assert bool(((r > 0) & (r < 1)).all())
-    variance = r / (1 - r) * noise_to_signal**2  # the effective one lies within exp(+-12) of the prior's
+    variance = r / (1 - r) * noise_to_signal**2  # the effective variance lies within exp(+-12) of the prior's
     bound = torch.tensor(12.0).exp()
     assert bool(((variance > 0.02 / bound) & (variance < 1.1 * bound)).all())
     assert float(1 - r[0]) < 5e-9 * float(bound)  # s^2 = 1e-10 over the least variance
@@ -100,7 +100,7 @@ def test_both_ends_are_right_whatever_the_network_says(kind):
 
 
 def test_same_noised_sample_gives_the_same_r_in_every_scheduler():
-    """x_t over its norm and log(sigma/alpha) are all that a model sees of the schedule."""
+    """A model knows only x_t divided by its norm and log(sigma/alpha) of the schedule."""
     data = GaussianData()
     model = disturbed(data.model())
     state = state_of(data, make("epsilon"), [300.0, 700.0])
@@ -154,13 +154,13 @@ def test_other_sizes_take_interpolated_variances(basis, output):
             ((model.unexplained_noise_fraction(state) > 0) & (model.unexplained_noise_fraction(state) < 1)).all()
         )
     flat = FisherTraceModel(**SMALL, in_channels=2, basis=basis, output=output, prior_shape=(2, 4, 4))
-    flat.set_prior(0.0, 0.5)  # what does not vary is interpolated exactly
+    flat.set_prior(0.0, 0.5)  # the interpolation of equal values is exact
     level = NoiseLevel.from_log_noise_to_signal(torch.zeros((), dtype=torch.float64))
     r = flat.unexplained_noise_fraction(DenoisingState(x, x, level, Prediction("epsilon")))
     assert torch.allclose(r, torch.full((2,), 1 / 3, dtype=torch.float64), rtol=1e-6)
 
 
-def test_tokens_of_another_number_need_statistics_a_channel():
+def test_tokens_of_another_number_need_statistics_per_channel():
     data = GaussianData(TOKENS)
     x = torch.randn(2, 9, 3, generator=seeded())
     state = DenoisingState(x, x, NoiseLevel.from_log_noise_to_signal(torch.zeros(())), Prediction("epsilon"))
@@ -180,8 +180,8 @@ def test_tokens_of_another_number_need_statistics_a_channel():
 # Inputs
 
 
-def test_inputs_are_bounded_to_the_noisy_end():
-    """Pure noise (alpha = 0) included, in every prediction type; the output of an imperfect model is of order one."""
+def test_inputs_are_bounded_up_to_pure_noise():
+    """This holds for every prediction type, and for pure noise (alpha = 0), where a model's output is not zero."""
     x = torch.randn(3, *IMAGE, generator=seeded())
     level = NoiseLevel(torch.tensor([0.0, 1e-6, 0.999]).double(), torch.tensor([1.0, 1.0, 0.04]).double())
     for kind in ("epsilon", "v_prediction", "sample", "flow_prediction"):
@@ -217,7 +217,7 @@ def with_features(state, seed=3):
 
 
 @pytest.mark.parametrize("kind", ["trace", "diagonal in DCT", "diagonal of tokens", "second moment"])
-def test_features_condition_where_there_are_some(kind):
+def test_features_change_the_output_if_the_state_has_some(kind):
     shape, basis, settings = KINDS[kind]
     data = GaussianData(shape, basis)
     model = disturbed(data.model(feature_channels=6, **settings))
@@ -230,12 +230,12 @@ def test_features_condition_where_there_are_some(kind):
     assert torch.allclose(
         model.unexplained_noise_fraction(single), model.unexplained_noise_fraction(known)[1:], rtol=1e-4, atol=1e-6
     )  # float32, other batch
-    plain = disturbed(data.model(**settings))
-    assert torch.equal(plain.unexplained_noise_fraction(known), plain.unexplained_noise_fraction(state))
+    featureless = disturbed(data.model(**settings))
+    assert torch.equal(featureless.unexplained_noise_fraction(known), featureless.unexplained_noise_fraction(state))
 
 
 def test_features_are_standardised_at_their_own_level():
-    """What they are on average at a level, wherever between the known ones, is as though they were all zero."""
+    """Average features at any level, also between two levels of the statistics, count as zero."""
     data = GaussianData()
     levels = torch.linspace(-4, 4, 48)
     mean, deviation = levels[:, None] * torch.arange(6), 0.1 + torch.rand(48, 6, generator=seeded())
@@ -245,7 +245,7 @@ def test_features_are_standardised_at_their_own_level():
     log_noise = state.level.log_noise_to_signal.float()
     average = log_noise[:, None] * torch.arange(6)
     seen = []
-    model.summaries.head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    model.summaries.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model.unexplained_noise_fraction(dataclasses.replace(state, features=average))
     assert float(seen[0].abs().max()) < 1e-4  # float32
     nodes = dataclasses.replace(state, level=NoiseLevel.from_log_noise_to_signal(levels[[2, 9]].double()))
@@ -256,7 +256,7 @@ def test_features_are_standardised_at_their_own_level():
     low = NoiseLevel.from_log_noise_to_signal(torch.tensor([-9.0, 9.0], dtype=torch.float64))
     model.unexplained_noise_fraction(
         dataclasses.replace(state, level=low, features=mean[[0, 47]])
-    )  # beyond the ends: as there
+    )  # levels beyond the ends count as the ends
     assert float(seen[3].abs().max()) < 1e-4
 
 
@@ -269,16 +269,16 @@ STATISTICS = {
 
 
 @pytest.mark.parametrize("kind", STATISTICS)
-def test_statistics_of_features_that_do_not_fit(kind):
+def test_statistics_of_features_that_do_not_fit_are_refused(kind):
     changes, message = STATISTICS[kind]
-    given = {"log_noise": torch.linspace(-4, 4, 48), "mean": torch.zeros(48, 6), "deviation": torch.ones(48, 6)}
+    statistics = {"log_noise": torch.linspace(-4, 4, 48), "mean": torch.zeros(48, 6), "deviation": torch.ones(48, 6)}
     model = GaussianData().model(feature_channels=6)
-    model.set_feature_statistics(**given)
+    model.set_feature_statistics(**statistics)
     with pytest.raises(InputError, match=message):
-        model.set_feature_statistics(**{**given, **changes})
+        model.set_feature_statistics(**{**statistics, **changes})
     assert torch.equal(model.summaries.statistics.deviation, torch.ones(48, 6))
     with pytest.raises(InputError, match="takes no features"):
-        GaussianData().model().set_feature_statistics(**given)
+        GaussianData().model().set_feature_statistics(**statistics)
 
 
 def test_features_of_another_width_are_refused():
@@ -288,7 +288,7 @@ def test_features_of_another_width_are_refused():
         data.model(feature_channels=7).unexplained_noise_fraction(state)
 
 
-def test_pooled_vector_conditions():
+def test_pooled_vector_changes_the_output():
     data = GaussianData()
     model = disturbed(data.model(pooled_channels=5))
     state = state_of(data, make("epsilon"), [300.0, 700.0])
@@ -302,7 +302,7 @@ def test_pooled_vector_conditions():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_models_and_states(dtype):
+def test_half_precision_models_agree_with_float32(dtype):
     data = GaussianData()
     state = state_of(data, make("epsilon"), [300.0, 700.0], dtype=torch.float32)
     model = disturbed(data.model(), 0.1)
@@ -323,7 +323,7 @@ def test_evaluation_builds_no_graph_and_training_does():
 # Files
 
 
-def test_round_trip(tmp_path):
+def test_a_saved_model_is_loaded_unchanged(tmp_path):
     for kind in ("trace", "diagonal in DCT", "diagonal of tokens", "trace with features"):
         shape, basis, settings = KINDS[kind]
         data = GaussianData(shape, basis)
@@ -348,7 +348,7 @@ def test_config_lies_in_the_safetensors_metadata_too(tmp_path):
     assert json.loads(metadata["config"])["_class_name"] == "FisherTraceModel"
 
 
-def test_dtype_of_loading(tmp_path):
+def test_loading_takes_a_dtype(tmp_path):
     GaussianData().model().save_pretrained(tmp_path)
     assert FisherTraceModel.from_pretrained(tmp_path, dtype=torch.float16).dtype is torch.float16
 
@@ -393,7 +393,7 @@ def test_pickles_and_shards_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_pushing_writes_a_card_of_our_own(monkeypatch):
+def test_push_to_hub_writes_the_model_card(monkeypatch):
     written = {}
 
     def upload(self, folder, repo_id, **kwargs):

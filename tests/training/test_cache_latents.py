@@ -50,18 +50,18 @@ def test_a_shard_of_unreadable_images_is_empty(tmp_path):
     examples = [images[position] for position in (0, 1, 2, 3, 8, 9, 10, 11)]
     space = SampleSpace(load_pipeline(config.denoiser), latents=False)
     moments, captions = cached(config)
-    # Batches of encoding round otherwise.
+    # Batches of another size round otherwise.
     assert torch.allclose(moments, space.moments(torch.stack([each.pixels for each in examples])), atol=1e-5)
     assert captions == [each.caption for each in examples]
 
 
-def test_nothing_that_can_be_read_is_refused(tmp_path):
+def test_data_without_readable_images_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"None of the 12 images of '.*images' can be read"):
         cache_latents(config_of(tmp_path, corrupt=range(12)))
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_a_stopped_cache_goes_on_where_it_was(tmp_path, monkeypatch, failure):
+def test_a_stopped_cache_resumes(tmp_path, monkeypatch, failure):
     config = config_of(tmp_path)
     save, written = module.save_tensors, []
 
@@ -106,8 +106,8 @@ def test_a_corrected_config_takes_the_folder_of_a_wrong_one(tmp_path, wrong):
         cache_latents(dataclasses.replace(config, data=dataclasses.replace(config.data, limit=5)))
 
 
-def test_images_added_since_are_noticed(tmp_path, monkeypatch):
-    """By a cache that is not finished, whose shards would hold others than the names say, and by a finished one."""
+def test_images_added_to_the_folder_are_noticed(tmp_path, monkeypatch):
+    """Both an unfinished cache and a finished one notice them; shards of an unfinished one would mix old and new."""
     config = config_of(tmp_path)
     write = module._write_index
     monkeypatch.setattr(module, "_write_index", lambda *args: pytest.fail("killed"))
@@ -124,12 +124,12 @@ def test_images_added_since_are_noticed(tmp_path, monkeypatch):
     image_folder(tmp_path / "images", count=13)
     with pytest.raises(InputError, match=words):
         cache_latents(config)
-    (tmp_path / "latents" / "data.json").unlink()  # as in caches of before there was this note
+    (tmp_path / "latents" / "data.json").unlink()  # older caches lack this note
     assert cache_latents(config) == 12
 
 
 def test_two_processes_take_turns_with_the_shards(tmp_path):
-    """By torch's own launcher, which does not say that they are to compute on CPUs."""
+    """torch's own launcher starts them, which does not say that processes compute on CPUs."""
     config = config_of(tmp_path)
     script = tmp_path / "cache.py"
     script.write_text(
@@ -160,7 +160,7 @@ def test_compiled_denoisers_share_the_cache_and_are_not_compiled_for_it(tmp_path
     (folder / "index.json").unlink()
     (folder / "latents-00001.safetensors").unlink()
     settings = json.loads((folder / "config.json").read_text())
-    del settings["denoiser"]["compile"]  # as caches were noted before there was this setting
+    del settings["denoiser"]["compile"]  # notes of older caches lack this setting
     (folder / "config.json").write_text(json.dumps(settings))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network: pytest.fail("compiled"))
     cache_latents(dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, compile=True)))

@@ -1,4 +1,4 @@
-"""Paths are the points where a likelihood asks, and rows of a batch are exchanged for them exactly."""
+"""Paths are the points at which a likelihood evaluates the trace. They replace whole rows of a batch exactly."""
 
 import pytest
 import tiny
@@ -26,18 +26,18 @@ def paths(space):
     return follow_paths(space, pieces, 0.0, 0.0, seed=0)
 
 
-def test_points_are_those_where_the_likelihood_asks(space, paths):
-    asked = []
+def test_points_are_the_states_at_which_a_likelihood_evaluates_the_trace(space, paths):
+    states = []
 
-    class Asked(DirectFisher):
+    class Recorder(DirectFisher):
         def __call__(self, state, endpoint=None):
-            asked.append(state)
+            states.append(state)
             return super().__call__(state)
 
     denoiser = space.denoiser(["a b", "c", "d"], torch.empty(3, 3, 16, 16))
-    integrate_log_likelihood(denoiser, paths.clean[:3], Asked(), Integration(STEPS[0], None))
-    assert len(asked) == STEPS[0] + 1
-    for number, state in enumerate(asked):
+    integrate_log_likelihood(denoiser, paths.clean[:3], Recorder(), Integration(STEPS[0], None))
+    assert len(states) == STEPS[0] + 1
+    for number, state in enumerate(states):
         rows = slice(3 * number, 3 * number + 3)
         assert paths.image[rows].tolist() == [0, 1, 2]
         level = NoiseLevel.from_log_noise_to_signal(paths.log_noise[rows])
@@ -51,7 +51,7 @@ def test_points_are_those_where_the_likelihood_asks(space, paths):
     assert len(paths.image) == 3 * (STEPS[0] + 1) + STEPS[1] + 1 and paths.image[-1] == 3
 
 
-def test_mixing_exchanges_whole_rows(space, paths):
+def test_mixing_replaces_whole_rows(space, paths):
     count = 64
     draw = draw_trace_batch(space.pipe.scheduler, (4, 8, 8), count, 0, 0, mirrored=False, with_probes=True)
     samples, captions = torch.randn(count, 4, 8, 8), ["x"] * count
@@ -63,33 +63,33 @@ def test_mixing_exchanges_whole_rows(space, paths):
     for row in (~own).nonzero()[:, 0].tolist():
         point = (paths.noise == mixed.noise[row]).flatten(1).all(1) & (paths.log_noise == mixed.log_noise[row])
         image = int(paths.image[point.nonzero()[0, 0]])
-        # The first points of all images have no noise and the same level: any of their images will do.
+        # The first points of all images have no noise and the same level: each of their images is right.
         images = set(paths.image[point].tolist())
         assert any(torch.equal(clean[row], paths.clean[i]) and texts[row] == paths.captions[i] for i in images), image
 
 
 def test_parts_of_a_batch_are_those_of_the_whole(space, paths):
-    def taken(part):
+    def mix(part):
         scheduler = space.pipe.scheduler
         draw = draw_trace_batch(scheduler, (4, 8, 8), 8, 0, 0, part, mirrored=False, with_probes=True)
         samples, captions = torch.zeros(8, 4, 8, 8)[part], ["x"] * len(range(8)[part])
         return paths.mixed(draw, samples, captions, 0.5, step_generator(0), 8, part)
 
-    whole, parts = taken(slice(0, 8)), [taken(slice(0, 3)), taken(slice(3, 8))]
+    whole, parts = mix(slice(0, 8)), [mix(slice(0, 3)), mix(slice(3, 8))]
     assert torch.equal(whole[0].noise, torch.cat([part[0].noise for part in parts]))
     assert torch.equal(whole[0].log_noise, torch.cat([part[0].log_noise for part in parts]))
     assert torch.equal(whole[1], torch.cat([part[1] for part in parts]))
     assert whole[2] == parts[0][2] + parts[1][2]
 
 
-def test_all_or_none(space, paths):
+def test_fractions_of_zero_and_one_replace_no_row_and_every_row(space, paths):
     draw = draw_trace_batch(space.pipe.scheduler, (4, 8, 8), 8, 0, 0, mirrored=False)
     samples = torch.randn(8, 4, 8, 8)
     assert paths.mixed(draw, samples, ["x"] * 8, 0.0, step_generator(0), 8, slice(None))[2] == ["x"] * 8
     assert "x" not in paths.mixed(draw, samples, ["x"] * 8, 1.0, step_generator(0), 8, slice(None))[2]
 
 
-def test_saved_and_loaded(paths, tmp_path):
+def test_loading_restores_what_was_saved(paths, tmp_path):
     paths.save(tmp_path / "paths.safetensors")
     loaded = Paths.load(tmp_path / "paths.safetensors")
     assert loaded.captions == paths.captions

@@ -1,4 +1,4 @@
-"""Pieces of batches are the same whoever takes them, and images that can't be read stop nothing."""
+"""Pieces of batches are the same for any number of processes, and images that can't be read don't stop a run."""
 
 import itertools
 
@@ -19,20 +19,20 @@ def training_data(folder, batch_size=4, held_out=3, streaming=True, steps=6, cou
 
 
 def image(folder, number):
-    """Pixels of train-`number`.png."""
+    """Returns the pixels of train-`number`.png."""
     images = open_images(ImageData(str(folder)))
     names = [images.name(index) for index in range(len(images))]
     return images[names.index(f"train-{number}.png")].pixels
 
 
 def order(folder):
-    """Numbers of the images in the order of the data."""
+    """Returns the numbers of the images in the order of the data."""
     images = open_images(ImageData(str(folder)))
     return [int(images.name(index).removeprefix("train-").removesuffix(".png")) for index in range(len(images))]
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_pieces_do_not_depend_on_the_processes_and_corrupt_images_stop_none(tmp_path, streaming):
+def test_pieces_do_not_depend_on_the_processes_and_corrupt_images_are_replaced(tmp_path, streaming):
     """Four processes with pieces of one image give the batches of one process, from any step on."""
     data = training_data(tmp_path, streaming=streaming, corrupt=(4, 5, 7))
     whole = list(data.pieces(BatchShare(4), 0, 0))
@@ -46,7 +46,7 @@ def test_pieces_do_not_depend_on_the_processes_and_corrupt_images_stop_none(tmp_
     assert skipped and skipped <= {"train-4.png", "train-5.png", "train-7.png"}
 
 
-def test_a_stream_that_cannot_be_read_ends(tmp_path):
+def test_a_stream_of_unreadable_images_raises(tmp_path):
     data = training_data(tmp_path, corrupt=range(12))
     with pytest.raises(InputError, match=r"None of 1000 images in a row can be read; the first is 'train-"):
         next(iter(data.pieces(BatchShare(4), 0, 0)))
@@ -55,7 +55,7 @@ def test_a_stream_that_cannot_be_read_ends(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_held_out_images_stand_for_held_out_images_alone(tmp_path, streaming):
+def test_held_out_images_replace_held_out_images_alone(tmp_path, streaming):
     folder = image_folder(tmp_path)
     held_out = order(folder)[:3] if streaming else order(folder)[-3:]
     piece = training_data(tmp_path, streaming=streaming, corrupt=held_out[-1:]).held_out()
@@ -69,13 +69,13 @@ def test_a_stream_without_enough_held_out_images_is_refused(tmp_path):
         training_data(tmp_path, count=2).held_out()
 
 
-def test_some_of_a_stream_leaves_out_what_cannot_be_read(tmp_path):
+def test_some_samples_of_a_stream_leave_out_unreadable_images(tmp_path):
     numbers = order(image_folder(tmp_path))[3:]
     data = training_data(tmp_path, corrupt=(*numbers[:2], numbers[5]))
-    pieces = list(data.some(100, 1))  # pieces of one, as the last of any size may be
+    pieces = list(data.some(100, 1))  # pieces of one, as the last piece may be
     assert [piece.skipped for piece in pieces] == [
         [f"train-{number}.png" for number in numbers[:2]], [], [], [f"train-{numbers[5]}.png"], [], [],
     ]  # fmt: skip
-    kept = itertools.chain(numbers[2:5], numbers[6:])
-    expected = torch.stack([image(tmp_path, number) for number in kept])
+    readable = itertools.chain(numbers[2:5], numbers[6:])
+    expected = torch.stack([image(tmp_path, number) for number in readable])
     assert torch.equal(torch.cat([piece.samples for piece in pieces]), expected)

@@ -1,4 +1,4 @@
-"""The folder of a run: who may go on with it, and what full disks, damaged files and unreadable images leave in it."""
+"""The folder of a run: which run may resume in it, and the effects of full disks, damaged files, unreadable images."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def unbroken(config):
 
 
 def stop_at(monkeypatch, step, failure=KeyboardInterrupt):
-    """Training stops at the beginning of `step`."""
+    """Makes training stop at the beginning of `step`."""
     draw = trace_matching.draw_trace_batch
 
     def stopping(scheduler, shape, batch_size, now, *args, **kwargs):
@@ -54,7 +54,7 @@ def test_a_corrected_config_takes_the_folder_of_a_wrong_one(tmp_path, section, w
     assert (Path(config.output) / "trace_model").is_dir()
 
 
-def test_a_run_without_the_newer_notes_is_taken_up_with_a_compiled_denoiser(tmp_path, monkeypatch):
+def test_a_run_without_the_newer_notes_resumes_with_a_compiled_denoiser(tmp_path, monkeypatch):
     config = trace_runs.config_of(tmp_path)
     stop_at(monkeypatch, 5)
     with pytest.raises(KeyboardInterrupt):
@@ -94,11 +94,11 @@ def test_another_denoiser_takes_the_folder_before_the_first_checkpoint(tmp_path,
     shutil.rmtree(config.denoiser.path)
     saved_pipeline(Path(config.denoiser.path), lambda: tiny.stable_diffusion(unet=tiny.unet()))  # another seed
     resumed = parameters(train(config))
-    assert torch.equal(resumed, unbroken(config))  # with paths of its own
+    assert torch.equal(resumed, unbroken(config))  # the run integrates its own paths
 
 
 def test_settings_may_be_corrected_before_the_first_checkpoint(tmp_path, monkeypatch):
-    """As where memory was too short for the first step: what was prepared with other settings is made again."""
+    """The memory may be too small for the first step. Files of the old settings are then made again."""
     config = trace_runs.config_of(tmp_path, target="jacobian")
     stop_at(monkeypatch, 1)
     for _ in range(2):
@@ -109,7 +109,7 @@ def test_settings_may_be_corrected_before_the_first_checkpoint(tmp_path, monkeyp
     before = paths.stat().st_mtime_ns
     with pytest.raises(KeyboardInterrupt):
         train(config)
-    assert paths.stat().st_mtime_ns == before  # equal settings: what was prepared stays
+    assert paths.stat().st_mtime_ns == before  # equal settings: the paths stay
     smaller = dataclasses.replace(config, optimisation=dataclasses.replace(config.optimisation, batch_size=2))
     monkeypatch.undo()
     resumed = parameters(train(smaller))
@@ -120,7 +120,7 @@ def test_settings_may_be_corrected_before_the_first_checkpoint(tmp_path, monkeyp
         train(config)
 
 
-def test_free_settings_leave_what_was_prepared(tmp_path, monkeypatch):
+def test_changeable_settings_leave_the_paths(tmp_path, monkeypatch):
     config = trace_runs.config_of(tmp_path, target="jacobian")
     stop_at(monkeypatch, 0)
     with pytest.raises(KeyboardInterrupt):
@@ -140,7 +140,7 @@ def test_a_finished_model_without_its_checkpoints_is_kept(tmp_path):
         train(dataclasses.replace(config, seed=1))
 
 
-def test_images_added_since_are_noticed(tmp_path, monkeypatch):
+def test_images_added_to_the_folder_are_noticed(tmp_path, monkeypatch):
     config = trace_runs.config_of(tmp_path)
     stop_at(monkeypatch, 5)
     with pytest.raises(KeyboardInterrupt):
@@ -151,7 +151,7 @@ def test_images_added_since_are_noticed(tmp_path, monkeypatch):
         InputError, match=r"run' was made of other data: `images` was 12, is 13; `last` was .*Images were added"
     ):
         train(config)
-    (Path(config.output) / "data.json").unlink()  # as in folders of before there was this note
+    (Path(config.output) / "data.json").unlink()  # older folders lack this note
     train(config)
     assert json.loads((Path(config.output) / "data.json").read_text())["images"] == 13
 
@@ -177,7 +177,7 @@ def test_images_exchanged_for_others_of_the_same_number_are_noticed(tmp_path):
         train(config)
 
 
-def test_latents_cached_anew_of_other_images_are_noticed(tmp_path):
+def test_a_new_cache_of_other_images_is_noticed(tmp_path):
     config = trace_runs.config_of(tmp_path, latents=str(tmp_path / "latents"), optimisation={"steps": 2})
     cache_latents(config)
     train(config)
@@ -211,8 +211,8 @@ def test_a_finished_run_started_again_writes_no_entry_twice(tmp_path):
     assert curve.read_text() == before
 
 
-def test_names_of_unreadable_images_outlast_a_stop(tmp_path, monkeypatch):
-    """Held-out ones too. That they can be read at last is no matter: others stood in their places before."""
+def test_names_of_unreadable_images_are_reported_after_a_resumption(tmp_path, monkeypatch):
+    """One image is held out. The names stay when the images can be read later, since others had replaced them."""
     config = trace_runs.config_of(tmp_path)
     images = trace_matching.open_images(config.data)
     numbers = [int(images.name(index).removeprefix("train-").removesuffix(".png")) for index in (1, 11)]
@@ -227,7 +227,7 @@ def test_names_of_unreadable_images_outlast_a_stop(tmp_path, monkeypatch):
     assert report["skipped_images"] == sorted(f"train-{number}.png" for number in numbers)
 
 
-def test_names_that_a_cache_left_out_are_reported(tmp_path):
+def test_names_of_images_that_a_cache_lacks_are_reported(tmp_path):
     config = trace_runs.config_of(tmp_path, corrupt=(2,), latents=str(tmp_path / "latents"))
     cache_latents(config)
     train(config)
@@ -262,7 +262,7 @@ def test_a_full_disk_stops_with_the_last_good_checkpoint_named(tmp_path, monkeyp
     ],
     ids=["plot", "curve", "cut", "model", "report"],
 )
-def test_whatever_cannot_be_written_is_named(tmp_path, monkeypatch, where, name, file):
+def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch, where, name, file):
     config = trace_runs.config_of(tmp_path)
     if name == "atomic_path":
         train(config)

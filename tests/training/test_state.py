@@ -1,4 +1,4 @@
-"""Training that is stopped and resumed gives the parameters of an unbroken run, bit for bit."""
+"""Training that is stopped and resumed gives the same parameters as an unbroken run, bit for bit."""
 
 import pytest
 import torch
@@ -58,11 +58,11 @@ def test_resumed_training_is_an_unbroken_run_bit_for_bit(tmp_path, memory_format
     unbroken.train(3, 7)
     torch.manual_seed(123)  # nothing may depend on the global generator
     resumed = Training(memory_format, fused)
-    resumed.train(0, 1)  # whatever it held before is replaced
+    resumed.train(0, 1)  # loading replaces this state
     assert resumed.load(path) == 3
     resumed.train(3, 7)
     pairs = list(zip(unbroken.tensors(), resumed.tensors(), strict=True))
-    assert len(pairs) == 9 + 6 + 18  # parameters and buffers, averages, two moments and a step a parameter
+    assert len(pairs) == 9 + 6 + 18  # parameters and buffers, averages, two moments and a step per parameter
     assert all(torch.equal(expected, value) for expected, value in pairs)
 
 
@@ -76,7 +76,7 @@ def test_state_can_be_saved_before_the_first_step(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(fresh.tensors(), other.tensors(), strict=True))
 
 
-def test_no_file_is_a_start_from_scratch(tmp_path):
+def test_without_a_file_training_starts_at_step_zero(tmp_path):
     training = Training()
     before = [tensor.clone() for tensor in training.tensors()]
     assert training.load(tmp_path / "nothing.safetensors") == 0

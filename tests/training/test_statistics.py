@@ -1,4 +1,4 @@
-"""Statistics of the denoiser's features, by which a trace model standardises them."""
+"""Statistics of the denoiser's features, with which a trace model standardises the features."""
 
 import tiny
 import torch
@@ -14,8 +14,8 @@ from diffusers_fisher.training.trace_config import make_trace_model
 from diffusers_fisher.training.trace_losses import TraceDraw, noised_state
 
 
-def test_features_are_of_mean_zero_and_deviation_one_on_training_data(tmp_path):
-    """Of fresh noise, at one of the levels: between them a random network's features jump with the timestep."""
+def test_features_have_mean_zero_and_deviation_one_on_training_data(tmp_path):
+    """The noise is new. The level is one of the statistics: a random network's features jump between levels."""
     config = trace_runs.config_of(tmp_path, model={"features": True})
     pipe = tiny.stable_diffusion(StableDiffusionFisherPipeline)
     space = SampleSpace(pipe, latents=False)
@@ -29,10 +29,10 @@ def test_features_are_of_mean_zero_and_deviation_one_on_training_data(tmp_path):
     model = make_trace_model(config, pipe, tuple(clean.shape[1:]), feature_channels=features.shape[1])
     pieces = [Piece(pixels[start : start + 64], captions[:64], []) for start in (0, 64)]
     fit_features(model, config, pieces, space)
-    found = model.summaries.statistics.standardised(features, level)
+    standardised_features = model.summaries.statistics.standardised(features, level)
     # 128 samples on both sides: a mean to 1/sqrt(64) = 0.12, a deviation to 9%; four times that over 16 channels.
-    assert float(found.mean(0).abs().max()) < 0.5
-    assert bool(((found.std(0) > 0.7) & (found.std(0) < 1.4)).all())
+    assert float(standardised_features.mean(0).abs().max()) < 0.5
+    assert bool(((standardised_features.std(0) > 0.7) & (standardised_features.std(0) < 1.4)).all())
     again = make_trace_model(config, pipe, tuple(clean.shape[1:]), feature_channels=features.shape[1])
     fit_features(again, config, pieces, space)
     assert torch.equal(again.summaries.statistics.mean, model.summaries.statistics.mean)

@@ -1,5 +1,7 @@
-"""Targets, losses and draws of trace matching: minimal at the conditional expectation, the same in any number of
-processes."""
+"""Targets, losses and draws of trace matching.
+
+The loss is least at the conditional expectation, and the draws are the same for any number of processes.
+"""
 
 import itertools
 import math
@@ -56,7 +58,7 @@ def make(name="Stable Diffusion"):
 
 
 def posterior_draws(data, log_noise, count):
-    """One x_t, and `count` noises of its posterior: (state of the ideal denoiser, noise, x_0)."""
+    """Draws one x_t and `count` noises of its posterior: (state of the ideal denoiser, noise, x_0)."""
     level = NoiseLevel.from_log_noise_to_signal(torch.tensor(log_noise))
     x = (
         level.alpha * data.sample(1, seeded(5))
@@ -73,7 +75,7 @@ def posterior_draws(data, log_noise, count):
 
 
 def close(values, exact, errors=5):
-    """The mean of independent values (n, ...) within some standard errors of `exact`."""
+    """Returns whether the mean of independent values (n, ...) is within some standard errors of `exact`."""
     return bool(((values.mean(0) - exact).abs() < errors * values.std(0) / len(values) ** 0.5).all())
 
 
@@ -88,7 +90,7 @@ def test_residual_is_r_on_average_over_the_posterior(basis, log_noise):
     y = residual_target(state, noise)
     assert y.shape == (20000,)
     assert close(y, data.r(state.level, 1))
-    assert not close(y, 1.05 * data.r(state.level, 1))  # the test could tell
+    assert not close(y, 1.05 * data.r(state.level, 1))  # the test notices an error of 5%
     diagonal = residual_target(state, noise, basis)
     assert diagonal.shape == noise.shape
     assert close(diagonal, (1 - data.shares(state.level))[0])
@@ -116,7 +118,7 @@ def test_norm_gives_r_through_the_denoiser_s_own_clean_sample(log_noise):
 
 
 def all_signs(shape):
-    """Every vector of signs, (2^d, *shape)."""
+    """Returns every vector of signs, (2^d, *shape)."""
     return torch.tensor(list(itertools.product((-1.0, 1.0), repeat=math.prod(shape))), dtype=torch.float64).view(
         -1, *shape
     )
@@ -124,7 +126,7 @@ def all_signs(shape):
 
 @pytest.mark.parametrize("basis", [None, "pixel", "dct"])
 def test_jacobian_target_is_unbiased(basis):
-    """Over all vectors of signs the mean is exactly 1 - sigma tr J/d, and coordinate by coordinate in a basis."""
+    """The mean over all vectors of signs is exactly 1 - sigma tr J/d. In a basis this holds for each coordinate."""
     shape = (1, 2, 3)
     probes = all_signs(shape)
     network, level = Network(6), NoiseLevel.from_log_noise_to_signal(torch.tensor(-0.3))
@@ -161,7 +163,7 @@ def test_targets_of_a_perfect_denoiser_agree():
 @pytest.mark.parametrize("floor", [0.0, 1e-2])
 @pytest.mark.parametrize("mean", [0.003, 0.3, 0.98])
 def test_scale_free_loss_is_least_at_the_mean(mean, floor):
-    """Whatever the law of the target, values below zero and above one included."""
+    """This holds for every law of the target, with values below zero and above one too."""
     logits = torch.linspace(-8, 8, 1601, dtype=torch.float64)
     for spread in (0.0, 0.5):
         targets = mean + spread * torch.tensor([-1.0, -0.5, 1.5], dtype=torch.float64)
@@ -174,7 +176,7 @@ def test_scale_free_loss_is_least_at_the_mean(mean, floor):
 
 
 def test_loss_counts_relative_errors_alike_at_both_ends():
-    """A factor of 1.1 in r at large noise costs what it costs in 1 - r at small noise, at any size."""
+    """A factor of 1.1 costs the same in r at large noise as in 1 - r at small noise, for all sizes of them."""
     costs = []
     for r in (1e-4, 1e-2):
         for sign in (1, -1):
@@ -198,7 +200,7 @@ def test_squared_weight_adds_the_squared_error_of_the_trace(shape):
 
 @pytest.mark.parametrize("kind", ["trace", "diagonal", "norm"])
 def test_loss_is_least_at_the_truth_on_gaussian_data(kind):
-    """The mean loss over posterior draws, as a function of a shift of the model's output."""
+    """The mean loss over posterior draws is least where the model's output is not shifted."""
     data = GaussianData()
     settings = {"norm": {"target": "norm"}, "diagonal": {"output": "diagonal"}, "trace": {}}[kind]
     model = data.model(**settings)
@@ -259,14 +261,14 @@ def test_mirrored_noise_is_noise_of_the_opposite_direction_and_quantile(dimensio
     quantiles = [torch.from_numpy(chdtr(dimensions, value.numpy())) for value in (norms, others)]
     assert torch.allclose(sum(quantiles), torch.ones(len(noise), dtype=torch.float64), atol=1e-9)
     assert torch.allclose(mirrored_noise(other), noise, rtol=1e-6)
-    if dimensions == 256:  # the skewness of chi-square is what is left of the fluctuation
+    if dimensions == 256:  # only the skewness of chi-square is left of the fluctuation
         relative = (norms / dimensions - 1).std()
         assert float(relative) == pytest.approx((2 / dimensions) ** 0.5, rel=0.1)
         assert float(((norms + others) / (2 * dimensions) - 1).std()) < 0.06 * float(relative)
 
 
 def test_mirrored_pairs_tell_one_minus_r_at_small_noise():
-    """The mean of a pair's 1 - y scatters by a tenth of 1 - r, that of one draw by twice of it."""
+    """The mean of 1 - y over a pair scatters by a tenth of 1 - r, and 1 - y of one draw scatters by twice 1 - r."""
     data, scheduler = GaussianData((1, 16, 16)), make()
     data.variance.fill_(0.04)
     denoiser, clean = GaussianDenoiser(data, scheduler), data.sample(200, seeded())
@@ -306,7 +308,7 @@ def test_draws_depend_on_step_and_seed():
     assert torch.equal(draws[0].repeat(torch.arange(4)), torch.arange(4).repeat(2))
 
 
-def test_global_random_numbers_are_left_alone():
+def test_draws_leave_the_global_generator_unchanged():
     before = torch.get_rng_state()
     draw_trace_batch(make(), IMAGE, 4, 0, 0, with_probes=True)
     assert torch.equal(torch.get_rng_state(), before)
@@ -338,11 +340,11 @@ def test_gradients_of_two_processes_average_to_those_of_one(kind):
 
 @pytest.mark.parametrize("target", ["residual", "jacobian"])
 def test_training_finds_what_the_prior_does_not_know(target):
-    """Two scales of Gaussian data: r depends on the sample."""
+    """The data are Gaussian with two scales, so r depends on the sample."""
     scheduler = make()
 
     class Scales(Denoiser):
-        """x_0 ~ N(0, v I) with v = 0.02 or 0.5, equally likely; differentiable."""
+        """The ideal denoiser of x_0 ~ N(0, v I) with v = 0.02 or 0.5, equally likely. It is differentiable."""
 
         variances = torch.tensor([0.02, 0.5])
 
@@ -414,7 +416,7 @@ def test_jacobian_needs_an_estimator_and_probes():
         objective(model, denoiser, data.sample(2, seeded()).float(), draw_trace_batch(make(), IMAGE, 2, 0, 0))
 
 
-def test_what_is_not_finite_stops_the_step():
+def test_a_step_with_numbers_that_are_not_finite_raises():
     data = GaussianData()
     denoiser, model = GaussianDenoiser(data, make()), data.model()
     draw = draw_trace_batch(make(), IMAGE, 2, 0, 0)
@@ -428,7 +430,7 @@ def test_what_is_not_finite_stops_the_step():
         objective(model, denoiser, samples, draw)
 
 
-def test_states_for_training_carry_no_graph_unless_asked():
+def test_states_have_a_graph_only_with_with_graph():
     data = GaussianData()
     denoiser, draw = GaussianDenoiser(data, make()), draw_trace_batch(make(), IMAGE, 2, 0, 0)
     clean = draw.repeat(data.sample(2, seeded()).float())

@@ -1,4 +1,4 @@
-"""The trainer of trace models: what it writes, and that neither kills nor processes change it."""
+"""Training of trace models: its files, and that neither kills nor the number of processes change the result."""
 
 import dataclasses
 import json
@@ -58,8 +58,8 @@ def test_a_run_writes_model_curves_plot_and_report(tmp_path, target):
     config = trace_runs.config_of(tmp_path, target=target)
     model = train(config)
     run = Path(config.output)
-    found = FisherTraceModel.from_pretrained(run / "trace_model")
-    assert found.target == target and torch.equal(parameters(found), parameters(model))
+    loaded = FisherTraceModel.from_pretrained(run / "trace_model")
+    assert loaded.target == target and torch.equal(parameters(loaded), parameters(model))
     assert [line["step"] for line in lines(run / "loss.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines(run / "validation.jsonl")] == [4, 6]
     assert (run / "validation.png").stat().st_size > 10_000
@@ -72,16 +72,16 @@ def test_a_run_writes_model_curves_plot_and_report(tmp_path, target):
     pipe = StableDiffusionFisherPipeline.from_pretrained(config.denoiser.path)
     pipe.set_progress_bar_config(disable=True)
     images = torch.rand(2, 3, 16, 16)
-    out = pipe.log_likelihood(images, "a b", estimator=TraceMatchingFisher(found), step_halving=False)
+    out = pipe.log_likelihood(images, "a b", estimator=TraceMatchingFisher(loaded), step_halving=False)
     assert torch.isfinite(out.log_prob).all() and target in out.trace
     other = tiny.stable_diffusion(StableDiffusionFisherPipeline)
     other.unet = tiny.unet()
     with pytest.raises(InputError, match="weights"):
-        other.log_likelihood(torch.rand(2, 3, 16, 16), "a b", estimator=TraceMatchingFisher(found))
+        other.log_likelihood(torch.rand(2, 3, 16, 16), "a b", estimator=TraceMatchingFisher(loaded))
 
 
 def test_training_learns(tmp_path):
-    """The untrained model is the Gaussian of the data; squared errors of an untrained network are nowhere near."""
+    """The untrained model knows the Gaussian of the data; squared errors of an untrained network are far from it."""
     longer = {"steps": 120, "save_every": 60, "log_every": 20, "warmup_steps": 5}
     config = trace_runs.config_of(tmp_path, optimisation=longer, validation={"every": 60, "samples": 8})
     train(config)
@@ -89,14 +89,14 @@ def test_training_learns(tmp_path):
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_squared_weight_takes_part(tmp_path):
-    """Its gradient is not the other loss's, so neither are the parameters."""
-    plain = trace_runs.config_of(tmp_path)
-    weighted = dataclasses.replace(plain, output=str(tmp_path / "weighted"), squared_weight=100.0)
-    assert not torch.equal(parameters(train(plain)), parameters(train(weighted)))
+def test_squared_weight_changes_the_parameters(tmp_path):
+    """The gradient differs from that of the other loss, so the parameters differ."""
+    unweighted = trace_runs.config_of(tmp_path)
+    weighted = dataclasses.replace(unweighted, output=str(tmp_path / "weighted"), squared_weight=100.0)
+    assert not torch.equal(parameters(train(unweighted)), parameters(train(weighted)))
 
 
-def test_features_that_a_denoiser_does_not_show(tmp_path, monkeypatch):
+def test_features_that_a_denoiser_lacks_are_refused(tmp_path, monkeypatch):
     config = trace_runs.config_of(tmp_path, model={"features": True})
     compiled = dataclasses.replace(config.denoiser, compile=True)
     with pytest.raises(InputError, match=r"leave out `denoiser\.compile` or `model\.features`"):
@@ -107,13 +107,13 @@ def test_features_that_a_denoiser_does_not_show(tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_killed_run_goes_on_to_the_same_parameters_and_curve(tmp_path):
-    """Killed with SIGKILL in the middle, resumed by the same command: bit for bit the unbroken run."""
-    found = trace_runs.settings(
+def test_a_killed_run_resumes_to_the_same_parameters_and_curves(tmp_path):
+    """A run that is killed in the middle and resumed by the same command equals an unbroken run bit for bit."""
+    settings = trace_runs.settings(
         tmp_path, target="jacobian", model={"features": True},
         optimisation={"steps": 40, "save_every": 4, "log_every": 2},
     )  # fmt: skip
-    config = trace_runs.written(tmp_path, found)
+    config = trace_runs.written(tmp_path, settings)
     process = subprocess.Popen(
         launched(config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -137,15 +137,15 @@ def test_a_killed_run_goes_on_to_the_same_parameters_and_curve(tmp_path):
 
 @pytest.mark.parametrize(("target", "accumulation", "features"), [("residual", 1, True), ("jacobian", 2, False)])
 def test_two_processes_give_the_parameters_of_one(tmp_path, target, accumulation, features):
-    """Only the order of float32 sums differs: 20 steps apart by less than 1e-4 of the parameters' norm."""
-    found = trace_runs.settings(
+    """Only the order of float32 sums differs: after 20 steps by less than 1e-4 of the parameters' norm."""
+    settings = trace_runs.settings(
         tmp_path,
         target=target,
         corrupt=(2,),
         model={"features": features},
         optimisation={"steps": 20, "save_every": 20, "gradient_accumulation": accumulation},
     )
-    config = trace_runs.written(tmp_path, found)
+    config = trace_runs.written(tmp_path, settings)
     subprocess.run(launched(config, "--num_processes", "2"), check=True, capture_output=True, timeout=300)
     alone = load_config(
         config, TraceMatchingConfig, [f"output={tmp_path / 'alone'}", "optimisation.gradient_accumulation=1"]
@@ -170,14 +170,14 @@ def test_two_processes_give_the_parameters_of_one(tmp_path, target, accumulation
             )
         ]
     )
-    assert (one - start).norm() > 1e-2 * one.norm()  # it moved
+    assert (one - start).norm() > 1e-2 * one.norm()  # training moved the parameters
     assert (two - one).norm() <= 1e-4 * one.norm()
     reports = [json.loads((tmp_path / run / "report.json").read_text()) for run in ("run", "alone")]
     assert [report["skipped_images"] for report in reports] == [["train-2.png"]] * 2
 
 
-def test_cached_latents_train_to_the_parameters_that_images_do(tmp_path):
-    """The cache holds what encoding gives; the batch of encoding rounds otherwise (1e-5)."""
+def test_cached_latents_and_images_train_to_the_same_parameters(tmp_path):
+    """The cache holds the encoded images; batches of another size round otherwise (1e-5)."""
     config = trace_runs.config_of(tmp_path, latents=str(tmp_path / "latents"))
     assert cache_latents(config, batch_size=5) == 12
     cached = train(config)
@@ -186,16 +186,16 @@ def test_cached_latents_train_to_the_parameters_that_images_do(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of torch, when it traces and compiles
+@pytest.mark.filterwarnings("ignore")  # torch warns when it traces and compiles
 def test_a_compiled_denoiser_trains_to_nearly_the_same_parameters(tmp_path):
     from torch._functorch import config as compiler
 
     config = trace_runs.config_of(tmp_path, target="jacobian")
-    plain = parameters(train(config))
+    eager = parameters(train(config))
     compiled = dataclasses.replace(config.denoiser, compile=True)
     with compiler.patch(donated_buffer=compiler.donated_buffer):  # training sets it
         fused = parameters(train(dataclasses.replace(config, denoiser=compiled, output=str(tmp_path / "compiled"))))
-    assert 0 < (fused - plain).norm() < 1e-3 * plain.norm()  # fused kernels round otherwise
+    assert 0 < (fused - eager).norm() < 1e-3 * eager.norm()  # fused kernels round otherwise
 
 
 def test_corrupt_images_are_skipped_counted_and_named(tmp_path, caplog):
@@ -329,8 +329,8 @@ def test_nan_stops_with_the_last_good_checkpoint_kept(tmp_path, monkeypatch):
     draw = trace_matching.draw_trace_batch
 
     def broken(scheduler, shape, batch_size, step, *args, **kwargs):
-        found = draw(scheduler, shape, batch_size, step, *args, **kwargs)
-        return found if step < 5 else dataclasses.replace(found, noise=found.noise * float("nan"))
+        batch = draw(scheduler, shape, batch_size, step, *args, **kwargs)
+        return batch if step < 5 else dataclasses.replace(batch, noise=batch.noise * float("nan"))
 
     monkeypatch.setattr(trace_matching, "draw_trace_batch", broken)
     with pytest.raises(NumericalError, match=r"last good checkpoint is .*step-000000004"):
@@ -349,7 +349,7 @@ def test_finite_differences_of_half_precision_take_longer_steps(tmp_path, dtype,
 
 @pytest.mark.parametrize("missing", [(0, 2), range(4)], ids=["some", "all"])
 def test_missing_captions_are_empty_prompts(tmp_path, missing):
-    """Two of the four captions, that is every other image: batches mix them with others."""
+    """Two of the four captions are missing, in every other image, so batches mix images with and without captions."""
     config = trace_runs.config_of(tmp_path, optimisation={"steps": 2})
     rewrite_metadata(tmp_path / "images", lambda number, row: {"text": None} if number % 4 in missing else {})
     captions = trace_matching.TraceMatching(config, trace_matching.Accelerator()).data.held_out().captions
