@@ -4,7 +4,6 @@ import torch
 
 from ..noise import DenoisingState, expand
 from .estimator import FisherEstimator
-from .numerics import per_sample
 from .operator import JacobianOperator
 
 
@@ -24,15 +23,12 @@ class DirectFisher(FisherEstimator):
 class DirectOperator(JacobianOperator):
     """See `DirectFisher`. Everything is a multiple of the identity."""
 
-    def original_factor(self) -> torch.Tensor:
-        """j with d x_0/d x_t = j I, from x_0 = a x + b output with the output (or the velocity) held."""
+    def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
+        # x_0 = a x + b output, so the Jacobian is a times the identity if the output (or the velocity) is constant.
         level = self.state.level
         if self.state.prediction.kind == "sample":
-            return level.alpha / level.norm**2
-        return self.state.prediction.original_coefficients(level)[0]
-
-    def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
-        return expand(self.original_factor(), v) * v
+            return expand(level.alpha / level.norm**2, v) * v
+        return expand(self.state.prediction.original_coefficients(level)[0], v) * v
 
     def epsilon_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         if self.state.prediction.kind == "sample":
@@ -44,10 +40,10 @@ class DirectOperator(JacobianOperator):
 
     def exact_diagonal(self) -> tuple[torch.Tensor, int]:
         sample = self.state.sample
-        return per_sample(self._eigenvalue(), sample.double()).expand(sample.shape), 0
+        return expand(self._eigenvalue(), sample.double()).expand(sample.shape), 0
 
     def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        return v / per_sample(self._eigenvalue() + shift, v)
+        return v / expand(self._eigenvalue() + shift, v)
 
     def _eigenvalue(self) -> torch.Tensor:
         """The only eigenvalue of F, (B,) float64."""

@@ -5,7 +5,7 @@ import torch
 from ..errors import InputError, check_shape
 from ..noise import DenoisingState, expand
 from .estimator import FisherEstimator
-from .numerics import dot, per_sample
+from .numerics import dot
 from .operator import FisherOperator
 
 
@@ -53,7 +53,7 @@ class EndpointOperator(FisherOperator):
 
     def covariance(self, v: torch.Tensor) -> torch.Tensor:
         self._check(v)
-        products = [sign * vector * per_sample(dot(vector, v), v) for sign, vector in self._terms]
+        products = [sign * vector * expand(dot(vector, v), v) for sign, vector in self._terms]
         return torch.stack(products).sum(0)
 
     def exact_diagonal(self) -> tuple[torch.Tensor, int]:

@@ -15,7 +15,7 @@ from ..distributions.banks import BANK_SUFFIXES, as_bank
 from ..distributions.covariance import Covariance, DCTBasis, EigenBasis, ShiftedCovariance
 from ..errors import CheckpointError, InputError, UnsupportedError, check_shape
 from ..files import load_tensors, save_tensors
-from ..noise import DenoisingState
+from ..noise import DenoisingState, expand
 from .estimator import FisherEstimator, check_estimator
 from .operator import CombinedOperator, FisherMatrixOperator
 
@@ -139,13 +139,11 @@ class GaussianOperator(FisherMatrixOperator):
         return self._apply(self._total.solve, vectors)
 
     def covariance(self, v: torch.Tensor) -> torch.Tensor:
-        level = self.state.level  # C = sigma^2 S T^-1: no difference of nearly equal terms, and alpha = 0 is allowed
-        variance = self._numbers(level.sigma**2).to(v.device)[:, None, None]
-        return self._apply(lambda rows: variance * self._total.shrink(rows), v)
+        # C = sigma^2 S T^-1 is no difference of nearly equal terms, and alpha = 0 is allowed.
+        return self._apply(lambda rows: expand(self.state.level.sigma**2, rows) * self._total.shrink(rows), v)
 
     def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
-        alpha = self._numbers(self.state.level.alpha).to(v.device)[:, None, None]
-        return self._apply(lambda rows: alpha * self._total.shrink(rows), v)
+        return self._apply(lambda rows: expand(self.state.level.alpha, rows) * self._total.shrink(rows), v)
 
     def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         return self._apply(lambda rows: self._total.solve_inverse(rows, shift), v)

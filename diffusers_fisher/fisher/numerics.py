@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from ..errors import InputError, NumericalError
+from ..noise import expand
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -16,11 +17,6 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 def dot(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Inner product of every sample, (B,), accumulated in float64."""
     return (left.double() * right.double()).flatten(1).sum(1)
-
-
-def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(B,) values shaped and cast to multiply `like` (B, ...)."""
-    return values.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def conjugate_gradients(
@@ -53,10 +49,10 @@ def conjugate_gradients(
                 "The operator is not positive definite (<v, A v> is not positive in a direction met by conjugate "
                 "gradients), as the diffusion Fisher may be between modes; add damping: operator.damped(value)."
             )
-        step = per_sample(torch.where(active, size / curvature, 0), x)
+        step = expand(torch.where(active, size / curvature, 0), x)
         x, residual = x + step * direction, residual - step * product
         following = dot(residual, residual)
-        direction = residual + per_sample(torch.where(active, following / size, 0), x) * direction
+        direction = residual + expand(torch.where(active, following / size, 0), x) * direction
         size = torch.where(active, following, size)
     if bool((size <= target).all()):
         return x

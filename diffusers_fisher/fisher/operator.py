@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..errors import InputError, NumericalError, UnsupportedError, check_shape
-from ..noise import DenoisingState, expand
+from ..noise import DenoisingState, combine, expand
 from .estimate import Estimate, Probes, check_vectors
-from .numerics import conjugate_gradients, dot, extreme_eigenpairs, per_sample
+from .numerics import conjugate_gradients, dot, extreme_eigenpairs
 
 
 class FisherOperator(abc.ABC):
@@ -88,21 +88,20 @@ class FisherOperator(abc.ABC):
     # Combinations
 
     def __add__(self, other: FisherOperator) -> FisherOperator:
-        return CombinedOperator([(self._numbers(1.0), self), (self._numbers(1.0), other)])
+        return CombinedOperator([(1.0, self), (1.0, other)])
 
     def __mul__(self, factor: float | torch.Tensor) -> FisherOperator:
-        return CombinedOperator([(self._numbers(factor), self)])
+        return CombinedOperator([(factor, self)])
 
     __rmul__ = __mul__
 
     def damped(self, damping: float | torch.Tensor) -> FisherOperator:
         """Returns F + damping * I; `damping` is a number or (B,)."""
-        return CombinedOperator([(self._numbers(1.0), self)], damping)
+        return CombinedOperator([(1.0, self)], damping)
 
     def symmetrised(self) -> FisherOperator:
         """Returns (F + F^T)/2. Raises `UnsupportedError` where F^T is not known."""
-        half = self._numbers(0.5)
-        return self if self.symmetric else CombinedOperator([(half, self), (half, self.transposed())], symmetric=True)
+        return self if self.symmetric else CombinedOperator([(0.5, self), (0.5, self.transposed())], symmetric=True)
 
     # Inverses and eigenpairs
 
@@ -325,31 +324,28 @@ class ModelFisherOperator(JacobianOperator):
         self._check_many(vectors)
         self._check_noise()
         level, like = self.state.level, vectors[0]
-        sample_factor, output_factor = self.state.prediction.epsilon_coefficients(level)
-        products = expand(sample_factor, like) * vectors + expand(output_factor, like) * self.output_jacobians(vectors)
-        return products / expand(level.sigma, like)
+        factors = self.state.prediction.epsilon_coefficients(level)
+        return combine(factors, vectors, self.output_jacobians(vectors), like) / expand(level.sigma, like)
 
     def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
-        sample_factor, output_factor = self.state.prediction.original_coefficients(self.state.level)
-        return expand(sample_factor, v) * v + expand(output_factor, v) * self.output_jacobian(v)
+        return combine(self.state.prediction.original_coefficients(self.state.level), v, self.output_jacobian(v), v)
 
     def epsilon_jacobian(self, v: torch.Tensor) -> torch.Tensor:
-        sample_factor, output_factor = self.state.prediction.epsilon_coefficients(self.state.level)
-        return expand(sample_factor, v) * v + expand(output_factor, v) * self.output_jacobian(v)
+        return combine(self.state.prediction.epsilon_coefficients(self.state.level), v, self.output_jacobian(v), v)
 
 
 class CombinedOperator(FisherMatrixOperator):
     """sum of factor_i * F_i, plus shift * I, at one state.
 
     Args:
-        terms: (factor, operator), factors (B,) float64.
-        shift: (B,) float64.
+        terms: pairs of a factor, a number or (B,), and an operator.
+        shift: a number or (B,).
         symmetric: None: where every term is.
     """
 
     def __init__(
         self,
-        terms: Sequence[tuple[torch.Tensor, FisherOperator]],
+        terms: Sequence[tuple[float | torch.Tensor, FisherOperator]],
         shift: torch.Tensor | float = 0.0,
         symmetric: bool | None = None,
     ):
@@ -357,7 +353,7 @@ class CombinedOperator(FisherMatrixOperator):
         if len(shapes) != 1:
             raise InputError(f"Operators at samples of shapes {sorted(shapes)} can't be added; make all at one state.")
         super().__init__(terms[0][1].state)
-        self._terms = list(terms)
+        self._terms = [(self._numbers(factor), operator) for factor, operator in terms]
         self._shift = self._numbers(shift)
         self.symmetric = all(operator.symmetric for _, operator in terms) if symmetric is None else symmetric
         self.chunk_size = min(operator.chunk_size for _, operator in terms)
@@ -365,14 +361,14 @@ class CombinedOperator(FisherMatrixOperator):
         self.calls_per_product = sum(operator.calls_per_product for _, operator in terms)
 
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
-        products = [per_sample(factor, v) * operator.matvec(v) for factor, operator in self._terms]
-        return torch.stack([*products, per_sample(self._shift, v) * v]).sum(0)
+        products = [expand(factor, v) * operator.matvec(v) for factor, operator in self._terms]
+        return torch.stack([*products, expand(self._shift, v) * v]).sum(0)
 
     def matmat(self, vectors: torch.Tensor) -> torch.Tensor:
         self._check_many(vectors)
         first = vectors[0]
-        products = [per_sample(factor, first) * operator.matmat(vectors) for factor, operator in self._terms]
-        return torch.stack([*products, per_sample(self._shift, first) * vectors]).sum(0)
+        products = [expand(factor, first) * operator.matmat(vectors) for factor, operator in self._terms]
+        return torch.stack([*products, expand(self._shift, first) * vectors]).sum(0)
 
     def transposed(self) -> FisherOperator:
         if self.symmetric:
@@ -384,7 +380,7 @@ class CombinedOperator(FisherMatrixOperator):
         if len(self._terms) > 1 or bool((factor == 0).any()):
             return None
         inner = operator.inverse_product(v, (self._shift + shift) / factor)
-        return None if inner is None else inner / per_sample(factor, v)
+        return None if inner is None else inner / expand(factor, v)
 
     def exact_diagonal(self) -> tuple[torch.Tensor, int]:
         return self._sum([operator.exact_diagonal() for _, operator in self._terms], 1)
@@ -395,6 +391,6 @@ class CombinedOperator(FisherMatrixOperator):
     def _sum(self, parts: list[tuple[torch.Tensor, int]], identity: int) -> tuple[torch.Tensor, int]:
         """Returns the sum of the terms' values (B, ...), with `identity` for I, and the number of products."""
         values, products = zip(*parts, strict=True)
-        scaled = [per_sample(factor, value) * value for (factor, _), value in zip(self._terms, values, strict=True)]
+        scaled = [expand(factor, value) * value for (factor, _), value in zip(self._terms, values, strict=True)]
         total = torch.stack(scaled).sum(0)
-        return total + identity * per_sample(self._shift, total), max(products)
+        return total + identity * expand(self._shift, total), max(products)

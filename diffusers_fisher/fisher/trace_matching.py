@@ -18,7 +18,6 @@ from ..distributions.covariance import DCTBasis
 from ..errors import InputError
 from ..noise import DenoisingState, expand
 from .estimator import FisherEstimator
-from .numerics import per_sample
 from .operator import FisherOperator
 
 if TYPE_CHECKING:
@@ -130,16 +129,17 @@ class TraceMatchingOperator(FisherOperator):
 
     @functools.cached_property
     def _shares(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """m and 1 - m, each (B,) or (B, ...) in the model's basis, float64."""
-        shares = noise_shares(self._model.evaluate(self.state, self._pooled), self.state)
-        m, rest = (value.to(self.state.sample.device) for value in shares)
+        """m and 1 - m, each (B, 1, ...) or (B, ...) in the model's basis, float64."""
+        m, rest = noise_shares(self._model.evaluate(self.state, self._pooled), self.state)
         if not bool(torch.isfinite(m).all()):
             raise InputError("The trace model's output is not finite; its weights or the state's output are damaged.")
-        return m, rest
+        sample = self.state.sample
+        shape = (len(m), *[1] * (sample.ndim - 1)) if m.ndim == 1 else m.shape
+        return m.to(sample.device).view(shape), rest.to(sample.device).view(shape)
 
     def covariance(self, v: torch.Tensor) -> torch.Tensor:
         variance = (self.state.level.sigma / self._alpha).square()
-        return self._apply(self._broadcast(self._shares[0]) * per_sample(self._numbers(variance), v.double()), v)
+        return self._apply(self._shares[0] * expand(variance, v.double()), v)
 
     def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         return self._apply(self._shares[0], v) / expand(self._alpha, v)
@@ -150,24 +150,23 @@ class TraceMatchingOperator(FisherOperator):
     def matmat(self, vectors: torch.Tensor) -> torch.Tensor:
         self._check_many(vectors)
         self._check_noise()
-        variance = per_sample(self._numbers(self.state.level.sigma**2), vectors[0])
-        return self._apply(self._shares[1], vectors) / variance
+        return self._apply(self._shares[1], vectors) / expand(self.state.level.sigma**2, vectors[0])
 
     def exact_diagonal(self) -> tuple[torch.Tensor, int]:
         sample, rest = self.state.sample, self._shares[1]
         if self._transform is not None:
             rest = self._transform.diagonal(rest.flatten(1)).view(sample.shape)
-        diagonal = self._broadcast(rest).expand(sample.shape)
-        return diagonal / per_sample(self._numbers(self.state.level.sigma**2), diagonal), 0
+        diagonal = rest.expand(sample.shape)
+        return diagonal / expand(self.state.level.sigma**2, diagonal), 0
 
     def exact_trace(self) -> tuple[torch.Tensor, int]:
-        rest = self._shares[1].reshape(len(self.state.sample), -1).mean(1)  # the trace is the same in every basis
+        rest = self._shares[1].flatten(1).mean(1)  # the trace is the same in every basis
         variance = self._numbers(self.state.level.sigma**2).to(rest.device)
         return self.state.sample[0].numel() * rest / variance, 0
 
     def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        rest = self._broadcast(self._shares[1])
-        eigenvalues = rest / per_sample(self._numbers(self.state.level.sigma**2), rest) + per_sample(shift, rest)
+        rest = self._shares[1]
+        eigenvalues = rest / expand(self.state.level.sigma**2, rest) + expand(shift, rest)
         return self._apply(1 / eigenvalues, v)
 
     @property
@@ -176,13 +175,8 @@ class TraceMatchingOperator(FisherOperator):
         level = self.state.level
         return torch.maximum(level.alpha, level.sigma * math.exp(-LOG_NOISE_RANGE))
 
-    def _broadcast(self, shares: torch.Tensor) -> torch.Tensor:
-        """(B,) shares as (B, 1, ...)."""
-        return shares if shares.ndim > 1 else shares.view(-1, *[1] * (self.state.sample.ndim - 1))
-
     def _apply(self, factors: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Q diag(factors) Q^T v for v (..., B, *shape), in the dtype of `v`."""
-        factors = self._broadcast(factors)
         if self._transform is None:
             return factors.to(v.dtype) * v
         axes = self.state.sample.ndim - 1

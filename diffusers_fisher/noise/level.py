@@ -58,9 +58,21 @@ class NoiseLevel:
 
 
 def expand(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Shapes a level's coefficient to multiply `like` (B, ...) without widening its dtype."""
+    """Shapes a number () or one number per sample (B,) to multiply `like` (B, ...) without widening its dtype."""
     if value.ndim == 0:
         return value.to(like.device, like.dtype)
     if value.shape != like.shape[:1]:
         raise InputError(f"Noise levels were given for {len(value)} samples, but the batch has {len(like)}.")
     return value.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def combine(
+    factors: tuple[torch.Tensor, torch.Tensor], left: torch.Tensor, right: torch.Tensor, like: torch.Tensor
+) -> torch.Tensor:
+    """Returns the first factor times `left` plus the second factor times `right`; each factor is () or (B,).
+
+    Args:
+        left, right: (..., B, *shape).
+        like: (B, *shape), in the dtype of the products.
+    """
+    return expand(factors[0], like) * left + expand(factors[1], like) * right

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import InputError, check_shape
-from .level import NoiseLevel, Timestep, expand
+from .level import NoiseLevel, Timestep, combine, expand
 from .prediction import Prediction
 from .registry import noise_schedule
 
@@ -53,21 +53,20 @@ class DenoisingState:
     @property
     def epsilon(self) -> torch.Tensor:
         """Predicted noise, (B, ...), directly from the raw output."""
-        return self._combine(*self.prediction.epsilon_coefficients(self.level))
+        return self._combine(self.prediction.epsilon_coefficients(self.level))
 
     @property
     def pred_original_sample(self) -> torch.Tensor:
         """Predicted clean sample E[x_0|x_t] (Tweedie), (B, ...), directly from the raw output."""
-        return self._combine(*self.prediction.original_coefficients(self.level))
+        return self._combine(self.prediction.original_coefficients(self.level))
 
     @property
     def score(self) -> torch.Tensor:
         """Gradient of the log density of the noised data, -epsilon/sigma, (B, ...)."""
         return -self.epsilon / expand(self.level.sigma, self.sample)
 
-    def _combine(self, sample_factor: torch.Tensor, output_factor: torch.Tensor) -> torch.Tensor:
-        sample, output = self.sample, self.model_output.to(self.sample.dtype)
-        return expand(sample_factor, sample) * sample + expand(output_factor, sample) * output
+    def _combine(self, factors: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return combine(factors, self.sample, self.model_output.to(self.sample.dtype), self.sample)
 
 
 def state_of(

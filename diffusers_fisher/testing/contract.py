@@ -10,8 +10,7 @@ import torch
 
 from ..errors import FisherError, InputError, UnsupportedError
 from ..fisher import Estimate, FisherEstimator, FisherOperator, gaussian, rademacher
-from ..fisher.numerics import per_sample
-from ..noise import DenoisingState, NoiseLevel
+from ..noise import DenoisingState, NoiseLevel, expand
 
 NUM_PROBES, SKETCH = 4, 2  # numbers of probes and of sketch vectors per estimate
 
@@ -128,7 +127,7 @@ class _Contract:
     def jacobians(self) -> None:
         """Checks the Jacobians and the covariance product. Each is converted to F v, so that all have one unit."""
         operator, v, level = self.operator, self.v, self.operator.state.level
-        alpha, sigma = (per_sample(value.expand(len(v)), v) for value in (level.alpha, level.sigma))
+        alpha, sigma = (expand(value.expand(len(v)), v) for value in (level.alpha, level.sigma))
         product = operator.matvec(v)
         epsilon = operator.epsilon_jacobian(v)
         self._compare("epsilon jacobian", epsilon / sigma, product, v)
@@ -141,7 +140,7 @@ class _Contract:
             clean = operator.original_jacobian(v)
         else:
             clean = torch.zeros_like(v)
-        factors = [per_sample(value.expand(len(v)), v) for value in (noise, original, identity)]
+        factors = [expand(value.expand(len(v)), v) for value in (noise, original, identity)]
         expected = factors[0] * epsilon + factors[1] * clean + factors[2] * v
         # An error of F becomes an error of C times sigma^4/alpha^2, and of the Jacobian of x_0 times sigma^2/alpha.
         size = factors[0].abs() * sigma + factors[1].abs() * sigma**2 / alpha.clamp_min(1e-6)
@@ -180,7 +179,7 @@ class _Contract:
             operator = operator.damped(damping)
         solution = operator.solve(self.v, tolerance=self.rounding)
         self._form("solve", solution, self.v.shape, self.v.dtype)
-        self._compare("solve", operator.matvec(solution), self.v, 100 * self.v / per_sample(self.unit, self.v))
+        self._compare("solve", operator.matvec(solution), self.v, 100 * self.v / expand(self.unit, self.v))
 
     def stochastic_traces(self, count: int, generator: torch.Generator) -> None:
         """Checks Hutchinson's trace, and Hutch++'s trace where the dimension allows a sketch."""
