@@ -10,7 +10,7 @@ import torch
 from ..errors import InputError, check_shape
 from .level import NoiseLevel, Timestep, combine, expand
 from .prediction import Prediction
-from .registry import noise_schedule
+from .registry import noise_level, noise_schedule
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -74,11 +74,6 @@ def state_of(
     step_index: int | None = None,
 ) -> DenoisingState:  # fmt: skip
     """The state of `sample` in the scheduler's carried coordinates. Raises as `noise_level` and `prediction_of` do."""
-    schedule = noise_schedule(scheduler)
-    if step_index is None:
-        level = schedule.level_at(timestep)
-        scale = schedule.input_scale(level)
-    else:
-        level = schedule.level_in_run(timestep, step_index)
-        scale = schedule.input_scale_in_run(level, timestep)
+    schedule, level = noise_schedule(scheduler), noise_level(scheduler, timestep, step_index)
+    scale = schedule.input_scale(level) if step_index is None else schedule.input_scale_in_run(level, timestep)
     return DenoisingState(sample, model_output, level, schedule.prediction, timestep, scale)
