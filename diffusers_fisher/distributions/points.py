@@ -311,8 +311,11 @@ class PointPosterior(Posterior):
                 yield chunk.rows, weights * scale.to(weights.dtype)[:, None]
 
     @functools.cached_property
-    def _pairs(self) -> Pairs | None:
-        """The pairs that have weight, or None where they are too many. Pairs replace the cache of weights."""
+    def _pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """Differences and weights of `_centre_pairs`; None where too many pairs have weight.
+
+        Pairs replace the cache of weights.
+        """
         mixture, batch = self._mixture, len(self._total)
         row = mixture.dimensions * (2 * self._dtype.itemsize + 16)
         limit = min(max(MIN_PAIRS, batch * mixture.count // PAIRS_SHARE), mixture.memory // 2 // row)
@@ -327,12 +330,13 @@ class PointPosterior(Posterior):
             pieces.append((sample, points[point], weights[sample, point]))
         self._weight_cache = None
         samples, rows, shares = map(torch.cat, zip(*pieces, strict=True))
-        return Pairs.of(samples, rows, shares, batch)
+        return _centre_pairs(samples, rows, shares, batch)
 
     def _covariances(self, vectors: torch.Tensor) -> torch.Tensor:
         vectors = vectors.to(self._dtype)
         if self._pairs is not None:
-            return self._pairs.products(vectors)
+            pairs = zip(self._pairs, vectors.unbind(1), strict=True)
+            return torch.stack([((v @ rows.T) * weights) @ rows for (rows, weights), v in pairs], 1).double()
         # C v = sum_i w_i <y'_i - offset, v> (y'_i - offset). The shift centres the first factor before the products
         # are rounded; the second factor is centred at the end, by the sum of the weighted forms.
         shifts = (vectors.double() * self._offset).sum(-1, keepdim=True).to(self._dtype)
@@ -353,7 +357,7 @@ class PointPosterior(Posterior):
 
     def _covariance_diagonal(self) -> torch.Tensor:
         if self._pairs is not None:
-            return self._pairs.diagonal()
+            return torch.stack([weights.double() @ rows.double().square() for rows, weights in self._pairs])
         result = torch.zeros_like(self._offset)
         # Rows can't be centred for every sample, so sum w (y' - offset)^2 is expanded; float64 bears the cancellation.
         for rows, weights in self._rows_with_weights():
@@ -373,7 +377,7 @@ class PointPosterior(Posterior):
 
     def _covariance_matrix(self) -> torch.Tensor:
         if self._pairs is not None:
-            return self._pairs.matrix()
+            return torch.stack([((rows * weights[:, None]).T @ rows).double() for rows, weights in self._pairs])
         size = self._mixture.dimensions
         result = torch.zeros(len(self._total), size, size, dtype=torch.float64, device=self._device)
         offset = self._offset.to(self._dtype)
@@ -384,40 +388,25 @@ class PointPosterior(Posterior):
         return result
 
 
-@dataclasses.dataclass(frozen=True)
-class Pairs:
-    """Holds the points that have weight in the posteriors of a batch, as differences and weights per sample.
+def _centre_pairs(
+    samples: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, batch: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Returns the points that have weight in each of `batch` posteriors.
 
     Args:
-        samples: for each of B samples the differences y_i - E[x_0|x_t], (n_b, d), and w_i, (n_b,), with sum one.
+        samples, rows, weights: sample (P,), row (P, d) and weight (P,) of every (sample, point) pair, in any order.
+
+    Returns:
+        The differences y_i - E[x_0|x_t], (n_b, d), and the weights w_i, (n_b,), with sum one, of every sample.
     """
-
-    samples: list[tuple[torch.Tensor, torch.Tensor]]
-
-    @classmethod
-    def of(cls, samples: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, batch: int) -> Pairs:
-        """Makes the pairs from the sample (P,), the row (P, d) and the weight (P,) of every pair, in any order."""
-        counts = torch.bincount(samples, minlength=batch).tolist()
-        order = samples.argsort(stable=True)
-        pairs = []
-        for row, weight in zip(rows[order].split(counts), weights[order].split(counts), strict=True):
-            points, share = row.double(), weight.double() / weight.double().sum()
-            # Differences are rounded after the subtraction.
-            pairs.append(((points - share @ points).to(rows.dtype), share.to(rows.dtype)))
-        return cls(pairs)
-
-    def products(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Returns C v of (k, B, d) vectors, float64."""
-        pairs = zip(self.samples, vectors.unbind(1), strict=True)
-        return torch.stack([((v @ rows.T) * weights) @ rows for (rows, weights), v in pairs], 1).double()
-
-    def diagonal(self) -> torch.Tensor:
-        """Returns the diagonal of C, (B, d) float64."""
-        return torch.stack([weights.double() @ rows.double().square() for rows, weights in self.samples])
-
-    def matrix(self) -> torch.Tensor:
-        """Returns C, (B, d, d) float64."""
-        return torch.stack([((rows * weights[:, None]).T @ rows).double() for rows, weights in self.samples])
+    counts = torch.bincount(samples, minlength=batch).tolist()
+    order = samples.argsort(stable=True)
+    pairs = []
+    for row, weight in zip(rows[order].split(counts), weights[order].split(counts), strict=True):
+        points, share = row.double(), weight.double() / weight.double().sum()
+        # Differences are rounded after the subtraction.
+        pairs.append(((points - share @ points).to(rows.dtype), share.to(rows.dtype)))
+    return pairs
 
 
 def _squares(rows: torch.Tensor) -> torch.Tensor:

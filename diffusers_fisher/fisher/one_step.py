@@ -9,7 +9,7 @@ import torch
 
 from ..errors import InputError
 from ..noise import DenoisingState, expand
-from .direct import DirectFisher, DirectOperator
+from .direct import DirectOperator
 from .estimator import FisherEstimator, check_estimator
 from .finite_difference import FiniteDifferenceFisher
 
@@ -41,14 +41,13 @@ class OneStepFisher(FisherEstimator):
             raise InputError(f"`noise_to_signal` is {noise_to_signal}; allowed: above 0 and finite, such as 1.")
         self.jacobian = FiniteDifferenceFisher() if jacobian is None else check_estimator(jacobian)
         self.noise_to_signal = noise_to_signal
-        self._direct = DirectFisher()
 
     @property
     def components(self) -> dict[str, FisherEstimator]:
         return {"jacobian": self.jacobian}
 
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> DirectOperator:
-        return self._direct(state, endpoint)
+        return DirectOperator(state)
 
     def through_run(self, gradient: torch.Tensor, states: Sequence[DenoisingState]) -> torch.Tensor:
         """Returns the gradient at the noise times the Jacobian at one of the run's `states`."""

@@ -48,7 +48,11 @@ class Prediction:
             return alpha / norm**2, -sigma / norm
         if self.kind == "flow_prediction":
             return 1 / (alpha + sigma), -sigma / (alpha + sigma)
-        return self._edm_coefficients(level)
+        # EDM's c_skip and c_out, for a sample carried as x/alpha (alpha = 1) or scaled by the level's alpha.
+        noise_to_signal = sigma / alpha
+        total = noise_to_signal**2 + self.sigma_data**2
+        sign = -1.0 if self.edm_kind == "v_prediction" else 1.0
+        return self.sigma_data**2 / total / alpha, sign * noise_to_signal * self.sigma_data / total.sqrt()
 
     def output_coefficients(self, level: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(a, b, c) with output = a * epsilon + b * x_0 + c * sample; none divides by alpha."""
@@ -62,12 +66,5 @@ class Prediction:
             return alpha / norm, -sigma / norm, zero
         if self.kind == "flow_prediction":
             return one, -one, zero
-        skip, out = self._edm_coefficients(level)
+        skip, out = self.original_coefficients(level)
         return zero, 1 / out, -skip / out
-
-    def _edm_coefficients(self, level: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor]:
-        """EDM's c_skip and c_out, for a sample carried as x/alpha (alpha = 1) or scaled by the level's alpha."""
-        noise_to_signal = level.sigma / level.alpha
-        total = noise_to_signal**2 + self.sigma_data**2
-        sign = -1.0 if self.edm_kind == "v_prediction" else 1.0
-        return self.sigma_data**2 / total / level.alpha, sign * noise_to_signal * self.sigma_data / total.sqrt()
