@@ -46,8 +46,8 @@ class DirectOperator(JacobianOperator):
         return v / expand(self._eigenvalue() + shift, v)
 
     def _eigenvalue(self) -> torch.Tensor:
-        """The only eigenvalue of F, (B,) float64."""
-        level = self.state.level
-        if self.state.prediction.kind == "sample":
+        """Returns the only eigenvalue of F, (B,) float64."""
+        level, prediction = self.state.level, self.state.prediction
+        if prediction.kind == "sample":
             return self._numbers(1 / level.norm**2)
-        return self._numbers(self.state.prediction.epsilon_coefficients(level)[0] / level.sigma)
+        return self._numbers(prediction.epsilon_coefficients(level)[0] / level.sigma)

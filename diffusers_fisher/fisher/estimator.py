@@ -53,6 +53,7 @@ class FisherEstimator(abc.ABC):
     denoiser: Denoiser | ModelFunction | None = None
     needs_denoiser: bool = False
     uses_whole_run: bool = False
+    uses_backward_pass: bool = False
 
     @abc.abstractmethod
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> FisherOperator:
@@ -62,10 +63,6 @@ class FisherEstimator(abc.ABC):
             state: the noisy samples (B, ...), their noise level and the model's output.
             endpoint: (B, ...), the clean end of the run, where it is known.
         """
-
-    @property
-    def uses_backward_pass(self) -> bool:
-        return False
 
     @property
     def components(self) -> Mapping[str, FisherEstimator]:

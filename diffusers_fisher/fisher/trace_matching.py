@@ -74,6 +74,8 @@ class TraceMatchingFisher(FisherEstimator):
         check: compare fingerprints. Pass False only if you know that the model was trained for this denoiser.
     """
 
+    default_num_probes = None
+
     def __init__(self, trace_model: TraceModel, pooled: torch.Tensor | None = None, check: bool = True):
         if not isinstance(trace_model, TraceModel):
             raise InputError(
@@ -88,10 +90,6 @@ class TraceMatchingFisher(FisherEstimator):
     def description(self) -> str:
         """The estimator, and what its model was trained on."""
         return f"TraceMatchingFisher (target {self.trace_model.target})"
-
-    @property
-    def default_num_probes(self) -> None:
-        return None
 
     def check_denoiser(self, denoiser: Denoiser | DiffusionPipeline) -> None:
         """Compares the trace model's fingerprint with that of `denoiser`, unless `check` is False.

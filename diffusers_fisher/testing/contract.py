@@ -110,10 +110,8 @@ class _Contract:
         dimensions = dense.shape[-1]
         if operator.symmetric:
             self._compare("symmetry", dense, dense.mT, size=dimensions**0.5)
-        else:
-            transposed = _unless_unsupported(operator.transposed)
-            if transposed is not None:
-                self._compare("transpose", _apply(dense.mT, self.w), transposed.matvec(self.w), self.w)
+        elif (transposed := _unless_unsupported(operator.transposed)) is not None:
+            self._compare("transpose", _apply(dense.mT, self.w), transposed.matvec(self.w), self.w)
         diagonal, trace = operator.diagonal(), operator.trace()
         for name, estimate, shape in (("diagonal", diagonal, state.sample.shape), ("trace", trace, (len(dense),))):
             self._form(name, estimate.value, shape, torch.float64)
