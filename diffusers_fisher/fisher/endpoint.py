@@ -53,8 +53,7 @@ class EndpointOperator(FisherOperator):
 
     def covariance(self, v: torch.Tensor) -> torch.Tensor:
         self._check(v)
-        products = [sign * vector * expand(dot(vector, v), v) for sign, vector in self._terms]
-        return torch.stack(products).sum(0)
+        return torch.stack([sign * vector * expand(dot(vector, v), v) for sign, vector in self._terms]).sum(0)
 
     def exact_diagonal(self) -> tuple[torch.Tensor, int]:
         level = self.state.level

@@ -69,6 +69,13 @@ class Probes:
         return values.unflatten(0, (-1, self.group)).mean(1)
 
 
+def check_vectors(name: str, vectors: torch.Tensor, shape: torch.Size) -> None:
+    """Raises `InputError` unless `vectors`, called `name`, are one or more per sample of `shape` (B, ...)."""
+    if vectors.ndim < 1 or len(vectors) < 1 or vectors.shape[1:] != shape:
+        allowed = ", ".join(map(str, shape))
+        raise InputError(f"{name} have shape {tuple(vectors.shape)}; allowed: (k, {allowed}) with k >= 1.")
+
+
 def rademacher(count: int, like: torch.Tensor, generator: Generators = None) -> Probes:
     """`count` probes of random signs in the shape and dtype of `like` (B, ...): Hutchinson's (Hutchinson, 1990)."""
     return Probes(torch.where(_normal(count, like, generator) < 0, -1.0, 1.0).to(like.dtype))
@@ -111,8 +118,7 @@ def antithetic(probes: Probes) -> Probes:
     For a linear operator v and -v give the same value, so this only pays with `FiniteDifferenceFisher`, where the
     pair cancels the first-order error of a forward difference (as `central=True` does).
     """
-    pairs = torch.stack([probes.vectors, -probes.vectors], dim=1).flatten(0, 1)
-    return Probes(pairs, 2 * probes.group)
+    return Probes(torch.stack([probes.vectors, -probes.vectors], dim=1).flatten(0, 1), 2 * probes.group)
 
 
 def _normal(count: int, like: torch.Tensor, generator: Generators) -> torch.Tensor:

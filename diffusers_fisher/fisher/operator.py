@@ -14,7 +14,7 @@ import torch
 
 from ..errors import InputError, NumericalError, UnsupportedError, check_shape
 from ..noise import DenoisingState, combine, expand
-from .estimate import Estimate, Probes
+from .estimate import Estimate, Probes, check_vectors
 from .numerics import conjugate_gradients, dot, extreme_eigenpairs
 
 
@@ -245,7 +245,7 @@ class FisherOperator(abc.ABC):
 
     def _probes(self, probes: Probes | torch.Tensor) -> Probes:
         probes = probes if isinstance(probes, Probes) else Probes(probes)
-        self._check_many(probes.vectors, "Probes")
+        check_vectors("Probes", probes.vectors, self.state.sample.shape)
         return probes
 
     def _numbers(self, value: float | torch.Tensor) -> torch.Tensor:
@@ -258,11 +258,8 @@ class FisherOperator(abc.ABC):
     def _check(self, v: torch.Tensor) -> None:
         check_shape("The vector", v.shape, self.state.sample.shape, "Pass one vector per sample of the state.")
 
-    def _check_many(self, vectors: torch.Tensor, name: str = "Vectors") -> None:
-        shape = self.state.sample.shape
-        if vectors.ndim < 1 or len(vectors) < 1 or vectors.shape[1:] != shape:
-            allowed = ", ".join(map(str, shape))
-            raise InputError(f"{name} have shape {tuple(vectors.shape)}; allowed: (k, {allowed}) with k >= 1.")
+    def _check_many(self, vectors: torch.Tensor) -> None:
+        check_vectors("Vectors", vectors, self.state.sample.shape)
 
     def _check_noise(self) -> None:
         if not bool((self.state.level.sigma > 0).all()):
