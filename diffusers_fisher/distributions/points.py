@@ -312,10 +312,7 @@ class PointPosterior(Posterior):
 
     @functools.cached_property
     def _pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
-        """Differences and weights of `_centre_pairs`; None where too many pairs have weight.
-
-        Pairs replace the cache of weights.
-        """
+        """Differences and weights of `_centre_pairs`, which replace the cache of weights; None for too many pairs."""
         mixture, batch = self._mixture, len(self._total)
         row = mixture.dimensions * (2 * self._dtype.itemsize + 16)
         limit = min(max(MIN_PAIRS, batch * mixture.count // PAIRS_SHARE), mixture.memory // 2 // row)

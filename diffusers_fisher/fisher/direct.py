@@ -1,4 +1,4 @@
-"""The cheapest estimator: the model output is held constant in the backward pass."""
+"""The cheapest estimator: it takes the model output as a constant in the backward pass."""
 
 import torch
 
@@ -8,12 +8,12 @@ from .operator import JacobianOperator
 
 
 class DirectFisher(FisherEstimator):
-    """Holds the raw model output constant: its Jacobian is zero, and a reward's gradient passes straight to the noise.
+    """Takes the raw model output as a constant, so a reward's gradient reaches the noise without the network.
 
-    For epsilon prediction this is F = 0, i.e. C = (sigma/alpha)^2 I. For models that predict x_0, holding the output
-    itself would make the gradient vanish at the last step (C = 0), so there the velocity is held instead.
+    For epsilon prediction this means F = 0, which is C = (sigma/alpha)^2 I. For models that predict x_0, a constant
+    output would make the gradient vanish at the last step (C = 0). For them the velocity is the constant instead.
 
-    Cost: nothing beyond the run itself.
+    Cost: no denoiser call beyond those of the run.
     """
 
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> "DirectOperator":
@@ -21,7 +21,7 @@ class DirectFisher(FisherEstimator):
 
 
 class DirectOperator(JacobianOperator):
-    """See `DirectFisher`. Everything is a multiple of the identity."""
+    """See `DirectFisher`. All matrices are multiples of the identity."""
 
     def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         # x_0 = a x + b output, so the Jacobian is a times the identity if the output (or the velocity) is constant.

@@ -23,15 +23,15 @@ from .operator import FisherOperator
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-LOG_NOISE_RANGE = 20.0  # trace models clamp log(sigma/alpha) to +-20, where pure noise has infinity
+LOG_NOISE_RANGE = 20.0  # Trace models clamp log(sigma/alpha), which is infinite for pure noise, to +-20.
 
 
 class TraceOutput(Protocol):
-    """What a trace model returns for a batch, float32; one of the two is set.
+    """The output of a trace model for a batch, float32. One of the two tensors is set.
 
     Attributes:
         logits: logits of r, (B,), or of m, (B, ...) in the model's basis.
-        second_moment: E[|x_0|^2/d | x_t], (B,), from models of target "norm".
+        second_moment: E[|x_0|^2/d | x_t], (B,), of models with target "norm".
     """
 
     logits: torch.Tensor | None
@@ -40,7 +40,7 @@ class TraceOutput(Protocol):
 
 @runtime_checkable
 class TraceModel(Protocol):
-    """A network that knows the trace of the diffusion Fisher, as `FisherTraceModel` does.
+    """A network that predicts the trace of the diffusion Fisher, such as `FisherTraceModel`.
 
     `config` has "output" ("trace" or "diagonal"), "basis" ("pixel" or "dct") and "pooled_channels" (a number or None).
     """
@@ -57,21 +57,22 @@ class TraceModel(Protocol):
 
 
 class TraceMatchingFisher(FisherEstimator):
-    """The Fisher as a trained `FisherTraceModel` knows it: a multiple of the identity, or a diagonal in its basis.
+    """Computes the Fisher from a trained `FisherTraceModel`: a multiple of the identity, or diagonal in its basis.
 
-    The trace is what the model's `target` says: that of the data ("residual", "norm") or of the denoiser's own
-    Jacobian ("jacobian"). For likelihoods pass `num_probes=None`: the trace is exact as far as the model is.
-    Inside `scheduler.differentiable(...)` a multiple of the identity steers as `DirectFisher` does, with another size
-    at every step.
+    The model's `target` says whose trace it is: the trace for the data ("residual", "norm") or for the denoiser's own
+    Jacobian ("jacobian"). For likelihoods pass `num_probes=None`: the trace then has only the error of the model.
+    Inside `scheduler.differentiable(...)` a multiple of the identity gives the direction of `DirectFisher`, with
+    another length at every step.
 
-    Cost: one evaluation of the trace model per state, none of the denoiser, no graph.
+    Cost: one evaluation of the trace model per state, no denoiser call, no graph.
 
     Args:
-        trace_model: a model trained for the denoiser that makes the states. `bind` compares its fingerprint with that
+        trace_model: model that was trained for the denoiser of the states. `bind` compares its fingerprint with that
             of the denoiser, and the operator compares the prediction type.
         pooled: (B, pooled_channels) or (1, pooled_channels), for models that take a pooled text embedding. None:
             `bind` takes the vectors of the denoiser's conditions.
-        check: compare fingerprints. Pass False only if you know that the model was trained for this denoiser.
+        check: whether to compare fingerprints. Pass False only if you know that the model was trained for this
+            denoiser.
     """
 
     default_num_probes = None
@@ -88,21 +89,23 @@ class TraceMatchingFisher(FisherEstimator):
 
     @property
     def description(self) -> str:
-        """The estimator, and what its model was trained on."""
+        """The estimator with the target of its model."""
         return f"TraceMatchingFisher (target {self.trace_model.target})"
 
     def check_denoiser(self, denoiser: Denoiser | DiffusionPipeline) -> None:
         """Compares the trace model's fingerprint with that of `denoiser`, unless `check` is False.
 
         Raises:
-            InputError: the trace model was trained for another denoiser; says what differs.
+            InputError: the trace model was trained for another denoiser; the message says what differs.
         """
         if self.check:
             self.trace_model.check_fingerprint(denoiser)
 
     def bind(self, denoiser: Denoiser) -> TraceMatchingFisher:
-        """Returns the estimator with the pooled vectors of the denoiser's conditions, where the model takes some and
-        none were passed, after `check_denoiser`."""
+        """Calls `check_denoiser`, and returns the estimator with pooled vectors if its model takes them.
+
+        Without `pooled` the vectors are those of the denoiser's conditions.
+        """
         self.check_denoiser(denoiser)
         if self.pooled is not None or self.trace_model.config["pooled_channels"] is None:
             return self
@@ -169,12 +172,12 @@ class TraceMatchingOperator(FisherOperator):
 
     @property
     def _alpha(self) -> torch.Tensor:
-        """alpha, or where it is zero what the model takes it for."""
+        """alpha, raised to the smallest value that the model takes."""
         level = self.state.level
         return torch.maximum(level.alpha, level.sigma * math.exp(-LOG_NOISE_RANGE))
 
     def _apply(self, factors: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Q diag(factors) Q^T v for v (..., B, *shape), in the dtype of `v`."""
+        """Returns Q diag(factors) Q^T v for v (..., B, *shape), in the dtype of `v`."""
         if self._transform is None:
             return factors.to(v.dtype) * v
         axes = self.state.sample.ndim - 1
@@ -183,10 +186,10 @@ class TraceMatchingOperator(FisherOperator):
 
 
 def noise_shares(output: TraceOutput, state: DenoisingState) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns m and 1 - m of a trace model's output, (B,) or (B, ...) float64: m the posterior variance of the noise.
+    """Returns m, the posterior variance of the noise, and 1 - m, (B,) or (B, ...) float64, from a model's output.
 
-    From a second moment (target "norm") m is (alpha^2/sigma^2)(E[|x_0|^2/d | x_t] - |x0hat|^2/d), a difference of two
-    numbers of order one that at small noise are nearly equal; it may come out negative or above one.
+    From a second moment (target "norm") m is (alpha^2/sigma^2)(E[|x_0|^2/d | x_t] - |x0hat|^2/d). This is a difference
+    of two numbers of order one, which are nearly equal at small noise, so m may be negative or above one.
     """
     if output.logits is not None:
         logits = output.logits.double()

@@ -97,16 +97,17 @@ for _class in CATALOG.values():
     _class.__module__ = "diffusers_fisher"
 
 
-_CLASSES: dict[type, type] = {}  # classes outside the catalog are made once, so that `isinstance` works
+_CLASSES: dict[type, type] = {}  # A class outside the catalog is made once, so that `isinstance` works.
 
 
 def fisher_scheduler(cls: type[Any]) -> type[Any]:
-    """The Fisher version of any diffusers scheduler class: `fisher_scheduler(DDIMScheduler)`.
+    """Returns the Fisher version of any diffusers scheduler class, such as `fisher_scheduler(DDIMScheduler)`.
 
-    Classes of the catalog are returned from there, others are made. A class that is one already is returned as it is.
+    The class comes from the catalog, or is made if the catalog does not have it. A Fisher scheduler is returned
+    unchanged.
 
     Raises:
-        UnsupportedError: `cls` is no diffusers scheduler class with a `step`.
+        UnsupportedError: `cls` is not a diffusers scheduler class with a `step`.
     """
     if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin) and hasattr(cls, "step")):
         raise UnsupportedError(
