@@ -102,9 +102,8 @@ def extreme_eigenpairs(
             return values + shift * v.reshape(-1)
 
         start = numpy.random.default_rng(0).standard_normal(dimensions).astype(kind)
-        shift = (
-            0.0 if product(start).any() else 1.0
-        )  # ARPACK can't take a zero operator, as some of `DirectFisher` are.
+        # ARPACK can't take a zero operator, which an operator of `DirectFisher` may be.
+        shift = 0.0 if product(start).any() else 1.0
         operator = LinearOperator((dimensions, dimensions), matvec=functools.partial(product, shift=shift), dtype=kind)
         try:
             eigenvalues, columns = eigsh(operator, k=count, which="LA" if largest else "SA", v0=start, tol=tolerance)
