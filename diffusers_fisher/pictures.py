@@ -16,9 +16,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from .backbones import backbone_of
 from .errors import InputError
 from .fisher.estimate import Estimate, Probes
-from .fisher.numerics import per_sample
 from .fisher.operator import FisherOperator
-from .noise import NoiseLevel
+from .noise import NoiseLevel, expand
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,7 +82,7 @@ def fisher_pictures(
         raise InputError(f"`scale` is {scale}; allowed: positive, such as 0.3 of the posterior mean's norm.")
     show = decode or (lambda latents: decode_latents(pipe, latents))
     symmetric = operator.symmetrised()
-    noise = per_sample(operator.state.level.sigma.expand(len(sample)) ** 2, sample.double())
+    noise = expand(operator.state.level.sigma**2, sample.double())
     diagonal = (noise * operator.diagonal(probes).value).mean(1).cpu()  # symmetrised, it would be the same
     mean = _pixels(show(operator.state.pred_original_sample.detach()))
     groups = {
@@ -172,7 +171,7 @@ def _directions(
     length = scale * torch.linalg.vector_norm(mean.flatten(1), dim=1)
     groups = []
     for curvature, vector in zip(curvatures, vectors, strict=True):
-        move = per_sample(length, mean) * vector
+        move = expand(length, mean) * vector
         minus, plus = _pixels(show(mean - move)), _pixels(show(mean + move))
         notes = [rf"$\sigma^2\lambda$ = {value:.3g}" for value in curvature.tolist()]
         difference = _Column("difference", (plus - minus).mean(-1), {"cmap": "RdBu_r", "vmin": -1, "vmax": 1})

@@ -92,7 +92,7 @@ def test_gaussian_in_closed_form(level):
 
 @pytest.mark.parametrize("level", LEVELS.values(), ids=list(LEVELS))
 def test_points_in_closed_form(level):
-    """The outer-product form, one sample and one point at a time."""
+    """The reference is the outer-product form, computed for one sample and one point at a time."""
     oracle = ORACLES["points"]
     x, alpha, sigma = noisy(oracle, level), level.alpha, level.sigma
     for index, one in enumerate(x.flatten(1)):
@@ -102,7 +102,7 @@ def test_points_in_closed_form(level):
         spread = sum(w * torch.outer(y - mean, y - mean) for w, y in zip(weights, oracle.means, strict=True))
         assert relative(oracle.posterior_mean(x, level)[index].flatten(), mean) < TOLERANCE
         error = (oracle.posterior_covariance(x, level)[index] - spread).norm()
-        assert float(error) < TOLERANCE  # absolute: next to one point the spread is zero
+        assert float(error) < TOLERANCE  # absolute, because the spread is zero near one point
         fisher = torch.eye(6, dtype=torch.float64) / sigma**2 - alpha**2 / sigma**4 * spread
         assert relative(oracle.fisher(x, level)[index], fisher) < TOLERANCE
 
@@ -172,7 +172,7 @@ DENOISED = [
 
 
 @pytest.mark.parametrize(("name", "kind", "t"), DENOISED)
-def test_oracle_denoiser_speaks_the_schedulers_prediction_type(name, kind, t):
+def test_oracle_denoiser_has_the_schedulers_prediction_type(name, kind, t):
     oracle, cls = ORACLES["mixture"], getattr(diffusers, name)
     scheduler = cls() if kind is None else cls(prediction_type=kind)
     denoiser = OracleDenoiser(oracle, scheduler)

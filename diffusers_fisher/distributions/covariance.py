@@ -318,11 +318,9 @@ class ShiftedCovariance:
     def inverse_trace(self) -> torch.Tensor:
         """The trace of T^-1, (1 or B, K)."""
         result = self._sum(1 / self._base)
-        return (
-            result
-            if self._woodbury is None
-            else result - self._scale[..., 0] * self._woodbury[1].square().sum((-1, -2))
-        )
+        if self._woodbury is None:
+            return result
+        return result - self._scale[..., 0] * self._woodbury[1].square().sum((-1, -2))
 
     @property
     def inverse_diagonal(self) -> torch.Tensor:

@@ -266,13 +266,13 @@ class MixturePosterior(Posterior):
         return total.solve_inverse(v.double().flatten(1)[:, None], shift)[:, 0].to(v.dtype).view(v.shape)
 
     def _covariances(self, vectors: torch.Tensor) -> torch.Tensor:
-        result, noise = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device), self._sigma**2
+        result = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
+        noise = self._sigma[:, None] ** 2
         for weights, total, _, means in self._pieces():
             offsets = means - self._mean[:, None]
             for index, v in enumerate(vectors.double()):
                 # The mean of the modes' own covariances, and the covariance of the modes' means.
-                mode_term = noise[:, None] * _average(weights, total.shrink(v[:, None]))
-                result[index] += mode_term + _spread(weights, offsets, v)
+                result[index] += noise * _average(weights, total.shrink(v[:, None])) + _spread(weights, offsets, v)
         return result
 
     def _fishers(self, vectors: torch.Tensor) -> torch.Tensor:

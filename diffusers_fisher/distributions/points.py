@@ -102,7 +102,9 @@ class DiracMixture(Distribution):
             raise InputError(f"`chunk_rows` is {chunk_rows}; allowed: 1 or more, or None.")
         self._weights = None if weights is None else normalise_weights(weights, self.count, torch.device("cpu"))
         self.centre = self._choose_centre()
-        self._memory_chunk = self._centre_points() if isinstance(self.bank, TensorBank) else None
+        self._in_memory: tuple[torch.Tensor, torch.Tensor] | None = None
+        if isinstance(self.bank, TensorBank):
+            self._in_memory = self._centred_rows(slice(0, self.count), None, self.dtype)
 
     def posterior(self, x: torch.Tensor, level: NoiseLevel) -> PointPosterior:
         alpha, sigma = level_tensors(x, level, self.shape)
@@ -123,18 +125,8 @@ class DiracMixture(Distribution):
         equal_weight = torch.full((1,), -math.log(self.count), dtype=torch.float64, device=device)
         for start in range(0, self.count, size):
             part = slice(start, start + size)
-            memory_chunk = self._memory_chunk
-            if memory_chunk is None:
-                rows = self._centred_rows(part, device, dtype)
-            else:
-                rows = memory_chunk.rows[part].to(device, dtype)
-            # The squares in memory belong to rows in the points' own dtype; another dtype needs its own squares.
-            if memory_chunk is None or dtype is not self.dtype:
-                squares = _squares(rows)
-            else:
-                squares = memory_chunk.squares[part].to(device)
             log_weights = equal_weight if self._weights is None else self._weights[part].to(device).log()
-            yield Chunk(rows, squares, log_weights)
+            yield Chunk(*self._centred_rows(part, device, dtype), log_weights)
 
     def _rows_at_once(self, device: torch.device, dtype: torch.dtype, width: int) -> int:
         """Returns the number of rows that fit half the memory, together with everything computed from them."""
@@ -154,10 +146,19 @@ class DiracMixture(Distribution):
     def _flat_rows(self, part: slice) -> torch.Tensor:
         return self.bank.read(part.start, min(part.stop, self.count)).flatten(1)
 
-    def _centred_rows(self, part: slice, device: torch.device | None, dtype: torch.dtype) -> torch.Tensor:
-        """Returns y' of a part of the points, (n, d); `device` None leaves rows on the bank's device."""
-        rows = self._flat_rows(part).to(device, dtype)
-        return rows - self.centre.to(rows.device, dtype) if bool(self.centre.any()) else rows
+    def _centred_rows(
+        self, part: slice, device: torch.device | None, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns y' (n, d) and |y'|^2 (n,) of a part of the points; `device` None is the bank's device."""
+        if self._in_memory is None:
+            rows = self._flat_rows(part).to(device, dtype)
+            rows = rows - self.centre.to(rows.device, dtype) if bool(self.centre.any()) else rows
+        else:
+            rows, squares = (values[part].to(device) for values in self._in_memory)
+            if dtype is self.dtype:
+                return rows, squares
+            rows = rows.to(dtype)  # the squares in memory are those of rows in the points' own dtype
+        return rows, _squares(rows)
 
     def _choose_centre(self) -> torch.Tensor:
         """Reads all rows once and returns the centre c, (d,) float64.
@@ -181,10 +182,6 @@ class DiracMixture(Distribution):
         mean = (total / self.count).to(self.dtype).double()
         # The mean of |y|^2 is |mean|^2 + spread^2, so this compares |mean|^2 with spread^2.
         return mean if 2 * float(mean.square().sum()) > squares / self.count else torch.zeros_like(mean)
-
-    def _centre_points(self) -> Chunk:
-        rows = self._centred_rows(slice(0, self.count), None, self.dtype)
-        return Chunk(rows, _squares(rows), rows.new_zeros(0))
 
 
 class Logits:
@@ -314,32 +311,29 @@ class PointPosterior(Posterior):
                 yield chunk.rows, weights * scale.to(weights.dtype)[:, None]
 
     @functools.cached_property
-    def _pairs(self) -> Pairs | None:
-        """The pairs that have weight, or None where they are too many. Pairs replace the cache of weights."""
-        pairs = self._find_pairs()
-        self._weight_cache = self._weight_cache if pairs is None else None
-        return pairs
-
-    def _find_pairs(self) -> Pairs | None:
+    def _pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """Differences and weights of `_centre_pairs`, which replace the cache of weights; None for too many pairs."""
         mixture, batch = self._mixture, len(self._total)
         row = mixture.dimensions * (2 * self._dtype.itemsize + 16)
         limit = min(max(MIN_PAIRS, batch * mixture.count // PAIRS_SHARE), mixture.memory // 2 // row)
         threshold = NEGLIGIBLE * torch.finfo(self._dtype).eps / mixture.count
-        samples, rows, shares, pair_count = [], [], [], 0
+        pieces: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        count = 0
         for points, weights in self._rows_with_weights():
             sample, point = (weights > threshold).nonzero(as_tuple=True)
-            pair_count += len(sample)
-            if pair_count > limit:
+            count += len(sample)
+            if count > limit:
                 return None
-            samples.append(sample)
-            rows.append(points[point])
-            shares.append(weights[sample, point])
-        return Pairs.of(torch.cat(samples), torch.cat(rows), torch.cat(shares), batch)
+            pieces.append((sample, points[point], weights[sample, point]))
+        self._weight_cache = None
+        samples, rows, shares = map(torch.cat, zip(*pieces, strict=True))
+        return _centre_pairs(samples, rows, shares, batch)
 
     def _covariances(self, vectors: torch.Tensor) -> torch.Tensor:
         vectors = vectors.to(self._dtype)
         if self._pairs is not None:
-            return self._pairs.products(vectors)
+            pairs = zip(self._pairs, vectors.unbind(1), strict=True)
+            return torch.stack([((v @ rows.T) * weights) @ rows for (rows, weights), v in pairs], 1).double()
         # C v = sum_i w_i <y'_i - offset, v> (y'_i - offset). The shift centres the first factor before the products
         # are rounded; the second factor is centred at the end, by the sum of the weighted forms.
         shifts = (vectors.double() * self._offset).sum(-1, keepdim=True).to(self._dtype)
@@ -360,7 +354,7 @@ class PointPosterior(Posterior):
 
     def _covariance_diagonal(self) -> torch.Tensor:
         if self._pairs is not None:
-            return self._pairs.diagonal()
+            return torch.stack([weights.double() @ rows.double().square() for rows, weights in self._pairs])
         result = torch.zeros_like(self._offset)
         # Rows can't be centred for every sample, so sum w (y' - offset)^2 is expanded; float64 bears the cancellation.
         for rows, weights in self._rows_with_weights():
@@ -380,7 +374,7 @@ class PointPosterior(Posterior):
 
     def _covariance_matrix(self) -> torch.Tensor:
         if self._pairs is not None:
-            return self._pairs.matrix()
+            return torch.stack([((rows * weights[:, None]).T @ rows).double() for rows, weights in self._pairs])
         size = self._mixture.dimensions
         result = torch.zeros(len(self._total), size, size, dtype=torch.float64, device=self._device)
         offset = self._offset.to(self._dtype)
@@ -391,45 +385,25 @@ class PointPosterior(Posterior):
         return result
 
 
-@dataclasses.dataclass(frozen=True)
-class Pairs:
-    """Holds the points that have weight in the posteriors of a batch, as differences and weights per sample.
+def _centre_pairs(
+    samples: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, batch: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Returns the points that have weight in each of `batch` posteriors.
 
     Args:
-        differences: y_i - E[x_0|x_t], (n_b, d) for each of B samples.
-        weights: w_i, (n_b,) for each of B samples, with sum one.
+        samples, rows, weights: sample (P,), row (P, d) and weight (P,) of every (sample, point) pair, in any order.
+
+    Returns:
+        The differences y_i - E[x_0|x_t], (n_b, d), and the weights w_i, (n_b,), with sum one, of every sample.
     """
-
-    differences: tuple[torch.Tensor, ...]
-    weights: tuple[torch.Tensor, ...]
-
-    @classmethod
-    def of(cls, samples: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, batch: int) -> Pairs:
-        """Makes the pairs from the sample (P,), the row (P, d) and the weight (P,) of every pair, in any order."""
-        counts = torch.bincount(samples, minlength=batch).tolist()
-        order = samples.argsort(stable=True)
-        differences, shares = [], []
-        for row, weight in zip(rows[order].split(counts), weights[order].split(counts), strict=True):
-            points, share = row.double(), weight.double() / weight.double().sum()
-            differences.append((points - share @ points).to(rows.dtype))  # rounded after the subtraction
-            shares.append(share.to(rows.dtype))
-        return cls(tuple(differences), tuple(shares))
-
-    def products(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Returns C v of (k, B, d) vectors, float64."""
-        parts = zip(self.differences, self.weights, vectors.unbind(1), strict=True)
-        products = [((v @ rows.T) * weights) @ rows for rows, weights, v in parts]
-        return torch.stack(products, 1).double()
-
-    def diagonal(self) -> torch.Tensor:
-        """Returns the diagonal of C, (B, d) float64."""
-        pairs = zip(self.differences, self.weights, strict=True)
-        return torch.stack([weights.double() @ rows.double().square() for rows, weights in pairs])
-
-    def matrix(self) -> torch.Tensor:
-        """Returns C, (B, d, d) float64."""
-        pairs = zip(self.differences, self.weights, strict=True)
-        return torch.stack([((rows * weights[:, None]).T @ rows).double() for rows, weights in pairs])
+    counts = torch.bincount(samples, minlength=batch).tolist()
+    order = samples.argsort(stable=True)
+    pairs = []
+    for row, weight in zip(rows[order].split(counts), weights[order].split(counts), strict=True):
+        points, share = row.double(), weight.double() / weight.double().sum()
+        # Differences are rounded after the subtraction.
+        pairs.append(((points - share @ points).to(rows.dtype), share.to(rows.dtype)))
+    return pairs
 
 
 def _squares(rows: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Estimators of the diffusion Fisher, one file each, all with the same face."""
+"""Estimators of the diffusion Fisher. Each has its own file, and all have the same interface."""
 
 from .autodiff import AutodiffFisher
 from .bounds import (

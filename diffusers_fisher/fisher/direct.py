@@ -1,20 +1,19 @@
-"""The cheapest estimator: the model output is held constant in the backward pass."""
+"""The cheapest estimator: it takes the model output as a constant in the backward pass."""
 
 import torch
 
 from ..noise import DenoisingState, expand
 from .estimator import FisherEstimator
-from .numerics import per_sample
 from .operator import JacobianOperator
 
 
 class DirectFisher(FisherEstimator):
-    """Holds the raw model output constant: its Jacobian is zero, and a reward's gradient passes straight to the noise.
+    """Takes the raw model output as a constant, so a reward's gradient reaches the noise without the network.
 
-    For epsilon prediction this is F = 0, i.e. C = (sigma/alpha)^2 I. For models that predict x_0, holding the output
-    itself would make the gradient vanish at the last step (C = 0), so there the velocity is held instead.
+    For epsilon prediction this means F = 0, which is C = (sigma/alpha)^2 I. For models that predict x_0, a constant
+    output would make the gradient vanish at the last step (C = 0). For them the velocity is the constant instead.
 
-    Cost: nothing beyond the run itself.
+    Cost: no denoiser call beyond those of the run.
     """
 
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> "DirectOperator":
@@ -22,17 +21,14 @@ class DirectFisher(FisherEstimator):
 
 
 class DirectOperator(JacobianOperator):
-    """See `DirectFisher`. Everything is a multiple of the identity."""
-
-    def original_factor(self) -> torch.Tensor:
-        """j with d x_0/d x_t = j I, from x_0 = a x + b output with the output (or the velocity) held."""
-        level = self.state.level
-        if self.state.prediction.kind == "sample":
-            return level.alpha / level.norm**2
-        return self.state.prediction.original_coefficients(level)[0]
+    """See `DirectFisher`. All matrices are multiples of the identity."""
 
     def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
-        return expand(self.original_factor(), v) * v
+        # x_0 = a x + b output, so the Jacobian is a times the identity if the output (or the velocity) is constant.
+        level = self.state.level
+        if self.state.prediction.kind == "sample":
+            return expand(level.alpha / level.norm**2, v) * v
+        return expand(self.state.prediction.original_coefficients(level)[0], v) * v
 
     def epsilon_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         if self.state.prediction.kind == "sample":
@@ -44,14 +40,14 @@ class DirectOperator(JacobianOperator):
 
     def exact_diagonal(self) -> tuple[torch.Tensor, int]:
         sample = self.state.sample
-        return per_sample(self._eigenvalue(), sample.double()).expand(sample.shape), 0
+        return expand(self._eigenvalue(), sample.double()).expand(sample.shape), 0
 
     def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        return v / per_sample(self._eigenvalue() + shift, v)
+        return v / expand(self._eigenvalue() + shift, v)
 
     def _eigenvalue(self) -> torch.Tensor:
-        """The only eigenvalue of F, (B,) float64."""
-        level = self.state.level
-        if self.state.prediction.kind == "sample":
+        """Returns the only eigenvalue of F, (B,) float64."""
+        level, prediction = self.state.level, self.state.prediction
+        if prediction.kind == "sample":
             return self._numbers(1 / level.norm**2)
-        return self._numbers(self.state.prediction.epsilon_coefficients(level)[0] / level.sigma)
+        return self._numbers(prediction.epsilon_coefficients(level)[0] / level.sigma)

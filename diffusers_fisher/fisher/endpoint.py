@@ -1,26 +1,28 @@
-"""The paper's endpoint approximation (DF-EA): one outer product of the run's clean end stands in for the data's."""
+"""The paper's endpoint approximation (DF-EA): the run's clean end takes the place of the data."""
 
 import torch
 
 from ..errors import InputError, check_shape
 from ..noise import DenoisingState, expand
 from .estimator import FisherEstimator
-from .numerics import dot, per_sample
+from .numerics import dot
 from .operator import FisherOperator
 
 
 class EndpointFisher(FisherEstimator):
-    """Posterior covariance from the run's endpoint x_0 (Wang et al., ICML 2025, section 4, DF-EA).
+    """Computes the posterior covariance from the run's endpoint x_0 (Wang et al., ICML 2025, section 4, DF-EA).
 
     `centred=False` is the paper's form, C v = x_0 <x_0, v> - m <m, v> with m = E[x_0|x_t] of the model. It is
-    indefinite, with eigenvalues +-|x_0||x_0 - m| in the span of x_0 and m, so its products through a whole run grow
-    exponentially in the number of steps: use only the direction of the resulting gradient.
-    `centred=True` is C v = (x_0 - m) <x_0 - m, v>: the same expectation, positive, far smaller variance.
+    indefinite, with eigenvalues +-|x_0||x_0 - m| in the span of x_0 and m. For this reason its products through a
+    whole run grow exponentially in the number of steps: use only the direction of the gradient.
+    `centred=True` is C v = (x_0 - m) <x_0 - m, v>. It has the same expectation and a far smaller variance, and it is
+    positive.
 
-    Cost: nothing beyond the run itself.
+    Cost: no denoiser call beyond those of the run.
 
     Raises:
-        InputError: no endpoint, or one of another shape; predicted noise at alpha = 0, where it does not give m.
+        InputError: the endpoint is missing or has another shape, or the model predicts noise and alpha is 0, where
+            the noise does not determine m.
     """
 
     def __init__(self, centred: bool = False):
@@ -53,8 +55,7 @@ class EndpointOperator(FisherOperator):
 
     def covariance(self, v: torch.Tensor) -> torch.Tensor:
         self._check(v)
-        products = [sign * vector * per_sample(dot(vector, v), v) for sign, vector in self._terms]
-        return torch.stack(products).sum(0)
+        return torch.stack([sign * vector * expand(dot(vector, v), v) for sign, vector in self._terms]).sum(0)
 
     def exact_diagonal(self) -> tuple[torch.Tensor, int]:
         level = self.state.level
@@ -62,7 +63,7 @@ class EndpointOperator(FisherOperator):
         return 1 / expand(level.sigma**2, squares) - expand(level.alpha**2 / level.sigma**4, squares) * squares, 0
 
     def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        """Woodbury: (a I + U D U^T)^-1 = (I - U (a D^-1 + U^T U)^-1 U^T)/a."""
+        """Uses Woodbury's formula, (a I + U D U^T)^-1 = (I - U (a D^-1 + U^T U)^-1 U^T)/a."""
         level = self.state.level
         identity = self._numbers(1 / level.sigma**2) + shift
         weight = self._numbers(-(level.alpha**2) / level.sigma**4)

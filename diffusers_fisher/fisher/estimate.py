@@ -1,4 +1,4 @@
-"""Random probes, and estimates with their error."""
+"""Random probes, and estimates with their errors."""
 
 import dataclasses
 
@@ -11,14 +11,14 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A number, or one number per coordinate, with its error.
+    """Holds a number, or one number per coordinate, with its error.
 
     Args:
         value: (B,) float64 for a trace, (B, ...) for a diagonal.
-        standard_error: standard error of `value`, same shape; 0 where it is exact, infinite with a single value.
-        values: (n, *value.shape) float64, the independent values that were averaged; (0, ...) where exact.
-        num_probes: number of random vectors used, those of a sketch included; 0 where the value is exact.
-        num_denoiser_calls: forward evaluations of the denoiser spent on it.
+        standard_error: standard error of `value`, same shape; 0 if `value` is exact, infinite with a single value.
+        values: (n, *value.shape) float64, the independent values that were averaged; (0, ...) if `value` is exact.
+        num_probes: number of random vectors, including those of a sketch; 0 if `value` is exact.
+        num_denoiser_calls: number of forward evaluations of the denoiser.
     """
 
     value: torch.Tensor
@@ -42,14 +42,14 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Probes:
-    """Random vectors of mean zero and identity covariance, one set for every sample.
+    """Holds random vectors of mean zero and identity covariance, one set per sample.
 
-    Keep one object to have the same probes at every state of a trajectory.
+    Pass one object to all states of a trajectory to use the same probes at every state.
 
     Args:
         vectors: (k, B, ...).
-        group: consecutive vectors that depend on each other; the standard error is that of the groups' means, so two
-            groups are the least that has one.
+        group: number of consecutive vectors that depend on each other. The standard error is computed from the means
+            of the groups, so it needs two groups or more.
     """
 
     vectors: torch.Tensor
@@ -65,7 +65,7 @@ class Probes:
         return len(self.vectors)
 
     def group_means(self, values: torch.Tensor) -> torch.Tensor:
-        """(k, ...) values of single probes to (k/group, ...) independent ones."""
+        """Returns the means (k/group, ...) of the groups, which are independent, from (k, ...) values of probes."""
         return values.unflatten(0, (-1, self.group)).mean(1)
 
 
@@ -77,26 +77,26 @@ def check_vectors(name: str, vectors: torch.Tensor, shape: torch.Size) -> None:
 
 
 def rademacher(count: int, like: torch.Tensor, generator: Generators = None) -> Probes:
-    """`count` probes of random signs in the shape and dtype of `like` (B, ...): Hutchinson's (Hutchinson, 1990)."""
+    """Draws `count` probes of random signs (Hutchinson, 1990) in the shape and dtype of `like` (B, ...)."""
     return Probes(torch.where(_normal(count, like, generator) < 0, -1.0, 1.0).to(like.dtype))
 
 
 def gaussian(count: int, like: torch.Tensor, generator: Generators = None) -> Probes:
-    """`count` standard normal probes in the shape and dtype of `like` (B, ...)."""
+    """Draws `count` standard normal probes in the shape and dtype of `like` (B, ...)."""
     return Probes(_normal(count, like, generator))
 
 
 def orthogonal(count: int, like: torch.Tensor, generator: Generators = None, group: int | None = None) -> Probes:
-    """Probes of norm sqrt(d), uniformly distributed, orthogonal to each other within every group.
+    """Draws uniformly distributed probes of norm sqrt(d) that are orthogonal to each other within every group.
 
-    A full group of d probes gives the exact trace. Fewer still have less variance than independent ones.
+    A full group of d probes gives the exact trace. Smaller groups still have less variance than independent probes.
 
     Args:
-        group: number of probes per group, at most d; `count` must be a multiple. None: the largest number that
+        group: number of probes per group, at most d; `count` must be a multiple of it. None: the largest number that
             makes two groups or more.
 
     Raises:
-        InputError: a group larger than d, or one that does not divide `count`.
+        InputError: `group` is larger than d, or does not divide `count`.
     """
     dimensions = like[0].numel()
     if group is None:
@@ -113,13 +113,12 @@ def orthogonal(count: int, like: torch.Tensor, generator: Generators = None, gro
 
 
 def antithetic(probes: Probes) -> Probes:
-    """Every probe followed by its negative.
+    """Returns probes in which every probe is followed by its negative.
 
-    For a linear operator v and -v give the same value, so this only pays with `FiniteDifferenceFisher`, where the
-    pair cancels the first-order error of a forward difference (as `central=True` does).
+    For a linear operator v and -v give the same value. With `FiniteDifferenceFisher` the pair cancels the first-order
+    error of a forward difference, as `central=True` does.
     """
-    pairs = torch.stack([probes.vectors, -probes.vectors], dim=1).flatten(0, 1)
-    return Probes(pairs, 2 * probes.group)
+    return Probes(torch.stack([probes.vectors, -probes.vectors], dim=1).flatten(0, 1), 2 * probes.group)
 
 
 def _normal(count: int, like: torch.Tensor, generator: Generators) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The base class of all estimators: what one gives, and what the library asks of one."""
+"""The base class of all estimators."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 ModelFunction = Callable[[torch.Tensor, Any], torch.Tensor]
-"""A network as a plain function: `(model_input, timestep) -> raw model output`, which autograd can differentiate. The
-timestep is the state's own, whatever that is."""
+"""A network as a function `(model_input, timestep) -> raw model output`, which autograd can differentiate. The
+timestep is that of the state."""
 
 
 class FisherEstimator(abc.ABC):
-    """Makes a `FisherOperator` of a denoising state. Derive from it to bring an estimator of your own.
+    """Base class of estimators, which make a `FisherOperator` of a denoising state. Derive your own from it.
 
-    `__call__` is all that an estimator must give. Set `needs_denoiser = True` where its products evaluate
-    `self.denoiser`. An estimator that asks others names them in `components`, and gets their denoisers bound, their
-    needs and their costs from this class:
+    An estimator must implement `__call__` alone. Set `needs_denoiser = True` if its products evaluate `self.denoiser`.
+    An estimator that calls others names them in `components`. This class then binds their denoisers and reports their
+    needs and their costs:
 
         class AverageFisher(FisherEstimator):
             def __init__(self, first, second):
@@ -42,17 +42,18 @@ class FisherEstimator(abc.ABC):
                 return 0.5 * (self.first(state, endpoint) + self.second(state, endpoint))
 
     Attributes:
-        denoiser: what the products evaluate; None where they evaluate nothing, or where `bind` has yet to give it.
+        denoiser: the denoiser that the products evaluate; None if they evaluate none, or until `bind` sets it.
         needs_denoiser: whether the products evaluate `denoiser`.
         uses_whole_run: whether the gradient of a run is right only after `through_run`, so that the estimator can't
-            stand for a single step.
+            be used for a single step.
         uses_backward_pass: whether `output_jacobian` of the operators is the backward pass of one evaluation of the
-            denoiser. A caller who has made this pass for another gradient may take the product from there.
+            denoiser. A caller that runs this pass for another gradient may take the product from there.
     """
 
     denoiser: Denoiser | ModelFunction | None = None
     needs_denoiser: bool = False
     uses_whole_run: bool = False
+    uses_backward_pass: bool = False
 
     @abc.abstractmethod
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> FisherOperator:
@@ -60,42 +61,38 @@ class FisherEstimator(abc.ABC):
 
         Args:
             state: the noisy samples (B, ...), their noise level and the model's output.
-            endpoint: (B, ...), the clean end of the run, where it is known.
+            endpoint: (B, ...), the clean end of the run; None if it is not known.
         """
 
     @property
-    def uses_backward_pass(self) -> bool:
-        return False
-
-    @property
     def components(self) -> Mapping[str, FisherEstimator]:
-        """The estimators that this one asks, by the names of its attributes that hold them."""
+        """The estimators that this one calls, by the names of the attributes that hold them."""
         return {}
 
     @property
     def needs_graph(self) -> bool:
-        """Whether products differentiate the denoiser, so that a state may be evaluated with a graph for them."""
+        """Whether products differentiate the denoiser, so that a state evaluated with a graph saves an evaluation."""
         return any(component.needs_graph for component in self.components.values())
 
     @property
     def calls_per_state(self) -> int:
-        """Evaluations of the denoiser that make an operator ready, exact traces not counted."""
+        """Number of denoiser evaluations per operator, without those of exact traces."""
         return sum(component.calls_per_state for component in self.components.values())
 
     @property
     def calls_per_product(self) -> int:
-        """Evaluations of the denoiser per product with the operator."""
+        """Number of denoiser evaluations per product with the operator."""
         return sum(component.calls_per_product for component in self.components.values())
 
     @property
     def default_num_probes(self) -> int | None:
-        """Probes of a likelihood's trace where the caller names no number; None: the exact trace, without probes."""
+        """Default number of probes for the trace of a likelihood; None: the exact trace, without probes."""
         numbers = {component.default_num_probes for component in self.components.values()}
         return None if numbers == {None} else 2
 
     @property
     def description(self) -> str:
-        """The estimator in a few words, as results name it."""
+        """Short description of the estimator for results."""
         return type(self).__name__
 
     @property
@@ -106,25 +103,25 @@ class FisherEstimator(abc.ABC):
 
     @property
     def lacks_denoiser(self) -> bool:
-        """Whether the estimator or a component needs a denoiser and has none: products are refused until `bind`."""
+        """Whether the estimator or a component needs a denoiser and has none: products raise an error until `bind`."""
         own = self.needs_denoiser and self.denoiser is None
         return own or any(component.lacks_denoiser for component in self.components.values())
 
     def bind(self, denoiser: Denoiser) -> FisherEstimator:
-        """Returns the estimator with `denoiser` wherever it needs one and has none; itself where nothing changes.
+        """Returns a copy with `denoiser` wherever one is missing, or the same object if none is missing.
 
         Raises:
-            InputError: a component belongs to another denoiser, see `check_denoiser`.
+            InputError: a component belongs to another denoiser (see `check_denoiser`).
         """
         estimator = self.map_components(lambda component: component.bind(denoiser))
         takes_denoiser = self.needs_denoiser and self.denoiser is None
         return estimator.replace(denoiser=denoiser) if takes_denoiser else estimator
 
     def check_denoiser(self, denoiser: Denoiser | DiffusionPipeline) -> None:
-        """Refuses a denoiser that the estimator, or a component, was not made for.
+        """Checks that the estimator and its components belong to `denoiser`.
 
         Raises:
-            InputError: says what differs.
+            InputError: a component was made for another denoiser; the message says what differs.
         """
         for component in self.components.values():
             component.check_denoiser(denoiser)
@@ -132,26 +129,27 @@ class FisherEstimator(abc.ABC):
     def without_model_output(self) -> FisherEstimator:
         """Returns the estimator with products that take no difference from the state's own `model_output`.
 
-        For states of a run whose output is another function's than `denoiser`'s, such as at another guidance scale.
+        It is for states of a run whose output does not come from `denoiser`, for example one with another guidance
+        scale.
         """
         return self.map_components(lambda component: component.without_model_output())
 
     def through_run(self, gradient: torch.Tensor, states: Sequence[DenoisingState]) -> torch.Tensor:
-        """Returns the gradient at a run's noise, (B, ...), from what the products at the run's `states` have made it.
+        """Returns the gradient at a run's noise, (B, ...), from the result of the products at the run's `states`.
 
-        Called once per differentiated run, without a graph. The base class returns `gradient` unchanged.
+        The library calls it once per differentiated run, without a graph. The base class returns `gradient` unchanged.
         """
         return gradient
 
     def map_components(self, change: Callable[[FisherEstimator], FisherEstimator]) -> Self:
-        """Returns a copy with `change` made to each component; itself where `change` returns the same objects."""
+        """Returns a copy with `change(component)` for each component, or the same object if no component changes."""
         components = self.components
         changes = {name: change(component) for name, component in components.items()}
         unchanged = all(changes[name] is component for name, component in components.items())
         return self if unchanged else self.replace(**changes)
 
     def replace(self, **attributes: object) -> Self:
-        """Returns a shallow copy with other `attributes`; this object keeps its own."""
+        """Returns a shallow copy with other `attributes`. The object itself does not change."""
         copied = copy.copy(self)
         for name, value in attributes.items():
             object.__setattr__(copied, name, value)  # a frozen dataclass refuses setattr
@@ -168,7 +166,7 @@ def check_estimator(estimator: object) -> FisherEstimator:
     """Returns `estimator`.
 
     Raises:
-        InputError: something else than an instance of `FisherEstimator`.
+        InputError: `estimator` is not an instance of `FisherEstimator`.
     """
     if isinstance(estimator, FisherEstimator):
         return estimator
@@ -179,7 +177,7 @@ def check_estimator(estimator: object) -> FisherEstimator:
 
 
 def model_function(denoiser: Denoiser | ModelFunction | None) -> ModelFunction:
-    """Returns the raw model output as a function, of a `Denoiser` or of a network that is a function already.
+    """Returns the raw model output of a `Denoiser` as a function, and returns functions unchanged.
 
     Raises:
         InputError: there is no denoiser.
@@ -193,7 +191,7 @@ def model_function(denoiser: Denoiser | ModelFunction | None) -> ModelFunction:
 
 
 def _short(value: object) -> str:
-    """`repr` of what is short, the name of functions, and the class of everything else."""
+    """Returns the `repr` of short values, the name of functions, and the class of other objects."""
     if value is None or isinstance(value, (bool, int, float, str, FisherEstimator)):
         return repr(value)
     if isinstance(value, torch.Tensor):

@@ -11,10 +11,10 @@ from .operator import FisherOperator
 
 
 class ExactFisher(FisherEstimator):
-    """The truth that estimators are judged against: F of a distribution in closed form.
+    """Computes F of a distribution in closed form, the truth that other estimators are compared with.
 
-    The model's output is not looked at; the state gives the sample and its level, in any scheduler's coordinates.
-    Works at alpha = 0.
+    The estimator uses the state's sample and noise level, in any scheduler's coordinates, and not the model's output.
+    It works at alpha = 0.
 
     Cost: one posterior of the distribution per state, one product with its covariance per product, no denoiser call.
 
@@ -26,12 +26,12 @@ class ExactFisher(FisherEstimator):
         self.distribution = distribution
 
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> ExactOperator:
-        """Raises `InputError` for states of another shape, in half precision, or without noise."""
+        """Returns F at `state`. Raises `InputError` for another shape, half precision or a level without noise."""
         return ExactOperator(state, self.distribution.posterior(state.sample.detach(), state.level))
 
 
 class ExactOperator(FisherOperator):
-    """See `ExactFisher`. F and C are each computed directly, since either cancels in the other at one end."""
+    """See `ExactFisher`. F and C have formulas of their own: each cancels in the other at one end of the levels."""
 
     chunk_size = 32
 

@@ -1,4 +1,4 @@
-"""Products with the model's Jacobian from differences of its outputs: no automatic differentiation at all."""
+"""Products with the model's Jacobian from differences of its outputs, without automatic differentiation."""
 
 import torch
 
@@ -10,19 +10,19 @@ from .operator import ModelFisherOperator
 
 
 class FiniteDifferenceFisher(FisherEstimator):
-    """J v ~ (output(x + h v) - output(x))/h, with h |v| = `relative_step` |x| for each sample.
+    """Computes J v ~ (output(x + h v) - output(x))/h, with h |v| = `relative_step` |x| for each sample.
 
-    The Jacobian of a true score is symmetric, so this product serves as the transposed one; a learned Jacobian is not
-    quite symmetric, which bounds how close the resulting gradient comes to the exact one.
+    The Jacobian of a true score is symmetric, so this product takes the place of the product with the transposed
+    Jacobian. A learned Jacobian is not quite symmetric, which limits how close the gradient comes to the exact one.
 
     Cost: one denoiser call per product (two with `central`), no graph.
 
     Args:
         denoiser: `PipelineDenoiser`, or any callable `(model_input, timestep) -> raw model output`. None: a pipeline's
             `guide` or `log_likelihood` binds its own.
-        relative_step: length of the difference relative to the sample's norm (to the noise's, for a sample of zeros).
-            The default suits float32 networks; float16 ones want about 0.05, bfloat16 ones 0.1.
-        central: take differences to both sides, with an error of O(h^2) for twice the calls.
+        relative_step: length of the difference relative to the norm of the sample (to the norm of the noise for a
+            sample of zeros). The default suits float32 networks, 0.05 float16 networks and 0.1 bfloat16 networks.
+        central: take differences to both sides, which has an error of O(h^2) and costs twice the calls.
     """
 
     needs_denoiser = True

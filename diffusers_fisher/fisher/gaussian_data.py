@@ -1,4 +1,4 @@
-"""A Gaussian stand-in for the data: the diffusion Fisher of N(m, S) is (alpha^2 S + sigma^2 I)^-1 at every state."""
+"""The diffusion Fisher of Gaussian data: for N(m, S) it is (alpha^2 S + sigma^2 I)^-1 at every state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..distributions.banks import BANK_SUFFIXES, as_bank
 from ..distributions.covariance import Covariance, DCTBasis, EigenBasis, ShiftedCovariance
 from ..errors import CheckpointError, InputError, UnsupportedError, check_shape
 from ..files import load_tensors, save_tensors
-from ..noise import DenoisingState
+from ..noise import DenoisingState, expand
 from .estimator import FisherEstimator, check_estimator
 from .operator import CombinedOperator, FisherMatrixOperator
 
@@ -23,25 +23,25 @@ Samples = torch.Tensor | Iterable[torch.Tensor] | str | os.PathLike
 """Clean samples in the model's coordinates (scaled latents): (N, *shape), batches of them, or the path of a `.npy` or
 `.safetensors` file with one such tensor, or of a folder of these files, which are read in slices."""
 
-ROWS = 4096  # samples at once
+ROWS = 4096  # number of samples that are read at once
 
 FORMAT = "diffusers_fisher.GaussianFisher"
 LOW_RANK_LIMIT = 8192
 
 
 class GaussianFisher(FisherEstimator):
-    """The diffusion Fisher of Gaussian data, the same at every sample.
+    """Computes the diffusion Fisher of Gaussian data, which is the same at every sample.
 
-    Fitted to a data set's mean and covariance it is the best estimator that knows nothing of the sample: right in the
-    limit of high noise, where the noised data are Gaussian. Its products smooth a vector toward the data's own
-    directions.
+    With the mean and covariance of a data set it is the best estimator that does not use the sample. It is exact in
+    the limit of high noise, where the noised data are Gaussian. Its products smooth a vector toward the directions in
+    which the data vary.
 
-    Cost: nothing beyond the run itself. A product takes d multiplications, d (H + W) in a DCT basis, 2 r d for rank r,
-    in float64.
+    Cost: no denoiser call. A product takes d multiplications, d (H + W) in a DCT basis and 2 r d for rank r, in
+    float64.
 
     Args:
         covariance: S, one mode.
-        mean: m, (*shape); not part of the Fisher, kept for priors. None: zeros.
+        mean: m, (*shape). The Fisher does not depend on it; priors use it. None: zeros.
     """
 
     def __init__(self, covariance: Covariance, mean: torch.Tensor | None = None):
@@ -54,15 +54,18 @@ class GaussianFisher(FisherEstimator):
 
     @classmethod
     def fit_isotropic(cls, samples: Samples) -> GaussianFisher:
-        """Fits one variance for all coordinates. Streams `samples` once."""
+        """Fits one variance for all coordinates. Reads `samples` once, in pieces."""
         shape, rows = _rows(samples)
         mean, variances = _moments(rows, _sums_of_squares)
         return cls(Covariance.isotropic(variances.mean(), shape), mean.view(shape))
 
     @classmethod
     def fit_diagonal(cls, samples: Samples, dct: bool = False) -> GaussianFisher:
-        """Fits one variance per coordinate, of pixels or (`dct`) of the discrete cosine transform over the last two
-        axes, in which neighbouring pixels' correlation is nearly diagonal. Streams `samples` once."""
+        """Fits one variance per coordinate. Reads `samples` once, in pieces.
+
+        The coordinates are pixels, or with `dct` those of the discrete cosine transform over the last two axes, in
+        which the covariance of images is nearly diagonal.
+        """
         shape, rows = _rows(samples)
         basis = DCTBasis(shape) if dct else None
         mean, variances = _moments(map(basis.analyse, rows) if basis else rows, _sums_of_squares)
@@ -73,7 +76,7 @@ class GaussianFisher(FisherEstimator):
     def fit_low_rank(cls, samples: Samples, rank: int) -> GaussianFisher:
         """Fits the `rank` leading principal directions, and one variance per coordinate for the rest.
 
-        Streams `samples` once; holds a (d, d) matrix, so d is at most `LOW_RANK_LIMIT`.
+        Reads `samples` once, in pieces. The fit holds a (d, d) matrix, so d is at most `LOW_RANK_LIMIT`.
         """
         shape, rows = _rows(samples)
         dimensions = math.prod(shape)
@@ -100,7 +103,7 @@ class GaussianFisher(FisherEstimator):
         """Writes one safetensors file, atomically.
 
         Raises:
-            UnsupportedError: a full covariance, whose matrix is better kept by its owner.
+            UnsupportedError: the covariance is full. Save its matrix yourself.
         """
         covariance = self.covariance
         if isinstance(covariance.basis, EigenBasis):
@@ -113,7 +116,7 @@ class GaussianFisher(FisherEstimator):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> GaussianFisher:
-        """Reads what `save` wrote. Raises `CheckpointError` where the file is something else."""
+        """Reads a file of `save`. Raises `CheckpointError` for any other file."""
         tensors, metadata = load_tensors(path)
         if metadata.get("format") != FORMAT or not {"mean", "variances"} <= set(tensors):
             raise CheckpointError(f"'{path}' holds no GaussianFisher; it holds {sorted(tensors)}.")
@@ -139,13 +142,11 @@ class GaussianOperator(FisherMatrixOperator):
         return self._apply(self._total.solve, vectors)
 
     def covariance(self, v: torch.Tensor) -> torch.Tensor:
-        level = self.state.level  # C = sigma^2 S T^-1: no difference of nearly equal terms, and alpha = 0 is allowed
-        variance = self._numbers(level.sigma**2).to(v.device)[:, None, None]
-        return self._apply(lambda rows: variance * self._total.shrink(rows), v)
+        # C = sigma^2 S T^-1 is no difference of nearly equal terms, and alpha = 0 is allowed.
+        return self._apply(lambda rows: expand(self.state.level.sigma**2, rows) * self._total.shrink(rows), v)
 
     def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
-        alpha = self._numbers(self.state.level.alpha).to(v.device)[:, None, None]
-        return self._apply(lambda rows: alpha * self._total.shrink(rows), v)
+        return self._apply(lambda rows: expand(self.state.level.alpha, rows) * self._total.shrink(rows), v)
 
     def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         return self._apply(lambda rows: self._total.solve_inverse(rows, shift), v)
@@ -158,13 +159,13 @@ class GaussianOperator(FisherMatrixOperator):
         return self._total.inverse_diagonal[:, 0].expand(len(sample), -1).reshape(sample.shape), 0
 
     def _apply(self, function: Callable[[torch.Tensor], torch.Tensor], v: torch.Tensor) -> torch.Tensor:
-        """`function` of float64 vectors (..., B, 1, d), back in the shape and dtype of `v` (..., B, *shape)."""
+        """Returns `function` of `v` as float64 (..., B, 1, d), in the shape and dtype of `v` (..., B, *shape)."""
         leading = v.shape[: v.ndim - len(self._total.covariance.shape)]
         return function(v.double().reshape(*leading, 1, -1)).to(v.dtype).reshape(v.shape)
 
 
 class TraceCorrectedFisher(FisherEstimator):
-    """Scales C of one estimator, `prior`, per sample to the trace of another, `trace`.
+    """Scales C of the estimator `prior` so that its trace equals that of the estimator `trace`, per sample.
 
     Args:
         prior: an estimator with cheap products, such as `GaussianFisher`.
@@ -208,7 +209,7 @@ def _moments(
     count = 0
     centre = total = products = torch.zeros((), dtype=torch.float64)
     for batch in rows:
-        centre = batch.mean(0) if count == 0 else centre  # sums about a point of the data: no cancellation
+        centre = batch.mean(0) if count == 0 else centre  # Sums about a point of the data don't cancel.
         offsets = batch - centre
         count, total, products = count + len(batch), total + offsets.sum(0), products + products_of(offsets)
     if count < 2:
@@ -256,5 +257,5 @@ def _pieces(samples: Samples) -> Iterable[torch.Tensor]:
 
 
 def _positive(variances: torch.Tensor) -> torch.Tensor:
-    """Returns variances of at least 1e-6 of their mean: constant coordinates and rounding must not make S singular."""
+    """Raises variances to at least 1e-6 of their mean, so that constant coordinates don't make S singular."""
     return variances.clamp_min(1e-6 * float(variances.mean().clamp_min(torch.finfo(torch.float64).tiny)))

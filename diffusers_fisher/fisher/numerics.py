@@ -1,6 +1,6 @@
-"""Linear algebra over products alone: functions of a `matvec`, for batches of operators.
+"""Linear algebra that uses matrix-vector products alone, for batches of operators.
 
-Vectors are (B, ...), one per sample; every sample has its own operator.
+Vectors are (B, ...), one per sample, and every sample has its own operator.
 """
 
 import functools
@@ -9,18 +9,14 @@ from collections.abc import Callable
 import torch
 
 from ..errors import InputError, NumericalError
+from ..noise import expand
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 def dot(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Inner product of every sample, (B,), accumulated in float64."""
+    """Returns the inner product of every sample, (B,), accumulated in float64."""
     return (left.double() * right.double()).flatten(1).sum(1)
-
-
-def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(B,) values shaped and cast to multiply `like` (B, ...)."""
-    return values.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def conjugate_gradients(
@@ -29,11 +25,11 @@ def conjugate_gradients(
     """Solves A x = b for symmetric positive definite A, one system per sample (Hestenes and Stiefel, 1952).
 
     Args:
-        matvec: x -> A x.
+        matvec: function that returns A x for x (B, ...).
         b: (B, ...).
-        tolerance: of the residual's norm relative to that of `b`, by the recurrence: in float32 the true residual
-            stops falling at about 1e-7 times A's condition number.
-        max_iterations: products at most; None: ten times the dimension.
+        tolerance: largest norm of the residual relative to the norm of `b`. The residual is that of the recurrence: in
+            float32 the true residual stops falling at about 1e-7 times the condition number of A.
+        max_iterations: largest number of products; None: ten times the dimension.
 
     Raises:
         NumericalError: A is not positive definite, or the tolerance was not reached.
@@ -53,10 +49,10 @@ def conjugate_gradients(
                 "The operator is not positive definite (<v, A v> is not positive in a direction met by conjugate "
                 "gradients), as the diffusion Fisher may be between modes; add damping: operator.damped(value)."
             )
-        step = per_sample(torch.where(active, size / curvature, 0), x)
+        step = expand(torch.where(active, size / curvature, 0), x)
         x, residual = x + step * direction, residual - step * product
         following = dot(residual, residual)
-        direction = residual + per_sample(torch.where(active, following / size, 0), x) * direction
+        direction = residual + expand(torch.where(active, following / size, 0), x) * direction
         size = torch.where(active, following, size)
     if bool((size <= target).all()):
         return x
@@ -70,18 +66,21 @@ def conjugate_gradients(
 def extreme_eigenpairs(
     matvec: Product, like: torch.Tensor, count: int, largest: bool, tolerance: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` largest or smallest eigenvalues and eigenvectors of symmetric operators, by `scipy`'s Lanczos.
+    """Returns the `count` largest or smallest eigenvalues and eigenvectors of symmetric operators.
+
+    The method is scipy's Lanczos iteration.
 
     Args:
-        matvec: v (B, ...) -> A v.
-        like: (B, ...), what vectors look like.
-        tolerance: relative, of the eigenvalues; None: 1e-12 for float64 vectors, 1e-4 for others.
+        matvec: function that returns A v for v (B, ...).
+        like: (B, ...), tensor with the shape, dtype and device of the vectors.
+        tolerance: relative tolerance of the eigenvalues; None: 1e-12 for float64 vectors, 1e-4 for others.
 
     Returns:
-        Eigenvalues (count, B) float64, from the extreme one inwards, and vectors of norm one (count, B, ...).
+        Eigenvalues (count, B) float64, the most extreme first, and vectors of norm one (count, B, ...).
 
     Raises:
-        InputError: `count` out of range. NumericalError: no convergence, or a product that is not finite.
+        InputError: `count` is out of range.
+        NumericalError: the iteration does not converge, or a product is not finite.
     """
     import numpy
     from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
@@ -92,7 +91,7 @@ def extreme_eigenpairs(
     kind, default = (numpy.float64, 1e-12) if like.dtype is torch.float64 else (numpy.float32, 1e-4)
     tolerance = default if tolerance is None else tolerance
     values, vectors = [], []
-    for index in range(len(like)):  # ARPACK takes one operator; the other samples' vectors are zero meanwhile
+    for index in range(len(like)):  # ARPACK takes one operator, so the vectors of all other samples are zero.
 
         def product(v, index=index, shift=0.0):
             batch = torch.zeros_like(like).flatten(1)
@@ -103,7 +102,8 @@ def extreme_eigenpairs(
             return values + shift * v.reshape(-1)
 
         start = numpy.random.default_rng(0).standard_normal(dimensions).astype(kind)
-        shift = 0.0 if product(start).any() else 1.0  # ARPACK takes no zero operator, which `DirectFisher`'s can be
+        # ARPACK can't take a zero operator, which an operator of `DirectFisher` may be.
+        shift = 0.0 if product(start).any() else 1.0
         operator = LinearOperator((dimensions, dimensions), matvec=functools.partial(product, shift=shift), dtype=kind)
         try:
             eigenvalues, columns = eigsh(operator, k=count, which="LA" if largest else "SA", v0=start, tol=tolerance)

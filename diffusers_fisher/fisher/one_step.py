@@ -9,30 +9,31 @@ import torch
 
 from ..errors import InputError
 from ..noise import DenoisingState, expand
-from .direct import DirectFisher, DirectOperator
+from .direct import DirectOperator
 from .estimator import FisherEstimator, check_estimator
 from .finite_difference import FiniteDifferenceFisher
 
 
 class OneStepFisher(FisherEstimator):
-    """Takes the run from one noise level on for a single step to the predicted clean sample.
+    """Replaces the run from one noise level on by a single step to the predicted clean sample.
 
-    At every state it is `DirectFisher`, so a reward's gradient reaches the noise unchanged but for its scale. There
-    the gradient is multiplied once by alpha dx_0/dx_t, the Jacobian of the predicted clean sample at the state nearest
-    to `noise_to_signal`. The eigenvalues of this Jacobian say how far the model's images still vary there: directions
-    in which images vary as a whole remain, and patterns that the model would remove do not.
+    At every state the products are those of `DirectFisher`, which change only the scale of a reward's gradient on its
+    way to the noise. At the noise the gradient is multiplied once by alpha dx_0/dx_t, the Jacobian of the predicted
+    clean sample at the state nearest to `noise_to_signal`. The eigenvalues of this Jacobian say how far the model's
+    images still vary at that level: directions in which images vary as a whole remain, and patterns that the model
+    would remove do not.
 
     Cost: one product of `jacobian` per gradient, which is one denoiser call with the default.
 
     Args:
         jacobian: an estimator of the Jacobian at that state; None: `FiniteDifferenceFisher()`, which a pipeline's
             `guide` binds to its denoiser.
-        noise_to_signal: sigma/alpha; 1, where the noise's variance is that of latents. Higher levels turn the gradient
-            more, and make it slower to follow; lower ones less.
+        noise_to_signal: sigma/alpha at that level. At 1 the noise has the variance of latents. Higher levels turn the
+            gradient more and make the ascent along it slower.
     """
 
     uses_whole_run = True
-    needs_graph = False  # the operators ask nothing of the denoiser; only `through_run` does
+    needs_graph = False  # Only `through_run` evaluates the denoiser; the operators do not.
     calls_per_state = 0
     calls_per_product = 0
 
@@ -41,14 +42,13 @@ class OneStepFisher(FisherEstimator):
             raise InputError(f"`noise_to_signal` is {noise_to_signal}; allowed: above 0 and finite, such as 1.")
         self.jacobian = FiniteDifferenceFisher() if jacobian is None else check_estimator(jacobian)
         self.noise_to_signal = noise_to_signal
-        self._direct = DirectFisher()
 
     @property
     def components(self) -> dict[str, FisherEstimator]:
         return {"jacobian": self.jacobian}
 
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> DirectOperator:
-        return self._direct(state, endpoint)
+        return DirectOperator(state)
 
     def through_run(self, gradient: torch.Tensor, states: Sequence[DenoisingState]) -> torch.Tensor:
         """Returns the gradient at the noise times the Jacobian at one of the run's `states`."""

@@ -1,4 +1,4 @@
-"""The one noun in the middle: the diffusion Fisher at a state, as a linear operator.
+"""The diffusion Fisher at a state as a linear operator, the central object of the package.
 
 Notation: F = -grad^2 log q_t(x_t) (Wang et al., ICML 2025, arXiv 2505.23264), C = Cov[x_0|x_t];
 F = I/sigma^2 - (alpha^2/sigma^4) C. The Jacobian of the predicted noise is sigma F, that of the predicted x_0 is
@@ -13,23 +13,23 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..errors import InputError, NumericalError, UnsupportedError, check_shape
-from ..noise import DenoisingState, expand
+from ..noise import DenoisingState, combine, expand
 from .estimate import Estimate, Probes, check_vectors
-from .numerics import conjugate_gradients, dot, extreme_eigenpairs, per_sample
+from .numerics import conjugate_gradients, dot, extreme_eigenpairs
 
 
 class FisherOperator(abc.ABC):
-    """The diffusion Fisher F at `state`, through products with the posterior covariance.
+    """Represents the diffusion Fisher F at `state`, by products with the posterior covariance.
 
-    Subclasses give `covariance(v)`; everything else follows. Every product takes and returns (B, ...) tensors of the
-    state's shape, one vector per sample, in the scheduler's carried coordinates. Operators form a vector space
-    (`a + b`, `2.0 * a`), and can be `damped`, `symmetrised`, solved with, and asked for extreme eigenpairs.
+    Subclasses implement `covariance(v)`; all other methods follow from it. Every product takes and returns (B, ...)
+    tensors of the state's shape, one vector per sample, in the scheduler's carried coordinates. Operators form a
+    vector space (`a + b`, `2.0 * a`). They can be damped, symmetrised and inverted, and have extreme eigenpairs.
     """
 
     symmetric = True  # whether products are those of a symmetric matrix
-    chunk_size = 1  # vectors that `matmat` takes at once
-    calls_per_state = 0  # denoiser evaluations that making the operator ready costs
-    calls_per_product = 0  # and that each product costs
+    chunk_size = 1  # number of vectors that `matmat` takes at once
+    calls_per_state = 0  # number of denoiser evaluations per operator
+    calls_per_product = 0  # number of denoiser evaluations per product
 
     def __init__(self, state: DenoisingState):
         self.state = state
@@ -73,10 +73,10 @@ class FisherOperator(abc.ABC):
         return torch.stack([self.matvec(v) for v in vectors])
 
     def transposed(self) -> FisherOperator:
-        """Returns the operator of the transposed matrix: itself where it is symmetric.
+        """Returns the operator of the transposed matrix, which is the same object if F is symmetric.
 
         Raises:
-            UnsupportedError: the estimator knows products with one side only.
+            UnsupportedError: the estimator can't multiply by the other side of its Jacobian.
         """
         if self.symmetric:
             return self
@@ -88,47 +88,47 @@ class FisherOperator(abc.ABC):
     # Combinations
 
     def __add__(self, other: FisherOperator) -> FisherOperator:
-        return CombinedOperator([(self._numbers(1.0), self), (self._numbers(1.0), other)])
+        return CombinedOperator([(1.0, self), (1.0, other)])
 
     def __mul__(self, factor: float | torch.Tensor) -> FisherOperator:
-        return CombinedOperator([(self._numbers(factor), self)])
+        return CombinedOperator([(factor, self)])
 
     __rmul__ = __mul__
 
     def damped(self, damping: float | torch.Tensor) -> FisherOperator:
         """Returns F + damping * I; `damping` is a number or (B,)."""
-        return CombinedOperator([(self._numbers(1.0), self)], damping)
+        return CombinedOperator([(1.0, self)], damping)
 
     def symmetrised(self) -> FisherOperator:
-        """Returns (F + F^T)/2. Raises `UnsupportedError` where F^T is not known."""
-        half = self._numbers(0.5)
-        return self if self.symmetric else CombinedOperator([(half, self), (half, self.transposed())], symmetric=True)
+        """Returns (F + F^T)/2. Raises `UnsupportedError` if F^T is not known."""
+        return self if self.symmetric else CombinedOperator([(0.5, self), (0.5, self.transposed())], symmetric=True)
 
     # Inverses and eigenpairs
 
     def solve(self, v: torch.Tensor, tolerance: float = 1e-6, max_iterations: int | None = None) -> torch.Tensor:
-        """Returns F^-1 v, (B, ...): in closed form where there is one (Woodbury), by conjugate gradients elsewhere.
+        """Returns F^-1 v, (B, ...), in closed form (Woodbury) if there is one, and by conjugate gradients otherwise.
 
         Args:
-            tolerance, max_iterations: of conjugate gradients, see `numerics.conjugate_gradients`.
+            tolerance, max_iterations: arguments of `numerics.conjugate_gradients`.
 
         Raises:
-            NumericalError: F is singular (closed forms) or not positive definite, or no convergence (conjugate
-                gradients). UnsupportedError: F is not symmetric.
+            NumericalError: F is singular (closed forms) or not positive definite, or conjugate gradients do not
+                converge.
+            UnsupportedError: F is not symmetric.
         """
         self._check(v)
         self._check_noise()
         solution = self.inverse_product(v, self._numbers(0.0))
         if solution is not None:
             left = self.matvec(solution) - v
-            if not bool((dot(left, left) <= 1e-4 * dot(v, v)).all()):  # NaN is not
+            if not bool((dot(left, left) <= 1e-4 * dot(v, v)).all()):  # also true for NaN
                 raise NumericalError("The operator is singular, or nearly; add damping: operator.damped(value).")
             return solution
         self._check_symmetric("solve")
         return conjugate_gradients(self.matvec, v, tolerance, max_iterations)
 
     def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor | None:
-        """Returns (F + shift I)^-1 v in closed form, `shift` (B,) float64; None where there is no closed form."""
+        """Returns (F + shift I)^-1 v in closed form, or None if there is no closed form; `shift` is (B,) float64."""
         return None
 
     def eigenpairs(
@@ -136,11 +136,13 @@ class FisherOperator(abc.ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns extreme eigenvalues (count, B) and unit eigenvectors (count, B, ...) of F, the most extreme first.
 
-        The directions in which the log density is most (`largest`) and least curved. Cost: some tens of products for
-        each sample; products are those of the whole batch, so ask one sample at a time where they are dear.
+        The eigenvectors are the directions in which the log density is most (`largest`) or least curved. Cost: some
+        tens of products per sample. Every product is one of the whole batch, so pass one sample at a time if products
+        are expensive.
 
         Raises:
-            InputError: `count` out of range. UnsupportedError: F is not symmetric (see `symmetrised`).
+            InputError: `count` is out of range.
+            UnsupportedError: F is not symmetric (see `symmetrised`).
         """
         self._check_symmetric("eigenpairs")
         return extreme_eigenpairs(self.matvec, self.state.sample, count, largest, tolerance)
@@ -148,14 +150,15 @@ class FisherOperator(abc.ABC):
     # Whole matrix, diagonal, trace
 
     def dense(self) -> torch.Tensor:
-        """Returns F as one matrix per sample, (B, d, d), with `dense() @ v == matvec(v)`. Cost: d products."""
+        """Returns F as one matrix per sample, (B, d, d), so that `dense() @ v == matvec(v)`. Cost: d products."""
         return torch.cat([columns for _, columns in self._columns()]).permute(1, 2, 0)
 
     def diagonal(self, probes: Probes | torch.Tensor | None = None) -> Estimate:
         """Returns the diagonal of F, value (B, ...).
 
         Args:
-            probes: None for the exact diagonal, at d products; else the estimate E[v * F v] (Bekas et al., 2007).
+            probes: probes of the estimate E[v * F v] (Bekas et al., 2007); None: the exact diagonal, which costs d
+                products if the operator has no closed form.
         """
         self._check_noise()
         if probes is None:
@@ -170,15 +173,15 @@ class FisherOperator(abc.ABC):
         """Returns the trace of F, value (B,).
 
         Args:
-            probes: `Probes` or (k, B, ...) for Hutchinson's estimate (Hutchinson, 1990); None for the exact trace, at
-                d products where the operator has no closed form.
-            sketch: (m, B, ...) more random vectors: the range of M on them is treated exactly and the probes see
-                the rest (Hutch++, Meyer et al., 2010.09649). Worth it where M has few large eigenvalues. Cost: 2 m
-                products more.
+            probes: `Probes` or (k, B, ...) for Hutchinson's estimate (Hutchinson, 1990); None: the exact trace, which
+                costs d products if the operator has no closed form.
+            sketch: (m, B, ...) more random vectors. The trace of M on their range is exact, and the probes estimate
+                the rest (Hutch++, Meyer et al., 2010.09649). A sketch helps if M has few large eigenvalues. It costs
+                2 m more products.
 
         Raises:
-            InputError: no probe, or probes of another shape; a sketch without probes, the same as the probes (biased)
-                or as large as the dimension.
+            InputError: there is no probe, or probes have another shape; or the sketch comes without probes, equals
+                the probes (which makes a bias) or has as many vectors as dimensions.
         """
         self._check_noise()
         if probes is None:
@@ -196,18 +199,18 @@ class FisherOperator(abc.ABC):
         return self._estimate(probes, torch.stack([dot(v, product) for v, product in pairs]))
 
     def exact_trace(self) -> tuple[torch.Tensor, int]:
-        """Returns tr F (B,) float64 and the number of products that it took, 0 in closed form."""
+        """Returns tr F (B,) float64 and its number of products, which is 0 in closed form."""
         diagonal, products = self.exact_diagonal()
         return diagonal.flatten(1).sum(1), products
 
     def exact_diagonal(self) -> tuple[torch.Tensor, int]:
-        """Returns the diagonal of F (B, ...) float64 and the number of products that it took, 0 in closed form."""
+        """Returns the diagonal of F (B, ...) float64 and its number of products, which is 0 in closed form."""
         entries = [columns.diagonal(offset=start, dim1=0, dim2=2) for start, columns in self._columns()]
         diagonal = torch.cat(entries, dim=-1).double()
         return diagonal.view_as(self.state.sample), diagonal.shape[1]
 
     def _columns(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yields columns of F in pieces: the index of the first column, and (k, B, d)."""
+        """Yields pieces of k columns of F: the index of the first column, and the columns (k, B, d)."""
         sample = self.state.sample
         dimensions = sample[0].numel()
         for start in range(0, dimensions, self.chunk_size):
@@ -220,13 +223,13 @@ class FisherOperator(abc.ABC):
         return torch.cat([self.matmat(piece) for piece in vectors.split(self.chunk_size)])
 
     def _sketched_trace(self, probes: Probes, sketch: torch.Tensor) -> Estimate:
-        """Estimates tr F = (d - tr M)/sigma^2, with M's range on the sketch taken out of the probes."""
+        """Estimates tr F = (d - tr M)/sigma^2: exactly on the range of M on the sketch, by probes on the rest."""
         dimensions, size = sketch[0, 0].numel(), len(sketch)
         if size >= dimensions:
             raise InputError(f"The sketch has {size} vectors in {dimensions} dimensions; ask for the exact trace.")
         noise = self.state.level.sigma.to(sketch.device) ** 2
 
-        def shrink(vectors: torch.Tensor) -> torch.Tensor:  # M v, (k, B, d) float64
+        def shrink(vectors: torch.Tensor) -> torch.Tensor:  # returns M v, (k, B, d) float64
             products = self._chunked(vectors.to(sketch.dtype).view(-1, *sketch.shape[1:])).double()
             return vectors.double() - noise.expand(sketch.shape[1])[:, None] * products.flatten(2)
 
@@ -250,7 +253,7 @@ class FisherOperator(abc.ABC):
         return probes
 
     def _numbers(self, value: float | torch.Tensor) -> torch.Tensor:
-        """Returns a number or (B,) as (B,) float64."""
+        """Returns a number or (B,) as (B,) float64 on the CPU."""
         numbers, count = torch.as_tensor(value, dtype=torch.float64, device="cpu"), len(self.state.sample)
         if numbers.shape not in ((), (1,), (count,)):
             raise InputError(f"Got factors of shape {tuple(numbers.shape)}; allowed: a number, or ({count},).")
@@ -278,7 +281,7 @@ class FisherOperator(abc.ABC):
 
 
 class JacobianOperator(FisherOperator):
-    """An operator whose subclasses give `original_jacobian`; the covariance follows. Needs alpha > 0."""
+    """Base class of operators that implement `original_jacobian`; the covariance follows and needs alpha > 0."""
 
     @abc.abstractmethod
     def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
@@ -290,7 +293,7 @@ class JacobianOperator(FisherOperator):
 
 
 class FisherMatrixOperator(JacobianOperator):
-    """An operator whose subclasses give `matvec`; the Jacobians follow. Needs alpha > 0."""
+    """Base class of operators that implement `matvec`; the Jacobians follow and need alpha > 0."""
 
     @abc.abstractmethod
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
@@ -305,10 +308,10 @@ class FisherMatrixOperator(JacobianOperator):
 
 
 class ModelFisherOperator(JacobianOperator):
-    """An operator whose subclasses give products with the model's own (transposed) Jacobian, `output_jacobian`.
+    """Base class of operators that implement `output_jacobian`, the product with the model's transposed Jacobian.
 
-    A learned Jacobian is not symmetric: `matvec` is the product with the transposed F, and with a true score the two
-    agree.
+    A learned Jacobian is not symmetric, so `matvec` is the product with the transposed F. For a true score the two
+    products are equal.
     """
 
     symmetric = False
@@ -318,38 +321,35 @@ class ModelFisherOperator(JacobianOperator):
         """Returns the product with the transposed Jacobian of the raw model output at the carried sample."""
 
     def output_jacobians(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Returns the same for many vectors per sample, (k, B, ...)."""
+        """Returns the products of `output_jacobian` for many vectors per sample, (k, B, ...)."""
         return torch.stack([self.output_jacobian(v) for v in vectors])
 
     def matmat(self, vectors: torch.Tensor) -> torch.Tensor:
         self._check_many(vectors)
         self._check_noise()
         level, like = self.state.level, vectors[0]
-        sample_factor, output_factor = self.state.prediction.epsilon_coefficients(level)
-        products = expand(sample_factor, like) * vectors + expand(output_factor, like) * self.output_jacobians(vectors)
-        return products / expand(level.sigma, like)
+        factors = self.state.prediction.epsilon_coefficients(level)
+        return combine(factors, vectors, self.output_jacobians(vectors), like) / expand(level.sigma, like)
 
     def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
-        sample_factor, output_factor = self.state.prediction.original_coefficients(self.state.level)
-        return expand(sample_factor, v) * v + expand(output_factor, v) * self.output_jacobian(v)
+        return combine(self.state.prediction.original_coefficients(self.state.level), v, self.output_jacobian(v), v)
 
     def epsilon_jacobian(self, v: torch.Tensor) -> torch.Tensor:
-        sample_factor, output_factor = self.state.prediction.epsilon_coefficients(self.state.level)
-        return expand(sample_factor, v) * v + expand(output_factor, v) * self.output_jacobian(v)
+        return combine(self.state.prediction.epsilon_coefficients(self.state.level), v, self.output_jacobian(v), v)
 
 
 class CombinedOperator(FisherMatrixOperator):
-    """sum of factor_i * F_i, plus shift * I, at one state.
+    """Represents the sum of factor_i * F_i, plus shift * I, at one state.
 
     Args:
-        terms: (factor, operator), factors (B,) float64.
-        shift: (B,) float64.
-        symmetric: None: where every term is.
+        terms: pairs of a factor, a number or (B,), and an operator.
+        shift: a number or (B,).
+        symmetric: whether the sum is symmetric; None: it is symmetric if every term is.
     """
 
     def __init__(
         self,
-        terms: Sequence[tuple[torch.Tensor, FisherOperator]],
+        terms: Sequence[tuple[float | torch.Tensor, FisherOperator]],
         shift: torch.Tensor | float = 0.0,
         symmetric: bool | None = None,
     ):
@@ -357,7 +357,7 @@ class CombinedOperator(FisherMatrixOperator):
         if len(shapes) != 1:
             raise InputError(f"Operators at samples of shapes {sorted(shapes)} can't be added; make all at one state.")
         super().__init__(terms[0][1].state)
-        self._terms = list(terms)
+        self._terms = [(self._numbers(factor), operator) for factor, operator in terms]
         self._shift = self._numbers(shift)
         self.symmetric = all(operator.symmetric for _, operator in terms) if symmetric is None else symmetric
         self.chunk_size = min(operator.chunk_size for _, operator in terms)
@@ -365,14 +365,14 @@ class CombinedOperator(FisherMatrixOperator):
         self.calls_per_product = sum(operator.calls_per_product for _, operator in terms)
 
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
-        products = [per_sample(factor, v) * operator.matvec(v) for factor, operator in self._terms]
-        return torch.stack([*products, per_sample(self._shift, v) * v]).sum(0)
+        products = [expand(factor, v) * operator.matvec(v) for factor, operator in self._terms]
+        return torch.stack([*products, expand(self._shift, v) * v]).sum(0)
 
     def matmat(self, vectors: torch.Tensor) -> torch.Tensor:
         self._check_many(vectors)
         first = vectors[0]
-        products = [per_sample(factor, first) * operator.matmat(vectors) for factor, operator in self._terms]
-        return torch.stack([*products, per_sample(self._shift, first) * vectors]).sum(0)
+        products = [expand(factor, first) * operator.matmat(vectors) for factor, operator in self._terms]
+        return torch.stack([*products, expand(self._shift, first) * vectors]).sum(0)
 
     def transposed(self) -> FisherOperator:
         if self.symmetric:
@@ -384,7 +384,7 @@ class CombinedOperator(FisherMatrixOperator):
         if len(self._terms) > 1 or bool((factor == 0).any()):
             return None
         inner = operator.inverse_product(v, (self._shift + shift) / factor)
-        return None if inner is None else inner / per_sample(factor, v)
+        return None if inner is None else inner / expand(factor, v)
 
     def exact_diagonal(self) -> tuple[torch.Tensor, int]:
         return self._sum([operator.exact_diagonal() for _, operator in self._terms], 1)
@@ -393,8 +393,8 @@ class CombinedOperator(FisherMatrixOperator):
         return self._sum([operator.exact_trace() for _, operator in self._terms], self.state.sample[0].numel())
 
     def _sum(self, parts: list[tuple[torch.Tensor, int]], identity: int) -> tuple[torch.Tensor, int]:
-        """Returns the sum of the terms' values (B, ...), with `identity` for I, and the number of products."""
+        """Returns the sum of the terms' values (B, ...) and the number of products; `identity` is the value of I."""
         values, products = zip(*parts, strict=True)
-        scaled = [per_sample(factor, value) * value for (factor, _), value in zip(self._terms, values, strict=True)]
+        scaled = [expand(factor, value) * value for (factor, _), value in zip(self._terms, values, strict=True)]
         total = torch.stack(scaled).sum(0)
-        return total + identity * per_sample(self._shift, total), max(products)
+        return total + identity * expand(self._shift, total), max(products)

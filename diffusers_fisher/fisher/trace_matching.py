@@ -18,21 +18,20 @@ from ..distributions.covariance import DCTBasis
 from ..errors import InputError
 from ..noise import DenoisingState, expand
 from .estimator import FisherEstimator
-from .numerics import per_sample
 from .operator import FisherOperator
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-LOG_NOISE_RANGE = 20.0  # trace models clamp log(sigma/alpha) to +-20, where pure noise has infinity
+LOG_NOISE_RANGE = 20.0  # Trace models clamp log(sigma/alpha), which is infinite for pure noise, to +-20.
 
 
 class TraceOutput(Protocol):
-    """What a trace model returns for a batch, float32; one of the two is set.
+    """The output of a trace model for a batch, float32. One of the two tensors is set.
 
     Attributes:
         logits: logits of r, (B,), or of m, (B, ...) in the model's basis.
-        second_moment: E[|x_0|^2/d | x_t], (B,), from models of target "norm".
+        second_moment: E[|x_0|^2/d | x_t], (B,), of models with target "norm".
     """
 
     logits: torch.Tensor | None
@@ -41,7 +40,7 @@ class TraceOutput(Protocol):
 
 @runtime_checkable
 class TraceModel(Protocol):
-    """A network that knows the trace of the diffusion Fisher, as `FisherTraceModel` does.
+    """A network that predicts the trace of the diffusion Fisher, such as `FisherTraceModel`.
 
     `config` has "output" ("trace" or "diagonal"), "basis" ("pixel" or "dct") and "pooled_channels" (a number or None).
     """
@@ -58,22 +57,25 @@ class TraceModel(Protocol):
 
 
 class TraceMatchingFisher(FisherEstimator):
-    """The Fisher as a trained `FisherTraceModel` knows it: a multiple of the identity, or a diagonal in its basis.
+    """Computes the Fisher from a trained `FisherTraceModel`: a multiple of the identity, or diagonal in its basis.
 
-    The trace is what the model's `target` says: that of the data ("residual", "norm") or of the denoiser's own
-    Jacobian ("jacobian"). For likelihoods pass `num_probes=None`: the trace is exact as far as the model is.
-    Inside `scheduler.differentiable(...)` a multiple of the identity steers as `DirectFisher` does, with another size
-    at every step.
+    The model's `target` says whose trace it is: the trace for the data ("residual", "norm") or for the denoiser's own
+    Jacobian ("jacobian"). For likelihoods pass `num_probes=None`: the trace then has only the error of the model.
+    Inside `scheduler.differentiable(...)` a multiple of the identity gives the direction of `DirectFisher`, with
+    another length at every step.
 
-    Cost: one evaluation of the trace model per state, none of the denoiser, no graph.
+    Cost: one evaluation of the trace model per state, no denoiser call, no graph.
 
     Args:
-        trace_model: a model trained for the denoiser that makes the states. `bind` compares its fingerprint with that
+        trace_model: model that was trained for the denoiser of the states. `bind` compares its fingerprint with that
             of the denoiser, and the operator compares the prediction type.
         pooled: (B, pooled_channels) or (1, pooled_channels), for models that take a pooled text embedding. None:
             `bind` takes the vectors of the denoiser's conditions.
-        check: compare fingerprints. Pass False only if you know that the model was trained for this denoiser.
+        check: whether to compare fingerprints. Pass False only if you know that the model was trained for this
+            denoiser.
     """
+
+    default_num_probes = None
 
     def __init__(self, trace_model: TraceModel, pooled: torch.Tensor | None = None, check: bool = True):
         if not isinstance(trace_model, TraceModel):
@@ -87,25 +89,23 @@ class TraceMatchingFisher(FisherEstimator):
 
     @property
     def description(self) -> str:
-        """The estimator, and what its model was trained on."""
+        """The estimator with the target of its model."""
         return f"TraceMatchingFisher (target {self.trace_model.target})"
-
-    @property
-    def default_num_probes(self) -> None:
-        return None
 
     def check_denoiser(self, denoiser: Denoiser | DiffusionPipeline) -> None:
         """Compares the trace model's fingerprint with that of `denoiser`, unless `check` is False.
 
         Raises:
-            InputError: the trace model was trained for another denoiser; says what differs.
+            InputError: the trace model was trained for another denoiser; the message says what differs.
         """
         if self.check:
             self.trace_model.check_fingerprint(denoiser)
 
     def bind(self, denoiser: Denoiser) -> TraceMatchingFisher:
-        """Returns the estimator with the pooled vectors of the denoiser's conditions, where the model takes some and
-        none were passed, after `check_denoiser`."""
+        """Calls `check_denoiser`, and returns the estimator with pooled vectors if its model takes them.
+
+        Without `pooled` the vectors are those of the denoiser's conditions.
+        """
         self.check_denoiser(denoiser)
         if self.pooled is not None or self.trace_model.config["pooled_channels"] is None:
             return self
@@ -130,16 +130,17 @@ class TraceMatchingOperator(FisherOperator):
 
     @functools.cached_property
     def _shares(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """m and 1 - m, each (B,) or (B, ...) in the model's basis, float64."""
-        shares = noise_shares(self._model.evaluate(self.state, self._pooled), self.state)
-        m, rest = (value.to(self.state.sample.device) for value in shares)
+        """m and 1 - m, each (B, 1, ...) or (B, ...) in the model's basis, float64."""
+        m, rest = noise_shares(self._model.evaluate(self.state, self._pooled), self.state)
         if not bool(torch.isfinite(m).all()):
             raise InputError("The trace model's output is not finite; its weights or the state's output are damaged.")
-        return m, rest
+        sample = self.state.sample
+        shape = (len(m), *[1] * (sample.ndim - 1)) if m.ndim == 1 else m.shape
+        return m.to(sample.device).view(shape), rest.to(sample.device).view(shape)
 
     def covariance(self, v: torch.Tensor) -> torch.Tensor:
         variance = (self.state.level.sigma / self._alpha).square()
-        return self._apply(self._broadcast(self._shares[0]) * per_sample(self._numbers(variance), v.double()), v)
+        return self._apply(self._shares[0] * expand(variance, v.double()), v)
 
     def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         return self._apply(self._shares[0], v) / expand(self._alpha, v)
@@ -150,39 +151,33 @@ class TraceMatchingOperator(FisherOperator):
     def matmat(self, vectors: torch.Tensor) -> torch.Tensor:
         self._check_many(vectors)
         self._check_noise()
-        variance = per_sample(self._numbers(self.state.level.sigma**2), vectors[0])
-        return self._apply(self._shares[1], vectors) / variance
+        return self._apply(self._shares[1], vectors) / expand(self.state.level.sigma**2, vectors[0])
 
     def exact_diagonal(self) -> tuple[torch.Tensor, int]:
         sample, rest = self.state.sample, self._shares[1]
         if self._transform is not None:
             rest = self._transform.diagonal(rest.flatten(1)).view(sample.shape)
-        diagonal = self._broadcast(rest).expand(sample.shape)
-        return diagonal / per_sample(self._numbers(self.state.level.sigma**2), diagonal), 0
+        diagonal = rest.expand(sample.shape)
+        return diagonal / expand(self.state.level.sigma**2, diagonal), 0
 
     def exact_trace(self) -> tuple[torch.Tensor, int]:
-        rest = self._shares[1].reshape(len(self.state.sample), -1).mean(1)  # the trace is the same in every basis
+        rest = self._shares[1].flatten(1).mean(1)  # the trace is the same in every basis
         variance = self._numbers(self.state.level.sigma**2).to(rest.device)
         return self.state.sample[0].numel() * rest / variance, 0
 
     def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        rest = self._broadcast(self._shares[1])
-        eigenvalues = rest / per_sample(self._numbers(self.state.level.sigma**2), rest) + per_sample(shift, rest)
+        rest = self._shares[1]
+        eigenvalues = rest / expand(self.state.level.sigma**2, rest) + expand(shift, rest)
         return self._apply(1 / eigenvalues, v)
 
     @property
     def _alpha(self) -> torch.Tensor:
-        """alpha, or where it is zero what the model takes it for."""
+        """alpha, raised to the smallest value that the model takes."""
         level = self.state.level
         return torch.maximum(level.alpha, level.sigma * math.exp(-LOG_NOISE_RANGE))
 
-    def _broadcast(self, shares: torch.Tensor) -> torch.Tensor:
-        """(B,) shares as (B, 1, ...)."""
-        return shares if shares.ndim > 1 else shares.view(-1, *[1] * (self.state.sample.ndim - 1))
-
     def _apply(self, factors: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Q diag(factors) Q^T v for v (..., B, *shape), in the dtype of `v`."""
-        factors = self._broadcast(factors)
+        """Returns Q diag(factors) Q^T v for v (..., B, *shape), in the dtype of `v`."""
         if self._transform is None:
             return factors.to(v.dtype) * v
         axes = self.state.sample.ndim - 1
@@ -191,10 +186,10 @@ class TraceMatchingOperator(FisherOperator):
 
 
 def noise_shares(output: TraceOutput, state: DenoisingState) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns m and 1 - m of a trace model's output, (B,) or (B, ...) float64: m the posterior variance of the noise.
+    """Returns m, the posterior variance of the noise, and 1 - m, (B,) or (B, ...) float64, from a model's output.
 
-    From a second moment (target "norm") m is (alpha^2/sigma^2)(E[|x_0|^2/d | x_t] - |x0hat|^2/d), a difference of two
-    numbers of order one that at small noise are nearly equal; it may come out negative or above one.
+    From a second moment (target "norm") m is (alpha^2/sigma^2)(E[|x_0|^2/d | x_t] - |x0hat|^2/d). This is a difference
+    of two numbers of order one, which are nearly equal at small noise, so m may be negative or above one.
     """
     if output.logits is not None:
         logits = output.logits.double()

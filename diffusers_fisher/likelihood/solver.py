@@ -18,7 +18,6 @@ from ..denoiser import Denoiser
 from ..errors import CoarseGridWarning, InputError, NumericalError
 from ..fisher.estimate import Generators, Probes, rademacher
 from ..fisher.estimator import FisherEstimator, check_estimator
-from ..fisher.numerics import per_sample
 from ..noise import expand, log_noise_to_signal_range, timestep_at
 from .bins import dequantised, offset_bits
 from .output import LikelihoodOutput
@@ -225,7 +224,7 @@ def integrate(problem: Problem, num_steps: int, scheme: Scheme, on_step: Callabl
         at, previous = path.predict(nodes, index), path.x
         epsilon, rest, by_probe = problem.evaluate(at, timesteps[index])
         on_step()
-        slope = per_sample(rest.clamp(0, 1) / math.exp(nodes[index]), x)
+        slope = expand(rest.clamp(0, 1) / math.exp(nodes[index]), x)
         for track in (path, refined, companion):
             track.correct(nodes, index, at, epsilon, slope)
         shifts.append(_norm(best.x - at) / _norm(at - previous).clamp_min(torch.finfo(torch.float64).tiny))

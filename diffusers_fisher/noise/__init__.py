@@ -1,7 +1,7 @@
 """Noise levels, prediction types and denoising states: one noise schedule per family of diffusers' schedulers."""
 
 from .families import TableSchedule
-from .level import NoiseLevel, Timestep, expand
+from .level import NoiseLevel, Timestep, combine, expand
 from .prediction import PREDICTION_TYPES, Prediction
 from .registry import (
     input_scale,
@@ -18,7 +18,7 @@ from .state import DenoisingState, state_of
 
 __all__ = [
     "PREDICTION_TYPES", "DenoisingState", "NoiseLevel", "NoiseSchedule", "Prediction", "RunSigmaSchedule",
-    "TableSchedule", "Timestep", "VarianceExplodingSchedule", "expand", "input_scale", "log_noise_to_signal_at",
-    "log_noise_to_signal_range", "noise_level", "noise_schedule", "prediction_of",
+    "TableSchedule", "Timestep", "VarianceExplodingSchedule", "combine", "expand", "input_scale",
+    "log_noise_to_signal_at", "log_noise_to_signal_range", "noise_level", "noise_schedule", "prediction_of",
     "register_noise_schedule", "state_of", "timestep_at",
 ]  # fmt: skip

@@ -15,17 +15,17 @@ from .schedule import NoiseSchedule, RunSigmaSchedule, VarianceExplodingSchedule
 from .tables import log_noise_to_signal_of
 
 PURE_NOISE_LIMIT = math.log(0.999 / 0.001)
-"""Where ranges of log(sigma/alpha) stop if the schedule ends in pure noise, whose ratio is infinite: sigma = 0.999."""
+"""End of the range of log(sigma/alpha) if the schedule ends in pure noise, whose ratio is infinite: sigma = 0.999."""
 
 
 class TableSchedule(NoiseSchedule):
-    """Variance preserving, one level per training timestep (DDIM, DDPM, PNDM, LCM, TCD).
+    """Describes variance-preserving schedulers with one level per training timestep (DDIM, DDPM, PNDM, LCM, TCD).
 
-    Between two training timesteps log(sigma/alpha) is linear. A run looks its levels up by timestep in this table.
+    Between two training timesteps log(sigma/alpha) is linear. The levels of a run come from this table by timestep.
     """
 
     def table(self) -> torch.Tensor:
-        """log(sigma/alpha) of every training timestep, (T,) float64, increasing."""
+        """Returns log(sigma/alpha) of every training timestep, (T,) float64, increasing."""
         return log_noise_to_signal_of(self.config, self.scheduler.alphas_cumprod)
 
     def log_noise_to_signal_at(self, timestep: Timestep) -> torch.Tensor:
@@ -37,7 +37,7 @@ class TableSchedule(NoiseSchedule):
 
     def timestep_at(self, log_s: torch.Tensor) -> torch.Tensor:
         table, log_s = self.table(), torch.as_tensor(log_s, dtype=torch.float64)
-        slack = 1e-9  # rounding of log and exp at the schedule's own ends
+        slack = 1e-9  # rounding of log and exp at the ends of the schedule
         if bool((log_s < table[0] - slack).any() or (log_s > table[-1] + slack).any()):
             raise InputError(
                 f"Noise levels log(sigma/alpha) in [{log_s.min():.4f}, {log_s.max():.4f}] leave the schedule's range "
@@ -48,23 +48,23 @@ class TableSchedule(NoiseSchedule):
 
     def log_noise_to_signal_range(self) -> tuple[float, float]:
         table = self.table()
-        # Zero terminal SNR ends in pure noise: there the range ends with the last level below the limit.
+        # With zero terminal SNR the schedule ends in pure noise, and the range ends at the last level below the limit.
         below = torch.isfinite(table[-1]) and table[-1] < PURE_NOISE_LIMIT
         return float(table[0]), float(table[-1] if below else table[table < PURE_NOISE_LIMIT][-1])
 
     def final_level(self) -> NoiseLevel:
-        # Some end at the first training timestep (set_alpha_to_one=False); DDPM, without this number, ends clean.
+        # Some runs end at the first training timestep (set_alpha_to_one=False). DDPM has no such number.
         return NoiseLevel.from_alpha_bar(getattr(self.scheduler, "final_alpha_cumprod", 1.0))
 
     def spread_timesteps(self, count: int) -> torch.Tensor:
-        # Whole timesteps, where every schedule has a level of its own and nothing is interpolated.
+        # The timesteps are whole, because levels at whole timesteps are not interpolated.
         return (torch.linspace(0, 1, count, dtype=torch.float64) * (self.config["num_train_timesteps"] - 1)).round()
 
 
 class InverseTableSchedule(TableSchedule):
-    """Variance preserving, from data to noise: a step at a timestep takes the sample one level below it (DDIMInverse).
+    """Describes runs from data to noise, whose step at a timestep takes the sample one level below it (DDIMInverse).
 
-    The network is conditioned on the level that the step goes to, not on that of the sample.
+    The condition of the network is the level at the end of the step, not the level of the sample.
     """
 
     def level_in_run(self, timestep: Timestep, step_index: int) -> NoiseLevel:
@@ -76,17 +76,17 @@ class InverseTableSchedule(TableSchedule):
 
 
 class SigmaSchedule(RunSigmaSchedule, TableSchedule):
-    """Variance preserving, a run's levels from its sigmas, each sigma/alpha (DPM-Solver, UniPC, DEIS, SA-Solver)."""
+    """Describes variance-preserving solvers whose run keeps sigma/alpha (DPM-Solver, UniPC, DEIS, SA-Solver)."""
 
 
 class KDiffusionSchedule(RunSigmaSchedule, VarianceExplodingSchedule, TableSchedule):
-    """The sample divided by alpha, a run's levels from its sigmas, each sigma/alpha (Euler, Heun, LMS)."""
+    """Describes schedulers that carry x/alpha and whose run keeps sigma/alpha (Euler, Heun, LMS)."""
 
 
 class KDPM2Schedule(KDiffusionSchedule):
-    """As `KDiffusionSchedule`, with a second stage per step at a sigma between two of the run's sigmas (KDPM2)."""
+    """Extends `KDiffusionSchedule` by a second stage per step, at a sigma between two of the run's sigmas (KDPM2)."""
 
-    interpolated_offset = 0  # place of a step's intermediate sigma in `sigmas_interpol`, from the step's index
+    interpolated_offset = 0  # index of a step's intermediate sigma in `sigmas_interpol` minus the step's index
 
     def level_in_run(self, timestep: Timestep, step_index: int) -> NoiseLevel:
         if self._between_stages:
@@ -95,18 +95,18 @@ class KDPM2Schedule(KDiffusionSchedule):
 
 
 class AncestralKDPM2Schedule(KDPM2Schedule):
-    """As `KDPM2Schedule`; the table of intermediate sigmas starts one entry later (KDPM2Ancestral)."""
+    """Changes `KDPM2Schedule`: the table of intermediate sigmas starts one entry later (KDPM2Ancestral)."""
 
     interpolated_offset = -1
 
 
 class EDMSchedule(RunSigmaSchedule, VarianceExplodingSchedule):
-    """The sample divided by alpha, the network behind EDM's preconditioning (Karras et al., 2022, table 1)."""
+    """Describes schedulers that carry x/alpha for networks with EDM's preconditioning (Karras et al., 2022)."""
 
     prediction_types = ("epsilon", "v_prediction")
 
     def log_noise_to_signal_at(self, timestep: Timestep) -> torch.Tensor:
-        return 4 * as_float64(timestep)  # the model is conditioned on c_noise = log(sigma)/4
+        return 4 * as_float64(timestep)  # The model's timestep is c_noise = log(sigma)/4.
 
     def timestep_at(self, log_s: torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(log_s, dtype=torch.float64) / 4
@@ -124,10 +124,10 @@ class EDMSchedule(RunSigmaSchedule, VarianceExplodingSchedule):
 
 
 class FlowSchedule(RunSigmaSchedule):
-    """Flow matching: x = (1 - sigma) x_0 + sigma eps, and the timestep is sigma in units of 1/T.
+    """Describes flow matching, where x = (1 - sigma) x_0 + sigma eps and the timestep is T sigma.
 
-    The run's sigmas are this sigma, not sigma/alpha: sigma/(1 - sigma) is infinite where a run begins. The shift that
-    schedulers apply moves a run's sigmas, not the meaning of a timestep.
+    The run keeps this sigma and not sigma/alpha, because sigma/(1 - sigma) is infinite where a run begins. The shift
+    of a scheduler changes the sigmas of a run, but not the meaning of a timestep.
     """
 
     is_flow = True
@@ -141,7 +141,7 @@ class FlowSchedule(RunSigmaSchedule):
         return torch.sigmoid(torch.as_tensor(log_s, dtype=torch.float64)) * self.config["num_train_timesteps"]
 
     def log_noise_to_signal_range(self) -> tuple[float, float]:
-        # From sigma = 1/T, the first timestep above 0, whose logarithm is infinite too.
+        # The range begins at sigma = 1/T, the first timestep above 0. At 0 the logarithm is infinite too.
         return -math.log(self.config["num_train_timesteps"] - 1), PURE_NOISE_LIMIT
 
     def level_of(self, log_s: torch.Tensor) -> NoiseLevel:
@@ -152,15 +152,15 @@ class FlowSchedule(RunSigmaSchedule):
 
     @property
     def prediction(self) -> Prediction:
-        return Prediction("flow_prediction")  # eps - x_0; these schedulers have no such setting
+        return Prediction("flow_prediction")  # The output is eps - x_0; these schedulers have no setting for it.
 
     def spread_timesteps(self, count: int) -> torch.Tensor:
-        # Both ends of the trained range, where the logarithm is infinite, belong to the schedule.
+        # The schedule includes both ends of the trained range, where the logarithm is infinite.
         return torch.linspace(0, 1, count, dtype=torch.float64) * self.config["num_train_timesteps"]
 
 
 class FlowSigmaSchedule(FlowSchedule):
-    """Flow matching by a solver of the `SigmaSchedule` family whose config says `use_flow_sigmas`."""
+    """Describes flow matching by a solver of the `SigmaSchedule` family whose config has `use_flow_sigmas`."""
 
     prediction_types = PREDICTION_TYPES
-    prediction = NoiseSchedule.prediction  # from the config, which such solvers have
+    prediction = NoiseSchedule.prediction  # These solvers have the setting in their config.

@@ -15,7 +15,7 @@ Timestep = float | int | torch.Tensor
 
 @dataclasses.dataclass(frozen=True)
 class NoiseLevel:
-    """One noise level, or one per sample.
+    """Holds one noise level, or one per sample.
 
     Args:
         alpha: float64 tensor, shape () or (B,); factor on the clean sample.
@@ -27,13 +27,13 @@ class NoiseLevel:
 
     @classmethod
     def from_log_noise_to_signal(cls, log_s: torch.Tensor) -> "NoiseLevel":
-        """The variance-preserving level with log(sigma/alpha) = `log_s`; infinite values are allowed."""
+        """Makes the variance-preserving level with log(sigma/alpha) = `log_s`; infinite values are allowed."""
         log_s = torch.as_tensor(log_s, dtype=torch.float64)
         return cls(torch.sigmoid(-2 * log_s).sqrt(), torch.sigmoid(2 * log_s).sqrt())
 
     @classmethod
     def from_alpha_bar(cls, alpha_bar: torch.Tensor | float) -> "NoiseLevel":
-        """The variance-preserving level with alpha^2 = `alpha_bar`; 1 is a clean sample."""
+        """Makes the variance-preserving level with alpha^2 = `alpha_bar`; 1 is a clean sample."""
         alpha_bar = torch.as_tensor(alpha_bar, dtype=torch.float64)
         return cls(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
@@ -53,14 +53,26 @@ class NoiseLevel:
         return torch.hypot(self.alpha, self.sigma)
 
     def scaled(self, factor: torch.Tensor | float) -> "NoiseLevel":
-        """The level of the same sample multiplied by `factor`."""
+        """Returns the level of the same sample multiplied by `factor`."""
         return NoiseLevel(self.alpha * factor, self.sigma * factor)
 
 
 def expand(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Shapes a level's coefficient to multiply `like` (B, ...) without widening its dtype."""
+    """Shapes a number () or one number per sample (B,) to multiply `like` (B, ...) without widening its dtype."""
     if value.ndim == 0:
         return value.to(like.device, like.dtype)
     if value.shape != like.shape[:1]:
         raise InputError(f"Noise levels were given for {len(value)} samples, but the batch has {len(like)}.")
     return value.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def combine(
+    factors: tuple[torch.Tensor, torch.Tensor], left: torch.Tensor, right: torch.Tensor, like: torch.Tensor
+) -> torch.Tensor:
+    """Returns the first factor times `left` plus the second factor times `right`; each factor is () or (B,).
+
+    Args:
+        left, right: (..., B, *shape).
+        like: (B, *shape), in the dtype of the products.
+    """
+    return expand(factors[0], like) * left + expand(factors[1], like) * right

@@ -1,4 +1,4 @@
-"""What a raw model output means: affine relations between sample, output, epsilon and x_0."""
+"""The meaning of a raw model output: affine relations between sample, output, epsilon and x_0."""
 
 import dataclasses
 
@@ -11,14 +11,14 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What the raw model output means, as affine relations between sample, output, epsilon and x_0.
+    """Describes the meaning of the raw model output by affine relations between sample, output, epsilon and x_0.
 
-    Epsilon and x_0 are each obtained from the raw output, never one from the other, because alpha = 0 exists.
+    Epsilon and x_0 are both computed from the raw output. Neither is computed from the other, because alpha may be 0.
 
     Args:
-        kind: one of `PREDICTION_TYPES`, or "edm" for an output behind EDM's preconditioning (Karras et al., 2022).
+        kind: one of `PREDICTION_TYPES`, or "edm" for a network with EDM's preconditioning (Karras et al., 2022).
         sigma_data: EDM's data standard deviation.
-        edm_kind: EDM's own prediction type, "epsilon" or "v_prediction", which decides the sign of the output.
+        edm_kind: EDM's own prediction type, "epsilon" or "v_prediction", which determines the sign of the output.
     """
 
     kind: str
@@ -26,7 +26,7 @@ class Prediction:
     edm_kind: str = "epsilon"
 
     def epsilon_coefficients(self, level: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor]:
-        """(a, b) with epsilon = a * sample + b * output."""
+        """Returns (a, b) with epsilon = a * sample + b * output."""
         alpha, sigma, norm = level.alpha, level.sigma, level.norm
         if self.kind == "epsilon":
             return torch.zeros_like(alpha), torch.ones_like(alpha)
@@ -38,7 +38,7 @@ class Prediction:
         return (1 - alpha * skip) / sigma, -alpha * out / sigma
 
     def original_coefficients(self, level: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor]:
-        """(a, b) with x_0 = a * sample + b * output; infinite for epsilon prediction at alpha = 0."""
+        """Returns (a, b) with x_0 = a * sample + b * output; infinite for epsilon prediction at alpha = 0."""
         alpha, sigma, norm = level.alpha, level.sigma, level.norm
         if self.kind == "epsilon":
             return 1 / alpha, -sigma / alpha
@@ -48,10 +48,14 @@ class Prediction:
             return alpha / norm**2, -sigma / norm
         if self.kind == "flow_prediction":
             return 1 / (alpha + sigma), -sigma / (alpha + sigma)
-        return self._edm_coefficients(level)
+        # These are EDM's c_skip and c_out for x/alpha (alpha = 1), or for a sample scaled by the level's alpha.
+        noise_to_signal = sigma / alpha
+        total = noise_to_signal**2 + self.sigma_data**2
+        sign = -1.0 if self.edm_kind == "v_prediction" else 1.0
+        return self.sigma_data**2 / total / alpha, sign * noise_to_signal * self.sigma_data / total.sqrt()
 
     def output_coefficients(self, level: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(a, b, c) with output = a * epsilon + b * x_0 + c * sample; none divides by alpha."""
+        """Returns (a, b, c) with output = a * epsilon + b * x_0 + c * sample, without a division by alpha."""
         alpha, sigma, norm = level.alpha, level.sigma, level.norm
         zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
         if self.kind == "epsilon":
@@ -62,12 +66,5 @@ class Prediction:
             return alpha / norm, -sigma / norm, zero
         if self.kind == "flow_prediction":
             return one, -one, zero
-        skip, out = self._edm_coefficients(level)
+        skip, out = self.original_coefficients(level)
         return zero, 1 / out, -skip / out
-
-    def _edm_coefficients(self, level: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor]:
-        """EDM's c_skip and c_out, for a sample carried as x/alpha (alpha = 1) or scaled by the level's alpha."""
-        noise_to_signal = level.sigma / level.alpha
-        total = noise_to_signal**2 + self.sigma_data**2
-        sign = -1.0 if self.edm_kind == "v_prediction" else 1.0
-        return self.sigma_data**2 / total / level.alpha, sign * noise_to_signal * self.sigma_data / total.sqrt()

@@ -1,4 +1,4 @@
-"""Which noise schedule belongs to which diffusers scheduler, and functions of a scheduler over it."""
+"""The noise schedule of each diffusers scheduler class, and functions that look a scheduler's levels up."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def _sigma_or_flow(scheduler: SchedulerMixin) -> NoiseSchedule:
-    """The schedule of solvers that serve both kinds of networks, which their config tells apart."""
+    """Returns the schedule of solvers for both kinds of networks; the config says which kind it is."""
     flow = cast(SchedulerParts, scheduler).config.get("use_flow_sigmas", False)
     return families.FlowSigmaSchedule(scheduler) if flow else families.SigmaSchedule(scheduler)
 
 
-# By class name, so that no scheduler is imported before it is used.
+# The keys are class names, so that no scheduler is imported before it is used.
 _SCHEDULES: dict[str, Callable[[SchedulerMixin], NoiseSchedule]] = {
     "DDIMScheduler": families.TableSchedule, "DDPMScheduler": families.TableSchedule,
     "DDIMParallelScheduler": families.TableSchedule, "DDPMParallelScheduler": families.TableSchedule,
@@ -44,22 +44,22 @@ _SCHEDULES: dict[str, Callable[[SchedulerMixin], NoiseSchedule]] = {
 
 
 def register_noise_schedule(class_name: str, schedule: Callable[[SchedulerMixin], NoiseSchedule]) -> None:
-    """Names the noise schedule of a scheduler class and of its subclasses; a later line for one name replaces it.
+    """Sets the noise schedule of a scheduler class and of its subclasses. A later call for the same name replaces it.
 
         register_noise_schedule("MyScheduler", MyNoiseSchedule)
 
     Args:
         class_name: name of the scheduler's class, `type(scheduler).__name__`.
-        schedule: a subclass of `NoiseSchedule`, or a function that picks one for a scheduler.
+        schedule: a subclass of `NoiseSchedule`, or a function that makes one for a scheduler.
     """
     _SCHEDULES[class_name] = schedule
 
 
 def noise_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
-    """The noise schedule of `scheduler`, by the nearest of its parent classes that is registered.
+    """Returns the noise schedule of `scheduler`, that of its nearest parent class with a schedule.
 
     Raises:
-        UnsupportedError: no class that it derives from is registered.
+        UnsupportedError: no parent class has a schedule.
     """
     for parent in type(scheduler).__mro__:
         if parent.__name__ in _SCHEDULES:
@@ -71,55 +71,55 @@ def noise_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
 
 
 def prediction_of(scheduler: SchedulerMixin) -> Prediction:
-    """The prediction type that `scheduler` expects of the model.
+    """Returns the prediction type that `scheduler` expects of the model.
 
     Raises:
-        UnsupportedError: unknown scheduler or prediction type.
+        UnsupportedError: the scheduler or its prediction type is not known.
     """
     return noise_schedule(scheduler).prediction
 
 
 def noise_level(scheduler: SchedulerMixin, timestep: Timestep, step_index: int | None = None) -> NoiseLevel:
-    """Noise level of the sample that `scheduler` carries.
+    """Returns the noise level of the sample that `scheduler` carries.
 
     Args:
         timestep: number or tensor, shape () or (B,), in the model's own unit; fractions are interpolated linearly in
             log(sigma/alpha).
-        step_index: the run's own step. Inside a run the level comes from the run's state (Karras sigmas differ from
-            their rounded timesteps by up to 4%, second-order schedulers repeat timesteps); None: float64 tables
-            recomputed from the config.
+        step_index: index of the run's step. With it the level comes from the run's state (Karras sigmas differ from
+            their rounded timesteps by up to 4%, and second-order schedulers repeat timesteps). None: the level comes
+            from float64 tables, which are computed from the config.
 
     Raises:
-        UnsupportedError: unknown scheduler.
-        InputError: a timestep outside the schedule.
+        UnsupportedError: the scheduler is not known.
+        InputError: the timestep is outside the schedule.
     """
     schedule = noise_schedule(scheduler)
     return schedule.level_at(timestep) if step_index is None else schedule.level_in_run(timestep, step_index)
 
 
 def input_scale(scheduler: SchedulerMixin, level: NoiseLevel) -> torch.Tensor:
-    """Factor between the carried sample and what the model is fed (`scale_model_input`), float64."""
+    """Returns the factor from the carried sample to the model's input (`scale_model_input`), float64."""
     return noise_schedule(scheduler).input_scale(level)
 
 
 def log_noise_to_signal_at(scheduler: SchedulerMixin, timestep: Timestep) -> torch.Tensor:
-    """log(sigma/alpha), float64, at (possibly fractional) timesteps of the model, from the config alone."""
+    """Returns log(sigma/alpha), float64, at (possibly fractional) timesteps of the model, from the config alone."""
     return noise_schedule(scheduler).log_noise_to_signal_at(timestep)
 
 
 def log_noise_to_signal_range(scheduler: SchedulerMixin) -> tuple[float, float]:
-    """log(sigma/alpha) at the clean and at the noisy end of what the model was trained on, both finite.
+    """Returns log(sigma/alpha) at the clean end and at the noisy end of the model's training range, both finite.
 
-    Flow matching and zero terminal SNR end in pure noise, where the ratio is infinite: there the range stops at
-    sigma = 0.999 of the whole.
+    Flow matching and zero terminal SNR end in pure noise, where the ratio is infinite. For them the range ends at
+    sigma = 0.999.
     """
     return noise_schedule(scheduler).log_noise_to_signal_range()
 
 
 def timestep_at(scheduler: SchedulerMixin, log_s: torch.Tensor) -> torch.Tensor:
-    """The (fractional) timestep, float64, of noise levels log(sigma/alpha); inverse of `log_noise_to_signal_at`.
+    """Returns the (fractional) timestep, float64, of log(sigma/alpha); the inverse of `log_noise_to_signal_at`.
 
     Raises:
-        InputError: a level outside the schedule.
+        InputError: a level is outside the schedule.
     """
     return noise_schedule(scheduler).timestep_at(log_s)

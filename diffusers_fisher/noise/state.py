@@ -1,4 +1,4 @@
-"""What one sampler step knows: the noisy sample, its noise level and the model's output."""
+"""The state of one sampler step: the noisy sample, its noise level and the model's output."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import InputError, check_shape
-from .level import NoiseLevel, Timestep, expand
+from .level import NoiseLevel, Timestep, combine, expand
 from .prediction import Prediction
-from .registry import noise_schedule
+from .registry import noise_level, noise_schedule
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class DenoisingState:
-    """A noisy sample with the model's output at it.
+    """Holds a noisy sample and the model's output at it.
 
     Args:
         sample: (B, ...) float32 or wider, in the scheduler's carried coordinates.
         model_output: raw model output, same shape as `sample`.
         level: noise level of `sample`.
-        prediction: what `model_output` means.
-        timestep: what the model was conditioned on; None suffices for estimators that don't evaluate it again.
-        input_scale: the model was fed `input_scale * sample`; float64 tensor, shape () or (B,).
-        features: (B, channels) float32, detached: mean and deviation of the network's last hidden layer
-            (`diffusers_fisher.features`), which some trace models take; None where they were not recorded.
+        prediction: meaning of `model_output`.
+        timestep: timestep of the model's evaluation; None is enough for estimators that don't evaluate it again.
+        input_scale: factor from `sample` to the model's input; float64 tensor, shape () or (B,).
+        features: (B, channels) float32, without a graph: mean and deviation of the network's last hidden layer
+            (`diffusers_fisher.features`), which some trace models take; None if they were not recorded.
     """
 
     sample: torch.Tensor
@@ -45,41 +45,43 @@ class DenoisingState:
 
     @property
     def known_timestep(self) -> Timestep:
-        """What the model was conditioned on, for another evaluation. Raises `InputError` where it is not known."""
+        """Timestep of the model's evaluation, for another evaluation. Raises `InputError` if it is not known."""
         if self.timestep is None:
             raise InputError("The state has no `timestep`, so no denoiser can be evaluated at it; make it with one.")
         return self.timestep
 
     @property
     def epsilon(self) -> torch.Tensor:
-        """Predicted noise, (B, ...), directly from the raw output."""
-        return self._combine(*self.prediction.epsilon_coefficients(self.level))
+        """Predicted noise, (B, ...), computed directly from the raw output."""
+        return self._combine(self.prediction.epsilon_coefficients(self.level))
 
     @property
     def pred_original_sample(self) -> torch.Tensor:
-        """Predicted clean sample E[x_0|x_t] (Tweedie), (B, ...), directly from the raw output."""
-        return self._combine(*self.prediction.original_coefficients(self.level))
+        """Predicted clean sample E[x_0|x_t] (Tweedie), (B, ...), computed directly from the raw output."""
+        return self._combine(self.prediction.original_coefficients(self.level))
 
     @property
     def score(self) -> torch.Tensor:
         """Gradient of the log density of the noised data, -epsilon/sigma, (B, ...)."""
         return -self.epsilon / expand(self.level.sigma, self.sample)
 
-    def _combine(self, sample_factor: torch.Tensor, output_factor: torch.Tensor) -> torch.Tensor:
-        sample, output = self.sample, self.model_output.to(self.sample.dtype)
-        return expand(sample_factor, sample) * sample + expand(output_factor, sample) * output
+    def _combine(self, factors: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return combine(factors, self.sample, self.model_output.to(self.sample.dtype), self.sample)
 
 
 def state_of(
     scheduler: SchedulerMixin, sample: torch.Tensor, model_output: torch.Tensor, timestep: Timestep,
     step_index: int | None = None,
 ) -> DenoisingState:  # fmt: skip
-    """The state of `sample` in the scheduler's carried coordinates. Raises as `noise_level` and `prediction_of` do."""
-    schedule = noise_schedule(scheduler)
-    if step_index is None:
-        level = schedule.level_at(timestep)
-        scale = schedule.input_scale(level)
-    else:
-        level = schedule.level_in_run(timestep, step_index)
-        scale = schedule.input_scale_in_run(level, timestep)
+    """Returns the state of `sample` in the scheduler's carried coordinates.
+
+    Args:
+        step_index: argument of `noise_level`.
+
+    Raises:
+        UnsupportedError: the scheduler or its prediction type is not known.
+        InputError: the timestep is outside the schedule.
+    """
+    schedule, level = noise_schedule(scheduler), noise_level(scheduler, timestep, step_index)
+    scale = schedule.input_scale(level) if step_index is None else schedule.input_scale_in_run(level, timestep)
     return DenoisingState(sample, model_output, level, schedule.prediction, timestep, scale)

@@ -9,11 +9,11 @@ import torch
 
 
 def log_noise_to_signal_of(config: Mapping[str, Any], alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """log(sigma/alpha) of every training timestep, (T,) float64, increasing.
+    """Returns log(sigma/alpha) of every training timestep, (T,) float64, increasing.
 
-    Recomputed from the config, because a float32 `alphas_cumprod` makes 1 - alphas_cumprod[0] wrong by 2.6e-5; where
-    the scheduler's own table says otherwise (trained betas, a beta schedule of its own, the floor some put under a
-    zero terminal SNR), its table holds.
+    The table is computed from the config, because a float32 `alphas_cumprod` makes 1 - alphas_cumprod[0] wrong by
+    2.6e-5. If the scheduler's own table differs by more than rounding (trained betas, a beta schedule of its own, a
+    lower bound in place of zero terminal SNR), its values are taken.
 
     Args:
         config: the scheduler's config.

@@ -4,117 +4,94 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from diffusers.schedulers.scheduling_ddim_inverse import DDIMInverseScheduler
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from diffusers.schedulers.scheduling_deis_multistep import DEISMultistepScheduler
-from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from diffusers.schedulers.scheduling_dpmsolver_multistep_inverse import DPMSolverMultistepInverseScheduler
-from diffusers.schedulers.scheduling_dpmsolver_singlestep import DPMSolverSinglestepScheduler
-from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
-from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
-from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
-from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
-from diffusers.schedulers.scheduling_k_dpm_2_discrete import KDPM2DiscreteScheduler
-from diffusers.schedulers.scheduling_lcm import LCMScheduler
-from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
-from diffusers.schedulers.scheduling_pndm import PNDMScheduler
-from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
-from diffusers.schedulers.scheduling_tcd import TCDScheduler
-from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+import diffusers.schedulers as stock
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..errors import UnsupportedError
 from .mixin import FisherSchedulerMixin
 
 
-class FisherDDIMInverseScheduler(FisherSchedulerMixin, DDIMInverseScheduler):
+class FisherDDIMInverseScheduler(FisherSchedulerMixin, stock.DDIMInverseScheduler):
     """`DDIMInverseScheduler` with `differentiable`."""
 
 
-class FisherDDIMScheduler(FisherSchedulerMixin, DDIMScheduler):
+class FisherDDIMScheduler(FisherSchedulerMixin, stock.DDIMScheduler):
     """`DDIMScheduler` with `differentiable`."""
 
 
-class FisherDDPMScheduler(FisherSchedulerMixin, DDPMScheduler):
+class FisherDDPMScheduler(FisherSchedulerMixin, stock.DDPMScheduler):
     """`DDPMScheduler` with `differentiable`."""
 
 
-class FisherDEISMultistepScheduler(FisherSchedulerMixin, DEISMultistepScheduler):
+class FisherDEISMultistepScheduler(FisherSchedulerMixin, stock.DEISMultistepScheduler):
     """`DEISMultistepScheduler` with `differentiable`."""
 
 
-class FisherDPMSolverMultistepInverseScheduler(FisherSchedulerMixin, DPMSolverMultistepInverseScheduler):
+class FisherDPMSolverMultistepInverseScheduler(FisherSchedulerMixin, stock.DPMSolverMultistepInverseScheduler):
     """`DPMSolverMultistepInverseScheduler` with `differentiable`."""
 
 
-class FisherDPMSolverMultistepScheduler(FisherSchedulerMixin, DPMSolverMultistepScheduler):
+class FisherDPMSolverMultistepScheduler(FisherSchedulerMixin, stock.DPMSolverMultistepScheduler):
     """`DPMSolverMultistepScheduler` with `differentiable`."""
 
 
-class FisherDPMSolverSinglestepScheduler(FisherSchedulerMixin, DPMSolverSinglestepScheduler):
+class FisherDPMSolverSinglestepScheduler(FisherSchedulerMixin, stock.DPMSolverSinglestepScheduler):
     """`DPMSolverSinglestepScheduler` with `differentiable`."""
 
 
-class FisherEDMEulerScheduler(FisherSchedulerMixin, EDMEulerScheduler):
+class FisherEDMEulerScheduler(FisherSchedulerMixin, stock.EDMEulerScheduler):
     """`EDMEulerScheduler` with `differentiable`."""
 
 
-class FisherEulerAncestralDiscreteScheduler(FisherSchedulerMixin, EulerAncestralDiscreteScheduler):
+class FisherEulerAncestralDiscreteScheduler(FisherSchedulerMixin, stock.EulerAncestralDiscreteScheduler):
     """`EulerAncestralDiscreteScheduler` with `differentiable`."""
 
 
-class FisherEulerDiscreteScheduler(FisherSchedulerMixin, EulerDiscreteScheduler):
+class FisherEulerDiscreteScheduler(FisherSchedulerMixin, stock.EulerDiscreteScheduler):
     """`EulerDiscreteScheduler` with `differentiable`."""
 
 
-class FisherFlowMatchEulerDiscreteScheduler(FisherSchedulerMixin, FlowMatchEulerDiscreteScheduler):
+class FisherFlowMatchEulerDiscreteScheduler(FisherSchedulerMixin, stock.FlowMatchEulerDiscreteScheduler):
     """`FlowMatchEulerDiscreteScheduler` with `differentiable`."""
 
 
-class FisherFlowMatchHeunDiscreteScheduler(FisherSchedulerMixin, FlowMatchHeunDiscreteScheduler):
+class FisherFlowMatchHeunDiscreteScheduler(FisherSchedulerMixin, stock.FlowMatchHeunDiscreteScheduler):
     """`FlowMatchHeunDiscreteScheduler` with `differentiable`."""
 
 
-class FisherHeunDiscreteScheduler(FisherSchedulerMixin, HeunDiscreteScheduler):
+class FisherHeunDiscreteScheduler(FisherSchedulerMixin, stock.HeunDiscreteScheduler):
     """`HeunDiscreteScheduler` with `differentiable`."""
 
 
-class FisherKDPM2DiscreteScheduler(FisherSchedulerMixin, KDPM2DiscreteScheduler):
+class FisherKDPM2DiscreteScheduler(FisherSchedulerMixin, stock.KDPM2DiscreteScheduler):
     """`KDPM2DiscreteScheduler` with `differentiable`."""
 
 
-class FisherLCMScheduler(FisherSchedulerMixin, LCMScheduler):
+class FisherLCMScheduler(FisherSchedulerMixin, stock.LCMScheduler):
     """`LCMScheduler` with `differentiable`."""
 
 
-class FisherLMSDiscreteScheduler(FisherSchedulerMixin, LMSDiscreteScheduler):
+class FisherLMSDiscreteScheduler(FisherSchedulerMixin, stock.LMSDiscreteScheduler):
     """`LMSDiscreteScheduler` with `differentiable`."""
 
 
-class FisherPNDMScheduler(FisherSchedulerMixin, PNDMScheduler):
+class FisherPNDMScheduler(FisherSchedulerMixin, stock.PNDMScheduler):
     """`PNDMScheduler` with `differentiable`."""
 
 
-class FisherSASolverScheduler(FisherSchedulerMixin, SASolverScheduler):
+class FisherSASolverScheduler(FisherSchedulerMixin, stock.SASolverScheduler):
     """`SASolverScheduler` with `differentiable`."""
 
 
-class FisherTCDScheduler(FisherSchedulerMixin, TCDScheduler):
+class FisherTCDScheduler(FisherSchedulerMixin, stock.TCDScheduler):
     """`TCDScheduler` with `differentiable`."""
 
 
-class FisherUniPCMultistepScheduler(FisherSchedulerMixin, UniPCMultistepScheduler):
+class FisherUniPCMultistepScheduler(FisherSchedulerMixin, stock.UniPCMultistepScheduler):
     """`UniPCMultistepScheduler` with `differentiable`."""
 
 
-CATALOG = {
-    name: value
-    for name, value in list(globals().items())
-    if name.startswith("Fisher") and isinstance(value, type) and value is not FisherSchedulerMixin
-}
+CATALOG: dict[str, type[Any]] = {cls.__name__: cls for cls in FisherSchedulerMixin.__subclasses__()}
 """Every Fisher scheduler by class name."""
 
 for _class in CATALOG.values():
@@ -122,16 +99,17 @@ for _class in CATALOG.values():
     _class.__module__ = "diffusers_fisher"
 
 
-_CLASSES: dict[type, type] = {}  # classes outside the catalog are made once, so that `isinstance` works
+_CLASSES: dict[type, type] = {}  # A class outside the catalog is made once, so that `isinstance` works.
 
 
 def fisher_scheduler(cls: type[Any]) -> type[Any]:
-    """The Fisher version of any diffusers scheduler class: `fisher_scheduler(DDIMScheduler)`.
+    """Returns the Fisher version of any diffusers scheduler class, such as `fisher_scheduler(DDIMScheduler)`.
 
-    Classes of the catalog are returned from there, others are made. A class that is one already is returned as it is.
+    The class comes from the catalog, or is made if the catalog does not have it. A Fisher scheduler is returned
+    unchanged.
 
     Raises:
-        UnsupportedError: `cls` is no diffusers scheduler class with a `step`.
+        UnsupportedError: `cls` is not a diffusers scheduler class with a `step`.
     """
     if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin) and hasattr(cls, "step")):
         raise UnsupportedError(

@@ -21,7 +21,7 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from ..errors import InputError
-from ..fisher.numerics import dot, per_sample
+from ..fisher.numerics import dot
 from ..fisher.operator import FisherMatrixOperator
 from ..noise import DenoisingState, Timestep, expand, noise_schedule, state_of
 
@@ -42,13 +42,13 @@ class DampedRankOneOperator(FisherMatrixOperator):
 
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
         self._check(v)
-        return per_sample(self._damping, v) * v + self._direction * per_sample(dot(self._direction, v), v)
+        return expand(self._damping, v) * v + self._direction * expand(dot(self._direction, v), v)
 
     def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """Returns (v - m <m, v>/(a + |m|^2))/a with a = lambda + shift (Sherman-Morrison)."""
         m, identity = self._direction, (self._damping + shift).to(v.device)
         along = dot(m, v) / (identity + dot(m, m))
-        return (v - per_sample(along, v) * m) / per_sample(identity, v)
+        return (v - expand(along, v) * m) / expand(identity, v)
 
 
 def precondition(
@@ -69,7 +69,7 @@ def precondition(
     product = operator.inverse_product(epsilon, torch.zeros_like(weight))
     size = dot(product, product)
     ratio = torch.where(size > 0, dot(epsilon, epsilon) / torch.where(size > 0, size, 1), 1.0)
-    return per_sample(ratio.sqrt(), product) * product
+    return expand(ratio.sqrt(), product) * product
 
 
 class LMLSchedulerMixin:

@@ -3,15 +3,13 @@
 Notation: F, C and M as in `diffusers_fisher.fisher.operator`; D is F as a matrix.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 
 import torch
 
 from ..errors import FisherError, InputError, UnsupportedError
 from ..fisher import Estimate, FisherEstimator, FisherOperator, gaussian, rademacher
-from ..fisher.numerics import per_sample
-from ..noise import DenoisingState, NoiseLevel
+from ..noise import DenoisingState, NoiseLevel, expand
 
 NUM_PROBES, SKETCH = 4, 2  # numbers of probes and of sketch vectors per estimate
 
@@ -112,10 +110,8 @@ class _Contract:
         dimensions = dense.shape[-1]
         if operator.symmetric:
             self._compare("symmetry", dense, dense.mT, size=dimensions**0.5)
-        else:
-            transposed = _unless_unsupported(operator.transposed)
-            if transposed is not None:
-                self._compare("transpose", _apply(dense.mT, self.w), transposed.matvec(self.w), self.w)
+        elif (transposed := _unless_unsupported(operator.transposed)) is not None:
+            self._compare("transpose", _apply(dense.mT, self.w), transposed.matvec(self.w), self.w)
         diagonal, trace = operator.diagonal(), operator.trace()
         for name, estimate, shape in (("diagonal", diagonal, state.sample.shape), ("trace", trace, (len(dense),))):
             self._form(name, estimate.value, shape, torch.float64)
@@ -128,24 +124,20 @@ class _Contract:
     def jacobians(self) -> None:
         """Checks the Jacobians and the covariance product. Each is converted to F v, so that all have one unit."""
         operator, v, level = self.operator, self.v, self.operator.state.level
-        alpha, sigma = (per_sample(value.expand(len(v)), v) for value in (level.alpha, level.sigma))
+        alpha, sigma = expand(level.alpha, v), expand(level.sigma, v)
         product = operator.matvec(v)
         epsilon = operator.epsilon_jacobian(v)
         self._compare("epsilon jacobian", epsilon / sigma, product, v)
-        noise, original, identity = operator.state.prediction.output_coefficients(level)
         if bool((level.alpha > 0).all()):
             self._compare("covariance", v / sigma**2 - alpha**2 / sigma**4 * operator.covariance(v), product, v)
             clean = operator.original_jacobian(v)
             self._compare("original jacobian", (v - alpha * clean) / sigma**2, product, v)
-        elif bool((original != 0).any()):
-            clean = operator.original_jacobian(v)
-        else:
-            clean = torch.zeros_like(v)
-        factors = [per_sample(value.expand(len(v)), v) for value in (noise, original, identity)]
-        expected = factors[0] * epsilon + factors[1] * clean + factors[2] * v
+        expected = FisherOperator.output_jacobian(operator, v)  # the base class computes it from the other Jacobians
+        noise, original, identity = (
+            expand(factor, v).abs() for factor in operator.state.prediction.output_coefficients(level)
+        )
         # An error of F becomes an error of C times sigma^4/alpha^2, and of the Jacobian of x_0 times sigma^2/alpha.
-        size = factors[0].abs() * sigma + factors[1].abs() * sigma**2 / alpha.clamp_min(1e-6)
-        size = size + factors[2].abs() * sigma**2
+        size = noise * sigma + original * sigma**2 / alpha.clamp_min(1e-6) + identity * sigma**2
         self._compare("output jacobian", operator.output_jacobian(v), expected, size * v)
 
     def agreement(self, exact: torch.Tensor | FisherOperator, tolerance: float) -> None:
@@ -153,10 +145,9 @@ class _Contract:
         matrix = exact if isinstance(exact, torch.Tensor) else exact.dense()
         if matrix.shape != self.dense.shape:
             raise InputError(f"`exact` has shape {tuple(matrix.shape)}; allowed: {tuple(self.dense.shape)}.")
-        contract = copy.copy(self)
-        contract.unit = _unit(matrix, self.operator.state.level)
-        contract.rounding = _raise_to_rounding(tolerance, self.v.dtype)
-        contract._compare("exact matrix", self.dense, matrix, size=matrix.shape[-1] ** 0.5)
+        unit = _unit(matrix, self.operator.state.level)
+        allowed = _raise_to_rounding(tolerance, self.v.dtype) * unit * matrix.shape[-1] ** 0.5
+        self._within("exact matrix", _norms(self.dense.double() - matrix.double()), allowed)
 
     def batch_invariance(self, estimator: FisherEstimator, endpoint: torch.Tensor | None) -> None:
         """Checks that the product of every sample equals the product of the sample alone."""
@@ -180,7 +171,7 @@ class _Contract:
             operator = operator.damped(damping)
         solution = operator.solve(self.v, tolerance=self.rounding)
         self._form("solve", solution, self.v.shape, self.v.dtype)
-        self._compare("solve", operator.matvec(solution), self.v, 100 * self.v / per_sample(self.unit, self.v))
+        self._compare("solve", operator.matvec(solution), self.v, 100 * self.v / expand(self.unit, self.v))
 
     def stochastic_traces(self, count: int, generator: torch.Generator) -> None:
         """Checks Hutchinson's trace, and Hutch++'s trace where the dimension allows a sketch."""
@@ -220,12 +211,8 @@ class _Contract:
         self, name: str, got: torch.Tensor, expected: torch.Tensor, like: torch.Tensor | None = None, size: float = 1.0
     ) -> None:
         """Checks every sample's norm of the difference: at most `rounding` units times `size` or |`like`|."""
-        difference = (got.double() - expected.double()).flatten(1) if got.ndim > 1 else (got - expected)[:, None]
-        error = torch.linalg.vector_norm(difference, dim=1).cpu()
-        sizes = (
-            torch.full_like(error, size) if like is None else torch.linalg.vector_norm(like.double().flatten(1), dim=1)
-        )
-        self._within(name, error, self.rounding * self.unit * sizes.cpu())
+        allowed = self.rounding * self.unit * (size if like is None else _norms(like))
+        self._within(name, _norms(got.double() - expected.double()), allowed)
 
     def _within(self, name: str, error: torch.Tensor, allowed: torch.Tensor) -> None:
         for index, (got, limit) in enumerate(zip(error.tolist(), allowed.tolist(), strict=True)):
@@ -239,6 +226,11 @@ class _Contract:
 def _unit(matrix: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
     """Returns 1/sigma^2 + |F|, (B,) float64 on the CPU."""
     return 1 / level.sigma.cpu() ** 2 + torch.linalg.matrix_norm(matrix.double(), ord=2).cpu()
+
+
+def _norms(v: torch.Tensor) -> torch.Tensor:
+    """Returns the norm of every sample, (B,) float64 on the CPU."""
+    return torch.linalg.vector_norm(v.double().reshape(len(v), -1), dim=1).cpu()
 
 
 def _raise_to_rounding(tolerance: float, dtype: torch.dtype) -> float:

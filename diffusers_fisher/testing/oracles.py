@@ -56,8 +56,7 @@ class MixtureOracle:
     def score(self, x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
         """Returns the gradient of the log density, (B, *shape)."""
         log_joint, gradients, _ = self._log_joint(x, level)
-        responsibilities = log_joint.softmax(1)
-        return torch.einsum("bk,bkd->bd", responsibilities, gradients).view_as(x)
+        return torch.einsum("bk,bkd->bd", log_joint.softmax(1), gradients).view_as(x)
 
     def epsilon(self, x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
         """Returns the ideal noise prediction, -sigma * score, (B, *shape)."""
@@ -71,17 +70,14 @@ class MixtureOracle:
     def posterior_covariance(self, x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
         """Returns Cov[x_0|x_t], (B, d, d), computed as a centred sum."""
         responsibilities, means, within = self._posterior(x, level)
-        centred = means - torch.einsum("bk,bkd->bd", responsibilities, means)[:, None]
-        between = torch.einsum("bk,bkd,bke->bde", responsibilities, centred, centred)
-        return between + torch.einsum("bk,kde->bde", responsibilities, within)
+        return _spread(responsibilities, means) + torch.einsum("bk,kde->bde", responsibilities, within)
 
     def fisher(self, x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
         """Returns the diffusion Fisher F = -grad^2 log q_t(x), (B, d, d)."""
         log_joint, gradients, precisions = self._log_joint(x, level)
         responsibilities = log_joint.softmax(1)
-        centred = gradients - torch.einsum("bk,bkd->bd", responsibilities, gradients)[:, None]
-        spread = torch.einsum("bk,bkd,bke->bde", responsibilities, centred, centred)
-        return torch.einsum("bk,kde->bde", responsibilities, precisions) - spread
+        precision = torch.einsum("bk,kde->bde", responsibilities, precisions)
+        return precision - _spread(responsibilities, gradients)
 
     def trace(self, x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
         """Returns the trace of F, (B,)."""
@@ -112,13 +108,18 @@ class MixtureOracle:
         alpha, sigma = self._scalars(level)
         log_joint, gradients, precisions = self._log_joint(x, level)
         means = self.means - alpha * torch.einsum("kde,bke->bkd", self.covariances, gradients)
-        within = sigma**2 * self.covariances @ precisions
-        return log_joint.softmax(1), means, within
+        return log_joint.softmax(1), means, sigma**2 * self.covariances @ precisions
 
     def _scalars(self, level: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor]:
         if level.alpha.ndim != 0:
             raise InputError(f"Oracles take one noise level per call, got levels of shape {tuple(level.alpha.shape)}.")
         return level.alpha.to(self.means.dtype), level.sigma.to(self.means.dtype)
+
+
+def _spread(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Returns the covariance (B, d, d) of `values` (B, K, d) under `weights` (B, K)."""
+    centred = values - torch.einsum("bk,bkd->bd", weights, values)[:, None]
+    return torch.einsum("bk,bkd,bke->bde", weights, centred, centred)
 
 
 class OracleDenoiser(Denoiser):

@@ -1,4 +1,4 @@
-"""Structured covariances against dense matrices, their draws against their moments, and what they refuse."""
+"""Structured covariances against dense matrices, their draws against their moments, and their errors."""
 
 import math
 
@@ -110,7 +110,7 @@ class TestAtALevel:
         damped = torch.linalg.inv(total) + shift.expand(2)[:, None, None, None] * torch.eye(D, dtype=torch.float64)
         assert relative(noised.solve_inverse(v, shift), products(torch.linalg.inv(damped), v)) < TOLERANCE
 
-    def test_selected_modes_are_the_same_ones(self, name, level):
+    def test_select_returns_the_covariances_of_the_modes(self, name, level):
         covariance, v = STRUCTURES[name][0], normal(2, 1, D, seed=5)
         chosen = torch.tensor([2, 0])
         part = covariance.select(chosen).at(level).solve(v)
@@ -142,7 +142,8 @@ def test_draws_have_the_covariance(name):
     for mode in range(2):
         part, exact = draws[modes == mode], dense[mode]
         variances = exact.diagonal()
-        error = (torch.outer(variances, variances) + exact.square()).div(count).sqrt()  # of Gaussian products
+        # standard error of the mean of Gaussian products
+        error = (torch.outer(variances, variances) + exact.square()).div(count).sqrt()
         scatter = (part.T @ part / count - exact) / error
         assert 0.5 < float(scatter.square().mean()) < 2  # about 1: far below 1 would be as suspicious as far above
         assert float(scatter.abs().max()) < 6

@@ -20,7 +20,7 @@ def bank(dtype=torch.float64, count=BANK):
     return (centres + 0.05 * normal(len(centres), 3, 2, 2, seed=8)).to(dtype)
 
 
-REPRESENTATIONS = {  # what a `PointPosterior` holds: pairs, a cache of weights, or neither
+REPRESENTATIONS = {  # A `PointPosterior` holds pairs, a cache of weights, or neither.
     "pairs": ({}, {}),
     "cache": ({}, {"MIN_PAIRS": 0, "PAIRS_SHARE": 10**9}),
     "computed again": ({"memory": 20000}, {}),
@@ -80,7 +80,7 @@ STORAGES = [write_npy, write_memmap, write_safetensors, write_named, write_sever
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("storage", STORAGES)
-def test_banks_in_files_give_what_they_give_in_memory(storage, dtype, tmp_path):
+def test_banks_in_files_give_the_results_of_banks_in_memory(storage, dtype, tmp_path):
     data, level = bank(dtype), LEVELS["middle"]
     x = noisy(MixtureOracle.points(bank()), level).to(dtype)
     v = normal(*x.shape, seed=9).to(dtype)
@@ -171,7 +171,7 @@ def test_logits_of_near_points_are_computed_again(monkeypatch):
     assert relative(DiracMixture(data).score(x, level), exact) > 1e-4
 
 
-def test_reduced_precision_products_and_autocast_are_kept_out():
+def test_reduced_precision_products_and_autocast_change_nothing():
     level, data = stable_diffusion_level(400), clustered()
     x = (level.alpha * data[::401].double() + level.sigma * normal(15, 64, seed=5)).float()
     mixture = GaussianMixture(data[:3], Covariance.isotropic(0.1, (64,)))
@@ -223,7 +223,7 @@ def test_bad_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("storage", [write_npy, write_safetensors])
-def test_a_nan_anywhere_in_a_bank_is_found(storage, tmp_path):
+def test_nan_at_any_place_in_a_bank_is_refused(storage, tmp_path):
     data = bank()
     data[400, 0, 0, 0] = torch.nan
     with pytest.raises(InputError, match="Points 399 to 402 hold NaN or infinity"):

@@ -31,7 +31,7 @@ def normal(*shape, seed=0):
 
 
 def laws(shape):
-    """name -> (distribution, its dense oracle)."""
+    """Returns a distribution and its dense oracle for every name."""
     means, weights = normal(3, *shape, seed=1), torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
     variances, factor = normal(3, *shape, seed=2).exp() * 0.1, normal(3, *shape, 2, seed=3) * 0.3
     root = normal(3, D, D, seed=4) * 0.2
@@ -67,7 +67,7 @@ def noisy(oracle, level, count=4, seed=2):
 
 
 def check_posterior(posterior, oracle, x, level, tolerance=TOLERANCE):
-    """Everything a posterior gives, products relative to the size of F's and C's own terms."""
+    """Checks all results of a posterior. Products are compared relative to the size of the terms of F and C."""
     v = normal(*x.shape, seed=9)
     assert float((posterior.log_density - oracle.log_density(x, level)).abs().max()) < tolerance * 100
     assert relative(posterior.score, oracle.score(x, level)) < tolerance

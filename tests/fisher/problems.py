@@ -24,10 +24,10 @@ PACKED = (2, 3)  # (N, C): the layout of transformers such as Flux
 
 
 class Problem:
-    """A state of an ideal denoiser in one scheduler's coordinates, with the exact answers.
+    """Holds a state of an ideal denoiser in one scheduler's coordinates, with the exact answers.
 
     Args:
-        shape: of one sample, in place of the oracle's own (C, H, W).
+        shape: shape of one sample, in place of the oracle's own (C, H, W).
     """
 
     def __init__(self, oracle_name: str, coordinates: str, batch: int = 2, shape: tuple[int, ...] | None = None):
@@ -55,12 +55,12 @@ class Problem:
 
 
 def apply(matrix, v):
-    """Products of matrices (B, d, d) with one vector a sample."""
+    """Returns the products of matrices (B, d, d) with one vector per sample."""
     return torch.einsum("bde,be->bd", matrix, v.flatten(1)).view_as(v)
 
 
 def state_of_network(network=None, dtype=torch.float64, x=None):
-    """A state of a network whose Jacobian is not symmetric, at alpha 0.8 and sigma 0.6."""
+    """Returns a state of a network whose Jacobian is not symmetric, at alpha 0.8 and sigma 0.6."""
     network = network or Network(dtype=dtype)
     level = NoiseLevel(torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.6, dtype=torch.float64))
     x = latents(dtype) if x is None else x
@@ -68,7 +68,7 @@ def state_of_network(network=None, dtype=torch.float64, x=None):
 
 
 class MatrixOperator(FisherOperator):
-    """A Fisher given as a matrix a sample, (B, d, d); None: symmetric, with eigenvalues of both signs."""
+    """Represents a Fisher by one matrix per sample, (B, d, d); None: symmetric, with eigenvalues of both signs."""
 
     def __init__(self, state, matrix=None):
         super().__init__(state)

@@ -82,7 +82,7 @@ def test_symmetrised_is_the_mean_of_both_sides():
     assert relative(summed.dense(), 3 * matrix.mT) < 1e-14
 
 
-def test_what_knows_one_side_only_has_no_transposed():
+def test_operator_of_one_side_has_no_transposed():
     state = state_of_network()
     with pytest.raises(UnsupportedError, match=r"FiniteDifferenceOperator knows products with one side .* Autodiff"):
         FiniteDifferenceFisher(Network())(state).symmetrised()
@@ -120,7 +120,7 @@ def test_conjugate_gradients_solve_each_samples_system():
 
 def test_conjugate_gradients_leave_finished_samples_alone():
     matrix = positive(1)
-    matrix[0] = IDENTITY  # done after one product
+    matrix[0] = IDENTITY  # This sample is solved after one product.
     operator, v = MatrixOperator(state_of_network(), matrix), latents(seed=2)
     v[1, 0] = 0
     assert relative(operator.solve(v)[:1], v[:1]) < 1e-14
@@ -137,7 +137,7 @@ def test_conjugate_gradients_take_no_more_products_than_dimensions():
         return apply(matrix, v)
 
     conjugate_gradients(matvec, latents(seed=2), 1e-8)
-    assert 2 < len(products) <= 13  # exact after 12 but for rounding
+    assert 2 < len(products) <= 13  # The solution is exact after 12 products, except for rounding.
 
 
 def test_indefinite_operator_is_refused_with_the_advice():
@@ -165,7 +165,7 @@ def test_operator_with_nan_is_refused():
         operator.solve(latents(seed=2))
 
 
-def test_inverse_of_what_is_not_symmetric_is_refused():
+def test_inverse_of_an_operator_that_is_not_symmetric_is_refused():
     operator = AutodiffFisher(Network())(state_of_network())
     with pytest.raises(UnsupportedError, match=r"`solve` needs a symmetric operator, .*symmetrised\(\).solve\(...\)"):
         operator.solve(latents(seed=2))
@@ -186,7 +186,7 @@ CLOSED = {
 @pytest.mark.parametrize("coordinates", COORDINATES)
 @pytest.mark.parametrize("name", CLOSED)
 def test_closed_inverses_are_those_of_the_dense_matrix(name, coordinates):
-    """Woodbury's; the endpoint forms are indefinite here and there, which closed forms do not mind."""
+    """The formula is Woodbury's. It also holds for the endpoint forms, some of which are indefinite."""
     problem = Problem("mixture", coordinates)
     factor = torch.tensor([2.0, -3.0], dtype=torch.float64)
     operator = (factor * CLOSED[name](problem).damped(0.3)).damped(SCALES.flatten())
@@ -204,7 +204,7 @@ def test_closed_inverse_of_an_indefinite_endpoint_form():
     assert relative(operator.matvec(operator.solve(v)), v) < 1e-11
 
 
-def test_closed_inverse_takes_one_level_a_sample():
+def test_closed_inverse_takes_one_level_per_sample():
     level = NoiseLevel(torch.tensor([0.8, 0.6], dtype=torch.float64), torch.tensor([0.6, 0.8], dtype=torch.float64))
     state = DenoisingState(latents(), Network()(latents(), 300), level, Prediction("v_prediction"), 300)
     v = latents(seed=2)
@@ -311,7 +311,7 @@ def test_eigenpairs_in_single_precision():
 
 @pytest.mark.parametrize("coordinates", ["epsilon", "v_prediction"])
 def test_eigenpairs_of_multiples_of_the_identity(coordinates):
-    """Zero (epsilon prediction) and one: Lanczos finds no second direction by itself."""
+    """The operators are zero (epsilon prediction) and one, for which Lanczos alone finds no second direction."""
     operator = DirectFisher()(Problem("mixture", coordinates).state)
     values, vectors = operator.eigenpairs(3)
     assert float((values - (0.0 if coordinates == "epsilon" else 1.0)).abs().max()) < 1e-12
@@ -338,7 +338,7 @@ def test_eigenpairs_that_do_not_converge_are_refused(monkeypatch):
         MatrixOperator(state_of_network()).eigenpairs(2)
 
 
-def test_eigenpairs_of_what_is_not_finite_are_refused():
+def test_eigenpairs_of_products_that_are_not_finite_are_refused():
     operator = MatrixOperator(state_of_network(), torch.stack([positive(1)[0], positive(1)[0] * math.nan]))
     operator.symmetric = True
     with pytest.raises(NumericalError, match="A product of sample 1 is not finite, so it has no eigenpairs"):

@@ -17,11 +17,11 @@ from diffusers_fisher.noise import Prediction
 from diffusers_fisher.testing import MixtureOracle
 
 DIMENSIONS, BATCH, SETS = 6, 8, 150
-ROUNDING = 1e-9  # of bounds that are reached: differences of traces of size d/sigma^2 in float64, sigma above 0.05
+ROUNDING = 1e-9  # for bounds that are reached: differences of traces of size d/sigma^2 in float64, sigma above 0.05
 
 
 def draw(seed, points):
-    """A random distribution, level, samples and biased noise predictions, of many sizes."""
+    """Returns a random distribution, level, samples and noise predictions with a bias, in many sizes."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high):
@@ -76,7 +76,7 @@ def endpoint_error(oracle, level, x, bias, endpoint, centred):
 
 
 def largest_ratio(errors_and_bounds):
-    """Of error to bound; every one is checked."""
+    """Checks every bound, and returns the largest ratio of an error to its bound."""
     largest = 0.0
     for error, bound in errors_and_bounds:
         assert error.shape == bound.shape == (BATCH,)
@@ -151,7 +151,7 @@ LEVEL = NoiseLevel.from_log_noise_to_signal(-0.7)
 
 
 def one_point(bias_along_mean):
-    """All data in one point at radius 2, and a noise prediction whose error pushes x_0^ outwards."""
+    """Returns data in one point at radius 2, and a noise prediction whose error moves x_0^ outwards."""
     generator = torch.Generator().manual_seed(3)
     point = torch.randn(1, DIMENSIONS, generator=generator, dtype=torch.float64)
     point = 2 * point / point.norm()
@@ -161,7 +161,7 @@ def one_point(bias_along_mean):
 
 
 def test_norm_trace_bound_is_reached():
-    """The target too low, x_0^ too long."""
+    """The bound is reached if the target is too low and x_0^ is too long."""
     problem = one_point(0.3)
     bound = norm_trace_error_bound(LEVEL, DIMENSIONS, 0.05, 0.3, 2.0)
     error = norm_trace_error(*problem, -0.05)
@@ -169,7 +169,7 @@ def test_norm_trace_bound_is_reached():
 
 
 def test_residual_trace_bound_is_reached():
-    """The target too high, and a bias, which only ever adds."""
+    """The bound is reached if the target is too high; a bias of the noise only adds to the error."""
     oracle, level, x, bias, *_ = draw(5, points=False)
     bound = residual_trace_error_bound(level, DIMENSIONS, 0.05, norms(bias))
     error = residual_trace_error(oracle, level, x, bias, 0.05)
@@ -177,7 +177,7 @@ def test_residual_trace_bound_is_reached():
 
 
 def test_endpoint_bound_is_reached():
-    """With the moment's error known: one point. With the radius alone: an endpoint at right angles to the data."""
+    """One point reaches it with the moment's error, and an endpoint at right angles to the data with the radius."""
     oracle, level, x, bias = one_point(0.3)
     endpoint = oracle.means
     bound = endpoint_error_bound(level, 2.0, 0.3, moment_error=0.0)
@@ -188,12 +188,13 @@ def test_endpoint_bound_is_reached():
 
 
 def test_centred_endpoint_bound_is_reached():
-    """Whatever the model's error, where the posterior is one point."""
+    """The bound is reached for every error of the model if the posterior is one point."""
     oracle, level, x, bias = one_point(0.3)
     distance = norms(oracle.means - state_of(oracle, level, x, bias).pred_original_sample)
     bound = centred_endpoint_error_bound(level, distance, 0.0)
     assert relative(endpoint_error(oracle, level, x, bias, oracle.means, True), bound) < ROUNDING
-    bound = centred_endpoint_error_bound(level, 0.0, 0.49)  # or where the endpoint is x_0^: then C itself is missed
+    # It is also reached if the endpoint is x_0^: then the error is C itself.
+    bound = centred_endpoint_error_bound(level, 0.0, 0.49)
     assert relative(bound, level.alpha**2 / level.sigma**4 * 0.49) < 1e-14
 
 

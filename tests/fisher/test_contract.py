@@ -1,4 +1,4 @@
-"""The contract over every estimator, oracle and coordinates; and that it catches operators that break it."""
+"""Every estimator keeps the contract in all coordinates, and the contract catches operators that break it."""
 
 import dataclasses
 import re
@@ -33,7 +33,7 @@ from .problems import COORDINATES, PACKED, Problem, apply
 
 
 def endpoint_matrix(problem, centred):
-    """The estimate's formula, written out."""
+    """Returns the matrix of the estimate by its formula."""
     alpha, sigma, end = problem.level.alpha, problem.level.sigma, problem.endpoint.flatten(1)
     mean = problem.oracle.posterior_mean(problem.sample, problem.level).flatten(1)
     spread = outer(end - mean) if centred else outer(end) - outer(mean)
@@ -45,7 +45,7 @@ def outer(vectors):
 
 
 def direct_matrix(problem):
-    """sigma F = d epsilon/dx of the formulas that turn an output into epsilon, the output (or velocity) held."""
+    """Returns F = (d epsilon/dx)/sigma, where epsilon is computed from a constant output (or velocity)."""
     kind, (alpha, sigma) = problem.state.prediction.kind, (problem.level.alpha, problem.level.sigma)
     slope = {
         "epsilon": 0.0,
@@ -58,7 +58,7 @@ def direct_matrix(problem):
 
 
 def exact_law(problem):
-    """The problem's oracle as one of the package's distributions."""
+    """Returns the problem's oracle as one of the package's distributions."""
     oracle = problem.oracle
     means = oracle.means.view(-1, *oracle.shape)
     if not bool(oracle.covariances.any()):
@@ -77,7 +77,7 @@ def prior(problem):
 
 
 def prior_matrix(problem, corrected=False):
-    """(alpha^2 S + sigma^2 I)^-1; corrected, with M = I - sigma^2 F scaled to the exact one's trace."""
+    """Returns (alpha^2 S + sigma^2 I)^-1; with `corrected`, M = I - sigma^2 F is scaled to the exact trace."""
     identity, variance = torch.eye(6, dtype=torch.float64), problem.level.sigma**2
     matrix = (problem.level.alpha**2 * data_covariance(problem) + variance * identity).inverse()
     matrix = matrix.expand(len(problem.sample), -1, -1)
@@ -89,7 +89,7 @@ def prior_matrix(problem, corrected=False):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An estimator, the matrix that it should be, and how far from it, and from the properties, it may be."""
+    """Holds an estimator, its expected matrix, and the tolerances of the matrix and of the properties."""
 
     make: Callable[[Problem], Any]
     exact: Callable[[Problem], torch.Tensor] = lambda problem: problem.fisher
@@ -140,9 +140,10 @@ def test_estimator_keeps_the_contract_on_packed_samples(name, coordinates):
     CASES[name].check(Problem("mixture", coordinates, batch=3, shape=PACKED), num_estimates=0)
 
 
-# What is stochastic does not depend on coordinates.
+# Stochastic traces do not depend on coordinates.
 @pytest.mark.parametrize("oracle", ORACLES)
-@pytest.mark.parametrize("name", [name for name in CASES if name != "autodiff, forward mode"])  # 6 s each
+# The forward mode takes 6 s per case.
+@pytest.mark.parametrize("name", [name for name in CASES if name != "autodiff, forward mode"])
 def test_stochastic_traces_keep_the_contract(name, oracle):
     CASES[name].check(Problem(oracle, "epsilon"), num_estimates=100)
 
@@ -167,7 +168,7 @@ def test_exact_may_be_an_operator():
 
 
 def test_learned_jacobians_keep_the_contract_in_both_modes():
-    """Of a network whose Jacobian is not symmetric: products of the transposed matrix, and of the matrix itself."""
+    """The Jacobian is not symmetric: one mode multiplies by the transposed matrix, the other by the matrix."""
     network, x = Network(), latents()
     level = NoiseLevel(torch.tensor([0.8, 0.6], dtype=torch.float64), torch.tensor([0.6, 0.8], dtype=torch.float64))
     state = DenoisingState(x, network(x, 300), level, Prediction("epsilon"), 300)
@@ -199,7 +200,7 @@ def test_one_sample_of_one_dimension_has_a_contract_too():
 
 
 @pytest.mark.parametrize("wrong", ["exact", "endpoint"])
-def test_what_does_not_fit_is_refused(wrong):
+def test_arguments_of_another_shape_are_refused(wrong):
     problem = Problem("mixture", "epsilon")
     estimator = EndpointFisher()
     operator = estimator(problem.state, problem.endpoint)
@@ -213,7 +214,7 @@ def test_what_does_not_fit_is_refused(wrong):
 
 
 class Right(FisherOperator):
-    """The exact Fisher of an oracle, every product on its own, so that one can be broken and the others hold."""
+    """The exact Fisher of an oracle. Its products do not call each other, so a test can break a single one."""
 
     def __init__(self, problem):
         super().__init__(problem.state)
@@ -237,7 +238,7 @@ class Right(FisherOperator):
 
 
 class Mirrored(Right):
-    """Says that it is not symmetric, and gives itself as its transposed."""
+    """An operator that says it is not symmetric, and returns itself as its transposed."""
 
     symmetric = False
 
@@ -249,7 +250,7 @@ class Mirrored(Right):
 
 
 def broken(method, change, base=Right):
-    """`base` with `change(result, operator, *arguments)` for what `method` returns."""
+    """Returns `base` with a `method` that returns `change(result, operator, *arguments)`."""
 
     def changed(self, *arguments, **keywords):
         return change(getattr(base, method)(self, *arguments, **keywords), self, *arguments)
@@ -258,7 +259,7 @@ def broken(method, change, base=Right):
 
 
 def estimate(sketched, **changes):
-    """A trace whose estimates, with or without a sketch, are changed."""
+    """Returns a trace that changes its estimates, with or without a sketch."""
 
     def change(result, operator, probes=None, sketch=None):
         if probes is None or (sketch is not None) is not sketched:

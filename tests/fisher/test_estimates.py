@@ -38,7 +38,7 @@ def test_hutchinson_error_falls_with_the_root_of_the_probes():
     operator = MatrixOperator(state_of_network())
     probes = rademacher(2000, operator.state.sample, torch.Generator().manual_seed(0))
     few, many = operator.trace(probes.vectors[:500]), operator.trace(probes)
-    assert relative(many.standard_error * 2, few.standard_error) < 0.2  # each scatters by some per cent
+    assert relative(many.standard_error * 2, few.standard_error) < 0.2  # Each error scatters by some per cent.
 
 
 def test_per_probe_values_average_to_the_estimate():
@@ -70,12 +70,12 @@ def test_probes_cost_the_calls_that_are_reported(estimator, calls):
     assert estimate.num_denoiser_calls == len(counted) == calls
 
 
-def test_autodiff_uses_the_graph_a_state_brings():
+def test_autodiff_uses_the_graph_of_the_state():
     network, x = Network(), latents().requires_grad_()
     plain = state_of_network(network)
     with_graph = DenoisingState(x, network(x, 300), plain.level, plain.prediction, 300)
     v = latents(seed=2)
-    operator = AutodiffFisher()(with_graph)  # no denoiser needed
+    operator = AutodiffFisher()(with_graph)  # The estimator needs no denoiser.
     assert torch.equal(operator.matvec(v), AutodiffFisher(network)(plain).matvec(v))
     assert operator.trace().num_denoiser_calls == 0
 
@@ -96,8 +96,9 @@ def test_finite_differences_evaluate_the_denoiser_without_a_graph(central):
 @pytest.mark.parametrize(
     ("make", "tolerance"),
     [
-        (AutodiffFisher, 0.01),  # bfloat16 has eight bits
-        (lambda network: FiniteDifferenceFisher(network, relative_step=0.05, central=True), 0.1),  # and loses four
+        # bfloat16 has eight bits, and differences lose four of them.
+        (AutodiffFisher, 0.01),
+        (lambda network: FiniteDifferenceFisher(network, relative_step=0.05, central=True), 0.1),
     ],
     ids=["autodiff", "finite differences"],
 )
@@ -124,7 +125,7 @@ def test_rademacher_draws_signs_of_mean_zero_from_its_generator_alone(dtype):
     assert not torch.equal(probes, other)
 
 
-def test_generators_a_sample_make_probes_independent_of_the_batch():
+def test_one_generator_per_sample_makes_probes_independent_of_the_batch():
     like = latents()
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     both = rademacher(3, like, generators)
@@ -163,13 +164,13 @@ def test_vector_of_another_shape_is_refused(operator):
 
 
 @pytest.mark.parametrize("estimator", [AutodiffFisher(), FiniteDifferenceFisher()])
-def test_missing_denoiser_is_refused_until_bound(estimator):
+def test_missing_denoiser_is_refused_until_bind_sets_one(estimator):
     with pytest.raises(InputError, match=r"has no denoiser; give it one, such as AutodiffFisher\(PipelineDenoiser"):
         estimator(state_of_network())
     network, state, v = Network(), state_of_network(), latents(seed=2)
     bound = estimator.bind(network)
     assert torch.equal(bound(state).matvec(v), type(estimator)(network)(state).matvec(v))
-    assert bound.bind(None) is bound  # one that is given stays
+    assert bound.bind(None) is bound  # An estimator keeps its own denoiser.
 
 
 def test_binding_keeps_the_step():

@@ -1,4 +1,4 @@
-"""The base class of estimators: what a user's own composite gets from it, and what is refused at the public doors."""
+"""The base class of estimators: its service to composites of users, and the errors of the public functions."""
 
 import dataclasses
 
@@ -101,7 +101,7 @@ def test_a_users_composite_gets_the_denoiser_of_a_likelihood(pipe):
     )
     assert torch.equal(out.log_prob, expected.log_prob)
     assert out.trace == "AverageFisher, 2 probes"
-    assert estimator.lacks_denoiser  # the user's object is as it was
+    assert estimator.lacks_denoiser  # The user's object has not changed.
 
 
 def test_a_users_composite_gets_the_denoiser_of_a_guided_run():
@@ -159,7 +159,7 @@ def test_needs_of_a_composite_are_those_of_its_components():
     mixed = AverageFisher(AutodiffFisher(network), FiniteDifferenceFisher(central=True))
     assert (mixed.needs_graph, mixed.lacks_denoiser, mixed.denoisers) == (True, True, [network])
     assert (mixed.calls_per_state, mixed.calls_per_product) == (1, 2)
-    assert not OneStepFisher(AutodiffFisher()).needs_graph  # its operators hold the output
+    assert not OneStepFisher(AutodiffFisher()).needs_graph  # Its operators take the output as a constant.
     assert OneStepFisher().uses_whole_run and not mixed.uses_whole_run
     gradient = latents()
     assert mixed.through_run(gradient, [state_of_network()]) is gradient
@@ -214,7 +214,7 @@ def test_repr_shows_the_constructors_arguments(words):
     assert repr(ESTIMATORS[words]) == words
 
 
-def test_repr_shows_no_place_in_memory():
+def test_repr_shows_no_address_in_memory():
     def network(x, t):
         return x
 
@@ -233,7 +233,7 @@ def test_costs_are_those_of_the_operators(words):
     assert estimator.description == type(estimator).__name__
 
 
-# What is refused
+# Errors
 
 
 NO_ESTIMATORS = {"string": "autodiff", "class": DirectFisher, "function": lambda state, endpoint=None: None}
@@ -261,7 +261,7 @@ DOORS = {
 
 @pytest.mark.parametrize("kind", NO_ESTIMATORS)
 @pytest.mark.parametrize("door", DOORS)
-def test_what_is_no_estimator_is_refused_at_every_door(door, kind, pipe):
+def test_objects_that_are_no_estimators_are_refused_by_every_function(door, kind, pipe):
     message = r"The estimator is .*; pass a Fisher estimator such as DirectFisher\(\) .* derives from diffusers_fisher"
     with pytest.raises(InputError, match=message):
         DOORS[door](pipe, torch.zeros(1, 4, 8, 8), NO_ESTIMATORS[kind])

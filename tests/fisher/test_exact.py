@@ -22,7 +22,7 @@ from .problems import COORDINATES, PACKED, Problem, apply
 
 @pytest.mark.parametrize("level", LEVELS.values(), ids=list(LEVELS))
 @pytest.mark.parametrize("law", LAWS)
-def test_everything_is_the_dense_oracles(law, level):
+def test_results_are_those_of_the_dense_oracle(law, level):
     distribution, oracle = LAWS[law]
     x = noisy(oracle, level)
     check_posterior(distribution.posterior(x, level), oracle, x, level)
@@ -31,7 +31,7 @@ def test_everything_is_the_dense_oracles(law, level):
 
 
 def log_density(flat, level, means, covariances, weights):
-    """log q_t written out with torch's own distributions, for automatic differentiation."""
+    """Returns log q_t from torch's own distributions, for automatic differentiation."""
     total = level.alpha**2 * covariances + level.sigma**2 * torch.eye(D, dtype=torch.float64)
     modes = torch.distributions.MultivariateNormal(level.alpha * means, total, validate_args=False)
     return torch.logsumexp(modes.log_prob(flat) + weights.log(), 0)
@@ -72,7 +72,7 @@ def test_every_sample_may_have_its_own_level(law):
 
 
 @pytest.mark.parametrize("law", LAWS)
-def test_many_vectors_are_one_after_the_other(law):
+def test_many_vectors_give_the_products_of_single_vectors(law):
     distribution, oracle = LAWS[law]
     x = noisy(oracle, LEVELS["middle"])
     posterior, vectors = distribution.posterior(x, LEVELS["middle"]), normal(70, *x.shape, seed=9)
@@ -103,7 +103,7 @@ def test_exact_fisher_keeps_the_contract(oracle, coordinates, shape):
     check_fisher(operator, problem.fisher, estimator=estimator, num_estimates=0)
     for estimate in (operator.trace(), operator.diagonal()):
         assert estimate.num_denoiser_calls == estimate.num_probes == 0
-    assert problem.denoiser.num_calls == 1  # the state's own
+    assert problem.denoiser.num_calls == 1  # The state has taken one call.
 
 
 @pytest.mark.parametrize("coordinates", COORDINATES)
@@ -113,7 +113,7 @@ def test_output_jacobian_is_the_ideal_models(oracle, coordinates):
     operator, v = exact_of(problem)(problem.state), problem.vector()
     leaf = problem.sample.clone().requires_grad_()
     (expected,) = torch.autograd.grad(problem.state_at(leaf).model_output, leaf, v)
-    # Points at low noise predict x_0 with a Jacobian near 1e-38, hence the one.
+    # The 1 is for points at low noise, which predict x_0 with a Jacobian near 1e-38.
     assert float((operator.output_jacobian(v) - expected).norm()) < TOLERANCE * (1 + float(expected.norm()))
 
 
@@ -153,7 +153,7 @@ def test_mixtures_are_solved_by_conjugate_gradients():
     operator = ExactFisher(distribution)(DenoisingState(x, x, level, Prediction("epsilon")))
     v = normal(*x.shape, seed=9)
     assert operator.inverse_product(v, torch.zeros(4)) is None
-    assert relative(operator.matvec(operator.solve(v)), v) < 1e-5  # the solver's own tolerance is 1e-6
+    assert relative(operator.matvec(operator.solve(v)), v) < 1e-5  # The tolerance of the solver is 1e-6.
 
 
 @pytest.mark.parametrize("law", ["low rank, image", "points, image"])
@@ -198,7 +198,7 @@ def test_draws_have_the_laws_mean_and_covariance(law):
     assert not torch.equal(again, distribution.sample(5, torch.Generator().manual_seed(1)))
 
 
-# What is refused
+# Errors
 
 X = normal(2, 3, 2, 2)
 MEANS = normal(3, 3, 2, 2, seed=1)

@@ -1,4 +1,4 @@
-"""A Gaussian stand-in for the data: closed forms, fits, files, and its combination with a trace."""
+"""The estimator of Gaussian data: closed forms, fits, files, and its combination with a trace."""
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ def test_packed_samples_and_float32():
     narrow = DenoisingState(at.sample.float(), at.model_output.float(), at.level, at.prediction, 300)
     result = GaussianFisher(covariance)(narrow).matvec(wide.float())
     assert result.dtype is torch.float32
-    assert relative(result, product) < 1e-6  # inputs and result are rounded, what is between is float64
+    assert relative(result, product) < 1e-6  # Inputs and result are rounded to float32; all else is float64.
 
 
 # Fits
@@ -117,7 +117,7 @@ TRUE = {
 
 
 @pytest.mark.parametrize("name", TRUE)
-def test_fits_find_what_samples_were_drawn_from(name):
+def test_fits_return_the_covariance_of_the_distribution(name):
     covariance, fit = TRUE[name]
     count, mean = 40000, normal(*SHAPE, seed=7)
     draws = covariance.draw(torch.zeros(count, dtype=torch.long), torch.Generator().manual_seed(3))
@@ -159,7 +159,7 @@ def test_constant_coordinates_do_not_make_the_covariance_singular():
 
 
 @pytest.mark.parametrize("name", ["isotropic", "diagonal", "DCT", "low rank", "low rank in DCT"])
-def test_files_bring_back_the_same_operator(name, tmp_path):
+def test_saved_files_give_the_same_operator(name, tmp_path):
     saved = GaussianFisher(covariances()[name], normal(*SHAPE))
     saved.save(tmp_path / "gaussian.safetensors")
     loaded, at, v = GaussianFisher.load(tmp_path / "gaussian.safetensors"), state(), latents(shape=(2, *SHAPE))
@@ -170,7 +170,7 @@ def test_files_bring_back_the_same_operator(name, tmp_path):
 # Combination with a trace
 
 
-def test_corrected_prior_has_the_priors_shape_and_the_others_trace():
+def test_corrected_prior_has_the_directions_of_the_prior_and_the_trace_of_the_other():
     at, v = state(), latents(shape=(2, *SHAPE))
     prior, trace = GaussianFisher(covariances()["DCT"]), EndpointFisher(centred=True)
     endpoint = at.pred_original_sample + 0.1 * v
@@ -182,7 +182,8 @@ def test_corrected_prior_has_the_priors_shape_and_the_others_trace():
     assert not torch.allclose(ratio, torch.ones_like(ratio), rtol=1e-3)
     same = TraceCorrectedFisher(prior, prior)(at)
     assert relative(same.matvec(v), prior(at).matvec(v)) < EXACT
-    assert relative(operator.matvec(operator.solve(v)), v) < 1e-9  # the closed form, at its own condition number
+    # The closed form has the error of its condition number.
+    assert relative(operator.matvec(operator.solve(v)), v) < 1e-9
 
 
 def test_direct_prior_can_be_corrected_too():

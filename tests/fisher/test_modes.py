@@ -12,7 +12,7 @@ from .problems import apply, state_of_network
 
 
 def jacobian(network, x):
-    """d output / d x, (B, 12, 12), row by row."""
+    """Returns d output / d x, (B, 12, 12), row by row."""
     rows = []
     for index in range(12):
         leaf = x.clone().requires_grad_()
@@ -20,7 +20,7 @@ def jacobian(network, x):
     return torch.stack(rows, 1)
 
 
-def test_each_mode_multiplies_from_its_side():
+def test_modes_multiply_by_the_jacobian_or_its_transposed():
     network, v = Network(), latents(seed=2)
     state = state_of_network(network)
     exact = jacobian(network, state.sample)
@@ -67,11 +67,11 @@ def test_networks_without_a_batched_backward_take_vectors_one_at_a_time():
     model.to(memory_format=torch.channels_last)
     chunked = AutodiffFisher(lambda x, t: model(x), chunk_size=5)(state)
     assert relative(chunked.dense(), plain) < 1e-12
-    assert not chunked._batched  # or this torch can, and the test has lost its point
+    assert not chunked._batched  # Otherwise this torch has the batched backward pass, and the test tests nothing.
 
 
 def failing(message):
-    """A network whose backward pass raises."""
+    """Returns a network whose backward pass raises an error."""
 
     class Failing(torch.autograd.Function):
         @staticmethod
@@ -92,8 +92,8 @@ def test_errors_of_the_backward_pass_are_not_hidden():
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4])
-def test_compiled_networks_that_free_their_graph_are_refused_in_words(chunk_size):
-    message = (  # torch's own, of a compiled function
+def test_compiled_networks_that_free_their_graph_are_refused_with_advice(chunk_size):
+    message = (  # the message of torch for a compiled function
         "This backward function was compiled with non-empty donated buffers which requires create_graph=False and "
         "retain_graph=False. Please keep backward(create_graph=False, retain_graph=False) across all backward() "
         "function calls, or set torch._functorch.config.donated_buffer=False to disable donated buffer."
@@ -103,7 +103,7 @@ def test_compiled_networks_that_free_their_graph_are_refused_in_words(chunk_size
         operator.dense()
 
 
-def test_no_vector_at_a_time_is_refused():
+def test_chunk_size_zero_is_refused():
     with pytest.raises(InputError, match="`chunk_size` is 0; allowed: at least 1"):
         AutodiffFisher(chunk_size=0)
 
@@ -116,11 +116,11 @@ def test_binding_keeps_the_mode():
 def test_forward_mode_builds_no_graph():
     network, modes = Network(), []
 
-    def watched(x, t):
+    def function(x, t):
         modes.append(torch.is_grad_enabled())
         return network(x, t)
 
-    product = AutodiffFisher(watched, forward_mode=True)(state_of_network(network)).matvec(latents(seed=2))
+    product = AutodiffFisher(function, forward_mode=True)(state_of_network(network)).matvec(latents(seed=2))
     assert modes == [False]
     assert not product.requires_grad
 

@@ -28,7 +28,7 @@ WEIGHTS = latents(seed=7)
 
 
 def run(name, estimator):
-    """The states of a run, and the gradient of a fixed linear loss of its result at the noise."""
+    """Returns the states of a run, and the gradient of a fixed linear loss of its result at the noise."""
     cls, config = SCHEDULERS[name]
     scheduler = fisher_scheduler(cls)(**config)
     with torch.no_grad(), scheduler.differentiable(estimator) as trajectory:

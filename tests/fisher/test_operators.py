@@ -22,7 +22,7 @@ from diffusers_fisher.testing import OracleDenoiser
 from .problems import COORDINATES, Problem, apply
 
 # Float64: conversions between output, epsilon and x_0 multiply by powers of sigma/alpha (0.18 to 2.3), and terms of
-# size 1/sigma^2 cancel. Measured up to 1e-15 of what the assertions divide by; the rest is room for other BLAS.
+# size 1/sigma^2 cancel. Measured up to 1e-15 of what the assertions divide by; the rest is for other BLAS.
 EXACT = 1e-12
 
 
@@ -38,7 +38,7 @@ class ExactOperator(FisherOperator):
 
 
 def jacobian(function, sample):
-    """d function / d sample, (B, d, d), by one backward pass an output."""
+    """Returns d function / d sample, (B, d, d), by one backward pass per output."""
     leaf = sample.clone().requires_grad_()
     output = function(leaf).flatten(1)
     rows = [torch.autograd.grad(output[:, i].sum(), leaf, retain_graph=True)[0].flatten(1) for i in range(6)]
@@ -136,7 +136,7 @@ def outer(left, right):
 @pytest.mark.parametrize("centred", [False, True], ids=["plain", "centred"])
 @pytest.mark.parametrize("coordinates", COORDINATES)
 def test_endpoint_forms_are_exact_on_average_over_the_posterior(coordinates, centred):
-    """E over x_0 ~ q(x_0|x_t) of the estimate is F: here a sum over the points, weighted by their posterior."""
+    """The mean of the estimate over x_0 ~ q(x_0|x_t) is F. Here it is a weighted sum over the points."""
     problem = Problem("points", coordinates)
     alpha, sigma, points = problem.level.alpha, problem.level.sigma, problem.oracle.means
     distances = (problem.sample.flatten(1)[:, None] - alpha * points).square().sum(-1)
@@ -174,12 +174,12 @@ def test_direct_never_has_a_zero_covariance(coordinates):
 
 
 def velocity_factor(now, following):
-    """d x_next / d x of a deterministic variance-preserving step with the velocity held."""
+    """Returns d x_next / d x of a deterministic variance-preserving step with a constant velocity."""
     return now.alpha * following.alpha + now.sigma * following.sigma
 
 
 def epsilon_factor(now, following):
-    """The same with epsilon held."""
+    """Returns d x_next / d x of the same step with a constant epsilon."""
     return following.alpha / now.alpha
 
 

@@ -79,7 +79,7 @@ def test_contract_and_agreement_with_the_exact_fisher(kind, prediction, timestep
     check_fisher(estimator(state), exact, tolerance, estimator=estimator, rounding=1e-5, num_estimates=20)
 
 
-def test_everything_is_known_without_the_denoiser():
+def test_products_and_traces_need_no_denoiser_call():
     for shape, basis, settings in KINDS.values():
         operator = TraceMatchingFisher(disturbed(GaussianData(shape, basis).model(**settings), 0.1))(
             state_of(GaussianData(shape, basis))
@@ -118,7 +118,7 @@ def test_solve_and_damping_are_closed():
     assert relative(damped.matvec(damped.solve(v)), v) < 1e-10
 
 
-def test_one_level_a_sample():
+def test_one_level_per_sample():
     data = GaussianData()
     denoiser = GaussianDenoiser(data, vp())
     timesteps = torch.tensor([100.0, 500.0, 900.0])
@@ -333,7 +333,7 @@ def test_pooled_vectors_reach_the_model():
     assert one[0] == pytest.approx(float(traces[0][0]))
 
 
-def test_description_says_what_it_was_trained_on():
+def test_description_names_the_target_of_the_model():
     assert TraceMatchingFisher(GaussianData().model(target="jacobian")).description == (
         "TraceMatchingFisher (target jacobian)"
     )
@@ -342,7 +342,7 @@ def test_description_says_what_it_was_trained_on():
 # Bad input
 
 
-def test_something_else_is_refused():
+def test_objects_that_are_no_trace_models_are_refused():
     with pytest.raises(InputError, match="takes a FisherTraceModel, got Linear"):
         TraceMatchingFisher(torch.nn.Linear(1, 1))
 

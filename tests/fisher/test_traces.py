@@ -15,7 +15,7 @@ def seeded(seed=0):
 
 
 def noise_covariance(eigenvalues, seed=6):
-    """F = (I - M)/sigma^2 as an operator on (2, 1, ...) samples, M with these eigenvalues and random eigenvectors."""
+    """Returns F = (I - M)/sigma^2 on (2, 1, ...) samples, where M has these eigenvalues and random eigenvectors."""
     eigenvalues = torch.as_tensor(eigenvalues, dtype=torch.float64)
     dimensions = len(eigenvalues)
     normal = torch.randn(2, dimensions, dimensions, generator=seeded(seed), dtype=torch.float64)
@@ -53,9 +53,9 @@ def test_probes_have_mean_zero_and_identity_covariance(kind):
     assert float(mean.abs().max()) < 5 * scatter
     error = covariance - torch.eye(12, dtype=torch.float64)
     assert float(error.abs().max()) < 5 * scatter
-    if "whole basis" not in kind:  # there the covariance is the identity by construction
+    if "whole basis" not in kind:  # A whole basis has the identity as its covariance.
         assert float(error.abs().max()) > 0.01 * scatter
-    between = torch.einsum("kd,ke->de", vectors[:, 0], vectors[:, 1]) / count  # one set a sample
+    between = torch.einsum("kd,ke->de", vectors[:, 0], vectors[:, 1]) / count  # There is one set per sample.
     assert 0.01 * scatter < float(between.abs().max()) < 5 * scatter
 
 
@@ -87,7 +87,7 @@ def test_probes_depend_on_their_generator_alone_and_take_the_samples_dtype(kind,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_generators_a_sample_make_probes_independent_of_the_batch(kind):
+def test_one_generator_per_sample_makes_probes_independent_of_the_batch(kind):
     both = KINDS[kind](60, latents(), [seeded(1), seeded(2)])
     alone = KINDS[kind](60, latents()[1:], [seeded(2)])
     # One float64 QR for another: LAPACK may block differently.
@@ -144,7 +144,7 @@ VARIANCES = {
     "rademacher": rademacher_variance,
     "gaussian": gaussian_variance,
     "orthogonal": group_variance(5),
-    "antithetic": lambda matrix: 2 * gaussian_variance(matrix),  # a pair counts once
+    "antithetic": lambda matrix: 2 * gaussian_variance(matrix),  # A pair counts once.
 }
 
 
@@ -195,7 +195,7 @@ def test_antithetic_probes_cancel_the_first_order_of_forward_differences():
     assert plain[0] / plain[1] == pytest.approx(2, abs=0.2)  # first order
     assert paired[0] / paired[1] == pytest.approx(4, abs=0.4)  # second
     assert paired[1] < 0.2 * plain[1]
-    assert paired == pytest.approx(central, rel=1e-9)  # the same two evaluations
+    assert paired == pytest.approx(central, rel=1e-9)  # Both make the same two evaluations.
 
 
 # Hutch++
@@ -209,7 +209,7 @@ def test_sketched_trace_is_unbiased_with_the_right_standard_error(kind):
     assert bool(((estimate.value - exact_trace(operator)).abs() < 4 * estimate.standard_error).all())
     assert relative(estimate.values.mean(0), estimate.value) < 1e-13
     assert estimate.num_probes == count + 3
-    # Of random signs and what the sketch leaves, exactly.
+    # This is the exact error for random signs on the rest of the sketch.
     sigma, vectors = operator.state.level.sigma, sketch.vectors.flatten(2).permute(1, 2, 0)
     m = torch.eye(12, dtype=torch.float64) - sigma**2 * operator.matrix
     basis = torch.linalg.qr(m @ vectors)[0]
@@ -234,7 +234,7 @@ def test_sketched_trace_is_unbiased_over_sketches():
 def test_a_sketch_of_the_rank_gives_the_exact_trace(make):
     operator = noise_covariance([0.9, 0.5, 0.2] + 13 * [0.0])
     like = operator.state.sample
-    for size in (3, 7):  # more vectors than the rank leave nothing, and do no harm
+    for size in (3, 7):  # The trace stays exact with more vectors than the rank.
         estimate = operator.trace(rademacher(2, like, seeded()), make(size, like, seeded(1)))
         assert relative(estimate.value, exact_trace(operator)) < 1e-12
         assert float(estimate.standard_error.max()) < 1e-10
@@ -311,7 +311,7 @@ ESTIMATES = {
     "sketched trace": (lambda o, p, s: o.trace(p, s), 5 + 2 * 3),
     "antithetic trace": (lambda o, p, s: o.trace(antithetic(p)), 10),
 }
-CALLS = {  # once a state, and for each product
+CALLS = {  # calls per state and per product
     "autodiff": (AutodiffFisher, 1, 0),
     "autodiff, in chunks": (lambda network: AutodiffFisher(network, chunk_size=4), 1, 0),
     "autodiff, forward mode": (lambda network: AutodiffFisher(network, forward_mode=True), 0, 1),

@@ -29,7 +29,7 @@ FLOAT32 = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One step of a float32 run: the state before it, and what the scheduler says about it."""
+    """Holds one step of a float32 run: the state before it, and the scheduler's own numbers."""
 
     state: DenoisingState
     run_sigma: torch.Tensor | None
@@ -111,7 +111,7 @@ def test_epsilon_and_original_give_tcds_noised_prediction(case):
 
 
 @pytest.mark.parametrize("case", named(UNCLIPPED, "PNDM"), ids=str)
-def test_pndm_level_is_that_of_its_timestep_also_at_repeated_ones(case):
+def test_pndm_level_is_that_of_its_timestep_even_if_the_timestep_repeats(case):
     scheduler, steps = recorded_run(case)
     timesteps = [int(step.state.timestep) for step in steps]
     assert len(set(timesteps)) < len(timesteps)  # PNDM evaluates the model twice and more at one timestep
@@ -129,7 +129,7 @@ def test_flow_matching_runs_take_the_runs_sigma(case):
 
 @pytest.mark.parametrize("case", UNCLIPPED, ids=str)
 def test_model_input_scale_is_the_schedulers_own_at_every_step(case):
-    """This sees the level of second stages too: KDPM2's lie between two of the run's sigmas."""
+    """This includes second stages, whose level lies between two of the run's sigmas for KDPM2."""
     scheduler, steps = recorded_run(case)
     for step in steps:
         assert float(input_scale(scheduler, step.state.level)) == pytest.approx(float(step.model_scale), rel=FLOAT32)
@@ -167,7 +167,7 @@ def test_ddim_inverse_sample_lies_one_step_below_its_timestep():
 
 
 def exact_table(beta_schedule: str, start: float = 0.00085, end: float = 0.012) -> torch.Tensor:
-    """alpha_bar of every timestep in float64, written out from the schedules' definitions."""
+    """Returns alpha_bar of every timestep in float64, from the definitions of the schedules."""
     if beta_schedule == "squaredcos_cap_v2":
         bar = [math.cos((i / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(1001)]
         betas = [min(1 - after / before, 0.999) for before, after in itertools.pairwise(bar)]
@@ -192,7 +192,7 @@ def test_table_is_float64_recomputed_from_the_config(name, beta_schedule):
     torch.testing.assert_close(level.alpha**2, scheduler.alphas_cumprod.double(), rtol=1e-4, atol=0)
 
 
-def test_first_variance_is_beta_start_although_the_float32_table_says_otherwise():
+def test_first_variance_is_beta_start_although_the_float32_table_differs():
     scheduler = diffusers.DDIMScheduler(**STABLE_DIFFUSION)
     assert float(noise_level(scheduler, 0).sigma ** 2) == pytest.approx(0.00085, rel=1e-12)
     assert float(1 - scheduler.alphas_cumprod[0]) != pytest.approx(0.00085, rel=1e-6)
@@ -202,19 +202,19 @@ OWN_BETAS = [{"trained_betas": [0.01, 0.02, 0.05, 0.3]}, {"beta_schedule": "sigm
 
 
 @pytest.mark.parametrize("changes", OWN_BETAS, ids=str)
-def test_schedules_of_its_own_are_taken_from_the_scheduler(changes):
+def test_tables_without_a_formula_are_those_of_the_scheduler(changes):
     count = len(changes.get("trained_betas", range(1000)))
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=count, **changes)
     alpha = noise_level(scheduler, torch.arange(count)).alpha
-    # The float32 table is all there is: converting it and back costs float64 roundings only.
+    # Only the float32 table exists: converting it and back costs float64 roundings.
     torch.testing.assert_close(alpha**2, scheduler.alphas_cumprod.double(), rtol=1e-12, atol=0)
 
 
-def test_table_that_was_edited_on_the_scheduler_holds():
+def test_table_that_was_edited_on_the_scheduler_is_used():
     scheduler = diffusers.DDIMScheduler(**STABLE_DIFFUSION)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod**1.5
     alpha = noise_level(scheduler, torch.arange(1000)).alpha
-    # Converted and back: float64 roundings.
+    # Converting the table and back costs float64 roundings.
     torch.testing.assert_close(alpha**2, scheduler.alphas_cumprod.double(), rtol=1e-12, atol=0)
 
 
@@ -261,7 +261,7 @@ def test_timestep_at_inverts_the_levels_of_fractional_timesteps(case, timesteps)
     level = noise_level(scheduler, t)
     assert level.alpha.shape == t.shape
     back = timestep_at(scheduler, level.log_noise_to_signal)
-    # log s rises by 0.003 a timestep at the least, so its rounding of 1e-15 is 1e-12 of a timestep; sums add to that.
+    # log s rises by at least 0.003 per timestep, so its rounding of 1e-15 is 1e-12 of a timestep; sums add to that.
     torch.testing.assert_close(back, t, rtol=0, atol=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""A noise schedule of one's own, and what schedules say of their family."""
+"""Noise schedules of users, and the properties of each family."""
 
 import math
 
@@ -25,7 +25,7 @@ from diffusers_fisher.noise import (
 
 
 class LogScheduler(SchedulerMixin, ConfigMixin):
-    """Euler steps of x/alpha from sigma = e^3 to e^-3; the timestep is log(sigma/alpha) in thousandths."""
+    """Makes Euler steps of x/alpha from sigma = e^3 to e^-3; the timestep is 1000 log(sigma/alpha)."""
 
     init_noise_sigma = math.exp(3)
 
@@ -115,7 +115,7 @@ def test_registered_subclass_comes_before_its_parent():
     assert type(noise_schedule(DDIMScheduler())) is TableSchedule
 
 
-# PNDM's Runge-Kutta steps go back to the sample that they began from.
+# Runge-Kutta steps of PNDM return to the sample at which they began.
 ONWARD = [case for case in CASES + OUTSIDE_CASES if case.name != "PNDMScheduler" or case.changes.get("skip_prk_steps")]
 
 
@@ -132,7 +132,7 @@ def test_level_after_a_step_is_the_level_of_the_next_sample(case):
             compared += 1
         model_input = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(network(model_input, t), t, x, return_dict=False)[0]
-        again = case.name == "PNDMScheduler" and (scheduler.timesteps == t).sum() > 1  # takes the timestep twice
+        again = case.name == "PNDMScheduler" and (scheduler.timesteps == t).sum() > 1  # PNDM takes the timestep twice.
         expected = None if schedule.awaits_second_stage or again else schedule.level_after_step(t)
     assert compared >= 4
 
@@ -159,7 +159,7 @@ def test_level_after_the_last_step_is_that_of_the_runs_result(case, variance):
 
 
 def test_inverse_run_ends_at_the_level_of_its_last_timestep():
-    """A step from x_0 and no noise gives a sample of the level itself."""
+    """A step from x_0 without noise gives a sample at that level."""
     scheduler = DDIMInverseScheduler(**STABLE_DIFFUSION, clip_sample=False, timestep_spacing="trailing")
     scheduler.set_timesteps(5)
     t, schedule = scheduler.timesteps[-1], noise_schedule(scheduler)
@@ -189,7 +189,7 @@ def test_schedule_says_whether_it_is_flow_and_whether_it_scales(case, flow, scal
 
 
 def test_schedulers_without_flow_sigmas_ignore_that_key_of_anothers_config():
-    """Configs keep the keys of the scheduler that they come from; Euler reads none of this one."""
+    """A config keeps the keys of the scheduler that it comes from. Euler does not read this key."""
     case = SchedulerCase("DPMSolverMultistepScheduler", {**FLOW, "prediction_type": "epsilon"})
     scheduler = EulerDiscreteScheduler.from_config(case.parent(**case.config).config)
     assert scheduler.config["use_flow_sigmas"]

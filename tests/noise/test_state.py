@@ -25,7 +25,7 @@ LEVELS = {
 
 
 def outputs(x, original, noise, alpha, sigma):
-    """The raw output of a model that knows x_0 and eps, written out from each prediction type's definition."""
+    """Returns the raw output of a model that knows x_0 and eps, from the definition of each prediction type."""
     norm = (alpha**2 + sigma**2).sqrt()
     scaled, total = x / alpha, sigma**2 / alpha**2 + 0.25  # EDM's own coordinates and s^2 + sigma_data^2
     preconditioned = (original - 0.25 / total * scaled) / (sigma / alpha * 0.5 / total.sqrt())
@@ -40,7 +40,7 @@ def outputs(x, original, noise, alpha, sigma):
 
 
 PREDICTIONS = list(outputs(*[torch.ones(())] * 5))
-# EDM's coordinates divide by alpha: that family has no level of pure noise.
+# EDM's coordinates divide by alpha, so this family has no level of pure noise.
 PAIRS = [(name, kind) for name in LEVELS for kind in PREDICTIONS if (name, kind.kind) != ("pure noise", "edm")]
 
 
@@ -58,7 +58,7 @@ def test_epsilon_original_and_score_are_recovered_from_the_raw_output(name, pred
     close = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(state.epsilon, noise, **close)
     torch.testing.assert_close(state.score, -noise / sigma, **close)
-    if not (name == "pure noise" and prediction.kind == "epsilon"):  # there the output says nothing about x_0
+    if not (name == "pure noise" and prediction.kind == "epsilon"):  # Pure noise contains no x_0.
         torch.testing.assert_close(state.pred_original_sample, original, **close)
 
 

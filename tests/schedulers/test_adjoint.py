@@ -36,7 +36,7 @@ ADJOINT = 1e-10  # float64: the same products in another order, measured up to 1
 
 
 def back_propagation(case, network, x, weight):
-    """The result of the stock scheduler's run and its gradient, by autograd through everything."""
+    """Returns the result of the stock scheduler's run and its gradient, by autograd through all steps."""
     leaf = x.clone().requires_grad_()
     result = sampling_run(case.parent(**case.config), network, leaf, **case.step)[-1]
     (gradient,) = torch.autograd.grad((weight * result).sum(), leaf)
@@ -44,7 +44,7 @@ def back_propagation(case, network, x, weight):
 
 
 def adjoint(case, network, x, weight, estimator):
-    """The same from a tracked run, whose network runs without a graph."""
+    """Returns result, gradient and trajectory of a recorded run, whose network runs without a graph."""
     scheduler = fisher_scheduler(case.parent)(**case.config)
     with torch.no_grad(), scheduler.differentiable(estimator) as trajectory:
         result = sampling_run(scheduler, network, x, **case.step)[-1]
@@ -61,7 +61,7 @@ def test_true_jacobian_gives_back_propagation_in_float64(case):
     assert (gradient.shape, gradient.dtype) == (x.shape, torch.float64)
     assert len(trajectory.states) >= 6
     direct = adjoint(case, network, x, weight, DirectFisher())[1]
-    assert relative(direct, exact) > 1e-3  # so the denoiser's Jacobian matters here
+    assert relative(direct, exact) > 1e-3  # The denoiser's Jacobian changes the gradient.
 
 
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
@@ -75,7 +75,7 @@ def test_true_jacobian_gives_back_propagation_in_float32(case):
 
 
 class PosteriorOperator(FisherOperator):
-    """The exact posterior covariance of a mixture: products of the closed form, no automatic differentiation."""
+    """Multiplies by the exact posterior covariance of a mixture in closed form."""
 
     def __init__(self, state):
         super().__init__(state)
@@ -86,7 +86,7 @@ class PosteriorOperator(FisherOperator):
 
 
 def ideal_run(scheduler, x, num_steps=6):
-    """A run whose denoiser is ideal for the run's own levels; returns the result."""
+    """Returns the result of a run whose denoiser is ideal for the run's own levels."""
     scheduler.set_timesteps(num_steps)
     options = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
@@ -109,7 +109,7 @@ UNCLIPPED = [case for case in CASES + OUTSIDE_CASES if not {"clip_sample", "thre
 
 @pytest.mark.parametrize("case", UNCLIPPED, ids=str)
 def test_exact_posterior_covariance_gives_back_propagation_through_an_ideal_denoiser(case):
-    """The closed forms of math and code meet: C in place of the Jacobian, for every prediction type, over a run."""
+    """The covariance C takes the place of the Jacobian for every prediction type, over a whole run."""
     x, weight = latents(shape=(2, *ORACLE_SHAPE)), latents(shape=(2, *ORACLE_SHAPE), seed=5)
     leaf = x.clone().requires_grad_()
     (exact,) = torch.autograd.grad((weight * ideal_run(case.parent(**case.config), leaf)).sum(), leaf)
@@ -118,7 +118,7 @@ def test_exact_posterior_covariance_gives_back_propagation_through_an_ideal_deno
     with torch.no_grad(), scheduler.differentiable(estimator) as trajectory:
         result = ideal_run(scheduler, x)
     error = float((trajectory.gradient((weight * result).sum()) - exact).norm())
-    # Runs that add noise at every step, or start from pure noise, forget it: their gradients are 1e-9 and less.
+    # Runs that add noise at every step, or start from pure noise, lose x: their gradients are 1e-9 or less.
     assert error < ADJOINT * float(exact.norm()) + 1e-15 * float(weight.norm())
 
 
@@ -128,7 +128,7 @@ def test_finite_differences_approach_back_propagation_for_a_symmetric_jacobian(c
     matrix = Network().weight
     symmetric = (matrix + matrix.mT) / 2
 
-    def network(x, t):  # the gradient of a potential, as a true score is
+    def network(x, t):  # The output is the gradient of a potential, like a true score.
         return (torch.tanh(x.flatten(1) @ symmetric) @ symmetric).view_as(x)
 
     exact = back_propagation(case, network, x, weight)[1]
@@ -139,17 +139,17 @@ def test_finite_differences_approach_back_propagation_for_a_symmetric_jacobian(c
     assert errors[0] / errors[1] == pytest.approx(4 if central else 2, rel=0.05)  # h^2 and h, up to the next term
 
 
-def test_estimator_is_given_every_state_and_the_runs_result_as_its_endpoint():
+def test_estimator_gets_every_state_and_the_runs_result_as_its_endpoint():
     case, network, x = SchedulerCase("DPMSolverMultistepScheduler", {}), Network(), latents()
-    given = []
+    calls = []
 
     def estimator(state, endpoint):
-        given.append((state, endpoint))
+        calls.append((state, endpoint))
         return EndpointFisher(centred=True)(state, endpoint)
 
     result, gradient, trajectory = adjoint(case, network, x, latents(seed=5), FunctionFisher(estimator))
-    assert [state for state, _ in given] == trajectory.states[::-1]  # once a step, backwards
-    assert all(torch.equal(endpoint, result) and not endpoint.requires_grad for _, endpoint in given)
+    assert [state for state, _ in calls] == trajectory.states[::-1]  # once per step, backwards
+    assert all(torch.equal(endpoint, result) and not endpoint.requires_grad for _, endpoint in calls)
     assert relative(gradient, adjoint(case, network, x, latents(seed=5), DirectFisher())[1]) > 1e-3
 
 
@@ -168,9 +168,9 @@ def test_operators_along_the_run_are_at_its_states():
     assert torch.equal(trajectory.final_sample, samples[-1])
 
 
-def test_gradient_may_be_taken_twice_where_the_graph_is_kept():
+def test_gradient_may_be_taken_twice_with_retain_graph():
     scheduler, network = FisherDDIMScheduler(**STABLE_DIFFUSION), Network()
     with torch.no_grad(), scheduler.differentiable(AutodiffFisher(network)) as trajectory:
         result = sampling_run(scheduler, network, latents())[-1]
     first = trajectory.gradient(result.sum(), retain_graph=True)
-    assert relative(trajectory.gradient(3 * result.sum()), 3 * first) < 1e-14  # one rounding a product
+    assert relative(trajectory.gradient(3 * result.sum()), 3 * first) < 1e-14  # one rounding per product

@@ -14,7 +14,7 @@ from diffusers_fisher import DirectFisher, FisherSchedulerMixin, UnsupportedErro
 from diffusers_fisher.schedulers import CATALOG
 
 ALL_CASES = CASES + CHURNED_CASES + OUTSIDE_CASES
-FIRST_CASES = {case.name: case for case in reversed(ALL_CASES) if not case.step}  # one a scheduler
+FIRST_CASES = {case.name: case for case in reversed(ALL_CASES) if not case.step}  # one case per scheduler
 
 
 def assert_same_runs(scheduler, parent, case):
@@ -27,12 +27,12 @@ def assert_same_runs(scheduler, parent, case):
 
 
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
-def test_untracked_run_is_the_parents_bit_for_bit(case):
+def test_run_without_recording_is_the_parents_bit_for_bit(case):
     assert_same_runs(fisher_scheduler(case.parent)(**case.config), case.parent(**case.config), case)
 
 
 @pytest.mark.parametrize("case", FIRST_CASES.values(), ids=str)
-def test_untracked_run_after_a_tracked_one_is_the_parents_bit_for_bit(case):
+def test_run_after_a_recorded_one_is_the_parents_bit_for_bit(case):
     scheduler = fisher_scheduler(case.parent)(**case.config)
     with torch.no_grad(), scheduler.differentiable(DirectFisher()):
         sampling_run(scheduler, Network(), latents())
@@ -68,7 +68,7 @@ def comparable(scheduler):
 
 
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
-def test_config_goes_both_ways(case):
+def test_config_makes_the_parent_and_the_fisher_scheduler(case):
     cls, parent = fisher_scheduler(case.parent), case.parent(**case.config)
     ours = cls.from_config(parent.config)
     back = case.parent.from_config(ours.config)
@@ -124,6 +124,6 @@ def test_subclass_of_a_catalog_scheduler_keeps_its_own_step():
 
 
 @pytest.mark.parametrize("thing", [diffusers.DDIMScheduler(), torch.nn.Module, "DDIMScheduler", None], ids=type)
-def test_what_is_no_scheduler_class_is_refused(thing):
+def test_objects_that_are_no_scheduler_classes_are_refused(thing):
     with pytest.raises(UnsupportedError, match=r"(?s)takes a diffusers scheduler class, got .*Pass the class"):
         fisher_scheduler(thing)

@@ -1,4 +1,4 @@
-"""Unmodified pipelines with nothing but their scheduler swapped: same pictures, and gradients of the whole run."""
+"""Stock pipelines with a Fisher scheduler give the same pictures, and gradients of the whole run."""
 
 import inspect
 
@@ -15,14 +15,14 @@ GRADIENT = 1e-5  # float32, the same products in another order through four step
 
 
 def swap(pipe, cls=None, **changes):
-    """Gives `pipe` the Fisher version of its scheduler (or of `cls`); returns the pipeline."""
+    """Sets the Fisher version of its scheduler (or of `cls`) on `pipe`, and returns the pipeline."""
     cls = fisher_scheduler(cls or type(pipe.scheduler))
     pipe.scheduler = cls.from_config(pipe.scheduler.config, **changes)
     return pipe
 
 
 def back_propagation(case, pipe, weight):
-    """Result and gradient by autograd through the pipeline's call without its no_grad decorator."""
+    """Returns result and gradient by autograd through the pipeline's call without its no_grad decorator."""
     leaf = case.noise().requires_grad_()
     result = case.sample(pipe, leaf, call=inspect.unwrap(type(pipe).__call__))
     (gradient,) = torch.autograd.grad((weight * result).sum(), leaf)

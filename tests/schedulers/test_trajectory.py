@@ -1,4 +1,4 @@
-"""The rules of a `differentiable` block: what it refuses, what it follows, and that it leaves no trace."""
+"""The rules of a `differentiable` block: its errors, the changes that it follows, and that it leaves no trace."""
 
 import diffusers
 import pytest
@@ -36,7 +36,7 @@ def ddim(**changes):
 
 
 def tracked(scheduler=None, estimator=None, dtype=torch.float64, mode="refuse", network=None, **options):
-    """A tracked run of the test network; returns its trajectory and result."""
+    """Runs the test network in a recorded run, and returns the trajectory and the result."""
     scheduler, estimator = scheduler or ddim(), estimator or DirectFisher()
     with torch.no_grad(), scheduler.differentiable(estimator, changed_latents=mode) as trajectory:
         result = sampling_run(scheduler, network or Network(dtype=dtype), latents(dtype), **options)[-1]
@@ -44,7 +44,7 @@ def tracked(scheduler=None, estimator=None, dtype=torch.float64, mode="refuse", 
 
 
 def graphs_in(value):
-    """Every tensor with a graph anywhere in a scheduler's attributes."""
+    """Returns every tensor with a graph in a scheduler's attributes."""
     if isinstance(value, torch.Tensor):
         return [value] if value.requires_grad else []
     if isinstance(value, dict):
@@ -227,7 +227,7 @@ def test_loss_of_something_else_is_refused():
 
 def test_gradient_that_overflows_is_refused_with_what_to_do():
     def network(x, t):
-        return x - 3.0  # far from the endpoint's direction, so that the plain form's eigenvalues are large
+        return x - 3.0  # far from the endpoint's direction, so that the uncentred form has large eigenvalues
 
     trajectory, result = tracked(estimator=EndpointFisher(), dtype=torch.float32, network=network, num_steps=100)
     with pytest.raises(NumericalError, match=r"through 100 steps is not finite with EndpointFisher.* use fewer steps"):
@@ -261,7 +261,7 @@ def test_step_returns_what_the_parents_does(return_dict):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_latents_get_the_gradient_of_a_float32_chain(dtype):
-    """Steps of DDIM with the output held do not depend on the sample, so the float32 gradient is the reference."""
+    """DDIM steps with a constant output do not depend on the sample, so the float32 gradient is the reference."""
     weight = latents(seed=5).to(dtype)
     reference, full = tracked(dtype=torch.float32, num_steps=50)
     exact = reference.gradient((weight.float() * full).sum())
