@@ -14,7 +14,7 @@ from ..fisher.estimator import FisherEstimator
 from ..noise import timestep_at
 from .output import LikelihoodOutput
 from .schemes import noise_grid
-from .solver import Integration, Path, Problem, likelihood_output, problem_of
+from .solver import Integration, OdeProblem, make_output, prepare_problem
 
 
 def reference_log_likelihood(
@@ -63,7 +63,7 @@ def reference_log_likelihood(
         )
     integration = Integration(num_levels - 1, None, prior_mean, prior_variance, space=space)
     estimator = AutodiffFisher(chunk_size=64) if estimator is None else estimator
-    problem = problem_of(denoiser, samples, estimator, integration)
+    problem = prepare_problem(denoiser, samples, estimator, integration)
     grid = noise_grid(problem.low, problem.high, num_levels - 1)
     end, trace, r = _solve(odeint, problem, grid, tolerance)
     rough_end, rough_trace, _ = _solve(odeint, problem, grid, 10 * tolerance)
@@ -71,12 +71,15 @@ def reference_log_likelihood(
     error = (prior + trace - problem.prior(rough_end) - rough_trace).abs()
     if not torch.isfinite(prior + trace).all():
         raise NumericalError(f"Reference log-likelihoods are not finite: {(prior + trace).tolist()}.")
-    path = Path(end, prior, trace, trace.new_empty(0, len(trace)), r, grid.exp(), error)
-    return likelihood_output(problem, integration, path, f"dopri5, tolerance {tolerance:g}")
+    return make_output(
+        problem, f"dopri5, tolerance {tolerance:g}", final_latents=end, prior_log_prob=prior, trace_log_prob=trace,
+        trace_by_probe=trace.new_empty(0, len(trace)), unexplained_noise_fraction=r, noise_to_signal=grid.exp(),
+        discretisation_error=error,
+    )  # fmt: skip
 
 
 def _solve(
-    odeint: Any, problem: Problem, grid: torch.Tensor, tolerance: float
+    odeint: Any, problem: OdeProblem, grid: torch.Tensor, tolerance: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns x~ at the noise end, d times the integral of 1 - r, and r at the nodes (levels, B)."""
     shape, dimensions = problem.start.shape, problem.start[0].numel()

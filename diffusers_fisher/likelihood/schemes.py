@@ -166,13 +166,11 @@ def _weights(
     result = []
     for index, node in enumerate(nodes):
         others = [*nodes[:index], *nodes[index + 1 :]]
-        lagrange = numpy.prod([(u - other) / (node - other) for other in others], axis=0) if others else 1.0
+        lagrange = numpy.prod([(u - other) / (node - other) for other in others], axis=0)  # of no others it is 1
         result.append(float((weights * lagrange).sum()))
     return result
 
 
 def _combined(weights: Sequence[float], values: Sequence[torch.Tensor]) -> torch.Tensor:
-    total = weights[0] * values[0]
-    for weight, value in zip(weights[1:], values[1:], strict=True):
-        total = total + weight * value
-    return total
+    first, *others = (weight * value for weight, value in zip(weights, values, strict=True))
+    return sum(others, first)

@@ -31,7 +31,7 @@ COARSE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class OdeProblem:
     """Holds the samples and the denoiser of one likelihood, after all checks and random draws.
 
     Args:
@@ -43,6 +43,7 @@ class Problem:
         low, high: log(sigma/alpha) at the ends.
         mean, variance: float64 moments of the data, for the prior.
         calls_before: the denoiser's `num_calls` before the integration.
+        integration: the caller's options.
     """
 
     denoiser: Denoiser
@@ -55,6 +56,7 @@ class Problem:
     mean: torch.Tensor
     variance: torch.Tensor
     calls_before: int
+    integration: Integration
 
     def evaluate(self, x: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns eps (B, ...), 1 - r (B,) and its value by each probe (k, B) at x~ = `x`, all float64."""
@@ -64,6 +66,7 @@ class Problem:
             model_input = (expand(level.alpha, x) * x).to(self.dtype).requires_grad_(needs_graph)
             state = self.denoiser.state(model_input, timestep.to(torch.float32))
             estimate = self.estimator(state).trace(self.probes)
+        self.integration.on_step()
         factor = (level.sigma**2 / x[0].numel()).to(x.device)
         return state.epsilon.detach().double(), factor * estimate.value, factor * estimate.values
 
@@ -73,23 +76,6 @@ class Problem:
         deviation = (self.variance + math.exp(self.high) ** 2).sqrt()
         prior = torch.distributions.Normal(self.mean, deviation, validate_args=False)
         return prior.log_prob(x).flatten(1).sum(1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Path:
-    """Holds the result of one integration, from the data to the noise end, by the names of `LikelihoodOutput`."""
-
-    final_latents: torch.Tensor
-    prior_log_prob: torch.Tensor
-    trace_log_prob: torch.Tensor
-    trace_by_probe: torch.Tensor
-    unexplained_noise_fraction: torch.Tensor
-    noise_to_signal: torch.Tensor
-    discretisation_error: torch.Tensor
-
-    @property
-    def log_prob(self) -> torch.Tensor:
-        return self.prior_log_prob + self.trace_log_prob
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,27 +137,27 @@ def integrate_log_likelihood(
         raise InputError(f"`num_steps` is {steps}; allowed: at least 2, sensibly 20 or more.")
     if num_probes is not None and num_probes < 1:
         raise InputError(f"`num_probes` is {num_probes}; allowed: at least 1, or None for the exact trace.")
-    problem = problem_of(denoiser, samples, estimator, options)
-    path = integrate(problem, steps, scheme, options.on_step)
-    if not torch.isfinite(path.log_prob).all():
+    problem = prepare_problem(denoiser, samples, estimator, options)
+    output = integrate(problem, steps, scheme)
+    if not torch.isfinite(output.log_prob).all():
         raise NumericalError(
-            f"Log-likelihoods are not finite: {path.log_prob.tolist()}; unexplained noise fractions by noise level: "
-            f"{path.unexplained_noise_fraction.tolist()}."
+            f"Log-likelihoods are not finite: {output.log_prob.tolist()}; unexplained noise fractions by noise level: "
+            f"{output.unexplained_noise_fraction.tolist()}."
         )
     if options.step_halving:
-        half = integrate(problem, steps // 2, scheme, options.on_step).log_prob
-        if not torch.isfinite(half).all():
+        half = integrate(problem, steps // 2, scheme)
+        if not torch.isfinite(half.log_prob).all():
             raise NumericalError(
                 "Log-likelihoods with half as many steps are not finite, so the discretisation error can't be "
                 "measured. Take more steps, or pass `step_halving=False`."
             )
-        path = dataclasses.replace(path, discretisation_error=(path.log_prob - half).abs())
-    if not torch.isfinite(path.discretisation_error).all():
+        error, calls = (output.log_prob - half.log_prob).abs(), half.num_denoiser_calls
+        output = dataclasses.replace(output, discretisation_error=error, num_denoiser_calls=calls)
+    if not torch.isfinite(output.discretisation_error).all():
         raise NumericalError(
-            f"The discretisation error's estimates are not finite: {path.discretisation_error.tolist()}. Take more "
+            f"The discretisation error's estimates are not finite: {output.discretisation_error.tolist()}. Take more "
             "steps."
         )
-    output = likelihood_output(problem, options, path, options.scheme)
     worst = float(output.discretisation_error.max()) / (output.dims * math.log(2))
     if worst > COARSE:
         warnings.warn(
@@ -183,9 +169,9 @@ def integrate_log_likelihood(
     return output
 
 
-def problem_of(
+def prepare_problem(
     denoiser: Denoiser, samples: torch.Tensor, estimator: FisherEstimator, integration: Integration
-) -> Problem:
+) -> OdeProblem:
     """Checks what is to be integrated, and makes all random draws. Raises as `integrate_log_likelihood`."""
     samples, bins, generator = checked_samples(samples), integration.bins, integration.generator
     moments = checked_prior(samples, integration.prior_mean, integration.prior_variance)
@@ -201,10 +187,12 @@ def problem_of(
     start = samples.double() if bins is None else dequantised(samples, bins, generator)
     if integration.noised:
         start = start + math.exp(low) * standard_noise(samples, generator)
-    return Problem(denoiser, start, samples.dtype, estimator, probes, low, high, *moments, denoiser.num_calls)
+    return OdeProblem(
+        denoiser, start, samples.dtype, estimator, probes, low, high, *moments, denoiser.num_calls, integration
+    )
 
 
-def integrate(problem: Problem, num_steps: int, scheme: Scheme, on_step: Callable[[], object] = lambda: None) -> Path:
+def integrate(problem: OdeProblem, num_steps: int, scheme: Scheme) -> LikelihoodOutput:
     """Carries x~ over the `num_steps` steps of `noise_grid` and integrates 1 - r.
 
     The evaluations lie on a path that knows nothing of the trace. Two more solutions follow it by the same
@@ -215,7 +203,6 @@ def integrate(problem: Problem, num_steps: int, scheme: Scheme, on_step: Callabl
     timesteps, nodes = timestep_at(problem.denoiser.scheduler, grid), grid.tolist()
     x = problem.start
     epsilon, rest, by_probe = problem.evaluate(x, timesteps[0])
-    on_step()
     path = Track(x, epsilon, scheme.order)
     refined, companion = (Track(x, epsilon, order, linearised=True) for order in (scheme.order, scheme.companion))
     # The solution of higher order is the nearest to the true one: the trace's points are measured against it.
@@ -224,7 +211,6 @@ def integrate(problem: Problem, num_steps: int, scheme: Scheme, on_step: Callabl
     for index in range(1, len(nodes)):
         at, previous = path.predict(nodes, index), path.x
         epsilon, rest, by_probe = problem.evaluate(at, timesteps[index])
-        on_step()
         slope = per_sample(rest.clamp(0, 1) / math.exp(nodes[index]), x)
         for track in (path, refined, companion):
             track.correct(nodes, index, at, epsilon, slope)
@@ -235,10 +221,12 @@ def integrate(problem: Problem, num_steps: int, scheme: Scheme, on_step: Callabl
     weights = quadrature_weights(grid, scheme.quadrature).to(x.device)
     prior = problem.prior(refined.x)
     prior_error = (problem.prior(companion.x) - prior).abs()
-    return Path(
-        refined.x, prior, dimensions * torch.einsum("n,nb->b", weights, values),
-        dimensions * torch.einsum("n,nkb->kb", weights, torch.stack(rests_by_probe)), 1 - values, grid.exp(),
-        _error(prior_error, values, torch.stack(shifts), grid.to(x.device), scheme, dimensions),
+    return make_output(
+        problem, problem.integration.scheme, final_latents=refined.x, prior_log_prob=prior,
+        trace_log_prob=dimensions * torch.einsum("n,nb->b", weights, values),
+        trace_by_probe=dimensions * torch.einsum("n,nkb->kb", weights, torch.stack(rests_by_probe)),
+        unexplained_noise_fraction=1 - values, noise_to_signal=grid.exp(),
+        discretisation_error=_error(prior_error, values, torch.stack(shifts), grid.to(x.device), scheme, dimensions),
     )  # fmt: skip
 
 
@@ -281,21 +269,26 @@ def _error(
     )
 
 
-def likelihood_output(problem: Problem, integration: Integration, path: Path, scheme: str) -> LikelihoodOutput:
-    """Makes the output of an integrated path, its tensors on the CPU. `scheme` is the name of the way it took."""
-    count = integration.num_probes
-    error = torch.zeros_like(path.trace_log_prob)
+def make_output(problem: OdeProblem, scheme: str, **tensors: torch.Tensor) -> LikelihoodOutput:
+    """Makes the output of an integration, with its tensors on the CPU.
+
+    Args:
+        scheme: name of the way in which the problem was integrated.
+        **tensors: the tensors of `LikelihoodOutput` by name, without `log_prob` and `standard_error`.
+    """
+    options, count = problem.integration, problem.integration.num_probes
+    error = torch.zeros_like(tensors["trace_log_prob"])
     if count is not None:
         # A single probe has no spread to tell its error from.
-        error = error + torch.inf if count == 1 else path.trace_by_probe.std(0) / count**0.5
+        error = error + torch.inf if count == 1 else tensors["trace_by_probe"].std(0) / count**0.5
+    tensors |= {"log_prob": tensors["prior_log_prob"] + tensors["trace_log_prob"], "standard_error": error}
     return LikelihoodOutput(
-        **{field.name: getattr(path, field.name).cpu() for field in dataclasses.fields(path)},
-        log_prob=path.log_prob.cpu(), standard_error=error.cpu(), dims=problem.start[0].numel(),
-        num_denoiser_calls=problem.denoiser.num_calls - problem.calls_before, space=integration.space,
-        prior="standard" if integration.prior_mean is None else "moment-matched",
-        density="noised" if integration.noised else "smoothed", halved=integration.step_halving, scheme=scheme,
+        **{name: tensor.cpu() for name, tensor in tensors.items()}, dims=problem.start[0].numel(),
+        num_denoiser_calls=problem.denoiser.num_calls - problem.calls_before, space=options.space,
+        prior="standard" if options.prior_mean is None else "moment-matched",
+        density="noised" if options.noised else "smoothed", halved=options.step_halving, scheme=scheme,
         trace=f"{problem.estimator.description}, {'no' if count is None else count} probes",
-        offset_bits=offset_bits(integration.bins),
+        offset_bits=offset_bits(options.bins),
     )  # fmt: skip
 
 
@@ -337,9 +330,8 @@ def checked_prior(samples: torch.Tensor, mean: Moment, variance: Moment) -> tupl
         try:
             value.expand(shape)
         except RuntimeError:
-            sizes = tuple(value.shape)
             raise InputError(
-                f"`{name}` has shape {sizes}; allowed: a number, or what broadcasts to {shape}."
+                f"`{name}` has shape {tuple(value.shape)}; allowed: a number, or what broadcasts to {shape}."
             ) from None
     if not (torch.isfinite(mean).all() and torch.isfinite(variance).all() and (variance >= 0).all()):
         raise InputError("`prior_mean` must be finite, and `prior_variance` finite and not negative.")

@@ -97,9 +97,7 @@ def _levels(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws log s (n,), one from each of n parts of equal probability, and returns the inverse density there too."""
     fine = torch.linspace(low, high, 4097, dtype=torch.float64)
-    density = 0.25 + _share(fine)
-    cumulative = torch.cumulative_trapezoid(density, fine)
-    cumulative = torch.cat([torch.zeros(1, dtype=torch.float64), cumulative])
+    cumulative = torch.nn.functional.pad(torch.cumulative_trapezoid(0.25 + _share(fine), fine), (1, 0))
     device = "cpu" if generator is None else generator.device
     uniform = torch.rand(count, generator=generator, dtype=torch.float64, device=device).cpu()
     quantiles = (torch.arange(count) + uniform) / count * cumulative[-1]
