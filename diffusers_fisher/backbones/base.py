@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 from ..errors import InputError, UnsupportedError
 from ..images import UNIT_RANGE, ImageLike, image_tensor
 from ..noise import noise_schedule
-from .autoencoder import decode_latents, encode_pixels, images_of
+from .autoencoder import decode_latents, encode_pixels, images_of, pixels_of
 from .conditions import Condition, Conditions, text_conditions
-from .inputs import form_of, guided_likelihood
+from .inputs import check_unguided, form_of
 from .parts import LatentStatistics, checkpoint_parts
 from .stock_calls import shallow_copy
 
@@ -205,15 +205,13 @@ class Backbone:
     @contextlib.contextmanager
     def loaded(self) -> Iterator[None]:
         """Keeps the network on its device between the block's calls under model offload, and then offloads it."""
-        if not self.is_offloaded:
-            yield
-            return
         self._keeps_loaded = True
         try:
             yield
         finally:
             self._keeps_loaded = False
-            self.pipe.maybe_free_model_hooks()
+            if self.is_offloaded:
+                self.pipe.maybe_free_model_hooks()
 
     def with_autoencoder(self, autoencoder: torch.nn.Module | None) -> Backbone:
         """Returns this backbone with another autoencoder; for None itself."""
@@ -263,9 +261,9 @@ class Backbone:
 
     def size_arguments_of(self, latents: torch.Tensor) -> dict[str, Any]:
         """Returns the call's arguments for the size of latents (B, C, h, w); none for packed latents."""
-        if latents.ndim != 4 or "height" not in self.parameters:
+        if latents.ndim != 4:
             return {}
-        return {"height": latents.shape[-2] * self.factor, "width": latents.shape[-1] * self.factor}
+        return self.size_arguments((latents.shape[-2] * self.factor, latents.shape[-1] * self.factor))
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """Brings latents (B, C, h, w) into the layout of the pipeline's own `latents`."""
@@ -339,7 +337,7 @@ class Backbone:
             raise InputError("Give either `images` or `latents`: exactly one of them.")
         if latents is None:
             tensor = image_tensor(images, self.size_multiple, self.image_channels, data_range)
-            return self.encode((2 * tensor - 1).to(self.device))[0]
+            return self.encode(pixels_of(tensor).to(self.device))[0]
         channels, multiple = self.latent_channels, self.size_multiple // self.factor
         shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else ()
         if len(shape) != 4 or shape[1] != channels or any(side % multiple for side in shape[2:]):
@@ -412,9 +410,7 @@ class Backbone:
         Raises:
             InputError: they have another scale.
         """
-        scale = call_arguments.pop("guidance_scale", 1.0)
-        if scale != 1.0:
-            raise guided_likelihood("guidance_scale", scale)
+        check_unguided("guidance_scale", call_arguments.pop("guidance_scale", 1.0))
         return 1.0
 
     # Checks

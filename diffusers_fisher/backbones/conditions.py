@@ -120,10 +120,9 @@ def class_conditions(
     labels: Condition, num_classes: int, count: int | None, num_images_per_prompt: int = 1
 ) -> list[int]:
     """Makes one class label per sample. Arguments and errors are those of `text_conditions`."""
+    entries: Any = labels.tolist() if isinstance(labels, torch.Tensor) else labels  # not checked yet
     if isinstance(labels, int):
-        entries: Any = [labels] * (count or 1)  # whatever was passed, until it is checked
-    else:
-        entries = labels.tolist() if isinstance(labels, torch.Tensor) else labels
+        entries = [labels] * (count or 1)
     known = isinstance(entries, (list, tuple)) and all(type(label) is int for label in entries)
     if not known or not entries or not all(0 <= label < num_classes for label in entries):
         raise InputError(f"`class_labels` is {labels!r}; allowed: numbers from 0 to {num_classes - 1}, at least one.")

@@ -59,12 +59,13 @@ def check_arguments(
         )
 
 
-def guided_likelihood(name: str, scale: float) -> InputError:
-    """Makes the error for a likelihood of a guided output."""
-    return InputError(
-        f"`{name}` is {scale}; a likelihood is at 1.0, because a guided output is the score of no density. Leave it "
-        "out."
-    )
+def check_unguided(name: str, scale: float) -> None:
+    """Refuses a likelihood of a guided output. Raises `InputError`."""
+    if scale != 1.0:
+        raise InputError(
+            f"`{name}` is {scale}; a likelihood is at 1.0, because a guided output is the score of no density. Leave "
+            "it out."
+        )
 
 
 def form_of(value: object) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from .autoencoder import pixels_of
 from .base import Backbone
 
 
@@ -39,7 +40,7 @@ class StableDiffusionBackbone(Backbone):
     def finish(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
         if self.pipe.safety_checker is None:
             return images, []
-        checked, concepts = self.pipe.run_safety_checker(2 * images - 1, images.device, self.pipe.dtype)
+        checked, concepts = self.pipe.run_safety_checker(pixels_of(images), images.device, self.pipe.dtype)
         flagged = [bool(entry) for entry in concepts]
         # As in the stock call, the checker's black image takes the place of a flagged image.
         chosen = torch.tensor(flagged, device=images.device)[:, None, None, None]

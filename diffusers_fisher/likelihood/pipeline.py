@@ -201,8 +201,7 @@ def unguided_denoiser(
             "prompts count for nothing. Leave it out; `compare_likelihood` compares two prompts."
         )
     _, conditions = backbone.conditions(prompt, call_arguments, len(samples))
-    pixels = samples.shape[-2] * backbone.factor, samples.shape[-1] * backbone.factor
-    arguments = {**backbone.size_arguments(pixels), **call_arguments, **conditions}
+    arguments = {**backbone.size_arguments_of(samples), **call_arguments, **conditions}
     return PipelineDenoiser(backbone, guidance_scale, **arguments)
 
 

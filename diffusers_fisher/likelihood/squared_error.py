@@ -66,7 +66,11 @@ def squared_error_log_likelihood(
     timesteps, before = timestep_at(denoiser.scheduler, levels), denoiser.num_calls
     dimensions, rows = samples[0].numel(), []
     for log_s, timestep, noise in zip(levels, timesteps, noises, strict=True):
-        error = _squared_error(denoiser, start, samples.dtype, noise, timestep)
+        with torch.no_grad():
+            level = denoiser.level(timestep)
+            noised = (expand(level.alpha, start) * start + expand(level.sigma, start) * noise).to(samples.dtype)
+            epsilon = denoiser.state(noised, timestep.to(torch.float32)).epsilon
+        error = (noise - epsilon.double()).square().flatten(1).sum(1)
         # A control variate: |eps|^2 - d has mean zero, and r^2 of it is in the squared error.
         rows.append(dimensions - error + _share(log_s).square().to(error.device) * (noise.square().sum() - dimensions))
         on_step()
@@ -110,17 +114,6 @@ def _levels(
 def _share(log_s: torch.Tensor) -> torch.Tensor:
     """Returns r of Gaussian data with standard deviation `CROSSOVER`."""
     return torch.sigmoid(2 * (math.log(CROSSOVER) - log_s))
-
-
-@torch.no_grad()
-def _squared_error(
-    denoiser: Denoiser, start: torch.Tensor, dtype: torch.dtype, noise: torch.Tensor, timestep: torch.Tensor
-) -> torch.Tensor:
-    """Returns |eps - eps_theta|^2, (B,) float64."""
-    level = denoiser.level(timestep)
-    noised = (expand(level.alpha, start) * start + expand(level.sigma, start) * noise).to(dtype)
-    epsilon = denoiser.state(noised, timestep.to(torch.float32)).epsilon
-    return (noise - epsilon.double()).square().flatten(1).sum(1)
 
 
 def _mean_prior(x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, s: float) -> torch.Tensor:

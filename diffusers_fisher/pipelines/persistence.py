@@ -38,10 +38,9 @@ NEEDED_FILES = (
 
 def stock_class(cls: type) -> type[Any]:
     """Returns the first class of diffusers itself in the MRO of `cls`."""
-    parents = (parent for parent in cls.__mro__ if parent.__module__.split(".")[0] == "diffusers")
-    return next(
-        parent for parent in parents if not issubclass(parent, FisherSchedulerMixin)
-    )  # those of `fisher_scheduler` bear its module
+    # Classes that `fisher_scheduler` makes have the module of the stock class.
+    parents = (parent for parent in cls.__mro__ if not issubclass(parent, FisherSchedulerMixin))
+    return next(parent for parent in parents if parent.__module__.split(".")[0] == "diffusers")
 
 
 def over_components_of(pipe: DiffusionPipeline, cls: type[Pipeline], **components: Any) -> Pipeline:

@@ -43,7 +43,17 @@ class LatentPipelineMixin(FisherPipelineMixin):
     image_processor: VaeImageProcessor
 
 
-class StableDiffusionFisherPipeline(LatentPipelineMixin, StableDiffusionPipeline):
+class StableDiffusionMixin(LatentPipelineMixin):
+    """`LatentPipelineMixin` for the generations of Stable Diffusion whose network is a U-Net."""
+
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    feature_extractor: object
+    image_encoder: PreTrainedModel | None
+
+
+class StableDiffusionFisherPipeline(StableDiffusionMixin, StableDiffusionPipeline):
     """`StableDiffusionPipeline` with `log_likelihood` and `guide`; its call is the stock one.
 
     Made with `from_pretrained` from any Stable Diffusion 1.x or 2.x checkpoint, or from a pipeline at hand with
@@ -51,27 +61,17 @@ class StableDiffusionFisherPipeline(LatentPipelineMixin, StableDiffusionPipeline
     statistics, because they are no components; they may be set.
     """
 
-    unet: UNet2DConditionModel
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
     safety_checker: StableDiffusionSafetyChecker | None
-    feature_extractor: object
-    image_encoder: PreTrainedModel | None
 
 
-class StableDiffusionXLFisherPipeline(LatentPipelineMixin, StableDiffusionXLPipeline):
+class StableDiffusionXLFisherPipeline(StableDiffusionMixin, StableDiffusionXLPipeline):
     """`StableDiffusionXLPipeline` with `log_likelihood` and `guide`; its call is the stock one.
 
     The network's size conditions (`original_size`, `target_size`) are those of the image unless others are passed.
     """
 
-    unet: UNet2DConditionModel
-    text_encoder: CLIPTextModel
     text_encoder_2: CLIPTextModelWithProjection
-    tokenizer: CLIPTokenizer
     tokenizer_2: CLIPTokenizer
-    image_encoder: PreTrainedModel | None
-    feature_extractor: object
 
 
 class StableDiffusion3FisherPipeline(LatentPipelineMixin, StableDiffusion3Pipeline):
@@ -104,23 +104,23 @@ class FluxFisherPipeline(LatentPipelineMixin, FluxPipeline):
     tokenizer_2: PreTrainedTokenizerBase
 
 
-class PixArtAlphaFisherPipeline(LatentPipelineMixin, PixArtAlphaPipeline):
+class PixArtMixin(LatentPipelineMixin):
+    """`LatentPipelineMixin` for both generations of PixArt."""
+
+    transformer: PixArtTransformer2DModel
+    text_encoder: T5EncoderModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+class PixArtAlphaFisherPipeline(PixArtMixin, PixArtAlphaPipeline):
     """`PixArtAlphaPipeline` with `log_likelihood` and `guide`; its call is the stock one.
 
     Sizes are taken as they are: `use_resolution_binning` is off in both.
     """
 
-    transformer: PixArtTransformer2DModel
-    text_encoder: T5EncoderModel
-    tokenizer: PreTrainedTokenizerBase
 
-
-class PixArtSigmaFisherPipeline(LatentPipelineMixin, PixArtSigmaPipeline):
+class PixArtSigmaFisherPipeline(PixArtMixin, PixArtSigmaPipeline):
     """`PixArtSigmaPipeline` with `log_likelihood` and `guide`; its call is the stock one.
 
     Sizes are taken as they are: `use_resolution_binning` is off in both.
     """
-
-    transformer: PixArtTransformer2DModel
-    text_encoder: T5EncoderModel
-    tokenizer: PreTrainedTokenizerBase

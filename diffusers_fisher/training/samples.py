@@ -8,6 +8,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..backbones import Backbone, PipelineDenoiser, backbone_of
+from ..backbones.autoencoder import pixels_of
 from ..data import Caption
 from ..errors import InputError
 from ..likelihood.pipeline import unguided_denoiser
@@ -54,8 +55,8 @@ class SampleSpace:
             )
         return torch.cat([self._moments(piece) for piece in data.split(self.piece_size)])
 
-    def _moments(self, pixels: torch.Tensor) -> torch.Tensor:
-        mean, deviation = self.backbone.encode((2 * pixels - 1).to(self.backbone.device))
+    def _moments(self, images: torch.Tensor) -> torch.Tensor:
+        mean, deviation = self.backbone.encode(pixels_of(images).to(self.backbone.device))
         return torch.stack([mean, torch.zeros_like(mean) if deviation is None else deviation], dim=1)
 
     def pixels(self, data: torch.Tensor) -> torch.Tensor:
