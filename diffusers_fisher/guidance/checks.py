@@ -71,10 +71,8 @@ def check_differentiable(reward: Reward, shape: Sequence[int], prompts: Prompts,
     with torch.enable_grad():
         images = _ramps(shape, device).requires_grad_()
         values = checked_reward(reward, images, prompts)
-        connected = values.requires_grad and (
-            torch.autograd.grad(values.sum(), images, allow_unused=True)[0] is not None
-        )
-    if not connected:
+        gradient = torch.autograd.grad(values.sum(), images, allow_unused=True)[0] if values.requires_grad else None
+    if gradient is None:
         raise not_differentiable(reward)
     for _, term in getattr(reward, "terms", ()):  # a term with a graph would hide the other terms of a sum
         check_differentiable(term, shape, prompts, device)
@@ -118,11 +116,23 @@ def not_differentiable(reward: Reward) -> InputError:
     )
 
 
-def watch_gradient(images: torch.Tensor, reward: Reward, where: str) -> None:
-    """Makes the backward pass through `images` check the reward's gradient before it goes on to the denoiser.
+def reward_in_run(reward: Reward, images: torch.Tensor, prompts: Prompts, where: str) -> torch.Tensor:
+    """Calls the reward on images of a run, and checks the images, the rewards and, in a backward pass, the gradient.
 
-    The pass raises `NumericalError` where the gradient is not finite; the message names `where`.
+    Args:
+        where: name of the part of the run, for messages.
+
+    Raises:
+        InputError: the reward is not a tensor of shape (B,).
+        NumericalError: the images or the rewards are not finite; or, from the backward pass through `images`, the
+            reward's gradient is not finite.
     """
+    if not torch.isfinite(images).all():
+        raise NumericalError(
+            f"The images of {where} are not finite. Half-precision autoencoders and denoisers are the usual cause: "
+            "load the pipeline in float32 or bfloat16."
+        )
+    values = checked_reward(reward, images, prompts)
 
     def check(gradient: torch.Tensor) -> None:
         if not torch.isfinite(gradient).all():
@@ -133,15 +143,7 @@ def watch_gradient(images: torch.Tensor, reward: Reward, where: str) -> None:
 
     if images.requires_grad:
         images.register_hook(check)
-
-
-def check_images(images: torch.Tensor, where: str) -> None:
-    """Refuses images that are not finite. Raises `NumericalError`, which names `where`."""
-    if not torch.isfinite(images).all():
-        raise NumericalError(
-            f"The images of {where} are not finite. Half-precision autoencoders and denoisers are the usual cause: "
-            "load the pipeline in float32 or bfloat16."
-        )
+    return values
 
 
 def name_of(reward: Any) -> str:

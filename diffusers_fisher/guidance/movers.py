@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -19,17 +19,6 @@ Variables = Mapping[str, torch.Tensor]
 
 OptimizerFactory = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 """`factory(parameters) -> optimizer`, such as `lambda parameters: torch.optim.Adam(parameters, lr=0.05)`."""
-
-
-class Mover(Protocol):
-    """Takes the steps of an ascent."""
-
-    def move(self, variables: Variables, gradients: Variables, improved: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Returns the variables after a step along the rewards' `gradients`.
-
-        Args:
-            improved: (B,) bool, whether the sample's last reward is its best so far.
-        """
 
 
 class NormalisedAscent:
@@ -51,6 +40,11 @@ class NormalisedAscent:
         self._lengths = {name: step_size * size.flatten() for name, size in sizes.items()}
 
     def move(self, variables: Variables, gradients: Variables, improved: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns the variables after a step along the rewards' `gradients`.
+
+        Args:
+            improved: (B,) bool, whether the sample's last reward is its best so far.
+        """
         result = {}
         for name, value in variables.items():
             kept = improved.to(value.device)
@@ -74,6 +68,7 @@ class TorchAscent:
         self._optimizer = make(list(self._parameters.values()))
 
     def move(self, variables: Variables, gradients: Variables, improved: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns the parameters after a step of the optimiser. The arguments are those of `NormalisedAscent.move`."""
         for name, parameter in self._parameters.items():
             parameter.grad = -gradients[name].to(parameter)
         self._optimizer.step()

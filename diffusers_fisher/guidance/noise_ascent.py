@@ -14,7 +14,7 @@ from ..fisher.estimator import FisherEstimator
 from ..schedulers import FisherSchedulerMixin, Trajectory
 from . import checks
 from .checks import Prompts, Reward
-from .movers import Mover, NormalisedAscent, OptimizerFactory, TorchAscent, shell_distance
+from .movers import NormalisedAscent, OptimizerFactory, TorchAscent, Variables, shell_distance
 from .text import TextEmbedding
 
 logger = logging.getLogger(__name__)
@@ -175,9 +175,7 @@ class GuidedRun:
             variables["text"] = self.text.value.detach()
         with torch.set_grad_enabled(with_gradient):
             images = self.decode(latents)
-            checks.check_images(images, f"run {step}")
-            rewards = checks.checked_reward(self.reward, images, self.prompts)
-            checks.watch_gradient(images, self.reward, f"run {step}")
+            rewards = checks.reward_in_run(self.reward, images, self.prompts, f"run {step}")
             total = rewards.sum()  # here, because the caller may be under no_grad
         held_out = self._evaluate_held_out(images.detach(), step, ascent)
         improved = ascent.record(rewards, held_out, {**variables, "images": images, "latents": latents})
@@ -247,6 +245,12 @@ class AscentSettings:
     optimizer: OptimizerFactory | None = None
     patience: int | None = None
 
+    def make_mover(self, variables: Variables, noise: torch.Tensor) -> NormalisedAscent | TorchAscent:
+        """Makes what takes the steps, from the first values of the variables and from the initial noise."""
+        if self.optimizer is None:
+            return NormalisedAscent(variables, noise, self.step_size)
+        return TorchAscent(variables, self.optimizer)
+
 
 def ascend_noise(
     run: GuidedRun,
@@ -273,7 +277,7 @@ def ascend_noise(
     steps, patience = settings.num_guidance_steps, settings.patience
     ascent = NoiseAscent(torch.full((len(noise),), -torch.inf, dtype=torch.float64))
     variables = {"noise": noise}
-    mover: Mover | None = None
+    mover: NormalisedAscent | TorchAscent | None = None
     if steps > 0 and settings.optimizer is None and not bool((checks.norms(noise) > 0).all()):
         raise InputError(
             "A sample of the initial noise is all zero, so there is no sphere to move it on; draw it anew."
@@ -292,12 +296,7 @@ def ascend_noise(
                 if len(ascent.gradient_norms) == 1:
                     _warn_of_flat_rewards(ascent.gradient_norms[0], run.reward)
                 moving = {name: variables[name] for name in gradients}
-                if mover is None:
-                    mover = (
-                        NormalisedAscent(moving, noise, settings.step_size)
-                        if settings.optimizer is None
-                        else TorchAscent(moving, settings.optimizer)
-                    )
+                mover = mover or settings.make_mover(moving, noise)
                 variables |= mover.move(moving, gradients, improved)
         except NumericalError as error:
             if not ascent.rewards:  # nothing to return

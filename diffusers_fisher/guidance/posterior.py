@@ -17,6 +17,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..backbones import PipelineDenoiser, backbone_of
+from ..backbones.stock_calls import restore_attributes
 from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError, TrajectoryError, UnsupportedError
 from ..fisher.direct import DirectFisher
@@ -108,19 +109,15 @@ def posterior_guidance(
 
 
 @contextlib.contextmanager
-def _watches(owner: Any, name: str, watch: Callable) -> Iterator[None]:
-    """Calls `watch(method, ...)` in the place of a method of `owner` in the block, and then puts back what was there.
+def _watch_method(owner: Any, name: str, watch: Callable) -> Iterator[None]:
+    """Calls `watch(method, ...)` in the place of a method of `owner` in the block, and then restores the method.
 
     The attribute is set past any `__setattr__`. Pipelines inspect the method's signature, which stays the same.
     """
-    attributes = {key: value for key, value in vars(owner).items() if key == name}  # an attribute that a user set
-    method = getattr(owner, name)
-    vars(owner)[name] = functools.update_wrapper(functools.partial(watch, method), method)
-    try:
+    with restore_attributes(owner, name):  # a user may have set the attribute
+        method = getattr(owner, name)
+        vars(owner)[name] = functools.update_wrapper(functools.partial(watch, method), method)
         yield
-    finally:
-        vars(owner).pop(name, None)
-        vars(owner).update(attributes)
 
 
 class PosteriorGuidance(contextlib.AbstractContextManager):
@@ -157,17 +154,16 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
         self._tried: set[tuple[int, ...]] = set()
         self._scheduler: Any = None
         self._timesteps: Any = None
-        self._timestep: Timestep = 0  # of the last step, with the state that it began from
-        self._state: DenoisingState | None = None
+        self._state: DenoisingState | None = None  # from which the last step began
         self._begin: NoiseLevel | None = None  # level from which the sample comes that is to be tilted
         self._steps = self._calls = 0
         self._is_evaluating = False  # then calls of the pipeline are the estimator's own, and no runs
 
     def __enter__(self) -> PosteriorGuidance:
         self._scheduler, self._block = self._pipe.scheduler, contextlib.ExitStack()
-        self._block.enter_context(_watches(self._scheduler, "step", self._step))
+        self._block.enter_context(_watch_method(self._scheduler, "step", self._step))
         if hasattr(self._pipe, "prepare_latents"):  # else the first guided step finds a bad reward
-            self._block.enter_context(_watches(self._pipe, "prepare_latents", self._prepare_latents))
+            self._block.enter_context(_watch_method(self._pipe, "prepare_latents", self._prepare_latents))
         return self
 
     def __exit__(self, *raised: Any) -> None:
@@ -202,7 +198,7 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
         schedule = noise_schedule(self._scheduler)
         if schedule.awaits_second_stage:
             return callback_kwargs  # the second evaluation of a step forgets what is changed after the first
-        begin, end = self._begin or state.level, schedule.level_after_step(self._timestep)
+        begin, end = self._begin or state.level, schedule.level_after_step(state.known_timestep)
         self._begin, self._state = end, None
         if self.status != COMPLETED:
             return callback_kwargs
@@ -225,17 +221,14 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
 
     def _direction(self, state: DenoisingState, estimator: FisherEstimator, step: int) -> torch.Tensor:
         """Returns the unit direction in which the score is tilted, (B, ...)."""
-        clean = state.pred_original_sample.detach()
+        clean = state.pred_original_sample.detach().requires_grad_()
         prompts = self._prompts_of(len(clean))
         with torch.enable_grad():
-            leaf = clean.requires_grad_()
-            images = self._decode(leaf)
-            checks.check_images(images, f"guided step {step}")
-            values = checks.checked_reward(self._reward, images, prompts)
+            images = self._decode(clean)
+            values = checks.reward_in_run(self._reward, images, prompts, f"guided step {step}")
             if not values.requires_grad:
                 raise checks.not_differentiable(self._reward)
-            checks.watch_gradient(images, self._reward, f"guided step {step}")
-            (gradient,) = torch.autograd.grad(values.sum(), leaf)
+            (gradient,) = torch.autograd.grad(values.sum(), clean)
         product = estimator(state).original_jacobian(gradient)
         if not torch.isfinite(product).all():
             raise NumericalError(
@@ -308,7 +301,6 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
             self.rewards, self.gradient_norms, self.status = [], [], COMPLETED
         carrier = sample.detach().to(torch.promote_types(sample.dtype, torch.float32))
         index = noise_schedule(scheduler).start_step(timestep)
-        self._timestep = timestep
         self._state = state_of(scheduler, carrier, model_output.detach().to(carrier.dtype), timestep, index)
         if self._begin is None:
             self._begin = self._state.level
