@@ -41,7 +41,7 @@ def decode_latents(autoencoder: AutoencoderKL | VQModel, latents: torch.Tensor, 
 def latent_moments(
     autoencoder: AutoencoderKL | VQModel, like: torch.Tensor, standardises: bool
 ) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-    """Returns what latents are shifted by, and what they are divided by beside the scaling factor.
+    """Returns the shift of the latents, and the divisor that they have beside the scaling factor.
 
     Args:
         like: tensor with the dtype and device of the result.

@@ -108,12 +108,12 @@ class Backbone:
 
     @property
     def latent_statistics(self) -> LatentStatistics | None:
-        """Mean and variance of the training data's latents, each of one sample's shape; None where not known."""
+        """Mean and variance of the training data's latents, each of one sample's shape; None if they are unknown."""
         return checkpoint_parts(self.pipe).latent_statistics
 
     @property
     def device(self) -> torch.device:
-        """Where the pipeline computes."""
+        """The device on which the pipeline computes."""
         return self.pipe._execution_device
 
     @property
@@ -181,20 +181,20 @@ class Backbone:
             **arguments: other arguments of the call.
         """
         attributes = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
-        # Under model offload a copy would keep books of its own over hooks that all copies share.
+        # Under model offload a copy would keep a record of its own of the hooks that all copies share.
         if self.is_offloaded:
             offload = self.pipe.maybe_free_model_hooks
             attributes["maybe_free_model_hooks"] = (lambda: None) if self._keeps_loaded else offload
         pipe = shallow_copy(self.pipe, **attributes)
         if encode_prompt is not None and self.encodes_prompts:
-            encode = shallow_copy(pipe).encode_prompt  # of another copy: a circle would keep the call's tensors
+            encode = shallow_copy(pipe).encode_prompt  # of another copy: a circle would keep tensors
             vars(pipe)["encode_prompt"] = functools.partial(encode_prompt, encode)
         call = inspect.unwrap(self.function) if with_graph else self.function
         with contextlib.nullcontext() if with_graph or self.latents_call is None else torch.no_grad():
             return call(pipe, latents=latents, **arguments)
 
     def progress_bar(self, total: int) -> tqdm:
-        """Returns a progress bar as the pipeline makes them; a pipeline notes its first bar, so a copy makes it."""
+        """Makes a progress bar like the pipeline's. A copy makes it, because a pipeline remembers its first bar."""
         return shallow_copy(self.pipe).progress_bar(total=total)
 
     @property
@@ -214,7 +214,7 @@ class Backbone:
                 self.pipe.maybe_free_model_hooks()
 
     def with_autoencoder(self, autoencoder: torch.nn.Module | None) -> Backbone:
-        """Returns this backbone with another autoencoder; for None itself."""
+        """Returns the backbone with another autoencoder; for None it returns itself."""
         if autoencoder is None:
             return self
         return type(self)(shallow_copy(self.pipe, **{self.autoencoder_name: autoencoder}))
@@ -331,7 +331,7 @@ class Backbone:
         The mean of the autoencoder's posterior stands for an image.
 
         Raises:
-            InputError: both or neither of them, or a kind, size or range that the pipeline does not take.
+            InputError: both or neither of the two, or a kind, size or range that the pipeline does not take.
         """
         if (images is None) == (latents is None):
             raise InputError("Give either `images` or `latents`: exactly one of them.")
@@ -362,7 +362,7 @@ class Backbone:
         return latents.detach().to(self.device, torch.float32)
 
     def prior(self, mean: Moment, variance: Moment, samples: torch.Tensor) -> tuple[Moment, Moment]:
-        """Returns moments of the data in the pipeline's layout: those passed, else the checkpoint's, else None."""
+        """Returns the data's moments in the pipeline's layout: the arguments, else the checkpoint's, else None."""
         if mean is None and variance is None and self.latent_statistics is not None:
             # Statistics per element fit latents of one size; for other sizes their mean over space stands for them.
             mean, variance = (
@@ -376,7 +376,7 @@ class Backbone:
     def conditions(
         self, prompt: Condition, call_arguments: dict[str, Any], count: int | None, num_images_per_prompt: int = 1
     ) -> Conditions:
-        """Returns one condition per sample, and the call arguments that say them; see `text_conditions`."""
+        """Returns one condition per sample, and the call arguments that hold them; see `text_conditions`."""
         return text_conditions(self.name, self.parameters, prompt, call_arguments, count, num_images_per_prompt)
 
     def pooled(self, conditions: dict[str, Any]) -> torch.Tensor | None:
@@ -408,7 +408,7 @@ class Backbone:
         """Removes the guidance scale from `call_arguments`, and returns the one at which the output is a score: 1.
 
         Raises:
-            InputError: they have another scale.
+            InputError: the arguments have another scale.
         """
         check_unguided("guidance_scale", call_arguments.pop("guidance_scale", 1.0))
         return 1.0

@@ -10,7 +10,7 @@ from .unconditional import UnconditionalBackbone
 
 
 class LDMBackbone(UnconditionalBackbone):
-    """Knows latents of a vector-quantised autoencoder: they are those before its quantisation, scaled."""
+    """Knows unconditional latent diffusion. Its latents are a VQ autoencoder's, scaled and not quantised."""
 
     autoencoder_name = "vqvae"
     latents_call = staticmethod(make_latents_call(LDMPipeline))

@@ -62,23 +62,23 @@ class SamplingRun:
 def _watch_steps(denoiser: PipelineDenoiser, callback: StepCallback) -> dict[str, Any]:
     """Returns call arguments for `callback` that mark `denoiser` as outdated after changes to more than latents."""
 
-    def watched(pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def watch(pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         before = {name: value for name, value in tensors.items() if name != "latents"}
         # A tensor's `_version` counts its changes in place.
         versions = {name: getattr(value, "_version", None) for name, value in before.items()}
         scale = vars(pipe).get("_guidance_scale")
         result = callback(pipe, step, timestep, tensors)
-        returned = [name for name in result if name in pipe._callback_tensor_inputs and name != "latents"]
-        changed = [name for name in returned if result[name] is not before.get(name)]
-        changed += [name for name, value in before.items() if getattr(value, "_version", None) != versions[name]]
+        names = [name for name in result if name in pipe._callback_tensor_inputs and name != "latents"]
+        changes = [name for name in names if result[name] is not before.get(name)]
+        changes += [name for name, value in before.items() if getattr(value, "_version", None) != versions[name]]
         if vars(pipe).get("_guidance_scale") != scale:
-            changed.append("guidance_scale")
-        if changed:
-            denoiser.outdated = f"A callback changed {sorted(set(changed))} after step {step} of the run"
+            changes.append("guidance_scale")
+        if changes:
+            denoiser.outdated = f"A callback changed {sorted(set(changes))} after step {step} of the run"
         return result
 
-    # Pipelines ask callbacks of diffusers' own class which tensors they take; `watched` has no such class.
+    # Pipelines ask callbacks of diffusers' own class which tensors they take; `watch` has no such class.
     tensors = getattr(callback, "tensor_inputs", None)
-    return {"callback_on_step_end": watched} | (
+    return {"callback_on_step_end": watch} | (
         {} if tensors is None else {"callback_on_step_end_tensor_inputs": tensors}
     )

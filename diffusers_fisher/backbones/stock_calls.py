@@ -73,9 +73,9 @@ def shallow_copy(owner: Owner, **attributes: Any) -> Owner:
 
     The attributes are written past `__setattr__`, by which a pipeline would note the change in its configuration.
     """
-    copied = copy.copy(owner)
-    vars(copied).update(attributes)
-    return copied
+    duplicate = copy.copy(owner)
+    vars(duplicate).update(attributes)
+    return duplicate
 
 
 @contextlib.contextmanager
@@ -96,7 +96,7 @@ def restore_attributes(owner: object, *names: str) -> Iterator[None]:
 def _call_from(latents: torch.Tensor, call: Callable, pipe: DiffusionPipeline, count: int) -> Callable:
     """Returns the function `call` with `latents` in the place of what it draws.
 
-    Its code runs over the same names, of which only `randn_tensor` means another function.
+    Its code and its globals are the same, except that `randn_tensor` is another function.
     """
     network = pipe.unet if "unet" in pipe.components else pipe.transformer
     shape, channels = tuple(latents.shape), network.config.in_channels
@@ -113,10 +113,10 @@ def _call_from(latents: torch.Tensor, call: Callable, pipe: DiffusionPipeline, c
 
 
 class _SchedulerWithMemory:
-    """Stands for a pipeline's scheduler, and keeps the last sample that it returned.
+    """Stands for a pipeline's scheduler, and keeps the last sample that the scheduler returned.
 
-    A pipeline that hands it every sample twice (DiT, for classifier-free guidance) gets it back twice, but the
-    scheduler's own step sees it once: so a differentiable run has the shape of the latents.
+    Some pipelines pass every sample twice (DiT, for classifier-free guidance). They get it back twice, but the
+    scheduler's own step gets it once, so that a differentiable run has the shape of the latents.
     """
 
     def __init__(self, scheduler: Any, count: int):

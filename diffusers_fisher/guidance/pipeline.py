@@ -81,14 +81,14 @@ def guide(
             evaluation at a time); "control", added to the model's output at every step.
         optimizer: None for normalised ascent, which keeps the noise on its sphere; or a name in torch.optim, with
             `step_size` as its learning rate, or a factory from parameters to an optimiser.
-        patience: stops after so many runs in which no sample reached a new best; None: never.
-        held_out_reward: reported beside the reward and not optimised: where it falls, the reward is being gamed.
+        patience: number of runs without a new best of any sample after which the guidance stops; None: it never does.
+        held_out_reward: a reward that is reported and not optimised. Where it falls, the guidance exploits the reward.
         adjoint_guidance_scale: guidance scale of the denoiser in the backward pass, 1.0 to keep classifier-free
-            guidance out of it; None: as in the runs. Nothing to estimators without a denoiser.
+            guidance out of it; None: as in the runs. It has no effect on estimators without a denoiser.
         decoder: decodes for the reward in the autoencoder's place, such as an `AutoencoderTiny`; the images that are
             returned are the autoencoder's.
         checkpoint_decoder: recomputes the decoder's activations in its backward pass instead of keeping them.
-        **call_arguments: to the pipeline's call, such as `negative_prompt`.
+        **call_arguments: arguments of the pipeline's call, such as `negative_prompt`.
 
     Returns:
         `GuidanceOutput`, or with `return_dict=False` the tuple of its entries. Cost: `num_guidance_steps + 1` ordinary
@@ -166,15 +166,15 @@ def _ascend(
             autoencoder.enable_gradient_checkpointing()
         progress = stack.enter_context(backbone.progress_bar(settings.num_guidance_steps + 1))
 
-        def show(rewards: torch.Tensor) -> None:
+        def report(rewards: torch.Tensor) -> None:
             progress.set_postfix(reward=f"{float(rewards.mean()):.3f}")
             progress.update()
 
-        ascent = ascend_noise(run, noise, settings, show)
+        ascent = ascend_noise(run, noise, settings, report)
         if decoder is not None:
-            for kept in (ascent.best, ascent.initial):
+            for tensors in (ascent.best, ascent.initial):
                 with torch.no_grad():
-                    kept["images"] = backbone.decode(kept["latents"], pixels)
+                    tensors["images"] = backbone.decode(tensors["latents"], pixels)
     return ascent
 
 
@@ -196,21 +196,21 @@ def _output(
 ) -> GuidanceOutput:
     """Finishes the images as the stock call does, and makes the output."""
     processor = vars(backbone.pipe).get("image_processor") or VaeImageProcessor()
-    (images, unsafe), (initial, _) = (backbone.finish(kept["images"]) for kept in (ascent.best, ascent.initial))
+    (images, unsafe), (initial, _) = (backbone.finish(each["images"]) for each in (ascent.best, ascent.initial))
     count = len(ascent.best_rewards)
 
-    def shown(tensor: torch.Tensor) -> ImageLike:
+    def postprocess(tensor: torch.Tensor) -> ImageLike:
         return processor.postprocess(tensor, output_type, do_denormalize=[False] * count)
 
     def rows(history: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack(history) if history else torch.zeros(0, count, dtype=torch.float64)
 
     return GuidanceOutput(
-        images=shown(images), rewards=rows(ascent.rewards), best_rewards=ascent.best_rewards,
+        images=postprocess(images), rewards=rows(ascent.rewards), best_rewards=ascent.best_rewards,
         latents=ascent.best["noise"], gradient_norms=rows(ascent.gradient_norms),
         seconds=torch.tensor(ascent.seconds, dtype=torch.float64),
         num_denoiser_calls=ascent.num_sampling_calls + denoisers.calls(), nsfw_content_detected=unsafe,
-        initial_images=shown(initial), held_out_rewards=rows(ascent.held_out_rewards),
+        initial_images=postprocess(initial), held_out_rewards=rows(ascent.held_out_rewards),
         shell_distances=rows(ascent.shell_distances), status=ascent.status,
         prompt_embeds=ascent.best.get("text"), controls=ascent.best.get("control"),
     )  # fmt: skip

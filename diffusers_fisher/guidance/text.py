@@ -1,4 +1,4 @@
-"""The prompts' embedding as something to optimise."""
+"""The prompts' embedding as a variable that guidance optimises."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ class _TextOperator(FisherOperator):
                 parent.text.value = text
                 model_input = expand(state.input_scale, sample) * sample
                 output = parent.text_denoiser.model_output(model_input, state.known_timestep)
-        of_text, of_sample = torch.autograd.grad(output, (text, sample), v.to(output.dtype))
-        parent.text.gradient = of_text if parent.text.gradient is None else parent.text.gradient + of_text
+        text_gradient, sample_gradient = torch.autograd.grad(output, (text, sample), v.to(output.dtype))
+        parent.text.gradient = text_gradient if parent.text.gradient is None else parent.text.gradient + text_gradient
         if parent.estimator.uses_backward_pass:
-            return of_sample.to(v.dtype)  # the same graph gives its product too
+            return sample_gradient.to(v.dtype)  # the same graph also gives the estimator's product
         return self._operator().output_jacobian(v)

@@ -31,7 +31,7 @@ def reference_log_likelihood(
 
     x~/sqrt(1 + s^2) and the integral of 1 - r are one state; the step is set by the worst sample of the batch, so
     results depend on the batch within the tolerance. For tests and benchmarks of small models: an evaluation takes d
-    products with the Jacobian. Cost: as many evaluations as the tolerance asks, 60 to 300.
+    products with the Jacobian. Cost: as many evaluations as the tolerance needs, 60 to 300.
 
     Args:
         denoiser: denoiser at guidance scale 1.
@@ -92,10 +92,10 @@ def _solve(
         timestep = timestep_at(problem.denoiser.scheduler, u.detach().cpu().clamp(problem.low, problem.high))
         epsilon, rest, _ = problem.evaluate(x, timestep)
         # d/du of x~/norm, with d(norm)/du = s^2/norm
-        carried = s / norm * epsilon.flatten(1) - (s / norm) ** 2 * state[:, :-1]
-        return torch.cat([carried, rest[:, None].to(carried)], dim=1)
+        slope = s / norm * epsilon.flatten(1) - (s / norm) ** 2 * state[:, :-1]
+        return torch.cat([slope, rest[:, None].to(slope)], dim=1)
 
-    def worst(error: torch.Tensor) -> torch.Tensor:
+    def largest_norm(error: torch.Tensor) -> torch.Tensor:
         return error.view(shape[0], -1).square().mean(1).sqrt().max()
 
     begin = problem.start.flatten(1) / math.hypot(1, math.exp(problem.low))
@@ -103,7 +103,7 @@ def _solve(
     with torch.no_grad():
         states = odeint(
             rates, state, grid.to(state.device), method="dopri5", rtol=tolerance, atol=tolerance,
-            options={"norm": worst},
+            options={"norm": largest_norm},
         )  # fmt: skip
         rests = [rates(u, state)[:, -1] for u, state in zip(grid, states, strict=True)]
     end = (math.hypot(1, math.exp(problem.high)) * states[-1][:, :-1]).view(shape)

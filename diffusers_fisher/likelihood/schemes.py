@@ -66,7 +66,7 @@ CORE = (-3.6, 2.7)
 """Range of log s beyond which the grid thins out: below, r is nearly 1 and smooth, above, eps hardly changes."""
 
 THINNING = (0.2, 0.5)
-"""Rates of that below and above: fall of the density's logarithm per unit of log s."""
+"""Fall of the logarithm of the grid's density per unit of log s, below and above the core."""
 
 
 def noise_grid(low: float, high: float, num_steps: int) -> torch.Tensor:
@@ -110,13 +110,13 @@ class Track:
         self.x = x
         self.order = order
         self.linearised = linearised
-        self._known = [epsilon]
+        self._epsilons = [epsilon]
 
     def predict(self, grid: Sequence[float], index: int) -> torch.Tensor:
         """Returns x~ at node `index` from the nodes before it."""
         points = min(max(1, self.order - 1), index)
         weights = step_weights(grid[index - points : index], grid[index - 1], grid[index])
-        return self.x + _combined(weights, self._known[-points:])
+        return self.x + _linear_combination(weights, self._epsilons[-points:])
 
     def correct(
         self, grid: Sequence[float], index: int, at: torch.Tensor, epsilon: torch.Tensor, slope: torch.Tensor
@@ -133,7 +133,7 @@ class Track:
         else:
             points = min(self.order, index + 1)
             *weights, last = step_weights(grid[index - points + 1 : index + 1], grid[index - 1], grid[index])
-            before = self.x + _combined(weights, self._known[-(points - 1) :])
+            before = self.x + _linear_combination(weights, self._epsilons[-(points - 1) :])
             self.x = before + last * epsilon
             if self.linearised:
                 # The corrector is implicit: x = before + last (eps + slope (x - at)), solved for x. Where the step is
@@ -142,7 +142,7 @@ class Track:
                 self.x = at + (self.x - at) / (1 - last * slope).clamp_min(0.1)
         if self.linearised:
             epsilon = epsilon + slope * (self.x - at)
-        self._known = [*self._known, epsilon][-max(1, self.order - 1) :]
+        self._epsilons = [*self._epsilons, epsilon][-max(1, self.order - 1) :]
 
 
 def step_weights(nodes: Sequence[float], start: float, end: float) -> list[float]:
@@ -171,6 +171,6 @@ def _weights(
     return result
 
 
-def _combined(weights: Sequence[float], values: Sequence[torch.Tensor]) -> torch.Tensor:
+def _linear_combination(weights: Sequence[float], values: Sequence[torch.Tensor]) -> torch.Tensor:
     first, *others = (weight * value for weight, value in zip(weights, values, strict=True))
     return sum(others, first)

@@ -173,8 +173,8 @@ def prepare_problem(
     denoiser: Denoiser, samples: torch.Tensor, estimator: FisherEstimator, integration: Integration
 ) -> OdeProblem:
     """Checks what is to be integrated, and makes all random draws. Raises as `integrate_log_likelihood`."""
-    samples, bins, generator = checked_samples(samples), integration.bins, integration.generator
-    moments = checked_prior(samples, integration.prior_mean, integration.prior_variance)
+    samples, bins, generator = check_samples(samples), integration.bins, integration.generator
+    moments = check_prior(samples, integration.prior_mean, integration.prior_variance)
     if check_estimator(estimator).needs_graph and torch.is_inference_mode_enabled():
         raise InputError(
             f"{type(estimator).__name__} differentiates the denoiser, which torch.inference_mode forbids even inside "
@@ -303,7 +303,7 @@ def standard_noise(like: torch.Tensor, generator: Generators) -> torch.Tensor:
     return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype).double()
 
 
-def checked_samples(samples: torch.Tensor) -> torch.Tensor:
+def check_samples(samples: torch.Tensor) -> torch.Tensor:
     """Returns `samples` (B, ...) in float32 or wider, detached. Raises `InputError` unless they are finite floats."""
     if samples.ndim < 2 or samples.numel() == 0:
         raise InputError(f"Samples have shape {tuple(samples.shape)}; allowed: (B, ...), a batch of at least one.")
@@ -315,7 +315,7 @@ def checked_samples(samples: torch.Tensor) -> torch.Tensor:
     return samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
 
 
-def checked_prior(samples: torch.Tensor, mean: Moment, variance: Moment) -> tuple[torch.Tensor, torch.Tensor]:
+def check_prior(samples: torch.Tensor, mean: Moment, variance: Moment) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns mean and variance of the data in float64, 0 and 1 where both are None.
 
     Raises:

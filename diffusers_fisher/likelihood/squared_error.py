@@ -19,7 +19,7 @@ from ..errors import InputError, NumericalError
 from ..noise import expand, log_noise_to_signal_range, timestep_at
 from .bins import dequantised, offset_bits
 from .output import SquaredErrorOutput
-from .solver import checked_prior, checked_samples, standard_noise
+from .solver import check_prior, check_samples, standard_noise
 
 CROSSOVER = 0.3
 """Noise-to-signal about which r falls from one to zero for usual data. Below it the squared error is most of the
@@ -57,8 +57,8 @@ def squared_error_log_likelihood(
     """
     if num_levels < 4 or num_levels % 2:
         raise InputError(f"`num_levels` is {num_levels}; allowed: even, at least 4, sensibly 32 or more.")
-    samples = checked_samples(samples)
-    mean, variance = checked_prior(samples, prior_mean, prior_variance)
+    samples = check_samples(samples)
+    mean, variance = check_prior(samples, prior_mean, prior_variance)
     low, high = log_noise_to_signal_range(denoiser.scheduler)
     levels, weights = _levels(num_levels, low, high, generator)
     noises = [standard_noise(samples[:1], generator) for _ in range(num_levels)]

@@ -1,7 +1,7 @@
 """Text-to-image pipelines with likelihood and guidance; their calls are the stock ones.
 
 What is particular to each family is its backbone's business (`diffusers_fisher/backbones/`). The components are
-declared for type checkers and editors: diffusers registers them at run time, unseen by either.
+declared for type checkers and editors, which do not see that diffusers registers them at run time.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class StableDiffusionFisherPipeline(StableDiffusionMixin, StableDiffusionPipelin
 
     Made with `from_pretrained` from any Stable Diffusion 1.x or 2.x checkpoint, or from a pipeline at hand with
     `fisher_pipeline(pipe)`. `StableDiffusionFisherPipeline(**pipe.components)` has no trace model and no latent
-    statistics, because they are no components; they may be set.
+    statistics, because these are not components; they can be set.
     """
 
     safety_checker: StableDiffusionSafetyChecker | None
