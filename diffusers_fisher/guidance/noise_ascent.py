@@ -84,7 +84,7 @@ class NoiseAscent:
 
     Args:
         best_rewards: (B,) float64.
-        best: tensors of the best samples: "images", "latents" (the run's end), "noise", and what else is optimised.
+        best: tensors of the best samples: "images", "latents" (the run's end), "noise" and other optimised variables.
         initial: "images" and "latents" of the first run.
     """
 
@@ -127,7 +127,7 @@ class NoiseAscent:
 
 @dataclasses.dataclass
 class GuidedRun:
-    """Runs the sampling once, with its rewards and their gradients, as a function of what is optimised.
+    """Runs the sampling once, with its rewards and their gradients, as a function of the optimised variables.
 
     Args:
         sample: function from noise (B, ...) to final latents, one run of `scheduler`.
@@ -137,8 +137,8 @@ class GuidedRun:
         scheduler: differentiable scheduler that `sample` runs on.
         estimator: estimator of the diffusion Fisher, which takes the place of the denoiser's Jacobian.
         held_out_reward: reward that is recorded and not optimised.
-        optimise: names of what moves: "noise", "text" (with `text`), "control" (added to the model's output at every
-            step, zero at first).
+        optimise: names of the variables that move: "noise", "text" (with `text`), "control" (added to the model's
+            output at every step, zero at first).
         text: embedding that `sample` and `estimator` use.
     """
 
@@ -258,7 +258,7 @@ def ascend_noise(
     settings: AscentSettings,
     on_step: Callable[[torch.Tensor], None] = lambda rewards: None,
 ) -> NoiseAscent:
-    """Climbs the reward by gradient steps on the initial noise, and on request on what else a run depends on.
+    """Raises the reward by gradient steps on the initial noise, and on request on other variables of the run.
 
     Args:
         run: sampling run with its reward. The shape of a held-out reward is tried before the first run, for which one

@@ -155,7 +155,7 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
         self._scheduler: Any = None
         self._timesteps: Any = None
         self._state: DenoisingState | None = None  # from which the last step began
-        self._begin_level: NoiseLevel | None = None  # level from which the sample comes that is to be tilted
+        self._begin_level: NoiseLevel | None = None  # level at which the present step began
         self._steps = self._calls = 0
         self._is_evaluating = False  # then the pipeline is called by the estimator, and not for a run
 

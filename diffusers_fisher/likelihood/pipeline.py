@@ -66,7 +66,7 @@ def log_likelihood(
             "auto": None for trace models, else 2.
         noised, step_halving, generator, scheme: see `diffusers_fisher.likelihood.Integration`.
         prior_mean, prior_variance: moments of the training data's latents; None: the checkpoint's `latent_statistics`,
-            or 0 and 1 where it has none. The output's `prior` says which.
+            or 0 and 1 where it has none. The output's `prior` names the choice.
         data_range: lowest and highest value of arrays and tensors of images, such as (0, 255).
         bins: for pipelines in pixels, the number of values an image can have, 256 for 8 bits: each pixel is moved to a
             random point of its bin, and `bits_per_dim` is that of the discrete image. None: that of the density.

@@ -119,13 +119,13 @@ class Track:
         return self.x + _linear_combination(weights, self._epsilons[-points:])
 
     def correct(
-        self, grid: Sequence[float], index: int, at: torch.Tensor, epsilon: torch.Tensor, slope: torch.Tensor
+        self, grid: Sequence[float], index: int, point: torch.Tensor, epsilon: torch.Tensor, slope: torch.Tensor
     ) -> None:
         """Moves to node `index`.
 
         Args:
-            at: (B, ...) x~ at which eps was evaluated.
-            epsilon: (B, ...) eps at `at`.
+            point: (B, ...) x~ at which eps was evaluated.
+            epsilon: (B, ...) eps at `point`.
             slope: (B, 1, ...) change of eps per change of x~, (1 - r)/s.
         """
         if self.order == 1:
@@ -136,12 +136,12 @@ class Track:
             before = self.x + _linear_combination(weights, self._epsilons[-(points - 1) :])
             self.x = before + last * epsilon
             if self.linearised:
-                # The corrector is implicit: x = before + last (eps + slope (x - at)), solved for x. Where the step is
-                # so long that the denominator nears 0 or changes its sign, the linear model does not hold: 0.1 bounds
-                # the correction at ten times the explicit one.
-                self.x = at + (self.x - at) / (1 - last * slope).clamp_min(0.1)
+                # The corrector is implicit: x = before + last (eps + slope (x - point)), solved for x. Where the step
+                # is so long that the denominator nears 0 or changes its sign, the linear model does not hold: 0.1
+                # bounds the correction at ten times the explicit one.
+                self.x = point + (self.x - point) / (1 - last * slope).clamp_min(0.1)
         if self.linearised:
-            epsilon = epsilon + slope * (self.x - at)
+            epsilon = epsilon + slope * (self.x - point)
         self._epsilons = [*self._epsilons, epsilon][-max(1, self.order - 1) :]
 
 

@@ -204,25 +204,25 @@ def integrate(problem: OdeProblem, num_steps: int, scheme: Scheme) -> Likelihood
     x = problem.start
     epsilon, rest, by_probe = problem.evaluate(x, timesteps[0])
     path = Track(x, epsilon, scheme.order)
-    refined, companion = (Track(x, epsilon, order, linearised=True) for order in (scheme.order, scheme.companion))
+    solution, companion = (Track(x, epsilon, order, linearised=True) for order in (scheme.order, scheme.companion))
     # The solution of higher order is the nearest to the true one: the trace's points are measured against it.
-    best = refined if scheme.order > scheme.companion else companion
+    best = solution if scheme.order > scheme.companion else companion
     rests, rests_by_probe, shifts = [rest], [by_probe], []
     for index in range(1, len(nodes)):
-        at, previous = path.predict(nodes, index), path.x
-        epsilon, rest, by_probe = problem.evaluate(at, timesteps[index])
+        point, previous = path.predict(nodes, index), path.x
+        epsilon, rest, by_probe = problem.evaluate(point, timesteps[index])
         slope = per_sample(rest.clamp(0, 1) / math.exp(nodes[index]), x)
-        for track in (path, refined, companion):
-            track.correct(nodes, index, at, epsilon, slope)
-        shifts.append(_norm(best.x - at) / _norm(at - previous).clamp_min(torch.finfo(torch.float64).tiny))
+        for track in (path, solution, companion):
+            track.correct(nodes, index, point, epsilon, slope)
+        shifts.append(_norm(best.x - point) / _norm(point - previous).clamp_min(torch.finfo(torch.float64).tiny))
         rests.append(rest)
         rests_by_probe.append(by_probe)
     values, dimensions = torch.stack(rests), x[0].numel()
     weights = quadrature_weights(grid, scheme.quadrature).to(x.device)
-    prior = problem.prior(refined.x)
+    prior = problem.prior(solution.x)
     prior_error = (problem.prior(companion.x) - prior).abs()
     return make_output(
-        problem, problem.integration.scheme, final_latents=refined.x, prior_log_prob=prior,
+        problem, problem.integration.scheme, final_latents=solution.x, prior_log_prob=prior,
         trace_log_prob=dimensions * torch.einsum("n,nb->b", weights, values),
         trace_by_probe=dimensions * torch.einsum("n,nkb->kb", weights, torch.stack(rests_by_probe)),
         unexplained_noise_fraction=1 - values, noise_to_signal=grid.exp(),
@@ -257,16 +257,15 @@ def _error(
     before = torch.nn.functional.pad(growth[:-1], (0, 0, 1, 0))
     steps = grid.diff()[:, None]
     surprise = (r[1:] - torch.sigmoid(r[:-1].logit() - 2 * steps + before)).abs()
-    aside = shifts * steps
+    offsets = shifts * steps
     # On the cases that the fractions were set on, a twentieth of the whole change covers the error where r changes
     # smoothly; a surprise needs twice its size.
-    smooth = (aside * rests.diff(dim=0).abs()).sum(0) / 20
+    smooth = (offsets * rests.diff(dim=0).abs()).sum(0) / 20
     # Where the companions are of lower order than the result, all but the surprise overstate the error, and the more
     # the finer the grid: on grids of steps below 3 in log s they count less (`Scheme.fine`).
     share = scheme.fine + (scheme.coarse - scheme.fine) * min(1.0, float(steps.max()) / 3)
-    return share * (prior_error + dimensions * (quadrature.abs() + smooth)) + 2 * dimensions * (aside * surprise).sum(
-        0
-    )
+    foreseeable = prior_error + dimensions * (quadrature.abs() + smooth)
+    return share * foreseeable + 2 * dimensions * (offsets * surprise).sum(0)
 
 
 def make_output(problem: OdeProblem, scheme: str, **tensors: torch.Tensor) -> LikelihoodOutput:

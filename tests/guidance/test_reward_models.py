@@ -265,7 +265,7 @@ def test_loaded_models_keep_no_gradients(folders):
 
 
 def head_tensors(widths=(WIDTH, 8, 4, 1), names=(0, 2, 4)):
-    """Returns the tensors of a published head: linear layers with dropout between them, so that numbers are missing."""
+    """Returns the tensors of a published head: linear layers, with gaps in the numbers for the dropout."""
     generator = torch.Generator().manual_seed(4)
     tensors = {}
     for number, width, following in zip(names, widths, widths[1:], strict=False):
