@@ -245,7 +245,7 @@ def _error(
         shifts: (levels - 1, B) distance of each point where the trace was taken from the solution, in steps.
         grid: (levels,) log s.
     """
-    # The error of the trace's integral, were r exact: the difference from another quadrature of the same values.
+    # The error of the trace's integral if r were exact: the difference from another quadrature of the same values.
     others = [quadrature_weights(grid.cpu(), points) for points in (scheme.quadrature, scheme.companion_quadrature)]
     quadrature = torch.einsum("n,nb->b", (others[0] - others[1]).to(rests.device), rests)
     # The error of r itself, which was taken beside the solution. How much r varies there is not known, but how much it
