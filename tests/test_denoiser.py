@@ -1,4 +1,4 @@
-"""A pipeline as a function: exactly the pipeline's own evaluation, and the pipeline left exactly as it was."""
+"""A pipeline as a function: it gives exactly the pipeline's own evaluation, and the pipeline does not change."""
 
 import copy
 
@@ -12,7 +12,7 @@ from diffusers_fisher import InputError, NumericalError, PipelineDenoiser, Unsup
 
 
 def evaluations(case, pipe):
-    """(model input, timestep, model output) of every step of the pipeline's own run."""
+    """Returns (model input, timestep, model output) of each step of the pipeline's own run."""
     recorded, scheduler = [], pipe.scheduler
     step = type(scheduler).step
 
@@ -45,7 +45,7 @@ def test_output_is_the_pipelines_own_evaluation_bit_for_bit(name):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_output_is_the_networks_own_with_classifier_free_guidance(guidance_scale):
-    """The same once more by hand: no part of the pipeline's loop is involved."""
+    """The reference calls the network directly, without the pipeline's loop."""
     pipe = tiny.stable_diffusion()
     x = PIPELINES["SD"].noise()
     denoiser = PipelineDenoiser(pipe, prompt=["a b", "c"], negative_prompt=["", "d"], guidance_scale=guidance_scale)
@@ -61,7 +61,7 @@ def test_output_is_the_networks_own_with_classifier_free_guidance(guidance_scale
 
 
 def snapshot(pipe):
-    """Everything that a caller could see of a pipeline, by identity where it is an object."""
+    """Returns everything that a caller can see of a pipeline; objects are compared by identity."""
     components = {name: id(value) for name, value in vars(pipe).items()}
     modules = {name: module for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
     hooks = {name: len(module._forward_hooks) for name, module in modules.items()}
@@ -71,7 +71,7 @@ def snapshot(pipe):
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "enable_grad"])
-def test_pipeline_is_left_untouched(name, used, grad):
+def test_pipeline_does_not_change(name, used, grad):
     case = PIPELINES[name]
     pipe = case.make()
     if used:
@@ -89,7 +89,7 @@ def test_pipeline_is_left_untouched(name, used, grad):
 
 
 @pytest.mark.parametrize("wrong", ["channels", "prompts"])
-def test_pipeline_is_left_untouched_when_the_call_raises(wrong):
+def test_pipeline_does_not_change_when_the_call_raises(wrong):
     pipe = tiny.stable_diffusion()
     prompts, x = ["a b", "c"], PIPELINES["SD"].noise()
     if wrong == "channels":
@@ -117,14 +117,14 @@ def test_prompts_are_encoded_once(guidance_scale, encodings):
     denoiser(x.requires_grad_(), 500)
     assert len(calls) == encodings
     assert denoiser.num_calls == 4
-    pipe(["a", "b"], num_inference_steps=1, output_type="latent")  # the pipeline itself encodes as ever
+    pipe(["a", "b"], num_inference_steps=1, output_type="latent")  # the pipeline itself encodes as before
     assert len(calls) > encodings
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("cls", [diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler])
 def test_state_is_in_the_models_own_coordinates(cls, kind):
-    """Also for k-diffusion style schedulers, whose samples are scaled before the model sees them."""
+    """This also holds for k-diffusion style schedulers, whose samples are scaled before the model gets them."""
     if (cls, kind) == (diffusers.EulerDiscreteScheduler, "sample"):
         kind = "epsilon"
     pipe = tiny.stable_diffusion(scheduler=cls.from_config(tiny.scheduler().config, prediction_type=kind))
@@ -152,7 +152,7 @@ def test_fractional_timesteps_reach_the_network():
 
 
 @pytest.mark.parametrize("name", ["SD guided", "SDXL", "SD3", "Flux"])
-def test_graph_is_built_where_the_sample_asks_for_one_and_only_there(name):
+def test_graph_is_built_only_where_the_sample_requires_one(name):
     case = PIPELINES[name]
     denoiser, x, weight = denoiser_of(case, case.make()), case.noise(), case.noise().flip(0)
     assert not denoiser(x, 500).requires_grad
@@ -212,7 +212,7 @@ def test_unknown_scheduler_is_refused():
         PipelineDenoiser(pipe, prompt="a")
 
 
-def test_what_the_pipeline_refuses_is_refused_in_its_own_words():
+def test_errors_of_the_pipeline_pass_through_unchanged():
     with pytest.raises(ValueError, match="Provide either `prompt` or `prompt_embeds`"):
         PipelineDenoiser(tiny.stable_diffusion())(PIPELINES["SD"].noise(), 500)
 
@@ -225,8 +225,8 @@ def test_output_that_is_not_finite_is_refused():
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_timestep_a_sample(name):
-    """Row by row the evaluation of the whole batch at that row's timestep; kernels may round otherwise (1e-5)."""
+def test_one_timestep_per_sample(name):
+    """Each row equals that of the whole batch at the row's timestep, up to the rounding of other kernels (1e-5)."""
     case = PIPELINES[name]
     pipe = case.make()
     x, timesteps = case.noise(), torch.tensor([700.0, 30.0])

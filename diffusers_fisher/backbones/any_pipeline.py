@@ -12,7 +12,7 @@ from .base import Backbone
 class AnyPipelineBackbone(Backbone):
     """Knows a pipeline by its call alone: evaluates it at latents and, with an autoencoder, decodes them.
 
-    It has no likelihood: nothing is known of its guidance, nor of its latents' layout.
+    It has no likelihood, because its guidance and the layout of its latents are not known.
     """
 
     @property
@@ -26,7 +26,7 @@ class AnyPipelineBackbone(Backbone):
 
     @property
     def factor(self) -> int:
-        """Pixels per latent along one side; 0 where the pipeline does not tell."""
+        """Pixels per latent along one side; 0 where the pipeline does not say."""
         return int(vars(self.pipe).get("vae_scale_factor") or 0)
 
     def size_arguments_of(self, latents: torch.Tensor) -> dict[str, Any]:
@@ -34,7 +34,7 @@ class AnyPipelineBackbone(Backbone):
 
     @property
     def standardises_latents(self) -> bool:  # type: ignore[override]
-        """Whether it is one of Stable Diffusion XL's pipelines, which all standardise, whatever they are for."""
+        """Whether the pipeline is one of Stable Diffusion XL's, which all standardise their latents."""
         return self.name.startswith("StableDiffusionXL")
 
     def pooled(self, conditions: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def encode_pixels(
-    autoencoder: AutoencoderKL, pixels: torch.Tensor, standardises: bool = False
+    autoencoder: AutoencoderKL, pixels: torch.Tensor, standardises: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns mean and standard deviation of scaled latents, (B, C, h, w) float32 each.
 
@@ -27,9 +27,7 @@ def encode_pixels(
     return (mean - shift) * factor, posterior.std.float() * factor
 
 
-def decode_latents(
-    autoencoder: AutoencoderKL | VQModel, latents: torch.Tensor, standardises: bool = False
-) -> torch.Tensor:
+def decode_latents(autoencoder: AutoencoderKL | VQModel, latents: torch.Tensor, standardises: bool) -> torch.Tensor:
     """Returns pixels, about -1 to 1, of scaled latents (B, C, h, w), in the autoencoder's dtype.
 
     Args:
@@ -43,7 +41,7 @@ def decode_latents(
 def latent_moments(
     autoencoder: AutoencoderKL | VQModel, like: torch.Tensor, standardises: bool
 ) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-    """Returns what latents are shifted by, and what they are divided by beside the scaling factor.
+    """Returns the shift of the latents, and the divisor that they have beside the scaling factor.
 
     Args:
         like: tensor with the dtype and device of the result.
@@ -57,6 +55,11 @@ def latent_moments(
         return 0.0, 1.0
     mean, deviation = (torch.tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
     return mean.to(like), deviation.to(like)
+
+
+def pixels_of(images: torch.Tensor) -> torch.Tensor:
+    """Returns the pixels in [-1, 1] of images in [0, 1]."""
+    return 2 * images - 1
 
 
 def images_of(pixels: torch.Tensor) -> torch.Tensor:

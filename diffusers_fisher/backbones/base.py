@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 from ..errors import InputError, UnsupportedError
 from ..images import UNIT_RANGE, ImageLike, image_tensor
 from ..noise import noise_schedule
-from .autoencoder import decode_latents, encode_pixels, images_of
+from .autoencoder import decode_latents, encode_pixels, images_of, pixels_of
 from .conditions import Condition, Conditions, text_conditions
 from .encoding import encode_apart
-from .inputs import form_of, guided_likelihood
+from .inputs import check_unguided, form_of
 from .parts import LatentStatistics, checkpoint_parts
 from .stock_calls import shallow_copy
 
@@ -109,12 +109,12 @@ class Backbone:
 
     @property
     def latent_statistics(self) -> LatentStatistics | None:
-        """Mean and variance of the training data's latents, each of one sample's shape; None where not known."""
+        """Mean and variance of the training data's latents, each of one sample's shape; None if they are unknown."""
         return checkpoint_parts(self.pipe).latent_statistics
 
     @property
     def device(self) -> torch.device:
-        """Where the pipeline computes."""
+        """The device on which the pipeline computes."""
         return self.pipe._execution_device
 
     @property
@@ -182,7 +182,7 @@ class Backbone:
             **arguments: other arguments of the call.
         """
         attributes = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
-        # Under model offload a copy would keep books of its own over hooks that all copies share.
+        # Under model offload a copy would keep a record of its own of the hooks that all copies share.
         if self.is_offloaded:
             offload = self.pipe.maybe_free_model_hooks
             attributes["maybe_free_model_hooks"] = (lambda: None) if self._keeps_loaded else offload
@@ -195,7 +195,7 @@ class Backbone:
             return call(pipe, latents=latents, **arguments)
 
     def progress_bar(self, total: int) -> tqdm:
-        """Returns a progress bar as the pipeline makes them; a pipeline notes its first bar, so a copy makes it."""
+        """Makes a progress bar like the pipeline's. A copy makes it, because a pipeline remembers its first bar."""
         return shallow_copy(self.pipe).progress_bar(total=total)
 
     @property
@@ -206,18 +206,16 @@ class Backbone:
     @contextlib.contextmanager
     def loaded(self) -> Iterator[None]:
         """Keeps the network on its device between the block's calls under model offload, and then offloads it."""
-        if not self.is_offloaded:
-            yield
-            return
         self._keeps_loaded = True
         try:
             yield
         finally:
             self._keeps_loaded = False
-            self.pipe.maybe_free_model_hooks()
+            if self.is_offloaded:
+                self.pipe.maybe_free_model_hooks()
 
     def with_autoencoder(self, autoencoder: torch.nn.Module | None) -> Backbone:
-        """Returns this backbone with another autoencoder; for None itself."""
+        """Returns the backbone with another autoencoder; for None it returns itself."""
         if autoencoder is None:
             return self
         return type(self)(shallow_copy(self.pipe, **{self.autoencoder_name: autoencoder}))
@@ -264,9 +262,9 @@ class Backbone:
 
     def size_arguments_of(self, latents: torch.Tensor) -> dict[str, Any]:
         """Returns the call's arguments for the size of latents (B, C, h, w); none for packed latents."""
-        if latents.ndim != 4 or "height" not in self.parameters:
+        if latents.ndim != 4:
             return {}
-        return {"height": latents.shape[-2] * self.factor, "width": latents.shape[-1] * self.factor}
+        return self.size_arguments((latents.shape[-2] * self.factor, latents.shape[-1] * self.factor))
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """Brings latents (B, C, h, w) into the layout of the pipeline's own `latents`."""
@@ -334,13 +332,13 @@ class Backbone:
         The mean of the autoencoder's posterior stands for an image.
 
         Raises:
-            InputError: both or neither of them, or a kind, size or range that the pipeline does not take.
+            InputError: both or neither of the two, or a kind, size or range that the pipeline does not take.
         """
         if (images is None) == (latents is None):
             raise InputError("Give either `images` or `latents`: exactly one of them.")
         if latents is None:
             tensor = image_tensor(images, self.size_multiple, self.image_channels, data_range)
-            return self.encode((2 * tensor - 1).to(self.device))[0]
+            return self.encode(pixels_of(tensor).to(self.device))[0]
         channels, multiple = self.latent_channels, self.size_multiple // self.factor
         shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else ()
         if len(shape) != 4 or shape[1] != channels or any(side % multiple for side in shape[2:]):
@@ -365,7 +363,7 @@ class Backbone:
         return latents.detach().to(self.device, torch.float32)
 
     def prior(self, mean: Moment, variance: Moment, samples: torch.Tensor) -> tuple[Moment, Moment]:
-        """Returns moments of the data in the pipeline's layout: those passed, else the checkpoint's, else None."""
+        """Returns the data's moments in the pipeline's layout: the arguments, else the checkpoint's, else None."""
         if mean is None and variance is None and self.latent_statistics is not None:
             # Statistics per element fit latents of one size; for other sizes their mean over space stands for them.
             mean, variance = (
@@ -379,7 +377,7 @@ class Backbone:
     def conditions(
         self, prompt: Condition, call_arguments: dict[str, Any], count: int | None, num_images_per_prompt: int = 1
     ) -> Conditions:
-        """Returns one condition per sample, and the call arguments that say them; see `text_conditions`."""
+        """Returns one condition per sample, and the call arguments that hold them; see `text_conditions`."""
         return text_conditions(self.name, self.parameters, prompt, call_arguments, count, num_images_per_prompt)
 
     def pooled(self, conditions: dict[str, Any]) -> torch.Tensor | None:
@@ -411,11 +409,9 @@ class Backbone:
         """Removes the guidance scale from `call_arguments`, and returns the one at which the output is a score: 1.
 
         Raises:
-            InputError: they have another scale.
+            InputError: the arguments have another scale.
         """
-        scale = call_arguments.pop("guidance_scale", 1.0)
-        if scale != 1.0:
-            raise guided_likelihood("guidance_scale", scale)
+        check_unguided("guidance_scale", call_arguments.pop("guidance_scale", 1.0))
         return 1.0
 
     # Checks

@@ -15,7 +15,7 @@ Condition = str | int | Sequence[str | int | None] | torch.Tensor | None
 """What samples are conditioned on: one prompt or class label, or several; None: nothing, or the empty prompt."""
 
 Conditions = tuple[Sequence[str] | Sequence[int], dict[str, Any]]
-"""One condition per sample, in the form that rewards take, and the call arguments that say them."""
+"""One condition per sample, in the form that rewards take, and the call arguments that hold them."""
 
 NEGATIVE_PROMPTS = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
@@ -23,7 +23,8 @@ PROMPT_ARGUMENTS = ("prompt_2", "prompt_3", *NEGATIVE_PROMPTS)
 """Arguments beside `prompt` that take a string or one for each prompt."""
 
 EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
-"""Arguments that stand for a prompt together, where a call takes them; each has a twin that begins with negative_."""
+"""Arguments that stand for a prompt together, where a call takes them. Each has a counterpart for the negative prompt,
+whose name begins with negative_."""
 
 
 def text_conditions(
@@ -38,7 +39,7 @@ def text_conditions(
 
     Args:
         name: class of the pipeline, for messages.
-        parameters: what its call takes.
+        parameters: parameters of its call.
         prompt: a string, several, or None where `arguments` has `prompt_embeds`.
         arguments: the call's other arguments.
         count: number of samples, for which there must be one condition each, or one for all; None: as many as
@@ -46,7 +47,7 @@ def text_conditions(
         num_images_per_prompt: how often every condition is taken.
 
     Returns:
-        The prompts (empty strings for embeddings), and the call arguments that say them.
+        The prompts (empty strings for embeddings), and the call arguments that hold them.
 
     Raises:
         InputError: prompts of the wrong kind or number, both or neither of prompts and embeddings, embeddings without
@@ -55,7 +56,7 @@ def text_conditions(
     if any(arguments.get(sign + name) is not None for sign in ("", "negative_") for name in EMBEDDINGS):
         if prompt is not None:
             raise InputError("Give either `prompt` or `prompt_embeds`: exactly one of them.")
-        return _embedded(_embeddings(name, parameters, arguments), arguments, count, num_images_per_prompt)
+        return _repeat_embeddings(_embeddings(name, parameters, arguments), arguments, count, num_images_per_prompt)
     if count is None:
         prompts = prompt_list(prompt, num_images_per_prompt)
     else:
@@ -86,7 +87,7 @@ def _embeddings(
         embeddings |= {name: arguments[name] for name in present}
     for name in EMBEDDINGS:
         pair = [tuple(embeddings[key].shape[1:]) for key in (name, f"negative_{name}") if key in embeddings]
-        # Calls with `true_cfg_scale` evaluate the two apart; the others put them beside each other.
+        # Calls with `true_cfg_scale` evaluate the two one after the other. Other calls put them into one batch.
         if len(set(pair)) > 1 and "true_cfg_scale" not in parameters:
             raise InputError(
                 f"`{name}` and `negative_{name}` have shapes {pair[0]} and {pair[1]} per prompt; they must be the "
@@ -95,7 +96,7 @@ def _embeddings(
     return embeddings
 
 
-def _embedded(
+def _repeat_embeddings(
     embeddings: dict[str, torch.Tensor], arguments: dict[str, Any], count: int | None, num_images_per_prompt: int
 ) -> tuple[list[str], dict[str, Any]]:
     """Makes one embedding per sample. Arguments, result and errors are those of `text_conditions`."""
@@ -112,7 +113,7 @@ def _embedded(
         for name, value in embeddings.items()
     }
     if "negative_prompt_embeds" in embeddings and "negative_prompt" not in arguments:
-        one_per_sample["negative_prompt"] = None  # where a call has a default for it (PixArt), it would refuse both
+        one_per_sample["negative_prompt"] = None  # calls with a default for it (PixArt) would refuse both
     return [""] * (number * num_images_per_prompt), one_per_sample
 
 
@@ -120,12 +121,11 @@ def class_conditions(
     labels: Condition, num_classes: int, count: int | None, num_images_per_prompt: int = 1
 ) -> list[int]:
     """Makes one class label per sample. Arguments and errors are those of `text_conditions`."""
+    entries: Any = labels.tolist() if isinstance(labels, torch.Tensor) else labels  # not checked yet
     if isinstance(labels, int):
-        entries: Any = [labels] * (count or 1)  # whatever was passed, until it is checked
-    else:
-        entries = labels.tolist() if isinstance(labels, torch.Tensor) else labels
-    known = isinstance(entries, (list, tuple)) and all(type(label) is int for label in entries)
-    if not known or not entries or not all(0 <= label < num_classes for label in entries):
+        entries = [labels] * (count or 1)
+    are_numbers = isinstance(entries, (list, tuple)) and all(type(label) is int for label in entries)
+    if not are_numbers or not entries or not all(0 <= label < num_classes for label in entries):
         raise InputError(f"`class_labels` is {labels!r}; allowed: numbers from 0 to {num_classes - 1}, at least one.")
     if count is not None and len(entries) != count:
         raise InputError(f"`class_labels` has {len(entries)} entries for {count} images; give one, or one per image.")

@@ -18,13 +18,13 @@ from .registry import backbone_of
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-STEP_INDEXED = {
+STEP_INDEX_ARGUMENTS = {
     "control_guidance_start": 0.0, "control_guidance_end": 1.0, "adapter_conditioning_factor": 1.0,
     "skip_guidance_layers": None, "denoising_start": None, "denoising_end": None, "strength": 1.0,
 }  # fmt: skip
-"""Call arguments that act by the step's index within its run, with the value that has no effect."""
+"""Call arguments that act by the step's index within its run, each with the value that has no effect."""
 
-FIXED = {"strength": 1.0, "use_resolution_binning": False}
+DEFAULTS = {"strength": 1.0, "use_resolution_binning": False}
 """Call arguments of every evaluation unless the caller passes another value."""
 
 
@@ -67,7 +67,7 @@ class PipelineDenoiser(Denoiser):
     k-diffusion style schedulers), in the pipeline's latent layout: (B, C, H, W), or packed (B, N, C) with `height` and
     `width` passed.
 
-    Conditioning by the step's index (ControlNet's start and end) can't be had from one step and is refused. Flux
+    Conditioning by the step's index (ControlNet's start and end) is refused, because one step has no index. Flux
     casts the timestep to the latents' dtype. Without guidance the states have `features`, where the network is not
     compiled. Every evaluation draws anew what the pipeline draws in its call (such as an inpainting pipeline's
     encoding of its masked image): pass it instead (`masked_image_latents`). PixArt's binning of sizes is off: the
@@ -82,8 +82,8 @@ class PipelineDenoiser(Denoiser):
         num_calls: evaluations so far (with classifier-free guidance each runs the network on twice the batch).
         call_arguments: arguments of every call of the pipeline.
         substitute: function of the result of `encode_prompt`, of its prompt and of its `prompt_embeds`, whose own
-            result is used instead in every evaluation. None: no substitution.
-        outdated: message that says what of the run is not in the denoiser's arguments; evaluations are then refused.
+            result is used instead in every evaluation. None: there is no substitution.
+        outdated: message that says what the denoiser's arguments lack of the run; evaluations are then refused.
 
     Raises:
         UnsupportedError: a pipeline whose call takes no `latents`, a scheduler whose levels are not known or of
@@ -97,14 +97,14 @@ class PipelineDenoiser(Denoiser):
         if unknown:
             allowed = sorted(set(parameters) - {"self", "pipe", "kwargs"})
             raise InputError(f"The call of {self.backbone.name} does not take {unknown}; it takes {allowed}.")
-        indexed = {
+        indices = {
             name: call_arguments[name]
-            for name, neutral in STEP_INDEXED.items()
+            for name, neutral in STEP_INDEX_ARGUMENTS.items()
             if name in call_arguments and not _are_all(call_arguments[name], neutral)
         }
-        if indexed:
+        if indices:
             raise UnsupportedError(
-                f"{indexed} acts by the step's index within a run, which a single evaluation does not have. Leave it "
+                f"{indices} acts by the step's index within a run, which a single evaluation does not have. Leave it "
                 "out, or differentiate a run with an estimator that needs no denoiser, such as DirectFisher()."
             )
         self.backbone.check_scheduler()
@@ -112,7 +112,7 @@ class PipelineDenoiser(Denoiser):
         self.guidance_scale = guidance_scale
         if "guidance_scale" in parameters:
             call_arguments = {"guidance_scale": guidance_scale, **call_arguments}
-        self.call_arguments = {name: value for name, value in FIXED.items() if name in parameters} | call_arguments
+        self.call_arguments = {name: value for name, value in DEFAULTS.items() if name in parameters} | call_arguments
         self._encoded: dict[Hashable, tuple[Any, ...]] = {}
         self.outdated: str | None = None
         self.substitute: Callable[[tuple, object, torch.Tensor | None], tuple] | None = None
@@ -165,29 +165,29 @@ class PipelineDenoiser(Denoiser):
                 encode_prompt=self.encode_prompt, **arguments,
             )  # fmt: skip
         self.num_calls += 1
-        # With guidance there are two evaluations, or one of twice the batch: features of no single output.
+        # With guidance there are two evaluations, or one of twice the batch: the features belong to no single output.
         self._features = features[0] if len(features) == 1 and len(features[0]) == len(x) else None
-        return self._checked_output(result[0], scheduler.output, timestep)
+        return self._check_result(result[0], scheduler.output, timestep)
 
-    def _checked_output(self, output: torch.Tensor, stepped: torch.Tensor | None, timestep: Timestep) -> torch.Tensor:
-        """Returns the call's output. Raises unless it is finite, and the tensor that the scheduler's step took."""
+    def _check_result(self, result: torch.Tensor, output: torch.Tensor | None, timestep: Timestep) -> torch.Tensor:
+        """Returns the call's result. Raises unless it is finite, and equal to the scheduler's model `output`."""
         name = self.backbone.name
-        if stepped is None:
+        if output is None:
             raise UnsupportedError(
                 f"{name} ended its call without a step of its scheduler, so there is no model output. Leave out what "
                 "shortens or interrupts its run."
             )
-        if output is not stepped and not _same(output, stepped):
+        if result is not output and not _are_equal(result, output):
             raise UnsupportedError(
                 f"{name} changed the latents after its scheduler's step (an inpainting blend, or a callback), so what "
                 "it returned is not the model output. Use the text-to-image pipeline over the same components."
             )
-        if not torch.isfinite(output).all():
+        if not torch.isfinite(result).all():
             raise NumericalError(
                 f"The denoiser's output at timestep {timestep} is not finite. Half-precision weights or inputs far "
                 "outside the noise level's range are the usual causes."
             )
-        return output
+        return result
 
     def _check_timesteps(self, x: torch.Tensor, timestep: Timestep) -> None:
         count = torch.as_tensor(timestep).numel()
@@ -209,12 +209,12 @@ class PipelineDenoiser(Denoiser):
         key = _key((args, kwargs))
         if key not in self._encoded:
             with torch.no_grad():
-                # With the arguments, so that no other tensor takes the place in memory that the key knows it by.
+                # It keeps the arguments too: else a new tensor could get the address that is in the key.
                 self._encoded[key] = encode(*args, **kwargs), args, kwargs
-        encoded = self._encoded[key][0]
+        result = self._encoded[key][0]
         if self.substitute is None:
-            return encoded
-        return self.substitute(encoded, kwargs.get("prompt", args[0] if args else None), kwargs.get("prompt_embeds"))
+            return result
+        return self.substitute(result, kwargs.get("prompt", args[0] if args else None), kwargs.get("prompt_embeds"))
 
 
 def _key(value: object) -> Hashable:
@@ -226,7 +226,7 @@ def _key(value: object) -> Hashable:
     return value if isinstance(value, (str, int, float, type(None), torch.device, torch.dtype)) else id(value)
 
 
-def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
+def _are_equal(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.shape == right.shape and bool(((left == right) | (left.isnan() & right.isnan())).all())
 
 

@@ -11,15 +11,12 @@ from .base import Backbone
 from .conditions import Condition, Conditions, class_conditions
 from .stock_calls import make_latents_call
 
-call_dit = make_latents_call(DiTPipeline)
-"""Runs the stock call; also from `latents`, and with `output_type` "latent" up to the final latents."""
-
 
 class DiTBackbone(Backbone):
     """Knows DiT: class labels stand where text pipelines have prompts."""
 
     scales_samples = False
-    latents_call = staticmethod(call_dit)
+    latents_call = staticmethod(make_latents_call(DiTPipeline))
 
     @property
     def factor(self) -> int:

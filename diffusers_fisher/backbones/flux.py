@@ -8,7 +8,7 @@ import torch
 
 from ..errors import InputError
 from .base import Backbone
-from .inputs import guided_likelihood
+from .inputs import check_unguided
 
 
 class FluxBackbone(Backbone):
@@ -42,7 +42,5 @@ class FluxBackbone(Backbone):
         return self.pipe._unpack_latents(latents, *pixels, self.factor)
 
     def unguided_scale(self, call_arguments: dict[str, Any]) -> float:
-        scale = call_arguments.get("true_cfg_scale", 1.0)
-        if scale != 1.0:
-            raise guided_likelihood("true_cfg_scale", scale)
+        check_unguided("true_cfg_scale", call_arguments.get("true_cfg_scale", 1.0))
         return call_arguments.pop("guidance_scale", self.parameters["guidance_scale"].default)

@@ -13,7 +13,7 @@ from ..errors import InputError
 
 
 def one_each(name: str, value: object, count: int, unit: str = "image") -> list[str]:
-    """Makes a list of `count` strings of one string for all, or of one for each."""
+    """Makes a list of `count` strings from one string for all, or from one string for each."""
     entries = _strings(name, [value] * count if isinstance(value, str) else value)
     if len(entries) != count:
         raise InputError(
@@ -23,7 +23,7 @@ def one_each(name: str, value: object, count: int, unit: str = "image") -> list[
 
 
 def prompt_list(prompt: object, num_images_per_prompt: int) -> list[str]:
-    """Makes a list of at least one prompt, each of which is to be used `num_images_per_prompt` times."""
+    """Makes a list of at least one prompt. Each prompt will be used `num_images_per_prompt` times."""
     prompts = _strings("prompt", [prompt] if isinstance(prompt, str) else prompt)
     if not prompts or num_images_per_prompt < 1:
         raise InputError(
@@ -42,33 +42,34 @@ def _strings(name: str, value: object) -> list[str]:
 def check_arguments(
     pipeline: str, parameters: Mapping[str, inspect.Parameter], function: Callable, arguments: Mapping[str, Any]
 ) -> None:
-    """Refuses arguments that neither our `function` nor the pipeline's call takes, and names the nearest.
+    """Refuses arguments that neither our `function` nor the pipeline's call takes, and names similar arguments.
 
     Args:
         pipeline: class of the pipeline.
-        parameters: what its call takes.
+        parameters: parameters of its call.
     """
     options = sorted(set(inspect.signature(function).parameters) - {"pipe", "options", "call_arguments"})
     call = set(parameters) - {"self", "pipe", "kwargs"}
     for name in sorted(set(arguments) - call):
-        near: Sequence[str] = difflib.get_close_matches(name, [*options, *sorted(call)], n=3)
-        meant = f" Did you mean {', '.join(f'`{each}`' for each in near)}?" if near else ""
+        similar: Sequence[str] = difflib.get_close_matches(name, [*options, *sorted(call)], n=3)
+        suggestion = f" Did you mean {', '.join(f'`{each}`' for each in similar)}?" if similar else ""
         raise InputError(
-            f"`{function.__name__}` does not take `{name}`.{meant} It takes {', '.join(options)}; and arguments of "
-            f"{pipeline}'s call."
+            f"`{function.__name__}` does not take `{name}`.{suggestion} It takes {', '.join(options)}; and arguments "
+            f"of {pipeline}'s call."
         )
 
 
-def guided_likelihood(name: str, scale: float) -> InputError:
-    """Makes the error for a likelihood of a guided output."""
-    return InputError(
-        f"`{name}` is {scale}; a likelihood is at 1.0, because a guided output is the score of no density. Leave it "
-        "out."
-    )
+def check_unguided(name: str, scale: float) -> None:
+    """Refuses a likelihood of a guided output. Raises `InputError`."""
+    if scale != 1.0:
+        raise InputError(
+            f"`{name}` is {scale}; a likelihood is at 1.0, because a guided output is the score of no density. Leave "
+            "it out."
+        )
 
 
 def form_of(value: object) -> str:
-    """Says in a message what a value is instead of a fitting tensor: its shape, or its type."""
+    """Describes, for a message, a value that is not a fitting tensor: by its shape or its type."""
     if isinstance(value, torch.Tensor):
         return f"have shape {tuple(value.shape)}"
     return f"are a {type(value).__name__}"

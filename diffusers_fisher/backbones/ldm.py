@@ -8,15 +8,12 @@ from diffusers.pipelines.deprecated.latent_diffusion_uncond.pipeline_latent_diff
 from .stock_calls import make_latents_call
 from .unconditional import UnconditionalBackbone
 
-call_ldm = make_latents_call(LDMPipeline)
-"""Runs the stock call; also from `latents`, and with `output_type` "latent" up to the final latents."""
-
 
 class LDMBackbone(UnconditionalBackbone):
-    """Knows latents of a vector-quantised autoencoder: they are those before its quantisation, scaled."""
+    """Knows unconditional latent diffusion. Its latents are a VQ autoencoder's, scaled and not quantised."""
 
     autoencoder_name = "vqvae"
-    latents_call = staticmethod(call_ldm)
+    latents_call = staticmethod(make_latents_call(LDMPipeline))
 
     @property
     def factor(self) -> int:

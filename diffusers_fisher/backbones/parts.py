@@ -58,7 +58,7 @@ def checkpoint_parts(pipe: DiffusionPipeline) -> CheckpointParts:
 
 
 def loaded_parts(pipe: DiffusionPipeline) -> CheckpointParts | None:
-    """Returns the parts that were set or read before; None if nothing was."""
+    """Returns the parts that were set or read before; None if there are none."""
     return vars(pipe).get(_ATTRIBUTE) or _STOCK.get(pipe)
 
 

@@ -27,8 +27,8 @@ class SamplingRun:
         denoiser: denoiser of the same pipeline and prompts; keeps the encoded prompts.
         scheduler: scheduler of the run.
         generator: generator of the scheduler's noise; None: the run makes one.
-        evaluated: denoiser that the backward pass evaluates; marked as outdated where a `callback_on_step_end` changes
-            the network's conditions.
+        backward_denoiser: denoiser that the backward pass evaluates. It is marked as outdated where a
+            `callback_on_step_end` changes the network's conditions.
         **call_arguments: arguments of the pipeline's call.
     """
 
@@ -37,7 +37,7 @@ class SamplingRun:
         denoiser: PipelineDenoiser,
         scheduler: SchedulerMixin,
         generator: Generators,
-        evaluated: PipelineDenoiser,
+        backward_denoiser: PipelineDenoiser,
         **call_arguments: Any,
     ):
         self._denoiser, self._scheduler = denoiser, scheduler
@@ -46,12 +46,12 @@ class SamplingRun:
             generator = torch.Generator(denoiser.device).manual_seed(seed)
         self._arguments = {"output_type": "latent", "return_dict": False, **call_arguments, "generator": generator}
         if self._arguments.get("callback_on_step_end") is not None:
-            self._arguments |= _watch_steps(evaluated, self._arguments["callback_on_step_end"])
-        self._generators = generator if isinstance(generator, list) else [generator]
-        self._states = [entry.get_state() for entry in self._generators]
+            self._arguments |= _watch_steps(backward_denoiser, self._arguments["callback_on_step_end"])
+        generators = generator if isinstance(generator, list) else [generator]
+        self._states = [(entry, entry.get_state()) for entry in generators]
 
     def __call__(self, noise: torch.Tensor) -> torch.Tensor:
-        for entry, state in zip(self._generators, self._states, strict=True):
+        for entry, state in self._states:
             entry.set_state(state)
         backbone = self._denoiser.backbone
         return backbone.call(
@@ -62,26 +62,23 @@ class SamplingRun:
 def _watch_steps(denoiser: PipelineDenoiser, callback: StepCallback) -> dict[str, Any]:
     """Returns call arguments for `callback` that mark `denoiser` as outdated after changes to more than latents."""
 
-    def watched(pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def watch(pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         before = {name: value for name, value in tensors.items() if name != "latents"}
-        versions = {name: _version(value) for name, value in before.items()}
+        # A tensor's `_version` counts its changes in place.
+        versions = {name: getattr(value, "_version", None) for name, value in before.items()}
         scale = vars(pipe).get("_guidance_scale")
         result = callback(pipe, step, timestep, tensors)
-        returned = [name for name in result if name in pipe._callback_tensor_inputs and name != "latents"]
-        changed = [name for name in returned if result[name] is not before.get(name)]
-        changed += [name for name, value in before.items() if _version(value) != versions[name]]
+        names = [name for name in result if name in pipe._callback_tensor_inputs and name != "latents"]
+        changes = [name for name in names if result[name] is not before.get(name)]
+        changes += [name for name, value in before.items() if getattr(value, "_version", None) != versions[name]]
         if vars(pipe).get("_guidance_scale") != scale:
-            changed.append("guidance_scale")
-        if changed:
-            denoiser.outdated = f"A callback changed {sorted(set(changed))} after step {step} of the run"
+            changes.append("guidance_scale")
+        if changes:
+            denoiser.outdated = f"A callback changed {sorted(set(changes))} after step {step} of the run"
         return result
 
-    # Pipelines ask callbacks of diffusers' own class which tensors they take; `watched` has no such class.
+    # Pipelines ask callbacks of diffusers' own class which tensors they take; `watch` has no such class.
     tensors = getattr(callback, "tensor_inputs", None)
-    return {"callback_on_step_end": watched} | (
+    return {"callback_on_step_end": watch} | (
         {} if tensors is None else {"callback_on_step_end_tensor_inputs": tensors}
     )
-
-
-def _version(value: object) -> int | None:
-    return value._version if isinstance(value, torch.Tensor) else None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from .autoencoder import pixels_of
 from .base import Backbone
 
 
@@ -28,19 +29,19 @@ class StableDiffusionBackbone(Backbone):
                 "The trace model takes the text encoder's pooled output, which `prompt_embeds` do not have. Give "
                 "prompts, or estimator=TraceMatchingFisher(trace_model, pooled=...)."
             )
-        words, encoder = self.pipe.tokenizer, self.pipe.text_encoder
-        tokens = words(
-            self.pipe.maybe_convert_prompt(prompts, words), padding="max_length", max_length=words.model_max_length,
-            truncation=True, return_tensors="pt",
+        tokenizer, encoder = self.pipe.tokenizer, self.pipe.text_encoder
+        texts = self.pipe.maybe_convert_prompt(prompts, tokenizer)
+        tokens = tokenizer(
+            texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
         ).to(self.device)  # fmt: skip
-        masked = getattr(encoder.config, "use_attention_mask", False)  # only some encoders' configurations have it
-        return encoder(tokens.input_ids, attention_mask=tokens.attention_mask if masked else None).pooler_output
+        uses_mask = getattr(encoder.config, "use_attention_mask", False)  # only some encoders' configurations have it
+        return encoder(tokens.input_ids, attention_mask=tokens.attention_mask if uses_mask else None).pooler_output
 
     def finish(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
         if self.pipe.safety_checker is None:
             return images, []
-        checked, concepts = self.pipe.run_safety_checker(2 * images - 1, images.device, self.pipe.dtype)
-        flagged = [bool(entry) for entry in concepts]
+        safe_images, concepts = self.pipe.run_safety_checker(pixels_of(images), images.device, self.pipe.dtype)
+        flags = [bool(entry) for entry in concepts]
         # As in the stock call, the checker's black image takes the place of a flagged image.
-        chosen = torch.tensor(flagged, device=images.device)[:, None, None, None]
-        return torch.where(chosen, checked, images), flagged
+        mask = torch.tensor(flags, device=images.device)[:, None, None, None]
+        return torch.where(mask, safe_images, images), flags

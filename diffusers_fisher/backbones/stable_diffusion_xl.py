@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from .autoencoder import pixels_of
 from .base import Backbone
 
 
@@ -20,7 +21,7 @@ class StableDiffusionXLBackbone(Backbone):
     def finish(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
         if self.pipe.watermark is None:
             return images, []
-        return (self.pipe.watermark.apply_watermark(2 * images - 1) / 2 + 0.5).clamp(0, 1), []
+        return (self.pipe.watermark.apply_watermark(pixels_of(images)) / 2 + 0.5).clamp(0, 1), []
 
     @property
     def _known_autoencoder(self) -> Any:

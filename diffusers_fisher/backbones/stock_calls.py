@@ -6,12 +6,13 @@ scheduler and its autoencoder are replaced for that call.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import types
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -19,6 +20,8 @@ from ..errors import InputError
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+Owner = TypeVar("Owner")
 
 
 def make_latents_call(stock: type[DiffusionPipeline]) -> Callable[..., Any]:
@@ -51,34 +54,49 @@ def make_latents_call(stock: type[DiffusionPipeline]) -> Callable[..., Any]:
         if latents is None and arguments["output_type"] != "latent":
             return stock_call(pipe, **arguments)
         count = len(arguments["class_labels"]) if "class_labels" in arguments else arguments["batch_size"]
-        replacements = {"scheduler": _WatchedScheduler(pipe.scheduler, count)}
+        scheduler = _SchedulerWithMemory(pipe.scheduler, count)
         call = stock_call if latents is None else _call_from(latents, stock_call, pipe, count)
         if arguments["output_type"] != "latent":
-            return call(shallow_copy(pipe, **replacements), **arguments)
-        autoencoders = {name: part for name, part in pipe.components.items() if name in ("vae", "vqvae")}
-        silent = {name: _NoDecoder(autoencoder) for name, autoencoder in autoencoders.items()}
-        call(shallow_copy(pipe, **replacements, **silent), **{**arguments, "output_type": "pt"})
-        final: Any = replacements["scheduler"].last  # a tensor, as other stock calls return against their own types
+            return call(shallow_copy(pipe, scheduler=scheduler), **arguments)
+        names = {"vae", "vqvae"} & pipe.components.keys()
+        autoencoders = {name: shallow_copy(pipe.components[name], decode=_decode_nothing) for name in names}
+        call(shallow_copy(pipe, scheduler=scheduler, **autoencoders), **{**arguments, "output_type": "pt"})
+        final: Any = scheduler.last  # a tensor, as other stock calls return against their own types
         return ImagePipelineOutput(images=final) if arguments["return_dict"] else (final,)
 
     call_with_latents.__signature__ = signature  # type: ignore[attr-defined]
     return call_with_latents
 
 
-def shallow_copy(pipe: DiffusionPipeline, **attributes: Any) -> DiffusionPipeline:
-    """Makes a pipeline over the same components, on which `attributes` are set.
+def shallow_copy(owner: Owner, **attributes: Any) -> Owner:
+    """Makes a pipeline over the same components, or a module over the same weights, on which `attributes` are set.
 
-    They are written past the pipeline's `__setattr__`, which would note the change in the configuration.
+    The attributes are written past `__setattr__`, by which a pipeline would note the change in its configuration.
     """
-    copied = copy.copy(pipe)
-    vars(copied).update(attributes)
-    return copied
+    duplicate = copy.copy(owner)
+    vars(duplicate).update(attributes)
+    return duplicate
+
+
+@contextlib.contextmanager
+def restore_attributes(owner: object, *names: str) -> Iterator[None]:
+    """Restores the instance's own attributes `names` of `owner` after the block, also those that it did not have.
+
+    They are written past `__setattr__`, as in `shallow_copy`.
+    """
+    before = {name: value for name, value in vars(owner).items() if name in names}
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(owner).pop(name, None)
+        vars(owner).update(before)
 
 
 def _call_from(latents: torch.Tensor, call: Callable, pipe: DiffusionPipeline, count: int) -> Callable:
     """Returns the function `call` with `latents` in the place of what it draws.
 
-    Its code runs over the same names, of which only `randn_tensor` means another function.
+    Its code and its globals are the same, except that `randn_tensor` is another function.
     """
     network = pipe.unet if "unet" in pipe.components else pipe.transformer
     shape, channels = tuple(latents.shape), network.config.in_channels
@@ -94,11 +112,11 @@ def _call_from(latents: torch.Tensor, call: Callable, pipe: DiffusionPipeline, c
     return function
 
 
-class _WatchedScheduler:
-    """Stands for a pipeline's scheduler, and keeps the last sample that it returned.
+class _SchedulerWithMemory:
+    """Stands for a pipeline's scheduler, and keeps the last sample that the scheduler returned.
 
-    A pipeline that hands it every sample twice (DiT, for classifier-free guidance) gets it back twice, but the
-    scheduler's own step sees it once: so a differentiable run has the shape of the latents.
+    Some pipelines pass every sample twice (DiT, for classifier-free guidance). They get it back twice, but the
+    scheduler's own step gets it once, so that a differentiable run has the shape of the latents.
     """
 
     def __init__(self, scheduler: Any, count: int):
@@ -126,14 +144,6 @@ class _WatchedScheduler:
         return result
 
 
-class _NoDecoder:
-    """Stands for an autoencoder and decodes nothing: a decoding would cost more than a step of most networks."""
-
-    def __init__(self, autoencoder: torch.nn.Module):
-        self._autoencoder = autoencoder
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._autoencoder, name)
-
-    def decode(self, *args: Any, **kwargs: Any) -> types.SimpleNamespace:
-        return types.SimpleNamespace(sample=torch.zeros(1, 1, 1, 1))
+def _decode_nothing(*args: Any, **kwargs: Any) -> types.SimpleNamespace:
+    """Stands for an autoencoder's `decode`. A real decoding would cost more than a step of most networks."""
+    return types.SimpleNamespace(sample=torch.zeros(1, 1, 1, 1))

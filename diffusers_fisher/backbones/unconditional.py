@@ -13,12 +13,6 @@ from .conditions import Condition, Conditions
 from .pixels import PixelBackbone
 from .stock_calls import make_latents_call
 
-call_ddpm = make_latents_call(DDPMPipeline)
-"""Runs the stock call; also from `latents`, and with `output_type` "latent" up to final samples in [-1, 1]."""
-
-call_ddim = make_latents_call(DDIMPipeline)
-"""Runs the stock call; also from `latents`, and with `output_type` "latent" up to final samples in [-1, 1]."""
-
 
 class UnconditionalBackbone(Backbone):
     """Pipelines without prompts, whose calls take a number of samples."""
@@ -39,10 +33,10 @@ class UnconditionalBackbone(Backbone):
 class DDPMBackbone(UnconditionalBackbone, PixelBackbone):
     """Knows unconditional models in pixels, sampled by DDPM."""
 
-    latents_call = staticmethod(call_ddpm)
+    latents_call = staticmethod(make_latents_call(DDPMPipeline))
 
 
 class DDIMBackbone(UnconditionalBackbone, PixelBackbone):
     """Knows unconditional models in pixels, sampled by DDIM."""
 
-    latents_call = staticmethod(call_ddim)
+    latents_call = staticmethod(make_latents_call(DDIMPipeline))

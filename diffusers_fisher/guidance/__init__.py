@@ -17,7 +17,6 @@ from .rewards import (
 
 __all__ = [
     "AestheticReward", "AscentSettings", "ClassifierReward", "GuidanceOutput", "GuidedRun", "ImageInput",
-    "LinearReward", "MeasurementReward",
-    "PosteriorGuidance", "Reward", "TextImageReward", "WeightedReward", "ascend_noise", "gaussian_blur",
-    "named_reward", "posterior_guidance",
+    "LinearReward", "MeasurementReward", "PosteriorGuidance", "Reward", "TextImageReward", "WeightedReward",
+    "ascend_noise", "gaussian_blur", "named_reward", "posterior_guidance",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from ..errors import InputError, NumericalError, TrajectoryError
 
 Prompts = Sequence[str] | Sequence[int]
-"""One prompt per sample; class labels for pipelines that take those."""
+"""One prompt per sample; class labels for pipelines that take class labels."""
 
 Reward = Callable[[torch.Tensor, Any], torch.Tensor]
 """`reward(images, prompts) -> rewards`: images (B, 3, H, W) in [0, 1] with a graph, `Prompts`, rewards (B,), higher is
@@ -23,8 +23,8 @@ def check_guidance(
     num_guidance_steps: int, step_size: float, num_inference_steps: int, output_type: str, patience: int | None
 ) -> None:
     """Refuses numbers of steps, step sizes and output types that `guide` can't use. Raises `InputError`."""
-    whole = isinstance(num_guidance_steps, int) and isinstance(num_inference_steps, int)
-    if not whole or num_guidance_steps < 0 or num_inference_steps < 1:
+    are_integers = isinstance(num_guidance_steps, int) and isinstance(num_inference_steps, int)
+    if not are_integers or num_guidance_steps < 0 or num_inference_steps < 1:
         raise InputError(
             f"`num_guidance_steps` is {num_guidance_steps}, `num_inference_steps` {num_inference_steps}; allowed: "
             "whole numbers, at least 0 and at least 1."
@@ -71,18 +71,16 @@ def check_differentiable(reward: Reward, shape: Sequence[int], prompts: Prompts,
     with torch.enable_grad():
         images = _ramps(shape, device).requires_grad_()
         values = checked_reward(reward, images, prompts)
-        connected = values.requires_grad and (
-            torch.autograd.grad(values.sum(), images, allow_unused=True)[0] is not None
-        )
-    if not connected:
-        raise not_differentiable(reward)
+        gradient = torch.autograd.grad(values.sum(), images, allow_unused=True)[0] if values.requires_grad else None
+    if gradient is None:
+        raise gradient_error(reward)
     for _, term in getattr(reward, "terms", ()):  # a term with a graph would hide the other terms of a sum
         check_differentiable(term, shape, prompts, device)
 
 
 @torch.no_grad()
 def check_reported(reward: Reward, shape: Sequence[int], prompts: Prompts, device: torch.device) -> None:
-    """Tries a reward that is only reported, as `check_differentiable` does: its shape alone matters.
+    """Tries a reward that is reported and not optimised. Its result must have the right shape, and nothing more.
 
     Raises:
         InputError: not a tensor of shape (B,).
@@ -100,7 +98,7 @@ def _check_callable(reward: Reward) -> None:
             f"The reward {name_of(reward)} can't be called as reward(images, prompts): {error}. It must take both, "
             "images (B, 3, H, W) in [0, 1] and one prompt per image, whether it uses the prompts or not."
         ) from error
-    except ValueError:  # a builtin that does not tell its arguments
+    except ValueError:  # a builtin function without a signature
         return
 
 
@@ -109,8 +107,8 @@ def _ramps(shape: Sequence[int], device: torch.device) -> torch.Tensor:
     return torch.linspace(0.25, 0.75, math.prod(shape), device=device).reshape(tuple(shape))
 
 
-def not_differentiable(reward: Reward) -> InputError:
-    """Makes the error for a reward without a graph to the images."""
+def gradient_error(reward: Reward) -> InputError:
+    """Makes the error for a reward that is not differentiable with respect to the images."""
     return InputError(
         f"The reward {name_of(reward)} is not differentiable with respect to the images: it returned a tensor without "
         "a graph to them. Keep to torch operations on the tensor; processors that go through PIL or numpy, `.item()`, "
@@ -118,11 +116,23 @@ def not_differentiable(reward: Reward) -> InputError:
     )
 
 
-def watch_gradient(images: torch.Tensor, reward: Reward, where: str) -> None:
-    """Makes the backward pass through `images` check the reward's gradient before it goes on to the denoiser.
+def reward_in_run(reward: Reward, images: torch.Tensor, prompts: Prompts, where: str) -> torch.Tensor:
+    """Calls the reward on images of a run, and checks the images, the rewards and, in a backward pass, the gradient.
 
-    The pass raises `NumericalError` where the gradient is not finite; the message names `where`.
+    Args:
+        where: name of the part of the run, for messages.
+
+    Raises:
+        InputError: the reward is not a tensor of shape (B,).
+        NumericalError: the images or the rewards are not finite; or, from the backward pass through `images`, the
+            reward's gradient is not finite.
     """
+    if not torch.isfinite(images).all():
+        raise NumericalError(
+            f"The images of {where} are not finite. Half-precision autoencoders and denoisers are the usual cause: "
+            "load the pipeline in float32 or bfloat16."
+        )
+    values = checked_reward(reward, images, prompts)
 
     def check(gradient: torch.Tensor) -> None:
         if not torch.isfinite(gradient).all():
@@ -133,15 +143,7 @@ def watch_gradient(images: torch.Tensor, reward: Reward, where: str) -> None:
 
     if images.requires_grad:
         images.register_hook(check)
-
-
-def check_images(images: torch.Tensor, where: str) -> None:
-    """Refuses images that are not finite. Raises `NumericalError`, which names `where`."""
-    if not torch.isfinite(images).all():
-        raise NumericalError(
-            f"The images of {where} are not finite. Half-precision autoencoders and denoisers are the usual cause: "
-            "load the pipeline in float32 or bfloat16."
-        )
+    return values
 
 
 def name_of(reward: Any) -> str:
@@ -150,12 +152,12 @@ def name_of(reward: Any) -> str:
 
 
 def norms(x: torch.Tensor) -> torch.Tensor:
-    """Returns the norm of every sample, (B, 1, ...)."""
+    """Returns the norm of each sample, (B, 1, ...)."""
     return torch.linalg.vector_norm(x.flatten(1), dim=1).reshape(-1, *[1] * (x.ndim - 1))
 
 
-def unit(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns every sample divided by its norm (zero where the norm is zero), and the norms (B,) float64 on the CPU.
+def normalise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns each sample divided by its norm (zero where the norm is zero), and the norms, (B,) float64 on the CPU.
 
     Each sample is scaled by its largest element first: squares of 1e20, which some estimators' gradients reach,
     overflow in float32.

@@ -1,4 +1,4 @@
-"""Moves what is optimised along its gradient: normalised ascent, or any optimiser of torch.optim.
+"""Moves the optimised variables along their gradient: by normalised ascent, or by any optimiser of torch.optim.
 
 The variables are tensors by name, (B, ...) each: "noise", and on request "text" and "control".
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from ..errors import InputError
-from .checks import norms, unit
+from .checks import normalise, norms
 
 Variables = Mapping[str, torch.Tensor]
 
@@ -21,22 +21,11 @@ OptimizerFactory = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 """`factory(parameters) -> optimizer`, such as `lambda parameters: torch.optim.Adam(parameters, lr=0.05)`."""
 
 
-class Mover(Protocol):
-    """Takes the steps of an ascent."""
-
-    def move(self, variables: Variables, gradients: Variables, improved: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Returns the variables after a step along the rewards' `gradients`.
-
-        Args:
-            improved: (B,) bool, whether the sample's last reward is its best so far.
-        """
-
-
 class NormalisedAscent:
     """Moves each sample along its unit gradient by steps of the sample's own length; the noise stays on its sphere.
 
     A sample's steps are halved whenever its reward is no better than its best before, so that near an optimum it does
-    not overshoot for ever.
+    not overshoot again and again.
 
     Args:
         variables: values at the beginning.
@@ -50,16 +39,21 @@ class NormalisedAscent:
         sizes = {name: self._radius if name == "control" else norms(value) for name, value in variables.items()}
         self._lengths = {name: step_size * size.flatten() for name, size in sizes.items()}
 
-    def move(self, variables: Variables, gradients: Variables, improved: torch.Tensor) -> dict[str, torch.Tensor]:
+    def move(self, variables: Variables, gradients: Variables, is_best: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns the variables after a step along the rewards' `gradients`.
+
+        Args:
+            is_best: (B,) bool, whether the sample's last reward is its best so far.
+        """
         result = {}
         for name, value in variables.items():
-            kept = improved.to(value.device)
-            self._lengths[name] = torch.where(kept, self._lengths[name], self._lengths[name] / 2)
+            keeps_length = is_best.to(value.device)
+            self._lengths[name] = torch.where(keeps_length, self._lengths[name], self._lengths[name] / 2)
             length = self._lengths[name].reshape(-1, *[1] * (value.ndim - 1))
-            moved = value + length * unit(gradients[name])[0]
+            new_value = value + length * normalise(gradients[name])[0]
             if name == "noise":
-                moved = moved * (self._radius / norms(moved))  # where nothing moved, bit for bit
-            result[name] = moved.detach()
+                new_value = new_value * (self._radius / norms(new_value))  # exactly the same where nothing moves
+            result[name] = new_value.detach()
         return result
 
 
@@ -73,7 +67,8 @@ class TorchAscent:
         self._parameters = {name: torch.nn.Parameter(value.detach().clone()) for name, value in variables.items()}
         self._optimizer = make(list(self._parameters.values()))
 
-    def move(self, variables: Variables, gradients: Variables, improved: torch.Tensor) -> dict[str, torch.Tensor]:
+    def move(self, variables: Variables, gradients: Variables, is_best: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns the parameters after a step of the optimiser. The arguments are those of `NormalisedAscent.move`."""
         for name, parameter in self._parameters.items():
             parameter.grad = -gradients[name].to(parameter)
         self._optimizer.step()

@@ -14,7 +14,7 @@ from ..fisher.estimator import FisherEstimator
 from ..schedulers import FisherSchedulerMixin, Trajectory
 from . import checks
 from .checks import Prompts, Reward
-from .movers import Mover, NormalisedAscent, OptimizerFactory, TorchAscent, shell_distance
+from .movers import NormalisedAscent, OptimizerFactory, TorchAscent, Variables, shell_distance
 from .text import TextEmbedding
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class NoiseAscent:
 
     Args:
         best_rewards: (B,) float64.
-        best: tensors of the best samples: "images", "latents" (the run's end), "noise", and what else is optimised.
+        best: tensors of the best samples: "images", "latents" (the run's end), "noise" and other optimised variables.
         initial: "images" and "latents" of the first run.
     """
 
@@ -120,14 +120,14 @@ class NoiseAscent:
             self.best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
             self.initial = {name: self.best[name].clone() for name in ("images", "latents")}
         for name, tensor in tensors.items():
-            chosen = better.to(tensor.device)
-            self.best[name][chosen] = tensor.detach()[chosen]
+            mask = better.to(tensor.device)
+            self.best[name][mask] = tensor.detach()[mask]
         return better
 
 
 @dataclasses.dataclass
 class GuidedRun:
-    """Runs the sampling once, with its rewards and their gradients, as a function of what is optimised.
+    """Runs the sampling once, with its rewards and their gradients, as a function of the optimised variables.
 
     Args:
         sample: function from noise (B, ...) to final latents, one run of `scheduler`.
@@ -135,10 +135,10 @@ class GuidedRun:
         reward: function of images and prompts.
         prompts: one prompt or class label per sample.
         scheduler: differentiable scheduler that `sample` runs on.
-        estimator: estimator of the diffusion Fisher, in the place of the denoiser's Jacobian.
+        estimator: estimator of the diffusion Fisher, which takes the place of the denoiser's Jacobian.
         held_out_reward: reward that is recorded and not optimised.
-        optimise: names of what moves: "noise", "text" (with `text`), "control" (added to the model's output at every
-            step, zero at first).
+        optimise: names of the variables that move: "noise", "text" (with `text`), "control" (added to the model's
+            output at every step, zero at first).
         text: embedding that `sample` and `estimator` use.
     """
 
@@ -164,7 +164,7 @@ class GuidedRun:
             All variables; whether the reward is the sample's best so far, (B,); and the gradients of the variables
             that are optimised (none without `with_gradient`).
         """
-        controls = self._put(variables)
+        controls = self._set_variables(variables)
         with self.scheduler.differentiable(self.estimator, controls=controls) as trajectory:
             latents = self.sample(variables["noise"])
         ascent.num_sampling_calls += len(trajectory.states)
@@ -175,22 +175,20 @@ class GuidedRun:
             variables["text"] = self.text.value.detach()
         with torch.set_grad_enabled(with_gradient):
             images = self.decode(latents)
-            checks.check_images(images, f"run {step}")
-            rewards = checks.checked_reward(self.reward, images, self.prompts)
-            checks.watch_gradient(images, self.reward, f"run {step}")
+            rewards = checks.reward_in_run(self.reward, images, self.prompts, f"run {step}")
             total = rewards.sum()  # here, because the caller may be under no_grad
         held_out = self._evaluate_held_out(images.detach(), step, ascent)
-        improved = ascent.record(rewards, held_out, {**variables, "images": images, "latents": latents})
+        is_best = ascent.record(rewards, held_out, {**variables, "images": images, "latents": latents})
         if not with_gradient:
-            return variables, improved, {}
+            return variables, is_best, {}
         if trajectory.states and not latents.requires_grad:
             raise TrajectoryError(
                 f"In run {step}, something replaced the latents after the scheduler's last step, a callback say, and "
                 "with them the way back to the noise. Leave what the last step returns as it is."
             )
         if not rewards.requires_grad:
-            raise checks.not_differentiable(self.reward)
-        return variables, improved, self._gradients(trajectory, total)
+            raise checks.gradient_error(self.reward)
+        return variables, is_best, self._gradients(trajectory, total)
 
     @torch.no_grad()
     def _evaluate_held_out(self, images: torch.Tensor, step: int, ascent: NoiseAscent) -> torch.Tensor | None:
@@ -206,8 +204,8 @@ class GuidedRun:
             )  # fmt: skip
         return torch.where(finite, values, torch.nan)
 
-    def _put(self, variables: dict[str, torch.Tensor]) -> list[torch.Tensor] | None:
-        """Puts the text in its place for a run; returns the controls as the scheduler takes them, None for none."""
+    def _set_variables(self, variables: dict[str, torch.Tensor]) -> list[torch.Tensor] | None:
+        """Sets the text for a run, and returns the controls as the scheduler takes them; None without controls."""
         if self.text is not None:
             self.text.gradient = None
             if "text" in variables:
@@ -247,6 +245,12 @@ class AscentSettings:
     optimizer: OptimizerFactory | None = None
     patience: int | None = None
 
+    def make_mover(self, variables: Variables, noise: torch.Tensor) -> NormalisedAscent | TorchAscent:
+        """Makes what takes the steps, from the first values of the variables and from the initial noise."""
+        if self.optimizer is None:
+            return NormalisedAscent(variables, noise, self.step_size)
+        return TorchAscent(variables, self.optimizer)
+
 
 def ascend_noise(
     run: GuidedRun,
@@ -254,7 +258,7 @@ def ascend_noise(
     settings: AscentSettings,
     on_step: Callable[[torch.Tensor], None] = lambda rewards: None,
 ) -> NoiseAscent:
-    """Climbs the reward by gradient steps on the initial noise, and on request on what else a run depends on.
+    """Raises the reward by gradient steps on the initial noise, and on request on other variables of the run.
 
     Args:
         run: sampling run with its reward. The shape of a held-out reward is tried before the first run, for which one
@@ -266,39 +270,34 @@ def ascend_noise(
     the estimator's products. The denoiser never builds a graph, unless the estimator does, or the text is optimised.
 
     Raises:
-        InputError: noise that is all zero, a reward of the wrong kind. TrajectoryError: `sample` gives other latents
-            than the scheduler's last step did. NumericalError: in the first run, images or a reward that are not
+        InputError: noise that is all zero, a reward of the wrong kind. TrajectoryError: `sample` returns other latents
+            than the scheduler's last step. NumericalError: in the first run, images or a reward that are not
             finite; later, and for gradients, the ascent stops there, and its `status` says so.
     """
     steps, patience = settings.num_guidance_steps, settings.patience
     ascent = NoiseAscent(torch.full((len(noise),), -torch.inf, dtype=torch.float64))
     variables = {"noise": noise}
-    mover: Mover | None = None
+    mover: NormalisedAscent | TorchAscent | None = None
     if steps > 0 and settings.optimizer is None and not bool((checks.norms(noise) > 0).all()):
         raise InputError(
             "A sample of the initial noise is all zero, so there is no sphere to move it on; draw it anew."
         )
     if run.held_out_reward is not None:
         with torch.no_grad():
-            one = run.decode(noise[:1])  # for its size and device alone
-        checks.check_reported(run.held_out_reward, (len(noise), *one.shape[1:]), run.prompts, one.device)
+            image = run.decode(noise[:1])  # only its size and device are used
+        checks.check_reported(run.held_out_reward, (len(noise), *image.shape[1:]), run.prompts, image.device)
     for step in range(steps + 1):
         begin = time.perf_counter()
         try:
-            variables, improved, gradients = run(variables, step, step < steps, ascent)
+            variables, is_best, gradients = run(variables, step, step < steps, ascent)
             if gradients:
-                parts = torch.stack([checks.unit(gradient)[1] for gradient in gradients.values()])
+                parts = torch.stack([checks.normalise(gradient)[1] for gradient in gradients.values()])
                 ascent.gradient_norms.append(torch.linalg.vector_norm(parts, dim=0))
                 if len(ascent.gradient_norms) == 1:
                     _warn_of_flat_rewards(ascent.gradient_norms[0], run.reward)
                 moving = {name: variables[name] for name in gradients}
-                if mover is None:
-                    mover = (
-                        NormalisedAscent(moving, noise, settings.step_size)
-                        if settings.optimizer is None
-                        else TorchAscent(moving, settings.optimizer)
-                    )
-                variables |= mover.move(moving, gradients, improved)
+                mover = mover or settings.make_mover(moving, noise)
+                variables |= mover.move(moving, gradients, is_best)
         except NumericalError as error:
             if not ascent.rewards:  # nothing to return
                 raise
@@ -316,9 +315,9 @@ def ascend_noise(
 
 def _warn_of_flat_rewards(gradient_norms: torch.Tensor, reward: Reward) -> None:
     """Warns of samples that can't move because their first gradient is zero."""
-    still = (gradient_norms == 0).nonzero().flatten().tolist()
-    if still:
+    indices = (gradient_norms == 0).nonzero().flatten().tolist()
+    if indices:
         logger.warning(
             "The gradient of the reward %s is zero for samples %s, which do not move: the reward does not change with "
-            "the image there, or its gradient is lost to rounding.", checks.name_of(reward), still,
+            "the image there, or its gradient is lost to rounding.", checks.name_of(reward), indices,
         )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from ..backbones.base import Generators
 from ..backbones.conditions import Condition
 from ..backbones.inputs import check_arguments
 from ..backbones.run import SamplingRun
+from ..backbones.stock_calls import restore_attributes
 from ..denoiser import Denoiser
 from ..errors import InputError
 from ..fisher.estimator import FisherEstimator, check_estimator
@@ -80,14 +81,14 @@ def guide(
             evaluation at a time); "control", added to the model's output at every step.
         optimizer: None for normalised ascent, which keeps the noise on its sphere; or a name in torch.optim, with
             `step_size` as its learning rate, or a factory from parameters to an optimiser.
-        patience: stops after so many runs in which no sample reached a new best; None: never.
-        held_out_reward: reported beside the reward and not optimised: where it falls, the reward is being gamed.
+        patience: number of runs without a new best of any sample after which the guidance stops; None: it never does.
+        held_out_reward: a reward that is reported and not optimised. Where it falls, the guidance exploits the reward.
         adjoint_guidance_scale: guidance scale of the denoiser in the backward pass, 1.0 to keep classifier-free
-            guidance out of it; None: as in the runs. Nothing to estimators without a denoiser.
+            guidance out of it; None: as in the runs. It has no effect on estimators without a denoiser.
         decoder: decodes for the reward in the autoencoder's place, such as an `AutoencoderTiny`; the images that are
             returned are the autoencoder's.
         checkpoint_decoder: recomputes the decoder's activations in its backward pass instead of keeping them.
-        **call_arguments: to the pipeline's call, such as `negative_prompt`.
+        **call_arguments: arguments of the pipeline's call, such as `negative_prompt`.
 
     Returns:
         `GuidanceOutput`, or with `return_dict=False` the tuple of its entries. Cost: `num_guidance_steps + 1` ordinary
@@ -111,13 +112,15 @@ def guide(
     pixels = backbone.image_size(height, width)
     noise = backbone.initial_noise(latents, len(prompts), pixels, generator)
     check_differentiable(reward, (len(prompts), backbone.image_channels, *pixels), prompts, noise.device)
-    arguments = {**call_arguments, **conditions, **backbone.size_arguments(pixels), "num_inference_steps": steps}
+    arguments = {**call_arguments, **conditions, **backbone.size_arguments(pixels)}
     if "guidance_scale" in backbone.parameters:
         default = backbone.parameters["guidance_scale"].default
         arguments["guidance_scale"] = default if guidance_scale is None else guidance_scale
-    denoisers = _Denoisers(backbone, arguments, estimator, adjoint_guidance_scale, "text" in optimise)
+    denoisers = _DenoisersAndEstimator(backbone, arguments, estimator, adjoint_guidance_scale, "text" in optimise)
     scheduler = backbone.differentiable_scheduler()
-    sample = SamplingRun(denoisers.forward, scheduler, generator, denoisers.backward, **arguments)
+    sample = SamplingRun(
+        denoisers.forward, scheduler, generator, denoisers.backward, num_inference_steps=steps, **arguments
+    )
     decode = functools.partial(backbone.with_autoencoder(decoder).decode, pixels=pixels)
     run = GuidedRun(
         sample, decode, reward, prompts, scheduler, denoisers.estimator, held_out_reward, optimise, denoisers.text
@@ -153,37 +156,34 @@ def _ascend(
         pixels: height and width of the images.
         decoder: decoder that `run` uses in the place of the pipeline's own; None: it uses the pipeline's own.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(backbone.loaded())
+    with backbone.loaded(), contextlib.ExitStack() as stack:
         if decoder is not None:
-            _check_decoder(decoder, run.decode, noise, pixels)
+            _check_decoder(decoder, run, noise, pixels)
         if checkpoint_decoder:
-            stack.enter_context(_checkpoints(backbone.autoencoder if decoder is None else decoder))
+            autoencoder: Any = backbone.autoencoder if decoder is None else decoder
+            for part in autoencoder.modules():
+                stack.enter_context(restore_attributes(part, "gradient_checkpointing", "_gradient_checkpointing_func"))
+            autoencoder.enable_gradient_checkpointing()
         progress = stack.enter_context(backbone.progress_bar(settings.num_guidance_steps + 1))
 
-        def show(rewards: torch.Tensor) -> None:
+        def report(rewards: torch.Tensor) -> None:
             progress.set_postfix(reward=f"{float(rewards.mean()):.3f}")
             progress.update()
 
-        ascent = ascend_noise(run, noise, settings, show)
+        ascent = ascend_noise(run, noise, settings, report)
         if decoder is not None:
-            for kept in (ascent.best, ascent.initial):
+            for tensors in (ascent.best, ascent.initial):
                 with torch.no_grad():
-                    kept["images"] = backbone.decode(kept["latents"], pixels)
+                    tensors["images"] = backbone.decode(tensors["latents"], pixels)
     return ascent
 
 
 @torch.no_grad()
-def _check_decoder(
-    decoder: torch.nn.Module,
-    decode: Callable[[torch.Tensor], torch.Tensor],
-    noise: torch.Tensor,
-    pixels: tuple[int, int],
-) -> None:
+def _check_decoder(decoder: torch.nn.Module, run: GuidedRun, noise: torch.Tensor, pixels: tuple[int, int]) -> None:
     """Refuses a decoder to images of another size than `pixels`, by one sample. Raises `InputError`."""
     if not callable(getattr(decoder, "decode", None)):
         raise InputError(f"`decoder` is a {type(decoder).__name__}; allowed: an autoencoder, such as AutoencoderTiny.")
-    size = tuple(decode(noise[:1]).shape[-2:])
+    size = tuple(run.decode(noise[:1]).shape[-2:])
     if size != pixels:
         raise InputError(
             f"`decoder` makes {size[0]}x{size[1]} pixels of this pipeline's latents, whose autoencoder makes "
@@ -191,41 +191,39 @@ def _check_decoder(
         )
 
 
-def _output(backbone: Backbone, ascent: NoiseAscent, denoisers: _Denoisers, output_type: str) -> GuidanceOutput:
+def _output(
+    backbone: Backbone, ascent: NoiseAscent, denoisers: _DenoisersAndEstimator, output_type: str
+) -> GuidanceOutput:
     """Finishes the images as the stock call does, and makes the output."""
     processor = vars(backbone.pipe).get("image_processor") or VaeImageProcessor()
-    (images, unsafe), (initial, _) = (backbone.finish(kept["images"]) for kept in (ascent.best, ascent.initial))
+    (images, unsafe), (initial, _) = (backbone.finish(each["images"]) for each in (ascent.best, ascent.initial))
     count = len(ascent.best_rewards)
 
-    def shown(tensor: torch.Tensor) -> ImageLike:
+    def postprocess(tensor: torch.Tensor) -> ImageLike:
         return processor.postprocess(tensor, output_type, do_denormalize=[False] * count)
 
     def rows(history: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack(history) if history else torch.zeros(0, count, dtype=torch.float64)
 
     return GuidanceOutput(
-        images=shown(images), rewards=rows(ascent.rewards), best_rewards=ascent.best_rewards,
+        images=postprocess(images), rewards=rows(ascent.rewards), best_rewards=ascent.best_rewards,
         latents=ascent.best["noise"], gradient_norms=rows(ascent.gradient_norms),
         seconds=torch.tensor(ascent.seconds, dtype=torch.float64),
         num_denoiser_calls=ascent.num_sampling_calls + denoisers.calls(), nsfw_content_detected=unsafe,
-        initial_images=shown(initial), held_out_rewards=rows(ascent.held_out_rewards),
+        initial_images=postprocess(initial), held_out_rewards=rows(ascent.held_out_rewards),
         shell_distances=rows(ascent.shell_distances), status=ascent.status,
         prompt_embeds=ascent.best.get("text"), controls=ascent.best.get("control"),
     )  # fmt: skip
 
 
-class _Denoisers:
-    """Holds the denoiser of the sampling run, that of the backward pass, and the estimator that evaluates it."""
+class _DenoisersAndEstimator:
+    """Holds the denoisers of the sampling run and of the backward pass, the estimator, and the text embedding."""
 
     def __init__(
         self, backbone: Backbone, arguments: dict[str, Any], estimator: FisherEstimator | None,
         adjoint_guidance_scale: float | None, optimises_text: bool,
     ):  # fmt: skip
-        arguments = {
-            key: value
-            for key, value in arguments.items()
-            if not key.startswith("callback") and key != "num_inference_steps"
-        }
+        arguments = {name: value for name, value in arguments.items() if not name.startswith("callback")}
         self.forward = self.backward = PipelineDenoiser(backbone, **arguments)
         estimator = default_estimator(backbone.dtype) if estimator is None else estimator
         scale = adjoint_guidance_scale
@@ -239,7 +237,7 @@ class _Denoisers:
         self._calls_before = [(each, each.num_calls) for each in counted.values()]
         self.text = TextEmbedding() if optimises_text else None
         if self.text is not None:
-            for denoiser in {id(each): each for each in (self.forward, self.backward)}.values():
+            for denoiser in (self.forward, self.backward):
                 self.text.attach(denoiser)
             self.estimator = TextGradientEstimator(self.estimator, self.text, self.backward)
 
@@ -252,18 +250,3 @@ def default_estimator(dtype: torch.dtype) -> OneStepFisher:
     """Makes a `OneStepFisher` whose differences exceed the rounding errors of a network of `dtype`."""
     step = HALF_PRECISION_STEPS.get(dtype)
     return OneStepFisher(None if step is None else FiniteDifferenceFisher(relative_step=step))
-
-
-@contextlib.contextmanager
-def _checkpoints(autoencoder: Any) -> Iterator[None]:
-    """Recomputes an autoencoder's activations in the block's backward passes rather than keeping them."""
-    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
-    before = [(part, {k: v for k, v in vars(part).items() if k in names}) for part in autoencoder.modules()]
-    try:
-        autoencoder.enable_gradient_checkpointing()
-        yield
-    finally:
-        for part, values in before:
-            for name in names:
-                vars(part).pop(name, None)
-            vars(part).update(values)

@@ -20,13 +20,14 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..backbones import PipelineDenoiser, backbone_of
+from ..backbones.stock_calls import restore_attributes
 from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError, TrajectoryError, UnsupportedError
 from ..fisher.direct import DirectFisher
 from ..fisher.estimator import FisherEstimator, check_estimator
 from ..noise import DenoisingState, NoiseLevel, Timestep, expand, noise_schedule, state_of
 from . import checks
-from .checks import Reward, norms, unit
+from .checks import Reward, normalise, norms
 from .noise_ascent import COMPLETED
 
 logger = logging.getLogger(__name__)
@@ -56,9 +57,9 @@ def posterior_guidance(
     network's own vector-Jacobian product, that of DPS (Chung et al., 2209.14687) and FreeDoM (Yu et al., 2303.09833).
     `FiniteDifferenceFisher` and `GaussianFisher` lie between; endpoint forms need the run's end and are refused.
 
-    Inside the block the scheduler's `step` is watched, so that the callback knows the state that a step began from.
-    The pipeline's `prepare_latents` is watched too: after it the reward is tried on images of the run's number and
-    size, before the denoiser's first evaluation. After the block the pipeline is as it was.
+    Inside the block the guidance watches the scheduler's `step`, so that the callback knows the state from which a
+    step began. It also watches the pipeline's `prepare_latents`: after this method it tries the reward on images of
+    the run's number and size, before the denoiser's first evaluation. After the block the pipeline is as before.
 
     Args:
         pipe: a pipeline whose call takes `callback_on_step_end`; used as it is.
@@ -86,7 +87,7 @@ def posterior_guidance(
             number; at the first guided step, an estimator without a denoiser where there are no `prompts`, or where
             the denoiser made of them does not give the run's output.
         UnsupportedError: a pipeline without callbacks or autoencoder, a scheduler that is not known.
-        TrajectoryError: the run was not given the callback, or the callback is called outside of the block; the
+        TrajectoryError: the run did not get the callback, or the callback is called outside of the block; the
             scheduler is guided by another block, or used in another thread; torch.inference_mode.
         NumericalError: in the trial a reward, or at the first guided step images, a reward or a gradient that are not
             finite. At later ones the run goes on without guidance, and its `status` says so.
@@ -111,19 +112,15 @@ def posterior_guidance(
 
 
 @contextlib.contextmanager
-def _watches(owner: Any, name: str, watch: Callable) -> Iterator[None]:
-    """Calls `watch(method, ...)` in the place of a method of `owner` in the block, and then puts back what was there.
+def _watch_method(owner: Any, name: str, watch: Callable) -> Iterator[None]:
+    """Calls `watch(method, ...)` in the place of a method of `owner` in the block, and then restores the method.
 
     The attribute is set past any `__setattr__`. Pipelines inspect the method's signature, which stays the same.
     """
-    attributes = {key: value for key, value in vars(owner).items() if key == name}  # an attribute that a user set
-    method = getattr(owner, name)
-    vars(owner)[name] = functools.update_wrapper(functools.partial(watch, method), method)
-    try:
+    with restore_attributes(owner, name):  # a user may have set the attribute
+        method = getattr(owner, name)
+        vars(owner)[name] = functools.update_wrapper(functools.partial(watch, method), method)
         yield
-    finally:
-        vars(owner).pop(name, None)
-        vars(owner).update(attributes)
 
 
 _GUIDED: weakref.WeakSet[SchedulerMixin] = weakref.WeakSet()
@@ -178,32 +175,31 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
         self._run_estimator: FisherEstimator | None = None  # the estimator with a denoiser of the present run
         self._decode = decode or _decoder(pipe)
         self._has_pixel_shape = decode is None
-        self._tried: set[tuple[int, ...]] = set()
+        self._tried_shapes: set[tuple[int, ...]] = set()
         self._scheduler: Any = None
         self._timesteps: Any = None
-        self._timestep: Timestep = 0  # of the last step, with the state that it began from
-        self._state: DenoisingState | None = None
-        self._begin: NoiseLevel | None = None  # level from which the sample comes that is to be tilted
+        self._state: DenoisingState | None = None  # from which the last step began
+        self._begin_level: NoiseLevel | None = None  # level at which the present step began
         self._steps = self._calls = 0
-        self._is_evaluating = False  # then calls of the pipeline are the estimator's own, and no runs
+        self._is_evaluating = False  # then the pipeline is called by the estimator, and not for a run
 
     def __enter__(self) -> PosteriorGuidance:
         with contextlib.ExitStack() as block:
             block.enter_context(_only_guidance_of(self._pipe.scheduler))
             self._scheduler, self._thread, self._block = self._pipe.scheduler, threading.get_ident(), block.pop_all()
-        self._block.enter_context(_watches(self._scheduler, "step", self._step))
+        self._block.enter_context(_watch_method(self._scheduler, "step", self._step))
         for name in ("set_timesteps", "scale_model_input"):
             if hasattr(self._scheduler, name):
-                self._block.enter_context(_watches(self._scheduler, name, self._in_its_thread))
-        if hasattr(self._pipe, "prepare_latents"):  # else the first guided step finds a bad reward
-            self._block.enter_context(_watches(self._pipe, "prepare_latents", self._prepare_latents))
+                self._block.enter_context(_watch_method(self._scheduler, name, self._in_its_thread))
+        if hasattr(self._pipe, "prepare_latents"):  # else the first guided step reports a bad reward
+            self._block.enter_context(_watch_method(self._pipe, "prepare_latents", self._prepare_latents))
         return self
 
-    def __exit__(self, *raised: Any) -> None:
+    def __exit__(self, *exception: Any) -> None:
         if self._block is not None:
             self._block.close()
         self._scheduler = None
-        if raised[0] is None and self._steps and not self._calls:
+        if exception[0] is None and self._steps and not self._calls:
             raise TrajectoryError(
                 "The pipeline ran without guidance: pass it `callback_on_step_end=guidance`, what the block yields."
             )
@@ -231,8 +227,8 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
         schedule = noise_schedule(self._scheduler)
         if schedule.awaits_second_stage:
             return callback_kwargs  # the second evaluation of a step forgets what is changed after the first
-        begin, end = self._begin or state.level, schedule.level_after_step(self._timestep)
-        self._begin, self._state = end, None
+        begin, end = self._begin_level or state.level, schedule.level_after_step(state.known_timestep)
+        self._begin_level, self._state = end, None
         if self.status != COMPLETED:
             return callback_kwargs
         self._is_evaluating = True
@@ -241,7 +237,7 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
                 self._run_estimator = self._with_denoiser(pipe, state)
             direction = self._direction(state, self._run_estimator, len(self.rewards))
         except NumericalError as error:
-            if not self.rewards:  # nothing was guided yet
+            if not self.rewards:  # no step was guided before
                 raise
             self.status = f"stopped at guided step {len(self.rewards)}: {error}"
             logger.warning("Guidance %s The run goes on without it.", self.status)
@@ -254,24 +250,21 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
 
     def _direction(self, state: DenoisingState, estimator: FisherEstimator, step: int) -> torch.Tensor:
         """Returns the unit direction in which the score is tilted, (B, ...)."""
-        clean = state.pred_original_sample.detach()
+        clean = state.pred_original_sample.detach().requires_grad_()
         prompts = self._prompts_of(len(clean))
         with torch.enable_grad():
-            leaf = clean.requires_grad_()
-            images = self._decode(leaf)
-            checks.check_images(images, f"guided step {step}")
-            values = checks.checked_reward(self._reward, images, prompts)
+            images = self._decode(clean)
+            values = checks.reward_in_run(self._reward, images, prompts, f"guided step {step}")
             if not values.requires_grad:
-                raise checks.not_differentiable(self._reward)
-            checks.watch_gradient(images, self._reward, f"guided step {step}")
-            (gradient,) = torch.autograd.grad(values.sum(), leaf)
+                raise checks.gradient_error(self._reward)
+            (gradient,) = torch.autograd.grad(values.sum(), clean)
         product = estimator(state).original_jacobian(gradient)
         if not torch.isfinite(product).all():
             raise NumericalError(
                 f"The gradient at guided step {step} is not finite with {type(estimator).__name__}. Half "
                 "precision is the usual cause, or a reward whose slope is infinite."
             )
-        direction, length = unit(product)
+        direction, length = normalise(product)
         self.rewards.append(values.detach().double().cpu())
         self.gradient_norms.append(length)
         return direction
@@ -321,9 +314,9 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
         if shape is None:
             with torch.no_grad():
                 shape = tuple(self._decode(latents).shape)
-        if shape not in self._tried:
+        if shape not in self._tried_shapes:
             checks.check_differentiable(self._reward, shape, self._prompts_of(shape[0]), latents.device)
-            self._tried.add(shape)
+            self._tried_shapes.add(shape)
         return result
 
     def _in_its_thread(self, method: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -343,14 +336,13 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
         self._in_its_thread(lambda: None)
         scheduler = self._scheduler
         if scheduler.timesteps is not self._timesteps:  # another run
-            self._timesteps, self._begin, self._run_estimator = scheduler.timesteps, None, None
+            self._timesteps, self._begin_level, self._run_estimator = scheduler.timesteps, None, None
             self.rewards, self.gradient_norms, self.status = [], [], COMPLETED
         carrier = sample.detach().to(torch.promote_types(sample.dtype, torch.float32))
         index = noise_schedule(scheduler).start_step(timestep)
-        self._timestep = timestep
         self._state = state_of(scheduler, carrier, model_output.detach().to(carrier.dtype), timestep, index)
-        if self._begin is None:
-            self._begin = self._state.level
+        if self._begin_level is None:
+            self._begin_level = self._state.level
         self._steps += 1
         return step(model_output, timestep, sample, *args, **kwargs)
 

@@ -1,13 +1,13 @@
-"""The prompts' embedding as something to optimise."""
+"""The prompts' embedding as a variable that guidance optimises."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ..backbones import PipelineDenoiser
+from ..backbones.stock_calls import restore_attributes
 from ..errors import InputError, UnsupportedError
 from ..fisher.estimator import FisherEstimator
 from ..fisher.operator import FisherOperator
@@ -59,21 +59,12 @@ class TextEmbedding:
         The first call sets the variable to the embedding.
         """
         source = prompt, id(prompt_embeds)
-        if self._value is not None and source != self._prompt:
-            return encoded  # of negative prompts, where a call encodes them by themselves (Flux)
         if self._value is None:
             self._prompt = source
             self._value = encoded[0].detach().to(torch.promote_types(encoded[0].dtype, torch.float32), copy=True)
+        elif source != self._prompt:
+            return encoded  # of negative prompts, where a call encodes them by themselves (Flux)
         return (self._value.to(encoded[0].dtype), *encoded[1:])
-
-    @contextlib.contextmanager
-    def replaced_by(self, value: torch.Tensor) -> Iterator[None]:
-        """Puts `value` in the variable's place for the block."""
-        before, self._value = self._value, value
-        try:
-            yield
-        finally:
-            self._value = before
 
 
 class TextGradientEstimator(FisherEstimator):
@@ -90,7 +81,7 @@ class TextGradientEstimator(FisherEstimator):
         return {"estimator": self.estimator}
 
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> _TextOperator:
-        return _TextOperator(self, state, endpoint)
+        return _TextOperator(self, state, lambda: self.estimator(state, endpoint=endpoint))
 
     def through_run(self, gradient: torch.Tensor, states: Sequence[DenoisingState]) -> torch.Tensor:
         return self.estimator.through_run(gradient, states)
@@ -102,16 +93,13 @@ class _TextOperator(FisherOperator):
     All other products are the estimator's own.
     """
 
-    def __init__(self, parent: TextGradientEstimator, state: DenoisingState, endpoint: torch.Tensor | None):
+    def __init__(self, parent: TextGradientEstimator, state: DenoisingState, operator: Callable[[], FisherOperator]):
         super().__init__(state)
         self._parent = parent
-        self._endpoint = endpoint
+        self._operator = operator  # a function, because some estimators evaluate the denoiser to make an operator
 
     def covariance(self, v: torch.Tensor) -> torch.Tensor:
         return self._operator().covariance(v)
-
-    def _operator(self) -> FisherOperator:
-        return self._parent.estimator(self.state, endpoint=self._endpoint)
 
     def output_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         parent, state = self._parent, self.state
@@ -119,11 +107,12 @@ class _TextOperator(FisherOperator):
             # The sample asks for a graph in any case: without it the pipeline would be called under no_grad.
             sample = state.sample.detach().requires_grad_()
             text = parent.text.value.detach().requires_grad_()
-            with parent.text.replaced_by(text):
+            with restore_attributes(parent.text, "_value"):
+                parent.text.value = text
                 model_input = expand(state.input_scale, sample) * sample
                 output = parent.text_denoiser.model_output(model_input, state.known_timestep)
-        of_text, of_sample = torch.autograd.grad(output, (text, sample), v.to(output.dtype))
-        parent.text.gradient = of_text if parent.text.gradient is None else parent.text.gradient + of_text
+        text_gradient, sample_gradient = torch.autograd.grad(output, (text, sample), v.to(output.dtype))
+        parent.text.gradient = text_gradient if parent.text.gradient is None else parent.text.gradient + text_gradient
         if parent.estimator.uses_backward_pass:
-            return of_sample.to(v.dtype)  # the same graph gives its product too
+            return sample_gradient.to(v.dtype)  # the same graph also gives the estimator's product
         return self._operator().output_jacobian(v)

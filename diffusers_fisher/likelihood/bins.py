@@ -46,11 +46,11 @@ def dequantised(
             f"Samples reach from {float(samples.min()):.4g} to {float(samples.max()):.4g}; the declared range is "
             f"{low} to {high}. Declare the range they are in, or scale them."
         )
-    off = float((position - position.round()).abs().max())
-    if off > 0.01:  # images in float32 are within 1e-5 of a bin
+    distance = float((position - position.round()).abs().max())
+    if distance > 0.01:  # images in float32 are within 1e-5 of a bin
         raise InputError(
-            f"Samples lie up to {off:.2f} bins beside the {bins} values of {low} to {high}. Round the images to their "
-            "levels first, or leave `bins` out for a density without them."
+            f"Samples lie up to {distance:.2f} bins beside the {bins} values of {low} to {high}. Round the images to "
+            "their levels first, or leave `bins` out for a density without them."
         )
     # A normal draw's distribution function is uniform; diffusers knows how to draw by generators on other devices.
     normal = randn_tensor(samples.shape, generator=generator, device=samples.device, dtype=torch.float64)

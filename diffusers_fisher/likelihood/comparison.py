@@ -11,7 +11,7 @@ from diffusers.utils import BaseOutput
 from .squared_error import stratified_error
 
 METHODS = ("squared error", "ode")
-SHOWN = 10  # images, when printed
+MAX_IMAGES = 10  # in print
 
 
 @dataclasses.dataclass
@@ -44,14 +44,14 @@ class LikelihoodComparison(BaseOutput):
             f"prompt{'s' * (prompts > 1)}, by method '{self.method}' with {self.num_denoiser_calls} denoiser calls"
         ]
         if prompts > 1:
-            difference, error = (each.gather(0, self.prompt_order[1:2])[0] for each in self.behind_best_prompt())
+            differences, errors = (each.gather(0, self.prompt_order[1:2])[0] for each in self.behind_best_prompt())
             lines += [
-                f"  image {index}: prompt {best} is likeliest, the next by {-behind:.4g} +- {off:.2g} nats less"
-                for index, (best, behind, off) in enumerate(
-                    zip(self.best_prompt.tolist()[:SHOWN], difference.tolist(), error.tolist(), strict=False)
+                f"  image {index}: prompt {best} is likeliest, the next by {-behind:.4g} +- {error:.2g} nats less"
+                for index, (best, behind, error) in enumerate(
+                    zip(self.best_prompt.tolist()[:MAX_IMAGES], differences.tolist(), errors.tolist(), strict=False)
                 )
             ]
-            lines += ["  ..."] * (images > SHOWN)
+            lines += ["  ..."] * (images > MAX_IMAGES)
         return "\n".join(lines)
 
     @property
@@ -71,16 +71,16 @@ class LikelihoodComparison(BaseOutput):
 
     def behind_best_prompt(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns each prompt's difference from the image's best prompt, (P, B) nats, at most 0, and its error."""
-        return self._behind(0)
+        return self._differences_from_best(0)
 
     def behind_best_image(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns each image's difference from the likeliest under the prompt, (P, B) nats, and its standard error.
 
-        Between images the log-likelihood also tells flat images from textured images, whatever the prompt says.
+        Between images, the log-likelihood also depends on how much texture the images have, whatever the prompt is.
         """
-        return self._behind(1)
+        return self._differences_from_best(1)
 
-    def _behind(self, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _differences_from_best(self, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
         best = self.log_prob.argmax(axis, keepdim=True)
         difference = self.log_prob - self.log_prob.gather(axis, best)
         draws = self.contributions

@@ -66,7 +66,7 @@ def log_likelihood(
             "auto": None for trace models, else 2.
         noised, step_halving, generator, scheme: see `diffusers_fisher.likelihood.Integration`.
         prior_mean, prior_variance: moments of the training data's latents; None: the checkpoint's `latent_statistics`,
-            or 0 and 1 where it has none. The output's `prior` says which.
+            or 0 and 1 where it has none. The output's `prior` names the choice.
         data_range: lowest and highest value of arrays and tensors of images, such as (0, 255).
         bins: for pipelines in pixels, the number of values an image can have, 256 for 8 bits: each pixel is moved to a
             random point of its bin, and `bits_per_dim` is that of the discrete image. None: that of the density.
@@ -88,15 +88,15 @@ def log_likelihood(
     if num_inference_steps < 2:
         raise InputError(f"`num_inference_steps` is {num_inference_steps}; allowed: at least 2, sensibly 20 or more.")
     backbone.check_scheduler()
-    guidance = backbone.unguided_scale(call_arguments)
+    guidance_scale = backbone.unguided_scale(call_arguments)
     check_arguments(backbone.name, backbone.parameters, log_likelihood, call_arguments)
     samples = backbone.samples_of(images, latents, data_range)
-    denoiser = unguided_denoiser(backbone, samples, guidance, prompt, call_arguments)
+    denoiser = unguided_denoiser(backbone, samples, guidance_scale, prompt, call_arguments)
     if estimator is None:
         estimator = AutodiffFisher() if backbone.trace_model is None else TraceMatchingFisher(backbone.trace_model)
-    trace = check_estimator(estimator)
+    estimator = check_estimator(estimator)
     if num_probes == "auto":
-        num_probes = trace.default_num_probes
+        num_probes = estimator.default_num_probes
     mean, variance = backbone.prior(prior_mean, prior_variance, samples)
     nodes = num_inference_steps + 1 + (num_inference_steps // 2 + 1 if step_halving else 0)
     with backbone.loaded(), backbone.progress_bar(nodes) as progress:
@@ -104,7 +104,7 @@ def log_likelihood(
             num_inference_steps, num_probes, mean, variance, noised, step_halving, generator, scheme, bins,
             backbone.space, progress.update,
         )  # fmt: skip
-        return integrate_log_likelihood(denoiser, backbone.pack(samples), trace, integration)
+        return integrate_log_likelihood(denoiser, backbone.pack(samples), estimator, integration)
 
 
 def compare_likelihood(
@@ -118,7 +118,7 @@ def compare_likelihood(
     generator: torch.Generator | None = None,
     **options: Any,
 ) -> LikelihoodComparison:
-    """Compares the likelihoods of every image under every prompt, by equal draws for all.
+    """Compares the likelihoods of each image under each prompt. All prompts have the same random draws.
 
     "squared error" needs no graph: the denoiser's squared errors at random levels, as diffusion classifiers take them
     (Li et al., 2303.16203), weighted to a log-likelihood. "ode" is `log_likelihood` for every prompt, with the same
@@ -192,7 +192,7 @@ def unguided_denoiser(
         guidance_scale: guidance scale at which the network's output is a score, see `Backbone.unguided_scale`.
 
     Raises:
-        InputError: negative prompts, which count for nothing; conditions that the pipeline does not take.
+        InputError: negative prompts, which have no effect; conditions that the pipeline does not take.
     """
     negative = [name for name in NEGATIVE_PROMPTS if call_arguments.get(name)]
     if negative:
@@ -201,13 +201,12 @@ def unguided_denoiser(
             "prompts count for nothing. Leave it out; `compare_likelihood` compares two prompts."
         )
     _, conditions = backbone.conditions(prompt, call_arguments, len(samples))
-    pixels = samples.shape[-2] * backbone.factor, samples.shape[-1] * backbone.factor
-    arguments = {**backbone.size_arguments(pixels), **call_arguments, **conditions}
+    arguments = {**backbone.size_arguments_of(samples), **call_arguments, **conditions}
     return PipelineDenoiser(backbone, guidance_scale, **arguments)
 
 
 def _check_options(backbone: Backbone, method: str, num_levels: int | None, options: dict[str, Any]) -> None:
-    """Refuses options that are not the method's, before they are passed on or ignored."""
+    """Refuses options of the other method, so that none is ignored."""
     if "prompt" in options:
         raise InputError(
             "`compare_likelihood` takes its prompts as `prompts`, a list, each for all images; got `prompt`."

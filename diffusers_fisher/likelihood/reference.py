@@ -14,7 +14,7 @@ from ..fisher.estimator import FisherEstimator
 from ..noise import timestep_at
 from .output import LikelihoodOutput
 from .schemes import noise_grid
-from .solver import Integration, Path, Problem, likelihood_output, problem_of
+from .solver import Integration, OdeProblem, make_output, prepare_problem
 
 
 def reference_log_likelihood(
@@ -31,7 +31,7 @@ def reference_log_likelihood(
 
     x~/sqrt(1 + s^2) and the integral of 1 - r are one state; the step is set by the worst sample of the batch, so
     results depend on the batch within the tolerance. For tests and benchmarks of small models: an evaluation takes d
-    products with the Jacobian. Cost: as many evaluations as the tolerance asks, 60 to 300.
+    products with the Jacobian. Cost: as many evaluations as the tolerance needs, 60 to 300.
 
     Args:
         denoiser: denoiser at guidance scale 1.
@@ -63,7 +63,7 @@ def reference_log_likelihood(
         )
     integration = Integration(num_levels - 1, None, prior_mean, prior_variance, space=space)
     estimator = AutodiffFisher(chunk_size=64) if estimator is None else estimator
-    problem = problem_of(denoiser, samples, estimator, integration)
+    problem = prepare_problem(denoiser, samples, estimator, integration)
     grid = noise_grid(problem.low, problem.high, num_levels - 1)
     end, trace, r = _solve(odeint, problem, grid, tolerance)
     rough_end, rough_trace, _ = _solve(odeint, problem, grid, 10 * tolerance)
@@ -71,12 +71,15 @@ def reference_log_likelihood(
     error = (prior + trace - problem.prior(rough_end) - rough_trace).abs()
     if not torch.isfinite(prior + trace).all():
         raise NumericalError(f"Reference log-likelihoods are not finite: {(prior + trace).tolist()}.")
-    path = Path(end, prior, trace, trace.new_empty(0, len(trace)), r, grid.exp(), error)
-    return likelihood_output(problem, integration, path, f"dopri5, tolerance {tolerance:g}")
+    return make_output(
+        problem, f"dopri5, tolerance {tolerance:g}", final_latents=end, prior_log_prob=prior, trace_log_prob=trace,
+        trace_by_probe=trace.new_empty(0, len(trace)), unexplained_noise_fraction=r, noise_to_signal=grid.exp(),
+        discretisation_error=error,
+    )  # fmt: skip
 
 
 def _solve(
-    odeint: Any, problem: Problem, grid: torch.Tensor, tolerance: float
+    odeint: Any, problem: OdeProblem, grid: torch.Tensor, tolerance: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns x~ at the noise end, d times the integral of 1 - r, and r at the nodes (levels, B)."""
     shape, dimensions = problem.start.shape, problem.start[0].numel()
@@ -89,10 +92,10 @@ def _solve(
         timestep = timestep_at(problem.denoiser.scheduler, u.detach().cpu().clamp(problem.low, problem.high))
         epsilon, rest, _ = problem.evaluate(x, timestep)
         # d/du of x~/norm, with d(norm)/du = s^2/norm
-        carried = s / norm * epsilon.flatten(1) - (s / norm) ** 2 * state[:, :-1]
-        return torch.cat([carried, rest[:, None].to(carried)], dim=1)
+        slope = s / norm * epsilon.flatten(1) - (s / norm) ** 2 * state[:, :-1]
+        return torch.cat([slope, rest[:, None].to(slope)], dim=1)
 
-    def worst(error: torch.Tensor) -> torch.Tensor:
+    def largest_norm(error: torch.Tensor) -> torch.Tensor:
         return error.view(shape[0], -1).square().mean(1).sqrt().max()
 
     begin = problem.start.flatten(1) / math.hypot(1, math.exp(problem.low))
@@ -100,7 +103,7 @@ def _solve(
     with torch.no_grad():
         states = odeint(
             rates, state, grid.to(state.device), method="dopri5", rtol=tolerance, atol=tolerance,
-            options={"norm": worst},
+            options={"norm": largest_norm},
         )  # fmt: skip
         rests = [rates(u, state)[:, -1] for u, state in zip(grid, states, strict=True)]
     end = (math.hypot(1, math.exp(problem.high)) * states[-1][:, :-1]).view(shape)

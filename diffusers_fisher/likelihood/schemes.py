@@ -66,7 +66,7 @@ CORE = (-3.6, 2.7)
 """Range of log s beyond which the grid thins out: below, r is nearly 1 and smooth, above, eps hardly changes."""
 
 THINNING = (0.2, 0.5)
-"""Rates of that below and above: fall of the density's logarithm per unit of log s."""
+"""Fall of the logarithm of the grid's density per unit of log s, below and above the core."""
 
 
 def noise_grid(low: float, high: float, num_steps: int) -> torch.Tensor:
@@ -110,22 +110,22 @@ class Track:
         self.x = x
         self.order = order
         self.linearised = linearised
-        self._known = [epsilon]
+        self._epsilons = [epsilon]
 
     def predict(self, grid: Sequence[float], index: int) -> torch.Tensor:
         """Returns x~ at node `index` from the nodes before it."""
         points = min(max(1, self.order - 1), index)
         weights = step_weights(grid[index - points : index], grid[index - 1], grid[index])
-        return self.x + _combined(weights, self._known[-points:])
+        return self.x + _linear_combination(weights, self._epsilons[-points:])
 
     def correct(
-        self, grid: Sequence[float], index: int, at: torch.Tensor, epsilon: torch.Tensor, slope: torch.Tensor
+        self, grid: Sequence[float], index: int, point: torch.Tensor, epsilon: torch.Tensor, slope: torch.Tensor
     ) -> None:
         """Moves to node `index`.
 
         Args:
-            at: (B, ...) x~ at which eps was evaluated.
-            epsilon: (B, ...) eps at `at`.
+            point: (B, ...) x~ at which eps was evaluated.
+            epsilon: (B, ...) eps at `point`.
             slope: (B, 1, ...) change of eps per change of x~, (1 - r)/s.
         """
         if self.order == 1:
@@ -133,16 +133,16 @@ class Track:
         else:
             points = min(self.order, index + 1)
             *weights, last = step_weights(grid[index - points + 1 : index + 1], grid[index - 1], grid[index])
-            before = self.x + _combined(weights, self._known[-(points - 1) :])
+            before = self.x + _linear_combination(weights, self._epsilons[-(points - 1) :])
             self.x = before + last * epsilon
             if self.linearised:
-                # The corrector is implicit: x = before + last (eps + slope (x - at)), solved for x. Where the step is
-                # so long that the denominator nears 0 or changes its sign, the linear model does not hold: 0.1 bounds
-                # the correction at ten times the explicit one.
-                self.x = at + (self.x - at) / (1 - last * slope).clamp_min(0.1)
+                # The corrector is implicit: x = before + last (eps + slope (x - point)), solved for x. Where the step
+                # is so long that the denominator nears 0 or changes its sign, the linear model does not hold: 0.1
+                # bounds the correction at ten times the explicit one.
+                self.x = point + (self.x - point) / (1 - last * slope).clamp_min(0.1)
         if self.linearised:
-            epsilon = epsilon + slope * (self.x - at)
-        self._known = [*self._known, epsilon][-max(1, self.order - 1) :]
+            epsilon = epsilon + slope * (self.x - point)
+        self._epsilons = [*self._epsilons, epsilon][-max(1, self.order - 1) :]
 
 
 def step_weights(nodes: Sequence[float], start: float, end: float) -> list[float]:
@@ -166,13 +166,11 @@ def _weights(
     result = []
     for index, node in enumerate(nodes):
         others = [*nodes[:index], *nodes[index + 1 :]]
-        lagrange = numpy.prod([(u - other) / (node - other) for other in others], axis=0) if others else 1.0
+        lagrange = numpy.prod([(u - other) / (node - other) for other in others], axis=0)  # of no others it is 1
         result.append(float((weights * lagrange).sum()))
     return result
 
 
-def _combined(weights: Sequence[float], values: Sequence[torch.Tensor]) -> torch.Tensor:
-    total = weights[0] * values[0]
-    for weight, value in zip(weights[1:], values[1:], strict=True):
-        total = total + weight * value
-    return total
+def _linear_combination(weights: Sequence[float], values: Sequence[torch.Tensor]) -> torch.Tensor:
+    first, *others = (weight * value for weight, value in zip(weights, values, strict=True))
+    return sum(others, first)

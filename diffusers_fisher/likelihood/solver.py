@@ -30,7 +30,7 @@ COARSE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class OdeProblem:
     """Holds the samples and the denoiser of one likelihood, after all checks and random draws.
 
     Args:
@@ -42,6 +42,7 @@ class Problem:
         low, high: log(sigma/alpha) at the ends.
         mean, variance: float64 moments of the data, for the prior.
         calls_before: the denoiser's `num_calls` before the integration.
+        integration: the caller's options.
     """
 
     denoiser: Denoiser
@@ -54,6 +55,7 @@ class Problem:
     mean: torch.Tensor
     variance: torch.Tensor
     calls_before: int
+    integration: Integration
 
     def evaluate(self, x: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns eps (B, ...), 1 - r (B,) and its value by each probe (k, B) at x~ = `x`, all float64."""
@@ -63,6 +65,7 @@ class Problem:
             model_input = (expand(level.alpha, x) * x).to(self.dtype).requires_grad_(needs_graph)
             state = self.denoiser.state(model_input, timestep.to(torch.float32))
             estimate = self.estimator(state).trace(self.probes)
+        self.integration.on_step()
         factor = (level.sigma**2 / x[0].numel()).to(x.device)
         return state.epsilon.detach().double(), factor * estimate.value, factor * estimate.values
 
@@ -72,23 +75,6 @@ class Problem:
         deviation = (self.variance + math.exp(self.high) ** 2).sqrt()
         prior = torch.distributions.Normal(self.mean, deviation, validate_args=False)
         return prior.log_prob(x).flatten(1).sum(1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Path:
-    """Holds the result of one integration, from the data to the noise end, by the names of `LikelihoodOutput`."""
-
-    final_latents: torch.Tensor
-    prior_log_prob: torch.Tensor
-    trace_log_prob: torch.Tensor
-    trace_by_probe: torch.Tensor
-    unexplained_noise_fraction: torch.Tensor
-    noise_to_signal: torch.Tensor
-    discretisation_error: torch.Tensor
-
-    @property
-    def log_prob(self) -> torch.Tensor:
-        return self.prior_log_prob + self.trace_log_prob
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,27 +136,27 @@ def integrate_log_likelihood(
         raise InputError(f"`num_steps` is {steps}; allowed: at least 2, sensibly 20 or more.")
     if num_probes is not None and num_probes < 1:
         raise InputError(f"`num_probes` is {num_probes}; allowed: at least 1, or None for the exact trace.")
-    problem = problem_of(denoiser, samples, estimator, options)
-    path = integrate(problem, steps, scheme, options.on_step)
-    if not torch.isfinite(path.log_prob).all():
+    problem = prepare_problem(denoiser, samples, estimator, options)
+    output = integrate(problem, steps, scheme)
+    if not torch.isfinite(output.log_prob).all():
         raise NumericalError(
-            f"Log-likelihoods are not finite: {path.log_prob.tolist()}; unexplained noise fractions by noise level: "
-            f"{path.unexplained_noise_fraction.tolist()}."
+            f"Log-likelihoods are not finite: {output.log_prob.tolist()}; unexplained noise fractions by noise level: "
+            f"{output.unexplained_noise_fraction.tolist()}."
         )
     if options.step_halving:
-        half = integrate(problem, steps // 2, scheme, options.on_step).log_prob
-        if not torch.isfinite(half).all():
+        half = integrate(problem, steps // 2, scheme)
+        if not torch.isfinite(half.log_prob).all():
             raise NumericalError(
                 "Log-likelihoods with half as many steps are not finite, so the discretisation error can't be "
                 "measured. Take more steps, or pass `step_halving=False`."
             )
-        path = dataclasses.replace(path, discretisation_error=(path.log_prob - half).abs())
-    if not torch.isfinite(path.discretisation_error).all():
+        error, calls = (output.log_prob - half.log_prob).abs(), half.num_denoiser_calls
+        output = dataclasses.replace(output, discretisation_error=error, num_denoiser_calls=calls)
+    if not torch.isfinite(output.discretisation_error).all():
         raise NumericalError(
-            f"The discretisation error's estimates are not finite: {path.discretisation_error.tolist()}. Take more "
+            f"The discretisation error's estimates are not finite: {output.discretisation_error.tolist()}. Take more "
             "steps."
         )
-    output = likelihood_output(problem, options, path, options.scheme)
     worst = float(output.discretisation_error.max()) / (output.dims * math.log(2))
     if worst > COARSE:
         warnings.warn(
@@ -182,12 +168,12 @@ def integrate_log_likelihood(
     return output
 
 
-def problem_of(
+def prepare_problem(
     denoiser: Denoiser, samples: torch.Tensor, estimator: FisherEstimator, integration: Integration
-) -> Problem:
+) -> OdeProblem:
     """Checks what is to be integrated, and makes all random draws. Raises as `integrate_log_likelihood`."""
-    samples, bins, generator = checked_samples(samples), integration.bins, integration.generator
-    moments = checked_prior(samples, integration.prior_mean, integration.prior_variance)
+    samples, bins, generator = check_samples(samples), integration.bins, integration.generator
+    moments = check_prior(samples, integration.prior_mean, integration.prior_variance)
     if check_estimator(estimator).needs_graph and torch.is_inference_mode_enabled():
         raise InputError(
             f"{type(estimator).__name__} differentiates the denoiser, which torch.inference_mode forbids even inside "
@@ -200,10 +186,12 @@ def problem_of(
     start = samples.double() if bins is None else dequantised(samples, bins, generator)
     if integration.noised:
         start = start + math.exp(low) * standard_noise(samples, generator)
-    return Problem(denoiser, start, samples.dtype, estimator, probes, low, high, *moments, denoiser.num_calls)
+    return OdeProblem(
+        denoiser, start, samples.dtype, estimator, probes, low, high, *moments, denoiser.num_calls, integration
+    )
 
 
-def integrate(problem: Problem, num_steps: int, scheme: Scheme, on_step: Callable[[], object] = lambda: None) -> Path:
+def integrate(problem: OdeProblem, num_steps: int, scheme: Scheme) -> LikelihoodOutput:
     """Carries x~ over the `num_steps` steps of `noise_grid` and integrates 1 - r.
 
     The evaluations lie on a path that knows nothing of the trace. Two more solutions follow it by the same
@@ -214,30 +202,30 @@ def integrate(problem: Problem, num_steps: int, scheme: Scheme, on_step: Callabl
     timesteps, nodes = timestep_at(problem.denoiser.scheduler, grid), grid.tolist()
     x = problem.start
     epsilon, rest, by_probe = problem.evaluate(x, timesteps[0])
-    on_step()
     path = Track(x, epsilon, scheme.order)
-    refined, companion = (Track(x, epsilon, order, linearised=True) for order in (scheme.order, scheme.companion))
+    solution, companion = (Track(x, epsilon, order, linearised=True) for order in (scheme.order, scheme.companion))
     # The solution of higher order is the nearest to the true one: the trace's points are measured against it.
-    best = refined if scheme.order > scheme.companion else companion
+    best = solution if scheme.order > scheme.companion else companion
     rests, rests_by_probe, shifts = [rest], [by_probe], []
     for index in range(1, len(nodes)):
-        at, previous = path.predict(nodes, index), path.x
-        epsilon, rest, by_probe = problem.evaluate(at, timesteps[index])
-        on_step()
+        point, previous = path.predict(nodes, index), path.x
+        epsilon, rest, by_probe = problem.evaluate(point, timesteps[index])
         slope = expand(rest.clamp(0, 1) / math.exp(nodes[index]), x)
-        for track in (path, refined, companion):
-            track.correct(nodes, index, at, epsilon, slope)
-        shifts.append(_norm(best.x - at) / _norm(at - previous).clamp_min(torch.finfo(torch.float64).tiny))
+        for track in (path, solution, companion):
+            track.correct(nodes, index, point, epsilon, slope)
+        shifts.append(_norm(best.x - point) / _norm(point - previous).clamp_min(torch.finfo(torch.float64).tiny))
         rests.append(rest)
         rests_by_probe.append(by_probe)
     values, dimensions = torch.stack(rests), x[0].numel()
     weights = quadrature_weights(grid, scheme.quadrature).to(x.device)
-    prior = problem.prior(refined.x)
+    prior = problem.prior(solution.x)
     prior_error = (problem.prior(companion.x) - prior).abs()
-    return Path(
-        refined.x, prior, dimensions * torch.einsum("n,nb->b", weights, values),
-        dimensions * torch.einsum("n,nkb->kb", weights, torch.stack(rests_by_probe)), 1 - values, grid.exp(),
-        _error(prior_error, values, torch.stack(shifts), grid.to(x.device), scheme, dimensions),
+    return make_output(
+        problem, problem.integration.scheme, final_latents=solution.x, prior_log_prob=prior,
+        trace_log_prob=dimensions * torch.einsum("n,nb->b", weights, values),
+        trace_by_probe=dimensions * torch.einsum("n,nkb->kb", weights, torch.stack(rests_by_probe)),
+        unexplained_noise_fraction=1 - values, noise_to_signal=grid.exp(),
+        discretisation_error=_error(prior_error, values, torch.stack(shifts), grid.to(x.device), scheme, dimensions),
     )  # fmt: skip
 
 
@@ -256,7 +244,7 @@ def _error(
         shifts: (levels - 1, B) distance of each point where the trace was taken from the solution, in steps.
         grid: (levels,) log s.
     """
-    # The error of the trace's integral, were r exact: the difference from another quadrature of the same values.
+    # The error of the trace's integral if r were exact: the difference from another quadrature of the same values.
     others = [quadrature_weights(grid.cpu(), points) for points in (scheme.quadrature, scheme.companion_quadrature)]
     quadrature = torch.einsum("n,nb->b", (others[0] - others[1]).to(rests.device), rests)
     # The error of r itself, which was taken beside the solution. How much r varies there is not known, but how much it
@@ -268,33 +256,37 @@ def _error(
     before = torch.nn.functional.pad(growth[:-1], (0, 0, 1, 0))
     steps = grid.diff()[:, None]
     surprise = (r[1:] - torch.sigmoid(r[:-1].logit() - 2 * steps + before)).abs()
-    aside = shifts * steps
+    offsets = shifts * steps
     # On the cases that the fractions were set on, a twentieth of the whole change covers the error where r changes
     # smoothly; a surprise needs twice its size.
-    smooth = (aside * rests.diff(dim=0).abs()).sum(0) / 20
+    smooth = (offsets * rests.diff(dim=0).abs()).sum(0) / 20
     # Where the companions are of lower order than the result, all but the surprise overstate the error, and the more
     # the finer the grid: on grids of steps below 3 in log s they count less (`Scheme.fine`).
     share = scheme.fine + (scheme.coarse - scheme.fine) * min(1.0, float(steps.max()) / 3)
-    return share * (prior_error + dimensions * (quadrature.abs() + smooth)) + 2 * dimensions * (aside * surprise).sum(
-        0
-    )
+    foreseeable = prior_error + dimensions * (quadrature.abs() + smooth)
+    return share * foreseeable + 2 * dimensions * (offsets * surprise).sum(0)
 
 
-def likelihood_output(problem: Problem, integration: Integration, path: Path, scheme: str) -> LikelihoodOutput:
-    """Makes the output of an integrated path, its tensors on the CPU. `scheme` is the name of the way it took."""
-    count = integration.num_probes
-    error = torch.zeros_like(path.trace_log_prob)
+def make_output(problem: OdeProblem, scheme: str, **tensors: torch.Tensor) -> LikelihoodOutput:
+    """Makes the output of an integration, with its tensors on the CPU.
+
+    Args:
+        scheme: name of the way in which the problem was integrated.
+        **tensors: the tensors of `LikelihoodOutput` by name, without `log_prob` and `standard_error`.
+    """
+    options, count = problem.integration, problem.integration.num_probes
+    error = torch.zeros_like(tensors["trace_log_prob"])
     if count is not None:
         # A single probe has no spread to tell its error from.
-        error = error + torch.inf if count == 1 else path.trace_by_probe.std(0) / count**0.5
+        error = error + torch.inf if count == 1 else tensors["trace_by_probe"].std(0) / count**0.5
+    tensors |= {"log_prob": tensors["prior_log_prob"] + tensors["trace_log_prob"], "standard_error": error}
     return LikelihoodOutput(
-        **{field.name: getattr(path, field.name).cpu() for field in dataclasses.fields(path)},
-        log_prob=path.log_prob.cpu(), standard_error=error.cpu(), dims=problem.start[0].numel(),
-        num_denoiser_calls=problem.denoiser.num_calls - problem.calls_before, space=integration.space,
-        prior="standard" if integration.prior_mean is None else "moment-matched",
-        density="noised" if integration.noised else "smoothed", halved=integration.step_halving, scheme=scheme,
+        **{name: tensor.cpu() for name, tensor in tensors.items()}, dims=problem.start[0].numel(),
+        num_denoiser_calls=problem.denoiser.num_calls - problem.calls_before, space=options.space,
+        prior="standard" if options.prior_mean is None else "moment-matched",
+        density="noised" if options.noised else "smoothed", halved=options.step_halving, scheme=scheme,
         trace=f"{problem.estimator.description}, {'no' if count is None else count} probes",
-        offset_bits=offset_bits(integration.bins),
+        offset_bits=offset_bits(options.bins),
     )  # fmt: skip
 
 
@@ -309,7 +301,7 @@ def standard_noise(like: torch.Tensor, generator: Generators) -> torch.Tensor:
     return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype).double()
 
 
-def checked_samples(samples: torch.Tensor) -> torch.Tensor:
+def check_samples(samples: torch.Tensor) -> torch.Tensor:
     """Returns `samples` (B, ...) in float32 or wider, detached. Raises `InputError` unless they are finite floats."""
     if samples.ndim < 2 or samples.numel() == 0:
         raise InputError(f"Samples have shape {tuple(samples.shape)}; allowed: (B, ...), a batch of at least one.")
@@ -321,7 +313,7 @@ def checked_samples(samples: torch.Tensor) -> torch.Tensor:
     return samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
 
 
-def checked_prior(samples: torch.Tensor, mean: Moment, variance: Moment) -> tuple[torch.Tensor, torch.Tensor]:
+def check_prior(samples: torch.Tensor, mean: Moment, variance: Moment) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns mean and variance of the data in float64, 0 and 1 where both are None.
 
     Raises:
@@ -336,9 +328,8 @@ def checked_prior(samples: torch.Tensor, mean: Moment, variance: Moment) -> tupl
         try:
             value.expand(shape)
         except RuntimeError:
-            sizes = tuple(value.shape)
             raise InputError(
-                f"`{name}` has shape {sizes}; allowed: a number, or what broadcasts to {shape}."
+                f"`{name}` has shape {tuple(value.shape)}; allowed: a number, or what broadcasts to {shape}."
             ) from None
     if not (torch.isfinite(mean).all() and torch.isfinite(variance).all() and (variance >= 0).all()):
         raise InputError("`prior_mean` must be finite, and `prior_variance` finite and not negative.")

@@ -19,7 +19,7 @@ from ..errors import InputError, NumericalError
 from ..noise import expand, log_noise_to_signal_range, timestep_at
 from .bins import dequantised, offset_bits
 from .output import SquaredErrorOutput
-from .solver import checked_prior, checked_samples, standard_noise
+from .solver import check_prior, check_samples, standard_noise
 
 CROSSOVER = 0.3
 """Noise-to-signal about which r falls from one to zero for usual data. Below it the squared error is most of the
@@ -57,8 +57,8 @@ def squared_error_log_likelihood(
     """
     if num_levels < 4 or num_levels % 2:
         raise InputError(f"`num_levels` is {num_levels}; allowed: even, at least 4, sensibly 32 or more.")
-    samples = checked_samples(samples)
-    mean, variance = checked_prior(samples, prior_mean, prior_variance)
+    samples = check_samples(samples)
+    mean, variance = check_prior(samples, prior_mean, prior_variance)
     low, high = log_noise_to_signal_range(denoiser.scheduler)
     levels, weights = _levels(num_levels, low, high, generator)
     noises = [standard_noise(samples[:1], generator) for _ in range(num_levels)]
@@ -66,7 +66,11 @@ def squared_error_log_likelihood(
     timesteps, before = timestep_at(denoiser.scheduler, levels), denoiser.num_calls
     dimensions, rows = samples[0].numel(), []
     for log_s, timestep, noise in zip(levels, timesteps, noises, strict=True):
-        error = _squared_error(denoiser, start, samples.dtype, noise, timestep)
+        with torch.no_grad():
+            level = denoiser.level(timestep)
+            noised = (expand(level.alpha, start) * start + expand(level.sigma, start) * noise).to(samples.dtype)
+            epsilon = denoiser.state(noised, timestep.to(torch.float32)).epsilon
+        error = (noise - epsilon.double()).square().flatten(1).sum(1)
         # A control variate: |eps|^2 - d has mean zero, and r^2 of it is in the squared error.
         rows.append(dimensions - error + _share(log_s).square().to(error.device) * (noise.square().sum() - dimensions))
         on_step()
@@ -97,9 +101,7 @@ def _levels(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws log s (n,), one from each of n parts of equal probability, and returns the inverse density there too."""
     fine = torch.linspace(low, high, 4097, dtype=torch.float64)
-    density = 0.25 + _share(fine)
-    cumulative = torch.cumulative_trapezoid(density, fine)
-    cumulative = torch.cat([torch.zeros(1, dtype=torch.float64), cumulative])
+    cumulative = torch.nn.functional.pad(torch.cumulative_trapezoid(0.25 + _share(fine), fine), (1, 0))
     device = "cpu" if generator is None else generator.device
     uniform = torch.rand(count, generator=generator, dtype=torch.float64, device=device).cpu()
     quantiles = (torch.arange(count) + uniform) / count * cumulative[-1]
@@ -112,17 +114,6 @@ def _levels(
 def _share(log_s: torch.Tensor) -> torch.Tensor:
     """Returns r of Gaussian data with standard deviation `CROSSOVER`."""
     return torch.sigmoid(2 * (math.log(CROSSOVER) - log_s))
-
-
-@torch.no_grad()
-def _squared_error(
-    denoiser: Denoiser, start: torch.Tensor, dtype: torch.dtype, noise: torch.Tensor, timestep: torch.Tensor
-) -> torch.Tensor:
-    """Returns |eps - eps_theta|^2, (B,) float64."""
-    level = denoiser.level(timestep)
-    noised = (expand(level.alpha, start) * start + expand(level.sigma, start) * noise).to(dtype)
-    epsilon = denoiser.state(noised, timestep.to(torch.float32)).epsilon
-    return (noise - epsilon.double()).square().flatten(1).sum(1)
 
 
 def _mean_prior(x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, s: float) -> torch.Tensor:

@@ -10,7 +10,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from ..backbones.registry import DIFFERENTIATE_RUNS
 from ..errors import UnsupportedError
 from .mixin import FisherPipelineMixin
-from .persistence import over_components_of
+from .persistence import make_pipeline
 from .text_to_image import (
     FluxFisherPipeline,
     PixArtAlphaFisherPipeline,
@@ -59,10 +59,10 @@ def fisher_pipeline(
         return _fisher_class(pipe)
     if isinstance(pipe, FisherPipelineMixin):
         return pipe
-    ours = over_components_of(pipe, _fisher_class(type(pipe)))
+    ours = make_pipeline(pipe, _fisher_class(type(pipe)))
     ours.register_to_config(_name_or_path=pipe.config.get("_name_or_path"))
     if "labels" in vars(pipe):
-        ours.labels = dict(pipe.labels)  # of DiT, whose names of classes are in no config
+        ours.labels = dict(pipe.labels)  # DiT keeps the names of its classes outside of the config
     return ours
 
 

@@ -41,7 +41,7 @@ class FisherPipelineMixin(DiffusionPipeline):
 
     scheduler: Any  # diffusers' schedulers share no class that has a `config`
     if TYPE_CHECKING:
-        # diffusers' own accepts any name, so that a misspelt one would pass a type checker.
+        # diffusers' own method accepts any name, so a misspelt name would pass a type checker.
         __getattr__: None  # type: ignore[misc, assignment]
 
     log_likelihood = likelihood.log_likelihood
@@ -51,7 +51,7 @@ class FisherPipelineMixin(DiffusionPipeline):
     @property
     def latent_statistics(self) -> LatentStatistics | None:
         """Mean and variance of the training data's scaled latents, each of one sample's shape, for the likelihood's
-        prior; None where the checkpoint has none. May be set."""
+        prior; None where the checkpoint has none. It can be set."""
         return checkpoint_parts(self).latent_statistics
 
     @latent_statistics.setter
@@ -60,9 +60,9 @@ class FisherPipelineMixin(DiffusionPipeline):
 
     @property
     def trace_model(self) -> FisherTraceModel | None:
-        """The `FisherTraceModel` of this checkpoint's denoiser; None where there is none. May be set. `log_likelihood`
-        takes the trace from it unless an estimator is passed. It is no component: it follows the pipeline to a device
-        (`to`), but keeps its own precision and is not offloaded."""
+        """The `FisherTraceModel` of this checkpoint's denoiser; None where there is none. It can be set.
+        `log_likelihood` takes the trace from it unless an estimator is passed. It is not a component: it follows the
+        pipeline to a device (`to`), but keeps its own precision and is not offloaded."""
         return checkpoint_parts(self).trace_model
 
     @trace_model.setter

@@ -38,14 +38,13 @@ NEEDED_FILES = (
 
 def stock_class(cls: type) -> type[Any]:
     """Returns the first class of diffusers itself in the MRO of `cls`."""
-    parents = (parent for parent in cls.__mro__ if parent.__module__.split(".")[0] == "diffusers")
-    return next(
-        parent for parent in parents if not issubclass(parent, FisherSchedulerMixin)
-    )  # those of `fisher_scheduler` bear its module
+    # Classes that `fisher_scheduler` makes have the module of the stock class.
+    parents = (parent for parent in cls.__mro__ if not issubclass(parent, FisherSchedulerMixin))
+    return next(parent for parent in parents if parent.__module__.split(".")[0] == "diffusers")
 
 
-def over_components_of(pipe: DiffusionPipeline, cls: type[Pipeline], **components: Any) -> Pipeline:
-    """Makes a pipeline of class `cls` over the components and settings of `pipe`, with other `components`."""
+def make_pipeline(pipe: DiffusionPipeline, cls: type[Pipeline], **components: Any) -> Pipeline:
+    """Makes a pipeline of class `cls` with the components and settings of `pipe`, except for other `components`."""
     parts = {**pipe.components, **components}
     parameters = inspect.signature(cls.__init__).parameters
     settings = {key: pipe.config[key] for key in parameters if key not in parts and key in pipe.config}
@@ -57,13 +56,13 @@ def stock_pipeline(pipe: DiffusionPipeline) -> DiffusionPipeline:
     scheduler = pipe.scheduler
     if isinstance(scheduler, FisherSchedulerMixin):
         scheduler = stock_class(type(scheduler)).from_config(pipe.scheduler.config)
-    return over_components_of(pipe, stock_class(type(pipe)), scheduler=scheduler)
+    return make_pipeline(pipe, stock_class(type(pipe)), scheduler=scheduler)
 
 
 def save_parts(folder: Path, scheduler: SchedulerMixin, parts: CheckpointParts) -> None:
     """Saves the scheduler's class, the latent statistics and the trace model beside the stock index.
 
-    Files of parts that the pipeline lacks are removed: they are those of another pipeline that was saved there.
+    Files of parts that the pipeline lacks are removed, because they belong to another pipeline that was saved there.
     """
     scheduler_name = type(scheduler).__name__ if isinstance(scheduler, FisherSchedulerMixin) else None
     write_json(folder / MARK, {"scheduler": scheduler_name})
@@ -110,15 +109,15 @@ def check_folder(source: str | os.PathLike, passed_components: Collection[str] =
 
 
 def _check_component(folder: Path, class_name: str) -> None:
-    again = "save or download the checkpoint again."
+    advice = "save or download the checkpoint again."
     for file in sorted(folder.glob("*.json")):
         read_json(file)
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     if (folder / "config.json").is_file() and not weights:
-        raise CheckpointError(f"'{folder}' has no weight file; {again}")
+        raise CheckpointError(f"'{folder}' has no weight file; {advice}")
     for word, names in NEEDED_FILES:
-        concerned = word in class_name if word else bool(weights)
-        if concerned and not any(any(folder.glob(name)) for name in names):
-            raise CheckpointError(f"'{folder}' has no {' or '.join(names)}; {again}")
+        applies = word in class_name if word else bool(weights)
+        if applies and not any(any(folder.glob(name)) for name in names):
+            raise CheckpointError(f"'{folder}' has no {' or '.join(names)}; {advice}")
     for file in sorted(folder.glob("*.safetensors")):
         check_safetensors(file)

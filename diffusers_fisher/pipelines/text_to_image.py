@@ -1,7 +1,7 @@
 """Text-to-image pipelines with likelihood and guidance; their calls are the stock ones.
 
 What is particular to each family is its backbone's business (`diffusers_fisher/backbones/`). The components are
-declared for type checkers and editors: diffusers registers them at run time, unseen by either.
+declared for type checkers and editors, which do not see that diffusers registers them at run time.
 """
 
 from __future__ import annotations
@@ -43,35 +43,35 @@ class LatentPipelineMixin(FisherPipelineMixin):
     image_processor: VaeImageProcessor
 
 
-class StableDiffusionFisherPipeline(LatentPipelineMixin, StableDiffusionPipeline):
-    """`StableDiffusionPipeline` with `log_likelihood` and `guide`; its call is the stock one.
-
-    Made with `from_pretrained` from any Stable Diffusion 1.x or 2.x checkpoint, or from a pipeline at hand with
-    `fisher_pipeline(pipe)`. `StableDiffusionFisherPipeline(**pipe.components)` has no trace model and no latent
-    statistics, because they are no components; they may be set.
-    """
+class StableDiffusionMixin(LatentPipelineMixin):
+    """`LatentPipelineMixin` for the generations of Stable Diffusion whose network is a U-Net."""
 
     unet: UNet2DConditionModel
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
-    safety_checker: StableDiffusionSafetyChecker | None
     feature_extractor: object
     image_encoder: PreTrainedModel | None
 
 
-class StableDiffusionXLFisherPipeline(LatentPipelineMixin, StableDiffusionXLPipeline):
+class StableDiffusionFisherPipeline(StableDiffusionMixin, StableDiffusionPipeline):
+    """`StableDiffusionPipeline` with `log_likelihood` and `guide`; its call is the stock one.
+
+    Made with `from_pretrained` from any Stable Diffusion 1.x or 2.x checkpoint, or from a pipeline at hand with
+    `fisher_pipeline(pipe)`. `StableDiffusionFisherPipeline(**pipe.components)` has no trace model and no latent
+    statistics, because these are not components; they can be set.
+    """
+
+    safety_checker: StableDiffusionSafetyChecker | None
+
+
+class StableDiffusionXLFisherPipeline(StableDiffusionMixin, StableDiffusionXLPipeline):
     """`StableDiffusionXLPipeline` with `log_likelihood` and `guide`; its call is the stock one.
 
     The network's size conditions (`original_size`, `target_size`) are those of the image unless others are passed.
     """
 
-    unet: UNet2DConditionModel
-    text_encoder: CLIPTextModel
     text_encoder_2: CLIPTextModelWithProjection
-    tokenizer: CLIPTokenizer
     tokenizer_2: CLIPTokenizer
-    image_encoder: PreTrainedModel | None
-    feature_extractor: object
 
 
 class StableDiffusion3FisherPipeline(LatentPipelineMixin, StableDiffusion3Pipeline):
@@ -104,23 +104,23 @@ class FluxFisherPipeline(LatentPipelineMixin, FluxPipeline):
     tokenizer_2: PreTrainedTokenizerBase
 
 
-class PixArtAlphaFisherPipeline(LatentPipelineMixin, PixArtAlphaPipeline):
+class PixArtMixin(LatentPipelineMixin):
+    """`LatentPipelineMixin` for both generations of PixArt."""
+
+    transformer: PixArtTransformer2DModel
+    text_encoder: T5EncoderModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+class PixArtAlphaFisherPipeline(PixArtMixin, PixArtAlphaPipeline):
     """`PixArtAlphaPipeline` with `log_likelihood` and `guide`; its call is the stock one.
 
     Sizes are taken as they are: `use_resolution_binning` is off in both.
     """
 
-    transformer: PixArtTransformer2DModel
-    text_encoder: T5EncoderModel
-    tokenizer: PreTrainedTokenizerBase
 
-
-class PixArtSigmaFisherPipeline(LatentPipelineMixin, PixArtSigmaPipeline):
+class PixArtSigmaFisherPipeline(PixArtMixin, PixArtSigmaPipeline):
     """`PixArtSigmaPipeline` with `log_likelihood` and `guide`; its call is the stock one.
 
     Sizes are taken as they are: `use_resolution_binning` is off in both.
     """
-
-    transformer: PixArtTransformer2DModel
-    text_encoder: T5EncoderModel
-    tokenizer: PreTrainedTokenizerBase

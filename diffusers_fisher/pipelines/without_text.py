@@ -17,9 +17,9 @@ from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..backbones.dit import call_dit
-from ..backbones.ldm import call_ldm
-from ..backbones.unconditional import call_ddim, call_ddpm
+from ..backbones.dit import DiTBackbone
+from ..backbones.ldm import LDMBackbone
+from ..backbones.unconditional import DDIMBackbone, DDPMBackbone
 from ..guidance import GuidanceOutput, Reward, pipeline as guidance
 from ..images import ImageLike
 from ..likelihood import LikelihoodOutput, pipeline as likelihood
@@ -46,7 +46,7 @@ class DDPMFisherPipeline(UnconditionalMixin, DDPMPipeline):
 
     unet: UNet2DModel
 
-    __call__ = torch.no_grad()(call_ddpm)
+    __call__ = torch.no_grad()(DDPMBackbone.latents_call)
 
 
 class DDIMFisherPipeline(UnconditionalMixin, DDIMPipeline):
@@ -63,7 +63,7 @@ class DDIMFisherPipeline(UnconditionalMixin, DDIMPipeline):
         if isinstance(scheduler, DDIMScheduler):
             self.register_modules(scheduler=scheduler)
 
-    __call__ = torch.no_grad()(call_ddim)
+    __call__ = torch.no_grad()(DDIMBackbone.latents_call)
 
 
 class LDMFisherPipeline(UnconditionalMixin, LDMPipeline):
@@ -75,7 +75,7 @@ class LDMFisherPipeline(UnconditionalMixin, LDMPipeline):
     unet: UNet2DModel
     vqvae: VQModel
 
-    __call__ = torch.no_grad()(call_ldm)
+    __call__ = torch.no_grad()(LDMBackbone.latents_call)
 
 
 class DiTFisherPipeline(FisherPipelineMixin, DiTPipeline):
@@ -88,7 +88,7 @@ class DiTFisherPipeline(FisherPipelineMixin, DiTPipeline):
     vae: AutoencoderKL
     labels: dict[str, int]
 
-    __call__ = torch.no_grad()(call_dit)
+    __call__ = torch.no_grad()(DiTBackbone.latents_call)
 
     def log_likelihood(  # type: ignore[override]
         self, images: ImageLike | None = None, class_labels: int | Sequence[int] | None = None, **options: Any

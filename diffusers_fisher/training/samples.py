@@ -9,6 +9,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..backbones import Backbone, PipelineDenoiser, backbone_of
+from ..backbones.autoencoder import pixels_of
 from ..data import Caption
 from ..errors import InputError
 from ..likelihood.pipeline import unguided_denoiser
@@ -53,9 +54,8 @@ class SampleSpace:
                 f"Images are {data.shape[-2]}x{data.shape[-1]} pixels; this pipeline takes multiples of {multiple}. "
                 "Set `data.resolution`."
             )
-        pieces = [
-            self.backbone.encode((2 * piece - 1).to(self.backbone.device)) for piece in data.split(self.piece_size)
-        ]
+        device = self.backbone.device
+        pieces = [self.backbone.encode(pixels_of(piece).to(device)) for piece in data.split(self.piece_size)]
         stacks = [(mean, torch.zeros_like(mean) if deviation is None else deviation) for mean, deviation in pieces]
         return torch.cat([torch.stack(stack, dim=1) for stack in stacks])
 

@@ -15,12 +15,12 @@ STEPS = 5
 
 
 def projection(images, prompts):
-    """A linear reward, different for every pixel."""
+    """Returns a linear reward whose weights differ between pixels."""
     return (images * WEIGHTS).flatten(1).sum(1)
 
 
 class Problem:
-    """Sampling with a small network on one scheduler: notes every initial noise and counts evaluations."""
+    """Samples with a small network on one scheduler, records each initial noise and counts evaluations."""
 
     def __init__(self, name="DDIMScheduler"):
         case = SchedulerCase(name, {})
@@ -51,7 +51,7 @@ class Problem:
         return ascend_noise(run, noise, settings, given.get("on_step", lambda rewards: None))
 
     def exact_gradient(self, noise, reward=projection):
-        """By automatic differentiation through the whole run."""
+        """Returns the exact gradient, by automatic differentiation through the whole run."""
         leaf = noise.clone().requires_grad_()
         value = reward(torch.sigmoid(sampling_run(self.scheduler, self._network, leaf, STEPS)[-1]), PROMPTS).sum()
         return torch.autograd.grad(value, leaf)[0]
@@ -62,6 +62,6 @@ def norms(x):
 
 
 def scripted(table):
-    """A reward that returns the rows of `table` in turn, with a small gradient so that every run has other noise."""
+    """Makes a reward that returns the rows of `table` in turn. Its small gradient gives each run another noise."""
     rows = iter(torch.tensor(table))
     return lambda images, prompts: next(rows) + 1e-6 * projection(images, prompts)

@@ -1,4 +1,4 @@
-"""Ascents beside the plain one: held-out rewards, early stopping, optimisers of torch.optim, controls."""
+"""Options of ascents: held-out rewards, early stopping, optimisers of torch.optim, controls."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from diffusers_fisher.guidance.movers import optimizer_factory, shell_distance
 
 from .ascent_cases import PROMPTS, SHAPE, STEPS, Problem, norms, projection, scripted
 
-# Beside the reward
+# Held-out rewards and reports
 
 
 def test_held_out_reward_is_recorded_and_never_optimised():
@@ -28,7 +28,7 @@ def test_held_out_reward_is_recorded_and_never_optimised():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("first", [1, 3], ids=["at once", "later"])  # one call is the trial
-def test_held_out_reward_that_is_not_finite_stops_nothing(value, first, caplog):
+def test_guidance_goes_on_when_the_held_out_reward_is_not_finite(value, first, caplog):
     problem, calls = Problem(), []
 
     def held_out(images, prompts):
@@ -58,11 +58,13 @@ def test_held_out_reward_of_the_wrong_shape_is_refused_before_sampling():
         problem.ascend(held_out_reward=scalar)
     assert problem.num_calls == 0 and problem.noises == []
     blind = problem.ascend(held_out_reward=lambda images, prompts: images.mean((1, 2, 3)) * torch.nan)
-    assert bool(torch.isnan(torch.stack(blind.held_out_rewards)).all())  # never finite is no wrong shape
+    assert bool(
+        torch.isnan(torch.stack(blind.held_out_rewards)).all()
+    )  # the shape is right, though no value is finite
 
 
-def test_shell_distance_is_the_norms_in_standard_deviations():
-    """|z| of d standard normal numbers: mean sqrt(d - 1/2), standard deviation sqrt(1/2)."""
+def test_shell_distance_is_the_distance_of_the_norm_in_standard_deviations():
+    """|z| of d standard normal numbers has mean sqrt(d - 1/2) and standard deviation sqrt(1/2)."""
     noise = torch.randn(4000, 256, generator=torch.Generator().manual_seed(0))
     distances = shell_distance(noise)
     assert abs(float(distances.mean())) < 0.06  # four standard errors of 4000 samples
@@ -88,7 +90,7 @@ def test_patience_ends_the_ascent_when_no_sample_gains():
 
 
 @pytest.mark.parametrize("name", ["Adam", "SGD", "RMSprop"])
-def test_optimisers_follow_the_exact_gradient_as_they_do_by_hand(name):
+def test_optimisers_follow_the_exact_gradient(name):
     problem, start = Problem(), latents(torch.float32, SHAPE)
     ascent = problem.ascend(num_guidance_steps=3, optimizer=optimizer_factory(name, 0.05))
     leaf = torch.nn.Parameter(start.clone())
@@ -102,7 +104,7 @@ def test_optimisers_follow_the_exact_gradient_as_they_do_by_hand(name):
     assert float((ascent.shell_distances[-1] - ascent.shell_distances[0]).abs().max()) > 1e-3  # nothing holds it
 
 
-def test_samples_do_not_see_each_other_under_an_optimiser():
+def test_samples_do_not_influence_each_other_under_an_optimiser():
     both = Problem().ascend(optimizer=optimizer_factory("Adam", 0.05))
     alone, sample = Problem(), latents(torch.float32, SHAPE)
     sample[1] = 3.0
@@ -121,7 +123,7 @@ BAD_OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("kind", BAD_OPTIMIZERS)
-def test_optimisers_that_can_not_be_used_are_refused(kind):
+def test_unusable_optimisers_are_refused(kind):
     optimizer, message = BAD_OPTIMIZERS[kind]
     with pytest.raises(InputError, match=message):
         optimizer_factory(optimizer, 0.1)

@@ -1,4 +1,4 @@
-"""What `guide` of the pipelines can be asked beside the plain ascent: text, control, decoders, guidance, reports."""
+"""Options of the pipelines' `guide`: text, control, decoders, guidance scales, reports."""
 
 import diffusers
 import pytest
@@ -56,7 +56,7 @@ def guide(pipe, reward=reward, prompts=PROMPTS, **options):
 # Reports
 
 
-def test_first_images_and_held_out_rewards_are_of_the_runs(pipe):
+def test_first_images_and_held_out_rewards_belong_to_the_runs(pipe):
     out = guide(pipe, held_out_reward=brightness)
     plain = pipe(
         PROMPTS, latents=noise(), num_inference_steps=3, guidance_scale=3.0, output_type="pt",
@@ -71,7 +71,7 @@ def test_first_images_and_held_out_rewards_are_of_the_runs(pipe):
     assert torch.equal(without.rewards, out.rewards)
 
 
-def test_output_is_told_in_words(pipe):
+def test_text_of_the_output(pipe):
     out = guide(pipe, held_out_reward=brightness)
     held_out = torch.stack([out.held_out_rewards[out.rewards[:, index].argmax(), index] for index in range(2)])
     before, best = float(out.held_out_rewards[0].mean()), float(held_out.mean())
@@ -126,7 +126,7 @@ def test_patience_and_optimiser_are_passed_on(pipe):
 
 
 def test_safety_checker_sees_the_guided_images_and_is_reported():
-    """Flags and black images as the stock call gives them for the noise that was found; the reward is not changed."""
+    """Flags and black images are those of the stock call for the best noise; the rewards do not change."""
     pipe = tiny.stable_diffusion(
         StableDiffusionFisherPipeline, safety_checker=tiny.safety_checker(2.0),
         feature_extractor=tiny.feature_extractor(),
@@ -164,7 +164,7 @@ def test_safety_checker_sees_the_guided_images_and_is_reported():
 
 
 class OwnProduct(FisherEstimator):
-    """The exact product by an estimator that is not known to have a graph to share."""
+    """Gives the exact product, but does not say that its graph can be shared."""
 
     needs_denoiser = True
 
@@ -174,7 +174,7 @@ class OwnProduct(FisherEstimator):
 
 @pytest.mark.parametrize("estimator", [AutodiffFisher, OwnProduct])
 def test_gradient_of_the_text_is_that_of_full_back_propagation(pipe, estimator):
-    """Of the embeddings, through every step of the stock call with a graph."""
+    """The reference is the gradient of the embeddings through each step of the stock call with a graph."""
     out = guide(pipe, optimise=["text"], estimator=estimator(), num_guidance_steps=1)
     positive, negative = pipe.encode_prompt(PROMPTS, pipe.device, 1, True)
     leaf = positive.detach().requires_grad_()
@@ -197,7 +197,7 @@ def test_gradient_of_the_text_is_that_of_full_back_propagation(pipe, estimator):
     assert torch.equal(out.latents, noise())
 
 
-def test_text_of_the_best_images_gives_them_again(pipe):
+def test_text_of_the_best_images_reproduces_them(pipe):
     out = guide(pipe, optimise=["noise", "text"])
     assert bool((out.best_rewards > out.rewards[0]).all())
     _, negative = pipe.encode_prompt(PROMPTS, pipe.device, 1, True)
@@ -206,11 +206,11 @@ def test_text_of_the_best_images_gives_them_again(pipe):
         guidance_scale=3.0, output_type="pt",
     ).images  # fmt: skip
     torch.testing.assert_close(again, out.images, rtol=0, atol=1e-6)  # float32
-    assert torch.equal(pipe.encode_prompt(PROMPTS, pipe.device, 1, True)[1], negative)  # nothing was left behind
+    assert torch.equal(pipe.encode_prompt(PROMPTS, pipe.device, 1, True)[1], negative)  # the pipeline has not changed
 
 
-def test_negative_prompts_that_are_encoded_by_themselves_stay_as_they_are():
-    """Flux with `true_cfg_scale`."""
+def test_negative_prompts_that_have_their_own_encoding_do_not_change():
+    """Flux with `true_cfg_scale` encodes negative prompts by a call of their own."""
     flux = tiny.flux(FluxFisherPipeline, texts=True)
     options = {"height": 8, "width": 8, "max_sequence_length": 8, "true_cfg_scale": 3.0}
     denoiser, text = PipelineDenoiser(flux, prompt="a b", negative_prompt="c", **options), TextEmbedding()
@@ -297,7 +297,7 @@ def test_decoder_of_another_size_is_refused(pipe):
     assert not calls
 
 
-def test_checkpointed_decoder_keeps_less_and_changes_nothing(pipe):
+def test_decoder_with_checkpoints_keeps_less_memory_and_changes_no_result(pipe):
     kept = []
 
     def stored(tensor):
@@ -321,7 +321,7 @@ def test_checkpointed_decoder_keeps_less_and_changes_nothing(pipe):
 # Classifier-free guidance out of the adjoint
 
 
-def test_adjoint_at_another_guidance_scale_is_that_of_its_denoiser(pipe):
+def test_backward_pass_at_another_guidance_scale_uses_the_denoiser_of_that_scale(pipe):
     def gradient_norms(estimator, **options):
         return guide(pipe, estimator=estimator, num_guidance_steps=1, **options).gradient_norms
 
@@ -355,7 +355,9 @@ def test_finite_differences_share_one_call_between_all_samples(pipe, count):
         ["a"] * count, reward, estimator=FiniteDifferenceFisher(), num_guidance_steps=2, num_inference_steps=3,
         latents=noise(count), guidance_scale=3.0,
     )  # fmt: skip
-    assert out.num_denoiser_calls == 3 * 3 + 2 * 3  # three runs of three steps, and a call a step of two backwards
+    assert (
+        out.num_denoiser_calls == 3 * 3 + 2 * 3
+    )  # three runs of three steps, and one call per step of two backward passes
 
 
 # What is refused
@@ -383,7 +385,7 @@ def test_estimators_own_denoiser_does_not_see_the_text_change(pipe):
         guide(pipe, optimise=["text"], estimator=AutodiffFisher(denoiser))
 
 
-def test_pipelines_without_text_or_autoencoder_are_named():
+def test_errors_name_pipelines_without_text_or_autoencoder():
     pixels = tiny.unconditional(DDPMFisherPipeline)
     options = {"num_inference_steps": 2, "num_guidance_steps": 1}
     with pytest.raises(UnsupportedError, match="DDPMFisherPipeline encodes no prompts, so there is no text embedding"):

@@ -1,4 +1,4 @@
-"""Ascent on the initial noise: what it reaches, what it keeps and counts, and what it refuses."""
+"""Ascent on the initial noise: its results, what it keeps and counts, and what it refuses."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_steps_stay_on_each_samples_own_sphere():
     )
 
 
-def test_steps_are_halved_for_a_sample_whose_reward_is_no_new_best():
+def test_step_is_halved_for_each_sample_without_a_new_best_reward():
     problem = Problem()
     table = [[0.0, 0.0], [1.0, -1.0], [2.0, 3.0], [3.0, 3.0 - 1e-3], [4.0, 5.0]]
     problem.ascend(reward=scripted(table), num_guidance_steps=4, step_size=0.2)
@@ -73,7 +73,7 @@ def test_first_of_equal_rewards_is_kept():
 
     def constant(images, prompts):
         values = projection(images, prompts)
-        return 1 + (values - values.detach())  # with a gradient all the same
+        return 1 + (values - values.detach())  # the gradient is not zero
 
     ascent = problem.ascend(constant)
     assert torch.equal(ascent.best["noise"], problem.noises[0])
@@ -96,7 +96,7 @@ def test_history_and_call_counts():
     assert all(torch.equal(row, shown) for row, shown in zip(ascent.rewards, seen, strict=True))
     assert calls == [(SHAPE, PROMPTS, True)] * 3 + [(SHAPE, PROMPTS, False)]  # no gradient of the last run
     assert ascent.num_sampling_calls == 4 * STEPS
-    assert problem.num_calls == 4 * STEPS + 3 * STEPS  # and the estimator's own, one a step of every backward pass
+    assert problem.num_calls == 4 * STEPS + 3 * STEPS  # and one of the estimator per step of each backward pass
     for row, noise in zip(ascent.rewards, problem.noises, strict=True):
         assert torch.equal(row, projection(torch.sigmoid(problem.run(noise)), PROMPTS).double())
 
@@ -107,7 +107,7 @@ def test_direct_estimator_calls_the_network_for_sampling_only():
     assert problem.num_calls == ascent.num_sampling_calls == 4 * STEPS
 
 
-def test_zero_steps_sample_and_score():
+def test_without_guidance_steps_the_run_is_sampled_and_scored():
     problem = Problem()
     ascent = problem.ascend(lambda images, prompts: images.detach().sum((1, 2, 3)), num_guidance_steps=0)
     assert len(problem.noises) == len(ascent.rewards) == len(ascent.seconds) == 1
@@ -116,7 +116,7 @@ def test_zero_steps_sample_and_score():
     assert torch.equal(ascent.best_rewards, ascent.rewards[0])
 
 
-def test_sample_without_gradient_stays_where_it_is(caplog):
+def test_sample_with_zero_gradient_does_not_move(caplog):
     problem = Problem()
 
     def second_only(images, prompts):
@@ -127,7 +127,7 @@ def test_sample_without_gradient_stays_where_it_is(caplog):
         assert torch.equal(noise[0], problem.noises[0][0])
         assert not torch.equal(noise[1], problem.noises[0][1])
     assert torch.stack(ascent.gradient_norms)[:, 0].tolist() == [0.0, 0.0]
-    (warning,) = caplog.records  # of the first run alone
+    (warning,) = caplog.records  # only the first run warns
     assert warning.getMessage().startswith(
         "The gradient of the reward 'second_only' is zero for samples [0], which do"
     )
@@ -135,7 +135,7 @@ def test_sample_without_gradient_stays_where_it_is(caplog):
 
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 def test_size_of_the_gradient_does_not_matter(scale):
-    """Squares of such numbers are zero or infinite in float32."""
+    """The squares of such gradients are zero or infinite in float32."""
     plain, scaled = Problem(), Problem()
     reference = plain.ascend(num_guidance_steps=1)
     ascent = scaled.ascend(lambda images, prompts: scale * projection(images, prompts), num_guidance_steps=1)
@@ -143,7 +143,7 @@ def test_size_of_the_gradient_does_not_matter(scale):
     assert relative(ascent.gradient_norms[0] / scale, reference.gradient_norms[0]) < 1e-5
 
 
-def test_callers_noise_and_grad_mode_are_left_alone():
+def test_noise_and_grad_mode_of_the_caller_do_not_change():
     noise = latents(torch.float32, SHAPE)
     with torch.no_grad():
         ascent = Problem().ascend(noise=noise)
@@ -243,7 +243,7 @@ def test_rewards_own_exception_comes_through_and_the_scheduler_can_be_used_again
     assert torch.equal(problem.ascend().best_rewards, Problem().ascend().best_rewards)
 
 
-def test_gradient_that_is_not_finite_at_once_leaves_the_unguided_run():
+def test_gradient_that_is_not_finite_in_the_first_run_returns_that_run():
     def root(images, prompts):
         return (images - images.detach()).sum((1, 2, 3)).sqrt()  # 0, with an infinite slope
 
@@ -263,7 +263,7 @@ def test_images_that_are_not_finite():
         Problem().ascend(lambda images, prompts: torch.zeros(2), decode=overflow)
 
 
-def test_reward_that_loses_its_graph_on_the_way():
+def test_reward_that_loses_its_graph_in_a_later_run_is_refused():
     def score(images, prompts):
         values = projection(images, prompts)
         return values if len(problem.noises) < 2 else values.detach()
@@ -280,7 +280,7 @@ def test_latents_replaced_after_the_last_step():
         problem.ascend(sample=lambda noise: problem.run(noise).detach() + 1)
 
 
-def test_noise_that_is_all_zero_has_no_sphere():
+def test_noise_that_is_all_zero_is_refused():
     problem, noise = Problem(), latents(torch.float32, SHAPE)
     noise[1] = 0
     with pytest.raises(InputError, match="A sample of the initial noise is all zero"):
@@ -293,7 +293,7 @@ def test_noise_that_is_all_zero_has_no_sphere():
 
 
 def contrast(images, prompts):
-    """Finite only where an image is not of one colour."""
+    """Returns rewards that are finite only for images of more than one colour."""
     centred = images - images.mean((1, 2, 3), keepdim=True)
     return -centred.square().mean((1, 2, 3)).log()
 
@@ -306,7 +306,7 @@ def test_trial_passes_differentiable_rewards(reward, grad):
         assert torch.is_grad_enabled() is grad
 
 
-def test_trial_shows_the_reward_images_in_range_and_all_prompts():
+def test_trial_gives_the_reward_images_in_range_and_all_prompts():
     seen = []
 
     def reward(images, prompts):
@@ -355,7 +355,7 @@ def test_messages_name_a_class_whose_object_is_the_reward():
         check_differentiable(Aesthetics(), SHAPE, PROMPTS, torch.device("cpu"))
 
 
-def test_inference_mode_is_named_rather_than_the_reward_blamed():
+def test_error_names_inference_mode_and_not_the_reward():
     calls = []
     with (
         torch.inference_mode(),

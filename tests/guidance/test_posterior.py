@@ -1,4 +1,4 @@
-"""Guidance step by step through stock pipelines: what a tilt does to a step, whose gradient it is, what it refuses."""
+"""Guidance step by step in stock pipelines: what a tilt does to a step, which gradient it uses, what it refuses."""
 
 import inspect
 
@@ -56,7 +56,7 @@ def sample(pipe, callback=None, steps=5, latents=None, **options):
 
 
 def tilted(cls, strength, direction_of):
-    """A scheduler whose model output is that of the tilted score: eps - strength alpha |eps| u, x_t held."""
+    """Makes a scheduler whose model output is that of the tilted score: eps - strength alpha |eps| u, at equal x_t."""
 
     class Tilted(cls):
         def step(self, model_output, timestep, sample, *args, **kwargs):
@@ -96,7 +96,7 @@ FIRST_ORDER = {
 
 @pytest.mark.parametrize("name", FIRST_ORDER)
 def test_callback_is_the_step_with_a_tilted_score(name):
-    """For first-order steps the change after the step is exactly that of the model output before it."""
+    """For first-order steps, the change after the step equals a change of the model output before the step."""
     scheduler, changes = FIRST_ORDER[name]
     pipe = stable_diffusion(scheduler, **changes)
     with posterior_guidance(pipe, reward, strength=0.3, decode=decode) as guidance:
@@ -109,7 +109,7 @@ def test_callback_is_the_step_with_a_tilted_score(name):
     assert relative(guided - plain, expected - plain) < 1e-4
 
 
-def test_flow_models_too_from_pure_noise():
+def test_callback_tilts_the_score_of_flow_models_from_pure_noise():
     """Flow matching begins where alpha is 0 and the noise-to-signal ratio infinite."""
     case, start = PIPELINES["SD3"], noise()
     pipe = case.make().to(torch.float64)
@@ -146,12 +146,12 @@ def test_every_samples_reward_goes_up_on_any_scheduler(name):
     with posterior_guidance(pipe, reward, strength=0.2, decode=decode) as guidance:
         guided = reward(decode(sample(pipe, guidance)), PROMPTS)
     assert bool((guided > plain + 0.5).all())  # rewards are of order 4; stochastic schedulers saw the same noise
-    assert torch.equal(reward(decode(sample(pipe)), PROMPTS), plain)  # and the pipeline is as it was
+    assert torch.equal(reward(decode(sample(pipe)), PROMPTS), plain)  # and the pipeline has not changed
 
 
 @pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])
 def test_steps_of_two_evaluations_are_tilted_once(name):
-    """What is changed between the two is forgotten by the second; the whole step's change comes after it."""
+    """The second evaluation forgets changes between the two, so the whole step's change comes after the second."""
     pipe = stable_diffusion(name)
     rises = {}
     for scheduler in (name, "EulerDiscreteScheduler"):
@@ -164,8 +164,8 @@ def test_steps_of_two_evaluations_are_tilted_once(name):
     assert relative(rises[name], rises["EulerDiscreteScheduler"]) < 0.15
 
 
-def test_with_the_networks_own_product_it_is_the_gradient_of_dps():
-    """The reward of the predicted clean sample, differentiated through the network by autograd alone."""
+def test_guidance_by_the_networks_own_product_is_that_of_dps():
+    """The reference is the reward of the predicted clean sample, differentiated through the network by autograd."""
     pipe = stable_diffusion()
     options = {"prompt": PROMPTS, "guidance_scale": 3.0}
     denoiser = PipelineDenoiser(pipe, **options)
@@ -186,7 +186,7 @@ def test_with_the_networks_own_product_it_is_the_gradient_of_dps():
     expected = sample(pipe)
     assert relative(guided - plain, expected - plain) < 1e-4  # the scheduler's table is float32
     difference = relative(guided - plain, sample_direct(0.3) - plain)
-    assert difference > 0.05  # it is another direction than the direct one
+    assert difference > 0.05  # the direction differs from that of the direct estimator
 
 
 def sample_direct(strength):
@@ -204,7 +204,7 @@ def test_finite_differences_share_one_call_between_the_samples_of_a_step():
     assert denoiser.num_calls == 5
 
 
-def test_history_is_that_of_the_last_run_and_exact():
+def test_history_belongs_to_the_last_run_and_is_exact():
     pipe = stable_diffusion()
     seen, clean = [], []
 
@@ -216,7 +216,7 @@ def test_history_is_that_of_the_last_run_and_exact():
     with posterior_guidance(pipe, told, PROMPTS, decode=decode) as guidance:
         sample(pipe, guidance, steps=4)
         sample(pipe, guidance, steps=3)
-    assert seen == [PROMPTS] * 8  # one is the trial, which the second run of the same size needs no more
+    assert seen == [PROMPTS] * 8  # one call is the trial, which the second run of the same size does not repeat
     assert (
         [tuple(row.shape) for row in guidance.rewards]
         == [(2,)] * 3
@@ -227,7 +227,7 @@ def test_history_is_that_of_the_last_run_and_exact():
     assert bool((torch.stack(guidance.gradient_norms) > 0).all())
 
 
-def test_autoencoder_of_the_pipeline_decodes_when_nothing_else_is_given():
+def test_autoencoder_of_the_pipeline_decodes_by_default():
     pipe = stable_diffusion(dtype=torch.float32)
     pipe.vae.requires_grad_(False)
 
@@ -249,14 +249,14 @@ def test_autoencoder_of_the_pipeline_decodes_when_nothing_else_is_given():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_dtype_of_the_latents_is_kept(dtype):
+def test_dtype_of_the_latents_does_not_change(dtype):
     pipe = stable_diffusion(dtype=dtype)
     with posterior_guidance(pipe, reward, decode=decode) as guidance:
         assert sample(pipe, guidance, latents=noise(dtype)).dtype == dtype
     assert guidance.rewards[0].dtype == torch.float64
 
 
-def test_pipeline_is_left_as_it_was_also_after_an_error():
+def test_pipeline_does_not_change_even_after_an_error():
     def broken(images, prompts):
         raise ZeroDivisionError("no judge")
 
@@ -317,7 +317,7 @@ def test_run_without_the_callback_is_an_error():
         sample(pipe)
 
 
-def test_block_that_was_not_entered_says_so():
+def test_error_says_that_the_block_was_not_entered():
     pipe = stable_diffusion()
     with pytest.raises(TrajectoryError, match=r"write `with posterior_guidance\(pipe, reward\) as guidance:`"):
         sample(pipe, posterior_guidance(pipe, reward, decode=decode))
@@ -377,27 +377,27 @@ BAD = {
 }  # fmt: skip
 
 
-def counted(network):
-    """What the network is called with from now on."""
+def record_calls(network):
+    """Records the arguments of each call of the network from now on."""
     calls = []
     network.register_forward_pre_hook(lambda module, args: calls.append(args))
     return calls
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_rewards_are_named_before_any_evaluation(kind):
+def test_bad_rewards_are_refused_before_any_evaluation(kind):
     bad, error, message = BAD[kind]
     pipe = stable_diffusion()
-    calls = counted(pipe.unet)
+    calls = record_calls(pipe.unet)
     with pytest.raises(error, match=message), posterior_guidance(pipe, bad, decode=decode) as guidance:
         sample(pipe, guidance)
-    assert len(calls) == (1 if kind == "slope" else 0)  # infinite slopes show at the run's own images only
+    assert len(calls) == (1 if kind == "slope" else 0)  # only the run's own images have infinite slopes
 
 
 def test_trial_has_the_runs_number_and_size_and_decodes_nothing():
-    """A reward with a target for every sample of one run's size; and one that fits the trial only."""
+    """A reward with one target per sample passes; a reward that fits only the trial is refused."""
     pipe, seen = stable_diffusion(dtype=torch.float32), []
-    calls, decodings = counted(pipe.unet), counted(pipe.vae.decoder)
+    calls, decodings = record_calls(pipe.unet), record_calls(pipe.vae.decoder)
     targets = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
     def per_sample(images, prompts):
@@ -415,7 +415,7 @@ def test_trial_has_the_runs_number_and_size_and_decodes_nothing():
 
 def test_flow_pipelines_try_the_reward_too():
     pipe = PIPELINES["SD3"].make()
-    calls, bad = counted(pipe.transformer), BAD["cut"][0]
+    calls, bad = record_calls(pipe.transformer), BAD["cut"][0]
     with pytest.raises(InputError, match="not differentiable"), posterior_guidance(pipe, bad) as guidance:
         pipe(num_inference_steps=2, guidance_scale=1.0, callback_on_step_end=guidance, **tiny.embeds(2))
     assert calls == []
@@ -443,7 +443,7 @@ def test_estimators_own_evaluations_are_no_runs_to_try_the_reward_for():
 
 def test_prompts_of_the_wrong_number_are_refused_at_once():
     pipe = stable_diffusion()
-    calls = counted(pipe.unet)
+    calls = record_calls(pipe.unet)
     with (
         pytest.raises(InputError, match="3 `prompts` were given for 2 samples; give one, or one each"),
         posterior_guidance(pipe, reward, ["a", "b", "c"], decode=decode) as guidance,
@@ -453,7 +453,7 @@ def test_prompts_of_the_wrong_number_are_refused_at_once():
 
 
 @pytest.mark.parametrize(("prompts", "told"), [(None, ["", ""]), ("a", ["a", "a"]), (PROMPTS, PROMPTS)])
-def test_what_the_reward_is_told(prompts, told):
+def test_prompts_that_the_reward_gets(prompts, told):
     pipe, seen = stable_diffusion(), []
 
     def noted(images, given):
@@ -483,7 +483,7 @@ def test_estimators_of_whole_runs_are_refused():
         pass
 
 
-def test_images_that_are_not_finite_are_named():
+def test_error_for_images_that_are_not_finite_names_the_step():
     pipe = stable_diffusion()
     with (
         pytest.raises(NumericalError, match="The images of guided step 0 are not finite"),

@@ -1,4 +1,4 @@
-"""Rewards by pretrained models, on tiny random ones of the same classes: pixels, numbers and gradients."""
+"""Rewards by pretrained models, tested on tiny random models of the same classes: pixels, values and gradients."""
 
 import warnings
 
@@ -130,7 +130,7 @@ def test_pixels_are_those_of_the_transformers_processor(tmp_path, name, size):
 
 
 def test_settings_of_old_files_are_read():
-    """As the first CLIP checkpoints have them, with plain numbers."""
+    """The first CLIP checkpoints hold plain numbers as sizes."""
     settings = {"size": 20, "crop_size": 18, "do_center_crop": True, "do_resize": True, "resample": 3}
     assert ImageInput.from_settings(settings) == ImageInput((18, 18), resampling="bicubic", shortest_edge=20)
 
@@ -138,7 +138,7 @@ def test_settings_of_old_files_are_read():
 @pytest.mark.parametrize(
     "settings", [{"resample": 1}, {"resample": 0}, {"size": {"longest_edge": 5}}], ids=["lanczos", "nearest", "size"]
 )
-def test_settings_that_are_not_known_are_refused(settings):
+def test_unknown_settings_are_refused(settings):
     with pytest.raises(UnsupportedError, match=r"The image processor has resample=.*; supported: filters 2 .bilinear"):
         ImageInput.from_settings(settings)
 
@@ -178,7 +178,7 @@ def test_fixed_text_stands_for_all_prompts(folders):
 
 
 @pytest.mark.parametrize("prompts", [["a b", ""], ["a", " "], [3, 0]], ids=["empty", "blank", "class labels"])
-def test_similarity_to_no_words_is_refused(folders, prompts):
+def test_similarity_to_an_empty_text_is_refused(folders, prompts):
     path, images = str(folders["clip"]), smooth_images(2, 16, 16)
     by_prompt = TextImageReward.clip(path=path)
     with pytest.raises(
@@ -187,10 +187,10 @@ def test_similarity_to_no_words_is_refused(folders, prompts):
         by_prompt(images, prompts)
     with pytest.raises(InputError, match="similarity to an empty text"):
         WeightedReward((1.0, by_prompt))(images, prompts)
-    assert TextImageReward.clip("", path=path)(images, prompts).shape == (2,)  # of the user's own will
+    assert TextImageReward.clip("", path=path)(images, prompts).shape == (2,)  # the user may ask for the empty text
 
 
-def test_guidance_by_a_similarity_asks_for_words_before_it_begins(folders):
+def test_guidance_by_a_similarity_refuses_empty_texts_before_it_begins(folders):
     pipe, reward = tiny.stable_diffusion(), TextImageReward.clip(path=str(folders["clip"]))
     calls = []
     pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(None))
@@ -265,7 +265,7 @@ def test_loaded_models_keep_no_gradients(folders):
 
 
 def head_tensors(widths=(WIDTH, 8, 4, 1), names=(0, 2, 4)):
-    """As published: linear layers with dropout between them, which leaves holes in the numbers."""
+    """Returns the tensors of a published head: linear layers, with gaps in the numbers for the dropout."""
     generator = torch.Generator().manual_seed(4)
     tensors = {}
     for number, width, following in zip(names, widths, widths[1:], strict=False):
@@ -329,7 +329,7 @@ class Code:
 
 
 @pytest.mark.parametrize("kind", ["missing", "damaged", "code"])
-def test_files_that_are_no_weights_are_refused(tmp_path, capsys, kind):
+def test_files_without_weights_are_refused(tmp_path, capsys, kind):
     file = tmp_path / "head.pth"
     if kind == "damaged":
         file.write_bytes(b"PK\x03\x04 not a checkpoint")
@@ -360,7 +360,7 @@ def test_weighted_sum_adds_values_and_gradients():
 @pytest.mark.parametrize(
     "terms", [(), (LinearReward(torch.ones(2, 2)),), ((1.0, "clip"),)], ids=["none", "bare", "no"]
 )
-def test_sums_of_something_else_are_refused(terms):
+def test_weighted_sums_refuse_terms_that_are_not_pairs(terms):
     with pytest.raises((InputError, TypeError), match=r"allowed: \(weight, reward\) pairs|has no len"):
         WeightedReward(*terms)
 
@@ -387,6 +387,6 @@ def test_names_of_rewards(folders):
         ("python:math:pi", "is a float; it must be a function"),
     ],
 )
-def test_names_that_mean_nothing_are_refused(name, message):
+def test_unknown_names_are_refused(name, message):
     with pytest.raises(InputError, match=message):
         named_reward(name)

@@ -1,4 +1,4 @@
-"""Rewards on tensors: what they are worth, that they pass exact gradients, and what they refuse."""
+"""Rewards on tensors: their values, their exact gradients, and what they refuse."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def classifier():
 
 
 def made(classifier, target, model=None):
-    """The embedded classifier with other targets."""
+    """Returns the reward by the embedded classifier for other targets."""
     return ClassifierReward(model or classifier.model, target, classifier.image_input)
 
 
@@ -48,14 +48,14 @@ def eight_bit(images):
 
 
 def transformers_pixels(pictures):
-    """What the checkpoint's own image processor makes of PIL images."""
+    """Returns the pixel values that the checkpoint's own image processor makes of PIL images."""
     from transformers import AutoImageProcessor
 
     return AutoImageProcessor.from_pretrained(CLASSIFIER)(pictures, return_tensors="pt")["pixel_values"]
 
 
 def pixels_of(reward, images):
-    """What the reward feeds to its model."""
+    """Returns the pixel values that the reward gives to its model."""
     seen = []
     hook = reward.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
@@ -106,7 +106,7 @@ def test_pixels_are_those_of_the_transformers_processor_at_any_size(classifier, 
 
 
 def test_resize_is_antialiased(classifier):
-    """A checkerboard of single pixels is grey once halved; without a filter it would be black or white."""
+    """A checkerboard of single pixels becomes grey at half the size; without a filter it would be black or white."""
     board = (torch.arange(64)[:, None] + torch.arange(64)) % 2
     pixels = pixels_of(classifier, board.expand(1, 3, 64, 64).float())
     assert float(pixels.abs().max()) < 0.1  # grey is 0
@@ -116,7 +116,7 @@ def test_real_images_are_recognised(classifier):
     images, labels = embedded_test_images()
     with torch.no_grad():
         values = made(classifier, labels.tolist())(images, [])
-    # 56 of 64 are given more than even odds; a wrong normalisation or order of classes leaves a tenth of that.
+    # 56 of 64 have a probability above one half; a wrong normalisation or order of classes leaves a tenth of that.
     assert float((values > torch.tensor(0.5).log()).float().mean()) > 0.8
 
 
@@ -257,7 +257,7 @@ def test_measurement_is_minus_the_weighted_mean_square(form):
     torch.testing.assert_close(MeasurementReward(target, MASK)(images, []), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_measurement_is_zero_where_all_that_is_known_agrees_and_negative_elsewhere():
+def test_measurement_is_zero_where_the_known_pixels_agree_and_negative_elsewhere():
     target, images = smooth_images(1, 2, 2)[0], smooth_images(1, 2, 2)
     images[..., 1] = 1 - images[..., 1]  # unknown pixels
     reward = MeasurementReward(target, MASK > 0)
@@ -271,7 +271,7 @@ def test_measurement_is_zero_where_all_that_is_known_agrees_and_negative_elsewhe
     [torch.zeros(2, 2), torch.tensor([[1.0, -0.1], [0.0, 0.0]]), torch.full((2, 2), torch.nan)],
     ids=["zero", "negative", "nan"],
 )
-def test_mask_that_marks_nothing_is_refused(mask):
+def test_mask_of_zeros_is_refused(mask):
     with pytest.raises(
         InputError, match=r"The mask must be non-negative and not all zero\. Pass 1 for the known pixels"
     ):
@@ -308,7 +308,7 @@ def test_blur_is_the_gaussian_convolution(std):
     torch.testing.assert_close(gaussian_blur(std)(images), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_blur_of_no_width_is_refused():
+def test_blur_without_width_is_refused():
     with pytest.raises(InputError, match=r"`std` is 0; allowed: a positive number of pixels"):
         gaussian_blur(0)
 
@@ -320,7 +320,9 @@ def test_deblurring_is_best_at_the_sharp_image():
     assert bool((reward(blur(sharp), []) < -1e-4).all())
     leaf = blur(sharp).requires_grad_()
     (gradient,) = torch.autograd.grad(reward(leaf, []).sum(), leaf)
-    assert bool(((gradient * (sharp - leaf)).flatten(1).sum(1) > 0).all())  # uphill is toward the sharp one
+    assert bool(
+        ((gradient * (sharp - leaf)).flatten(1).sum(1) > 0).all()
+    )  # the gradient points toward the sharp image
 
 
 def test_measurements_of_another_size_are_refused():

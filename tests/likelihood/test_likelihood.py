@@ -41,18 +41,18 @@ def likelihood(oracle, samples, scheduler=None, num_steps=20, num_probes=None, *
 
 
 def exact(oracle, samples, out):
-    """The oracle's density smoothed with the output's lowest noise."""
+    """Returns the oracle's density, smoothed with the output's lowest noise."""
     return oracle.log_density(samples, NoiseLevel(torch.ones((), dtype=torch.float64), out.noise_to_signal[0]))
 
 
 def without_prior(oracle, out):
-    """The log-likelihood with the oracle's own density at the noise end: what is left is the integral's error."""
+    """Returns the log-likelihood with the oracle's own density at the noise end. Its error is the integral's alone."""
     level = NoiseLevel(torch.ones((), dtype=torch.float64), out.noise_to_signal[-1])
     return out.trace_log_prob + oracle.log_density(out.final_latents, level)
 
 
 def moments(oracle):
-    """Mean and variance of each element of the oracle's data."""
+    """Returns the mean and the variance of each element of the oracle's data."""
     mean = oracle.weights @ oracle.means
     spread = oracle.covariances.diagonal(dim1=1, dim2=2) + (oracle.means - mean).square()
     return {"prior_mean": mean.view(ORACLE_SHAPE), "prior_variance": (oracle.weights @ spread).view(ORACLE_SHAPE)}
@@ -61,13 +61,13 @@ def moments(oracle):
 # The largest errors of four draws from both oracles are 0.0011 bits/dim at 20 steps and 0.00001 at 80.
 @pytest.mark.parametrize(("num_steps", "bits"), [(20, 0.003), (100, 0.0001)])
 @pytest.mark.parametrize("name", ["gaussian", "mixture"])
-def test_density_is_the_oracles(name, num_steps, bits):
+def test_density_equals_the_oracles_density(name, num_steps, bits):
     oracle = ORACLES[name]
     samples = draws(oracle)
     out = likelihood(oracle, samples, num_steps=num_steps, **moments(oracle))
     error = (without_prior(oracle, out) - exact(oracle, samples, out)).abs() / BIT
     assert float(error.max()) < bits
-    # Off-diagonal covariances and modes are no part of the prior: at s_T they leave up to 0.004 bits/dim.
+    # The prior has no off-diagonal covariances and no modes: at s_T they leave up to 0.004 bits/dim.
     assert float(((out.log_prob - exact(oracle, samples, out)).abs() / BIT).max()) < bits + 0.005
 
 
@@ -111,7 +111,7 @@ def test_isotropic_gaussian_in_closed_form():
     assert relative(out.final_latents, carried) < 5e-4  # order two with steps of h = 0.031: measured 1.4e-4
 
 
-def test_exact_trace_at_the_first_node_is_the_oracles():
+def test_exact_trace_at_the_first_node_equals_the_oracles_trace():
     oracle = ORACLES["mixture"]
     samples = draws(oracle)
     out = likelihood(oracle, samples)
@@ -121,8 +121,8 @@ def test_exact_trace_at_the_first_node_is_the_oracles():
     assert relative(1 - out.unexplained_noise_fraction[0], level.sigma**2 * trace / DIMENSIONS) < 1e-10
 
 
-def test_r_tells_what_is_left_to_know_of_the_noise():
-    """Nothing where x_0 is known to be one of some points, and nothing beside much noise; all of it beside none."""
+def test_r_is_zero_where_the_noise_is_known_and_nearly_one_where_it_is_unknown():
+    """r is 0 where x_0 is one of a few distant points or where the noise is large; at small noise it is nearly 1."""
     points, gaussian = (likelihood(ORACLES[name], draws(ORACLES[name])) for name in ("points", "gaussian"))
     assert (
         float(points.unexplained_noise_fraction[0].abs().max()) < 1e-12
@@ -157,17 +157,17 @@ class TestHutchinson:
         assert abs(float(claimed / spread) - 1) < 0.18
 
     def test_the_path_hardly_depends_on_the_probes(self):
-        """The evaluations lie on a path without them; they only correct its end."""
+        """The evaluations lie on a path that does not depend on the probes, which only correct the path's end."""
         out, reference = self.outputs(2)
         moved = float((out.prior_log_prob - reference.prior_log_prob).abs().max())
         assert 0 < moved < 0.1 * float((out.trace_log_prob - reference.trace_log_prob).abs().max())
 
-    def test_trace_by_probe_averages_to_the_trace(self):
+    def test_mean_of_the_trace_by_probe_is_the_trace(self):
         out, reference = self.outputs(8)
         assert relative(out.trace_by_probe.mean(0), out.trace_log_prob) < 1e-12  # sums in another order
         assert reference.trace_by_probe.shape == (0, 1)
 
-    def test_one_probe_has_no_finite_error_and_the_exact_trace_none(self):
+    def test_error_is_infinite_with_one_probe_and_zero_with_the_exact_trace(self):
         out, reference = self.outputs(1)
         assert bool(torch.isinf(out.standard_error).all())
         assert not reference.standard_error.any()
@@ -264,7 +264,7 @@ def test_every_family_gives_the_density_at_its_own_lowest_noise(name):
 @pytest.mark.parametrize(
     ("num_steps", "halving", "evaluations"), [(20, True, 21 + 11), (20, False, 21), (21, True, 22 + 11), (2, True, 5)]
 )
-def test_calls_and_notifications_are_one_a_node(num_steps, halving, evaluations):
+def test_each_node_has_one_call_and_one_notification(num_steps, halving, evaluations):
     oracle, steps = ORACLES["gaussian"], []
     samples = draws(oracle)
     for num_probes in (None, 3):
@@ -280,7 +280,7 @@ def test_calls_and_notifications_are_one_a_node(num_steps, halving, evaluations)
 def test_finite_differences_need_no_graph_and_are_counted(central, products):
     oracle = ORACLES["mixture"]
     denoiser = OracleDenoiser(oracle, vp())
-    denoiser(draws(oracle), 500)  # what was called before does not count
+    denoiser(draws(oracle), 500)  # earlier calls do not count
     estimator = FiniteDifferenceFisher(denoiser, relative_step=1e-5, central=central)
     out = integrate_log_likelihood(denoiser, draws(oracle), estimator, Integration(10, None))
     assert out.num_denoiser_calls == 11 * (1 + products * DIMENSIONS)
@@ -323,14 +323,16 @@ def test_samples_do_not_influence_each_other():
     together = likelihood(oracle, samples)
     for index in range(4):
         alone = likelihood(oracle, samples[index : index + 1])
-        assert relative(together.log_prob[index : index + 1], alone.log_prob) < 1e-12  # another batch's rounding
+        assert (
+            relative(together.log_prob[index : index + 1], alone.log_prob) < 1e-12
+        )  # rounding differs between batches
 
 
 # The samples' own rounding, 6e-8, 5e-4 and 4e-3 of their size, times the density's slope.
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)]
 )
-def test_narrower_samples(dtype, tolerance):
+def test_samples_in_half_precision(dtype, tolerance):
     oracle, seen = ORACLES["gaussian"], set()
 
     class Recording(Denoiser):
@@ -341,7 +343,7 @@ def test_narrower_samples(dtype, tolerance):
 
     denoiser = Recording(vp())
     out = integrate_log_likelihood(denoiser, draws(oracle).to(dtype), AutodiffFisher(denoiser), Integration(20, None))
-    assert seen == {torch.float32}  # half precision is the network's own business
+    assert seen == {torch.float32}  # half precision is left to the network
     assert out.log_prob.dtype == torch.float64
     assert 0 < relative(out.log_prob, likelihood(oracle, draws(oracle)).log_prob) < tolerance
 
@@ -391,7 +393,7 @@ def test_no_trace_is_left(grad, requires_grad):
 
 
 class Breaking(Denoiser):
-    """A perfect denoiser whose evaluation number `bad` is NaN."""
+    """Is a perfect denoiser, but its evaluation number `bad` is NaN."""
 
     def __init__(self, bad):
         super().__init__(vp())
@@ -481,7 +483,7 @@ def test_inference_mode_is_refused_where_a_graph_is_needed():
     assert torch.equal(likelihood(oracle, samples).log_prob, likelihood(oracle, draws(oracle)).log_prob)
 
 
-def test_unbound_estimator_uses_the_evaluation_at_hand():
+def test_estimator_without_a_denoiser_uses_the_evaluation_of_the_solver():
     oracle = ORACLES["gaussian"]
     denoiser = OracleDenoiser(oracle, vp())
     out = integrate_log_likelihood(denoiser, draws(oracle), AutodiffFisher(), Integration(20, None))

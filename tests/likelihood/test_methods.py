@@ -74,7 +74,7 @@ def test_quadrature_is_exact_for_polynomials(points, levels):
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("trapezoid", 2), ("adams3", 3), ("adams4", 4)])
 def test_schemes_converge_with_their_order(name, order):
-    """Of the path alone: its trace is a smooth function, and the end's correction makes it no worse."""
+    """The path alone converges: the trace is a smooth function here, and the correction of the end does no harm."""
     oracle = ORACLES["gaussian"]
     errors = []
     for num_steps in (40, 80):
@@ -118,7 +118,7 @@ def laws():
 
 @pytest.fixture(scope="module")
 def closed_forms():
-    """(errors, estimates) in bits/dim of 16 draws from each law, by calls, against their own fine runs."""
+    """Returns (errors, estimates) in bits/dim of 16 draws from each law, by calls, against fine runs."""
     found = {}
     for name, law in laws().items():
         samples, denoiser = law.sample(16, seeded(1)), OracleDenoiser(law, vp())
@@ -185,7 +185,7 @@ def test_estimates_of_the_other_schemes_cover_their_errors(scheme, size, calls):
     assert float(found.median()) < float(foretold.median()) < size * float(found.median())
 
 
-def test_coarse_grids_are_warned_about_with_the_error():
+def test_warning_for_coarse_grids_names_the_error():
     oracle = ORACLES["mixture"]
     with pytest.warns(CoarseGridWarning, match=r"grid of 4 steps is coarse: its error .* up to \d\.\d{3} bits/dim"):
         likelihood(oracle, draws(oracle), num_steps=4)
@@ -195,7 +195,7 @@ def test_coarse_grids_are_warned_about_with_the_error():
 
 
 def test_steps_do_not_lose_the_digits_of_a_float32_network():
-    """At the smallest noise of flow matching x_0 in float32 would make the step wrong by 3e-5 of itself."""
+    """At the smallest noise of flow matching, x_0 in float32 would give the step a relative error of 3e-5."""
     oracle = ORACLES["gaussian"]
 
     class Single(Denoiser):
@@ -213,7 +213,7 @@ def test_steps_do_not_lose_the_digits_of_a_float32_network():
     assert relative(runs[0].final_latents, runs[1].final_latents) < 3e-6
 
 
-def test_output_in_words():
+def test_text_of_the_output():
     oracle = ORACLES["mixture"]
     samples = (draws(oracle) * 20).round().clamp(-127, 127) / 127.5 + 1 / 255
     out = likelihood(oracle, samples, num_probes=2, space="pixel", generator=seeded(), bins=256)
@@ -250,7 +250,7 @@ def test_reference_is_exact_to_its_tolerance(name):
     before = samples.clone()
     out = reference_log_likelihood(denoiser, samples, tolerance=1e-6, **moments(oracle))
     error = (without_prior(oracle, out) - exact(oracle, samples, out)).abs()
-    assert float(error.max()) < 1e-3  # nats: 6 dimensions of states that grow to 15, a relative 1e-6 a step
+    assert float(error.max()) < 1e-3  # nats: 6 dimensions of states that grow to 15, a relative 1e-6 per step
     assert float(out.discretisation_error.max()) < 1e-2
     assert out.num_denoiser_calls == denoiser.num_calls
     assert (out.prior, out.scheme) == ("moment-matched", "dopri5, tolerance 1e-06")
@@ -266,7 +266,7 @@ def test_reference_is_exact_to_its_tolerance(name):
     assert torch.equal(samples, before)
 
 
-def test_reference_refuses(monkeypatch):
+def test_reference_refuses_bad_arguments(monkeypatch):
     oracle = ORACLES["gaussian"]
     denoiser, samples = OracleDenoiser(oracle, vp()), draws(oracle)
     with pytest.raises(InputError, match=r"`tolerance` is 0\.5, `num_levels` 9; allowed: between 0 and 0\.1"):
@@ -283,7 +283,7 @@ def test_reference_refuses(monkeypatch):
 
 
 def noised_mean(oracle, samples, s, count=4000):
-    """Mean and standard error of the noised log density over the noise."""
+    """Returns the mean and the standard error, over the noise, of the noised log density."""
     level = NoiseLevel(ONE, torch.tensor(s, dtype=torch.float64))
     noise = torch.randn(count, *samples.shape, generator=seeded(1), dtype=torch.float64)
     values = torch.stack([oracle.log_density(samples + s * each, level) for each in noise])
@@ -331,7 +331,7 @@ def test_squared_errors_are_paired_over_samples_and_calls():
 
 
 @pytest.mark.parametrize("number", [2, 7])
-def test_squared_errors_refuse(number):
+def test_squared_errors_refuse_bad_arguments(number):
     denoiser = OracleDenoiser(ORACLES["gaussian"], vp())
     with pytest.raises(InputError, match=rf"`num_levels` is {number}; allowed: even, at least 4"):
         squared_error_log_likelihood(denoiser, draws(ORACLES["gaussian"]), number)
@@ -367,7 +367,7 @@ def test_dequantised_samples_fill_their_bins():
     assert not torch.equal(dequantised(samples, 256, seeded()), dequantised(samples, 256, seeded(1)))
 
 
-def test_bits_of_bins_are_a_probability():
+def test_bits_per_dim_with_bins_give_a_probability():
     """A density that is flat over many bins: the discrete probability is the density times the bin's width."""
     variance, bins = 0.05, 256
     law = GaussianMixture(

@@ -49,7 +49,7 @@ def latents(count=2):
 
 
 @pytest.mark.parametrize("method", ["squared error", "ode"])
-def test_table_is_what_each_prompt_gives_with_the_same_draws(method):
+def test_table_holds_the_likelihood_of_each_prompt_with_the_same_draws(method):
     pipe, x = make(), latents()
     options = {"num_inference_steps": 3, "estimator": AutodiffFisher()} if method == "ode" else {"num_levels": 8}
     table = pipe.compare_likelihood(None, PROMPTS, latents=x, method=method, generator=seeded(), **options)
@@ -121,7 +121,7 @@ def test_standard_error_between_images_by_the_ode_has_the_probes_of_both():
 
 @pytest.mark.parametrize("method", ["squared error", "ode"])
 def test_draws_that_are_not_seeded_come_from_the_generator_that_is_replayed(monkeypatch, method):
-    """On a GPU too, whose own generator noise comes from where none is named."""
+    """Without a generator, noise on a GPU would come from the GPU's own generator, which is not replayed."""
     seen = []
 
     def draw(*arguments, **options):
@@ -153,7 +153,7 @@ def test_probes_pair_prompts_by_the_ode():
     assert bool(torch.isinf(one.behind_best_prompt()[1]).sum() == 4)  # all but the best against itself
 
 
-def test_generator_moves_on_once_and_decides_everything():
+def test_generator_advances_once_and_determines_all_draws():
     pipe, generator = make(), seeded()
     options = {"latents": latents(), "num_levels": 4}
     first = pipe.compare_likelihood(None, PROMPTS, generator=generator, **options)
@@ -208,13 +208,13 @@ def test_comparison_leaves_everything_as_it_was():
         ({"prompts": ["a"], "prior_mean": 0.0}, "Give both `prior_mean` and `prior_variance`"),
     ],
 )
-def test_comparison_refuses(arguments, message):
+def test_comparison_refuses_bad_arguments(arguments, message):
     pipe = make()
     with pytest.raises(InputError, match=message):
         pipe.compare_likelihood(None, latents=latents(), **arguments)
 
 
-def test_comparison_is_told_in_words():
+def test_text_of_the_comparison():
     table = make().compare_likelihood(None, PROMPTS, latents=latents(), num_levels=8, generator=seeded())
     difference, error = table.behind_best_prompt()
     lines = str(table).splitlines()
@@ -232,7 +232,7 @@ def test_own_class_is_likelier_than_others_on_the_trained_checkpoint():
     pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
     pipe.set_progress_bar_config(disable=True)
     images, labels = embedded_test_images()
-    classes = [1, 7, 8]  # trouser, sneaker, bag: unlike each other
+    classes = [1, 7, 8]  # trouser, sneaker and bag, which do not look alike
     chosen = [int((labels == label).nonzero()[0]) for label in classes]
     prompts = [embedded_prompt(label) for label in classes]
     table = pipe.compare_likelihood(images[chosen], prompts, num_levels=48, generator=seeded())
@@ -245,7 +245,7 @@ def test_own_class_is_likelier_than_others_on_the_trained_checkpoint():
 # Ranges and bins
 
 
-def test_declared_range_is_the_same_image():
+def test_range_of_the_data_does_not_change_the_likelihood():
     pipe, bits = pixels(), grey()
     options = {"num_inference_steps": 3, "num_probes": 1}
     expected = pipe.log_likelihood(bits.float() / 255, generator=seeded(), **options).log_prob
@@ -283,7 +283,7 @@ def test_bins_give_bits_of_discrete_images():
     assert (plain.offset_bits, out.offset_bits) == (0.0, pytest.approx(math.log2(127.5)))
     assert out.space == "pixel"
     assert relative(out.bits_per_dim, -out.log_prob / (64 * math.log(2)) + math.log2(127.5)) < 1e-15
-    # Half a bin to each side of 8-bit pixels moves an untrained network's density by little, and by something.
+    # Half a bin to each side of 8-bit pixels changes an untrained network's density a little.
     assert 0 < float((out.log_prob - plain.log_prob).abs().max()) < 0.1 * float(plain.log_prob.abs().max())
     again, other = (pipe.log_likelihood(images, bins=256, generator=seeded(seed), **options) for seed in (0, 1))
     assert torch.equal(again.log_prob, out.log_prob)
@@ -297,7 +297,7 @@ def test_bins_give_bits_of_discrete_images():
 # Schemes and warnings
 
 
-def test_scheme_reaches_the_solver_and_few_steps_are_warned_about():
+def test_scheme_reaches_the_solver_and_few_steps_give_a_warning():
     pipe = make()
     options = {"latents": latents(), "num_probes": 1, "generator": seeded()}
     with pytest.warns(CoarseGridWarning, match=r"grid of 3 steps is coarse: .* up to \d+\.\d{3} bits/dim"):

@@ -69,7 +69,7 @@ class Backbone:
         return torch.randn(count, *self.shape, generator=torch.Generator().manual_seed(seed))
 
     def packed(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
-        """In the layout of the stock call."""
+        """Returns the latents in the layout of the stock call."""
         return backbone_of(pipe).pack(latents) if isinstance(pipe, diffusers_fisher.FisherPipelineMixin) else latents
 
     def size(self) -> dict[str, int]:
@@ -81,7 +81,7 @@ class Backbone:
         return {"guidance_scale": self.guidance_scale if guided else 1.0}
 
     def sample(self, pipe: Any, guided: bool = True, call: Any = None, steps: int = 3, **arguments: Any) -> Any:
-        """What the pipeline gives, final latents unless told otherwise; `call` in place of its own."""
+        """Returns the pipeline's result, by default its final latents; `call` takes the place of its own call."""
         arguments = {
             "output_type": "latent", "num_inference_steps": steps, **self.size(), **self.call, **self.options,
             **self.guidance(guided), **arguments,
@@ -106,7 +106,7 @@ class Backbone:
         return pipe.log_likelihood(images, *first, **options)
 
 
-SHORT = {"max_sequence_length": 8}  # the tiny tokenizers know no more
+SHORT = {"max_sequence_length": 8}  # the limit of the tiny tokenizers
 UNBINNED = {"use_resolution_binning": False, "clean_caption": False}
 UNCONDITIONAL = {
     "network": "unet", "condition": None, "call": {"batch_size": 2}, "guidance_scale": None, "takes_latents": False

@@ -65,7 +65,7 @@ def strength(backbone, scale):
 
 
 def check_gradient(backbone, pipe, **arguments):
-    """Of a guided run, with the network's own Jacobian, against back-propagation through the stock call."""
+    """Compares a guided run's gradient, by the network's Jacobian, with back-propagation through the stock call."""
     noise, weight = (backbone.packed(pipe, backbone.noise(seed=seed)) for seed in (0, 1))
     leaf = noise.clone().requires_grad_()
     reference = backbone.sample(pipe, True, inspect.unwrap(type(pipe).__call__), latents=leaf, **arguments)
@@ -156,7 +156,7 @@ def with_image_adapter(backbone, folder, cls=None):
 
 
 def image_embeddings(guided):
-    """Of one image, for all samples as the stock call has it; with guidance, after its negative twin."""
+    """Returns one image's embeddings for all samples, as the stock call makes them; with guidance, two of them."""
     return {"ip_adapter_image_embeds": [torch.randn(2 if guided else 1, 1, WIDTH, generator=seeded(7))]}
 
 

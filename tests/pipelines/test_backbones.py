@@ -60,7 +60,7 @@ def test_images_are_those_of_the_stock_pipeline(backbone):
     assert (results[0] == results[1]).all()
 
 
-def test_given_latents_are_what_the_stock_call_would_have_drawn(backbone):
+def test_latents_of_the_caller_take_the_place_of_the_stock_calls_noise(backbone):
     """And final latents those that it decodes."""
     ours, drawn = backbone.ours(), []
     size = {} if backbone.takes_latents else {"height": None, "width": None}

@@ -1,4 +1,4 @@
-"""Bad input: a clear error before or at the point of harm, and afterwards everything is exactly as it was."""
+"""Bad input gives a clear error before it does harm, and afterwards nothing has changed."""
 
 import contextlib
 
@@ -170,7 +170,7 @@ def test_guidance_under_inference_mode_says_so_before_any_sampling():
     guide(pipe)
 
 
-def test_latents_made_under_inference_mode_do_no_harm():
+def test_latents_from_inference_mode_are_accepted():
     pipe = make()
     with torch.inference_mode():
         latents = torch.randn(2, 4, 8, 8, generator=seeded())
@@ -182,7 +182,7 @@ def test_latents_made_under_inference_mode_do_no_harm():
 
 
 class Failing:
-    """A reward that goes wrong at its `call`-th call, of which the first is a trial before sampling."""
+    """Makes a reward that fails at its `call`-th call. The first call is a trial before sampling."""
 
     def __init__(self, call, harm):
         self.call, self.harm, self.count = call, harm, 0
@@ -273,7 +273,7 @@ def test_latents_that_a_callback_changes_after_the_last_step_are_refused():
 
 
 def cut_off_guidance(pipe, index, timestep, arguments):
-    """A common one: no guidance, and half the embeddings, from some step on."""
+    """Is a common callback: from some step on it turns guidance off and halves the embeddings."""
     if index != 1:
         return {}
     pipe._guidance_scale = 0.0
@@ -308,7 +308,7 @@ CALLBACKS = {
 
 
 @pytest.mark.parametrize("kind", CALLBACKS)
-def test_callbacks_that_change_what_the_network_is_told_are_refused_by_estimators_that_ask_it_again(kind):
+def test_estimators_that_evaluate_the_network_refuse_callbacks_that_change_its_conditions(kind):
     callback, inputs, message = CALLBACKS[kind]
     options = {"prompt": "a b", "callback_on_step_end": callback}  # diffusers' own takes one prompt
     if inputs is not None:
@@ -332,7 +332,7 @@ def test_callback_that_raises_leaves_the_pipeline_as_it_was():
         guide(pipe, callback_on_step_end=callback)
 
 
-def test_images_that_are_not_finite_are_not_blamed_on_the_reward():
+def test_error_for_images_that_are_not_finite_does_not_name_the_reward():
     pipe = make()
     torch.nn.init.constant_(pipe.vae.decoder.conv_out.bias, NAN)
     with refused(pipe, NumericalError, "The images of run 0 are not finite. Half-precision autoencoders", 3):
@@ -447,7 +447,7 @@ def test_likelihood_refuses_arguments_before_any_evaluation(kind):
 
 
 @pytest.mark.parametrize("kind", ["PIL", "array", "tensor"])
-def test_one_image_needs_no_batch(kind):
+def test_one_image_without_a_batch_axis_is_accepted(kind):
     pipe, grey = make(), image(size=(3, 16, 16))
     one = {
         "PIL": Image.new("RGB", (16, 16), (51, 51, 51)), "array": numpy.full((16, 16, 3), 0.2, dtype=numpy.float32),

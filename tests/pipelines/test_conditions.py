@@ -1,4 +1,4 @@
-"""What backbones are conditioned on: prompts, embeddings with what belongs to them, labels, embedded guidance."""
+"""Conditions of backbones: prompts, embeddings with the tensors that belong to them, labels, embedded guidance."""
 
 import functools
 
@@ -50,7 +50,7 @@ def guide(backbone, pipe, *conditions, reward=brightness, **options):
 
 
 def embeddings(backbone, pipe):
-    """Call arguments that say `PROMPTS`, and none for guidance."""
+    """Returns the call arguments that stand for `PROMPTS`, without arguments for guidance."""
     short = backbone.options.get("max_sequence_length")
     options = {} if short is None else {"max_sequence_length": short}
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_one_embedding_stands_for_all_images(name):
 
 
 @pytest.mark.parametrize("name", [*POOLED, "PixArtAlpha", "PixArtSigma"])
-def test_embeddings_without_what_belongs_to_them_are_refused_before_any_evaluation(name):
+def test_incomplete_embeddings_are_refused_before_any_evaluation(name):
     backbone = BACKBONES[name]
     pipe = backbone.ours()
     twin = "pooled_prompt_embeds" if name in POOLED else "prompt_attention_mask"
@@ -136,7 +136,7 @@ def test_embeddings_beside_a_prompt_or_of_another_number_are_refused():
 
 
 @pytest.mark.parametrize("name", POOLED)
-def test_prompts_of_the_other_encoders_are_one_each(name):
+def test_prompts_of_the_other_encoders_are_one_per_image(name):
     backbone = BACKBONES[name]
     pipe = backbone.ours()
     options = {key: value for key, value in backbone.options.items() if key == "max_sequence_length"}
@@ -338,7 +338,7 @@ def test_grey_images_of_a_pixel_model():
 
 
 @pytest.mark.parametrize("what", [diffusers.KandinskyPipeline, diffusers.StableDiffusionImg2ImgPipeline, dict])
-def test_class_without_a_fisher_version_is_refused_with_those_that_have_one(what):
+def test_error_for_a_class_without_a_fisher_version_lists_the_supported_classes(what):
     message = rf"no Fisher version of {what.__name__}; supported: DDIMPipeline, .*differentiable\(\.\.\.\)"
     with pytest.raises(UnsupportedError, match=message):
         fisher_pipeline(what)

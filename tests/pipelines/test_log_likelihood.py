@@ -1,4 +1,4 @@
-"""The pipeline's likelihood: the same whatever form the image has, and that of a loop written out by hand."""
+"""The pipeline's likelihood: it does not depend on the form of the image, and equals that of an independent loop."""
 
 import math
 
@@ -109,7 +109,7 @@ def test_prompts():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_latents_of_other_precision_are_taken_as_single(dtype):
+def test_latents_of_other_precision_are_cast_to_float32(dtype):
     pipe, x = make(), latents().to(dtype)
     assert torch.equal(score(pipe, latents=x).log_prob, score(pipe, latents=x.float()).log_prob)
 
@@ -163,19 +163,19 @@ def by_hand(pipe, x, prompt, steps):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_value_is_that_of_a_loop_written_out_by_hand(kind):
+def test_value_equals_that_of_an_independent_integration(kind):
     pipe, x = smooth_in_time(make(prediction_type=kind)), latents(1)
     out = score(pipe, latents=x, prompt="a b", num_inference_steps=24, num_probes=None, step_halving=True)
     prior, divergence = by_hand(pipe, x, "a b", steps=30)
     error = abs(float(out.discretisation_error))  # the loop's own is a hundredth of it
-    assert error < 0.4  # nats: the comparison is not idle
+    assert error < 0.4  # nats: small enough for a useful comparison
     assert abs(float(out.log_prob) - prior - divergence) < error
     assert float(out.prior_log_prob) == pytest.approx(prior, abs=error)
     assert float(out.trace_log_prob) == pytest.approx(divergence, abs=error)
     assert torch.equal(out.log_prob, out.prior_log_prob + out.trace_log_prob)
 
 
-def test_output_says_what_it_is():
+def test_fields_of_the_output():
     out = score(make(), latents=latents(), num_probes=3, step_halving=True)
     assert (out.space, out.prior, out.density, out.dims) == ("latent", "standard", "smoothed", 16)
     assert "AutodiffFisher" in out.trace
@@ -210,7 +210,7 @@ def test_generator_decides_the_probes():
     assert not torch.equal(first, other)
 
 
-def test_every_image_is_scored_as_if_alone():
+def test_score_of_an_image_does_not_depend_on_the_batch():
     pipe, x, prompts = make(), latents(3), ["a b", "c", "d"]
     batch = score(pipe, latents=x, prompt=prompts, num_probes=None)
     singles = [score(pipe, latents=x[i : i + 1], prompt=prompts[i], num_probes=None) for i in range(3)]
@@ -268,7 +268,7 @@ def test_latent_statistics_are_the_prior_and_the_output_says_so(side):
     out = score(pipe, latents=latents(side=side), num_probes=1)
     assert (plain.prior, out.prior) == ("standard", "moment-matched")
     assert torch.equal(out.final_latents, plain.final_latents)
-    if side == 8:  # of another size there is but the mean over space
+    if side == 8:  # for another size only the mean over space is left
         mean, variance = mean.mean(), variance.mean()
     total = variance.double() + out.noise_to_signal[-1] ** 2
     expected = normal_log_density(out.final_latents, mean.double(), total)
@@ -286,7 +286,7 @@ def test_real_images_are_likelier_than_inverted_ones_on_the_trained_checkpoint()
     images, prompts = images[:4], [embedded_prompt(int(label)) for label in labels[:4]]
     real, inverted = (score(pipe, version, prompt=prompts, num_inference_steps=10) for version in (images, 1 - images))
     assert real.prior == "moment-matched"
-    # Bits a dimension: they differ by 0.8 and more; probes and steps err by up to 0.3, much the same for both.
+    # Bits per dimension: they differ by 0.8 and more; probes and steps err by up to 0.3, much the same for both.
     assert bool((inverted.bits_per_dim - real.bits_per_dim > 0.4).all())
 
 
@@ -295,7 +295,7 @@ def test_real_images_are_likelier_than_inverted_ones_on_the_trained_checkpoint()
 
 @pytest.mark.parametrize("grad", [True, False], ids=["enable_grad", "no_grad"])
 @pytest.mark.parametrize("num_probes", [2, None])
-def test_everything_is_left_as_it_was(grad, num_probes):
+def test_nothing_of_the_caller_changes(grad, num_probes):
     pipe = make()
     with torch.set_grad_enabled(grad):
         before = tiny.snapshot(pipe)

@@ -1,4 +1,4 @@
-"""Folders that any diffusers reads, with our parts beside: saved, loaded, passed on, and refused when damaged."""
+"""Folders that any diffusers reads, with our parts beside: they are saved, loaded, and refused when damaged."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ SCHEDULERS = [
     diffusers.DPMSolverMultistepScheduler,
     FisherDDIMScheduler,
     FisherEulerDiscreteScheduler,
-    fisher_scheduler(diffusers.DDIMParallelScheduler),  # made, not of the catalog
+    fisher_scheduler(diffusers.DDIMParallelScheduler),  # not in the catalog
 ]
 
 
@@ -214,7 +214,7 @@ def test_grad_mode_is_as_before_loading(saved, grad):
         assert torch.is_grad_enabled() is grad
 
 
-def test_components_that_the_caller_brings_are_not_looked_for(saved, tmp_path):
+def test_components_that_the_caller_passes_need_no_folder(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "partial")
     shutil.rmtree(folder / "unet")
     (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
@@ -225,7 +225,7 @@ def test_components_that_the_caller_brings_are_not_looked_for(saved, tmp_path):
     assert same_statistics(pipe)
 
 
-def test_parts_are_fetched_from_the_hub_where_there_are_any(saved, monkeypatch):
+def test_parts_come_from_the_hub_if_the_repository_has_them(saved, monkeypatch):
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     asked, missing = [], []
@@ -314,7 +314,7 @@ def test_damaged_statistics_are_noticed_by_a_pipeline_that_was_loaded_by_a_stock
         pipe.log_likelihood(latents=torch.zeros(1, 4, 8, 8), num_inference_steps=2)
 
 
-def test_what_is_no_folder_is_left_to_diffusers():
+def test_names_that_are_not_folders_go_to_diffusers():
     with pytest.raises(OSError, match="nobody/nothing") as caught:
         StableDiffusionFisherPipeline.from_pretrained("nobody/nothing")
     assert not isinstance(caught.value, CheckpointError)

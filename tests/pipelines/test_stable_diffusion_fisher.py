@@ -138,7 +138,7 @@ def test_first_image_is_the_stock_image_with_every_sampler(sampler):
     pipe, generators = make(sampler), [seeded(), seeded()]
     out = guide(pipe, reward=flat, num_guidance_steps=2, generator=generators[0])
     assert torch.equal(out.images, stock(pipe, generator=generators[1]))
-    assert torch.equal(generators[0].get_state(), generators[1].get_state())  # drawn from as by one stock call
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())  # advanced as by one stock call
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_output_fields():
 
 
 @pytest.mark.parametrize(
-    ("estimator", "extra"),  # denoiser calls a gradient, in runs of four steps
+    ("estimator", "extra"),  # denoiser calls per gradient, in runs of four steps
     [
         (None, 1),
         (DirectFisher(), 0),
@@ -263,7 +263,7 @@ def test_denoiser_calls_are_counted(estimator, extra, own):
     pipe, seen = make(), []
     if own and hasattr(estimator, "bind"):
         denoiser = PipelineDenoiser(pipe, prompt=PROMPTS, guidance_scale=4.0)
-        denoiser(noise(), 500)  # what it did before does not count
+        denoiser(noise(), 500)  # earlier calls do not count
         estimator = estimator.bind(denoiser)
     pipe.unet.register_forward_pre_hook(lambda module, inputs: seen.append(1))
     out = guide(pipe, generator=seeded(), estimator=estimator, num_guidance_steps=3)
@@ -314,7 +314,7 @@ def test_half_precision_pipeline():
     assert bool((climbed.best_rewards > climbed.rewards[0]).all())
 
 
-def test_callbacks_that_only_look_are_called_in_every_run():
+def test_callbacks_that_change_nothing_are_called_in_every_run():
     seen = []
 
     def callback(pipe, index, timestep, arguments):
@@ -328,7 +328,7 @@ def test_callbacks_that_only_look_are_called_in_every_run():
 
 @pytest.mark.parametrize("sampler", ["DDIM", "Euler ancestral"])
 @pytest.mark.parametrize("grad", [True, False], ids=["enable_grad", "no_grad"])
-def test_everything_is_left_as_it_was(sampler, grad):
+def test_nothing_of_the_caller_changes(sampler, grad):
     pipe = make(sampler)
     stock(pipe)
     with torch.set_grad_enabled(grad):

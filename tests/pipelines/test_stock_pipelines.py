@@ -1,4 +1,4 @@
-"""Functions on pipelines of diffusers' own classes: the same as the methods of ours, and nothing on them changes."""
+"""Functions on stock pipelines: they give the results of our methods, and nothing on the pipelines changes."""
 
 import functools
 
@@ -90,7 +90,7 @@ def test_comparison_of_a_stock_pipeline():
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_network_runs_on_the_user_s_pipeline_with_its_scheduler_in_place(name):
-    """Not only after a call but during it, nothing on the pipeline is another thing."""
+    """Nothing on the pipeline changes, not even during a call."""
     backbone = BACKBONES[name]
     _, stock = pair(backbone)
     before, during = visible(stock), []

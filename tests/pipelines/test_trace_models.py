@@ -99,7 +99,7 @@ def test_likelihood_and_guidance_know_the_trace_from_it(backbone):
 
 
 def hidden_layers(backbone, pipe, call):
-    """What goes into the module before the output layers while `call` runs."""
+    """Returns the inputs of the module before the output layers while `call` runs."""
     network, seen = getattr(pipe, backbone.network), []
     module = network.norm_out if hasattr(network, "norm_out") else network.conv_norm_out
     handle = module.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
@@ -128,7 +128,7 @@ def test_states_have_features_of_the_last_hidden_layer(backbone):
 
 
 def test_guided_states_have_no_features():
-    """Two conditions make the output: the features are those of neither."""
+    """Two conditions make the output, so that the features would belong to neither."""
     backbone = BACKBONES["StableDiffusion"]
     pipe = backbone.ours()
     denoiser = PipelineDenoiser(pipe, 3.0, **backbone.call, **backbone.size())
@@ -136,7 +136,7 @@ def test_guided_states_have_no_features():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about itself, when its compiler is imported
-def test_compiled_networks_show_no_features():
+def test_compiled_networks_have_no_features():
     network = tiny.unet()
     assert output_norm(network) is network.conv_norm_out
     assert output_norm(torch.compile(network)) is None  # a wrapper, which compiles at its first call
@@ -147,7 +147,7 @@ def test_compiled_networks_show_no_features():
 
 
 def test_likelihood_and_guidance_of_a_model_with_features(backbone):
-    """The likelihood's states have them, the states of a sampler's run do not."""
+    """The likelihood's states have features, the states of a sampler's run do not."""
     pipe, x = backbone.ours(), 0.5 * backbone.noise()
     denoiser = likelihood_denoiser(backbone, pipe)
     start = backbone.packed(pipe, x)
@@ -418,7 +418,7 @@ def test_it_follows_the_pipeline_to_a_device_in_its_own_precision(saved):
     assert pipe.trace_model.device == torch.device("meta")
 
 
-def test_it_is_fetched_from_the_hub_where_there_is_one(saved, monkeypatch):
+def test_trace_model_comes_from_the_hub_if_the_repository_has_one(saved, monkeypatch):
     asked = []
 
     def download(repository, name, **options):
@@ -452,7 +452,7 @@ def test_damaged_trace_models_are_noticed_before_anything_is_loaded(saved, damag
         load(saved)
 
 
-def test_something_else_is_refused():
+def test_objects_that_are_not_trace_models_are_refused():
     pipe = tiny.stable_diffusion(StableDiffusionFisherPipeline)
     with pytest.raises(InputError, match="`trace_model` is a UNet2DConditionModel; allowed: a FisherTraceModel"):
         pipe.trace_model = pipe.unet

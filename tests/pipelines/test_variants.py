@@ -1,4 +1,4 @@
-"""Variants without a class of ours: what goes through the scheduler, what through the denoiser, what is refused."""
+"""Variants without a class of ours: what works through the scheduler, what through the denoiser, what is refused."""
 
 import inspect
 
@@ -91,7 +91,7 @@ VERSIONS = pytest.mark.parametrize("xl", [False, True], ids=["SD", "SDXL"])
 @VERSIONS
 @pytest.mark.parametrize("cls", [diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler])
 def test_image_to_image_is_bit_for_bit_and_differentiable_at_its_first_sample(xl, cls):
-    """No `latents` enter the call: the gradient is at the run's first sample, the noised image."""
+    """The call takes no `latents`: the gradient is with respect to the run's first sample, the noised image."""
     pipe = pipeline("Img2Img", xl, scheduler=fisher_scheduler(cls).from_config(tiny.scheduler().config))
     arguments = {"image": pictures(), "strength": 0.8}
     expected = run(pipe, **arguments)
@@ -115,7 +115,7 @@ def test_image_to_image_is_bit_for_bit_and_differentiable_at_its_first_sample(xl
     assert torch.equal(trajectory.gradient(loss), gradient)  # no factor, though Euler's init_noise_sigma is 14.6
 
 
-def test_image_to_image_as_a_denoiser_is_refused_in_words():
+def test_image_to_image_as_a_denoiser_is_refused():
     pipe = pipeline("Img2Img", xl=False)
     with pytest.raises(UnsupportedError, match="takes no `latents`, so it can't be evaluated at a sample"):
         PipelineDenoiser(pipe, prompt=PROMPTS, image=pictures())
@@ -145,8 +145,8 @@ def test_image_to_image_of_stable_diffusion_xl_at_strength_1_is_text_to_image(cl
 
 
 @VERSIONS
-def test_inpainting_with_a_network_of_its_own_goes_through_both_doors(xl):
-    """Nine channels: latents, mask, masked image. Its encoding is random, so it is given ready-made."""
+def test_inpainting_with_its_own_network_works_as_a_run_and_as_a_denoiser(xl):
+    """The network has nine channels: latents, mask, masked image. The image's encoding is random, so it is passed."""
     changes = {
         "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 6 * 8 + 16, "cross_attention_dim": 32,
@@ -188,7 +188,7 @@ def test_inpainting_by_blending_is_refused_after_the_first_step(xl):
 
 
 @VERSIONS
-def test_controlnet_goes_through_both_doors(xl):
+def test_controlnet_works_as_a_run_and_as_a_denoiser(xl):
     pipe = pipeline("ControlNet", xl, controlnet=controlnet(xl))
     fixed = {"image": pictures(), "controlnet_conditioning_scale": 0.7}
     leaf = noise().requires_grad_()
@@ -236,7 +236,7 @@ def test_run_that_is_cut_short_is_refused_as_a_denoiser():
 
 
 class ScaledAttention(torch.nn.Module):
-    """An attention processor of a user's own: the plain one, and a little more."""
+    """Is a user's attention processor: the stock processor with a small addition."""
 
     def __init__(self):
         super().__init__()
@@ -246,7 +246,7 @@ class ScaledAttention(torch.nn.Module):
         return self.plain(attention, hidden_states, *args, **kwargs) + 0.5 * hidden_states
 
 
-def test_attention_processors_act_in_every_door():
+def test_attention_processors_act_in_runs_and_in_denoisers():
     from diffusers_fisher import StableDiffusionFisherPipeline
 
     plain, pipe = (tiny.stable_diffusion(StableDiffusionFisherPipeline) for _ in range(2))
@@ -269,7 +269,7 @@ def test_attention_processors_act_in_every_door():
 
 
 def test_bfloat16_weights_of_the_trained_checkpoint():
-    """Bits a dimension within 0.02 of float32, guidance gradients within a cosine of 0.99 (the default's: 0.95)."""
+    """Bits per dimension are within 0.02 of float32; gradients have a cosine above 0.99 (the default: 0.95)."""
     from diffusers_fisher import (
         StableDiffusionFisherPipeline,
         embedded_checkpoint,

@@ -44,8 +44,7 @@ class ImageInput:
         """
         from transformers.image_processing_utils import BaseImageProcessor
 
-        settings, _ = BaseImageProcessor.get_image_processor_dict(path, **kwargs)
-        return cls.from_settings(settings)
+        return cls.from_settings(BaseImageProcessor.get_image_processor_dict(path, **kwargs)[0])
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> ImageInput:
@@ -99,9 +98,7 @@ class ImageInput:
 
 def _centre_crop(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Returns the middle of the images, with black padding where the images are smaller than `size`."""
-    gaps = [max(0, target - length) for target, length in zip(size, images.shape[-2:], strict=True)]
-    if any(gaps):  # transformers puts the odd pixel of padding first
-        (top, left) = ((gap + 1) // 2 for gap in gaps)
-        images = F.pad(images, (left, gaps[1] - left, top, gaps[0] - top))
-    top, left = ((length - target) // 2 for length, target in zip(images.shape[-2:], size, strict=True))
-    return images[..., top : top + size[0], left : left + size[1]]
+    height, width = (target - length for target, length in zip(size, images.shape[-2:], strict=True))
+    # Negative padding crops. Of an odd number, transformers pads one pixel more and crops one pixel less at the start.
+    top, left = (height + 1) // 2, (width + 1) // 2
+    return F.pad(images, (left, width - left, top, height - top))

@@ -247,12 +247,10 @@ def aesthetic_head(path: str | os.PathLike) -> torch.nn.Sequential:
             f"'{path}' holds the tensors {sorted(tensors)} with weights of shapes {shapes}; allowed: a chain of "
             "linear layers that ends in one number."
         )
-    layers = []
-    for name, bias in zip(names, biases, strict=True):
-        layer = torch.nn.Linear(tensors[name].shape[1], tensors[name].shape[0])
+    layers = torch.nn.Sequential(*(torch.nn.Linear(inputs, outputs) for outputs, inputs in shapes))
+    for layer, name, bias in zip(layers, names, biases, strict=True):
         layer.load_state_dict({"weight": tensors[name], "bias": tensors[bias]})
-        layers.append(layer)
-    return _freeze(torch.nn.Sequential(*layers))
+    return _freeze(layers)
 
 
 def _head_tensors(path: Path) -> dict[str, torch.Tensor]:
