@@ -5,9 +5,11 @@ Everything is read lazily. The error of an image that can't be read names it; no
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import logging
 import os
@@ -120,9 +122,9 @@ class Images(torch.utils.data.Dataset):
             return caption
         return self.names[caption] if caption >= 0 else None
 
-    def undecoded(self) -> Iterator[dict[str, Any]]:
-        """Yields undecoded rows in order; `example` decodes them."""
-        yield from self.rows
+    def undecoded(self, start: int = 0) -> Iterator[dict[str, Any]]:
+        """Yields undecoded rows from position `start` on; `example` decodes them."""
+        yield from self.rows.skip(start) if start else self.rows
 
     def example(self, row: dict[str, Any], position: int) -> Example:
         """Decodes a row of the dataset."""
@@ -139,10 +141,6 @@ class ImageStream(Images):
 
     def __getitem__(self, index: int) -> Example:
         raise TypeError("A stream of images has no positions; iterate over `undecoded()`.")
-
-    def undecoded(self, start: int = 0) -> Iterator[dict[str, Any]]:
-        """Yields undecoded rows from position `start` on; `example` decodes them."""
-        yield from self.rows.skip(start) if start else self.rows
 
 
 def open_images(data: ImageData, channels: int = 3, text_captions: bool = True) -> Images | ImageStream:
@@ -174,11 +172,9 @@ def open_images(data: ImageData, channels: int = 3, text_captions: bool = True) 
         )  # fmt: skip
     if data.limit is not None:
         rows = rows.take(data.limit)
-    if data.streaming:
-        return ImageStream(rows, data, channels, text_captions)
-    if not len(rows):
+    if not data.streaming and not len(rows):
         raise no_images(data)
-    images = Images(rows, data, channels, text_captions)
+    images = (ImageStream if data.streaming else Images)(rows, data, channels, text_captions)
     images.files_left_out = left_out
     return images
 
@@ -296,17 +292,17 @@ class CachedLatents(torch.utils.data.Dataset):
                 "`accelerate launch -m diffusers_fisher.training.cache_latents --config ...`."
             )
         self.index = read_json(self.folder / LATENT_INDEX)
-        self._starts = torch.tensor([0, *self.index["counts"]]).cumsum(0)
+        self._starts = [0, *itertools.accumulate(self.index["counts"])]
         self._shards: dict[int, tuple[torch.Tensor, list[Caption]]] = {}
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, Caption]:
         """Returns mean and deviation of the autoencoder's posterior, (2, C, h, w) float32, and the caption."""
-        shard = int(torch.searchsorted(self._starts, position, right=True)) - 1
+        shard = bisect.bisect_right(self._starts, position) - 1
         moments, captions = self._shard(shard)
-        row = position - int(self._starts[shard])
+        row = position - self._starts[shard]
         return moments[row].float(), captions[row]
 
     def name(self, position: int) -> str:
@@ -320,8 +316,7 @@ class CachedLatents(torch.utils.data.Dataset):
             path = self.folder / shard_name(number)
             try:
                 with safe_open(path, framework="pt") as file:  # the tensor is mapped from the file, not read
-                    captions = json.loads(file.metadata()["captions"])
-                    self._shards[number] = file.get_tensor("moments"), captions
+                    self._shards[number] = file.get_tensor("moments"), json.loads(file.metadata()["captions"])
             except (OSError, SafetensorError, KeyError) as error:
                 raise CheckpointError(f"Cached latents '{path}' can't be read: {error}; make them again.") from error
         return self._shards[number]

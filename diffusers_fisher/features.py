@@ -50,9 +50,5 @@ def record_summaries(network: torch.nn.Module | None) -> Iterator[list[torch.Ten
         summaries.append(summary(next(iter((*arguments, *keywords.values())))))
 
     module = output_norm(network)
-    handle = None if module is None else module.register_forward_pre_hook(record, with_kwargs=True)
-    try:
+    with contextlib.nullcontext() if module is None else module.register_forward_pre_hook(record, with_kwargs=True):
         yield summaries
-    finally:
-        if handle is not None:
-            handle.remove()

@@ -78,18 +78,11 @@ def load_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
     Raises:
         CheckpointError: the file is missing, truncated or not safetensors.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise CheckpointError(f"Checkpoint file '{path}' does not exist.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"Checkpoint file '{path}' ({path.stat().st_size} bytes) can't be read as safetensors: {error}. "
-            "It may be truncated; write or download the file again."
-        ) from error
+    with _open_safetensors(path) as file:
+        names = list(file.keys())
+        return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
 
 
 def check_safetensors(path: str | os.PathLike) -> None:
@@ -98,10 +91,17 @@ def check_safetensors(path: str | os.PathLike) -> None:
     Raises:
         CheckpointError: the file is missing, truncated or not safetensors.
     """
+    with _open_safetensors(path) as file:
+        file.keys()
+
+
+@contextlib.contextmanager
+def _open_safetensors(path: str | os.PathLike) -> Iterator[safe_open]:
+    """Opens a safetensors file, and turns errors of the file into `CheckpointError`."""
     path = Path(path)
     try:
         with safe_open(path, framework="pt") as file:
-            file.keys()
+            yield file
     except (SafetensorError, OSError) as error:
         size = f"{path.stat().st_size} bytes" if path.exists() else "missing"
         raise CheckpointError(

@@ -75,8 +75,7 @@ def _stacked(images: list | tuple, channels: int) -> numpy.ndarray | torch.Tenso
     shapes = sorted({tuple(array.shape) for array in arrays})
     if len(shapes) != 1:
         raise InputError(f"Images of one call must have one size, got {shapes}; call once per size.")
-    tensors = [array for array in arrays if isinstance(array, torch.Tensor)]
-    return torch.stack(tensors) if tensors else numpy.stack(arrays)
+    return torch.stack(arrays) if isinstance(arrays[0], torch.Tensor) else numpy.stack(arrays)
 
 
 def _in_unit_range(tensor: torch.Tensor, low: float, high: float, multiple: int) -> torch.Tensor:

@@ -36,6 +36,7 @@ class _Column:
     pictures: torch.Tensor
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
+    colorbar: bool = False
 
 
 def fisher_pictures(
@@ -89,15 +90,13 @@ def fisher_pictures(
     groups = {
         "": [
             _Column(r"E$[x_0|x_t]$", mean),
-            _Column(r"diagonal of $\sigma^2F$", diagonal, {"cmap": "viridis", "colorbar": True}),
+            _Column(r"diagonal of $\sigma^2F$", diagonal, {"cmap": "viridis"}, colorbar=True),
         ]
     }
     for name, largest in (("most curved", True), ("least curved", False)):
         for index, columns in enumerate(_directions(symmetric, show, count, scale, largest), start=1):
             groups[name if count == 1 else f"{name}, {index}"] = columns
-    widths = [
-        sum(CELL * (1.4 if "colorbar" in column.options else 1) for column in group) for group in groups.values()
-    ]
+    widths = [sum(CELL * (1.4 if column.colorbar else 1) for column in group) for group in groups.values()]
     figure = Figure(figsize=(sum(widths), (CELL + 0.2) * len(sample) + 0.5), layout="constrained")
     parts = figure.subfigures(1, len(groups), width_ratios=widths, squeeze=False)[0]
     for index, (part, (name, columns)) in enumerate(zip(parts, groups.items(), strict=True)):
@@ -131,8 +130,11 @@ def trace_plot(
     """
     from matplotlib.figure import Figure
 
-    level = levels if isinstance(levels, NoiseLevel) else _stacked(levels)
-    alpha, sigma = (value.detach().double().cpu().reshape(-1) for value in (level.alpha, level.sigma))
+    levels = [levels] if isinstance(levels, NoiseLevel) else levels
+    if not levels:
+        raise InputError("There are no noise levels; give at least one.")
+    alpha = torch.cat([level.alpha.detach().double().cpu().reshape(-1) for level in levels])
+    sigma = torch.cat([level.sigma.detach().double().cpu().reshape(-1) for level in levels])
     _check_estimates(estimates, len(sigma))
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
@@ -189,16 +191,14 @@ def _draw_group(part: SubFigure, name: str, columns: list[_Column]) -> None:
     part.suptitle(name or " ", fontsize=10)  # also a blank title takes space, so that the groups' pictures stand level
     grid = part.subplots(len(columns[0].pictures), len(columns), squeeze=False)
     for index, column in enumerate(columns):
-        options = dict(column.options)
-        colorbar = options.pop("colorbar", False)
         for row, picture in enumerate(column.pictures):
             axes = grid[row, index]
-            image = axes.imshow(picture.numpy(), **options)
+            image = axes.imshow(picture.numpy(), **column.options)
             axes.set(xticks=[], yticks=[])
             axes.set_xlabel(column.notes[row] if column.notes else " ", fontsize=8)
             if row == 0:
                 axes.set_title(column.title, fontsize=9)
-            if colorbar:
+            if column.colorbar:
                 part.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
 
 
@@ -211,16 +211,10 @@ def _draw_line(
     errors = [estimate.standard_error.square().sum().sqrt() / len(estimate.standard_error) for estimate in line]
     width = BAND * factor.abs() * torch.stack(errors).cpu()
     (curve,) = axes.plot(x.numpy(), mean.numpy(), marker=".", label=name)
-    has_band = torch.isfinite(width) & (width > 0)
-    if bool(has_band.any()):
-        low, high = torch.where(has_band, mean - width, mean), torch.where(has_band, mean + width, mean)
-        axes.fill_between(x.numpy(), low.numpy(), high.numpy(), color=curve.get_color(), alpha=0.25, linewidth=0)
-
-
-def _stacked(levels: Sequence[NoiseLevel]) -> NoiseLevel:
-    if not levels:
-        raise InputError("There are no noise levels; give at least one.")
-    return NoiseLevel(*(torch.stack([getattr(level, name) for level in levels]) for name in ("alpha", "sigma")))
+    width = torch.where(torch.isfinite(width), width, 0)
+    if bool((width > 0).any()):
+        low, high = (mean - width).numpy(), (mean + width).numpy()
+        axes.fill_between(x.numpy(), low, high, color=curve.get_color(), alpha=0.25, linewidth=0)
 
 
 def _check_estimates(estimates: Mapping[str, Sequence[Estimate]], count: int) -> None:

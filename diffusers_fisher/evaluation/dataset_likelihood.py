@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from pydantic import Field
 from tqdm.auto import tqdm
 
 from ..backbones import backbone_of
-from ..data import Caption, Example, ImageData, Images, ImageStream, UnreadableImageError, no_images, open_images
+from ..data import Caption, Example, ImageData, Images, ImageStream, no_images, open_images
 from ..errors import CoarseGridWarning, InputError, NumericalError
 from ..files import read_json, write_json
 from ..fisher import AutodiffFisher, FiniteDifferenceFisher, FisherEstimator
@@ -30,7 +29,7 @@ from ..likelihood.pipeline import log_likelihood
 from ..likelihood.schemes import scheme_of
 from ..pipelines import FisherPipelineMixin
 from ..settings import NotNegative, TraceEstimator, settings_class
-from .dataset_likelihood_report import FILE, Collected, write_results
+from .dataset_likelihood_report import FILE, Collected, finite_number, write_results
 
 PROBED: dict[str, type[FisherEstimator]] = {"autodiff": AutodiffFisher, "finite-difference": FiniteDifferenceFisher}
 ATTEMPTS = 64  # a run stops after so many refused images, if no image could be evaluated
@@ -141,21 +140,20 @@ def _records(output: Path, note: dict[str, Any], images: Images, retry_failed: b
     """Opens the records of a run. With `retry_failed`, files of the images may have changed, but not their number."""
     file = output / SETTINGS
     before = read_json(file).get("images") if file.is_file() else None
-    if before is None or before.split(",")[0] != note["images"].split(",")[0]:
+    same_number = before is not None and before.split(",")[0] == note["images"].split(",")[0]
+    if retry_failed and same_number:
+        records = Records(output, {**note, "images": before})
+        _check_evaluated(records, images)
+        write_json(file, note)
+        return records
+    try:
         return Records(output, note)
-    if not retry_failed:
-        try:
-            return Records(output, note)
-        except InputError as error:
-            if before == note["images"]:
-                raise
-            raise InputError(
-                f"{error} Some files of the data have changed; if they have been repaired, --retry-failed takes them."
-            ) from error
-    records = Records(output, {**note, "images": before})
-    _check_evaluated(records, images)
-    write_json(file, note)
-    return records
+    except InputError as error:
+        if not same_number or before == note["images"]:
+            raise
+        raise InputError(
+            f"{error} Some files of the data have changed; if they have been repaired, --retry-failed takes them."
+        ) from error
 
 
 def _check_evaluated(records: Records, images: Images) -> None:
@@ -264,27 +262,30 @@ class ImageShare:
     def _evaluated(self, batch: Sequence[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
         """Returns the records of a batch. Images of the same size are evaluated together."""
         records = []
-        sizes: dict[tuple[int, ...], list[tuple[int, Example]]] = {}
+        groups: dict[torch.Size, list[tuple[int, Example]]] = {}
         for position, row in batch:
-            name = self.images.row_name(row, position)
             try:
-                example = self.images.example(row, position)
-            except UnreadableImageError as error:
-                records.append(_failure(position, name, error))
-                continue
-            if any(side % self.backbone.size_multiple for side in example.pixels.shape[-2:]):
-                height, width = example.pixels.shape[-2:]
-                multiple = self.backbone.size_multiple
-                text = f"Image '{name}' has {width}x{height} pixels; this pipeline takes multiples of {multiple}."
-                records.append(_failure(position, name, f"{text} Set `resolution`."))
-                continue
-            sizes.setdefault(tuple(example.pixels.shape), []).append((position, example))
-        for group in sizes.values():
+                example = self._example(row, position)
+                groups.setdefault(example.pixels.shape, []).append((position, example))
+            except InputError as error:
+                records.append(_failure(position, self.images.row_name(row, position), error))
+        for group in groups.values():
             records += self._likelihoods(group)
         rows = dict(batch)
         for record in records:
             record[FILE] = row_digest(self.images, rows[record["position"]], record["position"])
         return records
+
+    def _example(self, row: dict[str, Any], position: int) -> Example:
+        """Decodes a row. Raises `InputError` if its image can't be read or has a size that does not fit."""
+        example, multiple = self.images.example(row, position), self.backbone.size_multiple
+        height, width = example.pixels.shape[-2:]
+        if height % multiple or width % multiple:
+            raise InputError(
+                f"Image '{example.name}' has {width}x{height} pixels; this pipeline takes multiples of {multiple}. "
+                "Set `resolution`."
+            )
+        return example
 
     def _likelihoods(self, group: Sequence[tuple[int, Example]]) -> list[dict[str, Any]]:
         settings = self.settings
@@ -298,8 +299,8 @@ class ImageShare:
         pixels = torch.stack([example.pixels for _, example in group])
         failed: Exception | None = None
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", CoarseGridWarning)  # the summary warns once, for all images
+            # The summary warns once, for all images.
+            with warnings.catch_warnings(action="ignore", category=CoarseGridWarning):
                 # The conditions in `options` may be prompts, labels or none.
                 out = log_likelihood(self.pipe, pixels, num_inference_steps=settings.num_inference_steps, **options)
         # diffusers raises ValueError, of which InputError is a subclass.
@@ -352,15 +353,11 @@ class ImageShare:
 
 def _record(position: int, name: str, caption: Caption, out: LikelihoodOutput, index: int) -> dict[str, Any]:
     """Returns the record of one image."""
-    nats = ("log_prob", "prior_log_prob", "trace_log_prob", "standard_error", "discretisation_error")
-    values: dict[str, float | None] = {key: float(getattr(out, key)[index]) for key in nats}
-    if not math.isfinite(float(out.standard_error[index])):  # one probe has no standard error
-        values["standard_error"] = None
-    fractions = out.unexplained_noise_fraction[:, index].tolist()
-    return {
-        "position": position, "name": name, "caption": caption, "bits_per_dim": float(out.bits_per_dim[index]),
-        **values, "dims": out.dims, "r": [round(value, 6) for value in fractions],
-    }  # fmt: skip
+    nats = ("bits_per_dim", "log_prob", "prior_log_prob", "trace_log_prob", "standard_error", "discretisation_error")
+    numbers: dict[str, float | None] = {key: float(getattr(out, key)[index]) for key in nats}
+    numbers["standard_error"] = finite_number(float(out.standard_error[index]))  # one probe has no standard error
+    fractions = [round(value, 6) for value in out.unexplained_noise_fraction[:, index].tolist()]
+    return {"position": position, "name": name, "caption": caption, **numbers, "dims": out.dims, "r": fractions}
 
 
 def _failure(position: int, name: str, error: object) -> dict[str, Any]:

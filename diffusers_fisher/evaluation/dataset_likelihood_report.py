@@ -1,5 +1,6 @@
 """Reports the likelihoods of a dataset: one file of records, a summary, a histogram and a page."""
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -24,7 +25,7 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 SHOWN = 24  # images of each end on the page
 NAMED = 100  # most images left out that summary and page name; likelihoods.jsonl names them all
 CAPTIONS = 50  # most different captions for which the summary has means
-COLUMNS = ("bits_per_dim", "discretisation_error", "standard_error", "dims")  # numbers of a record
+NUMBERS = ["bits_per_dim", "discretisation_error", "standard_error", "dims"]  # numbers of a record in the table
 FILE = "file"  # key of a record's hash, by which its image is known again
 PICTURE = 256  # pixels of a picture's longer side on the page
 
@@ -81,10 +82,6 @@ class Collected:
             if not left[key]:
                 del files[key]
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        key, number = self._places[position]
-        return self.records.read(key)["records"][number]
-
 
 def write_results(records: Records, images: Images, total: int, run: Note) -> dict[str, Any]:
     """Writes `likelihoods.jsonl`, `summary.json`, `histogram.png` and `index.html`; returns the summary.
@@ -105,18 +102,17 @@ def write_results(records: Records, images: Images, total: int, run: Note) -> di
     write_json(folder / "summary.json", summary)
     figure = histogram(bits, summary)
     save_figure(figure, folder / "histogram.png")
-    order = table.sort_values("bits_per_dim", kind="stable")["position"]
-    positions = {"Most likely": order[:SHOWN], "Least likely": order[::-1][:SHOWN]}
-    ends = {title: [collected[position] for position in end] for title, end in positions.items()}
+    order = table.sort_values("bits_per_dim", kind="stable")
+    ends = {"Most likely": order[:SHOWN], "Least likely": order[::-1][:SHOWN]}
     _page(summary, records.settings, figure, ends, images).write(folder / "index.html")
     print(_outline(summary, folder), flush=True)
     return summary
 
 
 def _table(collected: Collected, path: Path) -> tuple[pandas.DataFrame, list[dict[str, Any]]]:
-    """Writes the file of all records; returns one row per image that has a likelihood, with position, caption and
-    numbers, and the records of the images that have none."""
-    rows, failed = [], []
+    """Writes the file of all records. Returns a table with one row per image that has a likelihood, and the records of
+    the images that have none."""
+    rows, failed, columns = [], [], ["position", "name", "caption", *NUMBERS]
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for record in collected:
             line = {name: value for name, value in record.items() if name != FILE}
@@ -124,10 +120,10 @@ def _table(collected: Collected, path: Path) -> tuple[pandas.DataFrame, list[dic
             if "error" in record:
                 failed.append(record)
             else:
-                rows.append([record[name] for name in ("position", "caption", *COLUMNS)])
+                rows.append([record[name] for name in columns])
     # As objects first, because captions that are labels or None must not become floating-point numbers.
-    table = pandas.DataFrame(rows, columns=["position", "caption", *COLUMNS], dtype=object)
-    table[list(COLUMNS)] = table[list(COLUMNS)].astype(float).fillna(math.inf)  # null: an error that is not known
+    table = pandas.DataFrame(rows, columns=columns, dtype=object)
+    table[NUMBERS] = table[NUMBERS].astype(float).fillna(math.inf)  # null: an error that is not known
     return table, failed
 
 
@@ -141,13 +137,13 @@ def _summary(
         "images": len(collected.positions), "evaluated": len(bits), "left_out": len(failed),
         "left_out_images": [{"name": row["name"], "error": row["error"]} for row in failed[:NAMED]],
         "bits_per_dim": {
-            "mean": float(bits.mean()), "standard_deviation": _number(bits.std()),
-            "standard_error": _number(bits.sem()), "least": float(bits.min()), "greatest": float(bits.max()),
+            "mean": float(bits.mean()), "standard_deviation": finite_number(bits.std()),
+            "standard_error": finite_number(bits.sem()), "least": float(bits.min()), "greatest": float(bits.max()),
             "quantiles": {str(share): value for share, value in bits.quantile(QUANTILES).items()},
         },
         "errors_in_bits_per_dim": {
             "discretisation_mean": float(steps.mean()), "discretisation_greatest": float(steps.max()),
-            "probes_mean": _number(probes.mean()),
+            "probes_mean": finite_number(probes.mean()),
         },
         "images_on_a_coarse_grid": int((steps > COARSE).sum()),
         "several_sizes": table["dims"].nunique() > 1,
@@ -169,7 +165,7 @@ def _by_caption(table: pandas.DataFrame) -> list[dict[str, Any]]:
     return rows.where(rows.notna(), None).to_dict("records")
 
 
-def _number(value: float) -> float | None:
+def finite_number(value: float) -> float | None:
     """The number for JSON: None where it is not finite."""
     return float(value) if math.isfinite(value) else None
 
@@ -188,7 +184,7 @@ def histogram(bits: pandas.Series, summary: Note) -> Figure:
     return figure
 
 
-def _page(summary: Note, settings: Note, figure: Figure, ends: Mapping[str, Sequence[Note]], images: Images) -> Page:
+def _page(summary: Note, settings: Note, figure: Figure, ends: Mapping[str, pandas.DataFrame], images: Images) -> Page:
     page = Page("Log-likelihoods of a dataset")
     method, bits, errors = summary["method"], summary["bits_per_dim"], summary["errors_in_bits_per_dim"]
     page.paragraph(
@@ -211,10 +207,10 @@ def _page(summary: Note, settings: Note, figure: Figure, ends: Mapping[str, Sequ
         page.heading("By caption")
         means = [tuple(row.values()) for row in summary["by_caption"]]
         page.table(("caption", "images", "mean bits/dim", "standard deviation"), means)
-    pictures = _pictures(images, {row["position"] for end in ends.values() for row in end})
+    pictures = _pictures(images, set(pandas.concat(ends)["position"]))
     for title, end in ends.items():
         page.heading(title)
-        page.pictures([(pictures[row["position"]], _caption(row)) for row in end])
+        page.pictures([(pictures[row["position"]], _caption(row)) for row in end.to_dict("records")])
     if summary["left_out"]:
         page.heading("Left out")
         page.paragraph(f"{summary['left_out']} images have no likelihood, among them:")
@@ -231,13 +227,11 @@ def _pictures(images: Images, positions: set[int]) -> dict[int, torch.Tensor]:
     """Pictures (3, H, W) by position. A stream is read again up to the last of the positions."""
     if not isinstance(images, ImageStream):
         return {position: _small(images[position].pixels) for position in sorted(positions)}
-    pictures = {}
-    for position, row in enumerate(images.undecoded()):
-        if position in positions:
-            pictures[position] = _small(images.example(row, position).pixels)
-        if len(pictures) == len(positions):
-            break
-    return pictures
+    rows = ((position, row) for position, row in enumerate(images.undecoded()) if position in positions)
+    return {
+        position: _small(images.example(row, position).pixels)
+        for position, row in itertools.islice(rows, len(positions))
+    }
 
 
 def _small(pixels: torch.Tensor) -> torch.Tensor:

@@ -62,10 +62,8 @@ def precondition(
         damping: lambda relative to the number of dimensions, which is about |m|^2.
         kappa: weight of the previous step in m.
     """
-    direction = kappa * previous + (1 - kappa) * epsilon
-    count, dimensions = len(epsilon), epsilon[0].numel()
-    weight = torch.full((count,), damping * dimensions, dtype=torch.float64, device=epsilon.device)
-    operator = DampedRankOneOperator(state, weight, direction)
+    weight = torch.full((len(epsilon),), damping * epsilon[0].numel(), dtype=torch.float64, device=epsilon.device)
+    operator = DampedRankOneOperator(state, weight, kappa * previous + (1 - kappa) * epsilon)
     product = operator.inverse_product(epsilon, torch.zeros_like(weight))
     size = dot(product, product)
     ratio = torch.where(size > 0, dot(epsilon, epsilon) / torch.where(size > 0, size, 1), 1.0)
@@ -98,10 +96,21 @@ class LMLSchedulerMixin:
         super().__init_subclass__(**kwargs)
         if LMLSchedulerMixin not in cls.__bases__:
             return  # a subclass of an LML class, such as its Fisher version, inherits these methods
-        parent = cls.__mro__[cls.__mro__.index(LMLSchedulerMixin) + 1]
+        # Any: diffusers' schedulers have no base class with these methods.
+        parent: Any = cls.__mro__[cls.__mro__.index(LMLSchedulerMixin) + 1]
+
+        @functools.wraps(parent.step)
+        def step(self, model_output, timestep, sample, *args, **kwargs):
+            output, rotated_sample = self._rotate(model_output, timestep, sample)
+            return parent.step(self, output, timestep, rotated_sample, *args, **kwargs)
+
+        @functools.wraps(parent.set_timesteps)
+        def set_timesteps(self, *args, **kwargs):
+            self._previous_epsilon, self._steps_taken = None, 0
+            return parent.set_timesteps(self, *args, **kwargs)
+
         cls.__init__ = _make_init(parent)  # type: ignore[method-assign]
-        cls.step = _make_step(parent)  # type: ignore[attr-defined]
-        cls.set_timesteps = _make_set_timesteps(parent)  # type: ignore[attr-defined]
+        cls.step, cls.set_timesteps = step, set_timesteps  # type: ignore[attr-defined]
 
     def _rotate(
         self, model_output: torch.Tensor, timestep: Timestep, sample: torch.Tensor
@@ -139,29 +148,10 @@ def _make_init(parent: type) -> Callable[..., None]:
         parent_init(self, *args, **kwargs)
         self.register_to_config(**options)
 
-    signature = inspect.signature(parent_init)
-    kind = inspect.Parameter.KEYWORD_ONLY
-    options = [inspect.Parameter(name, kind, default=value) for name, value in OPTIONS.items()]
+    signature, keyword = inspect.signature(parent_init), inspect.Parameter.KEYWORD_ONLY
+    options = [inspect.Parameter(name, keyword, default=value) for name, value in OPTIONS.items()]
     __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *options])  # type: ignore[attr-defined]
     return __init__
-
-
-def _make_step(parent: Any) -> Callable:  # Any: diffusers' schedulers have no base class with `step`
-    @functools.wraps(parent.step)
-    def step(self, model_output, timestep, sample, *args, **kwargs):
-        output, rotated_sample = self._rotate(model_output, timestep, sample)
-        return parent.step(self, output, timestep, rotated_sample, *args, **kwargs)
-
-    return step
-
-
-def _make_set_timesteps(parent: Any) -> Callable:  # Any: as in `_make_step`
-    @functools.wraps(parent.set_timesteps)
-    def set_timesteps(self, *args, **kwargs):
-        self._previous_epsilon, self._steps_taken = None, 0
-        return parent.set_timesteps(self, *args, **kwargs)
-
-    return set_timesteps
 
 
 def _check(lml_lambda: float, lml_kappa: float, lml_freeze: float) -> None:

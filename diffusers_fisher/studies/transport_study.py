@@ -66,7 +66,8 @@ def _gaussian(mean: torch.Tensor, covariance: torch.Tensor) -> GaussianMixture:
 
 def two_dimensional_cases() -> list[Case]:
     """Returns the paper's two point sets, and controls whose maps are known to be optimal or known not to be."""
-    turn = _rotation(0.4)
+    cosine, sine = math.cos(0.4), math.sin(0.4)
+    turn = torch.tensor([[cosine, -sine], [sine, cosine]], dtype=torch.float64)
     corners = torch.tensor([[x, y] for x in (-0.5, 0.5) for y in (-0.3, 0.3)], dtype=torch.float64)
     line = torch.tensor([[0.1], [0.6], [-0.5]], dtype=torch.float64) * torch.tensor([[0.6, 0.8]], dtype=torch.float64)
     mean = torch.tensor([0.3, -0.2], dtype=torch.float64)
@@ -165,8 +166,7 @@ def gaussian_map(distribution: Distribution, start: torch.Tensor, schedule: Sche
         return None
     mean = distribution.means[0].flatten()
     values, vectors = torch.linalg.eigh(distribution.covariance.dense()[0])
-    ends = [schedule.level(t) for t in (schedule.data_time, schedule.noise_time)]
-    low, high = (level.noise_to_signal**2 for level in ends)
+    low, high = (schedule.level(time).noise_to_signal ** 2 for time in (schedule.data_time, schedule.noise_time))
     factor = vectors @ torch.diag(((values + low) / (values + high)).sqrt()) @ vectors.mT
     return ((start.flatten(1) - mean) @ factor + mean).view_as(start)
 
@@ -313,12 +313,11 @@ def run_study(
         rows.append(row)
         print(_line(row), flush=True)
     lines = ("line along an axis", "line in general position")  # the rectangle's plan shows as much as theirs
-    coupling_cases = [case for case in cases if case.name not in lines]
-    couplings = [coupling(case, SCHEDULES["edm"], 1024, seed) for case in coupling_cases + higher]
-    first = coupling_cases[0]
-    by_steps = [row for schedule in SCHEDULES.values() for row in indices_by_steps(first, schedule, 60, seed)]
+    coupling_cases = [case for case in cases + higher if case.name not in lines]
+    couplings = [coupling(case, SCHEDULES["edm"], 1024, seed) for case in coupling_cases]
+    by_steps = [row for schedule in SCHEDULES.values() for row in indices_by_steps(cases[0], schedule, 60, seed)]
     report: dict[str, Any] = {"maps": rows, "couplings": couplings, "by_steps": by_steps}
-    for row in report["couplings"]:
+    for row in couplings:
         print(
             f"coupling, {row['case']}: {row['pairs']:.6f} per pair, optimal {row['optimal']:.6f}, "
             f"gap {row['gap']:.2e} ± {row['standard_error']:.1e}"
@@ -345,19 +344,15 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-def _rotation(angle: float) -> torch.Tensor:
-    cosine, sine = math.cos(angle), math.sin(angle)
-    return torch.tensor([[cosine, -sine], [sine, cosine]], dtype=torch.float64)
-
-
 def _plots(output: Path, report: dict[str, Any], paths: dict[str, torch.Tensor]) -> None:
     figure, (axes,) = make_figure(7, 4)
     index = "off_diagonal_asymmetry"
     for name, rows in pandas.DataFrame(report["by_steps"]).groupby("schedule", sort=False):
         axes.errorbar(rows["steps"], rows[index], rows[f"{index}_standard_error"], marker=".", capsize=2, label=name)
     axes.set(xscale="log", xlabel="steps of the midpoint rule", ylabel="off-diagonal asymmetry")
-    case = report["by_steps"][0]["case"]
-    axes.set_title(f"{case}: what is left of the schedules' differences when integrated finely")
+    axes.set_title(
+        f"{report['by_steps'][0]['case']}: what is left of the schedules' differences when integrated finely"
+    )
     axes.legend()
     save_figure(figure, output / "index_by_steps.png")
     if not paths:
