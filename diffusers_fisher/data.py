@@ -153,7 +153,12 @@ def open_images(data: ImageData, channels: int = 3, text_captions: bool = True) 
     Raises:
         InputError: the data do not exist, have no such column or split, or are empty.
     """
-    datasets = _datasets()
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            "Reading images needs the package `datasets`: pip install 'diffusers_fisher[training]'."
+        ) from error
     rows = _load(datasets, data)
     columns = rows.column_names or []  # a stream may not know them
     wanted = {"image_column": data.image_column, "caption_column": data.caption_column}
@@ -184,23 +189,12 @@ def no_images(data: ImageData) -> InputError:
     return InputError(f"The data '{data.path}' (split '{data.split}') has no images.")
 
 
-def _datasets() -> ModuleType:
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(
-            "Reading images needs the package `datasets`: pip install 'diffusers_fisher[training]'."
-        ) from error
-    return datasets
-
-
 def _load(datasets: ModuleType, data: ImageData) -> Dataset | IterableDataset:
     folder = Path(data.path)
-    saved = folder / "state.json", folder / "dataset_dict.json"
     options = {"split": data.split, "streaming": data.streaming}
     try:
         with _quiet(datasets):
-            if any(path.is_file() for path in saved):
+            if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
                 loaded = datasets.load_from_disk(str(folder))
                 rows = loaded[data.split] if isinstance(loaded, dict) else loaded
                 return rows.to_iterable_dataset() if data.streaming else rows

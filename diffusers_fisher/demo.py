@@ -47,11 +47,11 @@ ESTIMATORS: dict[str, Callable[[], FisherEstimator]] = {
     "endpoint, paper": EndpointFisher,
 }
 LIKELIHOOD_COLUMNS = {
-    "bits/dim": "mean", "std": "standard_deviation", "probe s.e.": "probe_standard_error",
-    "step error": "discretisation_error", "at most": "largest_discretisation_error", "calls": "num_denoiser_calls",
+    "mean": "bits/dim", "standard_deviation": "std", "probe_standard_error": "probe s.e.",
+    "discretisation_error": "step error", "largest_discretisation_error": "at most", "num_denoiser_calls": "calls",
 }  # fmt: skip
 GUIDANCE_COLUMNS = {
-    "reward before": "reward_before", "after": "reward_after", "seconds": "seconds", "calls": "num_denoiser_calls",
+    "reward_before": "reward before", "reward_after": "after", "seconds": "seconds", "num_denoiser_calls": "calls",
 }  # fmt: skip
 
 
@@ -69,10 +69,10 @@ def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
     begin = time.perf_counter()
     pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
     images, labels = embedded_test_images()
-    print(
-        f"How likely are images under the checkpoint? ({len(images)} test images, bits/dim of the latent)", flush=True
-    )
-    sets = _image_sets(images, seed)
+    question = "How likely are images under the checkpoint?"
+    print(f"{question} ({len(images)} test images, bits/dim of the latent)", flush=True)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    sets = {"real": images, "inverted": 1 - images, "noise-corrupted": (images + 0.2 * noise).clamp(0, 1)}
     likelihoods = {name: _likelihood(pipe, pixels, labels, seed) for name, pixels in sets.items()}
     likelihoods[PROBES] = _likelihood(pipe, images, labels, seed, estimator=AutodiffFisher(), num_probes=2)
     report: dict[str, Any] = {"likelihood": {name: _likelihood_report(out) for name, out in likelihoods.items()}}
@@ -95,12 +95,6 @@ def versions() -> dict[str, str]:
     return own | {name: version(name) for name in ("diffusers", "transformers", "torch")}
 
 
-def _image_sets(images: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
-    """The images (B, 1, 32, 32) as they are, inverted and with noise."""
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
-    return {"real": images, "inverted": 1 - images, "noise-corrupted": (images + 0.2 * noise).clamp(0, 1)}
-
-
 def _likelihood(
     pipe: StableDiffusionFisherPipeline, images: torch.Tensor, labels: torch.Tensor, seed: int, **options: Any
 ) -> LikelihoodOutput:
@@ -114,9 +108,9 @@ def _likelihood(
 def _guide(
     pipe: StableDiffusionFisherPipeline, reward: ClassifierReward, estimator: FisherEstimator, seed: int
 ) -> GuidanceOutput:
+    prompts = [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES
     generator = torch.Generator().manual_seed(seed)
     options = {"estimator": estimator, "generator": generator, "output_type": "pt", **SAMPLING, **GUIDANCE}
-    prompts = [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES
     return cast(GuidanceOutput, pipe.guide(prompts, reward, **options))
 
 
@@ -150,10 +144,10 @@ def _print_table(title: str, report: Mapping[str, Mapping[str, Any]], columns: M
     Args:
         title: heading of the entries' names.
         report: values by key, by name of the entry.
-        columns: key of the report by heading.
+        columns: heading of the column by key of the report.
     """
-    rows = [{heading: row[key] for heading, key in columns.items()} for row in report.values()]
-    table = pandas.DataFrame(rows, index=list(report)).rename_axis(columns=title)
+    table = pandas.DataFrame(list(report.values()), index=list(report))[list(columns)].rename(columns=columns)
+    table.columns.name = title
     print(textwrap.indent(table.to_string(float_format="{:.3f}".format), "  "))
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -57,6 +58,11 @@ def write_json(path: str | os.PathLike, content: Any) -> None:  # Any: every JSO
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def finite_number(value: float) -> float | None:
+    """Returns the number, or None where it is not finite: JSON has neither NaN nor infinity."""
+    return float(value) if math.isfinite(value) else None
 
 
 def save_figure(figure: "Figure", path: Path) -> None:

@@ -86,13 +86,9 @@ def fisher_pictures(
     symmetric = operator.symmetrised()
     noise = per_sample(operator.state.level.sigma.expand(len(sample)) ** 2, sample.double())
     diagonal = (noise * operator.diagonal(probes).value).mean(1).cpu()  # symmetrised, it would be the same
-    mean = _pixels(show(operator.state.pred_original_sample.detach()))
-    groups = {
-        "": [
-            _Column(r"E$[x_0|x_t]$", mean),
-            _Column(r"diagonal of $\sigma^2F$", diagonal, {"cmap": "viridis"}, colorbar=True),
-        ]
-    }
+    mean_column = _Column(r"E$[x_0|x_t]$", _pixels(show(operator.state.pred_original_sample.detach())))
+    diagonal_column = _Column(r"diagonal of $\sigma^2F$", diagonal, {"cmap": "viridis"}, colorbar=True)
+    groups = {"": [mean_column, diagonal_column]}
     for name, largest in (("most curved", True), ("least curved", False)):
         for index, columns in enumerate(_directions(symmetric, show, count, scale, largest), start=1):
             groups[name if count == 1 else f"{name}, {index}"] = columns
@@ -205,9 +201,8 @@ def _draw_group(part: SubFigure, name: str, columns: list[_Column]) -> None:
 def _draw_line(
     axes: Axes, name: str, x: torch.Tensor, sigma: torch.Tensor, line: Sequence[Estimate], dimensions: int | None
 ) -> None:
-    factor = sigma**2 if dimensions is None else -(sigma**2) / dimensions
-    mean = factor * torch.stack([estimate.value.mean() for estimate in line]).cpu()
-    mean = mean if dimensions is None else 1 + mean
+    offset, factor = (0, sigma**2) if dimensions is None else (1, -(sigma**2) / dimensions)
+    mean = offset + factor * torch.stack([estimate.value.mean() for estimate in line]).cpu()
     errors = [estimate.standard_error.square().sum().sqrt() / len(estimate.standard_error) for estimate in line]
     width = BAND * factor.abs() * torch.stack(errors).cpu()
     (curve,) = axes.plot(x.numpy(), mean.numpy(), marker=".", label=name)

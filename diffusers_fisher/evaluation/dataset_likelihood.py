@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..backbones import backbone_of
 from ..data import Caption, Example, ImageData, Images, ImageStream, no_images, open_images
 from ..errors import CoarseGridWarning, InputError, NumericalError
-from ..files import read_json, write_json
+from ..files import finite_number, read_json, write_json
 from ..fisher import AutodiffFisher, FiniteDifferenceFisher, FisherEstimator
 from ..jobs.config import flat_settings
 from ..jobs.identity import images_digest, pipeline_digests, row_digest
@@ -29,7 +29,7 @@ from ..likelihood.pipeline import log_likelihood
 from ..likelihood.schemes import scheme_of
 from ..pipelines import FisherPipelineMixin
 from ..settings import NotNegative, TraceEstimator, settings_class
-from .dataset_likelihood_report import FILE, Collected, finite_number, write_results
+from .dataset_likelihood_report import FILE, Collected, write_results
 
 PROBED: dict[str, type[FisherEstimator]] = {"autodiff": AutodiffFisher, "finite-difference": FiniteDifferenceFisher}
 ATTEMPTS = 64  # a run stops after so many refused images, if no image could be evaluated
@@ -205,8 +205,6 @@ class ImageShare:
         self.refused: list[str] = []  # errors of images before the first likelihood
         self.written: list[dict[str, Any]] = []  # records that are in no file yet
         self.total = 0 if isinstance(self.images, ImageStream) else len(self.images)
-        if self.pipe.trace_model is not None:
-            self.pipe.trace_model.to(self.state.device)
 
     def run(self, done: frozenset[int], method: dict[str, Any] | None) -> int:
         """Evaluates all images but those that are `done`, and waits for the other processes.
@@ -249,26 +247,26 @@ class ImageShare:
     def _rows(self, done: frozenset[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yields positions and undecoded rows of this process that have no record."""
         index, number = self.state.process_index, self.state.num_processes
-        if not isinstance(self.images, ImageStream):
-            for position in shard(range(self.total), index, number):
-                if position not in done:
-                    yield position, self.images.rows[position]
-            return
-        for position, row in enumerate(self.images.undecoded()):
-            self.total = position + 1
-            if position % number == index and position not in done:
-                yield position, row
+        if isinstance(self.images, ImageStream):
+            for position, row in enumerate(self.images.undecoded()):
+                self.total = position + 1
+                if position % number == index and position not in done:
+                    yield position, row
+        else:
+            positions = shard(range(self.total), index, number)
+            yield from ((position, self.images.rows[position]) for position in positions if position not in done)
 
     def _evaluated(self, batch: Sequence[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
         """Returns the records of a batch. Images of the same size are evaluated together."""
-        records = []
+        records: list[dict[str, Any]] = []
         groups: dict[torch.Size, list[tuple[int, Example]]] = {}
         for position, row in batch:
             try:
                 example = self._example(row, position)
                 groups.setdefault(example.pixels.shape, []).append((position, example))
             except InputError as error:
-                records.append(_failure(position, self.images.row_name(row, position), error))
+                name = self.images.row_name(row, position)
+                records.append({"position": position, "name": name, "error": str(error)})
         for group in groups.values():
             records += self._likelihoods(group)
         rows = dict(batch)
@@ -333,7 +331,7 @@ class ImageShare:
             self.refused.append(text)
             if len(self.refused) == ATTEMPTS and not self.records.done():  # the settings are the likely cause
                 raise InputError(f"Not one of {ATTEMPTS} images could be evaluated. The last: {text}") from error
-        return [_failure(position, example.name, text)]
+        return [{"position": position, "name": example.name, "error": text}]
 
     def _write(self, failed_only: bool = False) -> None:
         """Writes the records since the last file.
@@ -358,7 +356,3 @@ def _record(position: int, name: str, caption: Caption, out: LikelihoodOutput, i
     numbers["standard_error"] = finite_number(float(out.standard_error[index]))  # one probe has no standard error
     fractions = [round(value, 6) for value in out.unexplained_noise_fraction[:, index].tolist()]
     return {"position": position, "name": name, "caption": caption, **numbers, "dims": out.dims, "r": fractions}
-
-
-def _failure(position: int, name: str, error: object) -> dict[str, Any]:
-    return {"position": position, "name": name, "error": str(error)}

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from ..data import Images, ImageStream
 from ..errors import CheckpointError
 from ..figures import make_figure
-from ..files import atomic_path, save_figure, write_json
+from ..files import atomic_path, finite_number, save_figure, write_json
 from ..jobs.identity import Note
 from ..jobs.pages import Page
 from ..jobs.records import Records
@@ -94,13 +94,12 @@ def write_results(records: Records, images: Images, total: int, run: Note) -> di
     collected, folder = Collected(records), records.folder
     collected.check(total)
     table, failed = _table(collected, folder / "likelihoods.jsonl")
-    bits = table["bits_per_dim"]
     summary = _summary(collected, table, failed, run)
     summary["without_caption"] = int(table["caption"].isna().sum()) if records.settings["data.caption_column"] else 0
     summary["by_caption"] = _by_caption(table)
     summary["files_not_read"] = {"count": len(images.files_left_out), "names": images.files_left_out[:NAMED]}
     write_json(folder / "summary.json", summary)
-    figure = histogram(bits, summary)
+    figure = histogram(table["bits_per_dim"], summary)
     save_figure(figure, folder / "histogram.png")
     order = table.sort_values("bits_per_dim", kind="stable")
     ends = {"Most likely": order[:SHOWN], "Least likely": order[::-1][:SHOWN]}
@@ -132,7 +131,6 @@ def _summary(
 ) -> dict[str, Any]:
     bits, nats = table["bits_per_dim"], table["dims"] * math.log(2)  # nats of one bit/dim
     steps, probes = table["discretisation_error"] / nats, table["standard_error"] / nats
-    settings = collected.records.settings
     return {
         "images": len(collected.positions), "evaluated": len(bits), "left_out": len(failed),
         "left_out_images": [{"name": row["name"], "error": row["error"]} for row in failed[:NAMED]],
@@ -147,7 +145,7 @@ def _summary(
         },
         "images_on_a_coarse_grid": int((steps > COARSE).sum()),
         "several_sizes": table["dims"].nunique() > 1,
-        "method": collected.method, "evaluations_an_image": settings["num_inference_steps"] + 1,
+        "method": collected.method, "evaluations_an_image": collected.records.settings["num_inference_steps"] + 1,
         "process_seconds": collected.seconds,
         "images_per_process_second": len(collected.positions) / max(collected.seconds, 1e-9),
         "last_run": {**run, "images_per_second": run["images"] / max(run["seconds"], 1e-9)},
@@ -163,11 +161,6 @@ def _by_caption(table: pandas.DataFrame) -> list[dict[str, Any]]:
     rows.insert(0, "caption", captions)
     rows = rows.sort_values("mean", kind="stable").astype(object)
     return rows.where(rows.notna(), None).to_dict("records")
-
-
-def finite_number(value: float) -> float | None:
-    """The number for JSON: None where it is not finite."""
-    return float(value) if math.isfinite(value) else None
 
 
 def histogram(bits: pandas.Series, summary: Note) -> Figure:

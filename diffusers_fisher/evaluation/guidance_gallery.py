@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from ..backbones import backbone_of
 from ..errors import CoarseGridWarning, InputError, NumericalError, UnsupportedError
+from ..files import finite_number
 from ..fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDifferenceFisher, FisherEstimator
 from ..guidance import GuidanceOutput, named_reward
 from ..guidance.movers import optimizer_factory
@@ -121,10 +122,8 @@ def run_gallery(
     records = Records(output, {**dataclasses.asdict(settings), "prompts": f"{len(prompts)}, sha256 {digest[:16]}"})
     (records.folder / PICTURES).mkdir(exist_ok=True)
     mine = shard(list(zip(item_keys(len(prompts)), prompts, strict=True)), state.process_index, state.num_processes)
-    left = set(records.missing(key for key, _ in mine))
-    if retry_failed:
-        left |= {key for key, _ in mine if key not in left and "failed" in records.read(key)}
-    todo = [item for item in mine if item[0] in left]
+    done = records.done()
+    todo = [item for item in mine if item[0] not in done or (retry_failed and "failed" in records.read(item[0]))]
     if state.is_main_process:
         print(f"{len(prompts)} prompts, {len(mine) - len(todo)} of this process's {len(mine)} done", flush=True)
     if todo:
@@ -186,8 +185,11 @@ class _Guidance:
             _offload(self.pipe, state.device)
         else:
             self.pipe.to(state.device)
-        if settings.likelihood:
-            _try_likelihood(self.pipe)
+        if settings.likelihood:  # two steps for a grey image: a refusal must come before hours of guidance
+            backbone = backbone_of(self.pipe)
+            grey = torch.full((1, backbone.image_channels, *backbone.image_size()), 0.5)
+            with warnings.catch_warnings(action="ignore", category=CoarseGridWarning):
+                self.pipe.log_likelihood(grey, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
         self.pipe.set_progress_bar_config(disable=not state.is_main_process)
 
     def run(self, batch: Sequence[tuple[str, str]]) -> None:
@@ -235,7 +237,7 @@ class _Guidance:
         flagged = [name for name, image in images.items() if out.nsfw_content_detected and not bool(image.any())]
         return {
             "best_run": int(out.rewards[:, index].argmax()),
-            **{name: _finite(rows[:, index].tolist()) for name, rows in histories.items()},
+            **{name: [finite_number(value) for value in rows[:, index].tolist()] for name, rows in histories.items()},
             **(self._likelihoods(prompt, images, seed) if self.settings.likelihood else {}),
             "seconds": out.seconds.tolist(), "status": out.status, "flagged": flagged, **files,
         }  # fmt: skip
@@ -246,7 +248,9 @@ class _Guidance:
         out = self.pipe.log_likelihood(torch.stack(list(images.values())), prompt, generator=generator)
         errors = (out.standard_error + out.discretisation_error.abs()) / (out.dims * math.log(2))
         numbers = {"bits_per_dim": out.bits_per_dim, "bits_per_dim_error": errors}
-        return {name: dict(zip(images, _finite(rows.tolist()), strict=True)) for name, rows in numbers.items()}
+        return {
+            name: dict(zip(images, map(finite_number, row.tolist()), strict=True)) for name, row in numbers.items()
+        }
 
 
 def _offload(pipe: FisherPipelineMixin, device: torch.device) -> None:
@@ -258,15 +262,3 @@ def _offload(pipe: FisherPipelineMixin, device: torch.device) -> None:
             f"{type(pipe).__name__} can't be offloaded: {error} Leave `offload` out, or save memory with a smaller "
             "batch and a checkpointed decoder."
         ) from error
-
-
-def _try_likelihood(pipe: FisherPipelineMixin) -> None:
-    """Takes two steps for a grey image, so that a pipeline without likelihood is refused before hours of guidance."""
-    grey = torch.full((1, backbone_of(pipe).image_channels, *backbone_of(pipe).image_size()), 0.5)
-    with warnings.catch_warnings(action="ignore", category=CoarseGridWarning):
-        pipe.log_likelihood(grey, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
-
-
-def _finite(values: list[float]) -> list[float | None]:
-    """Replaces numbers that are not finite by None, since JSON has no NaN."""
-    return [value if math.isfinite(value) else None for value in values]

@@ -105,8 +105,7 @@ def by_seconds(records: Sequence[dict[str, Any]]) -> Figure:
         table = _histories([record[name] for record in records], length)
         best = pandas.DataFrame(numpy.take_along_axis(table.to_numpy(), best_runs, axis=1))
         axes.plot(seconds, best.mean(), color="C0", marker=".")
-        label = "best reward" if name == "rewards" else "held-out reward at the best"
-        axes.set(xlabel="seconds", ylabel=label)
+        axes.set(xlabel="seconds", ylabel="best reward" if name == "rewards" else "held-out reward at the best")
     return figure
 
 

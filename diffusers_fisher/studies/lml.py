@@ -12,7 +12,6 @@ works with any scheduler whose step is a function of x_0 and eps.
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -109,8 +108,18 @@ class LMLSchedulerMixin:
             self._previous_epsilon, self._steps_taken = None, 0
             return parent.set_timesteps(self, *args, **kwargs)
 
-        cls.__init__ = _make_init(parent)  # type: ignore[method-assign]
-        cls.step, cls.set_timesteps = step, set_timesteps  # type: ignore[attr-defined]
+        @functools.wraps(parent.__init__)
+        def __init__(self, *args, **kwargs):
+            options = {name: float(kwargs.pop(name, default)) for name, default in OPTIONS.items()}
+            _check(**options)
+            parent.__init__(self, *args, **kwargs)
+            self.register_to_config(**options)
+
+        # Diffusers reads a config by the signature of the constructor.
+        signature, keyword = inspect.signature(parent.__init__), inspect.Parameter.KEYWORD_ONLY
+        options = [inspect.Parameter(name, keyword, default=value) for name, value in OPTIONS.items()]
+        __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *options])  # type: ignore[attr-defined]
+        cls.__init__, cls.step, cls.set_timesteps = __init__, step, set_timesteps  # type: ignore[method-assign,attr-defined]
 
     def _rotate(
         self, model_output: torch.Tensor, timestep: Timestep, sample: torch.Tensor
@@ -132,26 +141,6 @@ class LMLSchedulerMixin:
         noise, clean, identity = (expand(value, x) for value in state.prediction.output_coefficients(state.level))
         output = noise * direction + clean * x0 + identity * x
         return output.to(model_output.dtype), x.to(sample.dtype)
-
-
-def _make_init(parent: type) -> Callable[..., None]:
-    """Returns the parent's constructor with the options added.
-
-    Its signature has the options too, because diffusers reads a config by the signature.
-    """
-    parent_init: Callable[..., None] = parent.__init__
-
-    @functools.wraps(parent_init)
-    def __init__(self, *args, **kwargs):
-        options = {name: float(kwargs.pop(name, default)) for name, default in OPTIONS.items()}
-        _check(**options)
-        parent_init(self, *args, **kwargs)
-        self.register_to_config(**options)
-
-    signature, keyword = inspect.signature(parent_init), inspect.Parameter.KEYWORD_ONLY
-    options = [inspect.Parameter(name, keyword, default=value) for name, value in OPTIONS.items()]
-    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *options])  # type: ignore[attr-defined]
-    return __init__
 
 
 def _check(lml_lambda: float, lml_kappa: float, lml_freeze: float) -> None:

@@ -3,13 +3,12 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas
 import torch
-from matplotlib.axes import Axes
 from tqdm.auto import tqdm
 
 from ..backbones import PipelineDenoiser
@@ -83,9 +82,9 @@ def two_dimensional_cases() -> list[Case]:
     ]
 
 
-def higher_dimensional_cases(dimensions: int = 16, generator: torch.Generator | None = None) -> list[Case]:
+def higher_dimensional_cases(dimensions: int = 16) -> list[Case]:
     """Returns points in general position, points on a line, and a Gaussian, in more than two dimensions."""
-    generator = torch.Generator().manual_seed(1) if generator is None else generator
+    generator = torch.Generator().manual_seed(1)
     points = 0.5 * torch.randn(8, dimensions, generator=generator, dtype=torch.float64)
     direction = torch.nn.functional.normalize(points[:1], dim=1)
     line = torch.randn(8, 1, generator=generator, dtype=torch.float64) * direction
@@ -183,14 +182,12 @@ def coupling(case: Case, schedule: Schedule, count: int, seed: int) -> dict[str,
     return {"case": case.name, "schedule": schedule.name, "points": count} | dataclasses.asdict(cost)
 
 
-def indices_by_steps(case: Case, schedule: Schedule, runs: int, seed: int) -> list[dict[str, Any]]:
-    """Returns the indices by number of steps, which show how much of an index is the integrator's error."""
+def indices_by_steps(case: Case, schedule: Schedule, runs: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Yields the indices by number of steps, which show how much of an index is the integrator's error."""
     start = pure_noise(schedule, case.distribution.shape, runs, seed)
-    rows = []
     for steps in STEP_COUNTS:
         flow = transport_map(exact_field(case.distribution), start, schedule, FixedSteps(steps, order=2))
-        rows.append({"case": case.name, "schedule": schedule.name, "steps": steps} | indices(flow.jacobian))
-    return rows
+        yield {"case": case.name, "schedule": schedule.name, "steps": steps} | indices(flow.jacobian)
 
 
 def learned_map(
@@ -360,20 +357,13 @@ def _plots(output: Path, report: dict[str, Any], paths: dict[str, torch.Tensor])
     indices_by_case = {row["case"]: row["asymmetry"] for row in report["maps"] if row["schedule"] == PLOT_SCHEDULE}
     figure, row = make_figure(4 * len(paths), 4, columns=len(paths))
     for axes, (name, path) in zip(row, paths.items(), strict=True):
-        _draw_paths(axes, path)
-        axes.set_title(f"{name}\nasymmetry {indices_by_case[name]:.1e}")
+        axes.plot(path[..., 0], path[..., 1], linewidth=0.6, alpha=0.6, color="tab:blue")
+        for points, size, color, label in ((path[0], 6, "tab:gray", "noise"), (path[-1], 14, "tab:red", "data")):
+            axes.scatter(points[:, 0], points[:, 1], s=size, color=color, label=label)
+        axes.set(aspect="equal", title=f"{name}\nasymmetry {indices_by_case[name]:.1e}")
+        axes.legend(fontsize=7)
     row[0].set_ylabel(f"{PLOT_SCHEDULE}: noise to data")
     save_figure(figure, output / "maps.png")
-
-
-def _draw_paths(axes: Axes, path: torch.Tensor) -> None:
-    """Draws trajectories (T, N, 2) from noise to data."""
-    for index in range(path.shape[1]):
-        axes.plot(*path[:, index].T, linewidth=0.6, alpha=0.6, color="tab:blue")
-    for points, size, color, label in ((path[0], 6, "tab:gray", "noise"), (path[-1], 14, "tab:red", "data")):
-        axes.scatter(points[:, 0], points[:, 1], s=size, color=color, label=label)
-    axes.set_aspect("equal")
-    axes.legend(fontsize=7)
 
 
 def report_learned(output: Path, report: dict[str, Any]) -> None:
