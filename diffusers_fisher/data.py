@@ -86,7 +86,7 @@ class Images(torch.utils.data.Dataset):
     """Images by position. See `open_images`.
 
     Attributes:
-        files_left_out: names of files in the data's folder that are in no row; empty for streams, for which they are
+        files_left_out: names of the files in the data's folder that are in no row; empty for streams, whose files are
             not known.
     """
 
@@ -116,7 +116,7 @@ class Images(torch.utils.data.Dataset):
         return str(position)
 
     def row_caption(self, row: dict[str, Any]) -> Caption:
-        """Returns the caption or class label of a row; None if it has none (the library `datasets` says -1)."""
+        """Returns the caption or class label of a row, or None without one (the library `datasets` says -1)."""
         caption = row[self.data.caption_column] if self.data.caption_column else None
         if self.names is None or not isinstance(caption, int):
             return caption
@@ -160,7 +160,7 @@ def open_images(data: ImageData, channels: int = 3, text_captions: bool = True) 
             "Reading images needs the package `datasets`: pip install 'diffusers_fisher[training]'."
         ) from error
     rows = _load(datasets, data)
-    columns = rows.column_names or []  # a stream may not know them
+    columns = rows.column_names or []  # a stream may not know its columns
     wanted = {"image_column": data.image_column, "caption_column": data.caption_column}
     missing = {key: column for key, column in wanted.items() if column is not None and column not in columns}
     if missing and columns:
@@ -199,7 +199,8 @@ def _load(datasets: ModuleType, data: ImageData) -> Dataset | IterableDataset:
                 rows = loaded[data.split] if isinstance(loaded, dict) else loaded
                 return rows.to_iterable_dataset() if data.streaming else rows
             if _is_flat(folder, data):
-                # By itself ImageFolder takes "train" or "test" in a file's name for its split, without the others.
+                # Without `data_files`, ImageFolder takes "train" or "test" in a file's name for the file's split, and
+                # leaves out all other files.
                 return datasets.load_dataset("imagefolder", data_files={data.split: f"{folder}/**"}, **options)
             return datasets.load_dataset(data.path, data.name, revision=data.revision, **options)
     except (OSError, ValueError, KeyError, IndexError, datasets.exceptions.DatasetsError) as error:
@@ -228,8 +229,8 @@ def _files_left_out(rows: Dataset, data: ImageData) -> list[str]:
     files = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        shown = [name for name in names if not name.startswith((".", "__", "metadata."))]
-        files += [Path(place, name).relative_to(folder).as_posix() for name in shown]
+        names = [name for name in names if not name.startswith((".", "__", "metadata."))]
+        files += [Path(place, name).relative_to(folder).as_posix() for name in names]
     if len(files) == len(rows):
         return []
     paths = [Path(row[data.image_column]["path"]) for row in rows.select_columns(data.image_column)]
@@ -239,12 +240,12 @@ def _files_left_out(rows: Dataset, data: ImageData) -> list[str]:
 @contextlib.contextmanager
 def _quiet(datasets: ModuleType) -> Iterator[None]:
     """Disables the progress bars of `datasets`."""
-    shown = datasets.utils.logging.is_progress_bar_enabled()
+    enabled = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             datasets.enable_progress_bars()
 
 

@@ -36,7 +36,7 @@ SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 2.0}
 GUIDANCE: dict[str, Any] = {"num_guidance_steps": 10}
 LIKELIHOOD: dict[str, Any] = {"num_inference_steps": 20}
 PROBES = "real, 2 probes"
-"""The same images without the trace model, for comparison."""
+"""Name of the likelihoods of the same images without the trace model, for comparison."""
 
 ESTIMATORS: dict[str, Callable[[], FisherEstimator]] = {
     "one step (default)": OneStepFisher,

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-BAND = 2.0  # standard errors to each side
-CELL = 1.5  # inches of one picture
+BAND = 2.0  # half the width of a band, in standard errors
+CELL = 1.5  # width of one picture, in inches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +50,12 @@ def fisher_pictures(
     """Draws one row per sample: the posterior mean, the diagonal, and the image moved along extreme eigenvectors.
 
     The diagonal is that of sigma^2 F, averaged over channels. It is 1 where the noisy sample determines the clean one,
-    0 where the clean sample stays as uncertain as the noise (a variance of (sigma/alpha)^2), and negative where it is
-    more uncertain than the noise, as between modes. Every eigenvector has three pictures: E[x_0|x_t] minus a move
-    along the eigenvector, E[x_0|x_t] plus the move, and the difference in brightness (red: plus is brighter; full
-    colour at 1). The number below is sigma^2 times the eigenvalue, on the scale of the diagonal. At this noise level
-    the model determines the most curved directions, and leaves the least curved ones open.
+    0 where the clean sample stays as uncertain as the noise (a variance of (sigma/alpha)^2), and negative where the
+    clean sample is more uncertain than the noise, for example between modes. Every eigenvector has three pictures:
+    E[x_0|x_t] minus a move along the eigenvector, E[x_0|x_t] plus the move, and the difference in brightness (red: the
+    latter is brighter; full colour at 1). The number below is sigma^2 times the eigenvalue, on the scale of the
+    diagonal. At this noise level the model determines the most curved directions, and leaves the least curved ones
+    open.
 
     Args:
         pipe: latent pipeline whose autoencoder decodes; None is allowed with `decode`.
@@ -62,7 +63,7 @@ def fisher_pictures(
             its transpose is drawn.
         count: number of eigenvectors at each end of the spectrum.
         scale: length of the move relative to the norm of E[x_0|x_t]; the same for all moves, so that pictures compare.
-        probes: probes for the diagonal; None: the exact diagonal, at d products.
+        probes: probes for the diagonal; None: the exact diagonal, by d products.
         decode: function from latents (B, C, H, W) to images (B, 3, H, W) in [0, 1], used instead of the pipeline's
             autoencoder.
 
@@ -108,15 +109,15 @@ def trace_plot(
 ) -> Figure:
     """Draws the trace against the noise-to-signal ratio: one line per estimator, the mean of the samples.
 
-    A band of two standard errors shows the error of that mean by the probes alone. Exact traces have no band. The
-    standard error of a single probe is not known, so a single probe has no band either.
+    A band of two standard errors shows the error of this mean that the probes cause. Exact traces have no band. A
+    single probe has no band either, because its standard error is not known.
 
     Args:
         levels: noise levels (L,), one per point of every line.
         estimates: trace estimates by name of the estimator, one per level.
         dimensions: number of dimensions d of one sample. With it, the axis shows r = (d - sigma^2 tr F)/d, the mean
-            posterior variance of the noise: 1 where nothing is known of the noise, 0 where all of it is known. None:
-            the axis shows sigma^2 tr F.
+            posterior variance of the noise: 1 where the sample says nothing of the noise, 0 where it determines the
+            noise. None: the axis shows sigma^2 tr F.
 
     Returns:
         A matplotlib figure.
@@ -184,7 +185,7 @@ def _pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 def _draw_group(part: SubFigure, name: str, columns: list[_Column]) -> None:
-    part.suptitle(name or " ", fontsize=10)  # also a blank title takes space, so that the groups' pictures stand level
+    part.suptitle(name or " ", fontsize=10)  # a blank title takes space too, so that all pictures stand level
     grid = part.subplots(len(columns[0].pictures), len(columns), squeeze=False)
     for index, column in enumerate(columns):
         for row, picture in enumerate(column.pictures):

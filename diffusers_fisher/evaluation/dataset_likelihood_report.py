@@ -22,15 +22,15 @@ from ..jobs.records import Records
 from ..likelihood.solver import COARSE
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-SHOWN = 24  # images of each end on the page
-NAMED = 100  # most images left out that summary and page name; likelihoods.jsonl names them all
-CAPTIONS = 50  # most different captions for which the summary has means
+IMAGES_PER_END = 24  # images of each end on the page
+MAX_NAMES = 100  # summary and page name at most so many images left out; likelihoods.jsonl names them all
+CAPTIONS = 50  # the summary has means by caption for at most so many different captions
 NUMBERS = ["bits_per_dim", "discretisation_error", "standard_error", "dims"]  # numbers of a record in the table
-FILE = "file"  # key of a record's hash, by which its image is known again
+FILE = "file"  # key of a record's hash, which identifies the image
 PICTURE = 256  # pixels of a picture's longer side on the page
 
 
-class Collected:
+class ImageRecords:
     """The records of all images in the order of the data. A file is read when its first record is needed.
 
     Args:
@@ -51,7 +51,7 @@ class Collected:
         self.method: dict[str, Any] | None = None
         self.failed: set[int] = set()
         self._places: dict[int, tuple[str, int]] = {}
-        for key in sorted(records.done()):  # those of later attempts come last
+        for key in sorted(records.done()):  # records of later attempts come last
             group = records.read(key)
             self.seconds += group["seconds"]
             self.method = self.method or group["method"]
@@ -72,7 +72,8 @@ class Collected:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         left = Counter(key for key, _ in self._places.values())
-        files: dict[str, list[dict[str, Any]]] = {}  # neighbours lie in as many files as there were processes
+        # Neighbours lie in as many files as there were processes, so several files are open at a time.
+        files: dict[str, list[dict[str, Any]]] = {}
         for position in sorted(self._places):
             key, number = self._places[position]
             if key not in files:
@@ -91,29 +92,29 @@ def write_results(records: Records, images: Images, total: int, run: Note) -> di
         total: number of images.
         run: processes, batch_size, seconds and images of the run that has ended.
     """
-    collected, folder = Collected(records), records.folder
-    collected.check(total)
-    table, failed = _table(collected, folder / "likelihoods.jsonl")
-    summary = _summary(collected, table, failed, run)
+    results, folder = ImageRecords(records), records.folder
+    results.check(total)
+    table, failed = _table(results, folder / "likelihoods.jsonl")
+    summary = _summary(results, table, failed, run)
     summary["without_caption"] = int(table["caption"].isna().sum()) if records.settings["data.caption_column"] else 0
     summary["by_caption"] = _by_caption(table)
-    summary["files_not_read"] = {"count": len(images.files_left_out), "names": images.files_left_out[:NAMED]}
+    summary["files_not_read"] = {"count": len(images.files_left_out), "names": images.files_left_out[:MAX_NAMES]}
     write_json(folder / "summary.json", summary)
     figure = histogram(table["bits_per_dim"], summary)
     save_figure(figure, folder / "histogram.png")
     order = table.sort_values("bits_per_dim", kind="stable")
-    ends = {"Most likely": order[:SHOWN], "Least likely": order[::-1][:SHOWN]}
+    ends = {"Most likely": order[:IMAGES_PER_END], "Least likely": order[::-1][:IMAGES_PER_END]}
     _page(summary, records.settings, figure, ends, images).write(folder / "index.html")
     print(_outline(summary, folder), flush=True)
     return summary
 
 
-def _table(collected: Collected, path: Path) -> tuple[pandas.DataFrame, list[dict[str, Any]]]:
+def _table(results: ImageRecords, path: Path) -> tuple[pandas.DataFrame, list[dict[str, Any]]]:
     """Writes the file of all records. Returns a table with one row per image that has a likelihood, and the records of
     the images that have none."""
     rows, failed, columns = [], [], ["position", "name", "caption", *NUMBERS]
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for record in collected:
+        for record in results:
             line = {name: value for name, value in record.items() if name != FILE}
             file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
             if "error" in record:
@@ -127,13 +128,13 @@ def _table(collected: Collected, path: Path) -> tuple[pandas.DataFrame, list[dic
 
 
 def _summary(
-    collected: Collected, table: pandas.DataFrame, failed: Sequence[dict[str, Any]], run: Note
+    results: ImageRecords, table: pandas.DataFrame, failed: Sequence[dict[str, Any]], run: Note
 ) -> dict[str, Any]:
     bits, nats = table["bits_per_dim"], table["dims"] * math.log(2)  # nats of one bit/dim
     steps, probes = table["discretisation_error"] / nats, table["standard_error"] / nats
     return {
-        "images": len(collected.positions), "evaluated": len(bits), "left_out": len(failed),
-        "left_out_images": [{"name": row["name"], "error": row["error"]} for row in failed[:NAMED]],
+        "images": len(results.positions), "evaluated": len(bits), "left_out": len(failed),
+        "left_out_images": [{"name": row["name"], "error": row["error"]} for row in failed[:MAX_NAMES]],
         "bits_per_dim": {
             "mean": float(bits.mean()), "standard_deviation": finite_number(bits.std()),
             "standard_error": finite_number(bits.sem()), "least": float(bits.min()), "greatest": float(bits.max()),
@@ -145,15 +146,15 @@ def _summary(
         },
         "images_on_a_coarse_grid": int((steps > COARSE).sum()),
         "several_sizes": table["dims"].nunique() > 1,
-        "method": collected.method, "evaluations_an_image": collected.records.settings["num_inference_steps"] + 1,
-        "process_seconds": collected.seconds,
-        "images_per_process_second": len(collected.positions) / max(collected.seconds, 1e-9),
+        "method": results.method, "evaluations_an_image": results.records.settings["num_inference_steps"] + 1,
+        "process_seconds": results.seconds,
+        "images_per_process_second": len(results.positions) / max(results.seconds, 1e-9),
         "last_run": {**run, "images_per_second": run["images"] / max(run["seconds"], 1e-9)},
     }  # fmt: skip
 
 
 def _by_caption(table: pandas.DataFrame) -> list[dict[str, Any]]:
-    """Mean and deviation per caption, the likeliest first; nothing where there are many captions, or only one."""
+    """Returns mean and deviation per caption, the likeliest first; an empty list for one caption or for many."""
     numbers, captions = pandas.factorize(table["caption"].to_numpy(), use_na_sentinel=False)  # labels stay integers
     if not 2 <= len(captions) <= CAPTIONS:
         return []
@@ -217,7 +218,7 @@ def _caption(row: Note) -> str:
 
 
 def _pictures(images: Images, positions: set[int]) -> dict[int, torch.Tensor]:
-    """Pictures (3, H, W) by position. A stream is read again up to the last of the positions."""
+    """Returns pictures (3, H, W) by position. A stream is read again up to the last of the positions."""
     if not isinstance(images, ImageStream):
         return {position: _small(images[position].pixels) for position in sorted(positions)}
     rows = ((position, row) for position, row in enumerate(images.undecoded()) if position in positions)
@@ -238,7 +239,7 @@ def _small(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _outline(summary: Note, folder: Path) -> str:
-    """Returns what the console shows at the end."""
+    """Returns the text that the console shows at the end."""
     bits = summary["bits_per_dim"]
     span = f"from {bits['least']:.4f} to {bits['greatest']:.4f}"
     lines = [f"{summary['evaluated']} of {summary['images']} images: {bits['mean']:.4f} bits/dim on average, {span}"]
@@ -249,7 +250,7 @@ def _outline(summary: Note, folder: Path) -> str:
 
 
 def _warnings(summary: Note) -> list[str]:
-    """Returns sentences that a reader of the numbers must know."""
+    """Returns the sentences that warn a reader of the numbers."""
     sentences, coarse, unread = [], summary["images_on_a_coarse_grid"], summary["files_not_read"]
     if coarse:
         worst = summary["errors_in_bits_per_dim"]["discretisation_greatest"]

@@ -42,7 +42,7 @@ ESTIMATORS: dict[GuidanceEstimator, Callable[[], FisherEstimator | None]] = {
 
 @settings_class
 class GallerySettings:
-    """Everything that the images depend on. A run can be resumed with the same settings only.
+    """Settings on which the images depend. A run can be resumed with the same settings only.
 
     Args:
         checkpoint: a pipeline's folder or Hub id; "embedded" means the checkpoint that the package ships.
@@ -96,7 +96,7 @@ def run_gallery(
 ) -> dict[str, Any]:
     """Guides every prompt of a file and writes the gallery.
 
-    With `accelerate launch` every process takes a share of the prompts. A killed run goes on where it was.
+    With `accelerate launch` every process takes a share of the prompts. The next run continues a killed one.
 
     Args:
         output: folder of `settings.json`, `records/`, `pictures/`, `index.html` and `gallery.png`.
@@ -105,8 +105,8 @@ def run_gallery(
         retry_failed: guide again the prompts that failed.
 
     Returns:
-        The mean rewards before and after, the number of prompts, and the number of those that "failed" because their
-        first images or rewards were not finite.
+        The mean rewards before and after, the number of prompts, and the number of prompts that "failed" because
+        their first images or rewards were not finite.
 
     Raises:
         InputError: there are no prompts, a name is unknown, `offload` has no accelerator, or `output` has records of

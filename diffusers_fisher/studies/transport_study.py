@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ..pipelines import StableDiffusionFisherPipeline
 
 TRIANGLE = ((0.5, 0.0), (0.0, -0.5), (0.0, 0.0))  # the paper's points
-AXIS_LINE = ((0.0, 0.0), (0.0, 0.5), (0.0, -0.6))  # its affine ones
+AXIS_LINE = ((0.0, 0.0), (0.0, 0.5), (0.0, -0.6))  # the paper's points on a line
 STEP_COUNTS = (5, 10, 20, 40, 80, 160)
 PLOT_SCHEDULE, PLOT_TRAJECTORIES, PLOT_POINTS = "edm", 60, 60  # schedule, trajectories, points of each
 HEADING = f"{'case':<28}{'schedule':<15}{'asymmetry':>22}{'off-diagonal index':>22}{'least eig.':>12}{'error':>10}"
@@ -47,7 +47,7 @@ HEADING = f"{'case':<28}{'schedule':<15}{'asymmetry':>22}{'off-diagonal index':>
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A distribution, and whether theory says that its map is optimal (None: theory says nothing)."""
+    """Holds a distribution, and whether theory says that its map is optimal (None: theory says nothing)."""
 
     name: str
     distribution: Distribution
@@ -55,7 +55,7 @@ class Case:
 
 
 def few_points(points: torch.Tensor) -> GaussianMixture:
-    """Returns points (N, d) as modes without variance: faster than `DiracMixture`, which is made for many points."""
+    """Returns points (N, d) as modes without variance: faster than `DiracMixture`, which serves many points."""
     return GaussianMixture(points, Covariance.isotropic(0.0, tuple(points.shape[1:])))
 
 
@@ -195,8 +195,9 @@ def learned_map(
 ) -> dict[str, Any]:
     """Returns the same indices for the embedded checkpoint's own map, in 256 dimensions, from noise to latents.
 
-    The Jacobian of a score is symmetric; that of the network is not. Its asymmetry is reported separately, and the map
-    is computed once more with symmetrised Jacobians. The trajectories are the same, so the Jacobians are used again.
+    The Jacobian of a score is symmetric, but the Jacobian of the network is not. The report has its asymmetry, and the
+    map is computed once more with symmetrised Jacobians. The trajectories are the same, so the Jacobians are used
+    again.
 
     Cost: 14 `steps` evaluations of the denoiser on `count` samples, and 256 vector-Jacobian products at half of them;
     minutes on two cores.
@@ -246,7 +247,7 @@ def learned_map(
 
 
 class MatrixOperator(FisherMatrixOperator):
-    """F as one matrix per sample (B, d, d)."""
+    """Represents F by one matrix per sample (B, d, d)."""
 
     def __init__(self, state: DenoisingState, matrix: torch.Tensor):
         super().__init__(state)
@@ -309,7 +310,7 @@ def run_study(
             paths[case.name] = flow.trajectory[:, :PLOT_TRAJECTORIES].clone()
         rows.append(row)
         print(_line(row), flush=True)
-    lines = ("line along an axis", "line in general position")  # the rectangle's plan shows as much as theirs
+    lines = ("line along an axis", "line in general position")  # the plan of the rectangle shows as much
     coupling_cases = [case for case in cases + higher if case.name not in lines]
     couplings = [coupling(case, SCHEDULES["edm"], 1024, seed) for case in coupling_cases]
     by_steps = [row for schedule in SCHEDULES.values() for row in indices_by_steps(cases[0], schedule, 60, seed)]

@@ -25,7 +25,7 @@ from diffusers_fisher.cli import app
 from diffusers_fisher.data import ImageData, open_images
 from diffusers_fisher.evaluation import dataset_likelihood
 from diffusers_fisher.evaluation.dataset_likelihood import DatasetSettings, evaluate_dataset
-from diffusers_fisher.evaluation.dataset_likelihood_report import Collected
+from diffusers_fisher.evaluation.dataset_likelihood_report import ImageRecords
 from diffusers_fisher.jobs.pipelines import DenoiserSettings
 from diffusers_fisher.jobs.records import Records
 from diffusers_fisher.jobs.seeds import step_generator
@@ -361,7 +361,7 @@ def test_records_of_many_processes_are_read_once_each(tmp_path, monkeypatch):
     for process in range(100):
         rows = [{"position": process + 100 * number} for number in range(3)]
         records.write(f"{process:03d}", {"method": None, "seconds": 1.0, "records": rows})
-    collected, read, count = Collected(records), Records.read, []
+    collected, read, count = ImageRecords(records), Records.read, []
     monkeypatch.setattr(Records, "read", lambda self, key: count.append(key) or read(self, key))
     assert [row["position"] for row in collected] == list(range(300))
     assert len(count) == 100
