@@ -79,7 +79,13 @@ def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
     _print_table("images", report["likelihood"], LIKELIHOOD_COLUMNS)
     print(f"\nSteering '{embedded_prompt(PROMPT_CLASS)}' toward '{TARGET}' ({NUM_IMAGES} images)", flush=True)
     reward = ClassifierReward.from_pretrained(Path(embedded_checkpoint()) / "classifier", target=TARGET)
-    runs = {name: _guide(pipe, reward, make(), seed) for name, make in ESTIMATORS.items()}
+    prompts = [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES
+    options: dict[str, Any] = {"output_type": "pt", **SAMPLING, **GUIDANCE}
+    runs = {}
+    for name, make in ESTIMATORS.items():
+        generator = torch.Generator().manual_seed(seed)
+        out = pipe.guide(prompts, reward, estimator=make(), generator=generator, **options)
+        runs[name] = cast(GuidanceOutput, out)
     report["guidance"] = {name: _guidance_report(out) for name, out in runs.items()}
     _print_table("estimator", report["guidance"], GUIDANCE_COLUMNS)
     report |= {"seconds": round(time.perf_counter() - begin, 1), "versions": versions()}
@@ -103,15 +109,6 @@ def _likelihood(
     # The table shows the largest error.
     with warnings.catch_warnings(action="ignore", category=CoarseGridWarning):
         return pipe.log_likelihood(images, prompt=prompts, generator=generator, **LIKELIHOOD, **options)
-
-
-def _guide(
-    pipe: StableDiffusionFisherPipeline, reward: ClassifierReward, estimator: FisherEstimator, seed: int
-) -> GuidanceOutput:
-    prompts = [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES
-    generator = torch.Generator().manual_seed(seed)
-    options = {"estimator": estimator, "generator": generator, "output_type": "pt", **SAMPLING, **GUIDANCE}
-    return cast(GuidanceOutput, pipe.guide(prompts, reward, **options))
 
 
 def _likelihood_report(out: LikelihoodOutput) -> dict[str, Any]:

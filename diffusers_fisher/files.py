@@ -46,9 +46,8 @@ def check_writable(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / ".writable") as temporary:
-            temporary.write_text("")
-        (folder / ".writable").unlink(missing_ok=True)  # another process may have removed it
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable."):
+            pass
     except OSError as error:
         raise InputError(f"The folder '{folder}' can't be written: {error}. Name another folder.") from error
 

@@ -187,9 +187,8 @@ def _pixels(images: torch.Tensor) -> torch.Tensor:
 def _draw_group(part: SubFigure, name: str, columns: list[_Column]) -> None:
     part.suptitle(name or " ", fontsize=10)  # a blank title takes space too, so that all pictures stand level
     grid = part.subplots(len(columns[0].pictures), len(columns), squeeze=False)
-    for index, column in enumerate(columns):
-        for row, picture in enumerate(column.pictures):
-            axes = grid[row, index]
+    for column, cells in zip(columns, grid.T, strict=True):
+        for row, (axes, picture) in enumerate(zip(cells, column.pictures, strict=True)):
             image = axes.imshow(picture.numpy(), **column.options)
             axes.set(xticks=[], yticks=[])
             axes.set_xlabel(column.notes[row] if column.notes else " ", fontsize=8)

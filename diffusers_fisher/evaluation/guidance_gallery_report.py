@@ -16,8 +16,8 @@ from ..guidance.noise_ascent import COMPLETED
 from ..jobs.pages import Page
 
 PICTURES = "pictures"  # folder of the pictures
-PROMPTS_ON_PAGE = 100  # prompts on the page, which holds their pictures
-PROMPTS_IN_GALLERY = 12  # prompts on gallery.png
+LIMIT = 100  # the page shows at most so many prompts with their pictures
+GALLERY_ROWS = 12  # prompts on gallery.png
 QUANTITIES = {
     "rewards": "reward",
     "held_out": "held-out reward",
@@ -54,14 +54,12 @@ def write_gallery(folder: Path, records: Sequence[dict[str, Any]], settings: Map
     page.figure(by_seconds(records), "The best reward so far, and the held-out reward of its image, by seconds of "
                 "guidance: means over the prompts.")  # fmt: skip
     page.heading("Prompts")
-    if len(records) > PROMPTS_ON_PAGE:
-        page.paragraph(
-            f"The first {PROMPTS_ON_PAGE}; all pictures are in the folder '{PICTURES}', all numbers in 'records'."
-        )
-    for record in records[:PROMPTS_ON_PAGE]:
+    if len(records) > LIMIT:
+        page.paragraph(f"The first {LIMIT}; all pictures are in the folder '{PICTURES}', all numbers in 'records'.")
+    for record in records[:LIMIT]:
         _show(page, folder, record)
     page.write(folder / "index.html")
-    save_figure(gallery(folder, records[:PROMPTS_IN_GALLERY]), folder / "gallery.png")
+    save_figure(gallery(folder, records[:GALLERY_ROWS]), folder / "gallery.png")
 
 
 def gallery_summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -178,8 +178,8 @@ def coupling(case: Case, schedule: Schedule, count: int, seed: int) -> dict[str,
     start = clean + noise_to_signal * torch.randn(clean.shape, generator=generator, dtype=torch.float64)
     # Only the end points are needed: one direction stands for the Jacobian.
     flow = transport_map(exact_field(case.distribution), start, schedule, directions=torch.ones_like(start)[None])
-    cost = coupling_cost(flow.start, flow.end)
-    return {"case": case.name, "schedule": schedule.name, "points": count} | dataclasses.asdict(cost)
+    cost = dataclasses.asdict(coupling_cost(start, flow.end))
+    return {"case": case.name, "schedule": schedule.name, "points": count, **cost}
 
 
 def indices_by_steps(case: Case, schedule: Schedule, runs: int, seed: int) -> Iterator[dict[str, Any]]:
