@@ -1,4 +1,4 @@
-"""Guidance of many prompts: what is written, that a kill loses nothing, that processes share, what is refused."""
+"""Guidance of many prompts: its files, runs that continue after a kill, shares of processes, and errors."""
 
 import json
 import os
@@ -34,7 +34,7 @@ SETTINGS = GallerySettings(
     num_inference_steps=2,
     guidance_scale=2.0,
     seed=5,
-    estimator="direct",  # without the default's differences, which amplify what other batches round otherwise
+    estimator="direct",  # the differences of the default estimator would amplify the rounding of other batches
 )
 
 
@@ -57,18 +57,18 @@ def records(folder):
 
 def test_every_prompt_has_its_record_and_pictures(done):
     folder, summary = done
-    found = records(folder / "out")
-    assert [record["prompt"] for record in found.values()] == PROMPTS
-    assert [record["seed"] for record in found.values()] == [5, 6, 7]
-    for record in found.values():
+    written = records(folder / "out")
+    assert [record["prompt"] for record in written.values()] == PROMPTS
+    assert [record["seed"] for record in written.values()] == [5, 6, 7]
+    for record in written.values():
         assert len(record["rewards"]) == len(record["held_out"]) == len(record["shell_distances"]) == 3
         assert record["rewards"][record["best_run"]] == max(record["rewards"])
         for name in ("before", "after"):
             assert size(folder / "out" / record[name]) == (32, 32)
     assert summary["prompts"] == 3
     before, after = summary["means"]["reward"]
-    assert before == pytest.approx(sum(record["rewards"][0] for record in found.values()) / 3)
-    assert after == pytest.approx(sum(max(record["rewards"]) for record in found.values()) / 3)
+    assert before == pytest.approx(sum(record["rewards"][0] for record in written.values()) / 3)
+    assert after == pytest.approx(sum(max(record["rewards"]) for record in written.values()) / 3)
     assert after > before
 
 
@@ -81,7 +81,7 @@ def test_gallery_shows_every_prompt(done):
 
 
 def test_result_does_not_depend_on_the_batches(done):
-    """The first image is the stock pipeline's of that seed alone."""
+    """The first image is that of the stock pipeline with the seed of this prompt."""
     folder, _ = done
     pipe = load_pipeline(DenoiserSettings("embedded"))
     pipe.set_progress_bar_config(disable=True)
@@ -96,16 +96,16 @@ def test_result_does_not_depend_on_the_batches(done):
 
 def test_finished_run_recomputes_nothing(done, monkeypatch):
     folder, summary = done
-    monkeypatch.setattr(guidance_gallery, "load_pipeline", lambda *_: pytest.fail("work was done twice"))
-    other = Memory(3, checkpoint_decoder=True)  # changes no result, so binds nobody
+    monkeypatch.setattr(guidance_gallery, "load_pipeline", lambda *_: pytest.fail("the pipeline was loaded again"))
+    other = Memory(3, checkpoint_decoder=True)  # the run may continue with it, because it changes no result
     assert run_gallery(folder / "out", folder / "prompts.txt", SETTINGS, other) == summary
 
 
-def test_a_prompt_whose_numbers_are_not_finite_spoils_no_other(done, tmp_path, monkeypatch, caplog):
+def test_a_prompt_whose_numbers_are_not_finite_changes_no_other_record(done, tmp_path, monkeypatch, caplog):
     make = guidance_gallery.named_reward
 
     def blind(name):
-        """A reward that has no opinion on bags."""
+        """Returns a reward that is NaN for bags."""
         reward = make(name)
         return lambda images, prompts: torch.where(
             torch.tensor([prompt == PROMPTS[1] for prompt in prompts]), torch.nan, reward(images, prompts)
@@ -113,10 +113,10 @@ def test_a_prompt_whose_numbers_are_not_finite_spoils_no_other(done, tmp_path, m
 
     monkeypatch.setattr(guidance_gallery, "named_reward", blind)
     summary = run_gallery(tmp_path / "out", done[0] / "prompts.txt", SETTINGS, Memory(3))
-    found, expected = records(tmp_path / "out"), records(done[0] / "out")
+    written, expected = records(tmp_path / "out"), records(done[0] / "out")
     for key in ("00000", "00002"):  # float32, in other batches
-        assert found[key]["rewards"] == pytest.approx(expected[key]["rewards"], rel=1e-4)
-    assert found["00001"]["prompt"] == PROMPTS[1] and "is not finite" in found["00001"]["failed"]
+        assert written[key]["rewards"] == pytest.approx(expected[key]["rewards"], rel=1e-4)
+    assert written["00001"]["prompt"] == PROMPTS[1] and "is not finite" in written["00001"]["failed"]
     assert (summary["prompts"], summary["failed"]) == (3, 1)
     assert "1 of 3 prompts failed: the gallery says why, and --retry-failed" in caplog.text
     assert "Without a result: a photo of a bag. The reward" in (tmp_path / "out" / "index.html").read_text()
@@ -128,7 +128,7 @@ def test_a_prompt_whose_numbers_are_not_finite_spoils_no_other(done, tmp_path, m
 
 
 def one(folder, memory=None, **changes):
-    """The record of a short run for one prompt."""
+    """Returns the record of a short run for one prompt."""
     (folder / "prompts.txt").write_text("a photo of a bag")
     changes = {"held_out": None, "num_guidance_steps": 1, **changes}
     run_gallery(
@@ -141,7 +141,7 @@ def one(folder, memory=None, **changes):
 
 
 def by_hand(**options):
-    """The same by `pipe.guide`."""
+    """Returns a pipeline, and the output of its `guide` for the same prompt."""
     pipe = load_pipeline(DenoiserSettings("embedded"))
     reward = ClassifierReward.from_pretrained(f"{embedded_checkpoint()}/classifier", target="ankle boot")
     out = pipe.guide(
@@ -151,7 +151,7 @@ def by_hand(**options):
     return pipe, out
 
 
-def test_negative_prompt_and_optimiser_are_those_of_guide(tmp_path):
+def test_negative_prompt_and_optimiser_are_passed_to_guide(tmp_path):
     changes = {"negative_prompt": "a photo of a coat", "optimizer": "Adam", "step_size": 0.05}
     _, out = by_hand(**changes)
     record = one(tmp_path, memory=Memory(checkpoint_decoder=True), **changes)
@@ -184,12 +184,12 @@ def test_patience_ends_a_prompt_and_needs_batches_of_one(tmp_path, monkeypatch):
     assert not list((tmp_path / "new" / "out" / "records").iterdir())
 
 
-def test_held_out_rewards_that_are_not_finite_are_null_and_lose_nothing(tmp_path, monkeypatch):
+def test_held_out_rewards_that_are_not_finite_are_null_and_no_prompt_fails(tmp_path, monkeypatch):
     make = guidance_gallery.named_reward
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
 
     def blind(name):
-        """As held-out reward without an opinion on bags."""
+        """Returns a held-out reward that is NaN for bags."""
         reward = make(name)
         if name != SETTINGS.held_out:
             return reward
@@ -206,14 +206,14 @@ def test_held_out_rewards_that_are_not_finite_are_null_and_lose_nothing(tmp_path
     assert "held out not finite" in (tmp_path / "out" / "index.html").read_text()
 
 
-def test_likelihoods_are_those_of_the_pipeline_and_shown(tmp_path):
+def test_likelihoods_are_those_of_the_pipeline_and_are_on_the_page(tmp_path):
     record = one(tmp_path, likelihood=True)
     pipe, out = by_hand()
     expected = pipe.log_likelihood(torch.cat([out.initial_images, out.images]), "a photo of a bag")
     assert list(record["bits_per_dim"]) == list(record["bits_per_dim_error"]) == ["before", "after"]
     # float32 twice through the same operations
     assert list(record["bits_per_dim"].values()) == pytest.approx(expected.bits_per_dim.tolist(), abs=1e-4)
-    errors = expected.discretisation_error / (256 * 0.6931471805599453)  # a trace model's: no probes
+    errors = expected.discretisation_error / (256 * 0.6931471805599453)  # the trace model has no error by probes
     assert list(record["bits_per_dim_error"].values()) == pytest.approx(errors.tolist(), abs=1e-4)
     page = (tmp_path / "out" / "index.html").read_text()
     assert "<td>bits/dim</td>" in page
@@ -228,37 +228,37 @@ def test_likelihoods_are_those_of_the_pipeline_and_shown(tmp_path):
         one(tmp_path)
 
 
-def test_pipeline_without_likelihood_is_refused_before_any_guidance(tmp_path, monkeypatch):
+def test_a_pipeline_without_likelihood_raises_an_error_before_any_guidance(tmp_path, monkeypatch):
     load = guidance_gallery.load_pipeline
 
-    def changed(settings):
-        """With a trace model of another denoiser, which guidance does not need."""
+    def load_changed(settings):
+        """Returns a pipeline with the trace model of another denoiser, which guidance does not need."""
         pipe = load(settings)
         for parameter in pipe.unet.parameters():
             parameter.data += 0.1
-        pipe.guide = lambda *args, **kwargs: pytest.fail("guidance was begun")
+        pipe.guide = lambda *args, **kwargs: pytest.fail("guidance began")
         return pipe
 
-    monkeypatch.setattr(guidance_gallery, "load_pipeline", changed)
+    monkeypatch.setattr(guidance_gallery, "load_pipeline", load_changed)
     with pytest.raises(InputError, match="another denoiser"):
         one(tmp_path, likelihood=True)
 
 
-def test_images_that_the_safety_checker_blackens_are_named(tmp_path, monkeypatch):
+def test_the_page_names_images_that_the_safety_checker_blackens(tmp_path, monkeypatch):
     load = guidance_gallery.load_pipeline
 
-    def strict(settings):
+    def load_strict(settings):
         pipe = load(settings)
         pipe.register_modules(safety_checker=tiny.safety_checker(-1.0), feature_extractor=tiny.feature_extractor())
         return pipe
 
-    monkeypatch.setattr(guidance_gallery, "load_pipeline", strict)
+    monkeypatch.setattr(guidance_gallery, "load_pipeline", load_strict)
     assert one(tmp_path)["flagged"] == ["before", "after"]
     words = "Black, because the safety checker flagged it: the image before and after."
     assert words in (tmp_path / "out" / "index.html").read_text()
 
 
-def test_offload_needs_an_accelerator_and_an_order(tmp_path):
+def test_offload_needs_an_accelerator_and_an_order_of_the_networks(tmp_path):
     with pytest.raises(InputError, match=r"`offload` needs an accelerator .* none was found; leave it out"):
         one(tmp_path, memory=Memory(offload=True))
     cpu = torch.device("cpu")
@@ -279,7 +279,7 @@ def test_curves_by_seconds_are_means_of_the_best_so_far():
     assert [axes.get_ylabel() for axes in figure.axes] == ["best reward", "held-out reward at the best"]
 
 
-def test_other_prompts_or_settings_are_refused(done):
+def test_other_prompts_or_settings_raise_an_error(done):
     folder, _ = done
     other = folder / "other.txt"
     other.write_text("a photo of a dress\n")
@@ -304,7 +304,7 @@ def command(folder, environment=None):
     return subprocess.Popen(run, env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE, text=True)
 
 
-def test_kill_loses_nothing_that_was_done(done, tmp_path):
+def test_a_kill_loses_no_finished_prompt(done, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     writer = command(tmp_path)
     try:
@@ -318,7 +318,7 @@ def test_kill_loses_nothing_that_was_done(done, tmp_path):
     assert result.exit_code == 0, result.output
     assert f"{len(before)} of this process's 3 done" in result.output
     after, reference = records(tmp_path / "out"), records(done[0] / "out")
-    assert {key: after[key] for key in before} == before  # seconds too: nothing was computed anew
+    assert {key: after[key] for key in before} == before  # the seconds too, so nothing was computed again
     for key, record in after.items():
         # other batches, in float32
         torch.testing.assert_close(
@@ -336,7 +336,7 @@ def test_processes_share_the_prompts(done, tmp_path):
     outputs = [worker.communicate(timeout=300)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
     assert "0 of this process's 2 done" in outputs[0]
-    assert outputs[1] == ""  # the main process alone speaks
+    assert outputs[1] == ""  # only the main process prints
     assert [record["prompt"] for record in records(tmp_path / "out").values()] == PROMPTS
     assert (tmp_path / "out" / "index.html").is_file()
 
@@ -358,7 +358,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_mistakes_are_refused_and_bind_nobody(tmp_path, kind):
+def test_mistakes_raise_an_error_and_leave_no_record(tmp_path, kind):
     text, changes, error, message = BAD[kind]
     if text is not None:
         (tmp_path / "prompts.txt").write_text(text)
@@ -369,7 +369,7 @@ def test_mistakes_are_refused_and_bind_nobody(tmp_path, kind):
     assert not list((tmp_path / "out").glob("records/*"))
 
 
-def test_batch_size_and_unwritable_folder(tmp_path):
+def test_batch_size_zero_and_an_unwritable_folder_raise_an_error(tmp_path):
     (tmp_path / "prompts.txt").write_text("a")
     with pytest.raises(InputError, match="`batch_size` is 0; allowed: greater than or equal to 1"):
         run_gallery(tmp_path / "out", tmp_path / "prompts.txt", SETTINGS, Memory(0))
