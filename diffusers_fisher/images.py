@@ -40,7 +40,7 @@ def image_tensor(
         raise InputError(f"`data_range` is {data_range}; allowed: two finite numbers, the lower first.")
     if isinstance(images, (list, tuple)) and any(isinstance(image, Image) for image in images):
         low, high = UNIT_RANGE
-    batch = _stacked(images, channels) if isinstance(images, (list, tuple)) and images else images
+    batch = _stack(images, channels) if isinstance(images, (list, tuple)) and images else images
     if isinstance(batch, (numpy.ndarray, torch.Tensor)) and batch.ndim == 3:
         batch = batch[None]  # one image without a batch
     tensor = batch
@@ -55,10 +55,10 @@ def image_tensor(
         raise InputError(
             f"Images are {got}; allowed: {kind} PIL, array (B, H, W, {channels}) or tensor (B, {channels}, H, W)."
         )
-    return _in_unit_range(tensor, low, high, multiple)
+    return _scale_to_unit_range(tensor, low, high, multiple)
 
 
-def _stacked(images: list | tuple, channels: int) -> numpy.ndarray | torch.Tensor:
+def _stack(images: list | tuple, channels: int) -> numpy.ndarray | torch.Tensor:
     """Stacks several images of one kind and size to one array or tensor."""
     import numpy
     from PIL.Image import Image
@@ -79,7 +79,7 @@ def _stacked(images: list | tuple, channels: int) -> numpy.ndarray | torch.Tenso
     return torch.stack(arrays) if isinstance(arrays[0], torch.Tensor) else numpy.stack(arrays)
 
 
-def _in_unit_range(tensor: torch.Tensor, low: float, high: float, multiple: int) -> torch.Tensor:
+def _scale_to_unit_range(tensor: torch.Tensor, low: float, high: float, multiple: int) -> torch.Tensor:
     """Scales images (B, C, H, W) with values from `low` to `high` to float32 in [0, 1].
 
     Raises:

@@ -123,7 +123,7 @@ def evaluate_dataset(
     with state.main_process_first():  # the other processes use the files that the main process has downloaded
         images = open_images(settings.data, backbone.image_channels, backbone.takes_text)
         note = {**flat_settings(dataclasses.asdict(settings)), "estimator": name, "images": images_digest(images)}
-        records = _records(output, {**note, **pipeline_digests(pipe)}, images, retry_failed)
+        records = _open_records(output, {**note, **pipeline_digests(pipe)}, images, retry_failed)
         before = ImageRecords(records)
     begin = time.perf_counter()
     share = ImageShare(pipe, images, dataclasses.replace(settings, estimator=name), records, batch_size, state)
@@ -139,7 +139,7 @@ def evaluate_dataset(
     return write_results(records, images, count, run)
 
 
-def _records(output: Path, note: dict[str, Any], images: Images, retry_failed: bool) -> Records:
+def _open_records(output: Path, note: dict[str, Any], images: Images, retry_failed: bool) -> Records:
     """Opens the records of a run. With `retry_failed`, files of the images may have changed, but not their number."""
     file = output / SETTINGS
     before = read_json(file).get("images") if file.is_file() else None
@@ -225,7 +225,7 @@ class ImageShare:
         self.method = method  # description of the likelihoods; None before the first one
         begin = self.last = time.perf_counter()
         index, number = self.state.process_index, self.state.num_processes
-        rows = self._rows(done)
+        rows = self._read_rows(done)
         expected = len(shard(range(self.total), index, number)) or None  # a stream has no known length
         mine = sum(position % number == index for position in done)
         with tqdm(total=expected, initial=mine, desc="images", disable=not self.state.is_main_process) as progress:
@@ -247,7 +247,7 @@ class ImageShare:
         self.state.wait_for_everyone()
         return self.total
 
-    def _rows(self, done: frozenset[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _read_rows(self, done: frozenset[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yields positions and undecoded rows of this process that have no record."""
         index, number = self.state.process_index, self.state.num_processes
         if isinstance(self.images, ImageStream):
@@ -265,19 +265,19 @@ class ImageShare:
         groups: dict[torch.Size, list[tuple[int, Example]]] = {}
         for position, row in batch:
             try:
-                example = self._example(row, position)
+                example = self._read_example(row, position)
                 groups.setdefault(example.pixels.shape, []).append((position, example))
             except InputError as error:
                 name = self.images.row_name(row, position)
                 records.append({"position": position, "name": name, "error": str(error)})
         for group in groups.values():
-            records += self._likelihoods(group)
+            records += self._evaluate_group(group)
         rows = dict(batch)
         for record in records:
             record[FILE] = row_digest(self.images, rows[record["position"]], record["position"])
         return records
 
-    def _example(self, row: dict[str, Any], position: int) -> Example:
+    def _read_example(self, row: dict[str, Any], position: int) -> Example:
         """Decodes a row. Raises `InputError` if its image can't be read or its size does not fit the pipeline."""
         example, multiple = self.images.example(row, position), self.backbone.size_multiple
         height, width = example.pixels.shape[-2:]
@@ -288,7 +288,7 @@ class ImageShare:
             )
         return example
 
-    def _likelihoods(self, group: Sequence[tuple[int, Example]]) -> list[dict[str, Any]]:
+    def _evaluate_group(self, group: Sequence[tuple[int, Example]]) -> list[dict[str, Any]]:
         settings = self.settings
         captions = [settings.prompt if settings.prompt is not None else example.caption for _, example in group]
         generators = [step_generator(settings.seed, "likelihood", position) for position, _ in group]
@@ -330,7 +330,7 @@ class ImageShare:
         The record of a group of one image is the error.
         """
         if len(group) > 1:
-            return [record for entry in group for record in self._likelihoods([entry])]
+            return [record for entry in group for record in self._evaluate_group([entry])]
         ((position, example),) = group
         text = f"Image '{example.name}': {error}"
         if self.method is None and not isinstance(error, NumericalError):

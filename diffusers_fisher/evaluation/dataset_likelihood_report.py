@@ -94,8 +94,8 @@ def write_results(records: Records, images: Images, total: int, run: Note) -> di
     """
     results, folder = ImageRecords(records), records.folder
     results.check(total)
-    table, failed = _table(results, folder / "likelihoods.jsonl")
-    summary = _summary(results, table, failed, run)
+    table, failed = _write_table(results, folder / "likelihoods.jsonl")
+    summary = _summarise(results, table, failed, run)
     summary["without_caption"] = int(table["caption"].isna().sum()) if records.settings["data.caption_column"] else 0
     summary["by_caption"] = _by_caption(table)
     summary["files_not_read"] = {"count": len(images.files_left_out), "names": images.files_left_out[:MAX_NAMES]}
@@ -109,7 +109,7 @@ def write_results(records: Records, images: Images, total: int, run: Note) -> di
     return summary
 
 
-def _table(results: ImageRecords, path: Path) -> tuple[pandas.DataFrame, list[dict[str, Any]]]:
+def _write_table(results: ImageRecords, path: Path) -> tuple[pandas.DataFrame, list[dict[str, Any]]]:
     """Writes the file of all records. Returns a table with one row per image that has a likelihood, and the records of
     the images that have none."""
     rows, failed, columns = [], [], ["position", "name", "caption", *NUMBERS]
@@ -127,7 +127,7 @@ def _table(results: ImageRecords, path: Path) -> tuple[pandas.DataFrame, list[di
     return table, failed
 
 
-def _summary(
+def _summarise(
     results: ImageRecords, table: pandas.DataFrame, failed: Sequence[dict[str, Any]], run: Note
 ) -> dict[str, Any]:
     bits, nats = table["bits_per_dim"], table["dims"] * math.log(2)  # nats of one bit/dim
@@ -201,7 +201,7 @@ def _page(summary: Note, settings: Note, figure: Figure, ends: Mapping[str, pand
         page.heading("By caption")
         means = [tuple(row.values()) for row in summary["by_caption"]]
         page.table(("caption", "images", "mean bits/dim", "standard deviation"), means)
-    pictures = _pictures(images, set(pandas.concat(ends)["position"]))
+    pictures = _read_pictures(images, set(pandas.concat(ends)["position"]))
     for title, end in ends.items():
         page.heading(title)
         page.pictures([(pictures[row["position"]], _caption(row)) for row in end.to_dict("records")])
@@ -217,18 +217,18 @@ def _caption(row: Note) -> str:
     return f"{row['bits_per_dim']:.3f} bits/dim: {row['name']}{caption}"
 
 
-def _pictures(images: Images, positions: set[int]) -> dict[int, torch.Tensor]:
+def _read_pictures(images: Images, positions: set[int]) -> dict[int, torch.Tensor]:
     """Returns pictures (3, H, W) by position. A stream is read again up to the last of the positions."""
     if not isinstance(images, ImageStream):
-        return {position: _small(images[position].pixels) for position in sorted(positions)}
+        return {position: _shrink(images[position].pixels) for position in sorted(positions)}
     rows = ((position, row) for position, row in enumerate(images.undecoded()) if position in positions)
     return {
-        position: _small(images.example(row, position).pixels)
+        position: _shrink(images.example(row, position).pixels)
         for position, row in itertools.islice(rows, len(positions))
     }
 
 
-def _small(pixels: torch.Tensor) -> torch.Tensor:
+def _shrink(pixels: torch.Tensor) -> torch.Tensor:
     """Returns a picture (C, H, W) in colours (3, H, W), at most `PICTURE` pixels wide and high."""
     pixels = pixels.expand(3, -1, -1)
     shrink = PICTURE / max(pixels.shape[-2:])

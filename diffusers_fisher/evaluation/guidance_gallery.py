@@ -220,10 +220,10 @@ class _Guidance:
             return
         for index, (key, prompt) in enumerate(batch):
             seed = settings.seed + int(key)
-            result = {"failed": stopped} if stopped is not None else self._result(key, prompt, seed, out, index)
+            result = {"failed": stopped} if stopped is not None else self._write_result(key, prompt, seed, out, index)
             self.records.write(key, {"prompt": prompt, "seed": seed, **result})
 
-    def _result(self, key: str, prompt: str, seed: int, out: GuidanceOutput, index: int) -> dict[str, Any]:
+    def _write_result(self, key: str, prompt: str, seed: int, out: GuidanceOutput, index: int) -> dict[str, Any]:
         """Writes the pictures of one prompt, and returns the entries of its record."""
         images = {"before": out.initial_images[index], "after": out.images[index]}
         files = {name: f"{PICTURES}/{key}_{name}.png" for name in images}

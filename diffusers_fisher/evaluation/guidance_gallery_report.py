@@ -57,7 +57,7 @@ def write_gallery(folder: Path, records: Sequence[dict[str, Any]], settings: Map
     if len(records) > LIMIT:
         page.paragraph(f"The first {LIMIT}; all pictures are in the folder '{PICTURES}', all numbers in 'records'.")
     for record in records[:LIMIT]:
-        _show(page, folder, record)
+        _add_prompt(page, folder, record)
     page.write(folder / "index.html")
     save_figure(gallery(folder, records[:GALLERY_ROWS]), folder / "gallery.png")
 
@@ -127,7 +127,7 @@ def gallery(folder: Path, records: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _show(page: Page, folder: Path, record: dict[str, Any]) -> None:
+def _add_prompt(page: Page, folder: Path, record: dict[str, Any]) -> None:
     """Adds one prompt to the page: its pictures with their numbers, and remarks."""
     page.paragraph(record["prompt"])
     captions = []

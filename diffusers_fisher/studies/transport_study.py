@@ -309,7 +309,7 @@ def run_study(
         if has_picture:
             paths[case.name] = flow.trajectory[:, :PLOT_TRAJECTORIES].clone()
         rows.append(row)
-        print(_line(row), flush=True)
+        print(_format_row(row), flush=True)
     lines = ("line along an axis", "line in general position")  # the plan of the rectangle shows as much
     coupling_cases = [case for case in cases + higher if case.name not in lines]
     couplings = [coupling(case, SCHEDULES["edm"], 1024, seed) for case in coupling_cases]
@@ -320,10 +320,10 @@ def run_study(
             f"coupling, {row['case']}: {row['pairs']:.6f} per pair, optimal {row['optimal']:.6f}, "
             f"gap {row['gap']:.2e} ± {row['standard_error']:.1e}"
         )
-    _plots(output, report, paths)
+    _draw_plots(output, report, paths)
     report["seconds"] = round(time.perf_counter() - begin, 1)
     with atomic_path(output / "table.txt") as temporary:
-        temporary.write_text("\n".join([HEADING, *map(_line, rows)]) + "\n", encoding="utf-8")
+        temporary.write_text("\n".join([HEADING, *map(_format_row, rows)]) + "\n", encoding="utf-8")
     write_json(output / "transport.json", report)  # before the checkpoint's map, which takes minutes
     if learned:
         report["learned"] = learned_map(seed)
@@ -333,7 +333,7 @@ def run_study(
     return report
 
 
-def _line(row: dict[str, Any]) -> str:
+def _format_row(row: dict[str, Any]) -> str:
     first = f"{row['asymmetry']:.2e} ± {row['asymmetry_standard_error']:.0e}"
     second = f"{row['off_diagonal_asymmetry']:.3f} ± {row['off_diagonal_asymmetry_standard_error']:.3f}"
     return (
@@ -342,7 +342,7 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-def _plots(output: Path, report: dict[str, Any], paths: dict[str, torch.Tensor]) -> None:
+def _draw_plots(output: Path, report: dict[str, Any], paths: dict[str, torch.Tensor]) -> None:
     figure, (axes,) = make_figure(7, 4)
     index = "off_diagonal_asymmetry"
     for name, rows in pandas.DataFrame(report["by_steps"]).groupby("schedule", sort=False):
