@@ -124,7 +124,7 @@ class LMLSchedulerMixin:
     def _rotate(
         self, model_output: torch.Tensor, timestep: Timestep, sample: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns model output and sample after the noise direction was preconditioned."""
+        """Returns the model output and the sample that have the preconditioned noise direction."""
         scheduler: Any = self  # Any: the second base class is one of diffusers' schedulers
         config, dtype = scheduler.config, torch.promote_types(sample.dtype, torch.float32)
         index = noise_schedule(scheduler).start_step(timestep)

@@ -46,7 +46,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def done(place):
+def reference(place):
     """A run of one process with four images at once, with which the tests compare other runs."""
     return place / "done", evaluate_dataset(place / "done", settings_of(place), batch_size=4)
 
@@ -73,8 +73,8 @@ def command(place, output, *options):
     ]  # fmt: skip
 
 
-def test_a_record_is_what_log_likelihood_gives_for_the_image_alone(place, done):
-    folder, _ = done
+def test_a_record_is_what_log_likelihood_gives_for_the_image_alone(place, reference):
+    folder, _ = reference
     pipe = tiny.quiet(StableDiffusionFisherPipeline.from_pretrained(place / "pipeline"))
     images = open_images(ImageData(str(place / "images"), caption_column="text"))
     for row in (lines(folder)[position] for position in (0, 5)):
@@ -91,8 +91,8 @@ def test_a_record_is_what_log_likelihood_gives_for_the_image_alone(place, done):
         )  # six decimals, of float32 networks
 
 
-def test_there_is_one_line_per_image_in_order_and_unreadable_images_are_named(done):
-    folder, summary = done
+def test_there_is_one_line_per_image_in_order_and_unreadable_images_are_named(reference):
+    folder, summary = reference
     rows = lines(folder)
     assert [(row["position"], row["name"]) for row in rows] == [(n, f"train-{n}.png") for n in range(12)]
     assert [row["position"] for row in rows if "error" in row] == list(CORRUPT)
@@ -101,8 +101,8 @@ def test_there_is_one_line_per_image_in_order_and_unreadable_images_are_named(do
     assert [entry["name"] for entry in summary["left_out_images"]] == ["train-3.png", "train-7.png"]
 
 
-def test_the_summary_agrees_with_the_records(done):
-    folder, summary = done
+def test_the_summary_agrees_with_the_records(reference):
+    folder, summary = reference
     assert json.loads((folder / "summary.json").read_text()) == summary
     values, numbers = bits(folder), summary["bits_per_dim"]
     assert numbers["mean"] == pytest.approx(float(values.mean())) and numbers["greatest"] == float(values.max())
@@ -118,8 +118,8 @@ def test_the_summary_agrees_with_the_records(done):
     assert summary["images_on_a_coarse_grid"] > 0  # two steps are few
 
 
-def test_the_page_shows_both_ends_and_the_images_left_out(done):
-    folder, _ = done
+def test_the_page_shows_both_ends_and_the_images_left_out(reference):
+    folder, _ = reference
     page = (folder / "index.html").read_text(encoding="utf-8")
     rows = sorted((row for row in lines(folder) if "error" not in row), key=lambda row: row["bits_per_dim"])
     captions = re.findall(r"<figcaption>([\d.]+) bits/dim: (\S+), ", page)
@@ -132,18 +132,18 @@ def test_the_page_shows_both_ends_and_the_images_left_out(done):
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])
-def test_batch_sizes_do_not_change_the_numbers(place, done, tmp_path, batch_size):
+def test_batch_sizes_do_not_change_the_numbers(place, reference, tmp_path, batch_size):
     evaluate_dataset(tmp_path / "run", settings_of(place), batch_size)
-    assert (bits(tmp_path / "run") - bits(done[0])).abs().max() < AGREEMENT
+    assert (bits(tmp_path / "run") - bits(reference[0])).abs().max() < AGREEMENT
 
 
-def test_two_processes_give_the_numbers_of_one(place, done, tmp_path):
+def test_two_processes_give_the_numbers_of_one(place, reference, tmp_path):
     run = [sys.executable, *TWO_PROCESSES, *command(place, tmp_path / "run")]
     subprocess.run(run, check=True, capture_output=True, timeout=600)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["last_run"]["processes"] == 2 and summary["last_run"]["images"] == 12
-    assert (bits(tmp_path / "run") - bits(done[0])).abs().max() < AGREEMENT
-    assert [row["name"] for row in lines(tmp_path / "run")] == [row["name"] for row in lines(done[0])]
+    assert (bits(tmp_path / "run") - bits(reference[0])).abs().max() < AGREEMENT
+    assert [row["name"] for row in lines(tmp_path / "run")] == [row["name"] for row in lines(reference[0])]
 
 
 @pytest.mark.parametrize(
@@ -190,12 +190,12 @@ def test_a_killed_run_continues_without_losing_or_repeating_a_record(tmp_path, l
     }.values(),
     ids=["steps", "seed", "data", "estimator"],
 )
-def test_other_settings_raise_an_error_that_names_them(place, done, changes, words):
+def test_other_settings_raise_an_error_that_names_them(place, reference, changes, words):
     with pytest.raises(InputError, match=f"holds records of other settings: {words}"):
-        evaluate_dataset(done[0], settings_of(place, **changes))
+        evaluate_dataset(reference[0], settings_of(place, **changes))
 
 
-def test_other_weights_and_other_images_raise_an_error(place, done, tmp_path):
+def test_other_weights_and_other_images_raise_an_error(place, reference, tmp_path):
     pipe = tiny.stable_diffusion()
     with torch.no_grad():
         pipe.unet.conv_out.bias += 1e-3
@@ -215,9 +215,9 @@ def test_other_weights_and_other_images_raise_an_error(place, done, tmp_path):
         evaluate_dataset(tmp_path / "run", settings_of(tmp_path))
 
 
-def test_a_stream_gives_the_same_records(place, done, tmp_path):
+def test_a_stream_gives_the_same_records(place, reference, tmp_path):
     evaluate_dataset(tmp_path / "run", settings_of(place, data={"streaming": True}), batch_size=4)
-    assert lines(tmp_path / "run") == lines(done[0])
+    assert lines(tmp_path / "run") == lines(reference[0])
 
 
 def test_images_of_several_sizes_are_evaluated_and_one_that_does_not_fit_is_named(place, tmp_path):
@@ -317,7 +317,7 @@ def test_retry_failed_evaluates_the_failed_images_again(place, tmp_path):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), ValueError("too large for the network")])
 def test_an_image_that_the_network_refuses_is_named_and_changes_no_other_record(
-    place, done, tmp_path, monkeypatch, error
+    place, reference, tmp_path, monkeypatch, error
 ):
     """The memory runs out, or diffusers raises an error, for the images of one caption in every batch."""
     encode = StableDiffusionPipeline.encode_prompt
@@ -329,7 +329,7 @@ def test_an_image_that_the_network_refuses_is_named_and_changes_no_other_record(
 
     monkeypatch.setattr(StableDiffusionPipeline, "encode_prompt", limited)
     evaluate_dataset(tmp_path / "run", settings_of(place), batch_size=4)
-    for row, expected in zip(lines(tmp_path / "run"), lines(done[0]), strict=True):
+    for row, expected in zip(lines(tmp_path / "run"), lines(reference[0]), strict=True):
         if expected.get("caption") == CAPTIONS[1]:
             assert row["error"] == f"Image '{row['name']}': {error}"
         elif "error" not in expected:
@@ -369,7 +369,7 @@ def test_records_of_many_processes_are_read_once_each(tmp_path, monkeypatch):
     assert len(count) == 100
 
 
-def test_an_image_without_a_finite_likelihood_is_named_and_changes_no_other_record(place, done, tmp_path):
+def test_an_image_without_a_finite_likelihood_is_named_and_changes_no_other_record(place, reference, tmp_path):
     """The embedding of one word is NaN. Images with this caption can't be evaluated, and all other images can."""
     pipe = tiny.stable_diffusion()
     token = pipe.tokenizer("f").input_ids[1]
@@ -378,7 +378,7 @@ def test_an_image_without_a_finite_likelihood_is_named_and_changes_no_other_reco
     pipe.save_pretrained(tmp_path / "pipeline")
     settings = dataclasses.replace(settings_of(place), denoiser=DenoiserSettings(str(tmp_path / "pipeline")))
     summary = evaluate_dataset(tmp_path / "run", settings)
-    rows, expected = lines(tmp_path / "run"), lines(done[0])
+    rows, expected = lines(tmp_path / "run"), lines(reference[0])
     broken = [row["position"] for row in rows if "not finite" in row.get("error", "")]
     assert broken == [n for n in range(12) if CAPTIONS[n % 4] == "f" and n not in CORRUPT] == [11]
     assert summary["left_out"] == 3
@@ -474,7 +474,7 @@ def test_captions_for_an_unconditional_pipeline_raise_an_error(tmp_path):
         evaluate_dataset(tmp_path / "run", settings_of(tmp_path, data={"resolution": 8}))
 
 
-def test_the_command_passes_its_options_on_and_prints_errors(place, done, tmp_path):
+def test_the_command_passes_its_options_on_and_prints_errors(place, reference, tmp_path):
     arguments = command(place, tmp_path / "run", "--limit", "3", "--num-probes", "1", "--seed", "5")[2:]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -482,6 +482,6 @@ def test_the_command_passes_its_options_on_and_prints_errors(place, done, tmp_pa
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     names = ("data.limit", "num_probes", "seed", "estimator")
     assert tuple(settings[name] for name in names) == (3, 1, 5, "autodiff")
-    result = CliRunner().invoke(app, command(place, done[0], "--seed", "5")[2:])
+    result = CliRunner().invoke(app, command(place, reference[0], "--seed", "5")[2:])
     assert result.exit_code == 1 and "Error: " in result.stderr and "`seed` was 0, is 5" in result.stderr
-    assert numpy.isfinite(bits(done[0]).numpy()).all()
+    assert numpy.isfinite(bits(reference[0]).numpy()).all()

@@ -39,7 +39,7 @@ SETTINGS = GallerySettings(
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def finished_run(tmp_path_factory):
     """A finished run, with a batch that is not full."""
     folder = tmp_path_factory.mktemp("gallery")
     (folder / "prompts.txt").write_text("\n".join([PROMPTS[0], "", *PROMPTS[1:]]) + "\n")
@@ -55,8 +55,8 @@ def records(folder):
     return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "records").iterdir())}
 
 
-def test_every_prompt_has_its_record_and_pictures(done):
-    folder, summary = done
+def test_every_prompt_has_its_record_and_pictures(finished_run):
+    folder, summary = finished_run
     written = records(folder / "out")
     assert [record["prompt"] for record in written.values()] == PROMPTS
     assert [record["seed"] for record in written.values()] == [5, 6, 7]
@@ -72,17 +72,17 @@ def test_every_prompt_has_its_record_and_pictures(done):
     assert after > before
 
 
-def test_gallery_shows_every_prompt(done):
-    page = (done[0] / "out" / "index.html").read_text()
+def test_gallery_shows_every_prompt(finished_run):
+    page = (finished_run[0] / "out" / "index.html").read_text()
     assert all(prompt in page for prompt in PROMPTS)
     assert page.count("<img") == 2 + 2 * 3
     assert "held out" in page
-    assert size(done[0] / "out" / "gallery.png")[0] > 500
+    assert size(finished_run[0] / "out" / "gallery.png")[0] > 500
 
 
-def test_result_does_not_depend_on_the_batches(done):
+def test_result_does_not_depend_on_the_batches(finished_run):
     """The first image is that of the stock pipeline with the seed of this prompt."""
-    folder, _ = done
+    folder, _ = finished_run
     pipe = load_pipeline(DenoiserSettings("embedded"))
     pipe.set_progress_bar_config(disable=True)
     image = pipe(
@@ -94,14 +94,14 @@ def test_result_does_not_depend_on_the_batches(done):
     assert int(((255 * image).round() - written).abs().max()) <= 1  # float32 may round the other way
 
 
-def test_finished_run_recomputes_nothing(done, monkeypatch):
-    folder, summary = done
+def test_finished_run_recomputes_nothing(finished_run, monkeypatch):
+    folder, summary = finished_run
     monkeypatch.setattr(guidance_gallery, "load_pipeline", lambda *_: pytest.fail("the pipeline was loaded again"))
     other = Memory(3, checkpoint_decoder=True)  # the run may continue with it, because it changes no result
     assert run_gallery(folder / "out", folder / "prompts.txt", SETTINGS, other) == summary
 
 
-def test_a_prompt_whose_numbers_are_not_finite_changes_no_other_record(done, tmp_path, monkeypatch, caplog):
+def test_a_prompt_whose_numbers_are_not_finite_changes_no_other_record(finished_run, tmp_path, monkeypatch, caplog):
     make = guidance_gallery.named_reward
 
     def blind(name):
@@ -112,8 +112,8 @@ def test_a_prompt_whose_numbers_are_not_finite_changes_no_other_record(done, tmp
         )
 
     monkeypatch.setattr(guidance_gallery, "named_reward", blind)
-    summary = run_gallery(tmp_path / "out", done[0] / "prompts.txt", SETTINGS, Memory(3))
-    written, expected = records(tmp_path / "out"), records(done[0] / "out")
+    summary = run_gallery(tmp_path / "out", finished_run[0] / "prompts.txt", SETTINGS, Memory(3))
+    written, expected = records(tmp_path / "out"), records(finished_run[0] / "out")
     for key in ("00000", "00002"):  # float32, in other batches
         assert written[key]["rewards"] == pytest.approx(expected[key]["rewards"], rel=1e-4)
     assert written["00001"]["prompt"] == PROMPTS[1] and "is not finite" in written["00001"]["failed"]
@@ -122,12 +122,12 @@ def test_a_prompt_whose_numbers_are_not_finite_changes_no_other_record(done, tmp
     assert "Without a result: a photo of a bag. The reward" in (tmp_path / "out" / "index.html").read_text()
     monkeypatch.setattr(guidance_gallery, "named_reward", make)
     for retry_failed in (False, True):
-        summary = run_gallery(tmp_path / "out", done[0] / "prompts.txt", SETTINGS, Memory(3), retry_failed)
+        summary = run_gallery(tmp_path / "out", finished_run[0] / "prompts.txt", SETTINGS, Memory(3), retry_failed)
         assert summary["failed"] == (0 if retry_failed else 1)
     assert records(tmp_path / "out")["00001"]["rewards"] == pytest.approx(expected["00001"]["rewards"], rel=1e-4)
 
 
-def one(folder, memory=None, **changes):
+def run_prompt(folder, memory=None, **changes):
     """Returns the record of a short run for one prompt."""
     (folder / "prompts.txt").write_text("a photo of a bag")
     changes = {"held_out": None, "num_guidance_steps": 1, **changes}
@@ -140,7 +140,7 @@ def one(folder, memory=None, **changes):
     return records(folder / "out")["00000"]
 
 
-def by_hand(**options):
+def guide_by_hand(**options):
     """Returns a pipeline, and the output of its `guide` for the same prompt."""
     pipe = load_pipeline(DenoiserSettings("embedded"))
     reward = ClassifierReward.from_pretrained(f"{embedded_checkpoint()}/classifier", target="ankle boot")
@@ -153,34 +153,36 @@ def by_hand(**options):
 
 def test_negative_prompt_and_optimiser_are_passed_to_guide(tmp_path):
     changes = {"negative_prompt": "a photo of a coat", "optimizer": "Adam", "step_size": 0.05}
-    _, out = by_hand(**changes)
-    record = one(tmp_path, memory=Memory(checkpoint_decoder=True), **changes)
+    _, out = guide_by_hand(**changes)
+    record = run_prompt(tmp_path, memory=Memory(checkpoint_decoder=True), **changes)
     # float32; the decoder's activations are computed twice
     assert record["rewards"] == pytest.approx(out.rewards[:, 0].tolist(), rel=1e-5)
-    assert record["rewards"] != pytest.approx(by_hand(optimizer="Adam", step_size=0.05)[1].rewards[:, 0], rel=1e-3)
+    assert record["rewards"] != pytest.approx(
+        guide_by_hand(optimizer="Adam", step_size=0.05)[1].rewards[:, 0], rel=1e-3
+    )
     for name, value in {"negative_prompt": None, "optimizer": "SGD"}.items():
         with pytest.raises(InputError, match=f"holds records of other settings: `{name}` was"):
-            one(tmp_path, **changes | {name: value})
+            run_prompt(tmp_path, **changes | {name: value})
 
 
 def test_the_default_estimator_is_that_of_guide(tmp_path):
-    record = one(tmp_path, estimator=guidance_gallery.GallerySettings().estimator)
-    assert record["rewards"] == pytest.approx(by_hand(estimator=None)[1].rewards[:, 0].tolist(), rel=1e-5)
-    assert record["rewards"] != pytest.approx(by_hand()[1].rewards[:, 0].tolist(), rel=1e-3)
+    record = run_prompt(tmp_path, estimator=guidance_gallery.GallerySettings().estimator)
+    assert record["rewards"] == pytest.approx(guide_by_hand(estimator=None)[1].rewards[:, 0].tolist(), rel=1e-5)
+    assert record["rewards"] != pytest.approx(guide_by_hand()[1].rewards[:, 0].tolist(), rel=1e-3)
 
 
 def test_patience_ends_a_prompt_and_needs_batches_of_one(tmp_path, monkeypatch):
     monkeypatch.setattr(
         guidance_gallery, "named_reward", lambda name: lambda images, prompts: 0 * images.sum((1, 2, 3))
     )
-    record = one(tmp_path, num_guidance_steps=5, patience=2)
+    record = run_prompt(tmp_path, num_guidance_steps=5, patience=2)
     assert record["status"] == "stopped after 2 runs without a new best"
     assert len(record["rewards"]) == 3
     with pytest.raises(InputError, match="`patience` counts runs of a whole batch, so with `batch_size` 2 results"):
-        one(tmp_path, memory=Memory(2), patience=2)
+        run_prompt(tmp_path, memory=Memory(2), patience=2)
     (tmp_path / "new").mkdir()
     with pytest.raises(InputError, match="`patience` is 0; allowed: at least 1 run"):
-        one(tmp_path / "new", patience=0)
+        run_prompt(tmp_path / "new", patience=0)
     assert not list((tmp_path / "new" / "out" / "records").iterdir())
 
 
@@ -207,8 +209,8 @@ def test_held_out_rewards_that_are_not_finite_are_null_and_no_prompt_fails(tmp_p
 
 
 def test_likelihoods_are_those_of_the_pipeline_and_are_on_the_page(tmp_path):
-    record = one(tmp_path, likelihood=True)
-    pipe, out = by_hand()
+    record = run_prompt(tmp_path, likelihood=True)
+    pipe, out = guide_by_hand()
     expected = pipe.log_likelihood(torch.cat([out.initial_images, out.images]), "a photo of a bag")
     assert list(record["bits_per_dim"]) == list(record["bits_per_dim_error"]) == ["before", "after"]
     # float32 twice through the same operations
@@ -225,7 +227,7 @@ def test_likelihoods_are_those_of_the_pipeline_and_are_on_the_page(tmp_path):
         == f"after\n{record['bits_per_dim']['after']:.4g} ± {record['bits_per_dim_error']['after']:.4g} bits/dim"
     )
     with pytest.raises(InputError, match="`likelihood` was true, is false"):
-        one(tmp_path)
+        run_prompt(tmp_path)
 
 
 def test_a_pipeline_without_likelihood_raises_an_error_before_any_guidance(tmp_path, monkeypatch):
@@ -241,7 +243,7 @@ def test_a_pipeline_without_likelihood_raises_an_error_before_any_guidance(tmp_p
 
     monkeypatch.setattr(guidance_gallery, "load_pipeline", load_changed)
     with pytest.raises(InputError, match="another denoiser"):
-        one(tmp_path, likelihood=True)
+        run_prompt(tmp_path, likelihood=True)
 
 
 def test_the_page_names_images_that_the_safety_checker_blackens(tmp_path, monkeypatch):
@@ -253,14 +255,14 @@ def test_the_page_names_images_that_the_safety_checker_blackens(tmp_path, monkey
         return pipe
 
     monkeypatch.setattr(guidance_gallery, "load_pipeline", load_strict)
-    assert one(tmp_path)["flagged"] == ["before", "after"]
+    assert run_prompt(tmp_path)["flagged"] == ["before", "after"]
     words = "Black, because the safety checker flagged it: the image before and after."
     assert words in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_offload_needs_an_accelerator_and_an_order_of_the_networks(tmp_path):
     with pytest.raises(InputError, match=r"`offload` needs an accelerator .* none was found; leave it out"):
-        one(tmp_path, memory=Memory(offload=True))
+        run_prompt(tmp_path, memory=Memory(offload=True))
     cpu = torch.device("cpu")
     with pytest.raises(UnsupportedError, match=r"LDMFisherPipeline can't be offloaded: .*Leave `offload` out"):
         guidance_gallery._offload(tiny.latent_unconditional(LDMFisherPipeline), cpu)
@@ -279,8 +281,8 @@ def test_curves_by_seconds_are_means_of_the_best_so_far():
     assert [axes.get_ylabel() for axes in figure.axes] == ["best reward", "held-out reward at the best"]
 
 
-def test_other_prompts_or_settings_raise_an_error(done):
-    folder, _ = done
+def test_other_prompts_or_settings_raise_an_error(finished_run):
+    folder, _ = finished_run
     other = folder / "other.txt"
     other.write_text("a photo of a dress\n")
     with pytest.raises(InputError, match=r"holds records of other settings: `prompts` was \"3, sha256 .*, is \"1, "):
@@ -304,7 +306,7 @@ def command(folder, environment=None):
     return subprocess.Popen(run, env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_kill_loses_no_finished_prompt(done, tmp_path):
+def test_a_kill_loses_no_finished_prompt(finished_run, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     writer = command(tmp_path)
     try:
@@ -317,7 +319,7 @@ def test_a_kill_loses_no_finished_prompt(done, tmp_path):
     result = CliRunner().invoke(app, arguments(tmp_path))
     assert result.exit_code == 0, result.output
     assert f"{len(before)} of this process's 3 done" in result.output
-    after, reference = records(tmp_path / "out"), records(done[0] / "out")
+    after, reference = records(tmp_path / "out"), records(finished_run[0] / "out")
     assert {key: after[key] for key in before} == before  # the seconds too, so nothing was computed again
     for key, record in after.items():
         # other batches, in float32
@@ -326,7 +328,7 @@ def test_a_kill_loses_no_finished_prompt(done, tmp_path):
         )
 
 
-def test_processes_share_the_prompts(done, tmp_path):
+def test_processes_share_the_prompts(finished_run, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
