@@ -1,6 +1,6 @@
 """Cuts training data into pieces of global batches, which do not depend on the number of processes."""
 
-import copy
+import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,13 +8,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..data import CachedLatents, Caption, Images, ImageStream, UnreadableImageError
+from ..data import CachedLatents, Caption, Example, Images, ImageStream, UnreadableImageError
 from ..errors import InputError
 from .schedule import Optimisation, batch_indices
 
 SHUFFLE_BUFFER = 1000  # undecoded images of a stream
 Entry = tuple[torch.Tensor, Caption, tuple[str, ...]]  # a sample, its caption, names of the images it replaces
-Row = tuple[int, dict[str, Any]]  # the position of an image and its undecoded row
 Item = TypeVar("Item")
 
 
@@ -78,7 +77,8 @@ class TrainingData:
 
     def __init__(self, source: Images | CachedLatents, settings: Optimisation, held_out: int, seed: int):
         self.source, self.settings, self.num_held_out, self.seed = source, settings, held_out, seed
-        if not isinstance(source, ImageStream) and len(source) < held_out + settings.batch_size:
+        self.streaming = isinstance(source, ImageStream)
+        if not self.streaming and len(source) < held_out + settings.batch_size:
             raise InputError(
                 f"The data has {len(source)} samples; {held_out} are held out and a batch takes "
                 f"{settings.batch_size}. Give more data, a smaller batch or fewer held-out samples."
@@ -94,7 +94,7 @@ class TrainingData:
                     f"The stream '{self.source.data.path}' has {len(rows)} images; {count} are to be held out. Give "
                     "more data or fewer held-out samples."
                 )
-            readable = _Readable(self.source, count, rows=rows)
+            readable = _Readable(_StreamRows(self.source, iter(rows)), count)
         else:
             readable = _Readable(self.source, count, first=len(self.source) - count)
         return Piece.of([readable[index] for index in range(count)])
@@ -107,11 +107,12 @@ class TrainingData:
         if isinstance(self.source, ImageStream):
             rows = itertools.islice(self.source.undecoded(self.num_held_out), count)
             entries = _readable_rows(self.source, enumerate(rows, self.num_held_out))
-        else:
-            readable = _Readable(self.source, len(self.source) - self.num_held_out)
-            indices = torch.linspace(0, len(readable) - 1, min(count, len(readable))).long().tolist()
-            entries = (readable[index] for index in indices)
-        yield from map(Piece.of, batched(entries, size))
+            yield from map(Piece.of, batched(entries, size))
+            return
+        readable = _Readable(self.source, len(self.source) - self.num_held_out)
+        indices = torch.linspace(0, len(readable) - 1, min(count, len(readable))).long().tolist()
+        for group in batched(iter(indices), size):
+            yield Piece.of([readable[index] for index in group])
 
     def pieces(self, share: BatchShare, start: int, workers: int) -> Iterable[Piece]:
         """Returns the process's pieces of every step from `start` to the last."""
@@ -137,47 +138,81 @@ def batched(entries: Iterator[Item], size: int) -> Iterator[list[Item]]:
         yield group
 
 
-def _readable_rows(images: Images, rows: Iterable[Row]) -> Iterator[Entry]:
+class _StreamRows:
+    """Gives images of a stream by position.
+
+    Undecoded rows are kept from the position of the last `drop` to the highest position that was read.
+    """
+
+    def __init__(self, stream: ImageStream, rows: Iterator[dict[str, Any]]):
+        self.stream, self.rows, self.first = stream, rows, 0
+        self.kept: collections.deque[dict[str, Any]] = collections.deque()
+
+    def drop(self, position: int) -> None:
+        """Forgets the rows before `position`."""
+        while self.first < position:
+            if self.kept:
+                self.kept.popleft()
+            else:
+                next(self.rows)
+            self.first += 1
+
+    def _row(self, position: int) -> dict[str, Any]:
+        while self.first + len(self.kept) <= position:
+            self.kept.append(next(self.rows))
+        return self.kept[position - self.first]
+
+    def __getitem__(self, position: int) -> Example:
+        return self.stream.example(self._row(position), position)
+
+    def name(self, position: int) -> str:
+        return self.stream.row_name(self._row(position), position)
+
+
+def _next_readable(source: Images | CachedLatents | _StreamRows, positions: Iterable[int]) -> Entry:
+    """Returns the first sample at `positions` that can be read, with the names of the samples before it."""
+    skipped: list[str] = []
+    for position in positions:
+        try:
+            entry = source[position]
+        except UnreadableImageError:
+            skipped.append(source.name(position))
+            continue
+        if isinstance(entry, Example):
+            return entry.pixels, entry.caption, tuple(skipped)
+        return *entry, tuple(skipped)
+    raise InputError(f"None of {len(skipped)} images in a row can be read; the first is '{skipped[0]}'.")
+
+
+def _readable_rows(stream: ImageStream, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[Entry]:
     """Yields the rows that can be read, each with the names of the unreadable rows before it.
 
-    Raises:
-        InputError: there are rows, but none of them can be read.
+    Args:
+        rows: positions and undecoded rows.
     """
     skipped: list[str] = []
-    some = False
     for position, row in rows:
         try:
-            example = images.example(row, position)
+            example = stream.example(row, position)
         except UnreadableImageError:
-            skipped.append(images.row_name(row, position))
+            skipped.append(stream.row_name(row, position))
         else:
             yield example.pixels, example.caption, tuple(skipped)
-            skipped, some = [], True
-    if skipped and not some:
-        raise InputError(f"None of {len(skipped)} images in a row can be read; the first is '{skipped[0]}'.")
+            skipped = []
 
 
 class _Readable(torch.utils.data.Dataset):
-    """Gives `count` samples from `first` on. The next readable one of them takes the place of an unreadable one.
+    """`count` samples from `first` on. A sample that can't be read is replaced by the next of them that can."""
 
-    Args:
-        rows: undecoded rows by position; None means that the source has them by position.
-    """
-
-    def __init__(
-        self, source: Images | CachedLatents, count: int, first: int = 0, rows: list[dict[str, Any]] | None = None
-    ):
-        self.source, self.count, self.first, self.rows = source, count, first, rows
+    def __init__(self, source: Images | CachedLatents | _StreamRows, count: int, first: int = 0):
+        self.source, self.count, self.first = source, count, first
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Entry:
-        if isinstance(self.source, CachedLatents):
-            return *self.source[self.first + index], ()
-        rows = self.source.rows if self.rows is None else self.rows
         order = itertools.chain(range(index, self.count), range(index))
-        return next(_readable_rows(self.source, ((self.first + i, rows[self.first + i]) for i in order)))
+        return _next_readable(self.source, (self.first + position for position in order))
 
 
 class _StreamPieces(torch.utils.data.IterableDataset):
@@ -187,18 +222,12 @@ class _StreamPieces(torch.utils.data.IterableDataset):
         self.stream, self.share, self.skip, self.start, self.steps, self.seed = stream, share, skip, start, steps, seed
 
     def __iter__(self) -> Iterator[Piece]:
-        (rows,) = itertools.tee(enumerate(self._endless()), 1)  # its copies read ahead without moving it
-        position = 0
+        rows, size = _StreamRows(self.stream, self._endless()), self.share.batch_size
         for step in range(self.start, self.steps):
+            rows.drop(step * size)
             for part in self.share.slices:
-                first = step * self.share.batch_size + part.start
-                for _ in range(first - position):
-                    next(rows)
-                position = first
-                ahead = [
-                    itertools.islice(copy.copy(rows), i, i + SHUFFLE_BUFFER) for i in range(part.stop - part.start)
-                ]
-                yield Piece.of([next(_readable_rows(self.stream, candidates)) for candidates in ahead])
+                positions = range(step * size + part.start, step * size + part.stop)
+                yield Piece.of([_next_readable(rows, range(first, first + SHUFFLE_BUFFER)) for first in positions])
 
     def _endless(self) -> Iterator[dict[str, Any]]:
         """Yields undecoded rows, shuffled within a buffer, epoch after epoch."""
