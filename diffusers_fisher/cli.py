@@ -10,6 +10,7 @@ from . import __version__
 from .jobs.command import errors_in_words
 from .settings import Dtype, GuidanceEstimator, TraceEstimator
 
+OUTPUTS = Path("outputs")
 Seed = Annotated[int, Option(help="Seed of every random draw.")]
 Checkpoint = Annotated[str, Option(help="Folder or Hub id of a pipeline; 'embedded' is the embedded one.")]
 WeightDtype = Annotated[Dtype, Option(help="Dtype of the pipeline's weights.")]
@@ -41,7 +42,7 @@ def main(version: Annotated[bool, Option("--version", help="Print the version an
 
 @app.command()
 def demo(
-    output: Annotated[Path, Option(help="Folder for images, plots and report.json.")] = Path("outputs/demo"),
+    output: Annotated[Path, Option(help="Folder for images, plots and report.json.")] = OUTPUTS / "demo",
     seed: Seed = 0,
 ) -> None:
     """Compute likelihoods of real images and guide by a reward, on the embedded checkpoint. Minutes on two cores."""
@@ -52,9 +53,7 @@ def demo(
 
 @app.command()
 def transport(
-    output: Annotated[Path, Option(help="Folder for the table, plots and transport.json.")] = Path(
-        "outputs/transport"
-    ),
+    output: Annotated[Path, Option(help="Folder for the table, plots and transport.json.")] = OUTPUTS / "transport",
     runs: Annotated[int, Option(help="Random starts per map; 300 gives the standard errors of the docs.")] = 300,
     points: Annotated[
         str | None, Option(help='Your own points instead of the study\'s, such as "0.5,0; 0,-0.5; 0,0".')
@@ -71,9 +70,8 @@ def transport(
 @app.command()
 def guide(
     prompts: Annotated[Path, Option(help="Text file with one prompt per line.")],
-    output: Annotated[Path, Option(help="Folder of records, pictures, index.html and gallery.png.")] = Path(
-        "outputs/guide"
-    ),
+    output: Annotated[Path, Option(help="Folder of records, pictures, index.html and gallery.png.")] = OUTPUTS
+    / "guide",
     checkpoint: Checkpoint = "embedded",
     reward: Annotated[
         str,
@@ -119,9 +117,8 @@ def guide(
 @app.command()
 def likelihood(
     data: Annotated[str, Option(help="Folder of images or of `save_to_disk`, or a dataset's name.")],
-    output: Annotated[Path, Option(help="Folder of likelihoods.jsonl, summary.json and index.html.")] = Path(
-        "outputs/likelihood"
-    ),
+    output: Annotated[Path, Option(help="Folder of likelihoods.jsonl, summary.json and index.html.")] = OUTPUTS
+    / "likelihood",
     model: Checkpoint = "embedded",
     revision: Annotated[str | None, Option(help="Revision of the pipeline on the Hub.")] = None,
     variant: Annotated[str | None, Option(help="Variant of the pipeline on the Hub.")] = None,

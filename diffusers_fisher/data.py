@@ -5,9 +5,11 @@ Everything is read lazily. The error of an image that can't be read names it; no
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import logging
 import os
@@ -84,7 +86,7 @@ class Images(torch.utils.data.Dataset):
     """Images by position. See `open_images`.
 
     Attributes:
-        files_left_out: names of files in the data's folder that are in no row; empty for streams, for which they are
+        files_left_out: names of the files in the data's folder that are in no row; empty for streams, whose files are
             not known.
     """
 
@@ -114,15 +116,15 @@ class Images(torch.utils.data.Dataset):
         return str(position)
 
     def row_caption(self, row: dict[str, Any]) -> Caption:
-        """Returns the caption or class label of a row; None if it has none (the library `datasets` says -1)."""
+        """Returns the caption or class label of a row, or None without one (the library `datasets` says -1)."""
         caption = row[self.data.caption_column] if self.data.caption_column else None
         if self.names is None or not isinstance(caption, int):
             return caption
         return self.names[caption] if caption >= 0 else None
 
-    def undecoded(self) -> Iterator[dict[str, Any]]:
-        """Yields undecoded rows in order; `example` decodes them."""
-        yield from self.rows
+    def undecoded(self, start: int = 0) -> Iterator[dict[str, Any]]:
+        """Yields undecoded rows from position `start` on; `example` decodes them."""
+        yield from self.rows.skip(start) if start else self.rows
 
     def example(self, row: dict[str, Any], position: int) -> Example:
         """Decodes a row of the dataset."""
@@ -140,10 +142,6 @@ class ImageStream(Images):
     def __getitem__(self, index: int) -> Example:
         raise TypeError("A stream of images has no positions; iterate over `undecoded()`.")
 
-    def undecoded(self, start: int = 0) -> Iterator[dict[str, Any]]:
-        """Yields undecoded rows from position `start` on; `example` decodes them."""
-        yield from self.rows.skip(start) if start else self.rows
-
 
 def open_images(data: ImageData, channels: int = 3, text_captions: bool = True) -> Images | ImageStream:
     """Opens image data without reading it.
@@ -155,9 +153,14 @@ def open_images(data: ImageData, channels: int = 3, text_captions: bool = True) 
     Raises:
         InputError: the data do not exist, have no such column or split, or are empty.
     """
-    datasets = _datasets()
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            "Reading images needs the package `datasets`: pip install 'diffusers_fisher[training]'."
+        ) from error
     rows = _load(datasets, data)
-    columns = rows.column_names or []  # a stream may not know them
+    columns = rows.column_names or []  # a stream may not know its columns
     wanted = {"image_column": data.image_column, "caption_column": data.caption_column}
     missing = {key: column for key, column in wanted.items() if column is not None and column not in columns}
     if missing and columns:
@@ -174,11 +177,9 @@ def open_images(data: ImageData, channels: int = 3, text_captions: bool = True) 
         )  # fmt: skip
     if data.limit is not None:
         rows = rows.take(data.limit)
-    if data.streaming:
-        return ImageStream(rows, data, channels, text_captions)
-    if not len(rows):
+    if not data.streaming and not len(rows):
         raise no_images(data)
-    images = Images(rows, data, channels, text_captions)
+    images = (ImageStream if data.streaming else Images)(rows, data, channels, text_captions)
     images.files_left_out = left_out
     return images
 
@@ -188,28 +189,18 @@ def no_images(data: ImageData) -> InputError:
     return InputError(f"The data '{data.path}' (split '{data.split}') has no images.")
 
 
-def _datasets() -> ModuleType:
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(
-            "Reading images needs the package `datasets`: pip install 'diffusers_fisher[training]'."
-        ) from error
-    return datasets
-
-
 def _load(datasets: ModuleType, data: ImageData) -> Dataset | IterableDataset:
     folder = Path(data.path)
-    saved = folder / "state.json", folder / "dataset_dict.json"
     options = {"split": data.split, "streaming": data.streaming}
     try:
         with _quiet(datasets):
-            if any(path.is_file() for path in saved):
+            if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
                 loaded = datasets.load_from_disk(str(folder))
                 rows = loaded[data.split] if isinstance(loaded, dict) else loaded
                 return rows.to_iterable_dataset() if data.streaming else rows
             if _is_flat(folder, data):
-                # By itself ImageFolder takes "train" or "test" in a file's name for its split, without the others.
+                # Without `data_files`, ImageFolder takes "train" or "test" in a file's name for the file's split, and
+                # leaves out all other files.
                 return datasets.load_dataset("imagefolder", data_files={data.split: f"{folder}/**"}, **options)
             return datasets.load_dataset(data.path, data.name, revision=data.revision, **options)
     except (OSError, ValueError, KeyError, IndexError, datasets.exceptions.DatasetsError) as error:
@@ -238,8 +229,8 @@ def _files_left_out(rows: Dataset, data: ImageData) -> list[str]:
     files = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        shown = [name for name in names if not name.startswith((".", "__", "metadata."))]
-        files += [Path(place, name).relative_to(folder).as_posix() for name in shown]
+        names = [name for name in names if not name.startswith((".", "__", "metadata."))]
+        files += [Path(place, name).relative_to(folder).as_posix() for name in names]
     if len(files) == len(rows):
         return []
     paths = [Path(row[data.image_column]["path"]) for row in rows.select_columns(data.image_column)]
@@ -249,12 +240,12 @@ def _files_left_out(rows: Dataset, data: ImageData) -> list[str]:
 @contextlib.contextmanager
 def _quiet(datasets: ModuleType) -> Iterator[None]:
     """Disables the progress bars of `datasets`."""
-    shown = datasets.utils.logging.is_progress_bar_enabled()
+    enabled = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             datasets.enable_progress_bars()
 
 
@@ -296,17 +287,17 @@ class CachedLatents(torch.utils.data.Dataset):
                 "`accelerate launch -m diffusers_fisher.training.cache_latents --config ...`."
             )
         self.index = read_json(self.folder / LATENT_INDEX)
-        self._starts = torch.tensor([0, *self.index["counts"]]).cumsum(0)
+        self._starts = [0, *itertools.accumulate(self.index["counts"])]
         self._shards: dict[int, tuple[torch.Tensor, list[Caption]]] = {}
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, Caption]:
         """Returns mean and deviation of the autoencoder's posterior, (2, C, h, w) float32, and the caption."""
-        shard = int(torch.searchsorted(self._starts, position, right=True)) - 1
+        shard = bisect.bisect_right(self._starts, position) - 1
         moments, captions = self._shard(shard)
-        row = position - int(self._starts[shard])
+        row = position - self._starts[shard]
         return moments[row].float(), captions[row]
 
     def name(self, position: int) -> str:
@@ -320,8 +311,7 @@ class CachedLatents(torch.utils.data.Dataset):
             path = self.folder / shard_name(number)
             try:
                 with safe_open(path, framework="pt") as file:  # the tensor is mapped from the file, not read
-                    captions = json.loads(file.metadata()["captions"])
-                    self._shards[number] = file.get_tensor("moments"), captions
+                    self._shards[number] = file.get_tensor("moments"), json.loads(file.metadata()["captions"])
             except (OSError, SafetensorError, KeyError) as error:
                 raise CheckpointError(f"Cached latents '{path}' can't be read: {error}; make them again.") from error
         return self._shards[number]

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import pandas
 import torch
-from matplotlib.axes import Axes
 
 from . import __version__
 from .checkpoints import EMBEDDED_CLASSES, embedded_checkpoint, embedded_prompt, embedded_test_images
@@ -37,7 +36,7 @@ SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 2.0}
 GUIDANCE: dict[str, Any] = {"num_guidance_steps": 10}
 LIKELIHOOD: dict[str, Any] = {"num_inference_steps": 20}
 PROBES = "real, 2 probes"
-"""The same images without the trace model, for comparison."""
+"""Name of the likelihoods of the same images without the trace model, for comparison."""
 
 ESTIMATORS: dict[str, Callable[[], FisherEstimator]] = {
     "one step (default)": OneStepFisher,
@@ -48,11 +47,11 @@ ESTIMATORS: dict[str, Callable[[], FisherEstimator]] = {
     "endpoint, paper": EndpointFisher,
 }
 LIKELIHOOD_COLUMNS = {
-    "bits/dim": "mean", "std": "standard_deviation", "probe s.e.": "probe_standard_error",
-    "step error": "discretisation_error", "at most": "largest_discretisation_error", "calls": "num_denoiser_calls",
+    "mean": "bits/dim", "standard_deviation": "std", "probe_standard_error": "probe s.e.",
+    "discretisation_error": "step error", "largest_discretisation_error": "at most", "num_denoiser_calls": "calls",
 }  # fmt: skip
 GUIDANCE_COLUMNS = {
-    "reward before": "reward_before", "after": "reward_after", "seconds": "seconds", "calls": "num_denoiser_calls",
+    "reward_before": "reward before", "reward_after": "after", "seconds": "seconds", "num_denoiser_calls": "calls",
 }  # fmt: skip
 
 
@@ -72,20 +71,25 @@ def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
     images, labels = embedded_test_images()
     question = "How likely are images under the checkpoint?"
     print(f"{question} ({len(images)} test images, bits/dim of the latent)", flush=True)
-    sets = _image_sets(images, seed)
-    likelihoods = {name: _likelihood(pipe, version, labels, seed) for name, version in sets.items()}
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    sets = {"real": images, "inverted": 1 - images, "noise-corrupted": (images + 0.2 * noise).clamp(0, 1)}
+    likelihoods = {name: _likelihood(pipe, pixels, labels, seed) for name, pixels in sets.items()}
     likelihoods[PROBES] = _likelihood(pipe, images, labels, seed, estimator=AutodiffFisher(), num_probes=2)
     report: dict[str, Any] = {"likelihood": {name: _likelihood_report(out) for name, out in likelihoods.items()}}
     _print_table("images", report["likelihood"], LIKELIHOOD_COLUMNS)
     print(f"\nSteering '{embedded_prompt(PROMPT_CLASS)}' toward '{TARGET}' ({NUM_IMAGES} images)", flush=True)
     reward = ClassifierReward.from_pretrained(Path(embedded_checkpoint()) / "classifier", target=TARGET)
-    runs = {name: _guide(pipe, reward, make(), seed) for name, make in ESTIMATORS.items()}
+    prompts = [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES
+    options: dict[str, Any] = {"output_type": "pt", **SAMPLING, **GUIDANCE}
+    runs = {}
+    for name, make in ESTIMATORS.items():
+        generator = torch.Generator().manual_seed(seed)
+        out = pipe.guide(prompts, reward, estimator=make(), generator=generator, **options)
+        runs[name] = cast(GuidanceOutput, out)
     report["guidance"] = {name: _guidance_report(out) for name, out in runs.items()}
     _print_table("estimator", report["guidance"], GUIDANCE_COLUMNS)
     report |= {"seconds": round(time.perf_counter() - begin, 1), "versions": versions()}
-    prompts, generator = [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES, torch.Generator().manual_seed(seed)
-    before = pipe(prompts, generator=generator, output_type="pt", **SAMPLING).images
-    _draw(output, likelihoods, runs, before)
+    _draw(output, likelihoods, runs)
     write_json(output / "report.json", report)
     print(f"\nImages, plots and report.json are in {output.resolve()} ({report['seconds']} s in all).")
     return report
@@ -97,29 +101,14 @@ def versions() -> dict[str, str]:
     return own | {name: version(name) for name in ("diffusers", "transformers", "torch")}
 
 
-def _image_sets(images: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
-    """The images (B, 1, 32, 32) as they are, inverted and with noise."""
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
-    return {"real": images, "inverted": 1 - images, "noise-corrupted": (images + 0.2 * noise).clamp(0, 1)}
-
-
 def _likelihood(
     pipe: StableDiffusionFisherPipeline, images: torch.Tensor, labels: torch.Tensor, seed: int, **options: Any
 ) -> LikelihoodOutput:
     prompts = [embedded_prompt(int(label)) for label in labels]
     generator = torch.Generator().manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CoarseGridWarning)  # the table shows the largest error
+    # The table shows the largest error.
+    with warnings.catch_warnings(action="ignore", category=CoarseGridWarning):
         return pipe.log_likelihood(images, prompt=prompts, generator=generator, **LIKELIHOOD, **options)
-
-
-def _guide(
-    pipe: StableDiffusionFisherPipeline, reward: ClassifierReward, estimator: FisherEstimator, seed: int
-) -> GuidanceOutput:
-    prompts = [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES
-    generator = torch.Generator().manual_seed(seed)
-    options = {"estimator": estimator, "generator": generator, "output_type": "pt", **SAMPLING, **GUIDANCE}
-    return cast(GuidanceOutput, pipe.guide(prompts, reward, **options))
 
 
 def _likelihood_report(out: LikelihoodOutput) -> dict[str, Any]:
@@ -152,18 +141,24 @@ def _print_table(title: str, report: Mapping[str, Mapping[str, Any]], columns: M
     Args:
         title: heading of the entries' names.
         report: values by key, by name of the entry.
-        columns: key of the report by heading.
+        columns: heading of the column by key of the report.
     """
-    rows = [{heading: row[key] for heading, key in columns.items()} for row in report.values()]
-    table = pandas.DataFrame(rows, index=list(report)).rename_axis(columns=title)
+    table = pandas.DataFrame(list(report.values()), index=list(report))[list(columns)].rename(columns=columns)
+    table.columns.name = title
     print(textwrap.indent(table.to_string(float_format="{:.3f}".format), "  "))
 
 
-def _draw(
-    output: Path, likelihoods: Mapping[str, LikelihoodOutput], runs: Mapping[str, GuidanceOutput], before: torch.Tensor
-) -> None:
+def _draw(output: Path, likelihoods: Mapping[str, LikelihoodOutput], runs: Mapping[str, GuidanceOutput]) -> None:
+    """Draws histograms of bits/dim and r by noise level, the rewards by seconds, and the images."""
     figure, (left, right) = make_figure(11, 4, columns=2)
-    _draw_likelihoods(left, right, likelihoods)
+    for name, out in likelihoods.items():
+        left.hist(out.bits_per_dim.numpy(), bins=20, alpha=0.6, label=name)
+        mean, spread = out.unexplained_noise_fraction.mean(1), out.unexplained_noise_fraction.std(1)  # over the images
+        right.plot(out.noise_to_signal, mean, label=name)
+        right.fill_between(out.noise_to_signal, mean - spread, mean + spread, alpha=0.2)
+    left.set(xlabel="bits/dim of the latent (lower is likelier)", ylabel="images", title="Likelihood")
+    right.set(xlabel="noise to signal", ylabel="r = tr Cov[noise]/d", xscale="log", title="Trace of the Fisher")
+    left.legend()
     save_figure(figure, output / "likelihood.png")
 
     figure, (axes,) = make_figure(6, 4)
@@ -173,6 +168,7 @@ def _draw(
     axes.legend()
     save_figure(figure, output / "guidance.png")
 
+    before = next(iter(runs.values())).initial_images  # the same for every estimator
     rows = {"before": before, **{name: run.images for name, run in runs.items()}}
     figure, grid = make_figure(8, 1.35 * len(rows), len(rows))
     for axes, (name, pictures) in zip(grid, rows.items(), strict=True):
@@ -180,15 +176,3 @@ def _draw(
         axes.set_title(name, fontsize=9, loc="left")
         axes.set_axis_off()
     save_figure(figure, output / "gallery.png")
-
-
-def _draw_likelihoods(left: Axes, right: Axes, likelihoods: Mapping[str, LikelihoodOutput]) -> None:
-    """Draws histograms of bits/dim, and r by noise level with its standard deviation over the images."""
-    for name, out in likelihoods.items():
-        left.hist(out.bits_per_dim.numpy(), bins=20, alpha=0.6, label=name)
-        mean, spread = out.unexplained_noise_fraction.mean(1), out.unexplained_noise_fraction.std(1)
-        right.plot(out.noise_to_signal, mean, label=name)
-        right.fill_between(out.noise_to_signal, mean - spread, mean + spread, alpha=0.2)
-    left.set(xlabel="bits/dim of the latent (lower is likelier)", ylabel="images", title="Likelihood")
-    right.set(xlabel="noise to signal", ylabel="r = tr Cov[noise]/d", xscale="log", title="Trace of the Fisher")
-    left.legend()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -45,9 +46,8 @@ def check_writable(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / ".writable") as temporary:
-            temporary.write_text("")
-        (folder / ".writable").unlink(missing_ok=True)  # another process may have removed it
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable."):
+            pass
     except OSError as error:
         raise InputError(f"The folder '{folder}' can't be written: {error}. Name another folder.") from error
 
@@ -57,6 +57,11 @@ def write_json(path: str | os.PathLike, content: Any) -> None:  # Any: every JSO
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def finite_number(value: float) -> float | None:
+    """Returns the number, or None where it is not finite: JSON has neither NaN nor infinity."""
+    return float(value) if math.isfinite(value) else None
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
@@ -78,18 +83,11 @@ def load_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
     Raises:
         CheckpointError: the file is missing, truncated or not safetensors.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise CheckpointError(f"Checkpoint file '{path}' does not exist.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"Checkpoint file '{path}' ({path.stat().st_size} bytes) can't be read as safetensors: {error}. "
-            "It may be truncated; write or download the file again."
-        ) from error
+    with _open_safetensors(path) as file:
+        names = list(file.keys())
+        return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
 
 
 def check_safetensors(path: str | os.PathLike) -> None:
@@ -98,10 +96,17 @@ def check_safetensors(path: str | os.PathLike) -> None:
     Raises:
         CheckpointError: the file is missing, truncated or not safetensors.
     """
+    with _open_safetensors(path) as file:
+        file.keys()
+
+
+@contextlib.contextmanager
+def _open_safetensors(path: str | os.PathLike) -> Iterator[safe_open]:
+    """Opens a safetensors file, and turns errors of the file into `CheckpointError`."""
     path = Path(path)
     try:
         with safe_open(path, framework="pt") as file:
-            file.keys()
+            yield file
     except (SafetensorError, OSError) as error:
         size = f"{path.stat().st_size} bytes" if path.exists() else "missing"
         raise CheckpointError(

@@ -24,7 +24,8 @@ def image_tensor(
 ) -> torch.Tensor:
     """Brings images into the form (B, channels, H, W) float32 in [0, 1], checked; nothing is resized.
 
-    Arrays and tensors are in `data_range`, integers too where it is not [0, 1]; PIL images have their own.
+    Arrays and tensors have values in `data_range`. Integers need a range other than [0, 1]. PIL images have a range of
+    their own.
 
     Raises:
         InputError: images of another kind, shape, size or range.
@@ -39,9 +40,9 @@ def image_tensor(
         raise InputError(f"`data_range` is {data_range}; allowed: two finite numbers, the lower first.")
     if isinstance(images, (list, tuple)) and any(isinstance(image, Image) for image in images):
         low, high = UNIT_RANGE
-    batch = _stacked(images, channels) if isinstance(images, (list, tuple)) and images else images
+    batch = _stack(images, channels) if isinstance(images, (list, tuple)) and images else images
     if isinstance(batch, (numpy.ndarray, torch.Tensor)) and batch.ndim == 3:
-        batch = batch[None]  # one image, as PIL images may be one
+        batch = batch[None]  # one image without a batch
     tensor = batch
     if isinstance(batch, numpy.ndarray) and batch.dtype.kind in "biuf":
         tensor = torch.from_numpy(numpy.ascontiguousarray(batch))  # flipped arrays have negative strides
@@ -54,10 +55,10 @@ def image_tensor(
         raise InputError(
             f"Images are {got}; allowed: {kind} PIL, array (B, H, W, {channels}) or tensor (B, {channels}, H, W)."
         )
-    return _in_unit_range(tensor, low, high, multiple)
+    return _scale_to_unit_range(tensor, low, high, multiple)
 
 
-def _stacked(images: list | tuple, channels: int) -> numpy.ndarray | torch.Tensor:
+def _stack(images: list | tuple, channels: int) -> numpy.ndarray | torch.Tensor:
     """Stacks several images of one kind and size to one array or tensor."""
     import numpy
     from PIL.Image import Image
@@ -75,12 +76,15 @@ def _stacked(images: list | tuple, channels: int) -> numpy.ndarray | torch.Tenso
     shapes = sorted({tuple(array.shape) for array in arrays})
     if len(shapes) != 1:
         raise InputError(f"Images of one call must have one size, got {shapes}; call once per size.")
-    tensors = [array for array in arrays if isinstance(array, torch.Tensor)]
-    return torch.stack(tensors) if tensors else numpy.stack(arrays)
+    return torch.stack(arrays) if isinstance(arrays[0], torch.Tensor) else numpy.stack(arrays)
 
 
-def _in_unit_range(tensor: torch.Tensor, low: float, high: float, multiple: int) -> torch.Tensor:
-    """Scales images (B, C, H, W) from `low` to `high` to float32 in [0, 1]. Raises `InputError` for others."""
+def _scale_to_unit_range(tensor: torch.Tensor, low: float, high: float, multiple: int) -> torch.Tensor:
+    """Scales images (B, C, H, W) with values from `low` to `high` to float32 in [0, 1].
+
+    Raises:
+        InputError: a value is outside the range, the dtype does not fit the range, or a side is no multiple.
+    """
     scaled = (low, high) != UNIT_RANGE
     if not (tensor.is_floating_point() or scaled) or not bool(((tensor >= low) & (tensor <= high)).all()):
         allowed = f"numbers in [{low}, {high}]" if scaled else "floating point in [0, 1]"
@@ -96,7 +100,8 @@ def _in_unit_range(tensor: torch.Tensor, low: float, high: float, multiple: int)
             f"Images are {tensor.shape[2]}x{tensor.shape[3]} pixels; this checkpoint takes heights and widths that "
             f"are multiples of {multiple}. Resize or pad them first."
         )
-    # So that every form gives the same bits: layouts have their own kernels. Of one channel `contiguous` keeps any.
+    # One layout, so that every form of images gives the same bits: each layout has its own kernels. `contiguous` would
+    # keep any layout of one channel.
     return tensor.float().clone(memory_format=torch.contiguous_format)
 
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-BAND = 2.0  # standard errors to each side
-CELL = 1.5  # inches of one picture
+BAND = 2.0  # half the width of a band, in standard errors
+CELL = 1.5  # width of one picture, in inches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class _Column:
     pictures: torch.Tensor
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
+    colorbar: bool = False
 
 
 def fisher_pictures(
@@ -48,11 +49,12 @@ def fisher_pictures(
     """Draws one row per sample: the posterior mean, the diagonal, and the image moved along extreme eigenvectors.
 
     The diagonal is that of sigma^2 F, averaged over channels. It is 1 where the noisy sample determines the clean one,
-    0 where the clean sample stays as uncertain as the noise (a variance of (sigma/alpha)^2), and negative where it is
-    more uncertain than the noise, as between modes. Every eigenvector has three pictures: E[x_0|x_t] minus a move
-    along the eigenvector, E[x_0|x_t] plus the move, and the difference in brightness (red: plus is brighter; full
-    colour at 1). The number below is sigma^2 times the eigenvalue, on the scale of the diagonal. At this noise level
-    the model determines the most curved directions, and leaves the least curved ones open.
+    0 where the clean sample stays as uncertain as the noise (a variance of (sigma/alpha)^2), and negative where the
+    clean sample is more uncertain than the noise, for example between modes. Every eigenvector has three pictures:
+    E[x_0|x_t] minus a move along the eigenvector, E[x_0|x_t] plus the move, and the difference in brightness (red: the
+    latter is brighter; full colour at 1). The number below is sigma^2 times the eigenvalue, on the scale of the
+    diagonal. At this noise level the model determines the most curved directions, and leaves the least curved ones
+    open.
 
     Args:
         pipe: latent pipeline whose autoencoder decodes; None is allowed with `decode`.
@@ -60,7 +62,7 @@ def fisher_pictures(
             its transpose is drawn.
         count: number of eigenvectors at each end of the spectrum.
         scale: length of the move relative to the norm of E[x_0|x_t]; the same for all moves, so that pictures compare.
-        probes: probes for the diagonal; None: the exact diagonal, at d products.
+        probes: probes for the diagonal; None: the exact diagonal, by d products.
         decode: function from latents (B, C, H, W) to images (B, 3, H, W) in [0, 1], used instead of the pipeline's
             autoencoder.
 
@@ -84,19 +86,13 @@ def fisher_pictures(
     symmetric = operator.symmetrised()
     noise = expand(operator.state.level.sigma**2, sample.double())
     diagonal = (noise * operator.diagonal(probes).value).mean(1).cpu()  # symmetrised, it would be the same
-    mean = _pixels(show(operator.state.pred_original_sample.detach()))
-    groups = {
-        "": [
-            _Column(r"E$[x_0|x_t]$", mean),
-            _Column(r"diagonal of $\sigma^2F$", diagonal, {"cmap": "viridis", "colorbar": True}),
-        ]
-    }
+    mean_column = _Column(r"E$[x_0|x_t]$", _pixels(show(operator.state.pred_original_sample.detach())))
+    diagonal_column = _Column(r"diagonal of $\sigma^2F$", diagonal, {"cmap": "viridis"}, colorbar=True)
+    groups = {"": [mean_column, diagonal_column]}
     for name, largest in (("most curved", True), ("least curved", False)):
         for index, columns in enumerate(_directions(symmetric, show, count, scale, largest), start=1):
             groups[name if count == 1 else f"{name}, {index}"] = columns
-    widths = [
-        sum(CELL * (1.4 if "colorbar" in column.options else 1) for column in group) for group in groups.values()
-    ]
+    widths = [sum(CELL * (1.4 if column.colorbar else 1) for column in group) for group in groups.values()]
     figure = Figure(figsize=(sum(widths), (CELL + 0.2) * len(sample) + 0.5), layout="constrained")
     parts = figure.subfigures(1, len(groups), width_ratios=widths, squeeze=False)[0]
     for index, (part, (name, columns)) in enumerate(zip(parts, groups.items(), strict=True)):
@@ -112,15 +108,15 @@ def trace_plot(
 ) -> Figure:
     """Draws the trace against the noise-to-signal ratio: one line per estimator, the mean of the samples.
 
-    A band of two standard errors shows the error of that mean by the probes alone. Exact traces have no band. The
-    standard error of a single probe is not known, so a single probe has no band either.
+    A band of two standard errors shows the error of this mean that the probes cause. Exact traces have no band. A
+    single probe has no band either, because its standard error is not known.
 
     Args:
         levels: noise levels (L,), one per point of every line.
         estimates: trace estimates by name of the estimator, one per level.
         dimensions: number of dimensions d of one sample. With it, the axis shows r = (d - sigma^2 tr F)/d, the mean
-            posterior variance of the noise: 1 where nothing is known of the noise, 0 where all of it is known. None:
-            the axis shows sigma^2 tr F.
+            posterior variance of the noise: 1 where the sample says nothing of the noise, 0 where it determines the
+            noise. None: the axis shows sigma^2 tr F.
 
     Returns:
         A matplotlib figure.
@@ -130,8 +126,11 @@ def trace_plot(
     """
     from matplotlib.figure import Figure
 
-    level = levels if isinstance(levels, NoiseLevel) else _stacked(levels)
-    alpha, sigma = (value.detach().double().cpu().reshape(-1) for value in (level.alpha, level.sigma))
+    levels = [levels] if isinstance(levels, NoiseLevel) else levels
+    if not levels:
+        raise InputError("There are no noise levels; give at least one.")
+    alpha = torch.cat([level.alpha.detach().double().cpu().reshape(-1) for level in levels])
+    sigma = torch.cat([level.sigma.detach().double().cpu().reshape(-1) for level in levels])
     _check_estimates(estimates, len(sigma))
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
@@ -185,41 +184,31 @@ def _pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 def _draw_group(part: SubFigure, name: str, columns: list[_Column]) -> None:
-    part.suptitle(name or " ", fontsize=10)  # also a blank title takes space, so that the groups' pictures stand level
+    part.suptitle(name or " ", fontsize=10)  # a blank title takes space too, so that all pictures stand level
     grid = part.subplots(len(columns[0].pictures), len(columns), squeeze=False)
-    for index, column in enumerate(columns):
-        options = dict(column.options)
-        colorbar = options.pop("colorbar", False)
-        for row, picture in enumerate(column.pictures):
-            axes = grid[row, index]
-            image = axes.imshow(picture.numpy(), **options)
+    for column, cells in zip(columns, grid.T, strict=True):
+        for row, (axes, picture) in enumerate(zip(cells, column.pictures, strict=True)):
+            image = axes.imshow(picture.numpy(), **column.options)
             axes.set(xticks=[], yticks=[])
             axes.set_xlabel(column.notes[row] if column.notes else " ", fontsize=8)
             if row == 0:
                 axes.set_title(column.title, fontsize=9)
-            if colorbar:
+            if column.colorbar:
                 part.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
 
 
 def _draw_line(
     axes: Axes, name: str, x: torch.Tensor, sigma: torch.Tensor, line: Sequence[Estimate], dimensions: int | None
 ) -> None:
-    factor = sigma**2 if dimensions is None else -(sigma**2) / dimensions
-    mean = factor * torch.stack([estimate.value.mean() for estimate in line]).cpu()
-    mean = mean if dimensions is None else 1 + mean
+    offset, factor = (0, sigma**2) if dimensions is None else (1, -(sigma**2) / dimensions)
+    mean = offset + factor * torch.stack([estimate.value.mean() for estimate in line]).cpu()
     errors = [estimate.standard_error.square().sum().sqrt() / len(estimate.standard_error) for estimate in line]
     width = BAND * factor.abs() * torch.stack(errors).cpu()
     (curve,) = axes.plot(x.numpy(), mean.numpy(), marker=".", label=name)
-    has_band = torch.isfinite(width) & (width > 0)
-    if bool(has_band.any()):
-        low, high = torch.where(has_band, mean - width, mean), torch.where(has_band, mean + width, mean)
-        axes.fill_between(x.numpy(), low.numpy(), high.numpy(), color=curve.get_color(), alpha=0.25, linewidth=0)
-
-
-def _stacked(levels: Sequence[NoiseLevel]) -> NoiseLevel:
-    if not levels:
-        raise InputError("There are no noise levels; give at least one.")
-    return NoiseLevel(*(torch.stack([getattr(level, name) for level in levels]) for name in ("alpha", "sigma")))
+    width = torch.where(torch.isfinite(width), width, 0)
+    if bool((width > 0).any()):
+        low, high = (mean - width).numpy(), (mean + width).numpy()
+        axes.fill_between(x.numpy(), low, high, color=curve.get_color(), alpha=0.25, linewidth=0)
 
 
 def _check_estimates(estimates: Mapping[str, Sequence[Estimate]], count: int) -> None:

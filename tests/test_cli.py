@@ -1,4 +1,4 @@
-"""The command: what it prints, what it passes on, and how it fails."""
+"""The command: its output, the options that it passes on, and its errors."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from diffusers_fisher.training import cache_latents, trace_matching
 RUNNER = CliRunner()
 
 
-def test_version():
+def test_version_is_printed():
     result = RUNNER.invoke(app, ["--version"])
     assert (result.exit_code, result.output) == (0, f"{diffusers_fisher.__version__}\n")
 
@@ -46,7 +46,7 @@ def test_help_of_demo_names_its_options_and_defaults():
         (["likelihood", "--data", "d", "--dtype", "int8"], "Invalid value for '--dtype'"),
     ],
 )
-def test_mistakes_are_refused(arguments, message):
+def test_mistakes_raise_an_error(arguments, message):
     result = RUNNER.invoke(app, arguments, env={"COLUMNS": "100", "TERM": "dumb"})
     assert result.exit_code == 2
     assert message in result.stderr
@@ -62,19 +62,19 @@ def test_demo_gets_its_options(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("below", ["", "inside", "inside/further"])
 def test_unwritable_folder_is_an_error_before_any_work(tmp_path, monkeypatch, below):
-    """Below a regular file, where not even root can write."""
-    monkeypatch.setattr(demo, "embedded_checkpoint", lambda: pytest.fail("work was begun"))
+    """The folder lies below a regular file, where not even root can write."""
+    monkeypatch.setattr(demo, "embedded_checkpoint", lambda: pytest.fail("the work began"))
     blocked = tmp_path / "file"
-    blocked.write_text("kept")
+    blocked.write_text("content")
     result = RUNNER.invoke(app, ["demo", "--output", str(blocked / below)])
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr.startswith(f"Error: The folder '{blocked / below}' can't be written: ")
     assert result.stderr.endswith("Name another folder.\n")
-    assert blocked.read_text() == "kept"
+    assert blocked.read_text() == "content"
 
 
-def test_errors_of_the_package_are_words_without_a_traceback(tmp_path, monkeypatch):
+def test_errors_of_the_package_are_messages_without_a_traceback(tmp_path, monkeypatch):
     def damaged():
         raise CheckpointError("A file is truncated; install the package again.")
 
@@ -86,20 +86,20 @@ def test_errors_of_the_package_are_words_without_a_traceback(tmp_path, monkeypat
 def test_guide_gets_its_options(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        guidance_gallery, "run_gallery", lambda **given: calls.append(given) or {"failed": 0, "prompts": 2}
+        guidance_gallery, "run_gallery", lambda **arguments: calls.append(arguments) or {"failed": 0, "prompts": 2}
     )
-    given = {
+    options = {
         "checkpoint": "there", "reward": "clip", "held_out": "siglip", "estimator": "autodiff", "guidance_steps": 3,
         "step_size": 0.5, "steps": 7, "guidance_scale": 2.5, "dtype": "bfloat16", "seed": 4, "negative_prompt": "grey",
         "optimizer": "Adam", "patience": 6, "batch_size": 8,
     }  # fmt: skip
-    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     flags = ["--likelihood", "--checkpoint-decoder", "--offload"]
     prompts = tmp_path / "prompts.txt"
     result = RUNNER.invoke(app, ["guide", "--prompts", str(prompts), "--output", str(tmp_path), *words, *flags])
     assert (result.exit_code, result.output) == (0, "")
     renamed = {"guidance_steps": "num_guidance_steps", "steps": "num_inference_steps"}
-    settings = {renamed.get(name, name): value for name, value in given.items() if name != "batch_size"}
+    settings = {renamed.get(name, name): value for name, value in options.items() if name != "batch_size"}
     expected = guidance_gallery.GallerySettings(**settings, likelihood=True)
     memory = guidance_gallery.Memory(8, True, True)
     names = ("output", "prompts_file", "settings", "memory", "retry_failed")
@@ -110,13 +110,13 @@ def test_guide_gets_its_options(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("failed", "code"), [(1, 0), (2, 1)])
-def test_guide_fails_where_every_prompt_did(tmp_path, monkeypatch, failed, code):
+def test_guide_fails_if_every_prompt_failed(tmp_path, monkeypatch, failed, code):
     monkeypatch.setattr(guidance_gallery, "run_gallery", lambda **_: {"failed": failed, "prompts": 2})
     result = RUNNER.invoke(app, ["guide", "--prompts", str(tmp_path / "prompts.txt")])
     assert result.exit_code == code
 
 
-def test_other_errors_are_not_hidden(tmp_path, monkeypatch):
+def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "run_demo", lambda **_: 1 / 0)
     result = RUNNER.invoke(app, ["demo", "--output", str(tmp_path)])
     assert isinstance(result.exception, ZeroDivisionError)
@@ -131,7 +131,7 @@ def test_other_errors_are_not_hidden(tmp_path, monkeypatch):
 )
 def test_training_gets_its_options(monkeypatch, command, module, function, options):
     calls = []
-    monkeypatch.setattr(module, function, lambda **given: calls.append(given))
+    monkeypatch.setattr(module, function, lambda **arguments: calls.append(arguments))
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     changes = ["seed=1", "optimisation.steps=2"]
     RUNNER.invoke(app, [command, "--config", "a.yaml", "--set", changes[0], "--set", changes[1], *words])
@@ -139,7 +139,7 @@ def test_training_gets_its_options(monkeypatch, command, module, function, optio
 
 
 @pytest.mark.parametrize("command", ["train", "cache-latents"])
-def test_training_with_a_wrong_configuration_names_the_file_and_the_key(tmp_path, command):
+def test_an_error_of_a_training_configuration_names_the_file_and_the_key(tmp_path, command):
     path = tmp_path / "config.yaml"
     path.write_text("seed: one\n")
     result = RUNNER.invoke(app, [command, "--config", str(path), "--set", "on_path=2"])
@@ -149,7 +149,7 @@ def test_training_with_a_wrong_configuration_names_the_file_and_the_key(tmp_path
 
 
 @pytest.mark.parametrize("module", ["trace_matching", "cache_latents"])
-def test_modules_of_training_tell_errors_in_words(module):
+def test_modules_of_training_print_errors_without_a_traceback(module):
     command = [sys.executable, "-m", f"diffusers_fisher.training.{module}", "--config", "none.yaml"]
     result = subprocess.run([*command, "--set", "seed=1", "output=x"], capture_output=True, text=True)
     assert result.returncode == 1

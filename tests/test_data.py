@@ -1,4 +1,4 @@
-"""Images come from folders and datasets as they are; what can't be read is named."""
+"""Images come from folders and datasets without changes, and errors name images that can't be read."""
 
 import datasets
 import numpy
@@ -17,20 +17,20 @@ def pixels_of(path, channels=3):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_an_image_folder_with_captions(tmp_path, channels):
-    """File names hold the name of a split here, which by itself makes ImageFolder leave out the metadata."""
+def test_an_image_folder_gives_its_images_with_captions(tmp_path, channels):
+    """The file names contain the name of a split, because of which ImageFolder would leave out the metadata."""
     folder = image_folder(tmp_path / "images")
     images = open_images(ImageData(str(folder), caption_column="text"), channels)
     assert len(images) == 12
-    found = {example.name: example for example in (images[index] for index in range(12))}
+    examples = {example.name: example for example in (images[index] for index in range(12))}
     for number in range(12):
-        example = found[f"train-{number}.png"]
+        example = examples[f"train-{number}.png"]
         assert torch.equal(example.pixels, pixels_of(folder / example.name, channels))
         assert example.caption == CAPTIONS[number % 4]
     assert [images.name(index) for index in range(12)] == [images[index].name for index in range(12)]
 
 
-def test_a_folder_without_captions_and_a_limit(tmp_path):
+def test_a_folder_without_captions_gives_as_many_images_as_the_limit(tmp_path):
     folder = image_folder(tmp_path / "images")
     (folder / "metadata.jsonl").unlink()
     images = open_images(ImageData(str(folder), limit=5))
@@ -39,7 +39,7 @@ def test_a_folder_without_captions_and_a_limit(tmp_path):
 
 @pytest.mark.parametrize("metadata", [False, True])
 def test_all_files_of_a_folder_are_read_or_named(tmp_path, metadata, caplog):
-    """Names that hold a split's name, and others; an image that the metadata do not list; an ending not known."""
+    """Names with and without the name of a split, an image that the metadata do not list, and an unknown ending."""
     folder = image_folder(tmp_path / "images", count=3)
     (folder / "train-2.png").rename(folder / "dog.png")
     lines = (folder / "metadata.jsonl").read_text().splitlines()
@@ -56,12 +56,12 @@ def test_all_files_of_a_folder_are_read_or_named(tmp_path, metadata, caplog):
     assert f"{len(left_out)} files of '{folder}' are not among its images, such as '{left_out[0]}'" in caplog.text
 
 
-def test_a_folder_a_split(tmp_path):
+def test_each_split_has_its_folder(tmp_path):
     image_folder(tmp_path / "images" / "train", count=2)
     image_folder(tmp_path / "images" / "test", count=3)
-    found = [open_images(ImageData(str(tmp_path / "images"), split=split)) for split in ("train", "test")]
-    assert [len(images) for images in found] == [2, 3]
-    assert all(images.files_left_out == [] for images in found)
+    splits = [open_images(ImageData(str(tmp_path / "images"), split=split)) for split in ("train", "test")]
+    assert [len(images) for images in splits] == [2, 3]
+    assert all(images.files_left_out == [] for images in splits)
 
 
 def test_a_stream_gives_the_same_from_any_position(tmp_path):
@@ -88,13 +88,13 @@ def test_resolution_scales_the_shorter_side_and_crops_the_centre(tmp_path):
     left.save(folder / "a.png")
     example = open_images(ImageData(str(folder), resolution=8))[0]
     assert example.pixels.shape == (3, 8, 8)
-    # The centre square is all blue; the filter reaches two pixels, so only the outer columns see some of the red.
+    # The centre square is blue. The filter reaches two pixels, so only the outer columns have some of the red.
     expected = torch.tensor([0.0, 0.0, 1.0])[:, None, None].expand(3, 8, 8)
     assert torch.allclose(example.pixels[..., 1:-1], expected[..., 1:-1], atol=0.02)
     assert torch.allclose(example.pixels, expected, atol=0.1)
 
 
-def test_datasets_saved_to_disk_with_images_in_their_table(tmp_path):
+def test_datasets_saved_to_disk_have_images_in_their_table(tmp_path):
     array = numpy.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=numpy.uint8)
     table = datasets.Dataset.from_dict(
         {"picture": [Image.fromarray(image) for image in array], "class": [1, 0, -1]},
@@ -122,7 +122,7 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
 
 @pytest.mark.parametrize("kind", ["I;16", "F", "I"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_images_of_more_than_8_bits_are_named_and_not_clipped(tmp_path, kind, channels):
+def test_images_of_more_than_8_bits_raise_an_error_that_names_them(tmp_path, kind, channels):
     dtype = {"I;16": numpy.uint16, "F": numpy.float32, "I": numpy.int32}[kind]
     Image.fromarray(numpy.full((8, 8), 200, dtype)).save(tmp_path / "deep.tiff")
     with pytest.raises(UnreadableImageError, match=f"'deep.tiff' of .* has mode '{kind}' .* allowed: 8-bit modes"):
@@ -140,18 +140,18 @@ def test_images_of_more_than_8_bits_are_named_and_not_clipped(tmp_path, kind, ch
         "limit": ({"limit": -1}, "`limit` is -1; allowed: greater than or equal to 1"),
     }.values(),
 )
-def test_data_that_cannot_be_opened_is_refused(tmp_path, changes, words):
+def test_data_that_cannot_be_opened_raise_an_error(tmp_path, changes, words):
     folder = image_folder(tmp_path / "images")
     with pytest.raises(InputError, match=words):
         open_images(ImageData(**{"path": str(folder), **changes}))
 
 
-def test_an_empty_dataset_saved_to_disk_is_refused(tmp_path):
+def test_an_empty_dataset_saved_to_disk_raises_an_error(tmp_path):
     datasets.Dataset.from_dict({"image": []}).save_to_disk(tmp_path)
     with pytest.raises(InputError, match="can't be opened"):
         open_images(ImageData(str(tmp_path)))
 
 
-def test_a_folder_that_is_no_cache_is_refused(tmp_path):
+def test_a_folder_that_is_no_cache_raises_an_error(tmp_path):
     with pytest.raises(InputError, match="no finished cache of latents"):
         CachedLatents(str(tmp_path))

@@ -1,4 +1,4 @@
-"""The demonstration, shrunken to seconds: its tables, report, pictures and progress bar."""
+"""A small demonstration that takes seconds: its tables, report, pictures and progress bars."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def shrunken():
+def small_demo():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SMALL.items():
             patch.setattr(demo, name, value)
@@ -36,8 +36,8 @@ def shrunken():
 
 
 @pytest.fixture(scope="module")
-def run(shrunken, tmp_path_factory):
-    """(report, folder, stdout, stderr) of one run into a folder that does not exist yet."""
+def run(small_demo, tmp_path_factory):
+    """Report, folder, stdout and stderr of one run into a folder that does not exist yet."""
     folder = tmp_path_factory.mktemp("demo") / "outputs" / "demo"
     out, err = io.StringIO(), io.StringIO()
     rng, backend = torch.get_rng_state(), "matplotlib.pyplot" in sys.modules
@@ -49,13 +49,13 @@ def run(shrunken, tmp_path_factory):
 
 
 def rows(stdout, names):
-    """The numbers of the table rows that begin with one of `names`."""
-    found = {}
+    """Returns the numbers of the table rows that begin with one of `names`."""
+    numbers = {}
     for line in stdout.splitlines():
         for name in names:
             if line.startswith(f"  {name}  "):
-                found[name] = [float(word) for word in line[2 + len(name) :].split()]
-    return found
+                numbers[name] = [float(word) for word in line[2 + len(name) :].split()]
+    return numbers
 
 
 def test_likelihood_table_shows_the_report(run):
@@ -82,7 +82,9 @@ def test_likelihood_table_shows_the_report(run):
             assert row["probe_standard_error"] == 0
             assert row["trace"] == "TraceMatchingFisher (target jacobian), no probes"
     real, probes = (report["likelihood"][name]["mean"] for name in ("real", "real, 2 probes"))
-    assert abs(real - probes) < 0.2  # of six images by two probes each: 0.05 of standard error, and the model's own
+    assert (
+        abs(real - probes) < 0.2
+    )  # six images by two probes each have a standard error of 0.05; the model has an error too
 
 
 def test_real_images_are_likelier_than_inverted_and_corrupted_ones(run):
@@ -105,17 +107,17 @@ def test_guidance_table_shows_the_report(run):
         assert table[name][2] == pytest.approx(row["seconds"], abs=0.051)  # one decimal
         assert row["rewards"][0] == pytest.approx(row["reward_before"], abs=1e-4)
         assert len(row["rewards"]) == 2
-        assert row["reward_after"] >= row["reward_before"]  # the best is kept
+        assert row["reward_after"] >= row["reward_before"]  # the best run counts
         assert row["seconds"] > 0
     before = {round(row["reward_before"], 3) for row in report["guidance"].values()}
     assert len(before) == 1  # all start from the same noise
     calls = {name: row["num_denoiser_calls"] for name, row in report["guidance"].items()}
-    assert calls["direct"] == calls["endpoint, paper"] == 2 * 3  # sampling runs alone
+    assert calls["direct"] == calls["endpoint, paper"] == 2 * 3  # only the sampling runs call the denoiser
     assert calls["one step (default)"] == 2 * 3 + 1
     assert calls["finite difference"] > calls["one step (default)"]
 
 
-def test_report_file_is_what_was_returned(run):
+def test_report_file_is_the_returned_report(run):
     report, folder, stdout, _ = run
     assert json.loads((folder / "report.json").read_text(encoding="utf-8")) == report
     assert set(report) == {"likelihood", "guidance", "seconds", "versions"}
@@ -128,11 +130,11 @@ def test_report_file_is_what_was_returned(run):
 @pytest.mark.parametrize(
     ("name", "size"), [("likelihood", (1320, 480)), ("guidance", (720, 480)), ("gallery", (960, 1134))]
 )
-def test_pictures_are_pictures(run, name, size):
+def test_pictures_have_their_size_and_content(run, name, size):
     with Image.open(run[1] / f"{name}.png") as image:
         image.load()
         assert (image.format, image.size) == ("PNG", size)
-        assert float(numpy.asarray(image.convert("L")).std()) > 5  # of 255: something is drawn
+        assert float(numpy.asarray(image.convert("L")).std()) > 5  # of 255: the picture is not blank
     assert sorted(path.name for path in run[1].iterdir()) == [
         "gallery.png", "guidance.png", "likelihood.png", "report.json",
     ]  # fmt: skip
@@ -141,13 +143,13 @@ def test_pictures_are_pictures(run, name, size):
 def test_progress_is_shown_on_stderr(run):
     _, _, stdout, stderr = run
     bars = re.findall(r"(\d+)/(\d+) \[", stderr)
-    assert bars.count(("13", "13")) >= len(VERSIONS)  # one a likelihood, an evaluation a node
-    assert bars.count(("2", "2")) >= len(ESTIMATORS)  # one a guided run, of 1 + 1 sampling runs
+    assert bars.count(("13", "13")) >= len(VERSIONS)  # one bar per likelihood, one evaluation per node
+    assert bars.count(("2", "2")) >= len(ESTIMATORS)  # one bar per guidance, of 1 + 1 sampling runs
     assert re.search(r"2/2 \[.*reward=-?\d+\.\d+", stderr)
     assert "it/s" not in stdout
 
 
-def test_seed_decides_everything(shrunken, run, tmp_path, monkeypatch):
+def test_numbers_depend_on_the_seed_alone(small_demo, run, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "_draw", lambda *_: None)
     monkeypatch.setattr(demo, "ESTIMATORS", {"one step (default)": demo.ESTIMATORS["one step (default)"]})
 

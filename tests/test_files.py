@@ -1,4 +1,4 @@
-"""Files are whole or absent, and what can't be read says so."""
+"""Files are whole or absent, and files that can't be read raise an error."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_written_files_have_the_modes_of_ordinary_ones(tmp_path, umask):
     assert modes == {0o666 & ~umask}
 
 
-def test_json_round_trip(tmp_path):
+def test_json_keeps_its_content(tmp_path):
     content = {"loss": [0.5, 1e-9], "name": "é", "none": None}
     write_json(tmp_path / "report.json", content)
     text = (tmp_path / "report.json").read_text(encoding="utf-8")
@@ -70,7 +70,7 @@ def test_json_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_non_finite_json_is_refused_and_the_old_file_kept(tmp_path, value):
+def test_non_finite_json_raises_an_error_and_the_old_file_stays(tmp_path, value):
     write_json(tmp_path / "report.json", {"loss": 1.0})
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "report.json", {"loss": [value]})
@@ -89,7 +89,7 @@ TENSORS = {
 }
 
 
-def test_tensors_round_trip(tmp_path):
+def test_tensors_and_metadata_keep_their_content(tmp_path):
     path = tmp_path / "state.safetensors"
     save_tensors(path, TENSORS, {"step": "3"})
     tensors, metadata = load_tensors(path)
@@ -99,7 +99,7 @@ def test_tensors_round_trip(tmp_path):
     for name, tensor in tensors.items():
         assert tensor.dtype is TENSORS[name].dtype
         assert torch.equal(tensor, TENSORS[name].detach())
-    with safe_open(path, framework="pt") as file:  # anyone's reader
+    with safe_open(path, framework="pt") as file:  # the reader of safetensors itself
         assert set(file.keys()) == TENSORS.keys()
 
 
@@ -156,16 +156,16 @@ def test_json_that_cannot_be_read_is_a_checkpoint_error(tmp_path):
         read_json(tmp_path / "nothing.json")
 
 
-def test_writable_folder_is_made_and_left_empty(tmp_path):
+def test_a_writable_folder_is_made_and_stays_empty(tmp_path):
     folder = tmp_path / "some" / "where"
     check_writable(folder)
     assert list(folder.iterdir()) == []
-    (folder / "kept").write_text("")
+    (folder / "file").write_text("")
     check_writable(folder)
-    assert [path.name for path in folder.iterdir()] == ["kept"]
+    assert [path.name for path in folder.iterdir()] == ["file"]
 
 
-def test_unwritable_folder_is_refused(tmp_path):
+def test_an_unwritable_folder_raises_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(InputError, match=rf"The folder '{folder}' can't be written: .* Name another folder"):

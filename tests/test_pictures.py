@@ -1,4 +1,4 @@
-"""Pictures of the Fisher: the right axes with the right data in them, and files that open."""
+"""Pictures of the Fisher have the right axes with the right data, and are saved to files that open."""
 
 import sys
 
@@ -29,23 +29,26 @@ SHAPE = (2, 4, 8, 8)
 
 
 def endpoint_operator():
-    """Its least curved direction is x_0 - E[x_0|x_t]; every other one has curvature 1/sigma^2."""
+    """Returns an operator whose least curved direction is x_0 - E[x_0|x_t], and x_0.
+
+    Every other direction has the curvature 1/sigma^2.
+    """
     level = NoiseLevel(torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.6, dtype=torch.float64))
     x, output, endpoint = (latents(torch.float32, SHAPE, seed) for seed in (1, 2, 3))
     return EndpointFisher(centred=True)(DenoisingState(x, output, level, Prediction("epsilon")), endpoint), endpoint
 
 
 def pictures_of(part):
-    """Title, pictures and lines below of each column of one group."""
-    found = {}
+    """Returns for each column of one group its title, its pictures and the lines of text below them."""
+    columns = {}
     for axes in part.axes:
         if axes.get_images():
             column = axes.get_subplotspec().colspan.start
-            title, images, notes = found.setdefault(column, ([], [], []))
+            title, images, notes = columns.setdefault(column, ([], [], []))
             title.append(axes.get_title())
             images.append(numpy.asarray(axes.get_images()[0].get_array()))
             notes.append(axes.get_xlabel())
-    return [(title[0], images, notes) for _, (title, images, notes) in sorted(found.items())]
+    return [(title[0], images, notes) for _, (title, images, notes) in sorted(columns.items())]
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +75,11 @@ def test_pictures_show_the_mean_the_diagonal_and_the_moves(pipe):
         numpy.testing.assert_allclose(means[row], decoded[row], atol=1e-6)
         numpy.testing.assert_allclose(diagonals[row], diagonal[row], rtol=1e-6)
         ends = [decode_latents(pipe, mean + sign * move)[row].permute(1, 2, 0).numpy() for sign in (-1, 1)]
-        shown = [minus[row], plus[row]]
-        if numpy.abs(shown[0] - ends[0]).max() > numpy.abs(shown[0] - ends[1]).max():
+        moves = [minus[row], plus[row]]
+        if numpy.abs(moves[0] - ends[0]).max() > numpy.abs(moves[0] - ends[1]).max():
             ends.reverse()  # an eigenvector has no sign
-        numpy.testing.assert_allclose(shown, ends, atol=2e-3)  # eigenvectors in float32, to 1e-4 of the eigenvalue
-        numpy.testing.assert_allclose(differences[row], (shown[1] - shown[0]).mean(-1), atol=1e-6)
+        numpy.testing.assert_allclose(moves, ends, atol=2e-3)  # eigenvectors in float32, to 1e-4 of the eigenvalue
+        numpy.testing.assert_allclose(differences[row], (moves[1] - moves[0]).mean(-1), atol=1e-6)
         assert numpy.abs(differences[row]).max() > 0.01
         least = 1 - (0.8 / 0.6) ** 2 * float(lengths[row]) ** 2  # of sigma^2 F
         assert float(notes[row].split("=")[1]) == pytest.approx(least, rel=5e-3)
@@ -106,7 +109,7 @@ def test_pictures_of_a_network_are_saved_and_open(pipe, dtype, tmp_path):
         assert image.size == tuple(int(side * figure.dpi) for side in figure.get_size_inches())
 
 
-def test_a_decoder_may_be_given():
+def test_a_decoder_takes_the_place_of_the_pipeline():
     operator, _ = endpoint_operator()
 
     def decode(latents):
@@ -118,7 +121,7 @@ def test_a_decoder_may_be_given():
     numpy.testing.assert_allclose(means, expected, atol=1e-6)
 
 
-def test_what_can_not_be_shown_is_refused(pipe):
+def test_states_and_arguments_without_a_picture_raise_an_error(pipe):
     operator, _ = endpoint_operator()
     packed = DenoisingState(
         latents(shape=(2, 3, 4)), latents(shape=(2, 3, 4)), operator.state.level, operator.state.prediction
@@ -144,10 +147,10 @@ LEVELS = NoiseLevel.from_log_noise_to_signal(torch.linspace(-3, 3, 5))
 
 
 def line(scale, error=0.0):
-    """Estimates of two samples: sigma^2 tr F = 12 scale and 6 scale."""
+    """Returns estimates of two samples with sigma^2 tr F = 12 `scale` and 6 `scale`."""
     values = torch.tensor([12.0, 6.0], dtype=torch.float64) * scale / LEVELS.sigma[:, None] ** 2
     errors = torch.tensor([3.0, 4.0], dtype=torch.float64) * error / LEVELS.sigma[:, None] ** 2
-    return [Estimate(value, wide, value[None], 4, 4) for value, wide in zip(values, errors, strict=True)]
+    return [Estimate(value, error, value[None], 4, 4) for value, error in zip(values, errors, strict=True)]
 
 
 @pytest.mark.parametrize("dimensions", [None, 12])
@@ -158,18 +161,18 @@ def test_traces_are_drawn_with_their_error_bands(dimensions):
     (axes,) = figure.axes
     assert axes.get_xscale() == "log"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["exact", "noisy", "one probe"]
-    for drawn, scale in zip(axes.get_lines(), (1.0, 0.5, 0.3), strict=True):
-        numpy.testing.assert_allclose(drawn.get_xdata(), LEVELS.noise_to_signal, rtol=1e-12)
+    for curve, scale in zip(axes.get_lines(), (1.0, 0.5, 0.3), strict=True):
+        numpy.testing.assert_allclose(curve.get_xdata(), LEVELS.noise_to_signal, rtol=1e-12)
         expected = 9 * scale if dimensions is None else 1 - 9 * scale / 12
-        numpy.testing.assert_allclose(drawn.get_ydata(), expected, rtol=1e-12)
-    (band,) = axes.collections  # neither the exact line nor the unknown error has one
+        numpy.testing.assert_allclose(curve.get_ydata(), expected, rtol=1e-12)
+    (band,) = axes.collections  # the exact line and the line with an unknown error have no band
     height = band.get_datalim(axes.transData).height
-    # Two standard errors to each side, of the mean of two samples with errors 0.3 and 0.4.
+    # The band has two standard errors of the mean to each side; the two samples have the errors 0.3 and 0.4.
     assert height == pytest.approx(2 * 2 * 0.5 / 2 / (dimensions or 1))
     assert ("sigma" in axes.get_ylabel()) and (("/d" in axes.get_ylabel()) is (dimensions is not None))
 
 
-def test_levels_may_be_a_list_and_the_plot_is_saved(tmp_path):
+def test_levels_as_a_list_give_a_plot_that_is_saved(tmp_path):
     levels = [NoiseLevel(alpha, sigma) for alpha, sigma in zip(LEVELS.alpha, LEVELS.sigma, strict=True)]
     figure = trace_plot(levels, {"exact": line(1.0)})
     numpy.testing.assert_allclose(figure.axes[0].get_lines()[0].get_xdata(), LEVELS.noise_to_signal, rtol=1e-12)
@@ -191,7 +194,7 @@ def test_levels_may_be_a_list_and_the_plot_is_saved(tmp_path):
         ),
     ],
 )  # fmt: skip
-def test_traces_that_do_not_fit_are_refused(levels, estimates, message):
+def test_traces_that_do_not_fit_raise_an_error(levels, estimates, message):
     with pytest.raises(InputError, match=message):
         trace_plot(levels, estimates)
 

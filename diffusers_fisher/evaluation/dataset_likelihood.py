@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,9 +14,9 @@ from pydantic import Field
 from tqdm.auto import tqdm
 
 from ..backbones import backbone_of
-from ..data import Caption, Example, ImageData, Images, ImageStream, UnreadableImageError, no_images, open_images
+from ..data import Caption, Example, ImageData, Images, ImageStream, no_images, open_images
 from ..errors import CoarseGridWarning, InputError, NumericalError
-from ..files import read_json, write_json
+from ..files import finite_number, read_json, write_json
 from ..fisher import AutodiffFisher, FiniteDifferenceFisher, FisherEstimator
 from ..jobs.config import flat_settings
 from ..jobs.identity import images_digest, pipeline_digests, row_digest
@@ -30,18 +29,21 @@ from ..likelihood.pipeline import log_likelihood
 from ..likelihood.schemes import scheme_of
 from ..pipelines import FisherPipelineMixin
 from ..settings import NotNegative, TraceEstimator, settings_class
-from .dataset_likelihood_report import FILE, Collected, write_results
+from .dataset_likelihood_report import FILE, ImageRecords, write_results
 
-PROBED: dict[str, type[FisherEstimator]] = {"autodiff": AutodiffFisher, "finite-difference": FiniteDifferenceFisher}
+ESTIMATORS: dict[str, type[FisherEstimator]] = {
+    "autodiff": AutodiffFisher,
+    "finite-difference": FiniteDifferenceFisher,
+}
 ATTEMPTS = 64  # a run stops after so many refused images, if no image could be evaluated
 WRITE_SECONDS = (1.0, 60.0)  # shortest and longest time between two files of records
 WRITE_FRACTION = 0.01  # of the time so far, between two files: a kill loses little, and there are few files
-RETRY = "retry-"  # names of records of later attempts begin with this, and sort after those of the first attempt
+RETRY = "retry-"  # beginning of the names of later attempts' records, which sort after those of the first attempt
 
 
 @settings_class
 class DatasetSettings:
-    """Everything that the numbers depend on. A run can be resumed with the same settings only.
+    """Settings on which the numbers depend. A run can be resumed with the same settings only.
 
     Args:
         denoiser: the pipeline.
@@ -76,18 +78,18 @@ def evaluate_dataset(
     """Computes the log-likelihoods of all images of a dataset and writes one record per image, a summary and a report.
 
     With `accelerate launch`, each of n processes evaluates every n-th image, on the same grid. Records are written
-    from time to time, so that a killed run goes on where it was; it loses at most a hundredth of its time, a minute or
-    one batch. In float32 the number of an image is the same to 1e-5 bits/dim for every batch size and every number of
-    processes. An image that can't be read, does not fit the pipeline or has no finite likelihood gets a record with
-    the error.
+    from time to time, so that the next run continues a killed one. A kill loses at most a hundredth of the run's time,
+    a minute or one batch. In float32 the number of an image is the same to 1e-5 bits/dim for every batch size and
+    every number of processes. An image that can't be read, does not fit the pipeline or has no finite likelihood gets
+    a record with the error.
 
     Args:
         output: folder of `likelihoods.jsonl` (one line per image, in the order of the data), `summary.json`,
             `histogram.png` and `index.html`, and of `records/` and `settings.json`, from which a run is resumed. All
             processes must see it.
         batch_size: number of images that are evaluated at once.
-        retry_failed: evaluate those images again whose record is an error, because their files have been repaired.
-            All other images must be unchanged (of a stream only their number is known).
+        retry_failed: evaluate the images whose record is an error again, because their files have been repaired.
+            All other images must be unchanged. For a stream, only the number of images is compared.
 
     Returns:
         The content of `summary.json` on the main process, None on the others.
@@ -118,11 +120,11 @@ def evaluate_dataset(
         raise InputError(f"`resolution` is {resolution}; allowed for this pipeline: multiples of {multiple}.")
     backbone.check_bins(settings.bins)
     name = chosen_estimator(pipe, settings.estimator)
-    with state.main_process_first():  # the others find what the first has downloaded
+    with state.main_process_first():  # the other processes use the files that the main process has downloaded
         images = open_images(settings.data, backbone.image_channels, backbone.takes_text)
         note = {**flat_settings(dataclasses.asdict(settings)), "estimator": name, "images": images_digest(images)}
-        records = _records(output, {**note, **pipeline_digests(pipe)}, images, retry_failed)
-        before = Collected(records)
+        records = _open_records(output, {**note, **pipeline_digests(pipe)}, images, retry_failed)
+        before = ImageRecords(records)
     begin = time.perf_counter()
     share = ImageShare(pipe, images, dataclasses.replace(settings, estimator=name), records, batch_size, state)
     done = before.positions
@@ -137,32 +139,31 @@ def evaluate_dataset(
     return write_results(records, images, count, run)
 
 
-def _records(output: Path, note: dict[str, Any], images: Images, retry_failed: bool) -> Records:
+def _open_records(output: Path, note: dict[str, Any], images: Images, retry_failed: bool) -> Records:
     """Opens the records of a run. With `retry_failed`, files of the images may have changed, but not their number."""
     file = output / SETTINGS
     before = read_json(file).get("images") if file.is_file() else None
-    if before is None or before.split(",")[0] != note["images"].split(",")[0]:
+    same_number = before is not None and before.split(",")[0] == note["images"].split(",")[0]
+    if retry_failed and same_number:
+        records = Records(output, {**note, "images": before})
+        _refuse_changed_images(records, images)
+        write_json(file, note)
+        return records
+    try:
         return Records(output, note)
-    if not retry_failed:
-        try:
-            return Records(output, note)
-        except InputError as error:
-            if before == note["images"]:
-                raise
-            raise InputError(
-                f"{error} Some files of the data have changed; if they have been repaired, --retry-failed takes them."
-            ) from error
-    records = Records(output, {**note, "images": before})
-    _check_evaluated(records, images)
-    write_json(file, note)
-    return records
+    except InputError as error:
+        if not same_number or before == note["images"]:
+            raise
+        raise InputError(
+            f"{error} Some files of the data have changed; if they have been repaired, --retry-failed takes them."
+        ) from error
 
 
-def _check_evaluated(records: Records, images: Images) -> None:
+def _refuse_changed_images(records: Records, images: Images) -> None:
     """Refuses images that have changed since their likelihood was recorded. Images that failed may have changed."""
     if isinstance(images, ImageStream):
         return
-    for record in Collected(records):
+    for record in ImageRecords(records):
         position = record["position"]
         if "error" not in record and record[FILE] != row_digest(images, images.rows[position], position):
             raise InputError(
@@ -207,15 +208,13 @@ class ImageShare:
         self.refused: list[str] = []  # errors of images before the first likelihood
         self.written: list[dict[str, Any]] = []  # records that are in no file yet
         self.total = 0 if isinstance(self.images, ImageStream) else len(self.images)
-        if self.pipe.trace_model is not None:
-            self.pipe.trace_model.to(self.state.device)
 
     def run(self, done: frozenset[int], method: dict[str, Any] | None) -> int:
-        """Evaluates all images but those that are `done`, and waits for the other processes.
+        """Evaluates the images of this process that have no record, and waits for the other processes.
 
         Args:
-            done: positions that have a record.
-            method: the method that these records name; None without records.
+            done: positions of the images that have a record.
+            method: method in these records; None without records.
 
         Returns:
             The number of images of all processes.
@@ -226,12 +225,12 @@ class ImageShare:
         self.method = method  # description of the likelihoods; None before the first one
         begin = self.last = time.perf_counter()
         index, number = self.state.process_index, self.state.num_processes
-        rows = self._rows(done)
-        expected = len(shard(range(self.total), index, number)) or None  # not known of a stream
+        rows = self._read_rows(done)
+        expected = len(shard(range(self.total), index, number)) or None  # a stream has no known length
         mine = sum(position % number == index for position in done)
         with tqdm(total=expected, initial=mine, desc="images", disable=not self.state.is_main_process) as progress:
             for batch in iter(lambda: list(itertools.islice(rows, self.batch_size)), []):
-                self.written += self._evaluated(batch)
+                self.written += self._evaluate(batch)
                 progress.update(len(batch))
                 since, low, high = time.perf_counter() - self.last, *WRITE_SECONDS
                 if since >= min(high, max(low, WRITE_FRACTION * (self.last - begin))):
@@ -240,7 +239,7 @@ class ImageShare:
         self.state.wait_for_everyone()
         if not self.total:
             raise no_images(self.settings.data)
-        if self.written:  # this process met no image that could be evaluated; others may have
+        if self.written:  # this process has evaluated no image, but another process may have
             if not self.records.done():
                 first = [*self.refused, self.written[0]["error"]][0]  # an error of the pipeline, if there is one
                 raise InputError(f"Not one image could be evaluated. The first: {first}")
@@ -248,65 +247,68 @@ class ImageShare:
         self.state.wait_for_everyone()
         return self.total
 
-    def _rows(self, done: frozenset[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _read_rows(self, done: frozenset[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yields positions and undecoded rows of this process that have no record."""
         index, number = self.state.process_index, self.state.num_processes
-        if not isinstance(self.images, ImageStream):
-            for position in shard(range(self.total), index, number):
-                if position not in done:
-                    yield position, self.images.rows[position]
-            return
-        for position, row in enumerate(self.images.undecoded()):
-            self.total = position + 1
-            if position % number == index and position not in done:
-                yield position, row
+        if isinstance(self.images, ImageStream):
+            for position, row in enumerate(self.images.undecoded()):
+                self.total = position + 1
+                if position % number == index and position not in done:
+                    yield position, row
+        else:
+            positions = shard(range(self.total), index, number)
+            yield from ((position, self.images.rows[position]) for position in positions if position not in done)
 
-    def _evaluated(self, batch: Sequence[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+    def _evaluate(self, batch: Sequence[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
         """Returns the records of a batch. Images of the same size are evaluated together."""
-        records = []
-        sizes: dict[tuple[int, ...], list[tuple[int, Example]]] = {}
+        records: list[dict[str, Any]] = []
+        groups: dict[torch.Size, list[tuple[int, Example]]] = {}
         for position, row in batch:
-            name = self.images.row_name(row, position)
             try:
-                example = self.images.example(row, position)
-            except UnreadableImageError as error:
-                records.append(_failure(position, name, error))
-                continue
-            if any(side % self.backbone.size_multiple for side in example.pixels.shape[-2:]):
-                height, width = example.pixels.shape[-2:]
-                multiple = self.backbone.size_multiple
-                text = f"Image '{name}' has {width}x{height} pixels; this pipeline takes multiples of {multiple}."
-                records.append(_failure(position, name, f"{text} Set `resolution`."))
-                continue
-            sizes.setdefault(tuple(example.pixels.shape), []).append((position, example))
-        for group in sizes.values():
-            records += self._likelihoods(group)
+                example = self._read_example(row, position)
+                groups.setdefault(example.pixels.shape, []).append((position, example))
+            except InputError as error:
+                name = self.images.row_name(row, position)
+                records.append({"position": position, "name": name, "error": str(error)})
+        for group in groups.values():
+            records += self._evaluate_group(group)
         rows = dict(batch)
         for record in records:
             record[FILE] = row_digest(self.images, rows[record["position"]], record["position"])
         return records
 
-    def _likelihoods(self, group: Sequence[tuple[int, Example]]) -> list[dict[str, Any]]:
+    def _read_example(self, row: dict[str, Any], position: int) -> Example:
+        """Decodes a row. Raises `InputError` if its image can't be read or its size does not fit the pipeline."""
+        example, multiple = self.images.example(row, position), self.backbone.size_multiple
+        height, width = example.pixels.shape[-2:]
+        if height % multiple or width % multiple:
+            raise InputError(
+                f"Image '{example.name}' has {width}x{height} pixels; this pipeline takes multiples of {multiple}. "
+                "Set `resolution`."
+            )
+        return example
+
+    def _evaluate_group(self, group: Sequence[tuple[int, Example]]) -> list[dict[str, Any]]:
         settings = self.settings
         captions = [settings.prompt if settings.prompt is not None else example.caption for _, example in group]
         generators = [step_generator(settings.seed, "likelihood", position) for position, _ in group]
         options: dict[str, Any] = {"scheme": settings.scheme, "bins": settings.bins, "generator": generators}
         if any(caption is not None for caption in captions):
             options["prompt"] = [self._condition(caption) for caption in captions]
-        if settings.estimator in PROBED:
-            options |= {"estimator": PROBED[settings.estimator](), "num_probes": settings.num_probes or None}
+        if settings.estimator in ESTIMATORS:
+            options |= {"estimator": ESTIMATORS[settings.estimator](), "num_probes": settings.num_probes or None}
         pixels = torch.stack([example.pixels for _, example in group])
-        failed: Exception | None = None
+        error: Exception | None = None
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", CoarseGridWarning)  # the summary warns once, for all images
+            # The summary warns once, for all images.
+            with warnings.catch_warnings(action="ignore", category=CoarseGridWarning):
                 # The conditions in `options` may be prompts, labels or none.
                 out = log_likelihood(self.pipe, pixels, num_inference_steps=settings.num_inference_steps, **options)
         # diffusers raises ValueError, of which InputError is a subclass.
-        except (ValueError, NumericalError, torch.OutOfMemoryError) as error:
-            failed = error.with_traceback(None)  # the traceback would keep the tensors
-        if failed is not None:
-            return self._without(group, failed)
+        except (ValueError, NumericalError, torch.OutOfMemoryError) as exception:
+            error = exception.with_traceback(None)  # the traceback would keep the tensors
+        if error is not None:
+            return self._evaluate_singly(group, error)
         if self.method is None:
             self.method = {name: getattr(out, name) for name in ("space", "density", "prior", "trace", "scheme")}
         rows = enumerate(zip(group, captions, strict=True))
@@ -315,30 +317,33 @@ class ImageShare:
     def _condition(self, caption: Caption) -> str | int:
         """Returns the condition for a caption.
 
-        An image without a caption, among others with captions, has the empty prompt. A number as the prompt of a
-        pipeline without texts is a class label.
+        An image without a caption in a batch with captions has the empty prompt. A number as the prompt of a pipeline
+        without texts is a class label.
         """
         if isinstance(caption, str) and not self.backbone.takes_text and caption.isdecimal():
             return int(caption)
         return "" if caption is None else caption
 
-    def _without(self, group: Sequence[tuple[int, Example]], error: Exception) -> list[dict[str, Any]]:
-        """Evaluates each image of a group that failed alone; returns its record, or of a single image its error."""
+    def _evaluate_singly(self, group: Sequence[tuple[int, Example]], error: Exception) -> list[dict[str, Any]]:
+        """Evaluates each image of a group by itself, because the group failed; returns the records.
+
+        The record of a group of one image is the error.
+        """
         if len(group) > 1:
-            return [record for entry in group for record in self._likelihoods([entry])]
+            return [record for entry in group for record in self._evaluate_group([entry])]
         ((position, example),) = group
         text = f"Image '{example.name}': {error}"
         if self.method is None and not isinstance(error, NumericalError):
             self.refused.append(text)
             if len(self.refused) == ATTEMPTS and not self.records.done():  # the settings are the likely cause
                 raise InputError(f"Not one of {ATTEMPTS} images could be evaluated. The last: {text}") from error
-        return [_failure(position, example.name, text)]
+        return [{"position": position, "name": example.name, "error": text}]
 
     def _write(self, failed_only: bool = False) -> None:
         """Writes the records since the last file.
 
-        Without any likelihood, errors are not written, so that the folder takes other settings. `failed_only` writes
-        them all the same.
+        Errors are written after the first likelihood only, so that a folder without a likelihood takes other settings.
+        With `failed_only` they are written without a likelihood too.
         """
         now = time.perf_counter()
         if self.written and (self.method is not None or failed_only):
@@ -352,16 +357,8 @@ class ImageShare:
 
 def _record(position: int, name: str, caption: Caption, out: LikelihoodOutput, index: int) -> dict[str, Any]:
     """Returns the record of one image."""
-    nats = ("log_prob", "prior_log_prob", "trace_log_prob", "standard_error", "discretisation_error")
-    values: dict[str, float | None] = {key: float(getattr(out, key)[index]) for key in nats}
-    if not math.isfinite(float(out.standard_error[index])):  # one probe has no standard error
-        values["standard_error"] = None
-    fractions = out.unexplained_noise_fraction[:, index].tolist()
-    return {
-        "position": position, "name": name, "caption": caption, "bits_per_dim": float(out.bits_per_dim[index]),
-        **values, "dims": out.dims, "r": [round(value, 6) for value in fractions],
-    }  # fmt: skip
-
-
-def _failure(position: int, name: str, error: object) -> dict[str, Any]:
-    return {"position": position, "name": name, "error": str(error)}
+    nats = ("bits_per_dim", "log_prob", "prior_log_prob", "trace_log_prob", "standard_error", "discretisation_error")
+    numbers: dict[str, float | None] = {key: float(getattr(out, key)[index]) for key in nats}
+    numbers["standard_error"] = finite_number(float(out.standard_error[index]))  # one probe has no standard error
+    fractions = [round(value, 6) for value in out.unexplained_noise_fraction[:, index].tolist()]
+    return {"position": position, "name": name, "caption": caption, **numbers, "dims": out.dims, "r": fractions}

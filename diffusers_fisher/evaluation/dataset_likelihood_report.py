@@ -1,5 +1,6 @@
 """Reports the likelihoods of a dataset: one file of records, a summary, a histogram and a page."""
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -14,22 +15,22 @@ from matplotlib.figure import Figure
 from ..data import Images, ImageStream
 from ..errors import CheckpointError
 from ..figures import make_figure
-from ..files import atomic_path, save_figure, write_json
+from ..files import atomic_path, finite_number, save_figure, write_json
 from ..jobs.identity import Note
 from ..jobs.pages import Page
 from ..jobs.records import Records
 from ..likelihood.solver import COARSE
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-SHOWN = 24  # images of each end on the page
-NAMED = 100  # most images left out that summary and page name; likelihoods.jsonl names them all
-CAPTIONS = 50  # most different captions for which the summary has means
-COLUMNS = ("bits_per_dim", "discretisation_error", "standard_error", "dims")  # numbers of a record
-FILE = "file"  # key of a record's hash, by which its image is known again
+IMAGES_PER_END = 24  # images of each end on the page
+MAX_NAMES = 100  # summary and page name at most so many images left out; likelihoods.jsonl names them all
+CAPTIONS = 50  # the summary has means by caption for at most so many different captions
+NUMBERS = ["bits_per_dim", "discretisation_error", "standard_error", "dims"]  # numbers of a record in the table
+FILE = "file"  # key of a record's hash, which identifies the image
 PICTURE = 256  # pixels of a picture's longer side on the page
 
 
-class Collected:
+class ImageRecords:
     """The records of all images in the order of the data. A file is read when its first record is needed.
 
     Args:
@@ -50,7 +51,7 @@ class Collected:
         self.method: dict[str, Any] | None = None
         self.failed: set[int] = set()
         self._places: dict[int, tuple[str, int]] = {}
-        for key in sorted(records.done()):  # those of later attempts come last
+        for key in sorted(records.done()):  # records of later attempts come last
             group = records.read(key)
             self.seconds += group["seconds"]
             self.method = self.method or group["method"]
@@ -71,7 +72,8 @@ class Collected:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         left = Counter(key for key, _ in self._places.values())
-        files: dict[str, list[dict[str, Any]]] = {}  # neighbours lie in as many files as there were processes
+        # Neighbours lie in as many files as there were processes, so several files are open at a time.
+        files: dict[str, list[dict[str, Any]]] = {}
         for position in sorted(self._places):
             key, number = self._places[position]
             if key not in files:
@@ -80,10 +82,6 @@ class Collected:
             left[key] -= 1
             if not left[key]:
                 del files[key]
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        key, number = self._places[position]
-        return self.records.read(key)["records"][number]
 
 
 def write_results(records: Records, images: Images, total: int, run: Note) -> dict[str, Any]:
@@ -94,72 +92,69 @@ def write_results(records: Records, images: Images, total: int, run: Note) -> di
         total: number of images.
         run: processes, batch_size, seconds and images of the run that has ended.
     """
-    collected, folder = Collected(records), records.folder
-    collected.check(total)
-    table, failed = _table(collected, folder / "likelihoods.jsonl")
-    bits = table["bits_per_dim"]
-    summary = _summary(collected, table, failed, run)
+    results, folder = ImageRecords(records), records.folder
+    results.check(total)
+    table, failed = _write_table(results, folder / "likelihoods.jsonl")
+    summary = _summarise(results, table, failed, run)
     summary["without_caption"] = int(table["caption"].isna().sum()) if records.settings["data.caption_column"] else 0
     summary["by_caption"] = _by_caption(table)
-    summary["files_not_read"] = {"count": len(images.files_left_out), "names": images.files_left_out[:NAMED]}
+    summary["files_not_read"] = {"count": len(images.files_left_out), "names": images.files_left_out[:MAX_NAMES]}
     write_json(folder / "summary.json", summary)
-    figure = histogram(bits, summary)
+    figure = histogram(table["bits_per_dim"], summary)
     save_figure(figure, folder / "histogram.png")
-    order = table.sort_values("bits_per_dim", kind="stable")["position"]
-    positions = {"Most likely": order[:SHOWN], "Least likely": order[::-1][:SHOWN]}
-    ends = {title: [collected[position] for position in end] for title, end in positions.items()}
+    order = table.sort_values("bits_per_dim", kind="stable")
+    ends = {"Most likely": order[:IMAGES_PER_END], "Least likely": order[::-1][:IMAGES_PER_END]}
     _page(summary, records.settings, figure, ends, images).write(folder / "index.html")
     print(_outline(summary, folder), flush=True)
     return summary
 
 
-def _table(collected: Collected, path: Path) -> tuple[pandas.DataFrame, list[dict[str, Any]]]:
-    """Writes the file of all records; returns one row per image that has a likelihood, with position, caption and
-    numbers, and the records of the images that have none."""
-    rows, failed = [], []
+def _write_table(results: ImageRecords, path: Path) -> tuple[pandas.DataFrame, list[dict[str, Any]]]:
+    """Writes the file of all records. Returns a table with one row per image that has a likelihood, and the records of
+    the images that have none."""
+    rows, failed, columns = [], [], ["position", "name", "caption", *NUMBERS]
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for record in collected:
+        for record in results:
             line = {name: value for name, value in record.items() if name != FILE}
             file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
             if "error" in record:
                 failed.append(record)
             else:
-                rows.append([record[name] for name in ("position", "caption", *COLUMNS)])
+                rows.append([record[name] for name in columns])
     # As objects first, because captions that are labels or None must not become floating-point numbers.
-    table = pandas.DataFrame(rows, columns=["position", "caption", *COLUMNS], dtype=object)
-    table[list(COLUMNS)] = table[list(COLUMNS)].astype(float).fillna(math.inf)  # null: an error that is not known
+    table = pandas.DataFrame(rows, columns=columns, dtype=object)
+    table[NUMBERS] = table[NUMBERS].astype(float).fillna(math.inf)  # null: an error that is not known
     return table, failed
 
 
-def _summary(
-    collected: Collected, table: pandas.DataFrame, failed: Sequence[dict[str, Any]], run: Note
+def _summarise(
+    results: ImageRecords, table: pandas.DataFrame, failed: Sequence[dict[str, Any]], run: Note
 ) -> dict[str, Any]:
     bits, nats = table["bits_per_dim"], table["dims"] * math.log(2)  # nats of one bit/dim
     steps, probes = table["discretisation_error"] / nats, table["standard_error"] / nats
-    settings = collected.records.settings
     return {
-        "images": len(collected.positions), "evaluated": len(bits), "left_out": len(failed),
-        "left_out_images": [{"name": row["name"], "error": row["error"]} for row in failed[:NAMED]],
+        "images": len(results.positions), "evaluated": len(bits), "left_out": len(failed),
+        "left_out_images": [{"name": row["name"], "error": row["error"]} for row in failed[:MAX_NAMES]],
         "bits_per_dim": {
-            "mean": float(bits.mean()), "standard_deviation": _number(bits.std()),
-            "standard_error": _number(bits.sem()), "least": float(bits.min()), "greatest": float(bits.max()),
+            "mean": float(bits.mean()), "standard_deviation": finite_number(bits.std()),
+            "standard_error": finite_number(bits.sem()), "least": float(bits.min()), "greatest": float(bits.max()),
             "quantiles": {str(share): value for share, value in bits.quantile(QUANTILES).items()},
         },
         "errors_in_bits_per_dim": {
             "discretisation_mean": float(steps.mean()), "discretisation_greatest": float(steps.max()),
-            "probes_mean": _number(probes.mean()),
+            "probes_mean": finite_number(probes.mean()),
         },
         "images_on_a_coarse_grid": int((steps > COARSE).sum()),
         "several_sizes": table["dims"].nunique() > 1,
-        "method": collected.method, "evaluations_an_image": settings["num_inference_steps"] + 1,
-        "process_seconds": collected.seconds,
-        "images_per_process_second": len(collected.positions) / max(collected.seconds, 1e-9),
+        "method": results.method, "evaluations_an_image": results.records.settings["num_inference_steps"] + 1,
+        "process_seconds": results.seconds,
+        "images_per_process_second": len(results.positions) / max(results.seconds, 1e-9),
         "last_run": {**run, "images_per_second": run["images"] / max(run["seconds"], 1e-9)},
     }  # fmt: skip
 
 
 def _by_caption(table: pandas.DataFrame) -> list[dict[str, Any]]:
-    """Mean and deviation per caption, the likeliest first; nothing where there are many captions, or only one."""
+    """Returns mean and deviation per caption, the likeliest first; an empty list for one caption or for many."""
     numbers, captions = pandas.factorize(table["caption"].to_numpy(), use_na_sentinel=False)  # labels stay integers
     if not 2 <= len(captions) <= CAPTIONS:
         return []
@@ -167,11 +162,6 @@ def _by_caption(table: pandas.DataFrame) -> list[dict[str, Any]]:
     rows.insert(0, "caption", captions)
     rows = rows.sort_values("mean", kind="stable").astype(object)
     return rows.where(rows.notna(), None).to_dict("records")
-
-
-def _number(value: float) -> float | None:
-    """The number for JSON: None where it is not finite."""
-    return float(value) if math.isfinite(value) else None
 
 
 def histogram(bits: pandas.Series, summary: Note) -> Figure:
@@ -188,7 +178,7 @@ def histogram(bits: pandas.Series, summary: Note) -> Figure:
     return figure
 
 
-def _page(summary: Note, settings: Note, figure: Figure, ends: Mapping[str, Sequence[Note]], images: Images) -> Page:
+def _page(summary: Note, settings: Note, figure: Figure, ends: Mapping[str, pandas.DataFrame], images: Images) -> Page:
     page = Page("Log-likelihoods of a dataset")
     method, bits, errors = summary["method"], summary["bits_per_dim"], summary["errors_in_bits_per_dim"]
     page.paragraph(
@@ -211,10 +201,10 @@ def _page(summary: Note, settings: Note, figure: Figure, ends: Mapping[str, Sequ
         page.heading("By caption")
         means = [tuple(row.values()) for row in summary["by_caption"]]
         page.table(("caption", "images", "mean bits/dim", "standard deviation"), means)
-    pictures = _pictures(images, {row["position"] for end in ends.values() for row in end})
+    pictures = _read_pictures(images, set(pandas.concat(ends)["position"]))
     for title, end in ends.items():
         page.heading(title)
-        page.pictures([(pictures[row["position"]], _caption(row)) for row in end])
+        page.pictures([(pictures[row["position"]], _caption(row)) for row in end.to_dict("records")])
     if summary["left_out"]:
         page.heading("Left out")
         page.paragraph(f"{summary['left_out']} images have no likelihood, among them:")
@@ -227,20 +217,18 @@ def _caption(row: Note) -> str:
     return f"{row['bits_per_dim']:.3f} bits/dim: {row['name']}{caption}"
 
 
-def _pictures(images: Images, positions: set[int]) -> dict[int, torch.Tensor]:
-    """Pictures (3, H, W) by position. A stream is read again up to the last of the positions."""
+def _read_pictures(images: Images, positions: set[int]) -> dict[int, torch.Tensor]:
+    """Returns pictures (3, H, W) by position. A stream is read again up to the last of the positions."""
     if not isinstance(images, ImageStream):
-        return {position: _small(images[position].pixels) for position in sorted(positions)}
-    pictures = {}
-    for position, row in enumerate(images.undecoded()):
-        if position in positions:
-            pictures[position] = _small(images.example(row, position).pixels)
-        if len(pictures) == len(positions):
-            break
-    return pictures
+        return {position: _shrink(images[position].pixels) for position in sorted(positions)}
+    rows = ((position, row) for position, row in enumerate(images.undecoded()) if position in positions)
+    return {
+        position: _shrink(images.example(row, position).pixels)
+        for position, row in itertools.islice(rows, len(positions))
+    }
 
 
-def _small(pixels: torch.Tensor) -> torch.Tensor:
+def _shrink(pixels: torch.Tensor) -> torch.Tensor:
     """Returns a picture (C, H, W) in colours (3, H, W), at most `PICTURE` pixels wide and high."""
     pixels = pixels.expand(3, -1, -1)
     shrink = PICTURE / max(pixels.shape[-2:])
@@ -251,7 +239,7 @@ def _small(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _outline(summary: Note, folder: Path) -> str:
-    """Returns what the console shows at the end."""
+    """Returns the text that the console shows at the end."""
     bits = summary["bits_per_dim"]
     span = f"from {bits['least']:.4f} to {bits['greatest']:.4f}"
     lines = [f"{summary['evaluated']} of {summary['images']} images: {bits['mean']:.4f} bits/dim on average, {span}"]
@@ -262,7 +250,7 @@ def _outline(summary: Note, folder: Path) -> str:
 
 
 def _warnings(summary: Note) -> list[str]:
-    """Returns sentences that a reader of the numbers must know."""
+    """Returns the sentences that warn a reader of the numbers."""
     sentences, coarse, unread = [], summary["images_on_a_coarse_grid"], summary["files_not_read"]
     if coarse:
         worst = summary["errors_in_bits_per_dim"]["discretisation_greatest"]

@@ -14,9 +14,9 @@ from accelerate import PartialState
 
 from ..backbones import backbone_of
 from ..errors import CoarseGridWarning, InputError, NumericalError, UnsupportedError
+from ..files import finite_number
 from ..fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDifferenceFisher, FisherEstimator
 from ..guidance import GuidanceOutput, named_reward
-from ..guidance.checks import Reward
 from ..guidance.movers import optimizer_factory
 from ..guidance.noise_ascent import COMPLETED
 from ..jobs.pages import save_picture
@@ -42,7 +42,7 @@ ESTIMATORS: dict[GuidanceEstimator, Callable[[], FisherEstimator | None]] = {
 
 @settings_class
 class GallerySettings:
-    """Everything that the images depend on. A run can be resumed with the same settings only.
+    """Settings on which the images depend. A run can be resumed with the same settings only.
 
     Args:
         checkpoint: a pipeline's folder or Hub id; "embedded" means the checkpoint that the package ships.
@@ -96,7 +96,7 @@ def run_gallery(
 ) -> dict[str, Any]:
     """Guides every prompt of a file and writes the gallery.
 
-    With `accelerate launch` every process takes a share of the prompts. A killed run goes on where it was.
+    With `accelerate launch` every process takes a share of the prompts. The next run continues a killed one.
 
     Args:
         output: folder of `settings.json`, `records/`, `pictures/`, `index.html` and `gallery.png`.
@@ -105,8 +105,8 @@ def run_gallery(
         retry_failed: guide again the prompts that failed.
 
     Returns:
-        The mean rewards before and after, the number of prompts, and the number of those that "failed" because their
-        first images or rewards were not finite.
+        The mean rewards before and after, the number of prompts, and the number of prompts that "failed" because
+        their first images or rewards were not finite.
 
     Raises:
         InputError: there are no prompts, a name is unknown, `offload` has no accelerator, or `output` has records of
@@ -122,16 +122,14 @@ def run_gallery(
     records = Records(output, {**dataclasses.asdict(settings), "prompts": f"{len(prompts)}, sha256 {digest[:16]}"})
     (records.folder / PICTURES).mkdir(exist_ok=True)
     mine = shard(list(zip(item_keys(len(prompts)), prompts, strict=True)), state.process_index, state.num_processes)
-    left = set(records.missing(key for key, _ in mine))
-    if retry_failed:
-        left |= {key for key, _ in mine if key not in left and "failed" in records.read(key)}
-    todo = [item for item in mine if item[0] in left]
+    done = records.done()
+    todo = [item for item in mine if item[0] not in done or (retry_failed and "failed" in records.read(item[0]))]
     if state.is_main_process:
         print(f"{len(prompts)} prompts, {len(mine) - len(todo)} of this process's {len(mine)} done", flush=True)
     if todo:
-        work = _prepared(records, settings, memory, state)
+        guidance = _Guidance(records, settings, memory, state)
         for begin in range(0, len(todo), memory.batch_size):
-            _guide_batch(work, todo[begin : begin + memory.batch_size])
+            guidance.run(todo[begin : begin + memory.batch_size])
     state.wait_for_everyone()
     collected = records.collected(item_keys(len(prompts)))
     summary = gallery_summary(collected)
@@ -171,34 +169,88 @@ def _check(settings: GallerySettings, memory: Memory, device: torch.device) -> N
     optimizer_factory(settings.optimizer, settings.step_size)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Work:
-    """What every batch is guided with."""
+class _Guidance:
+    """Guides batches of prompts, and writes the pictures and the record of every prompt."""
 
-    pipe: FisherPipelineMixin
-    reward: Reward
-    held_out: Reward | None
-    records: Records
-    settings: GallerySettings
-    checkpoint_decoder: bool
+    def __init__(self, records: Records, settings: GallerySettings, memory: Memory, state: PartialState):
+        self.records, self.settings, self.memory = records, settings, memory
+        self.reward = named_reward(settings.reward)
+        self.held_out = named_reward(settings.held_out) if settings.held_out else None
+        parts = [getattr(reward, name, None) for reward in (self.reward, self.held_out) for name in ("model", "head")]
+        for network in parts:
+            if isinstance(network, torch.nn.Module):
+                network.to(state.device)
+        self.pipe = load_pipeline(DenoiserSettings(settings.checkpoint, dtype=settings.dtype))
+        if memory.offload:
+            _offload(self.pipe, state.device)
+        else:
+            self.pipe.to(state.device)
+        if settings.likelihood:  # two steps for a grey image: a refusal must come before hours of guidance
+            backbone = backbone_of(self.pipe)
+            grey = torch.full((1, backbone.image_channels, *backbone.image_size()), 0.5)
+            with warnings.catch_warnings(action="ignore", category=CoarseGridWarning):
+                self.pipe.log_likelihood(grey, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+        self.pipe.set_progress_bar_config(disable=not state.is_main_process)
 
+    def run(self, batch: Sequence[tuple[str, str]]) -> None:
+        """Guides and records a batch of keys and prompts.
 
-def _prepared(records: Records, settings: GallerySettings, memory: Memory, state: PartialState) -> _Work:
-    reward = named_reward(settings.reward)
-    held_out = named_reward(settings.held_out) if settings.held_out else None
-    for network in (getattr(each, part, None) for each in (reward, held_out) for part in ("model", "head")):
-        if isinstance(network, torch.nn.Module):
-            network.to(state.device)
-    pipe = load_pipeline(DenoiserSettings(settings.checkpoint, dtype=settings.dtype))
-    if memory.offload:
-        _offload(pipe, state.device)
-    else:
-        pipe = pipe.to(state.device)
-    pipe.set_progress_bar_config(disable=True)
-    if settings.likelihood:
-        _try_likelihood(pipe)
-    pipe.set_progress_bar_config(disable=not state.is_main_process)
-    return _Work(pipe, reward, held_out, records, settings, memory.checkpoint_decoder)
+        If a number is not finite, the prompts are guided one by one, and the record of the prompt at fault says that
+        it failed.
+        """
+        settings, stopped = self.settings, None
+        generators = [torch.Generator().manual_seed(settings.seed + int(key)) for key, _ in batch]
+        call: dict[str, Any] = (
+            {} if settings.negative_prompt is None else {"negative_prompt": settings.negative_prompt}
+        )
+        try:
+            guided = self.pipe.guide(
+                [prompt for _, prompt in batch], self.reward, held_out_reward=self.held_out, generator=generators,
+                num_guidance_steps=settings.num_guidance_steps, step_size=settings.step_size,
+                num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
+                estimator=ESTIMATORS[settings.estimator](), optimizer=settings.optimizer, patience=settings.patience,
+                checkpoint_decoder=self.memory.checkpoint_decoder, output_type="pt", **call,
+            )  # fmt: skip
+            out = cast(GuidanceOutput, guided)
+        except NumericalError as error:
+            stopped = str(error)
+        if len(batch) > 1 and (stopped is not None or out.status != COMPLETED):
+            for item in batch:
+                self.run([item])
+            return
+        for index, (key, prompt) in enumerate(batch):
+            seed = settings.seed + int(key)
+            result = {"failed": stopped} if stopped is not None else self._write_result(key, prompt, seed, out, index)
+            self.records.write(key, {"prompt": prompt, "seed": seed, **result})
+
+    def _write_result(self, key: str, prompt: str, seed: int, out: GuidanceOutput, index: int) -> dict[str, Any]:
+        """Writes the pictures of one prompt, and returns the entries of its record."""
+        images = {"before": out.initial_images[index], "after": out.images[index]}
+        files = {name: f"{PICTURES}/{key}_{name}.png" for name in images}
+        for name, image in images.items():
+            save_picture(image, self.records.folder / files[name])
+        histories: dict[str, Any] = {
+            "rewards": out.rewards, "held_out": out.held_out_rewards, "shell_distances": out.shell_distances,
+            "gradient_norms": out.gradient_norms,
+        }  # fmt: skip
+        # A safety checker replaces an image by a black one.
+        flagged = [name for name, image in images.items() if out.nsfw_content_detected and not bool(image.any())]
+        return {
+            "best_run": int(out.rewards[:, index].argmax()),
+            **{name: [finite_number(value) for value in rows[:, index].tolist()] for name, rows in histories.items()},
+            **(self._likelihoods(prompt, images, seed) if self.settings.likelihood else {}),
+            "seconds": out.seconds.tolist(), "status": out.status, "flagged": flagged, **files,
+        }  # fmt: skip
+
+    def _likelihoods(self, prompt: str, images: dict[str, torch.Tensor], seed: int) -> dict[str, Any]:
+        """Returns bits/dim of the images under their prompt, and the sum of the errors by steps and by probes."""
+        generator = torch.Generator().manual_seed(seed)
+        out = self.pipe.log_likelihood(torch.stack(list(images.values())), prompt, generator=generator)
+        errors = (out.standard_error + out.discretisation_error.abs()) / (out.dims * math.log(2))
+        numbers = {"bits_per_dim": out.bits_per_dim, "bits_per_dim_error": errors}
+        return {
+            name: dict(zip(images, map(finite_number, row.tolist()), strict=True)) for name, row in numbers.items()
+        }
 
 
 def _offload(pipe: FisherPipelineMixin, device: torch.device) -> None:
@@ -210,79 +262,3 @@ def _offload(pipe: FisherPipelineMixin, device: torch.device) -> None:
             f"{type(pipe).__name__} can't be offloaded: {error} Leave `offload` out, or save memory with a smaller "
             "batch and a checkpointed decoder."
         ) from error
-
-
-def _try_likelihood(pipe: FisherPipelineMixin) -> None:
-    """Takes two steps for a grey image, so that a pipeline without likelihood is refused before hours of guidance."""
-    grey = torch.full((1, backbone_of(pipe).image_channels, *backbone_of(pipe).image_size()), 0.5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CoarseGridWarning)
-        pipe.log_likelihood(grey, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
-
-
-def _guide_batch(work: _Work, batch: Sequence[tuple[str, str]]) -> None:
-    """Guides and records a batch.
-
-    If a number is not finite, the prompts are guided one by one; that prompt's record says that it failed.
-    """
-    settings, stopped = work.settings, None
-    generators = [torch.Generator().manual_seed(settings.seed + int(key)) for key, _ in batch]
-    call: dict[str, Any] = {} if settings.negative_prompt is None else {"negative_prompt": settings.negative_prompt}
-    try:
-        guided = work.pipe.guide(
-            [prompt for _, prompt in batch], work.reward, held_out_reward=work.held_out, generator=generators,
-            num_guidance_steps=settings.num_guidance_steps, step_size=settings.step_size,
-            num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
-            estimator=ESTIMATORS[settings.estimator](), optimizer=settings.optimizer, patience=settings.patience,
-            checkpoint_decoder=work.checkpoint_decoder, output_type="pt", **call,
-        )  # fmt: skip
-        out = cast(GuidanceOutput, guided)
-    except NumericalError as error:
-        stopped = str(error)
-    if len(batch) > 1 and (stopped is not None or out.status != COMPLETED):
-        for item in batch:
-            _guide_batch(work, [item])
-    elif stopped is not None:
-        ((key, prompt),) = batch
-        work.records.write(key, {"prompt": prompt, "seed": settings.seed + int(key), "failed": stopped})
-    else:
-        for index, (key, prompt) in enumerate(batch):
-            _write(work, key, prompt, out, index)
-
-
-def _write(work: _Work, key: str, prompt: str, out: GuidanceOutput, index: int) -> None:
-    """Writes the pictures of one prompt, then its record."""
-    images = {"before": out.initial_images[index], "after": out.images[index]}
-    files = {name: f"{PICTURES}/{key}_{name}.png" for name in images}
-    for name, image in images.items():
-        save_picture(image, work.records.folder / files[name])
-    histories: dict[str, Any] = {
-        "rewards": out.rewards, "held_out": out.held_out_rewards, "shell_distances": out.shell_distances,
-        "gradient_norms": out.gradient_norms,
-    }  # fmt: skip
-    # A safety checker replaces an image by a black one.
-    flagged = [name for name, image in images.items() if out.nsfw_content_detected and not bool(image.any())]
-    seed = work.settings.seed + int(key)
-    work.records.write(
-        key,
-        {
-            "prompt": prompt, "seed": seed, "best_run": int(out.rewards[:, index].argmax()),
-            **{name: _finite(rows[:, index].tolist()) for name, rows in histories.items()},
-            **(_likelihoods(work.pipe, prompt, images, seed) if work.settings.likelihood else {}),
-            "seconds": out.seconds.tolist(), "status": out.status, "flagged": flagged, **files,
-        },
-    )  # fmt: skip
-
-
-def _likelihoods(pipe: FisherPipelineMixin, prompt: str, images: dict[str, torch.Tensor], seed: int) -> dict[str, Any]:
-    """Returns bits/dim of the images under their prompt, and the sizes of the errors by steps and probes together."""
-    generator = torch.Generator().manual_seed(seed)
-    out = pipe.log_likelihood(torch.stack(list(images.values())), prompt, generator=generator)
-    errors = (out.standard_error + out.discretisation_error.abs()) / (out.dims * math.log(2))
-    numbers = {"bits_per_dim": out.bits_per_dim, "bits_per_dim_error": errors}
-    return {name: dict(zip(images, _finite(rows.tolist()), strict=True)) for name, rows in numbers.items()}
-
-
-def _finite(values: list[float]) -> list[float | None]:
-    """Replaces numbers that are not finite by None, since JSON has no NaN."""
-    return [value if math.isfinite(value) else None for value in values]

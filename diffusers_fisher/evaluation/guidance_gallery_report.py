@@ -16,14 +16,14 @@ from ..guidance.noise_ascent import COMPLETED
 from ..jobs.pages import Page
 
 PICTURES = "pictures"  # folder of the pictures
-SHOWN = 100  # prompts on the page, which holds their pictures
-DRAWN = 12  # prompts on gallery.png
+LIMIT = 100  # the page shows at most so many prompts with their pictures
+GALLERY_ROWS = 12  # prompts on gallery.png
 QUANTITIES = {
     "rewards": "reward",
     "held_out": "held-out reward",
     "shell_distances": "shell distance",
     "bits_per_dim": "bits/dim",
-}  # of a record, with their names on the page
+}  # keys of a record, with their names on the page
 
 
 def write_gallery(folder: Path, records: Sequence[dict[str, Any]], settings: Mapping[str, Any]) -> None:
@@ -54,17 +54,18 @@ def write_gallery(folder: Path, records: Sequence[dict[str, Any]], settings: Map
     page.figure(by_seconds(records), "The best reward so far, and the held-out reward of its image, by seconds of "
                 "guidance: means over the prompts.")  # fmt: skip
     page.heading("Prompts")
-    if len(records) > SHOWN:
-        page.paragraph(f"The first {SHOWN}; all pictures are in the folder '{PICTURES}', all numbers in 'records'.")
-    for record in records[:SHOWN]:
-        _show(page, folder, record)
+    if len(records) > LIMIT:
+        page.paragraph(f"The first {LIMIT}; all pictures are in the folder '{PICTURES}', all numbers in 'records'.")
+    for record in records[:LIMIT]:
+        _add_prompt(page, folder, record)
     page.write(folder / "index.html")
-    save_figure(gallery(folder, records[:DRAWN]), folder / "gallery.png")
+    save_figure(gallery(folder, records[:GALLERY_ROWS]), folder / "gallery.png")
 
 
 def gallery_summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over prompts of the first run's numbers and of the best run's, the number of prompts, and how many of them
-    failed. A prompt with a number that is not finite, before or after, does not count for the mean of that number."""
+    """Returns means over prompts of the numbers of the first and of the best run, and the numbers of prompts and of
+    failed prompts. A prompt where a number is not finite, before or after, does not count for the mean of that number.
+    """
     complete = [record for record in records if "failed" not in record]
     means: dict[str, tuple[float | None, float | None]] = {}
     for name, label in QUANTITIES.items():
@@ -94,7 +95,7 @@ def curves(records: Sequence[dict[str, Any]]) -> Figure:
 
 def by_seconds(records: Sequence[dict[str, Any]]) -> Figure:
     """Draws means over prompts of the best reward so far, and of the held-out reward of the same run, by the mean of
-    the seconds since the beginning of a prompt's batch. A prompt that stopped early stays where it was."""
+    the seconds since the beginning of a prompt's batch. A prompt that stopped early keeps its last values."""
     names, length = _reward_names(records), max(len(record["rewards"]) for record in records)
     seconds = _histories([list(itertools.accumulate(record["seconds"])) for record in records], length).mean()
     rewards = _histories([record["rewards"] for record in records], length)
@@ -105,8 +106,7 @@ def by_seconds(records: Sequence[dict[str, Any]]) -> Figure:
         table = _histories([record[name] for record in records], length)
         best = pandas.DataFrame(numpy.take_along_axis(table.to_numpy(), best_runs, axis=1))
         axes.plot(seconds, best.mean(), color="C0", marker=".")
-        label = "best reward" if name == "rewards" else "held-out reward at the best"
-        axes.set(xlabel="seconds", ylabel=label)
+        axes.set(xlabel="seconds", ylabel="best reward" if name == "rewards" else "held-out reward at the best")
     return figure
 
 
@@ -127,7 +127,7 @@ def gallery(folder: Path, records: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _show(page: Page, folder: Path, record: dict[str, Any]) -> None:
+def _add_prompt(page: Page, folder: Path, record: dict[str, Any]) -> None:
     """Adds one prompt to the page: its pictures with their numbers, and remarks."""
     page.paragraph(record["prompt"])
     captions = []
@@ -148,7 +148,7 @@ def _number_text(value: float | None) -> str:
 
 
 def _bits(record: Mapping[str, Any], when: str) -> list[str]:
-    """Bits/dim of one image with their error, in words; empty without likelihoods."""
+    """Returns bits/dim of one image with their error, in words; an empty list without likelihoods."""
     if "bits_per_dim" not in record:
         return []
     value, error = (record[name][when] for name in ("bits_per_dim", "bits_per_dim_error"))
@@ -160,6 +160,6 @@ def _reward_names(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _histories(rows: Iterable[Sequence[float | None]], length: int) -> pandas.DataFrame:
-    """One row per prompt and one column per run, NaN where a number was not finite. A prompt's last value stands for
-    runs that were not made."""
+    """Returns one row per prompt and one column per run, with NaN for a number that was not finite. The last value of
+    a prompt that stopped early fills the columns of the later runs."""
     return pandas.DataFrame([pandas.Series(row, dtype=float).reindex(range(length), method="ffill") for row in rows])

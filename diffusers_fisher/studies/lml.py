@@ -12,7 +12,6 @@ works with any scheduler whose step is a function of x_0 and eps.
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,10 +61,8 @@ def precondition(
         damping: lambda relative to the number of dimensions, which is about |m|^2.
         kappa: weight of the previous step in m.
     """
-    direction = kappa * previous + (1 - kappa) * epsilon
-    count, dimensions = len(epsilon), epsilon[0].numel()
-    weight = torch.full((count,), damping * dimensions, dtype=torch.float64, device=epsilon.device)
-    operator = DampedRankOneOperator(state, weight, direction)
+    weight = torch.full((len(epsilon),), damping * epsilon[0].numel(), dtype=torch.float64, device=epsilon.device)
+    operator = DampedRankOneOperator(state, weight, kappa * previous + (1 - kappa) * epsilon)
     product = operator.inverse_product(epsilon, torch.zeros_like(weight))
     size = dot(product, product)
     ratio = torch.where(size > 0, dot(epsilon, epsilon) / torch.where(size > 0, size, 1), 1.0)
@@ -98,15 +95,36 @@ class LMLSchedulerMixin:
         super().__init_subclass__(**kwargs)
         if LMLSchedulerMixin not in cls.__bases__:
             return  # a subclass of an LML class, such as its Fisher version, inherits these methods
-        parent = cls.__mro__[cls.__mro__.index(LMLSchedulerMixin) + 1]
-        cls.__init__ = _make_init(parent)  # type: ignore[method-assign]
-        cls.step = _make_step(parent)  # type: ignore[attr-defined]
-        cls.set_timesteps = _make_set_timesteps(parent)  # type: ignore[attr-defined]
+        # Any: diffusers' schedulers have no base class with these methods.
+        parent: Any = cls.__mro__[cls.__mro__.index(LMLSchedulerMixin) + 1]
+
+        @functools.wraps(parent.step)
+        def step(self, model_output, timestep, sample, *args, **kwargs):
+            output, rotated_sample = self._rotate(model_output, timestep, sample)
+            return parent.step(self, output, timestep, rotated_sample, *args, **kwargs)
+
+        @functools.wraps(parent.set_timesteps)
+        def set_timesteps(self, *args, **kwargs):
+            self._previous_epsilon, self._steps_taken = None, 0
+            return parent.set_timesteps(self, *args, **kwargs)
+
+        @functools.wraps(parent.__init__)
+        def __init__(self, *args, **kwargs):
+            options = {name: float(kwargs.pop(name, default)) for name, default in OPTIONS.items()}
+            _check(**options)
+            parent.__init__(self, *args, **kwargs)
+            self.register_to_config(**options)
+
+        # Diffusers reads a config by the signature of the constructor.
+        signature, keyword = inspect.signature(parent.__init__), inspect.Parameter.KEYWORD_ONLY
+        options = [inspect.Parameter(name, keyword, default=value) for name, value in OPTIONS.items()]
+        __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *options])  # type: ignore[attr-defined]
+        cls.__init__, cls.step, cls.set_timesteps = __init__, step, set_timesteps  # type: ignore[method-assign,attr-defined]
 
     def _rotate(
         self, model_output: torch.Tensor, timestep: Timestep, sample: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns model output and sample after the noise direction was preconditioned."""
+        """Returns the model output and the sample that have the preconditioned noise direction."""
         scheduler: Any = self  # Any: the second base class is one of diffusers' schedulers
         config, dtype = scheduler.config, torch.promote_types(sample.dtype, torch.float32)
         index = noise_schedule(scheduler).start_step(timestep)
@@ -123,45 +141,6 @@ class LMLSchedulerMixin:
         noise, clean, identity = (expand(value, x) for value in state.prediction.output_coefficients(state.level))
         output = noise * direction + clean * x0 + identity * x
         return output.to(model_output.dtype), x.to(sample.dtype)
-
-
-def _make_init(parent: type) -> Callable[..., None]:
-    """Returns the parent's constructor with the options added.
-
-    Its signature has the options too, because diffusers reads a config by the signature.
-    """
-    parent_init: Callable[..., None] = parent.__init__
-
-    @functools.wraps(parent_init)
-    def __init__(self, *args, **kwargs):
-        options = {name: float(kwargs.pop(name, default)) for name, default in OPTIONS.items()}
-        _check(**options)
-        parent_init(self, *args, **kwargs)
-        self.register_to_config(**options)
-
-    signature = inspect.signature(parent_init)
-    kind = inspect.Parameter.KEYWORD_ONLY
-    options = [inspect.Parameter(name, kind, default=value) for name, value in OPTIONS.items()]
-    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *options])  # type: ignore[attr-defined]
-    return __init__
-
-
-def _make_step(parent: Any) -> Callable:  # Any: diffusers' schedulers have no base class with `step`
-    @functools.wraps(parent.step)
-    def step(self, model_output, timestep, sample, *args, **kwargs):
-        output, rotated_sample = self._rotate(model_output, timestep, sample)
-        return parent.step(self, output, timestep, rotated_sample, *args, **kwargs)
-
-    return step
-
-
-def _make_set_timesteps(parent: Any) -> Callable:  # Any: as in `_make_step`
-    @functools.wraps(parent.set_timesteps)
-    def set_timesteps(self, *args, **kwargs):
-        self._previous_epsilon, self._steps_taken = None, 0
-        return parent.set_timesteps(self, *args, **kwargs)
-
-    return set_timesteps
 
 
 def _check(lml_lambda: float, lml_kappa: float, lml_freeze: float) -> None:

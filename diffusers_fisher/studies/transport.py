@@ -130,11 +130,11 @@ class AdaptiveSteps:
         return {"method": "dopri8", "rtol": self.tolerance, "atol": self.tolerance * 1e-3, "options": options}
 
     def coarsen(self) -> "AdaptiveSteps":
-        """Returns the coarser integration that the error is measured with."""
+        """Returns the coarser integration by which the error is measured."""
         return AdaptiveSteps(10 * self.tolerance)
 
     def grid(self, schedule: Schedule, num_points: int) -> torch.Tensor:
-        """Returns the log times at which results are kept, from noise to data."""
+        """Returns the log times of the results, from noise to data."""
         return _log_times(schedule, num_points)
 
 
@@ -161,7 +161,7 @@ class FixedSteps:
         return {"method": {2: "midpoint", 4: "rk4"}[self.order]}
 
     def coarsen(self) -> "FixedSteps":
-        """Returns the coarser integration that the error is measured with.
+        """Returns the coarser integration by which the error is measured.
 
         It has so few steps that the difference of the results is at least about twice the error.
         """
@@ -169,7 +169,7 @@ class FixedSteps:
         return FixedSteps(max(2, steps), self.order)
 
     def grid(self, schedule: Schedule, num_points: int) -> torch.Tensor:
-        """Returns the log times of all steps, from noise to data; every step is kept."""
+        """Returns the log times of all steps, from noise to data: every step has a result."""
         return _log_times(schedule, self.num_steps + 1)
 
 
@@ -269,7 +269,7 @@ def transport_map(
         schedule: the noise schedule.
         integration: `AdaptiveSteps()` by default; `FixedSteps(n)` for learned denoisers.
         directions: vectors (k, B, ...) that the Jacobian is applied to; None: all d directions, the whole matrix.
-        num_points: number of levels kept with adaptive steps, including both ends; the others are interpolated.
+        num_points: number of levels that adaptive steps return, including both ends; inner levels are interpolated.
 
     Raises:
         InputError: the samples have more than `DENSE_LIMIT` dimensions, and no directions were passed.

@@ -3,13 +3,12 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas
 import torch
-from matplotlib.axes import Axes
 from tqdm.auto import tqdm
 
 from ..backbones import PipelineDenoiser
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from ..pipelines import StableDiffusionFisherPipeline
 
 TRIANGLE = ((0.5, 0.0), (0.0, -0.5), (0.0, 0.0))  # the paper's points
-AXIS_LINE = ((0.0, 0.0), (0.0, 0.5), (0.0, -0.6))  # its affine ones
+AXIS_LINE = ((0.0, 0.0), (0.0, 0.5), (0.0, -0.6))  # the paper's points on a line
 STEP_COUNTS = (5, 10, 20, 40, 80, 160)
 PLOT_SCHEDULE, PLOT_TRAJECTORIES, PLOT_POINTS = "edm", 60, 60  # schedule, trajectories, points of each
 HEADING = f"{'case':<28}{'schedule':<15}{'asymmetry':>22}{'off-diagonal index':>22}{'least eig.':>12}{'error':>10}"
@@ -48,7 +47,7 @@ HEADING = f"{'case':<28}{'schedule':<15}{'asymmetry':>22}{'off-diagonal index':>
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A distribution, and whether theory says that its map is optimal (None: theory says nothing)."""
+    """Holds a distribution, and whether theory says that its map is optimal (None: theory says nothing)."""
 
     name: str
     distribution: Distribution
@@ -56,7 +55,7 @@ class Case:
 
 
 def few_points(points: torch.Tensor) -> GaussianMixture:
-    """Returns points (N, d) as modes without variance: faster than `DiracMixture`, which is made for many points."""
+    """Returns points (N, d) as modes without variance: faster than `DiracMixture`, which serves many points."""
     return GaussianMixture(points, Covariance.isotropic(0.0, tuple(points.shape[1:])))
 
 
@@ -66,7 +65,8 @@ def _gaussian(mean: torch.Tensor, covariance: torch.Tensor) -> GaussianMixture:
 
 def two_dimensional_cases() -> list[Case]:
     """Returns the paper's two point sets, and controls whose maps are known to be optimal or known not to be."""
-    turn = _rotation(0.4)
+    cosine, sine = math.cos(0.4), math.sin(0.4)
+    turn = torch.tensor([[cosine, -sine], [sine, cosine]], dtype=torch.float64)
     corners = torch.tensor([[x, y] for x in (-0.5, 0.5) for y in (-0.3, 0.3)], dtype=torch.float64)
     line = torch.tensor([[0.1], [0.6], [-0.5]], dtype=torch.float64) * torch.tensor([[0.6, 0.8]], dtype=torch.float64)
     mean = torch.tensor([0.3, -0.2], dtype=torch.float64)
@@ -82,9 +82,9 @@ def two_dimensional_cases() -> list[Case]:
     ]
 
 
-def higher_dimensional_cases(dimensions: int = 16, generator: torch.Generator | None = None) -> list[Case]:
+def higher_dimensional_cases(dimensions: int = 16) -> list[Case]:
     """Returns points in general position, points on a line, and a Gaussian, in more than two dimensions."""
-    generator = torch.Generator().manual_seed(1) if generator is None else generator
+    generator = torch.Generator().manual_seed(1)
     points = 0.5 * torch.randn(8, dimensions, generator=generator, dtype=torch.float64)
     direction = torch.nn.functional.normalize(points[:1], dim=1)
     line = torch.randn(8, 1, generator=generator, dtype=torch.float64) * direction
@@ -165,8 +165,7 @@ def gaussian_map(distribution: Distribution, start: torch.Tensor, schedule: Sche
         return None
     mean = distribution.means[0].flatten()
     values, vectors = torch.linalg.eigh(distribution.covariance.dense()[0])
-    ends = [schedule.level(t) for t in (schedule.data_time, schedule.noise_time)]
-    low, high = (level.noise_to_signal**2 for level in ends)
+    low, high = (schedule.level(time).noise_to_signal ** 2 for time in (schedule.data_time, schedule.noise_time))
     factor = vectors @ torch.diag(((values + low) / (values + high)).sqrt()) @ vectors.mT
     return ((start.flatten(1) - mean) @ factor + mean).view_as(start)
 
@@ -179,18 +178,16 @@ def coupling(case: Case, schedule: Schedule, count: int, seed: int) -> dict[str,
     start = clean + noise_to_signal * torch.randn(clean.shape, generator=generator, dtype=torch.float64)
     # Only the end points are needed: one direction stands for the Jacobian.
     flow = transport_map(exact_field(case.distribution), start, schedule, directions=torch.ones_like(start)[None])
-    cost = coupling_cost(flow.start, flow.end)
-    return {"case": case.name, "schedule": schedule.name, "points": count} | dataclasses.asdict(cost)
+    cost = dataclasses.asdict(coupling_cost(start, flow.end))
+    return {"case": case.name, "schedule": schedule.name, "points": count, **cost}
 
 
-def indices_by_steps(case: Case, schedule: Schedule, runs: int, seed: int) -> list[dict[str, Any]]:
-    """Returns the indices by number of steps, which show how much of an index is the integrator's error."""
+def indices_by_steps(case: Case, schedule: Schedule, runs: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Yields the indices by number of steps, which show how much of an index is the integrator's error."""
     start = pure_noise(schedule, case.distribution.shape, runs, seed)
-    rows = []
     for steps in STEP_COUNTS:
         flow = transport_map(exact_field(case.distribution), start, schedule, FixedSteps(steps, order=2))
-        rows.append({"case": case.name, "schedule": schedule.name, "steps": steps} | indices(flow.jacobian))
-    return rows
+        yield {"case": case.name, "schedule": schedule.name, "steps": steps} | indices(flow.jacobian)
 
 
 def learned_map(
@@ -198,8 +195,9 @@ def learned_map(
 ) -> dict[str, Any]:
     """Returns the same indices for the embedded checkpoint's own map, in 256 dimensions, from noise to latents.
 
-    The Jacobian of a score is symmetric; that of the network is not. Its asymmetry is reported separately, and the map
-    is computed once more with symmetrised Jacobians. The trajectories are the same, so the Jacobians are used again.
+    The Jacobian of a score is symmetric, but the Jacobian of the network is not. The report has its asymmetry, and the
+    map is computed once more with symmetrised Jacobians. The trajectories are the same, so the Jacobians are used
+    again.
 
     Cost: 14 `steps` evaluations of the denoiser on `count` samples, and 256 vector-Jacobian products at half of them;
     minutes on two cores.
@@ -249,7 +247,7 @@ def learned_map(
 
 
 class MatrixOperator(FisherMatrixOperator):
-    """F as one matrix per sample (B, d, d)."""
+    """Represents F by one matrix per sample (B, d, d)."""
 
     def __init__(self, state: DenoisingState, matrix: torch.Tensor):
         super().__init__(state)
@@ -311,22 +309,21 @@ def run_study(
         if has_picture:
             paths[case.name] = flow.trajectory[:, :PLOT_TRAJECTORIES].clone()
         rows.append(row)
-        print(_line(row), flush=True)
-    lines = ("line along an axis", "line in general position")  # the rectangle's plan shows as much as theirs
-    coupling_cases = [case for case in cases if case.name not in lines]
-    couplings = [coupling(case, SCHEDULES["edm"], 1024, seed) for case in coupling_cases + higher]
-    first = coupling_cases[0]
-    by_steps = [row for schedule in SCHEDULES.values() for row in indices_by_steps(first, schedule, 60, seed)]
+        print(_format_row(row), flush=True)
+    lines = ("line along an axis", "line in general position")  # the plan of the rectangle shows as much
+    coupling_cases = [case for case in cases + higher if case.name not in lines]
+    couplings = [coupling(case, SCHEDULES["edm"], 1024, seed) for case in coupling_cases]
+    by_steps = [row for schedule in SCHEDULES.values() for row in indices_by_steps(cases[0], schedule, 60, seed)]
     report: dict[str, Any] = {"maps": rows, "couplings": couplings, "by_steps": by_steps}
-    for row in report["couplings"]:
+    for row in couplings:
         print(
             f"coupling, {row['case']}: {row['pairs']:.6f} per pair, optimal {row['optimal']:.6f}, "
             f"gap {row['gap']:.2e} ± {row['standard_error']:.1e}"
         )
-    _plots(output, report, paths)
+    _draw_plots(output, report, paths)
     report["seconds"] = round(time.perf_counter() - begin, 1)
     with atomic_path(output / "table.txt") as temporary:
-        temporary.write_text("\n".join([HEADING, *map(_line, rows)]) + "\n", encoding="utf-8")
+        temporary.write_text("\n".join([HEADING, *map(_format_row, rows)]) + "\n", encoding="utf-8")
     write_json(output / "transport.json", report)  # before the checkpoint's map, which takes minutes
     if learned:
         report["learned"] = learned_map(seed)
@@ -336,7 +333,7 @@ def run_study(
     return report
 
 
-def _line(row: dict[str, Any]) -> str:
+def _format_row(row: dict[str, Any]) -> str:
     first = f"{row['asymmetry']:.2e} ± {row['asymmetry_standard_error']:.0e}"
     second = f"{row['off_diagonal_asymmetry']:.3f} ± {row['off_diagonal_asymmetry_standard_error']:.3f}"
     return (
@@ -345,19 +342,15 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-def _rotation(angle: float) -> torch.Tensor:
-    cosine, sine = math.cos(angle), math.sin(angle)
-    return torch.tensor([[cosine, -sine], [sine, cosine]], dtype=torch.float64)
-
-
-def _plots(output: Path, report: dict[str, Any], paths: dict[str, torch.Tensor]) -> None:
+def _draw_plots(output: Path, report: dict[str, Any], paths: dict[str, torch.Tensor]) -> None:
     figure, (axes,) = make_figure(7, 4)
     index = "off_diagonal_asymmetry"
     for name, rows in pandas.DataFrame(report["by_steps"]).groupby("schedule", sort=False):
         axes.errorbar(rows["steps"], rows[index], rows[f"{index}_standard_error"], marker=".", capsize=2, label=name)
     axes.set(xscale="log", xlabel="steps of the midpoint rule", ylabel="off-diagonal asymmetry")
-    case = report["by_steps"][0]["case"]
-    axes.set_title(f"{case}: what is left of the schedules' differences when integrated finely")
+    axes.set_title(
+        f"{report['by_steps'][0]['case']}: what is left of the schedules' differences when integrated finely"
+    )
     axes.legend()
     save_figure(figure, output / "index_by_steps.png")
     if not paths:
@@ -365,20 +358,13 @@ def _plots(output: Path, report: dict[str, Any], paths: dict[str, torch.Tensor])
     indices_by_case = {row["case"]: row["asymmetry"] for row in report["maps"] if row["schedule"] == PLOT_SCHEDULE}
     figure, row = make_figure(4 * len(paths), 4, columns=len(paths))
     for axes, (name, path) in zip(row, paths.items(), strict=True):
-        _draw_paths(axes, path)
-        axes.set_title(f"{name}\nasymmetry {indices_by_case[name]:.1e}")
+        axes.plot(path[..., 0], path[..., 1], linewidth=0.6, alpha=0.6, color="tab:blue")
+        for points, size, color, label in ((path[0], 6, "tab:gray", "noise"), (path[-1], 14, "tab:red", "data")):
+            axes.scatter(points[:, 0], points[:, 1], s=size, color=color, label=label)
+        axes.set(aspect="equal", title=f"{name}\nasymmetry {indices_by_case[name]:.1e}")
+        axes.legend(fontsize=7)
     row[0].set_ylabel(f"{PLOT_SCHEDULE}: noise to data")
     save_figure(figure, output / "maps.png")
-
-
-def _draw_paths(axes: Axes, path: torch.Tensor) -> None:
-    """Draws trajectories (T, N, 2) from noise to data."""
-    for index in range(path.shape[1]):
-        axes.plot(*path[:, index].T, linewidth=0.6, alpha=0.6, color="tab:blue")
-    for points, size, color, label in ((path[0], 6, "tab:gray", "noise"), (path[-1], 14, "tab:red", "data")):
-        axes.scatter(points[:, 0], points[:, 1], s=size, color=color, label=label)
-    axes.set_aspect("equal")
-    axes.legend(fontsize=7)
 
 
 def report_learned(output: Path, report: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Likelihoods of a dataset: one record an image, the same by every way of sharing the work out."""
+"""Likelihoods of a dataset: there is one record per image, and it does not depend on how processes share the work."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from diffusers_fisher.cli import app
 from diffusers_fisher.data import ImageData, open_images
 from diffusers_fisher.evaluation import dataset_likelihood
 from diffusers_fisher.evaluation.dataset_likelihood import DatasetSettings, evaluate_dataset
-from diffusers_fisher.evaluation.dataset_likelihood_report import Collected
+from diffusers_fisher.evaluation.dataset_likelihood_report import ImageRecords
 from diffusers_fisher.jobs.pipelines import DenoiserSettings
 from diffusers_fisher.jobs.records import Records
 from diffusers_fisher.jobs.seeds import step_generator
@@ -38,7 +38,7 @@ TWO_PROCESSES = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--mast
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a tiny pipeline and 12 images, two of them cut short."""
+    """A folder with a tiny pipeline and 12 images, two of which are truncated."""
     folder = tmp_path_factory.mktemp("data")
     saved_pipeline(folder / "pipeline")
     image_folder(folder / "images", corrupt=CORRUPT)
@@ -46,8 +46,8 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def done(place):
-    """The run that others are compared with: one process, four images at once."""
+def reference(place):
+    """A run of one process with four images at once, with which the tests compare other runs."""
     return place / "done", evaluate_dataset(place / "done", settings_of(place), batch_size=4)
 
 
@@ -73,8 +73,8 @@ def command(place, output, *options):
     ]  # fmt: skip
 
 
-def test_a_record_is_what_log_likelihood_gives_for_the_image_alone(place, done):
-    folder, _ = done
+def test_a_record_is_what_log_likelihood_gives_for_the_image_alone(place, reference):
+    folder, _ = reference
     pipe = tiny.quiet(StableDiffusionFisherPipeline.from_pretrained(place / "pipeline"))
     images = open_images(ImageData(str(place / "images"), caption_column="text"))
     for row in (lines(folder)[position] for position in (0, 5)):
@@ -91,8 +91,8 @@ def test_a_record_is_what_log_likelihood_gives_for_the_image_alone(place, done):
         )  # six decimals, of float32 networks
 
 
-def test_one_line_an_image_in_order_and_what_can_not_be_read_is_named(done):
-    folder, summary = done
+def test_there_is_one_line_per_image_in_order_and_unreadable_images_are_named(reference):
+    folder, summary = reference
     rows = lines(folder)
     assert [(row["position"], row["name"]) for row in rows] == [(n, f"train-{n}.png") for n in range(12)]
     assert [row["position"] for row in rows if "error" in row] == list(CORRUPT)
@@ -101,13 +101,13 @@ def test_one_line_an_image_in_order_and_what_can_not_be_read_is_named(done):
     assert [entry["name"] for entry in summary["left_out_images"]] == ["train-3.png", "train-7.png"]
 
 
-def test_the_summary_is_that_of_the_records(done):
-    folder, summary = done
+def test_the_summary_agrees_with_the_records(reference):
+    folder, summary = reference
     assert json.loads((folder / "summary.json").read_text()) == summary
-    values, told = bits(folder), summary["bits_per_dim"]
-    assert told["mean"] == pytest.approx(float(values.mean())) and told["greatest"] == float(values.max())
-    assert told["standard_deviation"] == pytest.approx(float(values.std()))
-    assert told["quantiles"]["0.25"] == pytest.approx(float(values.quantile(0.25)))
+    values, numbers = bits(folder), summary["bits_per_dim"]
+    assert numbers["mean"] == pytest.approx(float(values.mean())) and numbers["greatest"] == float(values.max())
+    assert numbers["standard_deviation"] == pytest.approx(float(values.std()))
+    assert numbers["quantiles"]["0.25"] == pytest.approx(float(values.quantile(0.25)))
     rows = [row for row in lines(folder) if row.get("caption") == "c"]
     own = next(row for row in summary["by_caption"] if row["caption"] == "c")
     assert own["images"] == len(rows) and own["mean"] == pytest.approx(
@@ -118,13 +118,13 @@ def test_the_summary_is_that_of_the_records(done):
     assert summary["images_on_a_coarse_grid"] > 0  # two steps are few
 
 
-def test_the_page_shows_both_ends_and_what_was_left_out(done):
-    folder, _ = done
+def test_the_page_shows_both_ends_and_the_images_left_out(reference):
+    folder, _ = reference
     page = (folder / "index.html").read_text(encoding="utf-8")
     rows = sorted((row for row in lines(folder) if "error" not in row), key=lambda row: row["bits_per_dim"])
-    shown = re.findall(r"<figcaption>([\d.]+) bits/dim: (\S+), ", page)
+    captions = re.findall(r"<figcaption>([\d.]+) bits/dim: (\S+), ", page)
     order = [(f"{row['bits_per_dim']:.3f}", row["name"]) for row in rows]
-    assert shown == order + order[::-1]
+    assert captions == order + order[::-1]
     assert page.count("data:image/png") == 1 + 2 * len(rows)
     assert page.count("<td>train-3.png</td>") == 1 and page.count("<td>train-7.png</td>") == 1
     with Image.open(folder / "histogram.png") as picture:
@@ -132,25 +132,25 @@ def test_the_page_shows_both_ends_and_what_was_left_out(done):
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])
-def test_batch_sizes_do_not_change_the_numbers(place, done, tmp_path, batch_size):
+def test_batch_sizes_do_not_change_the_numbers(place, reference, tmp_path, batch_size):
     evaluate_dataset(tmp_path / "run", settings_of(place), batch_size)
-    assert (bits(tmp_path / "run") - bits(done[0])).abs().max() < AGREEMENT
+    assert (bits(tmp_path / "run") - bits(reference[0])).abs().max() < AGREEMENT
 
 
-def test_two_processes_give_the_numbers_of_one(place, done, tmp_path):
+def test_two_processes_give_the_numbers_of_one(place, reference, tmp_path):
     run = [sys.executable, *TWO_PROCESSES, *command(place, tmp_path / "run")]
     subprocess.run(run, check=True, capture_output=True, timeout=600)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["last_run"]["processes"] == 2 and summary["last_run"]["images"] == 12
-    assert (bits(tmp_path / "run") - bits(done[0])).abs().max() < AGREEMENT
-    assert [row["name"] for row in lines(tmp_path / "run")] == [row["name"] for row in lines(done[0])]
+    assert (bits(tmp_path / "run") - bits(reference[0])).abs().max() < AGREEMENT
+    assert [row["name"] for row in lines(tmp_path / "run")] == [row["name"] for row in lines(reference[0])]
 
 
 @pytest.mark.parametrize(
     "launcher", [pytest.param((), marks=pytest.mark.slow), TWO_PROCESSES], ids=["one process", "two processes"]
 )
-def test_a_killed_run_is_taken_up_without_losing_or_repeating_a_record(tmp_path, launcher):
-    """Killed with SIGKILL after its first file; the rest is computed by one process with another batch size."""
+def test_a_killed_run_continues_without_losing_or_repeating_a_record(tmp_path, launcher):
+    """SIGKILL ends the run after its first file. One process with another batch size computes the rest."""
     image_folder(tmp_path / "images", count=60)
     saved_pipeline(tmp_path / "pipeline")
     run = tmp_path / "run"
@@ -190,12 +190,12 @@ def test_a_killed_run_is_taken_up_without_losing_or_repeating_a_record(tmp_path,
     }.values(),
     ids=["steps", "seed", "data", "estimator"],
 )
-def test_other_settings_are_refused_and_named(place, done, changes, words):
+def test_other_settings_raise_an_error_that_names_them(place, reference, changes, words):
     with pytest.raises(InputError, match=f"holds records of other settings: {words}"):
-        evaluate_dataset(done[0], settings_of(place, **changes))
+        evaluate_dataset(reference[0], settings_of(place, **changes))
 
 
-def test_other_weights_and_other_images_are_refused(place, done, tmp_path):
+def test_other_weights_and_other_images_raise_an_error(place, reference, tmp_path):
     pipe = tiny.stable_diffusion()
     with torch.no_grad():
         pipe.unet.conv_out.bias += 1e-3
@@ -215,12 +215,12 @@ def test_other_weights_and_other_images_are_refused(place, done, tmp_path):
         evaluate_dataset(tmp_path / "run", settings_of(tmp_path))
 
 
-def test_a_stream_gives_the_same_records(place, done, tmp_path):
+def test_a_stream_gives_the_same_records(place, reference, tmp_path):
     evaluate_dataset(tmp_path / "run", settings_of(place, data={"streaming": True}), batch_size=4)
-    assert lines(tmp_path / "run") == lines(done[0])
+    assert lines(tmp_path / "run") == lines(reference[0])
 
 
-def test_images_of_several_sizes_and_one_that_does_not_fit(place, tmp_path):
+def test_images_of_several_sizes_are_evaluated_and_one_that_does_not_fit_is_named(place, tmp_path):
     image_folder(tmp_path / "images", count=3)
     for name, size in (("train-1.png", (24, 16)), ("train-2.png", (16, 17))):
         Image.new("RGB", size, (200, 0, 0)).save(tmp_path / "images" / name)
@@ -234,7 +234,7 @@ def test_images_of_several_sizes_and_one_that_does_not_fit(place, tmp_path):
 
 
 def with_captions(folder, column, changes):
-    """An image folder in whose metadata the entries of some rows are others."""
+    """Makes an image folder and replaces the entries of some rows in its metadata."""
     image_folder(folder, count=4)
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     for number, caption in changes.items():
@@ -243,8 +243,8 @@ def with_captions(folder, column, changes):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_first_image_that_is_refused_stops_neither_a_new_run_nor_one_taken_up(tmp_path, batch_size):
-    """It has no class label, which this pipeline needs."""
+def test_a_refused_first_image_stops_neither_a_new_run_nor_a_resumed_run(tmp_path, batch_size):
+    """The first image has no class label, which this pipeline needs."""
     saved_pipeline(tmp_path / "pipeline", tiny.dit)
     with_captions(tmp_path / "images", "label", {0: None})
     settings, run = settings_of(tmp_path, data={"caption_column": "label"}), tmp_path / "run"
@@ -252,7 +252,7 @@ def test_a_first_image_that_is_refused_stops_neither_a_new_run_nor_one_taken_up(
     rows = lines(run)
     assert ["error" in row for row in rows] == [True, False, False, False]
     assert rows[0]["error"].startswith("Image 'train-0.png': ")
-    first = run / "records" / "000000000.json"  # a run killed before that image was through has no record of it
+    first = run / "records" / "000000000.json"  # a run that was killed before this image has no record of it
     content = json.loads(first.read_text())
     content["records"] = [row for row in content["records"] if row["position"] > 0]
     (run / "records" / "000000001.json").write_text(json.dumps(content))
@@ -261,7 +261,7 @@ def test_a_first_image_that_is_refused_stops_neither_a_new_run_nor_one_taken_up(
     assert lines(run) == rows
 
 
-def test_settings_with_which_all_images_are_refused_are_given_up_early(tmp_path, monkeypatch):
+def test_a_run_whose_images_are_all_refused_stops_early(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset_likelihood, "ATTEMPTS", 3)
     saved_pipeline(tmp_path / "pipeline", tiny.unconditional)
     image_folder(tmp_path / "images")
@@ -278,24 +278,26 @@ def test_images_without_a_caption_are_counted(place, tmp_path):
     assert (summary["evaluated"], summary["without_caption"]) == (4, 2)
     assert "2 images have no caption and were given the empty prompt" in (tmp_path / "run/index.html").read_text()
     empty = evaluate_dataset(tmp_path / "empty", settings_of(place, data={**data, "caption_column": None}))
-    assert empty["without_caption"] == 0  # there are none to miss
+    assert empty["without_caption"] == 0  # without a caption column no caption is absent
     for number in (1, 2):
         assert lines(tmp_path / "run")[number]["bits_per_dim"] == pytest.approx(
             lines(tmp_path / "empty")[number]["bits_per_dim"], abs=AGREEMENT
         )
 
 
-def test_images_that_failed_are_tried_again_when_asked(place, tmp_path):
-    """A repaired image gets its likelihood, one still cut short keeps its error, and no other is computed again."""
+def test_retry_failed_evaluates_the_failed_images_again(place, tmp_path):
+    """A repaired image gets its likelihood, a truncated one keeps its error, and no other image is computed again."""
     shutil.copytree(place / "images", tmp_path / "images")
     settings, folder = settings_of(place, {"path": str(tmp_path / "images")}), tmp_path / "run"
     evaluate_dataset(folder, settings, batch_size=4)
     before = lines(folder)
     whole, first, second = (tmp_path / "images" / before[position]["name"] for position in (CORRUPT[0] + 1, *CORRUPT))
-    shutil.copy(whole, second)  # the later of the two, so that its record's file begins with the other's position
+    shutil.copy(
+        whole, second
+    )  # the later image, so that the file of its record begins with the position of the earlier one
     with pytest.raises(InputError, match="`images` was"):
         evaluate_dataset(folder, settings, batch_size=4)
-    for _ in range(2):  # the second time there is still one that fails
+    for _ in range(2):  # in the second round one image still fails
         summary = evaluate_dataset(folder, settings, batch_size=4, retry_failed=True)
         after = lines(folder)
         assert summary["evaluated"] == len(before) - 1
@@ -305,7 +307,7 @@ def test_images_that_failed_are_tried_again_when_asked(place, tmp_path):
             row for row in before if row["position"] != CORRUPT[1]
         ]
     assert summary["last_run"]["images"] == 1
-    evaluate_dataset(folder, settings, batch_size=4)  # the images are known again as they are now
+    evaluate_dataset(folder, settings, batch_size=4)  # the settings have the images as they are now
     shutil.copy(first.with_name("train-1.png"), first.with_name("train-2.png"))
     with pytest.raises(InputError, match=r"Image 'train-2.png' has changed since its likelihood was recorded in"):
         evaluate_dataset(folder, settings, batch_size=4, retry_failed=True)
@@ -314,10 +316,10 @@ def test_images_that_failed_are_tried_again_when_asked(place, tmp_path):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), ValueError("too large for the network")])
-def test_an_image_that_the_network_can_not_take_is_named_and_spoils_no_other(
-    place, done, tmp_path, monkeypatch, error
+def test_an_image_that_the_network_refuses_is_named_and_changes_no_other_record(
+    place, reference, tmp_path, monkeypatch, error
 ):
-    """As memory that runs out, or what diffusers itself refuses: here of one caption's images, whatever the batch."""
+    """The memory runs out, or diffusers raises an error, for the images of one caption in every batch."""
     encode = StableDiffusionPipeline.encode_prompt
 
     def limited(pipe, prompt, *arguments, **options):
@@ -327,26 +329,26 @@ def test_an_image_that_the_network_can_not_take_is_named_and_spoils_no_other(
 
     monkeypatch.setattr(StableDiffusionPipeline, "encode_prompt", limited)
     evaluate_dataset(tmp_path / "run", settings_of(place), batch_size=4)
-    for row, expected in zip(lines(tmp_path / "run"), lines(done[0]), strict=True):
+    for row, expected in zip(lines(tmp_path / "run"), lines(reference[0]), strict=True):
         if expected.get("caption") == CAPTIONS[1]:
             assert row["error"] == f"Image '{row['name']}': {error}"
         elif "error" not in expected:
             assert row["bits_per_dim"] == pytest.approx(expected["bits_per_dim"], abs=AGREEMENT)
 
 
-def test_files_that_are_no_images_and_several_sizes_are_told(place, tmp_path, capsys):
+def test_the_report_names_files_that_are_no_images_and_several_sizes(place, tmp_path, capsys):
     image_folder(tmp_path / "images", count=2)
     Image.new("RGB", (32, 16)).save(tmp_path / "images" / "train-1.png")
     (tmp_path / "images" / "notes.txt").write_text("about them")
     summary = evaluate_dataset(tmp_path / "run", settings_of(place, {"path": str(tmp_path / "images")}))
     assert summary["files_not_read"] == {"count": 1, "names": ["notes.txt"]} and summary["several_sizes"]
-    page, told = (tmp_path / "run" / "index.html").read_text(encoding="utf-8"), capsys.readouterr().out
-    for text in (page, told):
+    page, output = (tmp_path / "run" / "index.html").read_text(encoding="utf-8"), capsys.readouterr().out
+    for text in (page, output):
         assert "1 files of the folder are not among the images" in text and "notes.txt" in text
         assert "are of several sizes" in text and "The grid is coarse for 2 images" in text
 
 
-def test_an_empty_stream_is_refused(place, tmp_path):
+def test_an_empty_stream_raises_an_error(place, tmp_path):
     features = datasets.Features({"image": datasets.Image()})
     (tmp_path / "images").mkdir()
     datasets.Dataset.from_dict({"image": []}, features=features).to_parquet(tmp_path / "images" / "train.parquet")
@@ -356,19 +358,19 @@ def test_an_empty_stream_is_refused(place, tmp_path):
 
 
 def test_records_of_many_processes_are_read_once_each(tmp_path, monkeypatch):
-    """A hundred processes with three images each, whose positions alternate."""
+    """A hundred processes have three images each, and their positions alternate."""
     records = Records(tmp_path, {})
     for process in range(100):
         rows = [{"position": process + 100 * number} for number in range(3)]
         records.write(f"{process:03d}", {"method": None, "seconds": 1.0, "records": rows})
-    collected, read, count = Collected(records), Records.read, []
+    image_records, read, count = ImageRecords(records), Records.read, []
     monkeypatch.setattr(Records, "read", lambda self, key: count.append(key) or read(self, key))
-    assert [row["position"] for row in collected] == list(range(300))
+    assert [row["position"] for row in image_records] == list(range(300))
     assert len(count) == 100
 
 
-def test_an_image_without_a_finite_likelihood_is_named_and_spoils_no_other(place, done, tmp_path):
-    """The embedding of one word is not a number: images with that caption can't be evaluated, all others can."""
+def test_an_image_without_a_finite_likelihood_is_named_and_changes_no_other_record(place, reference, tmp_path):
+    """The embedding of one word is NaN. Images with this caption can't be evaluated, and all other images can."""
     pipe = tiny.stable_diffusion()
     token = pipe.tokenizer("f").input_ids[1]
     with torch.no_grad():
@@ -376,11 +378,11 @@ def test_an_image_without_a_finite_likelihood_is_named_and_spoils_no_other(place
     pipe.save_pretrained(tmp_path / "pipeline")
     settings = dataclasses.replace(settings_of(place), denoiser=DenoiserSettings(str(tmp_path / "pipeline")))
     summary = evaluate_dataset(tmp_path / "run", settings)
-    rows, wanted = lines(tmp_path / "run"), lines(done[0])
+    rows, expected = lines(tmp_path / "run"), lines(reference[0])
     broken = [row["position"] for row in rows if "not finite" in row.get("error", "")]
     assert broken == [n for n in range(12) if CAPTIONS[n % 4] == "f" and n not in CORRUPT] == [11]
     assert summary["left_out"] == 3
-    for row, other in zip(rows, wanted, strict=True):
+    for row, other in zip(rows, expected, strict=True):
         if "error" not in row:
             assert row["bits_per_dim"] == pytest.approx(other["bits_per_dim"], abs=AGREEMENT)
 
@@ -395,7 +397,7 @@ def test_a_folder_without_any_result_takes_other_settings(place, tmp_path):
 
 
 def test_the_pipelines_own_trace_model_is_the_default(place, tmp_path):
-    """With its statistics for the prior; and no number depends on a seed."""
+    """The prior comes from the statistics of the checkpoint, and no number depends on a seed."""
     pipe = tiny.quiet(
         StableDiffusionFisherPipeline(**StableDiffusionPipeline.from_pretrained(place / "pipeline").components)
     )
@@ -425,7 +427,7 @@ def test_the_pipelines_own_trace_model_is_the_default(place, tmp_path):
     }.values(),
     ids=["pixels", "class labels", "one class label", "prompt"],
 )
-def test_every_kind_of_condition(tmp_path, make, data, changes):
+def test_batches_do_not_change_the_numbers_for_any_kind_of_condition(tmp_path, make, data, changes):
     saved_pipeline(tmp_path / "pipeline", make)
     image_folder(tmp_path / "images", count=3)
     evaluate_dataset(tmp_path / "run", settings_of(tmp_path, data=data, **changes), batch_size=3)
@@ -453,32 +455,33 @@ def test_every_kind_of_condition(tmp_path, make, data, changes):
         "resolution": ({"data": {"resolution": 12}}, "`resolution` is 12; allowed for this pipeline: multiples of 8"),
     }.values(),
 )
-def test_what_can_not_be_run_is_refused_and_leaves_no_record(place, tmp_path, changes, words):
+def test_settings_that_can_not_run_raise_an_error_and_leave_no_record(place, tmp_path, changes, words):
     with pytest.raises(InputError, match=words):
         evaluate_dataset(tmp_path / "run", settings_of(place, **changes))
     assert not list(tmp_path.glob("run/records/*"))
 
 
-def test_output_in_the_datas_folder_is_refused(place):
+def test_output_in_the_folder_of_the_data_raises_an_error(place):
     with pytest.raises(InputError, match=r"lies in the data's folder .* whose images its pictures would become"):
         evaluate_dataset(place / "images" / "run", settings_of(place))
     assert not (place / "images" / "run").exists()
 
 
-def test_captions_for_an_unconditional_pipeline_are_refused(tmp_path):
+def test_captions_for_an_unconditional_pipeline_raise_an_error(tmp_path):
     saved_pipeline(tmp_path / "pipeline", tiny.unconditional)
     image_folder(tmp_path / "images", count=2)
     with pytest.raises(InputError, match="is unconditional; it takes no `prompt`"):
         evaluate_dataset(tmp_path / "run", settings_of(tmp_path, data={"resolution": 8}))
 
 
-def test_the_command_passes_its_options_on_and_tells_errors(place, done, tmp_path):
+def test_the_command_passes_its_options_on_and_prints_errors(place, reference, tmp_path):
     arguments = command(place, tmp_path / "run", "--limit", "3", "--num-probes", "1", "--seed", "5")[2:]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "3 of 3 images" in result.output and "index.html" in result.output
-    told = json.loads((tmp_path / "run" / "settings.json").read_text())
-    assert (told["data.limit"], told["num_probes"], told["seed"], told["estimator"]) == (3, 1, 5, "autodiff")
-    result = CliRunner().invoke(app, command(place, done[0], "--seed", "5")[2:])
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    names = ("data.limit", "num_probes", "seed", "estimator")
+    assert tuple(settings[name] for name in names) == (3, 1, 5, "autodiff")
+    result = CliRunner().invoke(app, command(place, reference[0], "--seed", "5")[2:])
     assert result.exit_code == 1 and "Error: " in result.stderr and "`seed` was 0, is 5" in result.stderr
-    assert numpy.isfinite(bits(done[0]).numpy()).all()
+    assert numpy.isfinite(bits(reference[0]).numpy()).all()

@@ -1,4 +1,4 @@
-"""Guidance of many prompts: what is written, that a kill loses nothing, that processes share, what is refused."""
+"""Guidance of many prompts: its files, runs that continue after a kill, shares of processes, and errors."""
 
 import json
 import os
@@ -34,12 +34,12 @@ SETTINGS = GallerySettings(
     num_inference_steps=2,
     guidance_scale=2.0,
     seed=5,
-    estimator="direct",  # without the default's differences, which amplify what other batches round otherwise
+    estimator="direct",  # the differences of the default estimator would amplify the rounding of other batches
 )
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def finished_run(tmp_path_factory):
     """A finished run, with a batch that is not full."""
     folder = tmp_path_factory.mktemp("gallery")
     (folder / "prompts.txt").write_text("\n".join([PROMPTS[0], "", *PROMPTS[1:]]) + "\n")
@@ -55,34 +55,34 @@ def records(folder):
     return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "records").iterdir())}
 
 
-def test_every_prompt_has_its_record_and_pictures(done):
-    folder, summary = done
-    found = records(folder / "out")
-    assert [record["prompt"] for record in found.values()] == PROMPTS
-    assert [record["seed"] for record in found.values()] == [5, 6, 7]
-    for record in found.values():
+def test_every_prompt_has_its_record_and_pictures(finished_run):
+    folder, summary = finished_run
+    written = records(folder / "out")
+    assert [record["prompt"] for record in written.values()] == PROMPTS
+    assert [record["seed"] for record in written.values()] == [5, 6, 7]
+    for record in written.values():
         assert len(record["rewards"]) == len(record["held_out"]) == len(record["shell_distances"]) == 3
         assert record["rewards"][record["best_run"]] == max(record["rewards"])
         for name in ("before", "after"):
             assert size(folder / "out" / record[name]) == (32, 32)
     assert summary["prompts"] == 3
     before, after = summary["means"]["reward"]
-    assert before == pytest.approx(sum(record["rewards"][0] for record in found.values()) / 3)
-    assert after == pytest.approx(sum(max(record["rewards"]) for record in found.values()) / 3)
+    assert before == pytest.approx(sum(record["rewards"][0] for record in written.values()) / 3)
+    assert after == pytest.approx(sum(max(record["rewards"]) for record in written.values()) / 3)
     assert after > before
 
 
-def test_gallery_shows_every_prompt(done):
-    page = (done[0] / "out" / "index.html").read_text()
+def test_gallery_shows_every_prompt(finished_run):
+    page = (finished_run[0] / "out" / "index.html").read_text()
     assert all(prompt in page for prompt in PROMPTS)
     assert page.count("<img") == 2 + 2 * 3
     assert "held out" in page
-    assert size(done[0] / "out" / "gallery.png")[0] > 500
+    assert size(finished_run[0] / "out" / "gallery.png")[0] > 500
 
 
-def test_result_does_not_depend_on_the_batches(done):
-    """The first image is the stock pipeline's of that seed alone."""
-    folder, _ = done
+def test_result_does_not_depend_on_the_batches(finished_run):
+    """The first image is that of the stock pipeline with the seed of this prompt."""
+    folder, _ = finished_run
     pipe = load_pipeline(DenoiserSettings("embedded"))
     pipe.set_progress_bar_config(disable=True)
     image = pipe(
@@ -94,41 +94,41 @@ def test_result_does_not_depend_on_the_batches(done):
     assert int(((255 * image).round() - written).abs().max()) <= 1  # float32 may round the other way
 
 
-def test_finished_run_recomputes_nothing(done, monkeypatch):
-    folder, summary = done
-    monkeypatch.setattr(guidance_gallery, "load_pipeline", lambda *_: pytest.fail("work was done twice"))
-    other = Memory(3, checkpoint_decoder=True)  # changes no result, so binds nobody
+def test_finished_run_recomputes_nothing(finished_run, monkeypatch):
+    folder, summary = finished_run
+    monkeypatch.setattr(guidance_gallery, "load_pipeline", lambda *_: pytest.fail("the pipeline was loaded again"))
+    other = Memory(3, checkpoint_decoder=True)  # the run may continue with it, because it changes no result
     assert run_gallery(folder / "out", folder / "prompts.txt", SETTINGS, other) == summary
 
 
-def test_a_prompt_whose_numbers_are_not_finite_spoils_no_other(done, tmp_path, monkeypatch, caplog):
+def test_a_prompt_whose_numbers_are_not_finite_changes_no_other_record(finished_run, tmp_path, monkeypatch, caplog):
     make = guidance_gallery.named_reward
 
     def blind(name):
-        """A reward that has no opinion on bags."""
+        """Returns a reward that is NaN for bags."""
         reward = make(name)
         return lambda images, prompts: torch.where(
             torch.tensor([prompt == PROMPTS[1] for prompt in prompts]), torch.nan, reward(images, prompts)
         )
 
     monkeypatch.setattr(guidance_gallery, "named_reward", blind)
-    summary = run_gallery(tmp_path / "out", done[0] / "prompts.txt", SETTINGS, Memory(3))
-    found, expected = records(tmp_path / "out"), records(done[0] / "out")
+    summary = run_gallery(tmp_path / "out", finished_run[0] / "prompts.txt", SETTINGS, Memory(3))
+    written, expected = records(tmp_path / "out"), records(finished_run[0] / "out")
     for key in ("00000", "00002"):  # float32, in other batches
-        assert found[key]["rewards"] == pytest.approx(expected[key]["rewards"], rel=1e-4)
-    assert found["00001"]["prompt"] == PROMPTS[1] and "is not finite" in found["00001"]["failed"]
+        assert written[key]["rewards"] == pytest.approx(expected[key]["rewards"], rel=1e-4)
+    assert written["00001"]["prompt"] == PROMPTS[1] and "is not finite" in written["00001"]["failed"]
     assert (summary["prompts"], summary["failed"]) == (3, 1)
     assert "1 of 3 prompts failed: the gallery says why, and --retry-failed" in caplog.text
     assert "Without a result: a photo of a bag. The reward" in (tmp_path / "out" / "index.html").read_text()
     monkeypatch.setattr(guidance_gallery, "named_reward", make)
     for retry_failed in (False, True):
-        summary = run_gallery(tmp_path / "out", done[0] / "prompts.txt", SETTINGS, Memory(3), retry_failed)
+        summary = run_gallery(tmp_path / "out", finished_run[0] / "prompts.txt", SETTINGS, Memory(3), retry_failed)
         assert summary["failed"] == (0 if retry_failed else 1)
     assert records(tmp_path / "out")["00001"]["rewards"] == pytest.approx(expected["00001"]["rewards"], rel=1e-4)
 
 
-def one(folder, memory=None, **changes):
-    """The record of a short run for one prompt."""
+def run_prompt(folder, memory=None, **changes):
+    """Returns the record of a short run for one prompt."""
     (folder / "prompts.txt").write_text("a photo of a bag")
     changes = {"held_out": None, "num_guidance_steps": 1, **changes}
     run_gallery(
@@ -140,8 +140,8 @@ def one(folder, memory=None, **changes):
     return records(folder / "out")["00000"]
 
 
-def by_hand(**options):
-    """The same by `pipe.guide`."""
+def guide_by_hand(**options):
+    """Returns a pipeline, and the output of its `guide` for the same prompt."""
     pipe = load_pipeline(DenoiserSettings("embedded"))
     reward = ClassifierReward.from_pretrained(f"{embedded_checkpoint()}/classifier", target="ankle boot")
     out = pipe.guide(
@@ -151,45 +151,47 @@ def by_hand(**options):
     return pipe, out
 
 
-def test_negative_prompt_and_optimiser_are_those_of_guide(tmp_path):
+def test_negative_prompt_and_optimiser_are_passed_to_guide(tmp_path):
     changes = {"negative_prompt": "a photo of a coat", "optimizer": "Adam", "step_size": 0.05}
-    _, out = by_hand(**changes)
-    record = one(tmp_path, memory=Memory(checkpoint_decoder=True), **changes)
+    _, out = guide_by_hand(**changes)
+    record = run_prompt(tmp_path, memory=Memory(checkpoint_decoder=True), **changes)
     # float32; the decoder's activations are computed twice
     assert record["rewards"] == pytest.approx(out.rewards[:, 0].tolist(), rel=1e-5)
-    assert record["rewards"] != pytest.approx(by_hand(optimizer="Adam", step_size=0.05)[1].rewards[:, 0], rel=1e-3)
+    assert record["rewards"] != pytest.approx(
+        guide_by_hand(optimizer="Adam", step_size=0.05)[1].rewards[:, 0], rel=1e-3
+    )
     for name, value in {"negative_prompt": None, "optimizer": "SGD"}.items():
         with pytest.raises(InputError, match=f"holds records of other settings: `{name}` was"):
-            one(tmp_path, **changes | {name: value})
+            run_prompt(tmp_path, **changes | {name: value})
 
 
 def test_the_default_estimator_is_that_of_guide(tmp_path):
-    record = one(tmp_path, estimator=guidance_gallery.GallerySettings().estimator)
-    assert record["rewards"] == pytest.approx(by_hand(estimator=None)[1].rewards[:, 0].tolist(), rel=1e-5)
-    assert record["rewards"] != pytest.approx(by_hand()[1].rewards[:, 0].tolist(), rel=1e-3)
+    record = run_prompt(tmp_path, estimator=guidance_gallery.GallerySettings().estimator)
+    assert record["rewards"] == pytest.approx(guide_by_hand(estimator=None)[1].rewards[:, 0].tolist(), rel=1e-5)
+    assert record["rewards"] != pytest.approx(guide_by_hand()[1].rewards[:, 0].tolist(), rel=1e-3)
 
 
 def test_patience_ends_a_prompt_and_needs_batches_of_one(tmp_path, monkeypatch):
     monkeypatch.setattr(
         guidance_gallery, "named_reward", lambda name: lambda images, prompts: 0 * images.sum((1, 2, 3))
     )
-    record = one(tmp_path, num_guidance_steps=5, patience=2)
+    record = run_prompt(tmp_path, num_guidance_steps=5, patience=2)
     assert record["status"] == "stopped after 2 runs without a new best"
     assert len(record["rewards"]) == 3
     with pytest.raises(InputError, match="`patience` counts runs of a whole batch, so with `batch_size` 2 results"):
-        one(tmp_path, memory=Memory(2), patience=2)
+        run_prompt(tmp_path, memory=Memory(2), patience=2)
     (tmp_path / "new").mkdir()
     with pytest.raises(InputError, match="`patience` is 0; allowed: at least 1 run"):
-        one(tmp_path / "new", patience=0)
+        run_prompt(tmp_path / "new", patience=0)
     assert not list((tmp_path / "new" / "out" / "records").iterdir())
 
 
-def test_held_out_rewards_that_are_not_finite_are_null_and_lose_nothing(tmp_path, monkeypatch):
+def test_held_out_rewards_that_are_not_finite_are_null_and_no_prompt_fails(tmp_path, monkeypatch):
     make = guidance_gallery.named_reward
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
 
     def blind(name):
-        """As held-out reward without an opinion on bags."""
+        """Returns a held-out reward that is NaN for bags."""
         reward = make(name)
         if name != SETTINGS.held_out:
             return reward
@@ -206,14 +208,14 @@ def test_held_out_rewards_that_are_not_finite_are_null_and_lose_nothing(tmp_path
     assert "held out not finite" in (tmp_path / "out" / "index.html").read_text()
 
 
-def test_likelihoods_are_those_of_the_pipeline_and_shown(tmp_path):
-    record = one(tmp_path, likelihood=True)
-    pipe, out = by_hand()
+def test_likelihoods_are_those_of_the_pipeline_and_are_on_the_page(tmp_path):
+    record = run_prompt(tmp_path, likelihood=True)
+    pipe, out = guide_by_hand()
     expected = pipe.log_likelihood(torch.cat([out.initial_images, out.images]), "a photo of a bag")
     assert list(record["bits_per_dim"]) == list(record["bits_per_dim_error"]) == ["before", "after"]
     # float32 twice through the same operations
     assert list(record["bits_per_dim"].values()) == pytest.approx(expected.bits_per_dim.tolist(), abs=1e-4)
-    errors = expected.discretisation_error / (256 * 0.6931471805599453)  # a trace model's: no probes
+    errors = expected.discretisation_error / (256 * 0.6931471805599453)  # the trace model has no error by probes
     assert list(record["bits_per_dim_error"].values()) == pytest.approx(errors.tolist(), abs=1e-4)
     page = (tmp_path / "out" / "index.html").read_text()
     assert "<td>bits/dim</td>" in page
@@ -225,42 +227,42 @@ def test_likelihoods_are_those_of_the_pipeline_and_shown(tmp_path):
         == f"after\n{record['bits_per_dim']['after']:.4g} ± {record['bits_per_dim_error']['after']:.4g} bits/dim"
     )
     with pytest.raises(InputError, match="`likelihood` was true, is false"):
-        one(tmp_path)
+        run_prompt(tmp_path)
 
 
-def test_pipeline_without_likelihood_is_refused_before_any_guidance(tmp_path, monkeypatch):
+def test_a_pipeline_without_likelihood_raises_an_error_before_any_guidance(tmp_path, monkeypatch):
     load = guidance_gallery.load_pipeline
 
-    def changed(settings):
-        """With a trace model of another denoiser, which guidance does not need."""
+    def load_changed(settings):
+        """Returns a pipeline with the trace model of another denoiser, which guidance does not need."""
         pipe = load(settings)
         for parameter in pipe.unet.parameters():
             parameter.data += 0.1
-        pipe.guide = lambda *args, **kwargs: pytest.fail("guidance was begun")
+        pipe.guide = lambda *args, **kwargs: pytest.fail("guidance began")
         return pipe
 
-    monkeypatch.setattr(guidance_gallery, "load_pipeline", changed)
+    monkeypatch.setattr(guidance_gallery, "load_pipeline", load_changed)
     with pytest.raises(InputError, match="another denoiser"):
-        one(tmp_path, likelihood=True)
+        run_prompt(tmp_path, likelihood=True)
 
 
-def test_images_that_the_safety_checker_blackens_are_named(tmp_path, monkeypatch):
+def test_the_page_names_images_that_the_safety_checker_blackens(tmp_path, monkeypatch):
     load = guidance_gallery.load_pipeline
 
-    def strict(settings):
+    def load_strict(settings):
         pipe = load(settings)
         pipe.register_modules(safety_checker=tiny.safety_checker(-1.0), feature_extractor=tiny.feature_extractor())
         return pipe
 
-    monkeypatch.setattr(guidance_gallery, "load_pipeline", strict)
-    assert one(tmp_path)["flagged"] == ["before", "after"]
+    monkeypatch.setattr(guidance_gallery, "load_pipeline", load_strict)
+    assert run_prompt(tmp_path)["flagged"] == ["before", "after"]
     words = "Black, because the safety checker flagged it: the image before and after."
     assert words in (tmp_path / "out" / "index.html").read_text()
 
 
-def test_offload_needs_an_accelerator_and_an_order(tmp_path):
+def test_offload_needs_an_accelerator_and_an_order_of_the_networks(tmp_path):
     with pytest.raises(InputError, match=r"`offload` needs an accelerator .* none was found; leave it out"):
-        one(tmp_path, memory=Memory(offload=True))
+        run_prompt(tmp_path, memory=Memory(offload=True))
     cpu = torch.device("cpu")
     with pytest.raises(UnsupportedError, match=r"LDMFisherPipeline can't be offloaded: .*Leave `offload` out"):
         guidance_gallery._offload(tiny.latent_unconditional(LDMFisherPipeline), cpu)
@@ -279,8 +281,8 @@ def test_curves_by_seconds_are_means_of_the_best_so_far():
     assert [axes.get_ylabel() for axes in figure.axes] == ["best reward", "held-out reward at the best"]
 
 
-def test_other_prompts_or_settings_are_refused(done):
-    folder, _ = done
+def test_other_prompts_or_settings_raise_an_error(finished_run):
+    folder, _ = finished_run
     other = folder / "other.txt"
     other.write_text("a photo of a dress\n")
     with pytest.raises(InputError, match=r"holds records of other settings: `prompts` was \"3, sha256 .*, is \"1, "):
@@ -304,7 +306,7 @@ def command(folder, environment=None):
     return subprocess.Popen(run, env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE, text=True)
 
 
-def test_kill_loses_nothing_that_was_done(done, tmp_path):
+def test_a_kill_loses_no_finished_prompt(finished_run, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     writer = command(tmp_path)
     try:
@@ -317,8 +319,8 @@ def test_kill_loses_nothing_that_was_done(done, tmp_path):
     result = CliRunner().invoke(app, arguments(tmp_path))
     assert result.exit_code == 0, result.output
     assert f"{len(before)} of this process's 3 done" in result.output
-    after, reference = records(tmp_path / "out"), records(done[0] / "out")
-    assert {key: after[key] for key in before} == before  # seconds too: nothing was computed anew
+    after, reference = records(tmp_path / "out"), records(finished_run[0] / "out")
+    assert {key: after[key] for key in before} == before  # the seconds too, so nothing was computed again
     for key, record in after.items():
         # other batches, in float32
         torch.testing.assert_close(
@@ -326,7 +328,7 @@ def test_kill_loses_nothing_that_was_done(done, tmp_path):
         )
 
 
-def test_processes_share_the_prompts(done, tmp_path):
+def test_processes_share_the_prompts(finished_run, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -336,7 +338,7 @@ def test_processes_share_the_prompts(done, tmp_path):
     outputs = [worker.communicate(timeout=300)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
     assert "0 of this process's 2 done" in outputs[0]
-    assert outputs[1] == ""  # the main process alone speaks
+    assert outputs[1] == ""  # only the main process prints
     assert [record["prompt"] for record in records(tmp_path / "out").values()] == PROMPTS
     assert (tmp_path / "out" / "index.html").is_file()
 
@@ -358,7 +360,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_mistakes_are_refused_and_bind_nobody(tmp_path, kind):
+def test_mistakes_raise_an_error_and_leave_no_record(tmp_path, kind):
     text, changes, error, message = BAD[kind]
     if text is not None:
         (tmp_path / "prompts.txt").write_text(text)
@@ -369,7 +371,7 @@ def test_mistakes_are_refused_and_bind_nobody(tmp_path, kind):
     assert not list((tmp_path / "out").glob("records/*"))
 
 
-def test_batch_size_and_unwritable_folder(tmp_path):
+def test_batch_size_zero_and_an_unwritable_folder_raise_an_error(tmp_path):
     (tmp_path / "prompts.txt").write_text("a")
     with pytest.raises(InputError, match="`batch_size` is 0; allowed: greater than or equal to 1"):
         run_gallery(tmp_path / "out", tmp_path / "prompts.txt", SETTINGS, Memory(0))

@@ -37,7 +37,7 @@ CASES = {
 on_cases = pytest.mark.parametrize("name", CASES)
 
 
-def made(name, **options):
+def make(name, **options):
     cls, config = CASES[name]
     return cls(**config, **options)
 
@@ -52,7 +52,7 @@ def state(shape):
     return DenoisingState(latents(shape=shape), latents(shape=shape), level, Prediction("epsilon"), 300)
 
 
-def test_two_dimensions_by_hand():
+def test_a_direction_in_two_dimensions_is_that_by_hand():
     epsilon = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     previous = torch.tensor([[0.0, 2.0]], dtype=torch.float64)
     # m = (0.5, 1); lambda = 0.25 * 2; eps - m * 0.5/(0.5 + 1.25) = (0.857..., -0.2857...), brought to length one.
@@ -62,7 +62,7 @@ def test_two_dimensions_by_hand():
 
 
 def test_first_order_is_an_extrapolation_by_kappa_over_lambda():
-    """What docs/lml.md reasons from: eps' = eps + (kappa/lambda) D across eps, D the change since the step before."""
+    """docs/lml.md uses eps' = eps + (kappa/lambda) D without the part along eps. D is the change of eps per step."""
     epsilon, change = latents(shape=(2, 3, 2, 2)), latents(shape=(2, 3, 2, 2), seed=2)
     epsilon *= (12 / epsilon.flatten(1).square().sum(1)).sqrt()[:, None, None, None]  # |eps|^2 = d
     across = change - (change * epsilon).flatten(1).sum(1)[:, None, None, None] / 12 * epsilon
@@ -71,7 +71,7 @@ def test_first_order_is_an_extrapolation_by_kappa_over_lambda():
         result = precondition(epsilon, epsilon - size * change, state((2, 3, 2, 2)), damping=0.8, kappa=0.3)
         errors.append(float((result - epsilon - 0.3 / 0.8 * size * across).norm()))
     assert errors[1] < 1e-6
-    assert errors[0] / errors[1] == pytest.approx(100, rel=0.05)  # what is left is of second order
+    assert errors[0] / errors[1] == pytest.approx(100, rel=0.05)  # the rest is of second order
 
 
 def test_operator_and_its_inverse_are_the_matrix():
@@ -89,16 +89,16 @@ def test_operator_and_its_inverse_are_the_matrix():
 def test_large_lambda_is_the_parent(name):
     x, network = latents(), Network()
     expected = sampling_run(parent_of(name), network, x)[-1]
-    errors = [relative(sampling_run(made(name, lml_lambda=value), network, x)[-1], expected) for value in (1e2, 1e4)]
+    errors = [relative(sampling_run(make(name, lml_lambda=value), network, x)[-1], expected) for value in (1e2, 1e4)]
     assert errors[1] < 1e-4
     assert errors[0] / errors[1] == pytest.approx(100, rel=0.1)  # first order in 1/lambda
-    assert relative(sampling_run(made(name), network, x)[-1], expected) > 1e-4  # and the default is another sampler
+    assert relative(sampling_run(make(name), network, x)[-1], expected) > 1e-4  # and the default is another sampler
 
 
 @on_cases
-def test_kappa_zero_is_the_parent_bit_for_bit_and_warned_about(name):
+def test_kappa_zero_is_the_parent_bit_for_bit_with_a_warning(name):
     with pytest.warns(UserWarning, match="`lml_kappa` is 0: .* this is the parent scheduler"):
-        scheduler = made(name, lml_kappa=0.0)
+        scheduler = make(name, lml_kappa=0.0)
     x, network = latents(torch.float32), Network(dtype=torch.float32)
     pairs = zip(sampling_run(scheduler, network, x), sampling_run(parent_of(name), network, x), strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
@@ -106,15 +106,15 @@ def test_kappa_zero_is_the_parent_bit_for_bit_and_warned_about(name):
 
 @on_cases
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
-def test_frozen_steps_are_the_parents(name, fraction):
+def test_steps_within_the_freeze_are_those_of_the_parent(name, fraction):
     x, network = latents(), Network()
-    ours = sampling_run(made(name, lml_freeze=fraction), network, x)
+    ours = sampling_run(make(name, lml_freeze=fraction), network, x)
     theirs = sampling_run(parent_of(name), network, x)
     same = [torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)]
     assert same == [True] * round(6 * fraction) + [False] * (6 - round(6 * fraction))
 
 
-def test_direction_keeps_its_length_and_each_sample_its_own():
+def test_direction_keeps_its_length_and_does_not_depend_on_other_samples():
     epsilon, previous = latents(shape=(3, 3, 2, 2)), latents(shape=(3, 3, 2, 2), seed=2)
     result = precondition(epsilon, previous, state((3, 3, 2, 2)), damping=0.05, kappa=0.5)
     torch.testing.assert_close(result.flatten(1).norm(dim=1), epsilon.flatten(1).norm(dim=1), rtol=EXACT, atol=0)
@@ -126,44 +126,44 @@ def test_direction_keeps_its_length_and_each_sample_its_own():
         assert relative(alone, result[one]) < EXACT
 
 
-def test_ddim_step_by_hand():
-    """x_0 is kept and the noise turned: the second step's result is alpha_prev x_0 + sigma_prev eps'."""
-    scheduler, network, x = made("DDIM", lml_lambda=0.3, lml_kappa=0.4), Network(), latents()
+def test_a_step_of_ddim_is_that_by_hand():
+    """x_0 stays and the noise turns: the result of the second step is alpha_prev x_0 + sigma_prev eps'."""
+    scheduler, network, x = make("DDIM", lml_lambda=0.3, lml_kappa=0.4), Network(), latents()
     first = sampling_run(parent_of("DDIM"), network, x)[0]
     result = sampling_run(scheduler, network, x)
-    assert torch.equal(result[0], first)  # there is no step before the first
+    assert torch.equal(result[0], first)  # the first step has no previous step
     t, following = scheduler.timesteps[1], scheduler.timesteps[2]
     alpha, sigma = (scheduler.alphas_cumprod[t] ** 0.5, (1 - scheduler.alphas_cumprod[t]) ** 0.5)
     epsilon, previous = network(first, t), network(x, scheduler.timesteps[0])
     m = 0.4 * previous + 0.6 * epsilon
     inner, size = ((m * other).flatten(1).sum(1)[:, None, None, None] for other in (epsilon, m))
-    turned = epsilon - m * inner / (0.3 * 12 + size)
-    turned = turned * (epsilon.flatten(1).norm(dim=1) / turned.flatten(1).norm(dim=1))[:, None, None, None]
+    direction = epsilon - m * inner / (0.3 * 12 + size)
+    direction = direction * (epsilon.flatten(1).norm(dim=1) / direction.flatten(1).norm(dim=1))[:, None, None, None]
     bar = scheduler.alphas_cumprod[following]
-    expected = bar**0.5 * (first - sigma * epsilon) / alpha + (1 - bar) ** 0.5 * turned
+    expected = bar**0.5 * (first - sigma * epsilon) / alpha + (1 - bar) ** 0.5 * direction
     assert relative(result[1], expected) < 1e-6  # the scheduler's own table is float32
 
 
-def test_it_moves_away_from_the_odes_solution_however_many_steps():
-    """As docs/lml.md says, with an exact score: the error of DDIM falls with its steps, that of LML stays."""
+def test_lml_does_not_converge_to_the_solution_of_the_ode():
+    """With an exact score the error of DDIM falls with the number of steps, and that of LML stays (docs/lml.md)."""
     mixture = GaussianMixture(latents(shape=(5, 3, 2, 2), seed=4), Covariance.isotropic(0.05, (3, 2, 2)))
 
-    def solved(cls, steps, **options):
+    def solve(cls, steps, **options):
         scheduler = cls(**VP, timestep_spacing="trailing", **options)
         network = lambda x, t: mixture.epsilon(x, noise_level(scheduler, t))  # noqa: E731
         return sampling_run(scheduler, network, latents(shape=(32, 3, 2, 2)), steps)[-1]
 
-    solution = solved(diffusers.DDIMScheduler, 250)
-    plain = [relative(solved(diffusers.DDIMScheduler, steps), solution) for steps in (10, 40)]
-    turned = [relative(solved(LMLDDIMScheduler, steps, lml_kappa=0.5), solution) for steps in (10, 40)]
-    assert plain[1] < 0.7 * plain[0]
-    assert turned[0] > 1.5 * plain[0]
-    assert turned[1] > max(3 * plain[1], 0.7 * turned[0])
+    solution = solve(diffusers.DDIMScheduler, 250)
+    ddim = [relative(solve(diffusers.DDIMScheduler, steps), solution) for steps in (10, 40)]
+    lml = [relative(solve(LMLDDIMScheduler, steps, lml_kappa=0.5), solution) for steps in (10, 40)]
+    assert ddim[1] < 0.7 * ddim[0]
+    assert lml[0] > 1.5 * ddim[0]
+    assert lml[1] > max(3 * ddim[1], 0.7 * lml[0])
 
 
 @on_cases
-def test_runs_do_not_remember_each_other(name):
-    scheduler, network = made(name), Network()
+def test_a_run_does_not_depend_on_the_runs_before(name):
+    scheduler, network = make(name), Network()
     first = sampling_run(scheduler, network, latents())
     sampling_run(scheduler, network, latents(shape=(5, 3, 2, 2)))  # another batch size
     again = sampling_run(scheduler, network, latents())
@@ -174,8 +174,8 @@ def test_runs_do_not_remember_each_other(name):
 
 @on_cases
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.01), (torch.bfloat16, 0.06)], ids=str)
-def test_half_precision_is_safe(name, dtype, tolerance):
-    scheduler, x = made(name, lml_lambda=1e-3), latents()
+def test_half_precision_gives_finite_and_accurate_samples(name, dtype, tolerance):
+    scheduler, x = make(name, lml_lambda=1e-3), latents()
     reference = sampling_run(scheduler, Network(), x.to(dtype).double())
     network = Network(dtype=torch.float32)
     half = sampling_run(scheduler, lambda sample, t: network(sample.float(), t).to(dtype), x.to(dtype))
@@ -185,10 +185,10 @@ def test_half_precision_is_safe(name, dtype, tolerance):
 
 
 @on_cases
-def test_it_is_a_diffusers_scheduler(name, tmp_path):
+def test_it_is_saved_and_loaded_as_a_diffusers_scheduler(name, tmp_path):
     cls, config = CASES[name]
     parent = cls.__mro__[2]
-    scheduler = made(name, lml_lambda=0.7, lml_kappa=0.25, lml_freeze=0.5)
+    scheduler = make(name, lml_lambda=0.7, lml_kappa=0.25, lml_freeze=0.5)
     for method in ("step", "set_timesteps"):
         assert inspect.signature(getattr(cls, method)) == inspect.signature(getattr(parent, method))
     scheduler.save_pretrained(tmp_path)
@@ -204,7 +204,7 @@ def test_it_is_a_diffusers_scheduler(name, tmp_path):
     assert cls.__module__ == "diffusers_fisher"
 
 
-def test_it_runs_in_an_unmodified_pipeline_and_through_the_differentiable_door():
+def test_it_runs_in_a_stock_pipeline_and_in_a_differentiable_run():
     import tiny
 
     from diffusers_fisher import DirectFisher, fisher_scheduler
@@ -212,11 +212,11 @@ def test_it_runs_in_an_unmodified_pipeline_and_through_the_differentiable_door()
     pipe = tiny.stable_diffusion()
     pipe.scheduler = fisher_scheduler(LMLDDIMScheduler).from_config(pipe.scheduler.config)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    plain = pipe("a b", latents=noise, num_inference_steps=4, output_type="latent").images
+    expected = pipe("a b", latents=noise, num_inference_steps=4, output_type="latent").images
     with pipe.scheduler.differentiable(DirectFisher()) as trajectory:
-        tracked = pipe("a b", latents=noise, num_inference_steps=4, output_type="latent").images
-    assert torch.equal(tracked.detach(), plain)
-    assert bool(torch.isfinite(trajectory.gradient(tracked.sum())).all())
+        images = pipe("a b", latents=noise, num_inference_steps=4, output_type="latent").images
+    assert torch.equal(images.detach(), expected)
+    assert bool(torch.isfinite(trajectory.gradient(images.sum())).all())
 
 
 @pytest.mark.parametrize(
@@ -229,12 +229,12 @@ def test_it_runs_in_an_unmodified_pipeline_and_through_the_differentiable_door()
         ("lml_freeze", 1.5, "`lml_freeze` is 1.5; allowed: 0 to 1"),
     ],
 )
-def test_bad_options_are_refused(option, value, match):
+def test_options_outside_their_range_raise_an_error(option, value, match):
     with pytest.raises(InputError, match=match):
         LMLDDIMScheduler(**{option: value})
 
 
-def test_no_warning_without_reason():
+def test_default_options_raise_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert isinstance(LMLDDIMScheduler(), diffusers.DDIMScheduler)

@@ -57,7 +57,7 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def found(case, schedule, count=6, integration=QUICK, **options):
+def integrate(case, schedule, count=6, integration=QUICK, **options):
     level = schedule.level(schedule.noise_time)
     start = normal(count, *CASES[case].distribution.shape) * level.norm / level.alpha
     return transport_map(exact_field(CASES[case].distribution), start, schedule, integration, **options)
@@ -66,37 +66,41 @@ def found(case, schedule, count=6, integration=QUICK, **options):
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=lambda schedule: schedule.name)
 @pytest.mark.parametrize("case", [case.name for case in CASES.values() if case.optimal])
 def test_lines_rectangles_and_gaussians_have_symmetric_positive_jacobians(case, schedule):
-    result = found(case, schedule)
+    result = integrate(case, schedule)
     assert float(asymmetry(result.jacobian).max()) < 1e-6
     assert float(off_diagonal_asymmetry(result.jacobian).max()) < 1e-6
     assert float(least_eigenvalue(result.jacobian).min()) > 0
-    assert result.error < 1e-3  # of a coarser integration; asymmetry is free of it, by symmetry of every step
+    assert (
+        result.error < 1e-3
+    )  # error of a coarser integration; the asymmetry has no such error, because every step is symmetric
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=lambda schedule: schedule.name)
 @pytest.mark.parametrize("case", ["triangle", "three Gaussians"])
-def test_triangles_have_not(case, schedule):
-    result = found(case, schedule, count=40)
-    assert float(asymmetry(result.jacobian).mean()) > 0.005  # forty starts; the study's three hundred reach 0.018
+def test_triangles_have_asymmetric_jacobians(case, schedule):
+    result = integrate(case, schedule, count=40)
+    assert (
+        float(asymmetry(result.jacobian).mean()) > 0.005
+    )  # forty starts; three hundred starts of the study give 0.018
     assert float(off_diagonal_asymmetry(result.jacobian).mean()) > 0.1
     assert result.error < 1e-3
 
 
-def test_rates_by_hand():
+def test_rates_are_those_by_hand():
     time = torch.tensor(0.3, dtype=torch.float64)
     beta = 1000 * (0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * time) ** 2
     alpha, sigma = SCHEDULES["vp"].alpha(time), SCHEDULES["vp"].sigma(time)
     expected = {
-        "vp": (-beta / 2, beta / (2 * sigma)),  # of d log(alpha)/dt = -beta/2 and alpha^2 + sigma^2 = 1
+        "vp": (-beta / 2, beta / (2 * sigma)),  # because d log(alpha)/dt = -beta/2 and alpha^2 + sigma^2 = 1
         "sub-vp": (-beta / 2, beta * alpha**2 + (1 - alpha**2) * beta / 2),
         "ve": (0, 0.5 / time.sqrt()),
         "edm": (0, 1),
         "flow-matching": (-1 / (1 - time), 1 + time / (1 - time)),
     }
     for name, pair in expected.items():
-        with torch.inference_mode():  # where autograd is off, and would give zeros
-            found = SCHEDULES[name].rates(time)
-        assert [float(value) for value in found] == pytest.approx([float(value) for value in pair], rel=1e-12)
+        with torch.inference_mode():  # autograd is off here, and would give zeros
+            rates = SCHEDULES[name].rates(time)
+        assert [float(value) for value in rates] == pytest.approx([float(value) for value in pair], rel=1e-12)
 
 
 def test_jacobian_is_the_derivative_of_the_map():
@@ -119,7 +123,7 @@ def test_schedules_are_the_same_ode_between_the_same_levels(names):
         ratios = schedule.level(times).noise_to_signal
         ends = [float(times[(ratios - value).abs().argmin()]) for value in (low, high)]
         exact = []
-        for value, time in zip((low, high), ends, strict=True):  # Newton's steps on the grid's answer
+        for value, time in zip((low, high), ends, strict=True):  # Newton steps from the grid's answer
             for _ in range(4):
                 ratio = schedule.level(time).noise_to_signal
                 slope = (schedule.level(time + 1e-6).noise_to_signal - ratio) / 1e-6
@@ -131,38 +135,43 @@ def test_schedules_are_the_same_ode_between_the_same_levels(names):
     maps = [transport_map(exact_field(CASES["triangle"].distribution), start, between(one)) for one in pair]
     assert (
         relative(maps[0].end, maps[1].end) < 1e-6
-    )  # the ends' levels are found to 1e-9, near points they matter more
+    )  # the levels at the ends are exact to 1e-9; near points an error grows
     assert relative(maps[0].jacobian, maps[1].jacobian) < 1e-5
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=lambda schedule: schedule.name)
 def test_gaussian_map_is_the_optimal_one_pointwise(schedule):
     case = CASES["Gaussian"]
-    result = found("Gaussian", schedule, integration=AdaptiveSteps())
+    result = integrate("Gaussian", schedule, integration=AdaptiveSteps())
     closed = gaussian_map(case.distribution, result.start, schedule)
     assert float((closed - result.end).abs().max()) < 1e-6
     assert gaussian_map(CASES["triangle"].distribution, result.start, schedule) is None
 
 
 def test_adaptive_steps_end_at_the_end():
-    """The last step lands there; interpolated back from beyond, the end would be off by more than the tolerance."""
+    """The last step lands at the end. An interpolation from a step beyond the end would have a larger error."""
     for name in ("triangle", "rotated rectangle"):
-        exact, result = (found(name, SCHEDULES["sub-vp"], 20, AdaptiveSteps(tolerance)) for tolerance in (1e-11, 1e-8))
+        exact, result = (
+            integrate(name, SCHEDULES["sub-vp"], 20, AdaptiveSteps(tolerance)) for tolerance in (1e-11, 1e-8)
+        )
         assert float((exact.end - result.end).abs().max()) < 1e-8
-        assert relative(result.jacobian, exact.jacobian) < result.error < 1e-4  # reported: that of ten times as coarse
+        assert (
+            relative(result.jacobian, exact.jacobian) < result.error < 1e-4
+        )  # the reported error is that of a tolerance ten times as large
 
 
 @pytest.mark.parametrize(("order", "steps"), [(2, (80, 160)), (4, (40, 80))])
 def test_fixed_steps_converge_at_their_order(order, steps):
     schedule = SCHEDULES["edm"]
-    exact = found("three Gaussians", schedule).jacobian
+    exact = integrate("three Gaussians", schedule).jacobian
     errors = [
-        relative(found("three Gaussians", schedule, integration=FixedSteps(n, order)).jacobian, exact) for n in steps
+        relative(integrate("three Gaussians", schedule, integration=FixedSteps(n, order)).jacobian, exact)
+        for n in steps
     ]
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.2)
-    result = found("three Gaussians", schedule, integration=FixedSteps(steps[0], order))
+    result = integrate("three Gaussians", schedule, integration=FixedSteps(steps[0], order))
     assert result.trajectory.shape == (steps[0] + 1, 6, 2)
-    assert errors[0] < result.error  # of the worst sample, against fewer steps
+    assert errors[0] < result.error  # the reported error is that of the worst sample, against fewer steps
 
 
 def test_directions_give_the_products_alone():
@@ -172,11 +181,13 @@ def test_directions_give_the_products_alone():
     some = transport_map(field, start, schedule, directions=directions)
     assert some.jacobian.shape == (4, 2, 1)
     expected = torch.einsum("bde,be->bd", whole.jacobian, directions[0])
-    assert relative(some.jacobian[..., 0], expected) < 10 * (whole.error + some.error)  # each takes its own steps
+    assert relative(some.jacobian[..., 0], expected) < 10 * (
+        whole.error + some.error
+    )  # each integration takes its own steps
 
 
-def test_learned_denoisers_take_any_estimator_in_the_models_own_coordinates():
-    """An oracle in place of a network: the same map as in closed form, through a scheduler's timesteps and levels."""
+def test_learned_denoisers_take_every_estimator_in_the_models_own_coordinates():
+    """An oracle as network, with a scheduler's timesteps and levels, has the same map as the closed form."""
     oracle = MixtureOracle(0.4 * normal(3, 1, 2, 2), 0.05 * torch.eye(4, dtype=torch.float64).expand(3, 4, 4))
     mixture = GaussianMixture(oracle.means.view(3, 1, 2, 2), Covariance.isotropic(0.05, (1, 2, 2)))
     denoiser = OracleDenoiser(oracle, tiny.scheduler())
@@ -193,7 +204,7 @@ def test_learned_denoisers_take_any_estimator_in_the_models_own_coordinates():
     assert relative(products.jacobian, exact.jacobian) < 0.05  # differences of float32 outputs
 
 
-def test_real_pipeline_and_its_jacobian_without_transposition():
+def test_products_with_directions_are_not_transposed_for_a_pipeline():
     pipe = tiny.stable_diffusion(unet=tiny.unet(sample_size=4))
     denoiser = PipelineDenoiser(pipe, prompt="a b")
     schedule = model_schedule(denoiser)
@@ -203,31 +214,31 @@ def test_real_pipeline_and_its_jacobian_without_transposition():
     some = transport_map(field, start, schedule, FixedSteps(3), directions=normal(2, 1, 4, 4, 4, seed=2))
     expected = torch.einsum("bde,kbe->bdk", whole.jacobian, normal(2, 1, 4, 4, 4, seed=2).flatten(2))
     assert relative(some.jacobian, expected) < 1e-3  # float32 products of an untrained network, in another order
-    assert float(asymmetry(whole.jacobian)) > 1e-3  # a network is no gradient field
+    assert float(asymmetry(whole.jacobian)) > 1e-3  # the output of a network is not a gradient
 
 
-def test_learned_study_is_the_maps_own_and_of_symmetrised_jacobians(tmp_path, capsys):
+def test_learned_study_has_the_map_by_own_and_by_symmetrised_jacobians(tmp_path, capsys):
     pipe = tiny.stable_diffusion(unet=tiny.unet(sample_size=4))
-    found = learned_map(0, count=2, steps=2, pipe=pipe)
+    study = learned_map(0, count=2, steps=2, pipe=pipe)
     denoiser = PipelineDenoiser(pipe, prompt=["a photo of a t-shirt", "a photo of a trouser"])
     schedule, integration = model_schedule(denoiser), FixedSteps(2)
     start = schedule.level(schedule.noise_time).noise_to_signal * normal(2, 4, 4, 4)
     estimator = AutodiffFisher(denoiser, chunk_size=64)
 
     def symmetrised(state):
-        matrix = estimator(state).dense()  # at every state anew, where the study keeps them
+        matrix = estimator(state).dense()  # computed anew at every state, while the study keeps the matrices
         return (matrix + matrix.mT) / 2
 
     for key, one in (("map", estimator), ("map_of_symmetrised_jacobians", MatrixFisher(symmetrised))):
         expected = transport_map(denoiser_field(denoiser, one), start, schedule, integration)
         # Float32 products in other orders.
-        assert found[key]["asymmetry"] == pytest.approx(float(asymmetry(expected.jacobian).mean()), rel=1e-3)
-    assert found["map_of_symmetrised_jacobians"]["asymmetry"] < found["map"]["asymmetry"]
-    assert found["fisher_asymmetry_by_level"][0] > 1e-4
-    assert len(found["noise_to_signal"]) == len(found["map_asymmetry_by_level"]) == 3
-    assert found["map_asymmetry_by_level"][-1] == pytest.approx(found["map"]["asymmetry"], rel=1e-12)
-    report_learned(tmp_path, found)
-    assert f"2 samples: asymmetry of the map {found['map']['asymmetry']:.4f}" in capsys.readouterr().out
+        assert study[key]["asymmetry"] == pytest.approx(float(asymmetry(expected.jacobian).mean()), rel=1e-3)
+    assert study["map_of_symmetrised_jacobians"]["asymmetry"] < study["map"]["asymmetry"]
+    assert study["fisher_asymmetry_by_level"][0] > 1e-4
+    assert len(study["noise_to_signal"]) == len(study["map_asymmetry_by_level"]) == 3
+    assert study["map_asymmetry_by_level"][-1] == pytest.approx(study["map"]["asymmetry"], rel=1e-12)
+    report_learned(tmp_path, study)
+    assert f"2 samples: asymmetry of the map {study['map']['asymmetry']:.4f}" in capsys.readouterr().out
     with Image.open(tmp_path / "learned.png") as picture:
         assert min(picture.size) > 300
 
@@ -235,7 +246,7 @@ def test_learned_study_is_the_maps_own_and_of_symmetrised_jacobians(tmp_path, ca
 # Indices and couplings
 
 
-def test_indices_by_hand():
+def test_indices_are_those_by_hand():
     rotation = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
     upper = torch.tensor([[3.0, 2.0], [0.0, 5.0]], dtype=torch.float64)
     symmetric = torch.tensor([[2.0, 1.0], [1.0, -3.0]], dtype=torch.float64)
@@ -264,7 +275,7 @@ def test_coupling_gap_is_zero_for_the_optimal_map_and_positive_for_another():
 # Bad input
 
 
-def test_singular_ends_are_refused():
+def test_singular_ends_raise_an_error():
     with pytest.raises(InputError, match=r"Schedule 'flow' has alpha 0, sigma 1 at time 1; both must be positive"):
         Schedule("flow", lambda t: 1 - t, lambda t: t * 1.0, 0.01, 1.0)
     for ends in ((0.0, 1.0), (1.0, 0.1), (0.5, 0.5), (0.1, math.inf)):
@@ -272,20 +283,20 @@ def test_singular_ends_are_refused():
             Schedule("edm", torch.ones_like, lambda t: t * 1.0, *ends)
 
 
-def test_schedules_singular_or_turning_on_the_way_are_refused():
+def test_schedules_that_are_singular_or_turn_between_their_ends_raise_an_error():
     with pytest.raises(InputError, match=r"alpha -?\S+, sigma \S+ at time \S+; both must be positive and finite"):
         Schedule("dip", lambda t: 0.5 - t, lambda t: t * 1.0, 0.1, 0.9)
     with pytest.raises(InputError, match=r"sigma/alpha \S+ at time .* before it; allowed: growing with time"):
         Schedule("turning", torch.ones_like, lambda t: t * (1.2 - t), 0.1, 0.9)
 
 
-def test_too_many_dimensions_are_refused_with_products_offered():
+def test_too_many_dimensions_raise_an_error_that_names_directions():
     field = exact_field(DiracMixture(normal(2, 70, 70)))
     with pytest.raises(InputError, match=r"Jacobian of 4900 dimensions is too large \(limit 4096\)\. Pass `direc"):
         transport_map(field, normal(1, 70, 70), SCHEDULES["edm"])
 
 
-def test_too_few_steps_and_pairs_are_refused():
+def test_too_few_steps_or_pairs_raise_an_error():
     with pytest.raises(InputError, match="`num_steps` is 1; allowed: at least 2"):
         FixedSteps(1)
     with pytest.raises(InputError, match="`order` is 3; allowed: 2 or 4"):
@@ -296,7 +307,7 @@ def test_too_few_steps_and_pairs_are_refused():
 
 
 @pytest.mark.parametrize("name", ["torchdiffeq", "ot"])
-def test_missing_extra_is_said_in_words_before_any_work(name, monkeypatch, tmp_path):
+def test_missing_extra_raises_an_error_before_any_work(name, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, name, None)  # as though it were not installed
     with pytest.raises(
         UnsupportedError, match=rf"need the package '{name}'.*pip install 'diffusers_fisher.transport.'"
@@ -304,13 +315,13 @@ def test_missing_extra_is_said_in_words_before_any_work(name, monkeypatch, tmp_p
         if name == "ot":
             coupling_cost(normal(8, 2), normal(8, 2), batches=2)
         else:
-            found("Gaussian", SCHEDULES["edm"])
+            integrate("Gaussian", SCHEDULES["edm"])
     with pytest.raises(UnsupportedError, match=f"need the package '{name}'"):
         run_study(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_given_points_are_read_or_refused_in_words(tmp_path):
+def test_points_of_the_user_are_read_or_raise_an_error(tmp_path):
     assert parse_points("0.5,0; 0,-0.5; 0,0").tolist() == [[0.5, 0.0], [0.0, -0.5], [0.0, 0.0]]
     assert parse_points(None) is None
     for text in ("0.5,0; x,1", "1,2; 3", ""):
@@ -334,13 +345,13 @@ def test_command_writes_table_report_and_plots(tmp_path):
     for name in ("maps", "index_by_steps"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert min(picture.size) > 300
-    refused = CliRunner().invoke(app, ["transport", "--output", str(tmp_path), "--points", "1"])
-    assert refused.exit_code == 1
-    assert "at least two points" in refused.output
+    result = CliRunner().invoke(app, ["transport", "--output", str(tmp_path), "--points", "1"])
+    assert result.exit_code == 1
+    assert "at least two points" in result.output
 
 
-def test_kept_study_shows_what_theory_says():
-    """The documents' figures: zero where the map is known to be optimal, the paper's indices for its triangle."""
+def test_the_stored_study_agrees_with_theory():
+    """The figures of the docs are zero where the map is optimal, and the paper's indices for the paper's triangle."""
     report = json.loads((Path(document_figures.FOLDER) / "transport.json").read_text())
     rows = {(row["case"], row["schedule"]): row for row in report["maps"]}
     for row in report["maps"]:
@@ -364,4 +375,4 @@ def test_kept_study_shows_what_theory_says():
     assert (
         max(abs(gaps[row["case"]]["gap"]) for row in report["maps"] if row["optimal"] and row["case"] in gaps) < 1e-12
     )
-    assert report["seconds"] < 60 and report["learned"]["seconds"] < 600  # as the documents say of this machine
+    assert report["seconds"] < 60 and report["learned"]["seconds"] < 600  # as the docs say of their machine
