@@ -47,8 +47,10 @@ def demo(
 ) -> None:
     """Compute likelihoods of real images and guide by a reward, on the embedded checkpoint. Minutes on two cores."""
     from .demo import run_demo
+    from .jobs.folder_lock import FolderLock
 
-    run_demo(output=output, seed=seed)
+    with FolderLock(output):
+        run_demo(output=output, seed=seed)
 
 
 @app.command()
@@ -62,9 +64,11 @@ def transport(
     seed: Seed = 0,
 ) -> None:
     """Is the probability-flow ODE's map an optimal transport map? Under a minute; minutes more with --learned."""
+    from .jobs.folder_lock import FolderLock
     from .studies.transport_study import parse_points, run_study
 
-    run_study(output=output, runs=runs, points=parse_points(points), learned=learned, seed=seed)
+    with FolderLock(output):
+        run_study(output=output, runs=runs, points=parse_points(points), learned=learned, seed=seed)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from ..errors import CoarseGridWarning, InputError, NumericalError
 from ..files import finite_number, read_json, write_json
 from ..fisher import AutodiffFisher, FiniteDifferenceFisher, FisherEstimator
 from ..jobs.config import flat_settings
+from ..jobs.folder_lock import locked_folder
 from ..jobs.identity import images_digest, pipeline_digests, row_digest
 from ..jobs.pipelines import DenoiserSettings, load_pipeline
 from ..jobs.processes import process_state
@@ -99,22 +100,30 @@ def evaluate_dataset(
 
     Raises:
         InputError: the data or the pipeline can't be opened, there are no images, the output lies in the folder of the
-            data, `output` has records of other settings, or no image could be evaluated (a run stops after 64 refused
-            images).
+            data, `output` belongs to another run that has not ended or has records of other settings, or no image
+            could be evaluated (a run stops after 64 refused images).
         UnsupportedError: the pipeline has no likelihood.
         CheckpointError: a checkpoint or record is damaged.
     """
     if batch_size < 1:
         raise InputError(f"`batch_size` is {batch_size}; allowed: at least 1.")
-    folder, resolution = settings.data.path, settings.data.resolution
+    folder = settings.data.path
     if Path(folder).is_dir() and output.resolve().is_relative_to(Path(folder).resolve()):
         raise InputError(
             f"The output '{output}' lies in the data's folder '{folder}', whose images its pictures would become; "
             "name another folder."
         )
     state = process_state()
+    with locked_folder(output, state):
+        return _evaluate(output, settings, batch_size, retry_failed, state)
+
+
+def _evaluate(
+    output: Path, settings: DatasetSettings, batch_size: int, retry_failed: bool, state: PartialState
+) -> dict[str, Any] | None:
+    """Evaluates the images of a dataset in a folder that belongs to this launch."""
     pipe = load_pipeline(settings.denoiser).to(state.device)
-    backbone = backbone_of(pipe)
+    backbone, resolution = backbone_of(pipe), settings.data.resolution
     multiple = backbone.size_multiple
     if resolution is not None and resolution % multiple:
         raise InputError(f"`resolution` is {resolution}; allowed for this pipeline: multiples of {multiple}.")

@@ -19,6 +19,7 @@ from ..fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDiffere
 from ..guidance import GuidanceOutput, named_reward
 from ..guidance.movers import optimizer_factory
 from ..guidance.noise_ascent import COMPLETED
+from ..jobs.folder_lock import locked_folder
 from ..jobs.pages import save_picture
 from ..jobs.pipelines import DenoiserSettings, load_pipeline
 from ..jobs.processes import process_state
@@ -109,8 +110,9 @@ def run_gallery(
         their first images or rewards were not finite.
 
     Raises:
-        InputError: there are no prompts, a name is unknown, `offload` has no accelerator, or `output` has records of
-            other settings. With `likelihood` also if `pipe.log_likelihood` refuses the pipeline.
+        InputError: there are no prompts, a name is unknown, `offload` has no accelerator, or `output` belongs to
+            another run that has not ended or has records of other settings. With `likelihood` also if
+            `pipe.log_likelihood` refuses the pipeline.
         UnsupportedError: diffusers can't offload the pipeline.
         CheckpointError: a checkpoint or record is damaged.
     """
@@ -118,6 +120,15 @@ def run_gallery(
     prompts = read_prompts(prompts_file)
     state = process_state()
     _check(settings, memory, state.device)
+    with locked_folder(output, state):
+        return _guide_all(output, prompts, settings, memory, retry_failed, state)
+
+
+def _guide_all(
+    output: Path, prompts: list[str], settings: GallerySettings, memory: Memory, retry_failed: bool,
+    state: PartialState,
+) -> dict[str, Any]:  # fmt: skip
+    """Guides all prompts in a folder that belongs to this launch."""
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     records = Records(output, {**dataclasses.asdict(settings), "prompts": f"{len(prompts)}, sha256 {digest[:16]}"})
     (records.folder / PICTURES).mkdir(exist_ok=True)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from accelerate import Accelerator, PartialState
 
 from ..errors import InputError
+from ..files import check_writable
 
 LOCK = ".lock.json"
 BEAT_SECONDS = 30.0
@@ -32,10 +34,10 @@ class FolderLock:
     Use it as a context manager: it is taken at the start of the block and removed at its end.
 
     Args:
-        folder: a folder that exists and can be written.
+        folder: folder of the run; it is made where it is absent.
 
     Raises:
-        InputError: a living process owns the folder; the message names it.
+        InputError: the folder can't be written, or a living process owns it, which the message names.
     """
 
     def __init__(self, folder: Path):
@@ -48,6 +50,7 @@ class FolderLock:
         self._end = threading.Event()
 
     def __enter__(self) -> "FolderLock":
+        check_writable(self.path.parent)
         while not self._take():
             owner = _read(self.path)
             if owner is not None and self._is_alive(owner):
@@ -63,15 +66,6 @@ class FolderLock:
     def __exit__(self, *raised: object) -> None:
         self._end.set()
         self._remove(self._owner)
-
-    def check(self) -> None:
-        """Raises `InputError` if another run has taken the folder over, because this one seemed dead for long."""
-        if (owner := _read(self.path)) != self._owner:
-            name = "nobody" if owner is None else f"process {owner.get('process')} on {owner.get('host')}"
-            raise InputError(
-                f"'{self.path.parent}' no longer belongs to this run but to {name}: its lock was removed, or taken "
-                "over while this process was stopped for long. Run the command again; what was written is kept."
-            )
 
     def _take(self) -> bool:
         """Makes the lock with its content in one operation; returns whether this run has it now."""
@@ -130,6 +124,23 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return {}
     return owner if isinstance(owner, dict) else {}
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path, state: PartialState | Accelerator) -> Iterator[None]:
+    """Keeps a folder for the processes of one launch in the block.
+
+    Args:
+        state: accelerate's state of this process. The main process takes the lock, and the others wait until then.
+
+    Raises:
+        InputError: the folder can't be written, or a living process of another launch owns it.
+    """
+    with contextlib.ExitStack() as stack:
+        with state.main_process_first():
+            if state.is_main_process:
+                stack.enter_context(FolderLock(folder))
+        yield
 
 
 @contextlib.contextmanager

@@ -100,7 +100,9 @@ def autoencoder_note(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 
 def data_note(source: Images | CachedLatents) -> dict[str, Any] | None:
-    """Returns the number of images and the first and last name.
+    """Returns the number of images, the first and last name, and a digest of names and captions.
+
+    The content of files is not in it: images that can't be read may be repaired while a run lasts.
 
     Of cached latents it returns the note of the images that they were made of, and the number of latents. A stream
     has no known length, so the note is None.
@@ -110,14 +112,18 @@ def data_note(source: Images | CachedLatents) -> dict[str, Any] | None:
     if isinstance(source, CachedLatents):
         note = source.folder / DATA_NOTE
         return {**(read_json(note) if note.is_file() else {}), "latents": len(source)}
-    return {"images": len(source), "first": source.name(0), "last": source.name(len(source) - 1)}
+    names = {"first": source.name(0), "last": source.name(len(source) - 1)}
+    return {"images": len(source), **names, "rows": images_digest(source, with_files=False)}
 
 
-def images_digest(images: Images) -> str:
+def images_digest(images: Images, with_files: bool = True) -> str:
     """Returns the number of images, and a hash of names, captions, and sizes and ends of files.
 
     The hash is of about a thousand rows, evenly spaced. Of a stream, whose length is unknown, it is of the first
     hundred rows.
+
+    Args:
+        with_files: whether the sizes and ends of files are in the hash.
     """
     if isinstance(images, ImageStream):
         rows = list(enumerate(itertools.islice(images.undecoded(), STREAM_ROWS)))
@@ -125,7 +131,7 @@ def images_digest(images: Images) -> str:
     else:
         rows = [(position, images.rows[position]) for position in range(0, len(images), max(1, len(images) // ROWS))]
         count = str(len(images))
-    digest = hashlib.sha256(b"".join(_row_bytes(images, row, position) for position, row in rows))
+    digest = hashlib.sha256(b"".join(_row_bytes(images, row, position, with_files) for position, row in rows))
     return f"{count}, sha256 {digest.hexdigest()[:16]}"
 
 
@@ -134,8 +140,8 @@ def row_digest(images: Images, row: dict[str, Any], position: int) -> str:
     return hashlib.sha256(_row_bytes(images, row, position)).hexdigest()[:12]
 
 
-def _row_bytes(images: Images, row: dict[str, Any], position: int) -> bytes:
-    size, end = _size_and_end(row[images.data.image_column] or {})
+def _row_bytes(images: Images, row: dict[str, Any], position: int, with_files: bool = True) -> bytes:
+    size, end = _size_and_end((with_files and row[images.data.image_column]) or {})
     entries = (images.row_name(row, position), images.row_caption(row), size)
     return json.dumps(entries, default=str).encode() + end
 

@@ -15,16 +15,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.logging import get_logger
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from ..backbones import backbone_of
-from ..data import LATENT_INDEX, Images, UnreadableImageError, open_images, shard_name
+from ..data import LATENT_INDEX, ImageData, Images, UnreadableImageError, open_images, shard_name
 from ..errors import InputError
-from ..files import check_writable, load_tensors, read_json, save_tensors, write_json
+from ..files import load_tensors, read_json, save_tensors, write_json
 from ..jobs.command import config_parser, errors_in_words
 from ..jobs.config import load_config
+from ..jobs.folder_lock import locked_folder
 from ..jobs.identity import autoencoder_note, data_note
 from ..jobs.pipelines import load_pipeline
 from ..jobs.processes import process_state
@@ -56,20 +58,27 @@ def cache_latents(config: TraceMatchingConfig, batch_size: int = 16) -> int:
     if config.data is None or config.latents is None:
         raise InputError("Caching needs both `data` (the images) and `latents` (the folder to write) in the config.")
     state, folder = process_state(), Path(config.latents)
-    settings = {"data": dataclasses.asdict(config.data), "denoiser": dataclasses.asdict(config.denoiser)}
+    with locked_folder(folder, state):
+        return _write_cache(folder, config, config.data, batch_size, state)
+
+
+def _write_cache(
+    folder: Path, config: TraceMatchingConfig, data: ImageData, batch_size: int, state: PartialState
+) -> int:
+    """Writes the missing shards into a folder that belongs to this launch; returns the number of latents."""
+    settings = {"data": dataclasses.asdict(data), "denoiser": dataclasses.asdict(config.denoiser)}
     work = (LATENT_INDEX, "latents-*.safetensors")
     notes = TrainingFolder(folder, settings, CHANGEABLE_SETTINGS, work=work)
     if state.is_main_process:
-        check_writable(folder)
         notes.check_settings()
     if (folder / LATENT_INDEX).is_file():
-        if state.is_main_process and Path(config.data.path).is_dir():  # other data would have to be downloaded
-            notes.check_data(data_note(open_images(config.data)))
+        if state.is_main_process and Path(data.path).is_dir():  # other data would have to be downloaded
+            notes.check_data(data_note(open_images(data)))
         return sum(read_json(folder / LATENT_INDEX)["counts"])
     pipe = load_pipeline(dataclasses.replace(config.denoiser, compile=False)).to(state.device)
     backbone = backbone_of(pipe)
     with state.main_process_first():
-        source = open_images(config.data, backbone.image_channels, backbone.takes_text)
+        source = open_images(data, backbone.image_channels, backbone.takes_text)
     space = SampleSpace(pipe, latents=False)
     first = _first_readable(source)
     space.moments(first[None])  # refuses sizes that can't be encoded

@@ -95,7 +95,9 @@ class TrainingFolder:
         before, now = self._note(DATA_NOTE), data or {}
         both = before.keys() & now.keys()
         differences = note_differences({key: before[key] for key in both}, {key: now[key] for key in both})
-        advice = "Images were added, removed or renamed since: put them back as they were, or name another folder."
+        advice = (
+            "Images were added, removed or renamed since, or captions changed: put them back, or name another folder."
+        )
         return self._refuse("was made of other data", differences, advice)
 
     def write_notes(self, data: Note | None, fingerprint: Note | None = None) -> None:

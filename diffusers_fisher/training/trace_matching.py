@@ -32,6 +32,7 @@ from ..files import check_writable, write_json
 from ..fisher import AutodiffFisher, FiniteDifferenceFisher, FisherEstimator
 from ..jobs.command import config_parser, errors_in_words
 from ..jobs.config import flat_settings, load_config
+from ..jobs.folder_lock import locked_folder
 from ..jobs.identity import autoencoder_note, data_note, note_differences, refuse_differences
 from ..jobs.pipelines import load_pipeline
 from ..jobs.processes import WAIT, uses_cpu
@@ -334,7 +335,9 @@ def _tracked(config: TraceMatchingConfig) -> dict[str, Any]:
 def train(config: TraceMatchingConfig) -> FisherTraceModel:
     """Trains the trace model of `config`, or resumes its training. Raises the errors of `TraceMatching`."""
     check_trackers(config.trackers)
-    return TraceMatching(config, make_accelerator(config)).run()
+    accelerator = make_accelerator(config)
+    with locked_folder(Path(config.output), accelerator):
+        return TraceMatching(config, accelerator).run()
 
 
 def make_accelerator(config: TraceMatchingConfig) -> Accelerator:

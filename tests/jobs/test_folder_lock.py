@@ -11,6 +11,7 @@ import time
 
 import psutil
 import pytest
+from image_folders import image_folder, saved_pipeline
 
 from diffusers_fisher import InputError
 from diffusers_fisher.jobs import folder_lock
@@ -43,9 +44,8 @@ def write_owner(folder, **changes):
 
 
 def test_the_lock_is_removed_with_its_block_and_after_an_error(tmp_path):
-    with FolderLock(tmp_path) as lock:
+    with FolderLock(tmp_path):
         assert [file.name for file in tmp_path.iterdir()] == [LOCK]
-        lock.check()
     with contextlib.suppress(KeyboardInterrupt), FolderLock(tmp_path):
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
@@ -69,8 +69,7 @@ def test_a_killed_owner_gives_the_folder_free(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert (tmp_path / LOCK).exists()
-        with FolderLock(tmp_path) as lock:
-            lock.check()
+        with FolderLock(tmp_path):
             assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
     assert not list(tmp_path.iterdir())
 
@@ -110,13 +109,11 @@ def test_the_owner_touches_its_lock(tmp_path, monkeypatch):
         assert (tmp_path / LOCK).stat().st_mtime_ns > before
 
 
-def test_an_owner_that_lost_its_folder_is_told_and_leaves_the_new_lock(tmp_path):
-    with FolderLock(tmp_path) as lock:
-        write = {"process": 1, "host": "elsewhere", "machine": "elsewhere"}
-        (tmp_path / LOCK).write_text(json.dumps(write))
-        with pytest.raises(InputError, match="no longer belongs to this run but to process 1 on elsewhere"):
-            lock.check()
-    assert json.loads((tmp_path / LOCK).read_text()) == write
+def test_an_owner_that_lost_its_folder_leaves_the_new_lock(tmp_path):
+    owner = json.dumps({"process": 1, "host": "elsewhere", "machine": "elsewhere"})
+    with FolderLock(tmp_path):
+        (tmp_path / LOCK).write_text(owner)
+    assert (tmp_path / LOCK).read_text() == owner
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -152,3 +149,28 @@ def test_of_many_runs_that_find_a_dead_owner_one_takes_the_folder(tmp_path):
         assert sorted(results) == [False] * 7 + [True]
         assert not list(tmp_path.iterdir())
         results.clear()
+
+
+def test_of_two_runs_of_other_settings_in_one_folder_the_second_is_refused(tmp_path):
+    """The second command starts while the first one loads, before it has written anything but its lock."""
+    saved_pipeline(tmp_path / "pipeline")
+    image_folder(tmp_path / "images", count=6)
+    output = tmp_path / "run"
+
+    def command(steps):
+        return [
+            sys.executable, "-m", "diffusers_fisher.cli", "likelihood", "--model", str(tmp_path / "pipeline"),
+            "--data", str(tmp_path / "images"), "--num-inference-steps", str(steps), "--output", str(output),
+        ]  # fmt: skip
+
+    first = subprocess.Popen(command(40), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (output / LOCK).exists():
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.02)
+    second = subprocess.run(command(2), capture_output=True, text=True)
+    assert second.returncode == 1
+    assert f"belongs to a run that has not ended: process {first.pid} on" in second.stderr
+    errors = first.communicate()[1]
+    assert first.returncode == 0, errors
+    assert json.loads((output / "settings.json").read_text())["num_inference_steps"] == 40
+    assert not (output / LOCK).exists()

@@ -177,6 +177,15 @@ def test_images_exchanged_for_others_of_the_same_number_are_noticed(tmp_path):
         train(config)
 
 
+def test_captions_that_changed_are_noticed(tmp_path):
+    config = trace_runs.config_of(tmp_path, optimisation={"steps": 2})
+    train(config)
+    metadata = tmp_path / "images" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace('"a b"', '"b a"'))
+    with pytest.raises(InputError, match=r"other data: `rows` was .*Images were added"):
+        train(config)
+
+
 def test_a_new_cache_of_other_images_is_noticed(tmp_path):
     config = trace_runs.config_of(tmp_path, latents=str(tmp_path / "latents"), optimisation={"steps": 2})
     cache_latents(config)
