@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 LOWEST := .venv-lowest
 
-.PHONY: install demo test lint format types check house lowest clean
+.PHONY: install demo test lint format types check ci-full house lowest clean
 
 install: $(STAMP)
 
@@ -41,6 +41,11 @@ house: install
 	$(BIN)/python tests/house.py
 
 check: lint types test
+
+# Everything that runs without a GPU and without a network: the slow tests too (the wheel in an empty environment,
+# sixty kills, threads again and again). Half an hour and more on two cores.
+ci-full: lint types
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 -m 'not gpu and not hub'
 
 # The tests with the lowest versions that pyproject.toml allows. constraints.txt names torch's version, because a lower
 # one may bring gigabytes. The lowest versions have wheels for Python 3.11, and not all of them for newer ones.
