@@ -24,9 +24,10 @@ from ..noise import noise_schedule
 from .autoencoder import decode_latents, encode_pixels, images_of, pixels_of
 from .conditions import Condition, Conditions, text_conditions
 from .encoding import encode_apart
-from .inputs import check_unguided, form_of
+from .inputs import form_of
 from .parts import LatentStatistics, checkpoint_parts
 from .stock_calls import shallow_copy
+from .unguided import check_unguided
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -41,8 +42,8 @@ Moment = torch.Tensor | float | None
 class Backbone:
     """Says what the library must know of one pipeline: its layouts, sizes and conditions, and how to call it.
 
-    Nothing of the pipeline is changed: its shallow copies are called, which share its components. The components keep
-    state (offload hooks, adapters, caches), so one pipeline's components serve one thread at a time.
+    Nothing of the pipeline is changed: its shallow copies are called, which share its components. Offload hooks,
+    adapters and caches are state of the components, so threads that change them must take turns.
 
     Args:
         pipe: the pipeline, stock or one of ours.
@@ -395,15 +396,14 @@ class Backbone:
 
     def encoded_conditions(self, conditions: dict[str, Any]) -> tuple:
         """Returns the result of `encode_prompt` for the call arguments `conditions`, without negative prompts."""
-        encode = self.pipe.encode_prompt
-        parameters = inspect.signature(encode).parameters
+        parameters = inspect.signature(self.pipe.encode_prompt).parameters
         arguments = {
             name: conditions.get(name, self.parameters[name].default) for name in parameters if name in self.parameters
         }
         if "do_classifier_free_guidance" in parameters:
             arguments["do_classifier_free_guidance"] = False
         with torch.no_grad():
-            return encode(**arguments)
+            return encode_apart(self.pipe, **arguments)
 
     def unguided_scale(self, call_arguments: dict[str, Any]) -> float:
         """Removes the guidance scale from `call_arguments`, and returns the one at which the output is a score: 1.

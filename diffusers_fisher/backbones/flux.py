@@ -8,7 +8,7 @@ import torch
 
 from ..errors import InputError
 from .base import Backbone
-from .inputs import check_unguided
+from .unguided import check_unguided
 
 
 class FluxBackbone(Backbone):

@@ -59,15 +59,6 @@ def check_arguments(
         )
 
 
-def check_unguided(name: str, scale: float) -> None:
-    """Refuses a likelihood of a guided output. Raises `InputError`."""
-    if scale != 1.0:
-        raise InputError(
-            f"`{name}` is {scale}; a likelihood is at 1.0, because a guided output is the score of no density. Leave "
-            "it out."
-        )
-
-
 def form_of(value: object) -> str:
     """Describes, for a message, a value that is not a fitting tensor: by its shape or its type."""
     if isinstance(value, torch.Tensor):

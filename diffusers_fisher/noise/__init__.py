@@ -1,6 +1,5 @@
 """Noise levels, prediction types and denoising states: one noise schedule per family of diffusers' schedulers."""
 
-from .families import TableSchedule
 from .level import NoiseLevel, Timestep, combine, expand
 from .prediction import PREDICTION_TYPES, Prediction
 from .registry import (
@@ -14,6 +13,7 @@ from .registry import (
     timestep_at,
 )
 from .schedule import NoiseSchedule, RunSigmaSchedule, VarianceExplodingSchedule
+from .scheduler_families import TableSchedule
 from .state import DenoisingState, state_of
 
 __all__ = [

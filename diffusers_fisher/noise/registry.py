@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from ..errors import UnsupportedError
-from . import families
+from . import scheduler_families
 from .level import NoiseLevel, Timestep
 from .prediction import Prediction
 from .schedule import NoiseSchedule, SchedulerParts
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
 def _sigma_or_flow(scheduler: SchedulerMixin) -> NoiseSchedule:
     """Returns the schedule of solvers for both kinds of networks; the config says which kind it is."""
     flow = cast(SchedulerParts, scheduler).config.get("use_flow_sigmas", False)
-    return families.FlowSigmaSchedule(scheduler) if flow else families.SigmaSchedule(scheduler)
+    return scheduler_families.FlowSigmaSchedule(scheduler) if flow else scheduler_families.SigmaSchedule(scheduler)
 
 
 # The keys are class names, so that no scheduler is imported before it is used.
 _SCHEDULES: dict[str, Callable[[SchedulerMixin], NoiseSchedule]] = {
-    "DDIMScheduler": families.TableSchedule, "DDPMScheduler": families.TableSchedule,
-    "DDIMParallelScheduler": families.TableSchedule, "DDPMParallelScheduler": families.TableSchedule,
-    "PNDMScheduler": families.TableSchedule, "LCMScheduler": families.TableSchedule,
-    "TCDScheduler": families.TableSchedule, "DDIMInverseScheduler": families.InverseTableSchedule,
+    "DDIMScheduler": scheduler_families.TableSchedule, "DDPMScheduler": scheduler_families.TableSchedule,
+    "DDIMParallelScheduler": scheduler_families.TableSchedule, "DDPMParallelScheduler": scheduler_families.TableSchedule,
+    "PNDMScheduler": scheduler_families.TableSchedule, "LCMScheduler": scheduler_families.TableSchedule,
+    "TCDScheduler": scheduler_families.TableSchedule, "DDIMInverseScheduler": scheduler_families.InverseTableSchedule,
     "DPMSolverMultistepScheduler": _sigma_or_flow, "DPMSolverMultistepInverseScheduler": _sigma_or_flow,
     "DPMSolverSinglestepScheduler": _sigma_or_flow, "UniPCMultistepScheduler": _sigma_or_flow,
     "DEISMultistepScheduler": _sigma_or_flow, "SASolverScheduler": _sigma_or_flow,
-    "EulerDiscreteScheduler": families.KDiffusionSchedule,
-    "EulerAncestralDiscreteScheduler": families.KDiffusionSchedule,
-    "HeunDiscreteScheduler": families.KDiffusionSchedule, "LMSDiscreteScheduler": families.KDiffusionSchedule,
-    "KDPM2DiscreteScheduler": families.KDPM2Schedule,
-    "KDPM2AncestralDiscreteScheduler": families.AncestralKDPM2Schedule,
-    "EDMEulerScheduler": families.EDMSchedule, "EDMDPMSolverMultistepScheduler": families.EDMSchedule,
-    "FlowMatchEulerDiscreteScheduler": families.FlowSchedule, "FlowMatchHeunDiscreteScheduler": families.FlowSchedule,
-    "FlowMatchLCMScheduler": families.FlowSchedule,
+    "EulerDiscreteScheduler": scheduler_families.KDiffusionSchedule,
+    "EulerAncestralDiscreteScheduler": scheduler_families.KDiffusionSchedule,
+    "HeunDiscreteScheduler": scheduler_families.KDiffusionSchedule, "LMSDiscreteScheduler": scheduler_families.KDiffusionSchedule,
+    "KDPM2DiscreteScheduler": scheduler_families.KDPM2Schedule,
+    "KDPM2AncestralDiscreteScheduler": scheduler_families.AncestralKDPM2Schedule,
+    "EDMEulerScheduler": scheduler_families.EDMSchedule, "EDMDPMSolverMultistepScheduler": scheduler_families.EDMSchedule,
+    "FlowMatchEulerDiscreteScheduler": scheduler_families.FlowSchedule, "FlowMatchHeunDiscreteScheduler": scheduler_families.FlowSchedule,
+    "FlowMatchLCMScheduler": scheduler_families.FlowSchedule,
 }  # fmt: skip
 
 

@@ -52,9 +52,7 @@ def main() -> None:
 
     def guide(index: int) -> None:
         generator = torch.Generator().manual_seed(index)
-        pipe.guide(
-            embedded_prompt("sneaker"), reward, num_guidance_steps=1, num_inference_steps=10, generator=generator
-        )
+        pipe.guide("a photo of a sneaker", reward, num_guidance_steps=1, num_inference_steps=10, generator=generator)
 
     def score(index: int) -> None:
         rows = [(BATCH * index + offset) % len(images) for offset in range(BATCH)]
