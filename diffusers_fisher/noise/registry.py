@@ -8,10 +8,20 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from ..errors import UnsupportedError
-from . import scheduler_families
 from .level import NoiseLevel, Timestep
 from .prediction import Prediction
 from .schedule import NoiseSchedule, SchedulerParts
+from .scheduler_families import (
+    AncestralKDPM2Schedule,
+    EDMSchedule,
+    FlowSchedule,
+    FlowSigmaSchedule,
+    InverseTableSchedule,
+    KDiffusionSchedule,
+    KDPM2Schedule,
+    SigmaSchedule,
+    TableSchedule,
+)
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -20,26 +30,26 @@ if TYPE_CHECKING:
 def _sigma_or_flow(scheduler: SchedulerMixin) -> NoiseSchedule:
     """Returns the schedule of solvers for both kinds of networks; the config says which kind it is."""
     flow = cast(SchedulerParts, scheduler).config.get("use_flow_sigmas", False)
-    return scheduler_families.FlowSigmaSchedule(scheduler) if flow else scheduler_families.SigmaSchedule(scheduler)
+    return FlowSigmaSchedule(scheduler) if flow else SigmaSchedule(scheduler)
 
 
 # The keys are class names, so that no scheduler is imported before it is used.
 _SCHEDULES: dict[str, Callable[[SchedulerMixin], NoiseSchedule]] = {
-    "DDIMScheduler": scheduler_families.TableSchedule, "DDPMScheduler": scheduler_families.TableSchedule,
-    "DDIMParallelScheduler": scheduler_families.TableSchedule, "DDPMParallelScheduler": scheduler_families.TableSchedule,
-    "PNDMScheduler": scheduler_families.TableSchedule, "LCMScheduler": scheduler_families.TableSchedule,
-    "TCDScheduler": scheduler_families.TableSchedule, "DDIMInverseScheduler": scheduler_families.InverseTableSchedule,
+    "DDIMScheduler": TableSchedule, "DDPMScheduler": TableSchedule,
+    "DDIMParallelScheduler": TableSchedule, "DDPMParallelScheduler": TableSchedule,
+    "PNDMScheduler": TableSchedule, "LCMScheduler": TableSchedule,
+    "TCDScheduler": TableSchedule, "DDIMInverseScheduler": InverseTableSchedule,
     "DPMSolverMultistepScheduler": _sigma_or_flow, "DPMSolverMultistepInverseScheduler": _sigma_or_flow,
     "DPMSolverSinglestepScheduler": _sigma_or_flow, "UniPCMultistepScheduler": _sigma_or_flow,
     "DEISMultistepScheduler": _sigma_or_flow, "SASolverScheduler": _sigma_or_flow,
-    "EulerDiscreteScheduler": scheduler_families.KDiffusionSchedule,
-    "EulerAncestralDiscreteScheduler": scheduler_families.KDiffusionSchedule,
-    "HeunDiscreteScheduler": scheduler_families.KDiffusionSchedule, "LMSDiscreteScheduler": scheduler_families.KDiffusionSchedule,
-    "KDPM2DiscreteScheduler": scheduler_families.KDPM2Schedule,
-    "KDPM2AncestralDiscreteScheduler": scheduler_families.AncestralKDPM2Schedule,
-    "EDMEulerScheduler": scheduler_families.EDMSchedule, "EDMDPMSolverMultistepScheduler": scheduler_families.EDMSchedule,
-    "FlowMatchEulerDiscreteScheduler": scheduler_families.FlowSchedule, "FlowMatchHeunDiscreteScheduler": scheduler_families.FlowSchedule,
-    "FlowMatchLCMScheduler": scheduler_families.FlowSchedule,
+    "EulerDiscreteScheduler": KDiffusionSchedule,
+    "EulerAncestralDiscreteScheduler": KDiffusionSchedule,
+    "HeunDiscreteScheduler": KDiffusionSchedule, "LMSDiscreteScheduler": KDiffusionSchedule,
+    "KDPM2DiscreteScheduler": KDPM2Schedule,
+    "KDPM2AncestralDiscreteScheduler": AncestralKDPM2Schedule,
+    "EDMEulerScheduler": EDMSchedule, "EDMDPMSolverMultistepScheduler": EDMSchedule,
+    "FlowMatchEulerDiscreteScheduler": FlowSchedule, "FlowMatchHeunDiscreteScheduler": FlowSchedule,
+    "FlowMatchLCMScheduler": FlowSchedule,
 }  # fmt: skip
 
 
