@@ -352,7 +352,7 @@ def test_the_report_names_files_that_are_no_images_and_several_sizes(place, tmp_
 def test_an_empty_stream_raises_an_error(place, tmp_path):
     features = datasets.Features({"image": datasets.Image()})
     (tmp_path / "images").mkdir()
-    pyarrow.parquet.write_table(features.arrow_schema.empty_table(), tmp_path / "images" / "train.parquet")
+    pyarrow.parquet.ParquetWriter(tmp_path / "images" / "train.parquet", features.arrow_schema).close()
     data = {"path": str(tmp_path / "images"), "caption_column": None, "streaming": True}
     with pytest.raises(InputError, match=r"The data '.*images' \(split 'train'\) has no images"):
         evaluate_dataset(tmp_path / "run", settings_of(place, data=data))
