@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import CheckpointError, InputError
-from .files import read_json
+from .errors import InputError
+from .files import expecting, open_tensors, read_table
 from .images import eight_bit
 from .settings import Positive, settings_class
 
@@ -273,10 +273,12 @@ class CachedLatents(torch.utils.data.Dataset):
         folder: folder of the cache.
 
     Attributes:
-        index: content of the cache's index: shape, counts per shard, the autoencoder's note, names of skipped images.
+        skipped_images: names of the images that could not be read.
+        space: note of the autoencoder that made the latents.
 
     Raises:
         InputError: the folder has no finished cache.
+        CheckpointError: the cache's index is damaged.
     """
 
     def __init__(self, folder: str):
@@ -286,8 +288,11 @@ class CachedLatents(torch.utils.data.Dataset):
                 f"'{folder}' holds no finished cache of latents; make it with "
                 "`accelerate launch -m diffusers_fisher.training.cache_latents --config ...`."
             )
-        self.index = read_json(self.folder / LATENT_INDEX)
-        self._starts = [0, *itertools.accumulate(self.index["counts"])]
+        index = read_table(self.folder / LATENT_INDEX)
+        with expecting("an index of cached latents", self.folder / LATENT_INDEX, "delete it and make the cache again"):
+            self._starts = [0, *itertools.accumulate(map(int, index["counts"]))]
+            self.skipped_images: list[str] = [*index["skipped_images"]]
+            self.space: dict[str, Any] = {**index["space"]}
         self._shards: dict[int, tuple[torch.Tensor, list[Caption]]] = {}
 
     def __len__(self) -> int:
@@ -305,15 +310,11 @@ class CachedLatents(torch.utils.data.Dataset):
         return str(position)
 
     def _shard(self, number: int) -> tuple[torch.Tensor, list[Caption]]:
-        from safetensors import SafetensorError, safe_open
-
         if number not in self._shards:
             path = self.folder / shard_name(number)
-            try:
-                with safe_open(path, framework="pt") as file:  # the tensor is mapped from the file, not read
-                    self._shards[number] = file.get_tensor("moments"), json.loads(file.metadata()["captions"])
-            except (OSError, SafetensorError, KeyError) as error:
-                raise CheckpointError(f"Cached latents '{path}' can't be read: {error}; make them again.") from error
+            with open_tensors(path) as file, expecting("cached latents", path, "delete it and make them again"):
+                # The tensor is mapped from the file, not read.
+                self._shards[number] = file.get_tensor("moments"), [*json.loads(file.metadata()["captions"])]
         return self._shards[number]
 
 

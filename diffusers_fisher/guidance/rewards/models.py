@@ -258,7 +258,9 @@ def _head_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_tensors(path)[0]
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except OSError as error:
+        raise CheckpointError(f"The file of weights '{path}' can't be read: {error}. Name another file.") from error
+    except Exception as error:  # torch documents no list: damaged archives and pickles raise errors of every kind
         # The message of torch is left out: it advises to execute code from the file.
         raise CheckpointError(
             f"'{path}' can't be read as a file of weights alone ({type(error).__name__}). Download the file again."

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Sequence
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -70,13 +74,32 @@ def _load(name: str) -> Reward:
 
 
 def _import_function(module: str, name: str) -> Reward:
+    """Returns a variable of a module of the current folder, of PYTHONPATH or of an installed package."""
     try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        with _current_folder_first():
+            function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # the module is a user's code, which may raise anything
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = (
+            "" if isinstance(error, ImportError) else f" ({type(error).__name__} in {place.filename}:{place.lineno})"
+        )
         raise InputError(
-            f"The reward python:{module}:{name} can't be imported: {error}. Run in the module's folder, or set "
+            f"The reward python:{module}:{name} can't be imported: {error}{where}. Run in the module's folder, or set "
             "PYTHONPATH."
         ) from error
     if not callable(function):
         raise InputError(f"The reward python:{module}:{name} is a {type(function).__name__}; it must be a function.")
     return function
+
+
+@contextlib.contextmanager
+def _current_folder_first() -> Iterator[None]:
+    """Within the block, Python looks for modules in the current folder first, as for `python -m`."""
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    importlib.invalidate_caches()  # the module's file may be a moment old
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the module has removed it
+            sys.path.remove(folder)
