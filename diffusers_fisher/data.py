@@ -203,7 +203,10 @@ def _load(datasets: ModuleType, data: ImageData) -> Dataset | IterableDataset:
                 # leaves out all other files.
                 return datasets.load_dataset("imagefolder", data_files={data.split: f"{folder}/**"}, **options)
             return datasets.load_dataset(data.path, data.name, revision=data.revision, **options)
-    except (OSError, ValueError, KeyError, IndexError, datasets.exceptions.DatasetsError) as error:
+    # Of damaged files `datasets` lets the errors of its parsers out; a folder with a loading script is a RuntimeError.
+    except (
+        OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, datasets.exceptions.DatasetsError,
+    ) as error:  # fmt: skip
         raise InputError(
             f"The data '{data.path}' (name {data.name}, split '{data.split}') can't be opened: {error}. Give a folder "
             "of images, a folder written by `save_to_disk`, or the name of a dataset."

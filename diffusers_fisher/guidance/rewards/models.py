@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 CLIP_LARGE = "openai/clip-vit-large-patch14"
+NO_REMOTE_CODE = {"trust_remote_code": False}
+"""Without this, transformers asks on the console whether it may run code from a repository."""
 
 
 class ClassifierReward:
@@ -52,7 +54,7 @@ class ClassifierReward:
         """
         from transformers import AutoModelForImageClassification
 
-        model = _freeze(AutoModelForImageClassification.from_pretrained(path, **kwargs))
+        model = _freeze(AutoModelForImageClassification.from_pretrained(path, **NO_REMOTE_CODE | kwargs))
         return cls(model, target, ImageInput.from_pretrained(path, **_download_options(kwargs)))
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -118,10 +120,10 @@ class TextImageReward:
         """
         from transformers import AutoModel, AutoTokenizer
 
-        model = _freeze(AutoModel.from_pretrained(path, **kwargs))
+        model = _freeze(AutoModel.from_pretrained(path, **NO_REMOTE_CODE | kwargs))
         source = path if processor is None else processor
         options = _download_options(kwargs, same_repository=processor is None)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **NO_REMOTE_CODE | options)
         return cls(model, tokenizer, ImageInput.from_pretrained(source, **options), text, logits)
 
     @classmethod

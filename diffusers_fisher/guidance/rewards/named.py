@@ -51,10 +51,12 @@ def named_reward(name: str) -> Reward:
     """
     try:
         return _load(name)
-    except FisherError:
+    except (FisherError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError) as error:  # transformers raises these if the model is missing or out of reach
-        raise InputError(f"The reward '{name}' can't be loaded: {error}") from error
+    # Damaged files of a model make transformers and tokenizers raise errors of every kind, bare ones too.
+    except Exception as error:
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        raise InputError(f"The reward '{name}' can't be loaded: {kind}{error}") from error
 
 
 def _load(name: str) -> Reward:
