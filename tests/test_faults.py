@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy
 import psutil
 import pytest
 import torch
+from image_folders import image_folder
 
 from diffusers_fisher import CheckpointError, GaussianFisher, InputError, embedded_checkpoint
 from diffusers_fisher.data import CachedLatents
@@ -38,6 +40,7 @@ from diffusers_fisher.jobs.config import load_config
 from diffusers_fisher.jobs.pages import Page
 from diffusers_fisher.jobs.pipelines import DenoiserSettings, load_pipeline
 from diffusers_fisher.jobs.records import Records
+from diffusers_fisher.training.checkpoints import TrainingFolder
 from diffusers_fisher.training.paths import Paths
 from diffusers_fisher.training.trace_config import TraceMatchingConfig
 
@@ -239,6 +242,30 @@ def test_damaged_latents_are_named(tmp_path, name):
         CachedLatents(str(tmp_path))[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("fingerprint.json", '{"schedule": 3}', r"fingerprint\.json' does not hold a fingerprint"),
+        ("fingerprint.json", "[]", r"fingerprint\.json' holds a list"),
+        ("data.json", "3", r"data\.json' holds a int"),
+        ("config.json", "[" * 99999, r"config\.json' is not valid JSON"),
+    ],
+)
+def test_damaged_notes_of_a_training_folder_are_named(tmp_path, name, content, words):
+    folder = TrainingFolder(tmp_path, {"seed": 0}, ())
+    folder.write_notes({"images": 3}, {"schedule": [0.0, 1.0]})
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=words):
+        folder.write_notes({"images": 3}, {"schedule": [0.0, 1.0]})
+
+
+def test_damaged_lines_of_a_curve_are_cut(tmp_path):
+    folder = TrainingFolder(tmp_path, {}, ())
+    (tmp_path / "loss.jsonl").write_bytes(b'{"step": 1}\n\xff\n[1]\n3\n' + b"[" * 99999 + b'\n{"step": 2}\n{"step"')
+    folder.cut("loss", 2)
+    assert (tmp_path / "loss.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
 @pytest.mark.parametrize("read", [Paths.load, GaussianFisher.load], ids=["paths", "Gaussian"])
 @pytest.mark.parametrize(
     "metadata", [{}, {"captions": "[", "covariance": "3"}, {"captions": "[]", "covariance": "{}"}]
@@ -277,7 +304,7 @@ def test_banks_of_other_formats_are_refused_and_not_unpickled(tmp_path, content)
 
 CONFIGS = {
     "no UTF-8": b"a: caf\xe9",
-    "deep": b"[" * 5000,
+    "deep": b"[" * 1500,
     "no number": b"a: !!int x",
     "no date": b"a: 2020-13-45",
     "no time": b"a: !!timestamp x",
@@ -382,3 +409,40 @@ def test_an_error_in_a_module_of_rewards_names_its_line(module, source, words):
 def test_an_optimiser_that_can_not_be_made_names_both_its_arguments():
     with pytest.raises(InputError, match=r"`optimizer` 'Adam' with `step_size` -1\.0 can't be made: Invalid learning"):
         optimizer_factory("Adam", -1.0)
+
+
+LIMITED = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+sys.argv = sys.argv[1:]
+runpy.run_module("diffusers_fisher.cli", run_name="__main__")
+"""
+TRAINING = """
+denoiser: {path: embedded}
+data: {path: images, caption_column: text}
+output: output
+latents: output
+"""
+COMMANDS = {
+    "likelihood": ["--data", "images", "--num-inference-steps", "2", "--output", "output"],
+    "guide": ["--prompts", "prompts.txt", "--steps", "2", "--guidance-steps", "1", "--output", "output"],
+    "transport": ["--runs", "2", "--points", "0,0; 1,1", "--output", "output"],
+    "demo": ["--output", "output"],
+    "cache-latents": ["--config", "config.yaml"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1000, 6000], ids=["before the work", "after the work"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_that_the_disk_is_full(tmp_path, command, size):
+    image_folder(tmp_path / "images")
+    (tmp_path / "prompts.txt").write_text("a photo of a coat\n")
+    (tmp_path / "config.yaml").write_text(TRAINING)
+    run = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(size), command, *COMMANDS[command]],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
+    assert re.search(r"Error: .*can't be written: .*File too large.*(Name another|make room)", run.stderr), run.stderr

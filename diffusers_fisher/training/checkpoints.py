@@ -110,7 +110,8 @@ class TrainingFolder:
                 differs.
         """
         differences = self.check_settings() + self.check_data(data)
-        other_denoiser = fingerprint_differences(self._note(DENOISER_NOTE), fingerprint or {})
+        with expecting("a fingerprint", self.path / DENOISER_NOTE, "delete the file"):
+            other_denoiser = fingerprint_differences(self._note(DENOISER_NOTE), fingerprint or {})
         advice = "Resume with that denoiser, or name another output folder."
         if differences + self._refuse("holds a run of another denoiser", other_denoiser, advice):
             for name in (*EARLY_FILES, DENOISER_NOTE, DATA_NOTE):
@@ -171,8 +172,8 @@ class TrainingFolder:
         if not path.exists():
             return
         lines = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
                 if line.endswith("\n") and json.loads(line)["step"] <= step:
                     lines.append(line)
         with self.writing(path.name):
