@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import CheckpointError, InputError
-from .files import read_json
+from .errors import InputError
+from .files import expecting, open_tensors, read_table
 from .images import eight_bit
 from .settings import Positive, settings_class
 
@@ -203,7 +203,10 @@ def _load(datasets: ModuleType, data: ImageData) -> Dataset | IterableDataset:
                 # leaves out all other files.
                 return datasets.load_dataset("imagefolder", data_files={data.split: f"{folder}/**"}, **options)
             return datasets.load_dataset(data.path, data.name, revision=data.revision, **options)
-    except (OSError, ValueError, KeyError, IndexError, datasets.exceptions.DatasetsError) as error:
+    # Of damaged files `datasets` lets the errors of its parsers out; a folder with a loading script is a RuntimeError.
+    except (
+        OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, datasets.exceptions.DatasetsError,
+    ) as error:  # fmt: skip
         raise InputError(
             f"The data '{data.path}' (name {data.name}, split '{data.split}') can't be opened: {error}. Give a folder "
             "of images, a folder written by `save_to_disk`, or the name of a dataset."
@@ -273,10 +276,12 @@ class CachedLatents(torch.utils.data.Dataset):
         folder: folder of the cache.
 
     Attributes:
-        index: content of the cache's index: shape, counts per shard, the autoencoder's note, names of skipped images.
+        skipped_images: names of the images that could not be read.
+        space: note of the autoencoder that made the latents.
 
     Raises:
         InputError: the folder has no finished cache.
+        CheckpointError: the cache's index is damaged.
     """
 
     def __init__(self, folder: str):
@@ -286,8 +291,11 @@ class CachedLatents(torch.utils.data.Dataset):
                 f"'{folder}' holds no finished cache of latents; make it with "
                 "`accelerate launch -m diffusers_fisher.training.cache_latents --config ...`."
             )
-        self.index = read_json(self.folder / LATENT_INDEX)
-        self._starts = [0, *itertools.accumulate(self.index["counts"])]
+        index = read_table(self.folder / LATENT_INDEX)
+        with expecting("an index of cached latents", self.folder / LATENT_INDEX, "delete it and make the cache again"):
+            self._starts = [0, *itertools.accumulate(map(int, index["counts"]))]
+            self.skipped_images: list[str] = [*index["skipped_images"]]
+            self.space: dict[str, Any] = {**index["space"]}
         self._shards: dict[int, tuple[torch.Tensor, list[Caption]]] = {}
 
     def __len__(self) -> int:
@@ -305,15 +313,11 @@ class CachedLatents(torch.utils.data.Dataset):
         return str(position)
 
     def _shard(self, number: int) -> tuple[torch.Tensor, list[Caption]]:
-        from safetensors import SafetensorError, safe_open
-
         if number not in self._shards:
             path = self.folder / shard_name(number)
-            try:
-                with safe_open(path, framework="pt") as file:  # the tensor is mapped from the file, not read
-                    self._shards[number] = file.get_tensor("moments"), json.loads(file.metadata()["captions"])
-            except (OSError, SafetensorError, KeyError) as error:
-                raise CheckpointError(f"Cached latents '{path}' can't be read: {error}; make them again.") from error
+            with open_tensors(path) as file, expecting("cached latents", path, "delete it and make them again"):
+                # The tensor is mapped from the file, not read.
+                self._shards[number] = file.get_tensor("moments"), [*json.loads(file.metadata()["captions"])]
         return self._shards[number]
 
 

@@ -14,6 +14,7 @@ import torch
 
 from . import __version__
 from .checkpoints import EMBEDDED_CLASSES, embedded_checkpoint, embedded_prompt, embedded_test_images
+from .console import say
 from .errors import CoarseGridWarning
 from .figures import make_figure
 from .files import check_writable, save_figure, write_json
@@ -70,14 +71,14 @@ def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
     pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
     images, labels = embedded_test_images()
     question = "How likely are images under the checkpoint?"
-    print(f"{question} ({len(images)} test images, bits/dim of the latent)", flush=True)
+    say(f"{question} ({len(images)} test images, bits/dim of the latent)")
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
     sets = {"real": images, "inverted": 1 - images, "noise-corrupted": (images + 0.2 * noise).clamp(0, 1)}
     likelihoods = {name: _likelihood(pipe, pixels, labels, seed) for name, pixels in sets.items()}
     likelihoods[PROBES] = _likelihood(pipe, images, labels, seed, estimator=AutodiffFisher(), num_probes=2)
     report: dict[str, Any] = {"likelihood": {name: _likelihood_report(out) for name, out in likelihoods.items()}}
     _print_table("images", report["likelihood"], LIKELIHOOD_COLUMNS)
-    print(f"\nSteering '{embedded_prompt(PROMPT_CLASS)}' toward '{TARGET}' ({NUM_IMAGES} images)", flush=True)
+    say(f"\nSteering '{embedded_prompt(PROMPT_CLASS)}' toward '{TARGET}' ({NUM_IMAGES} images)")
     reward = ClassifierReward.from_pretrained(Path(embedded_checkpoint()) / "classifier", target=TARGET)
     prompts = [embedded_prompt(PROMPT_CLASS)] * NUM_IMAGES
     options: dict[str, Any] = {"output_type": "pt", **SAMPLING, **GUIDANCE}
@@ -91,7 +92,7 @@ def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
     report |= {"seconds": round(time.perf_counter() - begin, 1), "versions": versions()}
     _draw(output, likelihoods, runs)
     write_json(output / "report.json", report)
-    print(f"\nImages, plots and report.json are in {output.resolve()} ({report['seconds']} s in all).")
+    say(f"\nImages, plots and report.json are in {output.resolve()} ({report['seconds']} s in all).")
     return report
 
 
@@ -145,7 +146,7 @@ def _print_table(title: str, report: Mapping[str, Mapping[str, Any]], columns: M
     """
     table = pandas.DataFrame(list(report.values()), index=list(report))[list(columns)].rename(columns=columns)
     table.columns.name = title
-    print(textwrap.indent(table.to_string(float_format="{:.3f}".format), "  "))
+    say(textwrap.indent(table.to_string(float_format="{:.3f}".format), "  "))
 
 
 def _draw(output: Path, likelihoods: Mapping[str, LikelihoodOutput], runs: Mapping[str, GuidanceOutput]) -> None:

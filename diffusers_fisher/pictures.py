@@ -22,6 +22,7 @@ from .noise import NoiseLevel, expand
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
+    from matplotlib.lines import Line2D
 
 BAND = 2.0  # half the width of a band, in standard errors
 CELL = 1.5  # width of one picture, in inches
@@ -124,7 +125,7 @@ def trace_plot(
     Raises:
         InputError: there are no estimates, the estimates are not traces, or their number is not that of the levels.
     """
-    from matplotlib.figure import Figure
+    from .figures import make_figure, write_plain
 
     levels = [levels] if isinstance(levels, NoiseLevel) else levels
     if not levels:
@@ -132,14 +133,14 @@ def trace_plot(
     alpha = torch.cat([level.alpha.detach().double().cpu().reshape(-1) for level in levels])
     sigma = torch.cat([level.sigma.detach().double().cpu().reshape(-1) for level in levels])
     _check_estimates(estimates, len(sigma))
-    figure = Figure(figsize=(6.5, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, line in estimates.items():
-        _draw_line(axes, name, sigma / alpha, sigma, line, dimensions)
+    figure, (axes,) = make_figure(6.5, 4)
+    curves = [_draw_line(axes, sigma / alpha, sigma, line, dimensions) for line in estimates.values()]
     label = r"$\sigma^2\,\mathrm{tr}\,F$" if dimensions is None else r"$r = (d - \sigma^2\,\mathrm{tr}\,F)/d$"
     axes.set(xscale="log", xlabel=r"noise to signal, $\sigma/\alpha$", ylabel=label)
     axes.grid(alpha=0.3)
-    axes.legend()
+    legend = axes.legend(curves, map(str, range(len(curves))))
+    for text, name in zip(legend.get_texts(), estimates, strict=True):
+        write_plain(text, name)
     return figure
 
 
@@ -198,17 +199,19 @@ def _draw_group(part: SubFigure, name: str, columns: list[_Column]) -> None:
 
 
 def _draw_line(
-    axes: Axes, name: str, x: torch.Tensor, sigma: torch.Tensor, line: Sequence[Estimate], dimensions: int | None
-) -> None:
+    axes: Axes, x: torch.Tensor, sigma: torch.Tensor, line: Sequence[Estimate], dimensions: int | None
+) -> Line2D:
+    """Draws the line of one estimator with its band; returns the line."""
     offset, factor = (0, sigma**2) if dimensions is None else (1, -(sigma**2) / dimensions)
     mean = offset + factor * torch.stack([estimate.value.mean() for estimate in line]).cpu()
     errors = [estimate.standard_error.square().sum().sqrt() / len(estimate.standard_error) for estimate in line]
     width = BAND * factor.abs() * torch.stack(errors).cpu()
-    (curve,) = axes.plot(x.numpy(), mean.numpy(), marker=".", label=name)
+    (curve,) = axes.plot(x.numpy(), mean.numpy(), marker=".")
     width = torch.where(torch.isfinite(width), width, 0)
     if bool((width > 0).any()):
         low, high = (mean - width).numpy(), (mean + width).numpy()
         axes.fill_between(x.numpy(), low, high, color=curve.get_color(), alpha=0.25, linewidth=0)
+    return curve
 
 
 def _check_estimates(estimates: Mapping[str, Sequence[Estimate]], count: int) -> None:

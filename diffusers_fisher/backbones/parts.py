@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CheckpointError
-from ..files import load_tensors, read_json
+from ..files import load_tensors, read_table
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -104,14 +104,6 @@ def load_scheduler_name(source: str | os.PathLike, **hub_arguments: Any) -> str 
     """Returns the name of the Fisher scheduler's class in checkpoint `source`; None for a stock scheduler."""
     file = find_file(source, MARK, hub_arguments)
     return read_table(file).get("scheduler") if file else None
-
-
-def read_table(file: Path) -> dict[str, Any]:
-    """Reads a JSON file that holds an object. Raises `CheckpointError` for anything else."""
-    table = read_json(file)
-    if not isinstance(table, dict):
-        raise CheckpointError(f"Checkpoint file '{file}' holds a {type(table).__name__}; it must hold a JSON object.")
-    return table
 
 
 def find_file(source: str | os.PathLike, name: str, hub_arguments: Mapping[str, Any]) -> Path | None:

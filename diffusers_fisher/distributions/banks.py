@@ -6,6 +6,7 @@ import abc
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy
 import torch
@@ -137,8 +138,10 @@ class _Part:
 
     def _map(self) -> numpy.ndarray:
         try:
-            return numpy.load(self.path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            # Unlike `numpy.load`, this reads neither pickles nor zip archives.
+            return numpy.lib.format.open_memmap(self.path, mode="r")
+        # NumPy parses the header as Python's tokens and literals, and lets the errors of both out.
+        except (OSError, ValueError, TypeError, SyntaxError, OverflowError, RecursionError, TokenError) as error:
             raise CheckpointError(
                 f"Bank file '{self.path}' can't be mapped as .npy: {error}. The file may be missing or truncated."
             ) from error

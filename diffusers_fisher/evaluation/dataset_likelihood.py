@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..backbones import backbone_of
 from ..data import Caption, Example, ImageData, Images, ImageStream, no_images, open_images
 from ..errors import CoarseGridWarning, InputError, NumericalError
-from ..files import finite_number, read_json, write_json
+from ..files import finite_number, read_table, write_json
 from ..fisher import AutodiffFisher, FiniteDifferenceFisher, FisherEstimator
 from ..jobs.config import flat_settings
 from ..jobs.folder_lock import locked_folder
@@ -30,7 +30,7 @@ from ..likelihood.pipeline import log_likelihood
 from ..likelihood.schemes import scheme_of
 from ..pipelines import FisherPipelineMixin
 from ..settings import NotNegative, TraceEstimator, settings_class
-from .dataset_likelihood_report import FILE, ImageRecords, write_results
+from .dataset_likelihood_report import FILE, ImageGroup, ImageRecords, write_results
 
 ESTIMATORS: dict[str, type[FisherEstimator]] = {
     "autodiff": AutodiffFisher,
@@ -151,15 +151,15 @@ def _evaluate(
 def _open_records(output: Path, note: dict[str, Any], images: Images, retry_failed: bool) -> Records:
     """Opens the records of a run. With `retry_failed`, files of the images may have changed, but not their number."""
     file = output / SETTINGS
-    before = read_json(file).get("images") if file.is_file() else None
+    before = read_table(file).get("images") if file.is_file() else None
     same_number = before is not None and before.split(",")[0] == note["images"].split(",")[0]
     if retry_failed and same_number:
-        records = Records(output, {**note, "images": before})
+        records = Records(output, {**note, "images": before}, ImageGroup)
         _refuse_changed_images(records, images)
         write_json(file, note)
         return records
     try:
-        return Records(output, note)
+        return Records(output, note, ImageGroup)
     except InputError as error:
         if not same_number or before == note["images"]:
             raise

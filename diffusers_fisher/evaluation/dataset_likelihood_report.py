@@ -1,7 +1,6 @@
 """Reports the likelihoods of a dataset: one file of records, a summary, a histogram and a page."""
 
 import itertools
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,15 +10,18 @@ from typing import Any
 import pandas
 import torch
 from matplotlib.figure import Figure
+from pydantic import BaseModel, FiniteFloat
 
-from ..data import Images, ImageStream
+from ..console import say
+from ..data import Caption, Images, ImageStream
 from ..errors import CheckpointError
 from ..figures import make_figure
-from ..files import atomic_path, finite_number, save_figure, write_json
+from ..files import atomic_path, finite_number, json_line, save_figure, write_json
 from ..jobs.identity import Note
 from ..jobs.pages import Page
 from ..jobs.records import Records
 from ..likelihood.solver import COARSE
+from ..settings import NotNegative, Positive
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 IMAGES_PER_END = 24  # images of each end on the page
@@ -30,11 +32,49 @@ FILE = "file"  # key of a record's hash, which identifies the image
 PICTURE = 256  # pixels of a picture's longer side on the page
 
 
+class FailedImage(BaseModel):
+    """Record of an image without a likelihood."""
+
+    position: NotNegative
+    name: str
+    error: str
+
+
+class ImageLikelihood(BaseModel):
+    """What the report reads of an image's record."""
+
+    position: NotNegative
+    name: str
+    caption: Caption
+    bits_per_dim: FiniteFloat
+    discretisation_error: FiniteFloat
+    standard_error: FiniteFloat | None
+    dims: Positive
+
+
+class LikelihoodMethod(BaseModel):
+    """How likelihoods were computed."""
+
+    space: str
+    density: str
+    prior: str
+    trace: str
+    scheme: str
+
+
+class ImageGroup(BaseModel):
+    """A file of records."""
+
+    method: LikelihoodMethod | None
+    seconds: FiniteFloat
+    records: list[ImageLikelihood | FailedImage]
+
+
 class ImageRecords:
     """The records of all images in the order of the data. A file is read when its first record is needed.
 
     Args:
-        records: records of groups of images, each {"method", "seconds", "records": [...]}.
+        records: records of the kind `ImageGroup`.
 
     Attributes:
         seconds: seconds of evaluation, summed over all processes and runs.
@@ -105,7 +145,7 @@ def write_results(records: Records, images: Images, total: int, run: Note) -> di
     order = table.sort_values("bits_per_dim", kind="stable")
     ends = {"Most likely": order[:IMAGES_PER_END], "Least likely": order[::-1][:IMAGES_PER_END]}
     _page(summary, records.settings, figure, ends, images).write(folder / "index.html")
-    print(_outline(summary, folder), flush=True)
+    say(_outline(summary, folder))
     return summary
 
 
@@ -113,10 +153,10 @@ def _write_table(results: ImageRecords, path: Path) -> tuple[pandas.DataFrame, l
     """Writes the file of all records. Returns a table with one row per image that has a likelihood, and the records of
     the images that have none."""
     rows, failed, columns = [], [], ["position", "name", "caption", *NUMBERS]
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         for record in results:
             line = {name: value for name, value in record.items() if name != FILE}
-            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+            file.write(json_line(line))
             if "error" in record:
                 failed.append(record)
             else:

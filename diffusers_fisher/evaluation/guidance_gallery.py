@@ -1,9 +1,11 @@
 """Guides many prompts over many processes and writes a gallery, for `diffusers-fisher guide`."""
 
+import codecs
 import dataclasses
 import hashlib
 import logging
 import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,8 +15,9 @@ import torch
 from accelerate import PartialState
 
 from ..backbones import backbone_of
+from ..console import say
 from ..errors import CoarseGridWarning, InputError, NumericalError, UnsupportedError
-from ..files import finite_number
+from ..files import check_writable, finite_number
 from ..fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDifferenceFisher, FisherEstimator
 from ..guidance import GuidanceOutput, named_reward
 from ..guidance.movers import optimizer_factory
@@ -26,7 +29,7 @@ from ..jobs.processes import process_state
 from ..jobs.records import Records, item_keys, shard
 from ..pipelines import FisherPipelineMixin
 from ..settings import Dtype, GuidanceEstimator, Positive, settings_class
-from .guidance_gallery_report import PICTURES, gallery_summary, write_gallery
+from .guidance_gallery_report import PICTURES, FailedPrompt, GuidedPrompt, gallery_summary, write_gallery
 
 logger = logging.getLogger(__name__)
 
@@ -130,13 +133,14 @@ def _guide_all(
 ) -> dict[str, Any]:  # fmt: skip
     """Guides all prompts in a folder that belongs to this launch."""
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    records = Records(output, {**dataclasses.asdict(settings), "prompts": f"{len(prompts)}, sha256 {digest[:16]}"})
-    (records.folder / PICTURES).mkdir(exist_ok=True)
+    note = {**dataclasses.asdict(settings), "prompts": f"{len(prompts)}, sha256 {digest[:16]}"}
+    records = Records(output, note, GuidedPrompt | FailedPrompt)
+    check_writable(records.folder / PICTURES)
     mine = shard(list(zip(item_keys(len(prompts)), prompts, strict=True)), state.process_index, state.num_processes)
     done = records.done()
     todo = [item for item in mine if item[0] not in done or (retry_failed and "failed" in records.read(item[0]))]
     if state.is_main_process:
-        print(f"{len(prompts)} prompts, {len(mine) - len(todo)} of this process's {len(mine)} done", flush=True)
+        say(f"{len(prompts)} prompts, {len(mine) - len(todo)} of this process's {len(mine)} done")
     if todo:
         guidance = _Guidance(records, settings, memory, state)
         for begin in range(0, len(todo), memory.batch_size):
@@ -146,7 +150,7 @@ def _guide_all(
     summary = gallery_summary(collected)
     if state.is_main_process:
         write_gallery(records.folder, collected, records.settings)
-        print(f"The gallery is {(records.folder / 'index.html').resolve()}", flush=True)
+        say(f"The gallery is {(records.folder / 'index.html').resolve()}")
         if summary["failed"]:
             logger.warning(
                 "%d of %d prompts failed: the gallery says why, and --retry-failed tries them again.",
@@ -156,16 +160,24 @@ def _guide_all(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Returns the lines of a text file that are not empty. Raises `InputError` if there are none."""
+    """Returns the lines of a text file that are not empty, without the spaces around them.
+
+    The file is UTF-8, or UTF-16 with its mark. Lines end as on Unix, Windows or old Macs, and nowhere else.
+
+    Raises:
+        InputError: the file can't be read, or has no prompts.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
+        content = path.read_bytes()
+        is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if is_utf_16 else "utf-8-sig")
+    except (OSError, UnicodeError) as error:
         raise InputError(
-            f"The prompts '{path}' can't be read: {error}. Give a text file, one prompt a line."
+            f"The prompts '{path}' can't be read: {error}. Give a text file in UTF-8, one prompt per line."
         ) from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
     if not prompts:
-        raise InputError(f"The prompts '{path}' are empty; give one prompt a line.")
+        raise InputError(f"The prompts '{path}' are empty; give one prompt per line.")
     return prompts
 
 

@@ -1,29 +1,57 @@
 """Reports the guidance of many prompts: means over the prompts, curves of the rewards, a page and a gallery."""
 
 import itertools
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy
 import pandas
 from matplotlib.figure import Figure
 from PIL import Image
+from pydantic import BaseModel, Field, FiniteFloat
 
-from ..figures import make_figure
+from ..figures import make_figure, write_plain
 from ..files import save_figure
 from ..guidance.noise_ascent import COMPLETED
 from ..jobs.pages import Page
+from ..settings import NotNegative
 
 PICTURES = "pictures"  # folder of the pictures
 LIMIT = 100  # the page shows at most so many prompts with their pictures
 GALLERY_ROWS = 12  # prompts on gallery.png
+ROW_WIDTH = 28  # letters of a prompt on gallery.png
 QUANTITIES = {
     "rewards": "reward",
     "held_out": "held-out reward",
     "shell_distances": "shell distance",
     "bits_per_dim": "bits/dim",
 }  # keys of a record, with their names on the page
+
+
+class FailedPrompt(BaseModel):
+    """Record of a prompt without a result."""
+
+    prompt: str
+    failed: str
+
+
+class GuidedPrompt(BaseModel):
+    """What the report reads of a prompt's record."""
+
+    prompt: str
+    before: str
+    after: str
+    best_run: NotNegative
+    rewards: Annotated[list[FiniteFloat | None], Field(min_length=1)]
+    held_out: list[FiniteFloat | None]
+    shell_distances: list[FiniteFloat | None]
+    bits_per_dim: dict[Literal["before", "after"], FiniteFloat | None] | None = None
+    bits_per_dim_error: dict[Literal["before", "after"], FiniteFloat | None] | None = None
+    seconds: list[FiniteFloat]
+    status: str
+    flagged: list[str]
 
 
 def write_gallery(folder: Path, records: Sequence[dict[str, Any]], settings: Mapping[str, Any]) -> None:
@@ -120,11 +148,19 @@ def gallery(folder: Path, records: Sequence[dict[str, Any]]) -> Figure:
                 axes.imshow(numpy.asarray(picture))
             axes.set(xticks=[], yticks=[])
             axes.set_title("\n".join([name, *_bits(record, name)]), fontsize=8)
-        row[0].set_ylabel(record["prompt"][:28], fontsize=8)
+        key = Path(record["before"]).name.split("_")[0]
+        write_plain(row[0].set_ylabel("", fontsize=8), _shorten(record["prompt"]), otherwise=f"prompt {key}")
         row[2].plot(record["rewards"], marker=".")
         row[2].set_title("reward by run", fontsize=8)
         row[2].tick_params(labelsize=7)
     return figure
+
+
+def _shorten(prompt: str) -> str:
+    """Returns the beginning of a prompt, as long as a row of the gallery is high. Letters of Chinese, Japanese and
+    Korean are twice as wide as others."""
+    widths = itertools.accumulate(2 if unicodedata.east_asian_width(letter) in "FW" else 1 for letter in prompt)
+    return "".join(letter for letter, width in zip(prompt, widths, strict=True) if width <= ROW_WIDTH)
 
 
 def _add_prompt(page: Page, folder: Path, record: dict[str, Any]) -> None:

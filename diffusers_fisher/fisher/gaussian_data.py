@@ -14,7 +14,7 @@ import torch
 from ..distributions.banks import BANK_SUFFIXES, as_bank
 from ..distributions.covariance import Covariance, DCTBasis, EigenBasis, ShiftedCovariance
 from ..errors import CheckpointError, InputError, UnsupportedError, check_shape
-from ..files import load_tensors, save_tensors
+from ..files import expecting, load_tensors, save_tensors
 from ..noise import DenoisingState, expand
 from .estimator import FisherEstimator, check_estimator
 from .operator import CombinedOperator, FisherMatrixOperator
@@ -120,10 +120,11 @@ class GaussianFisher(FisherEstimator):
         tensors, metadata = load_tensors(path)
         if metadata.get("format") != FORMAT or not {"mean", "variances"} <= set(tensors):
             raise CheckpointError(f"'{path}' holds no GaussianFisher; it holds {sorted(tensors)}.")
-        description = json.loads(metadata["covariance"])
-        shape = tuple(description["shape"])
-        basis = DCTBasis(shape) if description["basis"] == "dct" else None
-        return cls(Covariance(shape, tensors["variances"], tensors.get("factor"), basis), tensors["mean"])
+        with expecting("a GaussianFisher", path, "fit and save it again"):
+            description = json.loads(metadata["covariance"])
+            shape = tuple(description["shape"])
+            basis = DCTBasis(shape) if description["basis"] == "dct" else None
+            return cls(Covariance(shape, tensors["variances"], tensors.get("factor"), basis), tensors["mean"])
 
 
 class GaussianOperator(FisherMatrixOperator):

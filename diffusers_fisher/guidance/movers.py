@@ -95,8 +95,11 @@ def optimizer_factory(optimizer: Any, step_size: float) -> OptimizerFactory | No
         make = functools.partial(cls, lr=step_size)  # type: ignore[call-arg]
     try:
         trial = make([torch.nn.Parameter(torch.zeros(2))])
-    except Exception as error:
-        raise InputError(f"`optimizer` can't be made: {error}. Pass a name in torch.optim or a factory.") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        arguments = f"'{optimizer}' with `step_size` {step_size} " if isinstance(optimizer, str) else ""
+        raise InputError(
+            f"`optimizer` {arguments}can't be made: {error}. Pass a name in torch.optim or a factory."
+        ) from error
     if not isinstance(trial, torch.optim.Optimizer) or isinstance(trial, torch.optim.LBFGS):
         raise InputError(
             f"`optimizer` makes a {type(trial).__name__}; allowed: a torch.optim.Optimizer whose step needs no "

@@ -25,11 +25,15 @@ def build_config(kind: type[Config], values: object, where: str = "config") -> C
     Raises:
         InputError: an unknown key, a missing key, or a value that its field does not allow.
     """
-    text = json.dumps(values, default=str)  # in JSON a mapping may stand for a settings class; in Python it may not
     try:
+        text = json.dumps(
+            values, default=str
+        )  # in JSON a mapping may stand for a settings class; in Python it may not
         return pydantic.TypeAdapter(kind).validate_json(text)
     except pydantic.ValidationError as error:
         raise input_error(error, kind, where) from error
+    except (TypeError, ValueError, RecursionError) as error:  # keys that are no texts, sections that hold themselves
+        raise InputError(f"{where}: the settings are no tree of keys and values: {error}. See configs/.") from error
 
 
 def load_config(path: str | os.PathLike, kind: type[Config], changes: Sequence[str] = ()) -> Config:
@@ -43,9 +47,9 @@ def load_config(path: str | os.PathLike, kind: type[Config], changes: Sequence[s
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"Config file '{path}' can't be read: {error}") from error
+        values = _parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise InputError(f"Config file '{path}' can't be read: {error}. Write it as YAML in UTF-8.") from error
     for change in changes:
         _change(values, change)
     return build_config(kind, values, where=str(path))
@@ -64,9 +68,18 @@ def _change(values: object, change: str) -> None:
         if not isinstance(values, dict):
             raise InputError(f"The change '{change}': '{section}' is a value, not a section.")
     try:
-        values[key] = yaml.safe_load(text)
+        values[key] = _parse_yaml(text)
     except yaml.YAMLError as error:
         raise InputError(f"The change '{change}' has a value that is no YAML: {error}") from error
+
+
+def _parse_yaml(text: str) -> object:
+    """Parses YAML. Raises `yaml.YAMLError` for every other text."""
+    try:
+        return yaml.safe_load(text)
+    # Tags such as !!int and !!timestamp convert any text that follows, and lists may lie within lists without end.
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

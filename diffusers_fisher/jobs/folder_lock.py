@@ -15,13 +15,11 @@ import psutil
 from accelerate import Accelerator, PartialState
 
 from ..errors import InputError
-from ..files import check_writable
+from ..files import SILENT_SECONDS, check_writable, machine_name
 
 LOCK = ".lock.json"
 BEAT_SECONDS = 30.0
 """Time between two touches of the lock, by which its owner shows processes of other machines that it is alive."""
-SILENT_SECONDS = 600.0
-"""A lock of another machine that was not touched for so long is that of a dead owner."""
 
 
 class FolderLock:
@@ -43,7 +41,7 @@ class FolderLock:
     def __init__(self, folder: Path):
         self.path = folder / LOCK
         self._owner: dict[str, Any] = {
-            "machine": _machine(), "host": socket.gethostname(), "process": os.getpid(),
+            "machine": machine_name(), "host": socket.gethostname(), "process": os.getpid(),
             "started": psutil.Process().create_time(), "since": datetime.datetime.now().isoformat(" ", "seconds"),
             "key": secrets.token_hex(8),
         }  # fmt: skip
@@ -82,7 +80,7 @@ class FolderLock:
         return True
 
     def _is_alive(self, owner: dict[str, Any]) -> bool:
-        if owner.get("machine") == _machine() and isinstance(owner.get("process"), int):
+        if owner.get("machine") == machine_name() and isinstance(owner.get("process"), int):
             try:
                 started = psutil.Process(owner["process"]).create_time()
             except psutil.NoSuchProcess:
@@ -152,11 +150,3 @@ def _temporary(path: Path, content: dict[str, Any]) -> Iterator[Path]:
         yield file
     finally:
         file.unlink(missing_ok=True)
-
-
-def _machine() -> str:
-    """Names the table of processes that this process is in: containers of one host have tables of their own."""
-    names = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        names += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
-    return " ".join(names)

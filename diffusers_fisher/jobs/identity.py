@@ -19,7 +19,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from ..backbones import backbone_of
 from ..data import CachedLatents, Images, ImageStream
 from ..errors import InputError
-from ..files import read_json
+from ..files import read_table
 
 ROWS = 1000  # about this number of rows of a dataset, evenly spaced, enter its digest
 STREAM_ROWS = 100  # this number of first rows of a stream enter its digest
@@ -111,7 +111,7 @@ def data_note(source: Images | CachedLatents) -> dict[str, Any] | None:
         return None
     if isinstance(source, CachedLatents):
         note = source.folder / DATA_NOTE
-        return {**(read_json(note) if note.is_file() else {}), "latents": len(source)}
+        return {**(read_table(note) if note.is_file() else {}), "latents": len(source)}
     names = {"first": source.name(0), "last": source.name(len(source) - 1)}
     return {"images": len(source), **names, "rows": images_digest(source, with_files=False)}
 

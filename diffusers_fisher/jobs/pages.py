@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..files import atomic_path
+from ..files import atomic_path, write_text
 
 Cell = str | float | None
 
@@ -60,8 +60,7 @@ class Page:
 
     def write(self, path: str | os.PathLike) -> None:
         """Writes the page, atomically."""
-        with atomic_path(path) as temporary:
-            temporary.write_text(self.text(), encoding="utf-8")
+        write_text(path, self.text())
 
 
 def save_picture(image: torch.Tensor, path: str | os.PathLike) -> None:

@@ -1,5 +1,6 @@
 """Loads the pipeline of a run as its settings say."""
 
+import traceback
 from typing import TYPE_CHECKING
 
 import diffusers
@@ -8,7 +9,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..backbones import backbone_of
 from ..checkpoints import embedded_checkpoint
-from ..errors import CheckpointError, InputError
+from ..errors import FisherError, InputError
 from ..settings import Dtype, settings_class
 
 if TYPE_CHECKING:
@@ -36,6 +37,13 @@ class DenoiserSettings:
     compile: bool = False
 
 
+def _component_at_fault(error: BaseException) -> str:
+    """Says in words which component diffusers was loading when the error was raised; empty if it was none."""
+    calls = traceback.walk_tb(error.__traceback__)
+    names = [frame.f_locals.get("name") for frame, _ in calls if frame.f_code.co_name == "load_sub_model"]
+    return f", because of its component '{names[-1]}'" if names else ""
+
+
 def load_pipeline(settings: DenoiserSettings) -> "FisherPipelineMixin":
     """Loads the Fisher version of the pipeline with its trace model and statistics, and freezes its weights.
 
@@ -52,11 +60,14 @@ def load_pipeline(settings: DenoiserSettings) -> "FisherPipelineMixin":
         stock: type[DiffusionPipeline] = getattr(diffusers, index["_class_name"], DiffusionPipeline)
         options = {"variant": settings.variant, "dtype": getattr(torch, settings.dtype)}
         pipe = fisher_pipeline(stock).from_pretrained(path, revision=settings.revision, **options)
-    except CheckpointError:
+    except (FisherError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError) as error:
+    # Damaged configurations make diffusers, transformers and tokenizers raise errors of every kind, bare ones too.
+    except Exception as error:
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
         raise InputError(
-            f"'{settings.path}' can't be loaded as a pipeline: {error}. Give a folder or Hub id, or '{EMBEDDED}'."
+            f"'{settings.path}' can't be loaded as a pipeline{_component_at_fault(error)}: {kind}{error}. Give a "
+            f"folder or Hub id, or '{EMBEDDED}'."
         ) from error
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):

@@ -1,17 +1,16 @@
 """Keeps the work over many items through a kill: one JSON record per item, written whole or not at all."""
 
-import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
+import pydantic
 
 from ..errors import CheckpointError, InputError
-from ..files import check_writable, read_json, write_json
+from ..files import check_writable, read_json, read_table, write_json, writing
 from .identity import note_differences, refuse_differences
 
 Item = TypeVar("Item")
@@ -31,24 +30,25 @@ class Records:
     Args:
         folder: folder of the run; it is made where it is absent.
         settings: everything that the records depend on, as JSON. Records of other settings are never mixed in.
+        kind: type of a record, which pydantic checks.
 
     Raises:
         InputError: the folder can't be written, or holds records of other settings.
         CheckpointError: the folder's settings are damaged.
     """
 
-    def __init__(self, folder: str | os.PathLike, settings: Mapping[str, Any]):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike, settings: Mapping[str, Any], kind: Any = dict[str, Any]):
+        self.folder, self._kind = Path(folder), pydantic.TypeAdapter[Any](kind)
         self.settings: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
-        check_writable(self.folder / RECORDS)
+        for folder in (self.folder, self.folder / RECORDS):
+            check_writable(folder)
         file = self.folder / SETTINGS
         if not self.done():  # other settings may take the folder of a run that failed before its first record
             write_json(file, self.settings)
             return
         if not file.is_file():
             raise CheckpointError(f"'{self.folder}' has records but no {SETTINGS}; name another folder.")
-        before = read_json(file)
-        differences = note_differences(before if isinstance(before, dict) else {}, self.settings)
+        differences = note_differences(read_table(file), self.settings)
         advice = "Take the same settings to go on, or another folder."
         refuse_differences(self.folder, "holds records of other settings", differences, advice)
 
@@ -68,42 +68,37 @@ class Records:
             ValueError: the record has numbers that are not finite.
             CheckpointError: the file can't be written; the disk is full, for example.
         """
-        file = self._file(key)
+        file = self.file(key)
         with writing(file, "make room and run the same command again, all other records are kept"):
             write_json(file, record)
 
     def read(self, key: str) -> dict[str, Any]:
-        """Returns the record of item `key`. Raises `CheckpointError` if it is missing or damaged."""
-        file = self._file(key)
-        record = read_json(file)
-        if not isinstance(record, dict):
-            raise CheckpointError(f"'{file}' holds a {type(record).__name__}, no record; delete it and run again.")
+        """Returns the record of item `key`. Raises `CheckpointError` if it is missing, damaged or of another kind."""
+        file = self.file(key)
+        record: dict[str, Any] = read_json(file)
+        try:
+            self._kind.validate_python(record, strict=True)
+        except pydantic.ValidationError as error:
+            mistake = error.errors(include_url=False)[0]
+            place = "".join(f"`{part}` " for part in mistake["loc"])
+            raise CheckpointError(
+                f"'{file}' is no record of this run: {place}{mistake['msg']}. It is damaged or another program's; "
+                "delete it and run again."
+            ) from error
         return record
 
     def collected(self, keys: Iterable[str]) -> list[dict[str, Any]]:
         """Returns the records of all `keys`, in the order of `keys`."""
         return [self.read(key) for key in keys]
 
-    def _file(self, key: str) -> Path:
+    def file(self, key: str) -> Path:
+        """Returns the file of the record of item `key`. Raises `InputError` for a key that is no file name."""
         if not _KEY.fullmatch(key):
             raise InputError(
                 f"The item's key is {key!r}; allowed: up to 200 letters, digits, '.', '_' and '-', not beginning with "
                 "a point or a dash."
             )
         return self.folder / RECORDS / f"{key}.json"
-
-
-@contextlib.contextmanager
-def writing(path: Path, advice: str) -> Iterator[None]:
-    """Encloses what writes `path`, and turns errors of the disk (it is full, for example) into `CheckpointError`.
-
-    Args:
-        advice: what to do, without a full stop.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"'{path}' can't be written: {error}; {advice}.") from error
 
 
 def item_keys(count: int) -> list[str]:

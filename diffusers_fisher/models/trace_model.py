@@ -22,7 +22,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, BaseOutput
 
 from ..denoiser import Denoiser
 from ..errors import CheckpointError, InputError, check_shape
-from ..files import atomic_path, check_safetensors, read_json, save_tensors
+from ..files import check_safetensors, read_table, save_tensors, write_text
 from ..fisher.trace_matching import LOG_NOISE_RANGE, noise_shares
 from ..noise import DenoisingState, NoiseLevel, expand
 from .card import model_card
@@ -286,8 +286,7 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         config = self.to_json_string()
         metadata = {"format": "pt", "config": json.dumps(json.loads(config))}
         save_tensors(folder / SAFETENSORS_WEIGHTS_NAME, self.state_dict(), metadata)
-        with atomic_path(folder / self.config_name) as temporary:
-            temporary.write_text(config, encoding="utf-8")
+        write_text(folder / self.config_name, config)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -300,8 +299,7 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         """
         folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
         if Path(pretrained_model_name_or_path).is_dir():
-            content = read_json(folder / cls.config_name)
-            if not isinstance(content, dict) or "in_channels" not in content:
+            if "in_channels" not in read_table(folder / cls.config_name):
                 raise CheckpointError(f"'{folder / cls.config_name}' is not the config of a trace model.")
             if not kwargs.get("variant"):
                 check_safetensors(folder / SAFETENSORS_WEIGHTS_NAME)

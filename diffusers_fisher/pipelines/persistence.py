@@ -18,9 +18,9 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
-from ..backbones.parts import MARK, STATISTICS, TRACE_MODEL, CheckpointParts, read_table
+from ..backbones.parts import MARK, STATISTICS, TRACE_MODEL, CheckpointParts
 from ..errors import CheckpointError
-from ..files import check_safetensors, read_json, save_tensors, write_json
+from ..files import check_safetensors, read_table, save_tensors, write_json
 from ..models import FisherTraceModel
 from ..schedulers import FisherSchedulerMixin
 
@@ -111,7 +111,7 @@ def check_folder(source: str | os.PathLike, passed_components: Collection[str] =
 def _check_component(folder: Path, class_name: str) -> None:
     advice = "save or download the checkpoint again."
     for file in sorted(folder.glob("*.json")):
-        read_json(file)
+        read_table(file)
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     if (folder / "config.json").is_file() and not weights:
         raise CheckpointError(f"'{folder}' has no weight file; {advice}")

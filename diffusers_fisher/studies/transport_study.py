@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 
 from ..backbones import PipelineDenoiser
 from ..checkpoints import EMBEDDED_CLASSES, embedded_checkpoint, embedded_prompt
+from ..console import say
 from ..distributions import Covariance, Distribution, GaussianMixture
 from ..errors import InputError
 from ..figures import make_figure
-from ..files import atomic_path, check_writable, save_figure, write_json
+from ..files import check_writable, save_figure, write_json, write_text
 from ..fisher import AutodiffFisher, FisherEstimator, FisherMatrixOperator
 from ..noise import DenoisingState
 from .transport import (
@@ -299,7 +300,7 @@ def run_study(
     check_writable(output)
     begin = time.perf_counter()
     rows, paths = [], {}
-    print(HEADING)
+    say(HEADING)
     higher = higher_dimensional_cases() if points is None else []
     studies = [(case, schedule, runs) for case in cases for schedule in SCHEDULES.values()]
     studies += [(case, SCHEDULES["vp"], max(2, runs // 10)) for case in higher]
@@ -309,27 +310,26 @@ def run_study(
         if has_picture:
             paths[case.name] = flow.trajectory[:, :PLOT_TRAJECTORIES].clone()
         rows.append(row)
-        print(_format_row(row), flush=True)
+        say(_format_row(row))
     lines = ("line along an axis", "line in general position")  # the plan of the rectangle shows as much
     coupling_cases = [case for case in cases + higher if case.name not in lines]
     couplings = [coupling(case, SCHEDULES["edm"], 1024, seed) for case in coupling_cases]
     by_steps = [row for schedule in SCHEDULES.values() for row in indices_by_steps(cases[0], schedule, 60, seed)]
     report: dict[str, Any] = {"maps": rows, "couplings": couplings, "by_steps": by_steps}
     for row in couplings:
-        print(
+        say(
             f"coupling, {row['case']}: {row['pairs']:.6f} per pair, optimal {row['optimal']:.6f}, "
             f"gap {row['gap']:.2e} ± {row['standard_error']:.1e}"
         )
     _draw_plots(output, report, paths)
     report["seconds"] = round(time.perf_counter() - begin, 1)
-    with atomic_path(output / "table.txt") as temporary:
-        temporary.write_text("\n".join([HEADING, *map(_format_row, rows)]) + "\n", encoding="utf-8")
+    write_text(output / "table.txt", "\n".join([HEADING, *map(_format_row, rows)]) + "\n")
     write_json(output / "transport.json", report)  # before the checkpoint's map, which takes minutes
     if learned:
         report["learned"] = learned_map(seed)
         report_learned(output, report["learned"])
         write_json(output / "transport.json", report)
-    print(f"Table, plots and transport.json are in {output.resolve()} ({time.perf_counter() - begin:.0f} s).")
+    say(f"Table, plots and transport.json are in {output.resolve()} ({time.perf_counter() - begin:.0f} s).")
     return report
 
 
@@ -370,7 +370,7 @@ def _draw_plots(output: Path, report: dict[str, Any], paths: dict[str, torch.Ten
 def report_learned(output: Path, report: dict[str, Any]) -> None:
     """Prints the report of `learned_map`, and draws it by noise level in the file learned.png of `output`."""
     own = report["fisher_asymmetry_by_level"]
-    print(
+    say(
         f"embedded checkpoint, {report['samples']} samples: asymmetry of the map {report['map']['asymmetry']:.4f}, of "
         f"the network's own Fisher {min(own):.4f} to {max(own):.4f}; of the map with symmetrised Jacobians "
         f"{report['map_of_symmetrised_jacobians']['asymmetry']:.4f}"

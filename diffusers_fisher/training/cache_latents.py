@@ -21,16 +21,16 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from ..backbones import backbone_of
-from ..data import LATENT_INDEX, ImageData, Images, UnreadableImageError, open_images, shard_name
+from ..console import say
+from ..data import LATENT_INDEX, CachedLatents, ImageData, Images, UnreadableImageError, open_images, shard_name
 from ..errors import InputError
-from ..files import load_tensors, read_json, save_tensors, write_json
+from ..files import expecting, load_tensors, save_tensors, write_json, writing
 from ..jobs.command import config_parser, errors_in_words
 from ..jobs.config import load_config
 from ..jobs.folder_lock import locked_folder
 from ..jobs.identity import autoencoder_note, data_note
 from ..jobs.pipelines import load_pipeline
 from ..jobs.processes import process_state
-from ..jobs.records import writing
 from .checkpoints import TrainingFolder
 from .pieces import Row, batched
 from .samples import SampleSpace
@@ -74,7 +74,7 @@ def _write_cache(
     if (folder / LATENT_INDEX).is_file():
         if state.is_main_process and Path(data.path).is_dir():  # other data would have to be downloaded
             notes.check_data(data_note(open_images(data)))
-        return sum(read_json(folder / LATENT_INDEX)["counts"])
+        return len(CachedLatents(str(folder)))
     pipe = load_pipeline(dataclasses.replace(config.denoiser, compile=False)).to(state.device)
     backbone = backbone_of(pipe)
     with state.main_process_first():
@@ -93,7 +93,7 @@ def _write_cache(
     if state.is_main_process:
         _write_index(folder, number + 1, pipe)
     state.wait_for_everyone()
-    return sum(read_json(folder / LATENT_INDEX)["counts"])
+    return len(CachedLatents(str(folder)))
 
 
 def _first_readable(source: Images) -> torch.Tensor:
@@ -138,9 +138,10 @@ def _write_index(folder: Path, number: int, pipe: DiffusionPipeline) -> None:
     counts, skipped, shape = [], [], []
     for shard in range(number):
         tensors, metadata = load_tensors(folder / shard_name(shard))
-        counts.append(len(tensors["moments"]))
-        shape = list(tensors["moments"].shape[2:])
-        skipped += json.loads(metadata["skipped"])
+        with expecting("cached latents", folder / shard_name(shard), "delete the file and start again"):
+            counts.append(len(tensors["moments"]))
+            shape = list(tensors["moments"].shape[2:])
+            skipped += json.loads(metadata["skipped"])
     index = {"shape": shape, "counts": counts, "skipped_images": skipped, "space": autoencoder_note(pipe)}
     with writing(folder / LATENT_INDEX, DISK_ADVICE):
         write_json(folder / LATENT_INDEX, index)
@@ -163,7 +164,7 @@ def cache_latents_of_file(config: str | os.PathLike, changes: Sequence[str], bat
         batch_size: number of images that are encoded at once.
     """
     count = cache_latents(load_config(config, TraceMatchingConfig, changes), batch_size)
-    print(f"{count} latents")
+    say(f"{count} latents")
 
 
 if __name__ == "__main__":

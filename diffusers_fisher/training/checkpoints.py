@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..files import atomic_path, read_json, write_json
+from ..files import expecting, read_json, read_table, write_json, write_text, writing
 from ..jobs.config import flat_settings
 from ..jobs.identity import DATA_NOTE, Note, note_differences, refuse_differences
-from ..jobs.records import writing
 from ..models import fingerprint_differences
 from .state import Modules, load_training_state, save_training_state
 
@@ -60,7 +59,10 @@ class TrainingFolder:
     def skipped(self) -> list[str]:
         """Names of images that could not be read up to the newest checkpoint."""
         path = self.path / "skipped.json"
-        return read_json(path) if path.exists() and self._states else []
+        if not path.exists() or not self._states:
+            return []
+        with expecting("a list of names", path, "delete the file"):
+            return [*read_json(path)]
 
     @skipped.setter
     def skipped(self, names: list[str]) -> None:
@@ -68,7 +70,7 @@ class TrainingFolder:
             write_json(self.path / "skipped.json", names)
 
     def writing(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Encloses what writes file `name` of the folder; see `diffusers_fisher.jobs.records.writing`."""
+        """Encloses what writes file `name` of the folder; see `diffusers_fisher.files.writing`."""
         return writing(self.path / name, self.last_good)
 
     def check_settings(self) -> list[str]:
@@ -110,7 +112,8 @@ class TrainingFolder:
                 differs.
         """
         differences = self.check_settings() + self.check_data(data)
-        other_denoiser = fingerprint_differences(self._note(DENOISER_NOTE), fingerprint or {})
+        with expecting("a fingerprint", self.path / DENOISER_NOTE, "delete the file"):
+            other_denoiser = fingerprint_differences(self._note(DENOISER_NOTE), fingerprint or {})
         advice = "Resume with that denoiser, or name another output folder."
         if differences + self._refuse("holds a run of another denoiser", other_denoiser, advice):
             for name in (*EARLY_FILES, DENOISER_NOTE, DATA_NOTE):
@@ -130,7 +133,7 @@ class TrainingFolder:
     def _note(self, name: str) -> dict[str, Any]:
         """Returns the content of a note; empty if there is none."""
         path = self.path / name
-        return read_json(path) if path.exists() else {}
+        return read_table(path) if path.exists() else {}
 
     def save(
         self, modules: Modules, optimizer: torch.optim.Optimizer, averages: list[torch.Tensor], step: int
@@ -171,9 +174,9 @@ class TrainingFolder:
         if not path.exists():
             return
         lines = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
                 if line.endswith("\n") and json.loads(line)["step"] <= step:
                     lines.append(line)
-        with self.writing(path.name), atomic_path(path) as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
+        with self.writing(path.name):
+            write_text(path, "".join(lines))

@@ -15,7 +15,7 @@ import torch
 
 from ..data import Caption
 from ..errors import CoarseGridWarning
-from ..files import load_tensors, save_tensors
+from ..files import expecting, load_tensors, save_tensors
 from ..fisher import DirectFisher, FisherEstimator, FisherOperator
 from ..jobs.seeds import step_generator
 from ..likelihood import Integration, integrate_log_likelihood
@@ -55,7 +55,8 @@ class Paths:
     def load(cls, path: Path) -> "Paths":
         """Reads what `save` wrote. Raises `CheckpointError` for a damaged file."""
         tensors, metadata = load_tensors(path)
-        return cls(**tensors, captions=json.loads(metadata["captions"]))
+        with expecting("paths", path, "delete the file, and the next run makes it again"):
+            return cls(**tensors, captions=[*json.loads(metadata["captions"])])
 
     def mixed(
         self,

@@ -50,7 +50,7 @@ def load_training_state(
                 moments.setdefault(int(position), {})[entry] = _match_layout(value, parameters[int(position)])
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         return int(metadata["step"])
-    except (IndexError, KeyError, RuntimeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"Training state '{path}' does not fit this configuration: {error}. "
             "Resume with the configuration it was made with, or choose another output folder."

@@ -94,7 +94,7 @@ class TraceMatching:
             self.folder.write_notes(data_note(self.data.source), self.model.config["fingerprint"])
         self.skipped = set(self.folder.skipped)
         if isinstance(self.data.source, CachedLatents):
-            self.skipped.update(self.data.source.index["skipped_images"])
+            self.skipped.update(self.data.source.skipped_images)
         self._note(self.held_out)
 
     def _make_model(self) -> FisherTraceModel:
@@ -320,7 +320,7 @@ def _width(values: torch.Tensor | None) -> int | None:
 
 def check_cache(cached: CachedLatents, pipe: DiffusionPipeline) -> None:
     """Refuses latents of another autoencoder. Raises `InputError` that says what differs."""
-    before, now = cached.index["space"], autoencoder_note(pipe)
+    before, now = cached.space, autoencoder_note(pipe)
     differences = note_differences(before, now, tolerance=AUTOENCODER_TOLERANCE, absent_is_null=True)
     advice = "Make the cache of latents again."
     refuse_differences(cached.folder, "was made with another autoencoder", differences, advice)

@@ -345,7 +345,7 @@ def test_processes_share_the_prompts(finished_run, tmp_path):
 
 BAD = {
     "no file": (None, {}, InputError, r"prompts\.txt' can't be read"),
-    "empty": ("\n \n", {}, InputError, r"prompts\.txt' are empty; give one prompt a line"),
+    "empty": ("\n \n", {}, InputError, r"prompts\.txt' are empty; give one prompt per line"),
     "estimator": (
         "a",
         {"estimator": "exact"},

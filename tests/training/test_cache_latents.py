@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -14,6 +15,7 @@ from PIL import Image
 
 from diffusers_fisher import CheckpointError, InputError
 from diffusers_fisher.data import CachedLatents, open_images
+from diffusers_fisher.files import read_table
 from diffusers_fisher.jobs.pipelines import load_pipeline
 from diffusers_fisher.training import cache_latents as module
 from diffusers_fisher.training.cache_latents import cache_latents
@@ -44,8 +46,8 @@ def test_a_shard_of_unreadable_images_is_empty(tmp_path):
     numbers = [int(name.removeprefix("train-").removesuffix(".png")) for name in names(config_of(tmp_path))]
     config = config_of(tmp_path, corrupt=numbers[4:8])
     assert cache_latents(config, batch_size=3) == 8
-    index = CachedLatents(config.latents).index
-    assert index["counts"] == [4, 0, 4] and index["skipped_images"] == names(config)[4:8]
+    assert read_table(Path(config.latents) / "index.json")["counts"] == [4, 0, 4]
+    assert CachedLatents(config.latents).skipped_images == names(config)[4:8]
     images = open_images(config.data)
     examples = [images[position] for position in (0, 1, 2, 3, 8, 9, 10, 11)]
     space = SampleSpace(load_pipeline(config.denoiser), latents=False)

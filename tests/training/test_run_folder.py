@@ -265,7 +265,7 @@ def test_a_full_disk_stops_with_the_last_good_checkpoint_named(tmp_path, monkeyp
     [
         (trace_matching, "plot_validation", "validation.png"),
         (checkpoints, "open", "loss.jsonl"),
-        (checkpoints, "atomic_path", "loss.jsonl"),
+        (checkpoints, "write_text", "loss.jsonl"),
         (trace_matching.FisherTraceModel, "save_pretrained", "trace_model"),
         (trace_matching, "write_json", "report.json"),
     ],
@@ -273,7 +273,7 @@ def test_a_full_disk_stops_with_the_last_good_checkpoint_named(tmp_path, monkeyp
 )
 def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch, where, name, file):
     config = trace_runs.config_of(tmp_path)
-    if name == "atomic_path":
+    if name == "write_text":
         train(config)
 
     def full(*args, **kwargs):

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 CLIP_LARGE = "openai/clip-vit-large-patch14"
+NO_REMOTE_CODE = {"trust_remote_code": False}
+"""Without this, transformers asks on the console whether it may run code from a repository."""
 
 
 class ClassifierReward:
@@ -52,7 +54,7 @@ class ClassifierReward:
         """
         from transformers import AutoModelForImageClassification
 
-        model = _freeze(AutoModelForImageClassification.from_pretrained(path, **kwargs))
+        model = _freeze(AutoModelForImageClassification.from_pretrained(path, **NO_REMOTE_CODE | kwargs))
         return cls(model, target, ImageInput.from_pretrained(path, **_download_options(kwargs)))
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -118,10 +120,10 @@ class TextImageReward:
         """
         from transformers import AutoModel, AutoTokenizer
 
-        model = _freeze(AutoModel.from_pretrained(path, **kwargs))
+        model = _freeze(AutoModel.from_pretrained(path, **NO_REMOTE_CODE | kwargs))
         source = path if processor is None else processor
         options = _download_options(kwargs, same_repository=processor is None)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **NO_REMOTE_CODE | options)
         return cls(model, tokenizer, ImageInput.from_pretrained(source, **options), text, logits)
 
     @classmethod
@@ -258,7 +260,9 @@ def _head_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_tensors(path)[0]
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except OSError as error:
+        raise CheckpointError(f"The file of weights '{path}' can't be read: {error}. Name another file.") from error
+    except Exception as error:  # torch documents no list: damaged archives and pickles raise errors of every kind
         # The message of torch is left out: it advises to execute code from the file.
         raise CheckpointError(
             f"'{path}' can't be read as a file of weights alone ({type(error).__name__}). Download the file again."

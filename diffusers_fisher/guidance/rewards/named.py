@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Sequence
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -47,10 +51,12 @@ def named_reward(name: str) -> Reward:
     """
     try:
         return _load(name)
-    except FisherError:
+    except (FisherError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError) as error:  # transformers raises these if the model is missing or out of reach
-        raise InputError(f"The reward '{name}' can't be loaded: {error}") from error
+    # Damaged files of a model make transformers and tokenizers raise errors of every kind, bare ones too.
+    except Exception as error:
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        raise InputError(f"The reward '{name}' can't be loaded: {kind}{error}") from error
 
 
 def _load(name: str) -> Reward:
@@ -70,13 +76,32 @@ def _load(name: str) -> Reward:
 
 
 def _import_function(module: str, name: str) -> Reward:
+    """Returns a variable of a module of the current folder, of PYTHONPATH or of an installed package."""
     try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        with _current_folder_first():
+            function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # the module is a user's code, which may raise anything
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = (
+            "" if isinstance(error, ImportError) else f" ({type(error).__name__} in {place.filename}:{place.lineno})"
+        )
         raise InputError(
-            f"The reward python:{module}:{name} can't be imported: {error}. Run in the module's folder, or set "
+            f"The reward python:{module}:{name} can't be imported: {error}{where}. Run in the module's folder, or set "
             "PYTHONPATH."
         ) from error
     if not callable(function):
         raise InputError(f"The reward python:{module}:{name} is a {type(function).__name__}; it must be a function.")
     return function
+
+
+@contextlib.contextmanager
+def _current_folder_first() -> Iterator[None]:
+    """Within the block, Python looks for modules in the current folder first, as for `python -m`."""
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    importlib.invalidate_caches()  # the module's file may be a moment old
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the module has removed it
+            sys.path.remove(folder)
