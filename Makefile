@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 LOWEST := .venv-lowest
 
-.PHONY: install demo test lint format types check ci-full house lowest clean
+.PHONY: install demo test lint format types check ci-full house lowest peer-suites clean
 
 install: $(STAMP)
 
@@ -56,6 +56,10 @@ lowest: pyproject.toml
 	$(LOWEST)/bin/python -m pip install --quiet -c $(LOWEST)/constraints.txt torch
 	$(LOWEST)/bin/python -m pip install --quiet -c $(LOWEST)/constraints.txt -e '.[dev]'
 	$(LOWEST)/bin/python -m pytest -n logical --maxprocesses 8
+
+# diffusers' own tests, with its classes and with ours: make peer-suites TESTS=../diffusers/tests/schedulers
+peer-suites: install
+	$(BIN)/python tests/peer_suites.py $(TESTS)
 
 clean:
 	rm -rf $(VENV) $(LOWEST) outputs build dist *.egg-info

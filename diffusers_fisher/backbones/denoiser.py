@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError, UnsupportedError
 from ..features import record_summaries
+from ..models import component_key
 from ..noise import Timestep
 from .base import Backbone
 from .registry import backbone_of
@@ -63,9 +64,9 @@ class PipelineDenoiser(Denoiser):
     """Calls a pipeline for one step and returns the (guided) model output.
 
     A shallow copy of the pipeline is called, with a scheduler of its own, so nothing on the pipeline changes. Prompts
-    are encoded once, at the first call. Samples are in the model's own input coordinates (variance preserving for
-    k-diffusion style schedulers), in the pipeline's latent layout: (B, C, H, W), or packed (B, N, C) with `height` and
-    `width` passed.
+    are encoded at the first call, and anew after a text encoder or a tokenizer has changed. Samples are in the model's
+    own input coordinates (variance preserving for k-diffusion style schedulers), in the pipeline's latent layout:
+    (B, C, H, W), or packed (B, N, C) with `height` and `width` passed.
 
     Conditioning by the step's index (ControlNet's start and end) is refused, because one step has no index. Flux
     casts the timestep to the latents' dtype. Without guidance the states have `features`, where the network is not
@@ -205,16 +206,24 @@ class PipelineDenoiser(Denoiser):
             )
 
     def encode_prompt(self, encode: Callable[..., tuple], *args: Any, **kwargs: Any) -> tuple:
-        """Encodes each prompt once by the pipeline's own `encode`, without a graph, and remembers the result."""
+        """Returns the result of the pipeline's own `encode`, which runs without a graph, and remembers it.
+
+        A prompt is encoded anew when a text encoder or a tokenizer has changed.
+        """
         key = _key((args, kwargs))
-        if key not in self._encoded:
+        if key not in self._encoded or self._encoded[key][1] != self._encoders_key():
             with torch.no_grad():
-                # It keeps the arguments too: else a new tensor could get the address that is in the key.
-                self._encoded[key] = encode(*args, **kwargs), args, kwargs
+                result = encode(*args, **kwargs)
+            # It keeps the arguments too: else a new tensor could get the address that is in the key.
+            self._encoded[key] = result, self._encoders_key(), args, kwargs
         result = self._encoded[key][0]
         if self.substitute is None:
             return result
         return self.substitute(result, kwargs.get("prompt", args[0] if args else None), kwargs.get("prompt_embeds"))
+
+    def _encoders_key(self) -> Hashable:
+        components = self.pipe.components.items()
+        return tuple(component_key(part) for name, part in components if "text_encoder" in name or "tokenizer" in name)
 
 
 def _key(value: object) -> Hashable:

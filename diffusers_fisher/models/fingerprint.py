@@ -1,20 +1,19 @@
-"""Fingerprints say which denoiser a trace model belongs to, by numbers of its weights, configuration and schedule.
+"""Fingerprints say which denoiser a trace model belongs to, by its outputs, weights, configuration and schedule.
 
-A fingerprint reads up to a million weights of the network. It is computed again only when `network_key` has changed,
-which costs milliseconds.
+A fingerprint reads up to a million weights of the network, and evaluates it twice on a small input. It is computed
+again only when `network_key` has changed, which costs milliseconds.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import inspect
 import json
 import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -24,10 +23,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from ..denoiser import Denoiser
 from ..errors import InputError, UnsupportedError
 from ..noise import noise_schedule
+from .fixed_outputs import NUM_SUMS, OUTPUT_TOLERANCE, fixed_direction, fixed_outputs, output_change, sums_of
 
 NUM_TENSORS = 16  # parameters that are compared one by one
 NUM_VALUES = 65536  # values that are read of each of these parameters
-NUM_SUMS = 32  # sums over all matrices: their root mean square is that of the changes, to within 12%
 MATRIX_VALUES = 4096  # values that are read of each matrix
 LEAST_WEIGHT = 1e-6  # least root mean square of a matrix: float16 has no digits below it
 WEIGHT_TOLERANCE = 1e-2  # relative change of one parameter, by one projection: rounding to bfloat16 is up to 2.3e-3
@@ -40,6 +39,9 @@ SIMPLE_TYPES = {bool, int, float, str, type(None)}
 OF_TORCH = set(vars(torch.nn.Module())) - {"training", "_forward_hooks", "_forward_pre_hooks"}
 """Attributes of every module that are read elsewhere or have no part in an evaluation."""
 
+OF_OFFLOAD = {"_hf_hook", "_old_forward", "forward"}
+"""Attributes of a module with an offload hook of accelerate's, which a pipeline makes anew after every call."""
+
 
 _FINGERPRINTS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Hashable, dict[str, Any]]] = (
     weakref.WeakKeyDictionary()
@@ -49,15 +51,17 @@ _FINGERPRINTS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Hashable, dict[s
 def denoiser_fingerprint(denoiser: Denoiser | DiffusionPipeline) -> dict[str, Any]:
     """Returns the fingerprint of a pipeline or a `Denoiser`, which can be stored as JSON.
 
-    The keys are `denoiser` (class), `config` (hash of the settings that differ from their defaults), `parameters`
+    The keys are `denoiser` (class), `config` (hash of settings that differ from their defaults), `parameters`
     (hash of names and shapes), `weights` (projections of 16 parameters on a fixed direction, relative to their norms),
     `counts` (number of values of each of them), `matrices` (32 sums of projections of all parameters with two axes or
-    more, see `_sums_of_matrices`), `prediction_type`, and `schedule` (log(sigma/alpha) at five timesteps). A denoiser
-    without a network has only the last two. `torch.compile` does not change the fingerprint. The weights are compared
-    to within the rounding of 16-bit dtypes. Weights in 8 bits or fewer, or not in memory, agree with all others.
+    more, see `_sums_of_matrices`), `outputs` (32 sums of each of the network's outputs on two fixed inputs, see
+    `fixed_outputs`; None where the network can't be evaluated so), `prediction_type`, and `schedule`
+    (log(sigma/alpha) at five timesteps). A denoiser without a network has only the last two. `torch.compile` does not
+    change the fingerprint. Outputs and weights are compared to within the rounding of the weights' dtypes. Weights in 8
+    bits or fewer, or not in memory, agree with all others.
 
-    Cost: reads a million numbers at most, and 4,096 of every matrix. A second call on the same network reads only the
-    numbers of `network_key`, if the key is the same.
+    Cost: reads a million numbers at most, and 4,096 of every matrix, and evaluates the network twice on a small input.
+    A second call on the same network reads only the numbers of `network_key`, if the key is the same.
 
     Raises:
         UnsupportedError: the object has no scheduler, or one that is not known.
@@ -81,8 +85,11 @@ def denoiser_fingerprint(denoiser: Denoiser | DiffusionPipeline) -> dict[str, An
 
 
 @torch.no_grad()
-def network_key(network: torch.nn.Module) -> Hashable:
+def network_key(network: torch.nn.Module, with_places: bool = True) -> Hashable:
     """Returns a key that changes whenever a network's function may have changed. It is cheap enough for every call.
+
+    Args:
+        with_places: whether the key also changes when the network is moved, such as by offload.
 
     For each parameter the key has its name, shape, dtype, device, place in memory and version, and one value or more
     (64 in total). For each module it has the class, the hooks and every attribute of the module's own, among them
@@ -95,13 +102,22 @@ def network_key(network: torch.nn.Module) -> Hashable:
         entries += (path, type(module).__qualname__)
         for name, parameter in vars(module)["_parameters"].items():
             if parameter is not None:
-                entries += (name, parameter.shape, parameter.dtype, parameter.device, _place(parameter))
+                place = (parameter.device, *_place(parameter)) if with_places else (id(parameter), _version(parameter))
+                entries += (name, parameter.shape, parameter.dtype, *place)
                 if _is_readable(parameter) and parameter.numel() > 0:
                     readable.append(parameter)
+        ignored = OF_TORCH if with_places or "_hf_hook" not in vars(module) else OF_TORCH | OF_OFFLOAD
         for name, value in vars(module).items():
-            if name not in OF_TORCH and (type(value) is not OrderedDict or value):  # most modules have no hooks
+            if name not in ignored and (type(value) is not OrderedDict or value):  # most modules have no hooks
                 entries += (name, value if type(value) in SIMPLE_TYPES else _summary(value))
     return tuple(entries), _sampled_values(readable)
+
+
+def component_key(component: object) -> Hashable:
+    """Returns a key that changes whenever a text encoder or tokenizer may have changed, and not when it is moved."""
+    if isinstance(component, torch.nn.Module):
+        return network_key(component, with_places=False)
+    return _summary(component), len(component) if isinstance(component, Sized) else None  # the number of tokens
 
 
 def _network_fingerprint(network: torch.nn.Module) -> dict[str, Any]:
@@ -112,21 +128,55 @@ def _network_fingerprint(network: torch.nn.Module) -> dict[str, Any]:
         "denoiser": type(network).__name__, "config": _hash(_settings(network)), "parameters": _hash(shapes),
         "weights": [_projection(parameter) for parameter in sampled],
         "counts": [min(parameter.numel(), NUM_VALUES) for parameter in sampled],
-        "matrices": _sums_of_matrices(parameters.values()),
+        "matrices": _sums_of_matrices(parameters.values()), "outputs": fixed_outputs(network),
     }  # fmt: skip
 
 
 def fingerprint_differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Says in words how fingerprint `found` differs from `expected`; keys that one of them lacks are not compared.
 
-    Fingerprints of the first release lack `counts` and `matrices`: their weights are compared by 16 parameters alone.
+    Networks whose outputs agree are the same denoiser, whatever their classes, settings and weights are. Fingerprints
+    of earlier releases lack `outputs`, and those of the first one `counts` and `matrices`, too: then their weights are
+    compared by 16 parameters alone.
     """
     words = []
-    for key, label in (("denoiser", "class of the denoiser"), ("prediction_type", "prediction type")):
-        if key in expected and key in found and expected[key] != found[key]:
-            words.append(f"{label}: trained for {expected[key]}, got {found[key]}")
+    if _differ(expected, found, "prediction_type"):
+        words.append(f"prediction type: trained for {expected['prediction_type']}, got {found['prediction_type']}")
+    words += _network_differences(expected, found)
+    schedule = _largest_gap(expected.get("schedule"), found.get("schedule"))
+    if schedule > SCHEDULE_TOLERANCE:
+        levels = [", ".join(f"{value:.3f}" for value in each["schedule"]) for each in (expected, found)]
+        words.append(f"schedule: trained for log(sigma/alpha) {levels[0]} at five timesteps, got {levels[1]}")
+    return words
+
+
+def _differ(expected: Mapping[str, Any], found: Mapping[str, Any], key: str) -> bool:
+    return key in expected and key in found and expected[key] != found[key]
+
+
+def _network_differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Says in words how two networks differ; nothing if their outputs agree."""
+    left, right = expected.get("outputs"), found.get("outputs")
+    if not left or not right:
+        return _differences_of_parts(expected, found)
+    change, tolerance = output_change(left, right)
+    # Rounding to 16 bits hides small changes of the outputs, which the weights show where their names are the same.
+    is_fine = tolerance <= OUTPUT_TOLERANCE or _differ(expected, found, "parameters")
+    if change <= tolerance and is_fine:
+        return []
+    words = _differences_of_parts(expected, found)
+    if change > tolerance and not words:
+        words = [f"outputs of the denoiser on a fixed input (by about {change:.2g} of their size)"]
+    return words
+
+
+def _differences_of_parts(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Says in words how the class, the settings and the weights of two networks differ."""
+    words = []
+    if _differ(expected, found, "denoiser"):
+        words.append(f"class of the denoiser: trained for {expected['denoiser']}, got {found['denoiser']}")
     for key, label in (("config", "configuration of the denoiser"), ("parameters", "names or shapes of parameters")):
-        if key in expected and key in found and expected[key] != found[key]:
+        if _differ(expected, found, key):
             words.append(f"{label} (hash {found[key]}, trained for {expected[key]})")
     one, all_matrices = _changes_of_weights(expected, found)
     if one > WEIGHT_TOLERANCE or all_matrices > MATRIX_TOLERANCE:
@@ -134,10 +184,6 @@ def fingerprint_differences(expected: Mapping[str, Any], found: Mapping[str, Any
             f"weights of the denoiser (by about {max(one, all_matrices):.2g} of their size): another checkpoint, a "
             "fine-tune or a fused LoRA"
         )
-    schedule = _largest_gap(expected.get("schedule"), found.get("schedule"))
-    if schedule > SCHEDULE_TOLERANCE:
-        levels = [", ".join(f"{value:.3f}" for value in each["schedule"]) for each in (expected, found)]
-        words.append(f"schedule: trained for log(sigma/alpha) {levels[0]} at five timesteps, got {levels[1]}")
     return words
 
 
@@ -172,9 +218,13 @@ def _network(denoiser: Denoiser | DiffusionPipeline) -> torch.nn.Module | None:
 def _place(parameter: torch.Tensor) -> tuple[int, int]:
     """Returns the address in memory and the version."""
     try:
-        return parameter.data_ptr(), parameter._version
-    except RuntimeError:  # made under inference_mode, or a subclass without memory of its own
+        return parameter.data_ptr(), _version(parameter)
+    except RuntimeError:  # a subclass without memory of its own
         return id(parameter), 0
+
+
+def _version(parameter: torch.Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version
 
 
 def _sampled_values(parameters: Sequence[torch.Tensor]) -> tuple[float, ...]:
@@ -227,12 +277,6 @@ def _spread(names: list[str]) -> list[str]:
     return [names[index * (len(names) - 1) // max(1, count - 1)] for index in range(count)]
 
 
-@functools.cache
-def _direction(count: int) -> torch.Tensor:
-    """Returns a fixed direction without a pattern, (count,) float64; its entries have mean square 1/2."""
-    return torch.cos(torch.arange(count, dtype=torch.float64) ** 2 * 0.7548776662466927)
-
-
 def _is_readable(parameter: torch.Tensor) -> bool:
     """Returns whether values are in memory, and fine enough to tell a change from rounding."""
     return not parameter.is_meta and parameter.is_floating_point() and parameter.element_size() >= 2
@@ -252,7 +296,7 @@ def _projection(parameter: torch.Tensor) -> float | None:
     if not _is_readable(parameter):
         return None
     values = _values(parameter, NUM_VALUES)
-    direction = _direction(NUM_VALUES)[: len(values)]
+    direction = fixed_direction(NUM_VALUES)[: len(values)]
     size = float(values.norm() * direction.norm())
     return float(values @ direction) / size if size > 0 else 0.0
 
@@ -272,9 +316,7 @@ def _sums_of_matrices(parameters: Iterable[torch.Tensor]) -> list[float] | None:
     sums = torch.zeros(NUM_SUMS, dtype=torch.float64)
     for parameter in matrices:
         values = _values(parameter, MATRIX_VALUES)
-        size = values.norm().clamp_min(LEAST_WEIGHT * len(values) ** 0.5)
-        terms = values * _direction(NUM_VALUES)[: len(values)] / size
-        sums += torch.nn.functional.pad(terms, (0, -len(terms) % NUM_SUMS)).view(-1, NUM_SUMS).sum(0)
+        sums += sums_of(values / values.norm().clamp_min(LEAST_WEIGHT * len(values) ** 0.5))
     scale = math.sqrt(2 * NUM_SUMS / max(1, len(matrices)))  # the direction's entries have mean square 1/2
     return [round(value, 6) for value in (scale * sums).tolist()]
 

@@ -17,12 +17,12 @@ from ..backbones.parts import (
     loaded_parts,
     set_checkpoint_parts,
 )
-from ..errors import InputError
+from ..errors import CheckpointError, InputError
 from ..guidance import pipeline as guidance
 from ..likelihood import pipeline as likelihood
 from ..models import FisherTraceModel
-from ..schedulers import fisher_scheduler
-from .persistence import check_folder, save_parts, stock_pipeline
+from ..schedulers import fisher_scheduler, fisher_scheduler_named
+from .persistence import check_folder, check_scheduler, save_parts, stock_pipeline
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -88,14 +88,21 @@ class FisherPipelineMixin(DiffusionPipeline):
         model that were saved with the checkpoint.
 
         Raises:
-            CheckpointError: a local folder with a missing or truncated file.
+            CheckpointError: a local folder with a missing or truncated file, or one that was saved with a scheduler
+                that it can't restore.
         """
         source = pretrained_model_name_or_path
-        check_folder(source, passed_components=kwargs)
+        check_folder(source, kwargs)
         pipe = super().from_pretrained(source, **kwargs)
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         set_checkpoint_parts(pipe, load_parts(source, **hub))
-        if load_scheduler_name(source, **hub) is not None and "scheduler" not in kwargs:
+        scheduler_name = load_scheduler_name(source, **hub)
+        if scheduler_name is not None and "scheduler" not in kwargs:
+            if fisher_scheduler_named(scheduler_name) is None:  # releases before the check at saving wrote it
+                raise CheckpointError(
+                    f"'{source}' was saved with the scheduler {scheduler_name}, which is not of diffusers and was not "
+                    "saved with it. Pass it: from_pretrained(folder, scheduler=...)."
+                )
             pipe.scheduler = fisher_scheduler(type(pipe.scheduler)).from_config(pipe.scheduler.config)
         return pipe
 
@@ -109,8 +116,10 @@ class FisherPipelineMixin(DiffusionPipeline):
 
         Raises:
             InputError: an upload, or another form than safetensors.
+            UnsupportedError: a scheduler of your own, which the folder could not restore. Nothing is written.
         """
         if kwargs.get("push_to_hub") or kwargs.get("safe_serialization") is False:
             raise InputError("Save to a folder, in safetensors; push the finished folder with huggingface_hub.")
+        check_scheduler(self.scheduler)
         stock_pipeline(self).save_pretrained(save_directory, **kwargs)
         save_parts(Path(save_directory), self.scheduler, checkpoint_parts(self))

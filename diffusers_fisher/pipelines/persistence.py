@@ -10,19 +10,21 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Collection
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from diffusers.pipelines.pipeline_loading_utils import _fetch_class_library_tuple
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..backbones.parts import MARK, STATISTICS, TRACE_MODEL, CheckpointParts
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedError
 from ..files import check_safetensors, read_table, save_tensors, write_json
 from ..models import FisherTraceModel
-from ..schedulers import FisherSchedulerMixin
+from ..schedulers import FisherSchedulerMixin, fisher_scheduler
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
@@ -31,7 +33,7 @@ NEEDED_FILES = (
     # Without these a tokenizer loads all the same, and maps every word to the unknown one or knows no length.
     ("Tokenizer", ["tokenizer.json", "vocab.json", "vocab.txt", "*.model"]),
     ("Tokenizer", ["tokenizer_config.json"]),
-    ("", ["config.json"]),  # whatever has weights
+    ("", ["config.json", "adapter_config.json"]),  # whatever has weights; adapters name the model that they are for
 )
 """Files (any one of each list) of components whose class name has the word in it."""
 
@@ -59,6 +61,28 @@ def stock_pipeline(pipe: DiffusionPipeline) -> DiffusionPipeline:
     return make_pipeline(pipe, stock_class(type(pipe)), scheduler=scheduler)
 
 
+def check_scheduler(scheduler: SchedulerMixin) -> None:
+    """Refuses a scheduler that a saved folder could not restore as itself.
+
+    Raises:
+        UnsupportedError: says what to save instead.
+    """
+    cls = type(scheduler)
+    if isinstance(scheduler, FisherSchedulerMixin):
+        # The folder names the class of diffusers itself, from which the Fisher class is made again.
+        restorable = fisher_scheduler(stock_class(cls)) is cls
+    else:
+        library, name = _fetch_class_library_tuple(scheduler)
+        module = sys.modules.get(library)
+        restorable = getattr(module, name, None) is cls and hasattr(module, SchedulerMixin.__name__)
+    if not restorable:
+        raise UnsupportedError(
+            f"A saved folder can't restore the scheduler {cls.__name__} of '{cls.__module__}', and would load as "
+            "another; allowed are schedulers of diffusers and their Fisher versions. Save the pipeline with such a "
+            "scheduler, and pass yours when you load it: from_pretrained(folder, scheduler=...)."
+        )
+
+
 def save_parts(folder: Path, scheduler: SchedulerMixin, parts: CheckpointParts) -> None:
     """Saves the scheduler's class, the latent statistics and the trace model beside the stock index.
 
@@ -81,11 +105,12 @@ def save_parts(folder: Path, scheduler: SchedulerMixin, parts: CheckpointParts) 
     save_tensors(folder / STATISTICS, {"mean": mean, "variance": variance}, description)
 
 
-def check_folder(source: str | os.PathLike, passed_components: Collection[str] = ()) -> None:
+def check_folder(source: str | os.PathLike, arguments: Mapping[str, Any]) -> None:
     """Refuses a local checkpoint folder with a missing or damaged file, before anything is loaded.
 
     Args:
-        passed_components: names of components that the caller passes, whose folders are not read.
+        arguments: arguments of `from_pretrained`. The folders of components that are passed are not read, and neither
+            are weights of another variant.
 
     Raises:
         CheckpointError: names the file at fault.
@@ -99,16 +124,16 @@ def check_folder(source: str | os.PathLike, passed_components: Collection[str] =
             "again if it is the embedded checkpoint."
         )
     for name, value in read_table(folder / "model_index.json").items():
-        if name in passed_components or not isinstance(value, list) or not value or value[0] is None:
+        if name in arguments or not isinstance(value, list) or not value or value[0] is None:
             continue
         if not (folder / name).is_dir():
             raise CheckpointError(f"'{folder}' lacks the folder '{name}' that its model_index.json names.")
-        _check_component(folder / name, str(value[-1]))
+        _check_component(folder / name, str(value[-1]), arguments)
     if (folder / TRACE_MODEL).is_dir():
-        _check_component(folder / TRACE_MODEL, FisherTraceModel.__name__)
+        _check_component(folder / TRACE_MODEL, FisherTraceModel.__name__, {})
 
 
-def _check_component(folder: Path, class_name: str) -> None:
+def _check_component(folder: Path, class_name: str, arguments: Mapping[str, Any]) -> None:
     advice = "save or download the checkpoint again."
     for file in sorted(folder.glob("*.json")):
         read_table(file)
@@ -119,5 +144,14 @@ def _check_component(folder: Path, class_name: str) -> None:
         applies = word in class_name if word else bool(weights)
         if applies and not any(any(folder.glob(name)) for name in names):
             raise CheckpointError(f"'{folder}' has no {' or '.join(names)}; {advice}")
-    for file in sorted(folder.glob("*.safetensors")):
-        check_safetensors(file)
+    if arguments.get("use_safetensors") is not False:
+        for file in _weights_of_variant(folder, arguments.get("variant")):
+            check_safetensors(file)
+
+
+def _weights_of_variant(folder: Path, variant: str | None) -> list[Path]:
+    """Returns the safetensors files that diffusers reads: those of the variant, where a component has it."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in files if variant and f".{variant}" in file.name] or [
+        file for file in files if file.name.count(".") == 1
+    ]

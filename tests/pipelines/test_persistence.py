@@ -283,7 +283,7 @@ DAMAGES = {
         write("text_encoder/model.safetensors", "version https://git-lfs.github.com/spec/v1"),
         r"text_encoder/model.safetensors' \(42 bytes\) can't be read as safetensors",
     ),
-    "no config": (remove("text_encoder/config.json"), "text_encoder' has no config.json; save or download"),
+    "no config": (remove("text_encoder/config.json"), "text_encoder' has no config.json or adapter_config.json; save"),
     "cut config": (cut("unet/config.json"), "unet/config." + NOT_JSON),
     "no scheduler": (remove("scheduler/scheduler_config.json"), "scheduler' has no scheduler_config.json; save or"),
     "no vocabulary": (remove("tokenizer/tokenizer.json"), "tokenizer' has no tokenizer.json or vocab.json or"),
