@@ -136,6 +136,9 @@ def likelihood(
     resolution: Annotated[int | None, Option(help="Resize and crop the images to this size.")] = None,
     streaming: Annotated[bool, Option(help="Never download the whole dataset.")] = False,
     limit: Annotated[int | None, Option(help="Number of images, the first of the data.")] = None,
+    max_pixels: Annotated[
+        int | None, Option(help="Most pixels of an image; unset: 4194304, or what Pillow reads with --resolution.")
+    ] = None,
     batch_size: Annotated[int, Option(help="Images at once; the numbers do not depend on it.")] = 16,
     retry_failed: RetryFailed = False,
     num_inference_steps: Annotated[int, Option(help="Steps of the integration.")] = 32,
@@ -156,6 +159,7 @@ def likelihood(
         data=ImageData(
             path=data, name=data_name, split=split, revision=data_revision, image_column=image_column,
             caption_column=caption_column, resolution=resolution, streaming=streaming, limit=limit,
+            max_pixels=max_pixels,
         ),
         prompt=prompt, num_inference_steps=num_inference_steps, scheme=scheme or DEFAULT_SCHEME, estimator=estimator,
         num_probes=num_probes, bins=bins, seed=seed,

@@ -12,7 +12,9 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +24,8 @@ import torch
 
 from .errors import InputError
 from .files import expecting, open_tensors, read_table
-from .images import eight_bit
+from .image_folders import ImageList, list_images, printable_name
+from .images import read_pixels
 from .settings import Positive, settings_class
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ Caption = str | int | None
 """A text, a class label, or neither."""
 
 LATENT_INDEX = "index.json"
+MAX_PIXELS = 2**22  # of an image that is not resized: networks need kilobytes of memory per pixel
 
 
 class UnreadableImageError(InputError):
@@ -54,6 +58,9 @@ class ImageData:
             None leaves the images as they are.
         streaming: read the images one after the other, without downloading the whole dataset.
         limit: number of images that are used, the first of the data; None means all.
+        max_pixels: largest number of pixels (width times height) of an image, which its file states before its pixels
+            are read. An image with more counts as unreadable. None means 2**22 pixels, or as many as Pillow reads with
+            `resolution`, because the resized image needs little memory.
     """
 
     path: str
@@ -65,6 +72,12 @@ class ImageData:
     resolution: Positive | None = None
     streaming: bool = False
     limit: Positive | None = None
+    max_pixels: Positive | None = None
+
+    @property
+    def pixel_limit(self) -> float:
+        """The largest number of pixels of an image file: `max_pixels`, or its default."""
+        return self.max_pixels or (MAX_PIXELS if self.resolution is None else math.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +88,13 @@ class Example:
         name: path relative to the data's folder, or the position in the dataset.
         pixels: (C, H, W) float32 in [0, 1].
         caption: text or class label; None if there is none.
+        transparent: whether the image had transparent pixels, which are composed on black.
     """
 
     name: str
     pixels: torch.Tensor
     caption: Caption
+    transparent: bool = False
 
 
 class Images(torch.utils.data.Dataset):
@@ -93,6 +108,7 @@ class Images(torch.utils.data.Dataset):
     def __init__(self, rows: Dataset | IterableDataset, data: ImageData, channels: int, text_captions: bool):
         self.files_left_out: list[str] = []
         self.rows, self.data, self.channels = rows, data, channels
+        self.text_captions = text_captions
         feature = (rows.features or {}).get(data.caption_column)
         self.names: list[str] | None = getattr(feature, "names", None) if text_captions else None
 
@@ -109,15 +125,17 @@ class Images(torch.utils.data.Dataset):
 
     def row_name(self, row: dict[str, Any], position: int) -> str:
         """Returns the name of the image in a row of the dataset."""
-        path = (row[self.data.image_column] or {}).get("path")
-        folder = Path(self.data.path).resolve()
-        if path and Path(path).is_relative_to(folder):
-            return Path(path).relative_to(folder).as_posix()
-        return str(position)
+        path = Path(os.fsdecode((row[self.data.image_column] or {}).get("path") or ""))
+        folder = _folder(self.data)
+        if not path.is_absolute() or not path.is_relative_to(folder):
+            return str(position)
+        return printable_name(path.relative_to(folder).as_posix())
 
     def row_caption(self, row: dict[str, Any]) -> Caption:
         """Returns the caption or class label of a row, or None without one (the library `datasets` says -1)."""
         caption = row[self.data.caption_column] if self.data.caption_column else None
+        if not self.text_captions and isinstance(caption, str) and caption.isdecimal():
+            return int(caption)
         if self.names is None or not isinstance(caption, int):
             return caption
         return self.names[caption] if caption >= 0 else None
@@ -129,8 +147,8 @@ class Images(torch.utils.data.Dataset):
     def example(self, row: dict[str, Any], position: int) -> Example:
         """Decodes a row of the dataset."""
         name = self.row_name(row, position)
-        pixels = _decode(row[self.data.image_column], name, self.data, self.channels)
-        return Example(name, pixels, self.row_caption(row))
+        pixels, transparent = _decode(row[self.data.image_column], name, self.data, self.channels)
+        return Example(name, pixels, self.row_caption(row), transparent)
 
 
 class ImageStream(Images):
@@ -159,21 +177,24 @@ def open_images(data: ImageData, channels: int = 3, text_captions: bool = True) 
         raise InputError(
             "Reading images needs the package `datasets`: pip install 'diffusers_fisher[training]'."
         ) from error
-    rows = _load(datasets, data)
-    columns = rows.column_names or []  # a stream may not know its columns
+    listed = _list_folder(data, text_captions)
+    rows = _load(datasets, data) if listed is None else _table_of(datasets, data, listed)
+    columns = (rows.column_names or []) if listed is None else listed.columns  # a stream may not know its columns
     wanted = {"image_column": data.image_column, "caption_column": data.caption_column}
     missing = {key: column for key, column in wanted.items() if column is not None and column not in columns}
     if missing and columns:
         raise InputError(f"The data '{data.path}' has no columns {missing}; it has: {', '.join(columns)}.")
     kind = (rows.features or {}).get(data.image_column)
-    if kind is not None and not isinstance(kind, datasets.Image):
+    if listed is None and kind is not None and not isinstance(kind, datasets.Image):
         raise InputError(f"Column '{data.image_column}' of '{data.path}' holds no images: {kind}.")
-    rows = rows.cast_column(data.image_column, datasets.Image(decode=False))
-    left_out = [] if data.streaming or not _is_flat(Path(data.path), data) else _files_left_out(rows, data)
+    if listed is None:
+        rows = rows.cast_column(data.image_column, datasets.Image(decode=False))
+    left_out = [] if listed is None else listed.left_out
     if left_out:
         logger.warning(
-            "%d files of '%s' are not among its images, such as '%s': its metadata do not list them, or `datasets` "
-            "does not know their ending.", len(left_out), data.path, left_out[0],
+            "%d files of '%s' are not among its images, such as '%s': its metadata do not list them, their ending is "
+            "not known, they belong to no split, or a link leads to them a second time.",
+            len(left_out), data.path, left_out[0],
         )  # fmt: skip
     if data.limit is not None:
         rows = rows.take(data.limit)
@@ -194,14 +215,12 @@ def _load(datasets: ModuleType, data: ImageData) -> Dataset | IterableDataset:
     options = {"split": data.split, "streaming": data.streaming}
     try:
         with _quiet(datasets):
-            if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            if _is_saved(folder):
                 loaded = datasets.load_from_disk(str(folder))
                 rows = loaded[data.split] if isinstance(loaded, dict) else loaded
                 return rows.to_iterable_dataset() if data.streaming else rows
-            if _is_flat(folder, data):
-                # Without `data_files`, ImageFolder takes "train" or "test" in a file's name for the file's split, and
-                # leaves out all other files.
-                return datasets.load_dataset("imagefolder", data_files={data.split: f"{folder}/**"}, **options)
+            if set(data.path) & set("*?[]"):
+                raise ValueError("`datasets` reads the characters * ? [ ] as a pattern; rename the folder")
             return datasets.load_dataset(data.path, data.name, revision=data.revision, **options)
     # Of damaged files `datasets` lets the errors of its parsers out; a folder with a loading script is a RuntimeError.
     except (
@@ -213,31 +232,47 @@ def _load(datasets: ModuleType, data: ImageData) -> Dataset | IterableDataset:
         ) from error
 
 
-def _is_flat(folder: Path, data: ImageData) -> bool:
-    """Returns whether a folder has images or their metadata on its top level, and not one folder per split."""
-    from PIL import Image
-
-    if data.name is not None or not folder.is_dir():
-        return False
-    known, files = Image.registered_extensions(), (path for path in folder.iterdir() if path.is_file())
-    return any(path.name.startswith("metadata.") or path.suffix.lower() in known for path in files)
+def _folder(data: ImageData) -> Path:
+    """Returns the absolute path of the data's folder, as it was given: links stay."""
+    return Path(os.path.abspath(data.path))
 
 
-def _files_left_out(rows: Dataset, data: ImageData) -> list[str]:
-    """Returns the files of a folder of images that are in no row, without hidden files and the metadata.
+def _is_saved(folder: Path) -> bool:
+    """Returns whether `save_to_disk` wrote the folder."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
-    The metadata do not list them, or `datasets` does not know their ending.
-    """
-    folder = Path(data.path).resolve()
-    files = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        names = [name for name in names if not name.startswith((".", "__", "metadata."))]
-        files += [Path(place, name).relative_to(folder).as_posix() for name in names]
-    if len(files) == len(rows):
-        return []
-    paths = [Path(row[data.image_column]["path"]) for row in rows.select_columns(data.image_column)]
-    return sorted(set(files) - {path.relative_to(folder).as_posix() for path in paths})
+
+def _list_folder(data: ImageData, text_captions: bool) -> ImageList | None:
+    """Lists the images of a folder. Returns None for data of another kind."""
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    folder = _folder(data)
+    if data.name is not None or not folder.is_dir() or _is_saved(folder):
+        return None
+    return list_images(
+        str(folder), data.split, ImageFolder.EXTENSIONS, data.image_column, data.caption_column, text_captions
+    )
+
+
+def _table_of(datasets: ModuleType, data: ImageData, listed: ImageList) -> Dataset | IterableDataset:
+    """Returns the listed images as a dataset whose rows have the form of undecoded images of `datasets`."""
+    import pyarrow
+
+    try:
+        paths = pyarrow.array(listed.paths, pyarrow.string())
+    except UnicodeEncodeError:  # names that are not UTF-8 are no texts
+        paths = pyarrow.array([os.fsencode(path) for path in listed.paths], pyarrow.binary())
+    nothing = pyarrow.nulls(len(paths), pyarrow.binary())
+    table = {data.image_column: pyarrow.StructArray.from_arrays([nothing, paths], ["bytes", "path"])}
+    if listed.captions is not None and data.caption_column is not None:
+        try:
+            table[data.caption_column] = pyarrow.array(listed.captions)
+        except (ValueError, OverflowError) as error:
+            raise InputError(
+                f"The captions '{data.caption_column}' of '{data.path}' can't be kept: {error}. Write them in UTF-8."
+            ) from error
+    rows = datasets.Dataset(pyarrow.table(table))
+    return rows.to_iterable_dataset() if data.streaming else rows
 
 
 @contextlib.contextmanager
@@ -252,21 +287,40 @@ def _quiet(datasets: ModuleType) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _decode(entry: dict[str, Any] | None, name: str, data: ImageData, channels: int) -> torch.Tensor:
-    """Returns pixels (C, H, W), float32 in [0, 1]."""
-    import numpy
-    from PIL import Image, ImageOps
+def _decode(entry: dict[str, Any] | None, name: str, data: ImageData, channels: int) -> tuple[torch.Tensor, bool]:
+    """Returns pixels (C, H, W), float32 in [0, 1], and whether the image had transparent pixels.
 
+    Raises:
+        UnreadableImageError: whatever goes wrong with this image.
+    """
+    from PIL import Image
+
+    entry, size = entry or {}, None if data.resolution is None else (data.resolution, data.resolution)
     try:
-        entry = entry or {}
-        with Image.open(io.BytesIO(entry["bytes"]) if entry.get("bytes") else entry["path"]) as opened:
-            image = eight_bit(ImageOps.exif_transpose(opened), channels)
-    except (OSError, SyntaxError, ValueError, KeyError, RuntimeError, Image.DecompressionBombError) as error:
-        raise UnreadableImageError(f"Image '{name}' of '{data.path}' can't be read: {error}") from error
-    if data.resolution is not None and image.size != (data.resolution, data.resolution):
-        image = ImageOps.fit(image, (data.resolution, data.resolution), Image.Resampling.LANCZOS)
-    array = numpy.asarray(image, dtype=numpy.float32) / 255
-    return torch.from_numpy(array[None] if channels == 1 else array.transpose(2, 0, 1).copy())
+        # Pillow warns of damaged tags, which are not needed, and of many pixels.
+        with warnings.catch_warnings(action="ignore"):
+            content = entry.get("bytes")
+            with io.BytesIO(content) if content else open(entry["path"], "rb") as file, Image.open(file) as opened:
+                _check_size(*opened.size, data.pixel_limit)
+                pixels, transparent = read_pixels(opened, channels, size)
+                _check_size(
+                    pixels.shape[2], pixels.shape[1], data.pixel_limit
+                )  # icons state one size and have another
+                return pixels, transparent
+    except Exception as error:  # Pillow and its decoders raise errors of many kinds over damaged files
+        text = "there is not enough memory for it" if isinstance(error, MemoryError) else str(error)
+        raise UnreadableImageError(
+            f"Image '{name}' of '{data.path}' can't be read: {text or type(error).__name__}"
+        ) from error
+
+
+def _check_size(width: int, height: int, limit: float) -> None:
+    """Raises `InputError` if an image has no pixels, or more than `limit`."""
+    if min(width, height) < 1 or width * height > limit:
+        raise InputError(
+            f"it has {width}x{height} pixels; allowed: 1 to {limit} pixels. Set `resolution`, which makes images "
+            "smaller, or a larger `max_pixels`."
+        )
 
 
 class CachedLatents(torch.utils.data.Dataset):

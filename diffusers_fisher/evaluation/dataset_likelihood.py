@@ -132,6 +132,7 @@ def _evaluate(
     with state.main_process_first():  # the other processes use the files that the main process has downloaded
         images = open_images(settings.data, backbone.image_channels, backbone.takes_text)
         note = {**flat_settings(dataclasses.asdict(settings)), "estimator": name, "images": images_digest(images)}
+        del note["data.max_pixels"]  # no number depends on it, and --retry-failed may take another limit
         records = _open_records(output, {**note, **pipeline_digests(pipe)}, images, retry_failed)
         before = ImageRecords(records)
     begin = time.perf_counter()
@@ -279,8 +280,12 @@ class ImageShare:
             except InputError as error:
                 name = self.images.row_name(row, position)
                 records.append({"position": position, "name": name, "error": str(error)})
-        for group in groups.values():
-            records += self._evaluate_group(group)
+        for (_, height, width), group in groups.items():
+            size = len(group)
+            if self.settings.data.resolution is None:  # the images may be large, and their memory must be bounded
+                size = min(size, max(1, int(self.settings.data.pixel_limit / (height * width))))
+            for start in range(0, len(group), size):
+                records += self._evaluate_group(group[start : start + size])
         rows = dict(batch)
         for record in records:
             record[FILE] = row_digest(self.images, rows[record["position"]], record["position"])
@@ -306,22 +311,24 @@ class ImageShare:
             options["prompt"] = [self._condition(caption) for caption in captions]
         if settings.estimator in ESTIMATORS:
             options |= {"estimator": ESTIMATORS[settings.estimator](), "num_probes": settings.num_probes or None}
-        pixels = torch.stack([example.pixels for _, example in group])
         error: Exception | None = None
         try:
             # The summary warns once, for all images.
             with warnings.catch_warnings(action="ignore", category=CoarseGridWarning):
                 # The conditions in `options` may be prompts, labels or none.
+                pixels = torch.stack([example.pixels for _, example in group])
                 out = log_likelihood(self.pipe, pixels, num_inference_steps=settings.num_inference_steps, **options)
         # diffusers raises ValueError, of which InputError is a subclass.
-        except (ValueError, NumericalError, torch.OutOfMemoryError) as exception:
+        except (ValueError, NumericalError, MemoryError, RuntimeError) as exception:
+            if isinstance(exception, RuntimeError) and not is_out_of_memory(exception):
+                raise
             error = exception.with_traceback(None)  # the traceback would keep the tensors
         if error is not None:
             return self._evaluate_singly(group, error)
         if self.method is None:
             self.method = {name: getattr(out, name) for name in ("space", "density", "prior", "trace", "scheme")}
         rows = enumerate(zip(group, captions, strict=True))
-        return [_record(position, example.name, caption, out, row) for row, ((position, example), caption) in rows]
+        return [_record(position, example, caption, out, row) for row, ((position, example), caption) in rows]
 
     def _condition(self, caption: Caption) -> str | int:
         """Returns the condition for a caption.
@@ -342,6 +349,9 @@ class ImageShare:
             return [record for entry in group for record in self._evaluate_group([entry])]
         ((position, example),) = group
         text = f"Image '{example.name}': {error}"
+        if is_out_of_memory(error):
+            size = "x".join(map(str, example.pixels.shape[:0:-1]))
+            text = f"Image '{example.name}' of {size} pixels: there is not enough memory for it. Set `resolution`."
         if self.method is None and not isinstance(error, NumericalError):
             self.refused.append(text)
             if len(self.refused) == ATTEMPTS and not self.records.done():  # the settings are the likely cause
@@ -364,10 +374,17 @@ class ImageShare:
         self.last = now
 
 
-def _record(position: int, name: str, caption: Caption, out: LikelihoodOutput, index: int) -> dict[str, Any]:
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether there was too little memory. The allocator of the CPU says so by a `RuntimeError`."""
+    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+
+
+def _record(position: int, example: Example, caption: Caption, out: LikelihoodOutput, index: int) -> dict[str, Any]:
     """Returns the record of one image."""
     nats = ("bits_per_dim", "log_prob", "prior_log_prob", "trace_log_prob", "standard_error", "discretisation_error")
     numbers: dict[str, float | None] = {key: float(getattr(out, key)[index]) for key in nats}
     numbers["standard_error"] = finite_number(float(out.standard_error[index]))  # one probe has no standard error
     fractions = [round(value, 6) for value in out.unexplained_noise_fraction[:, index].tolist()]
-    return {"position": position, "name": name, "caption": caption, **numbers, "dims": out.dims, "r": fractions}
+    record = {"position": position, "name": example.name, "caption": caption, **numbers, "dims": out.dims}
+    return {**record, **({"transparent": True} if example.transparent else {}), "r": fractions}

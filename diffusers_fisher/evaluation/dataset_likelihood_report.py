@@ -17,6 +17,7 @@ from ..data import Caption, Images, ImageStream
 from ..errors import CheckpointError
 from ..figures import make_figure
 from ..files import atomic_path, finite_number, json_line, save_figure, write_json
+from ..image_folders import printable_name
 from ..jobs.identity import Note
 from ..jobs.pages import Page
 from ..jobs.records import Records
@@ -137,6 +138,7 @@ def write_results(records: Records, images: Images, total: int, run: Note) -> di
     table, failed = _write_table(results, folder / "likelihoods.jsonl")
     summary = _summarise(results, table, failed, run)
     summary["without_caption"] = int(table["caption"].isna().sum()) if records.settings["data.caption_column"] else 0
+    summary["transparent"] = int(table["transparent"].sum())
     summary["by_caption"] = _by_caption(table)
     summary["files_not_read"] = {"count": len(images.files_left_out), "names": images.files_left_out[:MAX_NAMES]}
     write_json(folder / "summary.json", summary)
@@ -152,7 +154,7 @@ def write_results(records: Records, images: Images, total: int, run: Note) -> di
 def _write_table(results: ImageRecords, path: Path) -> tuple[pandas.DataFrame, list[dict[str, Any]]]:
     """Writes the file of all records. Returns a table with one row per image that has a likelihood, and the records of
     the images that have none."""
-    rows, failed, columns = [], [], ["position", "name", "caption", *NUMBERS]
+    rows, failed, columns = [], [], ["position", "name", "caption", *NUMBERS, "transparent"]
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         for record in results:
             line = {name: value for name, value in record.items() if name != FILE}
@@ -160,7 +162,7 @@ def _write_table(results: ImageRecords, path: Path) -> tuple[pandas.DataFrame, l
             if "error" in record:
                 failed.append(record)
             else:
-                rows.append([record[name] for name in columns])
+                rows.append([record[name] for name in columns[:-1]] + [record.get("transparent", False)])
     # As objects first, because captions that are labels or None must not become floating-point numbers.
     table = pandas.DataFrame(rows, columns=columns, dtype=object)
     table[NUMBERS] = table[NUMBERS].astype(float).fillna(math.inf)  # null: an error that is not known
@@ -222,9 +224,10 @@ def _page(summary: Note, settings: Note, figure: Figure, ends: Mapping[str, pand
     page = Page("Log-likelihoods of a dataset")
     method, bits, errors = summary["method"], summary["bits_per_dim"], summary["errors_in_bits_per_dim"]
     page.paragraph(
-        f"Pipeline {settings['denoiser.path']}, data {settings['data.path']} (split {settings['data.split']}): "
-        f"{summary['evaluated']} of {summary['images']} images evaluated, {summary['left_out']} left out. Density of "
-        f"the {method['space']}, {method['density']}; prior {method['prior']}; trace {method['trace']}; scheme "
+        f"Pipeline {settings['denoiser.path']}, data {printable_name(settings['data.path'])} (split "
+        f"{settings['data.split']}): {summary['evaluated']} of {summary['images']} images evaluated, "
+        f"{summary['left_out']} left out. Density of the {method['space']}, {method['density']}; prior "
+        f"{method['prior']}; trace {method['trace']}; scheme "
         f"{method['scheme']}, {summary['evaluations_an_image']} evaluations of the denoiser per image."
     )
     for sentence in _warnings(summary):
@@ -286,7 +289,8 @@ def _outline(summary: Note, folder: Path) -> str:
     if summary["left_out"]:
         first = summary["left_out_images"][0]["error"]
         lines.append(f"{summary['left_out']} images left out, named in summary.json; the first: {first}")
-    return "\n".join([*lines, *_warnings(summary), f"The report is {(folder / 'index.html').resolve()}"])
+    page = printable_name(str((folder / "index.html").resolve()))
+    return "\n".join([*lines, *_warnings(summary), f"The report is {page}"])
 
 
 def _warnings(summary: Note) -> list[str]:
@@ -302,9 +306,12 @@ def _warnings(summary: Note) -> list[str]:
         sentences.append("The images are of several sizes, whose likelihoods can't be compared; set a resolution.")
     if unread["count"]:
         sentences.append(
-            f"{unread['count']} files of the folder are not among the images, because its metadata do not list them "
-            f"or their ending is not known; the first: {', '.join(unread['names'][:5])}."
+            f"{unread['count']} files of the folder are not among the images, because its metadata do not list them, "
+            "their ending is not known, they belong to no split, or a link leads to them a second time; the first: "
+            f"{', '.join(unread['names'][:5])}."
         )
+    if summary["transparent"]:
+        sentences.append(f"{summary['transparent']} images have transparent pixels, which were composed on black.")
     if summary["without_caption"]:
         sentences.append(f"{summary['without_caption']} images have no caption and were given the empty prompt.")
     return sentences

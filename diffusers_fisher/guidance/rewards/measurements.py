@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
+import numpy
 import torch
 import torch.nn.functional as F
 
 from ...errors import InputError
+from ...images import UNIT_RANGE, ImageLike, image_tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ROUNDING = 1e-3  # by which measurements may be outside of [0, 1]
 
 
 class LinearReward:
@@ -46,27 +54,41 @@ class MeasurementReward:
     operator, the problem is deblurring. Any differentiable operator can be used, such as downsampling or a projection.
 
     Args:
-        target: the measurement of the wanted image, (3, H, W) or (B, 3, H, W), in [0, 1].
+        target: the measurement of the wanted image, or one per image: PIL images, arrays (H, W, 3) or (B, H, W, 3), or
+            tensors (3, H, W) or (B, 3, H, W), in `data_range`.
         mask: (H, W) weights in [0, 1] of the measured pixels, not all zero; None: all pixels count.
-        operator: function from images (B, 3, H, W) to measurements of the target's size; None: the images themselves.
+        operator: function from images (B, 3, H, W) to measurements of the target's size, in [0, 1]; None: the images
+            themselves.
+        data_range: values of black and white in arrays and tensors, which are scaled to [0, 1].
+
+    Raises:
+        InputError: the target is of another kind or has values outside of `data_range`, or the mask is not as above.
     """
 
     def __init__(
         self,
-        target: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        target: ImageLike,
+        mask: torch.Tensor | numpy.ndarray | Image | None = None,
         operator: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        data_range: tuple[float, float] = UNIT_RANGE,
     ):
-        mask = torch.ones(target.shape[-2:]) if mask is None else mask
-        if not bool((mask >= 0).all()) or float(mask.sum()) <= 0:
+        channels = target.shape[-3] if isinstance(target, torch.Tensor) and target.ndim > 2 else 3
+        tolerance = 0.0 if operator is None else ROUNDING
+        try:
+            checked = image_tensor(target, 1, channels, data_range, tolerance)
+        except InputError as error:
+            raise InputError(f"The target of the reward: {error}") from error
+        self.target = checked
+        if isinstance(target, torch.Tensor) and data_range == UNIT_RANGE:
+            self.target = target.reshape(checked.shape)  # in the target's own precision
+        self.mask = torch.ones(checked.shape[-2:]) if mask is None else _weights(mask)
+        if not bool((self.mask >= 0).all()) or not 0 < float(self.mask.sum()) < math.inf:
             raise InputError("The mask must be non-negative and not all zero. Pass 1 for the known pixels.")
-        self.target = target
-        self.mask = mask
         self.operator = operator
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         result = images if self.operator is None else self.operator(images)
-        count_fits = self.target.ndim == 3 or (self.target.ndim == 4 and len(self.target) in (1, len(result)))
+        count_fits = len(self.target) in (1, len(result))
         if self.target.shape[-3:] != result.shape[-3:] or self.mask.shape != result.shape[-2:] or not count_fits:
             noun = "images" if self.operator is None else "measurements"
             raise InputError(
@@ -75,6 +97,17 @@ class MeasurementReward:
             )
         weights = self.mask.to(result) / (self.mask.sum() * result.shape[1])
         return -((result - self.target.to(result)) ** 2 * weights).flatten(1).sum(1)
+
+
+def _weights(mask: torch.Tensor | numpy.ndarray | Image) -> torch.Tensor:
+    if isinstance(mask, torch.Tensor):
+        return mask
+    values = numpy.array(mask)
+    if values.dtype.kind not in "biuf":
+        raise InputError(
+            f"The mask is a {type(mask).__name__}; allowed: a tensor, an array or a grey PIL image (H, W)."
+        )
+    return torch.from_numpy(values)
 
 
 def gaussian_blur(std: float) -> Callable[[torch.Tensor], torch.Tensor]:
