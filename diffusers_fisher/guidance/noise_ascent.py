@@ -167,6 +167,7 @@ class GuidedRun:
         controls = self._set_variables(variables)
         with self.scheduler.differentiable(self.estimator, controls=controls) as trajectory:
             latents = self.sample(variables["noise"])
+        _check_end(latents, trajectory, step)
         ascent.num_sampling_calls += len(trajectory.states)
         variables = dict(variables)
         if controls is not None:
@@ -175,9 +176,9 @@ class GuidedRun:
             variables["text"] = self.text.value.detach()
         with torch.set_grad_enabled(with_gradient):
             images = self.decode(latents)
-            rewards = checks.reward_in_run(self.reward, images, self.prompts, f"run {step}")
+            rewards = checks.reward_in_run(self.reward, images, self.prompts, f"run {step}", latents)
             total = rewards.sum()  # here, because the caller may be under no_grad
-        held_out = self._evaluate_held_out(images.detach(), step, ascent)
+        held_out = self._evaluate_held_out(images.detach().clone(), step, ascent)  # the reward may change its images
         is_best = ascent.record(rewards, held_out, {**variables, "images": images, "latents": latents})
         if not with_gradient:
             return variables, is_best, {}
@@ -311,6 +312,24 @@ def ascend_noise(
         if ascent.status != COMPLETED:
             break
     return ascent
+
+
+def _check_end(latents: torch.Tensor, trajectory: Trajectory, step: int) -> None:
+    """Refuses the end of run `step` if it is not finite. Raises `NumericalError`, which names what came first."""
+    if torch.isfinite(latents).all():
+        return
+    states = trajectory.states
+    finite = [bool(torch.isfinite(state.model_output).all()) for state in states]
+    if all(finite):
+        cause = "All outputs of the network are finite, so check the settings of the scheduler and its number of steps"
+    else:
+        first = finite.index(False)
+        size = float(states[first].sample.abs().max())
+        cause = f"The network's output is not finite from evaluation {first} on, where its sample reaches {size:.3g}"
+    raise NumericalError(
+        f"The latents at the end of run {step} are not finite, after {len(states)} evaluations in {latents.dtype}. "
+        f"{cause}."
+    )
 
 
 def _warn_of_flat_rewards(gradient_norms: torch.Tensor, reward: Reward) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+from ...arguments import check_kinds
 from ...errors import InputError
 
 
@@ -18,6 +19,7 @@ class LinearReward:
         weights: (H, W), or (3, H, W); positive where the image should become brighter, negative where darker.
     """
 
+    @check_kinds
     def __init__(self, weights: torch.Tensor):
         self.weights = weights
 
@@ -30,11 +32,14 @@ class LinearReward:
         return (images * self.weights.to(images)).mean(1).flatten(1).sum(1)
 
     @classmethod
+    @check_kinds
     def left_minus_right(cls, height: int, width: int) -> LinearReward:
         """Makes a reward: mean brightness of the left half minus mean brightness of the right half.
 
         The middle column of an odd width counts for neither half.
         """
+        if height < 1 or width < 2:
+            raise InputError(f"The images have {height}x{width} pixels; allowed: at least 1x2, which has two halves.")
         side = torch.sign((width - 1) / 2 - torch.arange(width))
         return cls(side.expand(height, width) / (height * (width // 2)))
 
@@ -51,6 +56,7 @@ class MeasurementReward:
         operator: function from images (B, 3, H, W) to measurements of the target's size; None: the images themselves.
     """
 
+    @check_kinds
     def __init__(
         self,
         target: torch.Tensor,
@@ -58,7 +64,7 @@ class MeasurementReward:
         operator: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         mask = torch.ones(target.shape[-2:]) if mask is None else mask
-        if not bool((mask >= 0).all()) or float(mask.sum()) <= 0:
+        if mask.is_complex() or not bool((mask >= 0).all()) or float(mask.sum()) <= 0:
             raise InputError("The mask must be non-negative and not all zero. Pass 1 for the known pixels.")
         self.target = target
         self.mask = mask
@@ -77,6 +83,7 @@ class MeasurementReward:
         return -((result - self.target.to(result)) ** 2 * weights).flatten(1).sum(1)
 
 
+@check_kinds
 def gaussian_blur(std: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns a function that blurs images (B, C, H, W) with a Gaussian of `std` pixels.
 
