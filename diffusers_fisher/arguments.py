@@ -96,7 +96,8 @@ def check_call(parameters: Mapping[str, inspect.Parameter], arguments: Mapping[s
         hint = parameters[name].annotation
         kinds = [typing.get_origin(each) or each for each in (typing.get_args(hint) if _is_union(hint) else (hint,))]
         # Lists of prompts are allowed where some calls name a string alone; `text_conditions` checks them.
-        if known.issuperset(kinds) and "prompt" not in name.removesuffix("_per_prompt").removesuffix("_embeds"):
+        is_text = str in kinds and "prompt" in name
+        if known.issuperset(kinds) and not is_text:
             hints[name] = hint | None if parameters[name].default is None else hint
     return {name: fit(name, value, hints) for name, value in arguments.items()}
 

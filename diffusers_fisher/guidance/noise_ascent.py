@@ -32,7 +32,8 @@ class GuidanceOutput(BaseOutput):
         rewards: (runs, B) float64, rewards of the image that each step started from; the last row is the end. There
             are guidance steps + 1 runs, fewer where the guidance stopped early.
         best_rewards: (B,) float64, the largest reward of each column.
-        latents: (B, ...) float32 initial noise of the best images; pass it as `latents` to get them again.
+        latents: (B, ...) float32 initial noise of the best images; pass it as `latents` to get them again. Samplers
+            that draw noise at every step need the same noise: see "The same images again" in docs/guidance.md.
         gradient_norms: (steps, B) float64, norm of the reward's gradient with respect to what is optimised.
         seconds: (runs,) float64, wall time of each sampling run with its gradient.
         num_denoiser_calls: evaluations of the denoiser by the sampling runs and the estimator together.
