@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .arguments import check_kinds
 from .noise import DenoisingState, NoiseLevel, Timestep, input_scale, noise_level, prediction_of
 
 if TYPE_CHECKING:
@@ -38,10 +39,12 @@ class Denoiser(abc.ABC):
             timestep: one timestep, or one per sample, (B,).
         """
 
+    @check_kinds
     def __call__(self, x: torch.Tensor, timestep: Timestep) -> torch.Tensor:
         """Returns the predicted noise at `x`, (B, ...). Cost: one evaluation."""
         return self.state(x, timestep).epsilon
 
+    @check_kinds
     def state(self, x: torch.Tensor, timestep: Timestep) -> DenoisingState:
         """Returns the denoising state at `x` and a (possibly fractional) timestep. Cost: one evaluation."""
         output = self.model_output(x, timestep)
@@ -58,6 +61,7 @@ class Denoiser(abc.ABC):
         """Returns one vector per sample, (B, width), that stands for the sample's condition; None without one."""
         return None
 
+    @check_kinds
     def level(self, timestep: Timestep) -> NoiseLevel:
         """Returns the noise level of the model's input at `timestep`."""
         sample_level = noise_level(self.scheduler, timestep)

@@ -1,4 +1,6 @@
-"""The exceptions of the package, and the check of shapes. Each exception also inherits a fitting builtin exception."""
+"""The exceptions of the package, and checks of tensors. Each exception also inherits a fitting builtin exception."""
+
+import torch
 
 
 class FisherError(Exception):
@@ -33,3 +35,11 @@ def check_shape(name: str, shape: tuple[int, ...], allowed: tuple[int, ...], adv
     """Raises `InputError` unless `shape`, that of the tensor `name`, is `allowed`; `advice` says what to pass."""
     if tuple(shape) != tuple(allowed):
         raise InputError(f"{name} has shape {tuple(shape)}; allowed: {tuple(allowed)}. {advice}")
+
+
+def check_floats(name: str, tensor: torch.Tensor) -> None:
+    """Raises `InputError` unless `tensor`, called `name`, has real floating-point numbers."""
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(f"{name}: got a {type(tensor).__name__}; allowed: a tensor of floating-point numbers.")
+    if not tensor.is_floating_point():
+        raise InputError(f"{name}: got dtype {tensor.dtype}; allowed: real floating-point numbers, such as float32.")

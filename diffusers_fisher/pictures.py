@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from .arguments import check_kinds
 from .backbones import backbone_of
 from .errors import InputError
 from .fisher.estimate import Estimate, Probes
@@ -39,6 +40,7 @@ class _Column:
     colorbar: bool = False
 
 
+@check_kinds
 def fisher_pictures(
     pipe: DiffusionPipeline | None,
     operator: FisherOperator,
@@ -102,6 +104,7 @@ def fisher_pictures(
     return figure
 
 
+@check_kinds
 def trace_plot(
     levels: NoiseLevel | Sequence[NoiseLevel],
     estimates: Mapping[str, Sequence[Estimate]],

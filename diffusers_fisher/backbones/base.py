@@ -18,7 +18,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
-from ..errors import InputError, UnsupportedError
+from ..arguments import check_generators
+from ..errors import InputError, UnsupportedError, check_floats
 from ..images import UNIT_RANGE, ImageLike, image_tensor
 from ..noise import noise_schedule
 from .autoencoder import decode_latents, encode_pixels, images_of, pixels_of
@@ -347,19 +348,20 @@ class Backbone:
                 f"Latents {form_of(latents)}; allowed: a tensor (B, {channels}, h, w), h and w "
                 f"multiples of {multiple}."
             )
+        check_floats("`latents`", latents)
         return latents.to(self.device, torch.float32)
 
     def initial_noise(
         self, latents: torch.Tensor | None, count: int, pixels: tuple[int, int], generator: Generators
     ) -> torch.Tensor:
         """Returns initial noise float32 in the pipeline's layout: `latents`, or noise drawn as the stock call does."""
+        check_generators(generator, count)
         shape: tuple[int, ...] = (count, self.latent_channels, *(side // self.factor for side in pixels))
         if latents is None:
-            if isinstance(generator, list) and len(generator) != count:
-                raise InputError(f"{len(generator)} generators were given for {count} images; give one, or as many.")
             return self.pack(randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)).float()
         shape = tuple(self.pack(torch.empty(shape, device="meta")).shape)
-        if not isinstance(latents, torch.Tensor) or latents.shape != shape or not torch.isfinite(latents).all():
+        check_floats("`latents`", latents)
+        if latents.shape != shape or not torch.isfinite(latents).all():
             raise InputError(f"`latents` {form_of(latents)}; allowed: a tensor {shape}, finite, of unit variance.")
         return latents.detach().to(self.device, torch.float32)
 

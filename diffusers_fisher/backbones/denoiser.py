@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
+from ..arguments import check_call, check_kinds
 from ..denoiser import Denoiser
-from ..errors import InputError, NumericalError, UnsupportedError
+from ..errors import InputError, NumericalError, UnsupportedError, check_floats
 from ..features import record_summaries
 from ..models import component_key
 from ..noise import Timestep
+from .any_pipeline import AnyPipelineBackbone
 from .base import Backbone
 from .registry import backbone_of
 
@@ -24,6 +26,12 @@ STEP_INDEX_ARGUMENTS = {
     "skip_guidance_layers": None, "denoising_start": None, "denoising_end": None, "strength": 1.0,
 }  # fmt: skip
 """Call arguments that act by the step's index within its run, each with the value that has no effect."""
+
+REPEATS = ("num_images_per_prompt", "num_videos_per_prompt")
+"""Names of the call argument that says how many samples one prompt has."""
+
+MAX_ENCODED = 16
+"""Number of encoded prompts that a denoiser keeps; a call encodes at most a few."""
 
 DEFAULTS = {"strength": 1.0, "use_resolution_binning": False}
 """Call arguments of every evaluation unless the caller passes another value."""
@@ -91,13 +99,16 @@ class PipelineDenoiser(Denoiser):
             another family than the network's, or conditioning by the step's index.
     """
 
+    @check_kinds
     def __init__(self, pipe: DiffusionPipeline | Backbone, guidance_scale: float = 1.0, **call_arguments: Any):
         self.backbone = pipe if isinstance(pipe, Backbone) else backbone_of(pipe, any_pipeline=True)
-        parameters = self.backbone.parameters
+        parameters, call_arguments = self.backbone.parameters, check_call(self.backbone.parameters, call_arguments)
         unknown = sorted(set(call_arguments) - set(parameters))
         if unknown:
             allowed = sorted(set(parameters) - {"self", "pipe", "kwargs"})
             raise InputError(f"The call of {self.backbone.name} does not take {unknown}; it takes {allowed}.")
+        for name in sorted({"output_type", "return_dict"} & set(call_arguments)):
+            raise InputError(f"`{name}` is {call_arguments[name]!r}; a denoiser returns a tensor. Leave it out.")
         indices = {
             name: call_arguments[name]
             for name, neutral in STEP_INDEX_ARGUMENTS.items()
@@ -137,6 +148,7 @@ class PipelineDenoiser(Denoiser):
         """Returns one vector per sample, (B, width), of the call's conditions; see `Denoiser.pooled_condition`."""
         return self.backbone.pooled(self.call_arguments)
 
+    @check_kinds
     def model_output(self, x: torch.Tensor, timestep: Timestep) -> torch.Tensor:
         """Returns the raw (guided) model output at model input `x`. Builds a graph only where `x` asks for one.
 
@@ -154,11 +166,11 @@ class PipelineDenoiser(Denoiser):
                 f"{self.outdated}; a single evaluation of the denoiser knows nothing of it. Leave it out, or use an "
                 "estimator that needs no denoiser, such as DirectFisher()."
             )
-        self._check_timesteps(x, timestep)
+        self._check_input(x, timestep)
         scheduler = EchoScheduler(self.scheduler, timestep)
         arguments = {
             "num_inference_steps": 1, "output_type": "latent", "return_dict": False,
-            **self.backbone.size_arguments_of(x), **self.call_arguments,
+            **self.backbone.size_arguments_of(x), **self._repeats(len(x)), **self.call_arguments,
         }  # fmt: skip
         with record_summaries(self.network) as features:
             result = self.backbone.call(
@@ -168,9 +180,33 @@ class PipelineDenoiser(Denoiser):
         self.num_calls += 1
         # With guidance there are two evaluations, or one of twice the batch: the features belong to no single output.
         self._features = features[0] if len(features) == 1 and len(features[0]) == len(x) else None
-        return self._check_result(result[0], scheduler.output, timestep)
+        return self._check_result(result[0], scheduler.output, x, timestep)
 
-    def _check_result(self, result: torch.Tensor, output: torch.Tensor | None, timestep: Timestep) -> torch.Tensor:
+    def _repeats(self, count: int) -> dict[str, int]:
+        """Returns the call argument by which one prompt serves `count` samples; none where it is not needed.
+
+        Raises:
+            InputError: prompts, embeddings or class labels of another number than samples.
+        """
+        arguments, parameters = self.call_arguments, self.backbone.parameters
+        name = next((each for each in REPEATS if each in parameters), None)
+        repeats = 1 if name is None else arguments.get(name) or 1
+        for condition in ("prompt", "prompt_embeds", "class_labels"):
+            value = arguments.get(condition)
+            number = len(value) if isinstance(value, (list, tuple, torch.Tensor)) else 1
+            if value is None or number * repeats == count:
+                continue
+            if number == 1 and name is not None and name not in arguments:
+                return {name: count}
+            raise InputError(
+                f"`{condition}` is for {number * repeats} samples, and the denoiser was called with {count}; give one "
+                "for every sample, as a list."
+            )
+        return {}
+
+    def _check_result(
+        self, result: torch.Tensor, output: torch.Tensor | None, x: torch.Tensor, timestep: Timestep
+    ) -> torch.Tensor:
         """Returns the call's result. Raises unless it is finite, and equal to the scheduler's model `output`."""
         name = self.backbone.name
         if output is None:
@@ -184,13 +220,27 @@ class PipelineDenoiser(Denoiser):
                 "it returned is not the model output. Use the text-to-image pipeline over the same components."
             )
         if not torch.isfinite(result).all():
+            low, high = map(float, x.detach().aminmax())
             raise NumericalError(
-                f"The denoiser's output at timestep {timestep} is not finite. Half-precision weights or inputs far "
-                "outside the noise level's range are the usual causes."
+                f"The denoiser's output at timestep {timestep} is not finite, with weights in {self.backbone.dtype} "
+                f"and inputs from {low:.3g} to {high:.3g}. Check the weights, and that inputs "
+                "are finite and of the noise level's size."
             )
         return result
 
-    def _check_timesteps(self, x: torch.Tensor, timestep: Timestep) -> None:
+    def _check_input(self, x: torch.Tensor, timestep: Timestep) -> None:
+        check_floats("The model input", x)
+        if x.ndim < 2:
+            raise InputError(f"The model input has shape {tuple(x.shape)}; allowed: (B, ...), a batch of samples.")
+        if not isinstance(self.backbone, AnyPipelineBackbone):
+            sample = self.backbone.pack(torch.empty(1, self.backbone.latent_channels, 8, 8, device="meta"))
+            axis = 1 if sample.ndim == 4 else 2
+            if x.ndim != sample.ndim or x.shape[axis] != sample.shape[axis]:
+                allowed = ("B", sample.shape[1], "h", "w") if axis == 1 else ("B", "N", sample.shape[2])
+                raise InputError(
+                    f"The model input has shape {tuple(x.shape)}; allowed: ({', '.join(map(str, allowed))}), latents "
+                    f"in the layout of {self.backbone.name}."
+                )
         count = torch.as_tensor(timestep).numel()
         if count not in (1, len(x)):
             raise InputError(
@@ -211,11 +261,21 @@ class PipelineDenoiser(Denoiser):
         A prompt is encoded anew when a text encoder or a tokenizer has changed.
         """
         key = _key((args, kwargs))
-        if key not in self._encoded or self._encoded[key][1] != self._encoders_key():
-            with torch.no_grad():
-                result = encode(*args, **kwargs)
+        # Results that somebody has changed in place, such as a callback of a run, are encoded anew.
+        encoders, kept = self._encoders_key(), self._encoded.get(key)
+        if kept is None or kept[1] != (encoders, _key(kept[0])):
+            try:
+                with torch.no_grad():
+                    result = encode(*args, **kwargs)
+            except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+                raise InputError(
+                    f"The call's arguments don't suit `encode_prompt` of {self.backbone.name}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
             # It keeps the arguments too: else a new tensor could get the address that is in the key.
-            self._encoded[key] = result, self._encoders_key(), args, kwargs
+            self._encoded[key] = result, (self._encoders_key(), _key(result)), args, kwargs
+            if len(self._encoded) > MAX_ENCODED:
+                del self._encoded[next(iter(self._encoded))]
         result = self._encoded[key][0]
         if self.substitute is None:
             return result
@@ -227,7 +287,12 @@ class PipelineDenoiser(Denoiser):
 
 
 def _key(value: object) -> Hashable:
-    """Makes a hashable key of call arguments: strings and numbers by value, tensors by identity."""
+    """Makes a hashable key of call arguments: strings and numbers by value, tensors by identity and version.
+
+    A tensor's version counts its changes in place; tensors made under inference mode have none.
+    """
+    if isinstance(value, torch.Tensor):
+        return id(value), None if value.is_inference() else value._version
     if isinstance(value, dict):
         return tuple((name, _key(entry)) for name, entry in sorted(value.items()))
     if isinstance(value, (list, tuple)):

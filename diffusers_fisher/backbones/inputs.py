@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
+from ..arguments import check_call
 from ..errors import InputError
+
+RUN_ARGUMENTS = {
+    "num_images_per_prompt", "num_videos_per_prompt", "output_type", "return_dict", "timesteps", "sigmas", "eta",
+    "callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
+}  # fmt: skip
+"""Call arguments that have no effect where there is no sampling run and no image."""
 
 
 def one_each(name: str, value: object, count: int, unit: str = "image") -> list[str]:
@@ -41,12 +48,16 @@ def _strings(name: str, value: object) -> list[str]:
 
 def check_arguments(
     pipeline: str, parameters: Mapping[str, inspect.Parameter], function: Callable, arguments: Mapping[str, Any]
-) -> None:
-    """Refuses arguments that neither our `function` nor the pipeline's call takes, and names similar arguments.
+) -> dict[str, Any]:
+    """Returns `arguments` of the pipeline's call in the kinds that the call takes (`arguments.check_call`).
 
     Args:
         pipeline: class of the pipeline.
         parameters: parameters of its call.
+
+    Raises:
+        InputError: an argument that neither our `function` nor the pipeline's call takes (the message names similar
+            ones), that has no effect in `function`, or that is of the wrong kind.
     """
     options = sorted(set(inspect.signature(function).parameters) - {"pipe", "options", "call_arguments"})
     call = set(parameters) - {"self", "pipe", "kwargs"}
@@ -57,6 +68,13 @@ def check_arguments(
             f"`{function.__name__}` does not take `{name}`.{suggestion} It takes {', '.join(options)}; and arguments "
             f"of {pipeline}'s call."
         )
+    if function.__name__ != "guide":
+        for name in sorted(RUN_ARGUMENTS & set(arguments)):
+            raise InputError(
+                f"`{name}` belongs to a sampling run, and `{function.__name__}` makes none; got {arguments[name]!r}. "
+                "Leave it out."
+            )
+    return check_call(parameters, arguments)
 
 
 def form_of(value: object) -> str:

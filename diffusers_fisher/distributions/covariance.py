@@ -17,6 +17,7 @@ import math
 
 import torch
 
+from ..arguments import check_kinds
 from ..errors import InputError
 from ..noise import NoiseLevel
 
@@ -28,6 +29,7 @@ class DCTBasis:
     matrix of size d x d is built. The methods take flattened samples (..., d).
     """
 
+    @check_kinds
     def __init__(self, shape: tuple[int, ...]):
         if len(shape) < 2:
             raise InputError(f"A DCT basis needs samples with two axes or more, got shape {tuple(shape)}.")
@@ -103,6 +105,7 @@ class Covariance:
     basis: Basis | None = None
 
     @classmethod
+    @check_kinds
     def isotropic(cls, variances: float | torch.Tensor, shape: tuple[int, ...]) -> Covariance:
         """Returns S_k = v_k I.
 
@@ -125,6 +128,7 @@ class Covariance:
         return cls(tuple(shape), values.reshape(-1, 1))
 
     @classmethod
+    @check_kinds
     def diagonal(cls, variances: torch.Tensor, basis: Basis | None = None) -> Covariance:
         """Returns S_k = Q diag(v_k) Q^T.
 
@@ -147,6 +151,7 @@ class Covariance:
         return cls(tuple(values.shape[1:]), values.flatten(1), basis=basis)
 
     @classmethod
+    @check_kinds
     def low_rank(cls, variances: torch.Tensor, factor: torch.Tensor, basis: Basis | None = None) -> Covariance:
         """Returns S_k = Q (diag(v_k) + U_k U_k^T) Q^T.
 
@@ -167,6 +172,7 @@ class Covariance:
         return cls(diagonal.shape, diagonal.variances, values.flatten(1, -2), diagonal.basis)
 
     @classmethod
+    @check_kinds
     def full(cls, matrices: torch.Tensor, shape: tuple[int, ...]) -> Covariance:
         """Returns covariances for any symmetric positive definite S_k.
 
@@ -217,6 +223,7 @@ class Covariance:
         factor = None if self.factor is None else self.factor.to(device)
         return Covariance(self.shape, self.variances.to(device), factor, self.basis and self.basis.to(device))
 
+    @check_kinds
     def at(self, level: NoiseLevel) -> ShiftedCovariance:
         """Returns T = alpha^2 S + sigma^2 I, the covariance of the modes after noise was added."""
         return self.scale_and_shift(level.alpha**2, level.sigma**2)
@@ -245,6 +252,7 @@ class Covariance:
         identity = torch.eye(self.dimensions, dtype=torch.float64, device=self.variances.device)
         return self.product(identity[:, None]).expand(-1, len(self), -1).permute(1, 2, 0)
 
+    @check_kinds
     def draw(self, modes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Draws one vector with mean zero and covariance S_k for each of `modes` (n,) int64: (n, d).
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ..arguments import check_kinds
 from ..errors import InputError
 from ..noise import NoiseLevel
 from .covariance import Covariance, ShiftedCovariance, check_finite_floats
@@ -52,6 +53,7 @@ class Distribution(abc.ABC):
     def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Draws `count` samples of x_0, (count, *shape)."""
 
+    @check_kinds
     def log_density(self, x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
         """Returns log q_t(x), (B,) float64, in nats over the d dimensions of x_t."""
         return self.posterior(x, level).log_density
@@ -190,6 +192,7 @@ class GaussianMixture(Distribution):
         weights: (K,) float64.
     """
 
+    @check_kinds
     def __init__(
         self,
         means: torch.Tensor,
@@ -214,11 +217,13 @@ class GaussianMixture(Distribution):
         self.weights = normalise_weights(weights, len(means), means.device)
         self._dtype = means.dtype
 
+    @check_kinds
     def posterior(self, x: torch.Tensor, level: NoiseLevel) -> MixturePosterior:
         alpha, sigma = level_tensors(x, level, self.shape)
         with full_precision(x):
             return MixturePosterior(self, x, alpha, sigma)
 
+    @check_kinds
     def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
         modes = draw_indices(self.weights, len(self.means), count, generator)
         centres = self.means[modes.to(self.means.device)].to(generator.device)

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ..arguments import check_kinds
 from ..errors import InputError
 from ..noise import NoiseLevel
 from .banks import Bank, Points, TensorBank, as_bank
@@ -85,6 +86,7 @@ class DiracMixture(Distribution):
         CheckpointError: a file can't be read.
     """
 
+    @check_kinds
     def __init__(
         self,
         points: Points,
@@ -106,11 +108,13 @@ class DiracMixture(Distribution):
         if isinstance(self.bank, TensorBank):
             self._in_memory = self._centred_rows(slice(0, self.count), None, self.dtype)
 
+    @check_kinds
     def posterior(self, x: torch.Tensor, level: NoiseLevel) -> PointPosterior:
         alpha, sigma = level_tensors(x, level, self.shape)
         with full_precision(x):
             return PointPosterior(self, x, alpha, sigma)
 
+    @check_kinds
     def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
         indices = draw_indices(self._weights, self.count, count, generator)
         return self.bank.gather(indices).to(generator.device, self.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..arguments import check_kinds
 from ..denoiser import Denoiser
 from ..errors import InputError, UnsupportedError
 from ..noise import DenoisingState, expand
@@ -33,6 +34,7 @@ class AutodiffFisher(FisherEstimator):
 
     needs_denoiser = True
 
+    @check_kinds
     def __init__(
         self, denoiser: Denoiser | ModelFunction | None = None, forward_mode: bool = False, chunk_size: int = 1
     ):
@@ -56,6 +58,7 @@ class AutodiffFisher(FisherEstimator):
     def calls_per_product(self) -> int:
         return 1 if self.forward_mode else 0
 
+    @check_kinds
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> ModelFisherOperator:
         if self.forward_mode:
             return ForwardOperator(state, model_function(self.denoiser))

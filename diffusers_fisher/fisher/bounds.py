@@ -10,12 +10,14 @@ arguments are numbers. No bound is asymptotic: a bound holds wherever its premis
 
 import torch
 
+from ..arguments import check_kinds
 from ..errors import InputError
 from ..noise import NoiseLevel
 
 Constant = float | torch.Tensor
 
 
+@check_kinds
 def norm_trace_error_bound(
     level: NoiseLevel, dimensions: int, target_error: Constant, epsilon_error: Constant, mean_norm: Constant
 ) -> torch.Tensor:
@@ -40,6 +42,7 @@ def norm_trace_error_bound(
     return alpha**2 / sigma**4 * dimensions * target + epsilon**2 / sigma**2 + 2 * alpha * epsilon * mean / sigma**3
 
 
+@check_kinds
 def residual_trace_error_bound(
     level: NoiseLevel, dimensions: int, target_error: Constant, epsilon_error: Constant
 ) -> torch.Tensor:
@@ -61,6 +64,7 @@ def residual_trace_error_bound(
     return (dimensions * target + epsilon**2) / sigma**2
 
 
+@check_kinds
 def endpoint_error_bound(
     level: NoiseLevel, radius: Constant, epsilon_error: Constant, moment_error: Constant | None = None
 ) -> torch.Tensor:
@@ -84,6 +88,7 @@ def endpoint_error_bound(
     return alpha**2 / sigma**4 * moment + model
 
 
+@check_kinds
 def centred_endpoint_error_bound(level: NoiseLevel, distance: Constant, covariance_norm: Constant) -> torch.Tensor:
     """Bounds |F^ - F|_op of `EndpointFisher(centred=True)` by (alpha^2/sigma^4) max(distance^2, covariance_norm).
 

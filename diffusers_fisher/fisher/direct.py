@@ -2,6 +2,7 @@
 
 import torch
 
+from ..arguments import check_kinds
 from ..noise import DenoisingState, expand
 from .estimator import FisherEstimator
 from .operator import JacobianOperator
@@ -16,6 +17,7 @@ class DirectFisher(FisherEstimator):
     Cost: no denoiser call beyond those of the run.
     """
 
+    @check_kinds
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> "DirectOperator":
         return DirectOperator(state)
 
@@ -36,6 +38,7 @@ class DirectOperator(JacobianOperator):
         return expand(self.state.prediction.epsilon_coefficients(self.state.level)[0], v) * v
 
     def output_jacobian(self, v: torch.Tensor) -> torch.Tensor:
+        self._check(v)
         return self.original_jacobian(v) if self.state.prediction.kind == "sample" else torch.zeros_like(v)
 
     def exact_diagonal(self) -> tuple[torch.Tensor, int]:

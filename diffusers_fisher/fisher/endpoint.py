@@ -2,6 +2,7 @@
 
 import torch
 
+from ..arguments import check_kinds
 from ..errors import InputError, check_shape
 from ..noise import DenoisingState, expand
 from .estimator import FisherEstimator
@@ -25,9 +26,11 @@ class EndpointFisher(FisherEstimator):
             the noise does not determine m.
     """
 
+    @check_kinds
     def __init__(self, centred: bool = False):
         self.centred = centred
 
+    @check_kinds
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> "EndpointOperator":
         if endpoint is None:
             raise InputError(

@@ -4,7 +4,8 @@ import dataclasses
 
 import torch
 
-from ..errors import InputError
+from ..arguments import check_generators, check_kinds
+from ..errors import InputError, check_floats
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -40,6 +41,7 @@ class Estimate:
         return cls(values.mean(0), error, values, num_probes, num_denoiser_calls)
 
 
+@check_kinds
 @dataclasses.dataclass(frozen=True)
 class Probes:
     """Holds random vectors of mean zero and identity covariance, one set per sample.
@@ -56,6 +58,8 @@ class Probes:
     group: int = 1
 
     def __post_init__(self) -> None:
+        if self.vectors.ndim < 2:
+            raise InputError(f"Probes have shape {tuple(self.vectors.shape)}; allowed: (k, B, ...) with k >= 1.")
         if len(self.vectors) < 1 or self.group < 1 or len(self.vectors) % self.group:
             raise InputError(
                 f"{len(self.vectors)} probes in groups of {self.group}; allowed: one or more, in whole groups."
@@ -71,21 +75,25 @@ class Probes:
 
 def check_vectors(name: str, vectors: torch.Tensor, shape: torch.Size) -> None:
     """Raises `InputError` unless `vectors`, called `name`, are one or more per sample of `shape` (B, ...)."""
+    check_floats(name, vectors)
     if vectors.ndim < 1 or len(vectors) < 1 or vectors.shape[1:] != shape:
         allowed = ", ".join(map(str, shape))
         raise InputError(f"{name} have shape {tuple(vectors.shape)}; allowed: (k, {allowed}) with k >= 1.")
 
 
+@check_kinds
 def rademacher(count: int, like: torch.Tensor, generator: Generators = None) -> Probes:
     """Draws `count` probes of random signs (Hutchinson, 1990) in the shape and dtype of `like` (B, ...)."""
     return Probes(torch.where(_normal(count, like, generator) < 0, -1.0, 1.0).to(like.dtype))
 
 
+@check_kinds
 def gaussian(count: int, like: torch.Tensor, generator: Generators = None) -> Probes:
     """Draws `count` standard normal probes in the shape and dtype of `like` (B, ...)."""
     return Probes(_normal(count, like, generator))
 
 
+@check_kinds
 def orthogonal(count: int, like: torch.Tensor, generator: Generators = None, group: int | None = None) -> Probes:
     """Draws uniformly distributed probes of norm sqrt(d) that are orthogonal to each other within every group.
 
@@ -98,6 +106,7 @@ def orthogonal(count: int, like: torch.Tensor, generator: Generators = None, gro
     Raises:
         InputError: `group` is larger than d, or does not divide `count`.
     """
+    _check_like(like)
     dimensions = like[0].numel()
     if group is None:
         divisors = [size for size in range(1, min(count // 2, dimensions) + 1) if count % size == 0]
@@ -112,6 +121,7 @@ def orthogonal(count: int, like: torch.Tensor, generator: Generators = None, gro
     return Probes(vectors.to(like.dtype).view_as(normal), group)
 
 
+@check_kinds
 def antithetic(probes: Probes) -> Probes:
     """Returns probes in which every probe is followed by its negative.
 
@@ -121,10 +131,18 @@ def antithetic(probes: Probes) -> Probes:
     return Probes(torch.stack([probes.vectors, -probes.vectors], dim=1).flatten(0, 1), 2 * probes.group)
 
 
+def _check_like(like: torch.Tensor) -> None:
+    check_floats("`like`", like)
+    if like.ndim < 2 or not like.numel():
+        raise InputError(f"`like` has shape {tuple(like.shape)}; allowed: (B, ...), a batch of samples.")
+
+
 def _normal(count: int, like: torch.Tensor, generator: Generators) -> torch.Tensor:
     from diffusers.utils.torch_utils import randn_tensor
 
     if count < 1:
         raise InputError(f"The number of probes is {count}; allowed: at least 1, or None for the exact trace.")
+    _check_like(like)
+    check_generators(generator, len(like))
     draws = [randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype) for _ in range(count)]
     return torch.stack(draws)

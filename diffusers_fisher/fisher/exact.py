@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..arguments import check_kinds
 from ..distributions import Distribution, Posterior
 from ..noise import DenoisingState, expand
 from .estimator import FisherEstimator
@@ -22,9 +23,11 @@ class ExactFisher(FisherEstimator):
         distribution: `GaussianMixture`, `DiracMixture`, or another `Distribution`.
     """
 
+    @check_kinds
     def __init__(self, distribution: Distribution):
         self.distribution = distribution
 
+    @check_kinds
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> ExactOperator:
         """Returns F at `state`. Raises `InputError` for another shape, half precision or a level without noise."""
         return ExactOperator(state, self.distribution.posterior(state.sample.detach(), state.level))

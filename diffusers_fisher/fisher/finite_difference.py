@@ -2,6 +2,7 @@
 
 import torch
 
+from ..arguments import check_kinds
 from ..denoiser import Denoiser
 from ..errors import InputError
 from ..noise import DenoisingState, expand
@@ -27,6 +28,7 @@ class FiniteDifferenceFisher(FisherEstimator):
 
     needs_denoiser = True
 
+    @check_kinds
     def __init__(
         self, denoiser: Denoiser | ModelFunction | None = None, relative_step: float = 1e-2, central: bool = False
     ):
@@ -43,6 +45,7 @@ class FiniteDifferenceFisher(FisherEstimator):
     def without_model_output(self) -> "FiniteDifferenceFisher":
         return self if self.central else self.replace(central=True)
 
+    @check_kinds
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> "FiniteDifferenceOperator":
         return FiniteDifferenceOperator(state, model_function(self.denoiser), self.relative_step, self.central)
 

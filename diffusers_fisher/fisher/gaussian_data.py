@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..arguments import check_kinds
 from ..distributions.banks import BANK_SUFFIXES, as_bank
 from ..distributions.covariance import Covariance, DCTBasis, EigenBasis, ShiftedCovariance
 from ..errors import CheckpointError, InputError, UnsupportedError, check_shape
@@ -44,6 +45,7 @@ class GaussianFisher(FisherEstimator):
         mean: m, (*shape). The Fisher does not depend on it; priors use it. None: zeros.
     """
 
+    @check_kinds
     def __init__(self, covariance: Covariance, mean: torch.Tensor | None = None):
         if len(covariance) != 1:
             raise InputError(f"The covariance has {len(covariance)} modes; GaussianFisher takes one.")
@@ -53,6 +55,7 @@ class GaussianFisher(FisherEstimator):
         self.mean = mean
 
     @classmethod
+    @check_kinds
     def fit_isotropic(cls, samples: Samples) -> GaussianFisher:
         """Fits one variance for all coordinates. Reads `samples` once, in pieces."""
         shape, rows = _rows(samples)
@@ -60,6 +63,7 @@ class GaussianFisher(FisherEstimator):
         return cls(Covariance.isotropic(variances.mean(), shape), mean.view(shape))
 
     @classmethod
+    @check_kinds
     def fit_diagonal(cls, samples: Samples, dct: bool = False) -> GaussianFisher:
         """Fits one variance per coordinate. Reads `samples` once, in pieces.
 
@@ -73,6 +77,7 @@ class GaussianFisher(FisherEstimator):
         return cls(Covariance.diagonal(_positive(variances).view(1, *shape), basis), mean.view(shape))
 
     @classmethod
+    @check_kinds
     def fit_low_rank(cls, samples: Samples, rank: int) -> GaussianFisher:
         """Fits the `rank` leading principal directions, and one variance per coordinate for the rest.
 
@@ -93,6 +98,7 @@ class GaussianFisher(FisherEstimator):
         rest = _positive(matrix.diagonal() - factor.square().sum(1))
         return cls(Covariance.low_rank(rest.view(1, *shape), factor.view(1, *shape, rank)), mean.view(shape))
 
+    @check_kinds
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> GaussianOperator:
         check_shape(
             "A sample of the state", state.sample.shape[1:], self.covariance.shape, "Fit a Gaussian to such samples."
@@ -173,6 +179,7 @@ class TraceCorrectedFisher(FisherEstimator):
         trace: an estimator whose exact trace is cheap, such as `TraceMatchingFisher`.
     """
 
+    @check_kinds
     def __init__(self, prior: FisherEstimator, trace: FisherEstimator):
         self.prior = check_estimator(prior)
         self.trace = check_estimator(trace)
@@ -189,6 +196,7 @@ class TraceCorrectedFisher(FisherEstimator):
     def default_num_probes(self) -> int | None:
         return self.trace.default_num_probes
 
+    @check_kinds
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> CombinedOperator:
         prior, trace = self.prior(state, endpoint), self.trace(state, endpoint)
         variance = state.level.sigma.cpu() ** 2

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..arguments import check_kinds
 from ..errors import InputError
 from ..noise import DenoisingState, expand
 from .direct import DirectOperator
@@ -37,6 +38,7 @@ class OneStepFisher(FisherEstimator):
     calls_per_state = 0
     calls_per_product = 0
 
+    @check_kinds
     def __init__(self, jacobian: FisherEstimator | None = None, noise_to_signal: float = 1.0):
         if not (math.isfinite(noise_to_signal) and noise_to_signal > 0):
             raise InputError(f"`noise_to_signal` is {noise_to_signal}; allowed: above 0 and finite, such as 1.")
@@ -47,6 +49,7 @@ class OneStepFisher(FisherEstimator):
     def components(self) -> dict[str, FisherEstimator]:
         return {"jacobian": self.jacobian}
 
+    @check_kinds
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> DirectOperator:
         return DirectOperator(state)
 

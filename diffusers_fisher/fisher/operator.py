@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..errors import InputError, NumericalError, UnsupportedError, check_shape
+from ..arguments import check_kinds
+from ..errors import InputError, NumericalError, UnsupportedError, check_floats, check_shape
 from ..noise import DenoisingState, combine, expand
 from .estimate import Estimate, Probes, check_vectors
 from .numerics import conjugate_gradients, dot, extreme_eigenpairs
@@ -87,14 +88,17 @@ class FisherOperator(abc.ABC):
 
     # Combinations
 
+    @check_kinds
     def __add__(self, other: FisherOperator) -> FisherOperator:
         return CombinedOperator([(1.0, self), (1.0, other)])
 
+    @check_kinds
     def __mul__(self, factor: float | torch.Tensor) -> FisherOperator:
         return CombinedOperator([(factor, self)])
 
     __rmul__ = __mul__
 
+    @check_kinds
     def damped(self, damping: float | torch.Tensor) -> FisherOperator:
         """Returns F + damping * I; `damping` is a number or (B,)."""
         return CombinedOperator([(1.0, self)], damping)
@@ -105,6 +109,7 @@ class FisherOperator(abc.ABC):
 
     # Inverses and eigenpairs
 
+    @check_kinds
     def solve(self, v: torch.Tensor, tolerance: float = 1e-6, max_iterations: int | None = None) -> torch.Tensor:
         """Returns F^-1 v, (B, ...), in closed form (Woodbury) if there is one, and by conjugate gradients otherwise.
 
@@ -131,6 +136,7 @@ class FisherOperator(abc.ABC):
         """Returns (F + shift I)^-1 v in closed form, or None if there is no closed form; `shift` is (B,) float64."""
         return None
 
+    @check_kinds
     def eigenpairs(
         self, count: int, largest: bool = True, tolerance: float | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,6 +159,7 @@ class FisherOperator(abc.ABC):
         """Returns F as one matrix per sample, (B, d, d), so that `dense() @ v == matvec(v)`. Cost: d products."""
         return torch.cat([columns for _, columns in self._columns()]).permute(1, 2, 0)
 
+    @check_kinds
     def diagonal(self, probes: Probes | torch.Tensor | None = None) -> Estimate:
         """Returns the diagonal of F, value (B, ...).
 
@@ -167,6 +174,7 @@ class FisherOperator(abc.ABC):
         probes = self._probes(probes)
         return self._estimate(probes, probes.vectors.double() * self._chunked(probes.vectors).double())
 
+    @check_kinds
     def trace(
         self, probes: Probes | torch.Tensor | None = None, sketch: Probes | torch.Tensor | None = None
     ) -> Estimate:
@@ -260,6 +268,7 @@ class FisherOperator(abc.ABC):
         return numbers.expand(count)
 
     def _check(self, v: torch.Tensor) -> None:
+        check_floats("The vector", v)
         check_shape("The vector", v.shape, self.state.sample.shape, "Pass one vector per sample of the state.")
 
     def _check_many(self, vectors: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
+from ..arguments import check_kinds
 from ..denoiser import Denoiser
 from ..distributions.covariance import DCTBasis
 from ..errors import InputError
@@ -77,6 +78,7 @@ class TraceMatchingFisher(FisherEstimator):
 
     default_num_probes = None
 
+    @check_kinds
     def __init__(self, trace_model: TraceModel, pooled: torch.Tensor | None = None, check: bool = True):
         if not isinstance(trace_model, TraceModel):
             raise InputError(
@@ -111,6 +113,7 @@ class TraceMatchingFisher(FisherEstimator):
             return self
         return self.replace(pooled=denoiser.pooled_condition())
 
+    @check_kinds
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> TraceMatchingOperator:
         return TraceMatchingOperator(state, self.trace_model, self.pooled)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..backbones import Backbone
 from ..errors import InputError, NumericalError, TrajectoryError
 
 Prompts = Sequence[str] | Sequence[int]
@@ -23,11 +24,10 @@ def check_guidance(
     num_guidance_steps: int, step_size: float, num_inference_steps: int, output_type: str, patience: int | None
 ) -> None:
     """Refuses numbers of steps, step sizes and output types that `guide` can't use. Raises `InputError`."""
-    are_integers = isinstance(num_guidance_steps, int) and isinstance(num_inference_steps, int)
-    if not are_integers or num_guidance_steps < 0 or num_inference_steps < 1:
+    if num_guidance_steps < 0 or num_inference_steps < 1:
         raise InputError(
             f"`num_guidance_steps` is {num_guidance_steps}, `num_inference_steps` {num_inference_steps}; allowed: "
-            "whole numbers, at least 0 and at least 1."
+            "at least 0 and at least 1."
         )
     if not 0 < step_size < math.inf:
         raise InputError(f"`step_size` is {step_size}; allowed: positive, such as 0.2 of the noise's norm.")
@@ -37,13 +37,28 @@ def check_guidance(
         raise InputError(f"`output_type` is '{output_type}'; allowed: pil, np, pt.")
 
 
+def check_num_steps(backbone: Backbone, num_inference_steps: int) -> None:
+    """Refuses more steps than the pipeline's scheduler makes. Raises `InputError`, before a run begins."""
+    scheduler = backbone.differentiable_scheduler()
+    trained = scheduler.config.get("num_train_timesteps")
+    if backbone.predicts_flow or trained is None or num_inference_steps <= trained:
+        return
+    try:
+        scheduler.set_timesteps(num_inference_steps)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise InputError(
+            f"`num_inference_steps` is {num_inference_steps}; {type(backbone.scheduler).__name__} allows at most "
+            f"{trained}, its number of training timesteps. It said: {error}"
+        ) from error
+
+
 def checked_reward(reward: Reward, images: torch.Tensor, prompts: Prompts, finite: bool = True) -> torch.Tensor:
     """Calls the reward and checks its shape and, with `finite`, its values.
 
     Raises:
         InputError: not a tensor of shape (B,). NumericalError: not finite.
     """
-    values = reward(images, prompts)
+    values = reward(images, list(prompts))  # a copy, which the reward may change
     if not isinstance(values, torch.Tensor) or values.shape != (len(images),):
         got = f"shape {tuple(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
         raise InputError(
@@ -67,7 +82,7 @@ def check_differentiable(reward: Reward, shape: Sequence[int], prompts: Prompts,
             "Guidance needs gradients, which torch.inference_mode forbids whatever is set inside it; use "
             "torch.no_grad instead, or nothing: the denoiser builds no graph in any case."
         )
-    _check_callable(reward)
+    check_callable(reward)
     with torch.enable_grad():
         images = _ramps(shape, device).requires_grad_()
         values = checked_reward(reward, images, prompts)
@@ -85,14 +100,19 @@ def check_reported(reward: Reward, shape: Sequence[int], prompts: Prompts, devic
     Raises:
         InputError: not a tensor of shape (B,).
     """
-    _check_callable(reward)
+    check_callable(reward)
     checked_reward(reward, _ramps(shape, device), prompts, finite=False)
 
 
-def _check_callable(reward: Reward) -> None:
+def check_callable(reward: Reward) -> None:
     """Refuses a reward that can't be called with two arguments. Raises `InputError`."""
-    try:
-        inspect.signature(reward).bind(None, None)
+    if isinstance(reward, type):
+        raise InputError(
+            f"The reward is the class {reward.__name__}; allowed: an object that can be called. Pass "
+            f"{reward.__name__}(...)."
+        )
+    try:  # of a module it is `forward` that takes the arguments
+        inspect.signature(reward.forward if isinstance(reward, torch.nn.Module) else reward).bind(None, None)
     except TypeError as error:
         raise InputError(
             f"The reward {name_of(reward)} can't be called as reward(images, prompts): {error}. It must take both, "
@@ -116,11 +136,14 @@ def gradient_error(reward: Reward) -> InputError:
     )
 
 
-def reward_in_run(reward: Reward, images: torch.Tensor, prompts: Prompts, where: str) -> torch.Tensor:
+def reward_in_run(
+    reward: Reward, images: torch.Tensor, prompts: Prompts, where: str, latents: torch.Tensor
+) -> torch.Tensor:
     """Calls the reward on images of a run, and checks the images, the rewards and, in a backward pass, the gradient.
 
     Args:
         where: name of the part of the run, for messages.
+        latents: what the images were decoded from.
 
     Raises:
         InputError: the reward is not a tensor of shape (B,).
@@ -128,9 +151,15 @@ def reward_in_run(reward: Reward, images: torch.Tensor, prompts: Prompts, where:
             reward's gradient is not finite.
     """
     if not torch.isfinite(images).all():
+        size, dtype = float(latents.detach().abs().max()), latents.dtype
         raise NumericalError(
-            f"The images of {where} are not finite. Half-precision autoencoders and denoisers are the usual cause: "
-            "load the pipeline in float32 or bfloat16."
+            f"The images of {where} are not finite, and their latents are "
+            + (
+                f"finite, up to {size:.3g} in {dtype}: the decoder"
+                if math.isfinite(size)
+                else f"not either: the run in {dtype}"
+            )
+            + " fails. Use float32 or bfloat16 if it is in float16, and check the scheduler's settings."
         )
     values = checked_reward(reward, images, prompts)
 

@@ -93,9 +93,10 @@ def optimizer_factory(optimizer: Any, step_size: float) -> OptimizerFactory | No
         if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
             raise InputError(f"`optimizer` is '{optimizer}'; allowed: a name in torch.optim, such as Adam.")
         make = functools.partial(cls, lr=step_size)  # type: ignore[call-arg]
+    parameter = torch.nn.Parameter(torch.zeros(2))
     try:
-        trial = make([torch.nn.Parameter(torch.zeros(2))])
-    except (TypeError, ValueError, RuntimeError) as error:
+        trial = make([parameter])
+    except Exception as error:  # a factory of the user may raise any
         arguments = f"'{optimizer}' with `step_size` {step_size} " if isinstance(optimizer, str) else ""
         raise InputError(
             f"`optimizer` {arguments}can't be made: {error}. Pass a name in torch.optim or a factory."
@@ -105,6 +106,14 @@ def optimizer_factory(optimizer: Any, step_size: float) -> OptimizerFactory | No
             f"`optimizer` makes a {type(trial).__name__}; allowed: a torch.optim.Optimizer whose step needs no "
             "closure, such as lambda parameters: torch.optim.Adam(parameters, lr=0.05)."
         )
+    parameter.grad = torch.ones(2)
+    try:
+        trial.step()
+    except Exception as error:
+        raise InputError(
+            f"`optimizer` makes a {type(trial).__name__}, which can't step by a dense gradient: {error} Pass another "
+            "name in torch.optim, such as Adam."
+        ) from error
     return make
 
 

@@ -32,7 +32,8 @@ class GuidanceOutput(BaseOutput):
         rewards: (runs, B) float64, rewards of the image that each step started from; the last row is the end. There
             are guidance steps + 1 runs, fewer where the guidance stopped early.
         best_rewards: (B,) float64, the largest reward of each column.
-        latents: (B, ...) float32 initial noise of the best images; pass it as `latents` to get them again.
+        latents: (B, ...) float32 initial noise of the best images; pass it as `latents` to get them again. Samplers
+            that draw noise at every step need the same noise: see "The same images again" in docs/guidance.md.
         gradient_norms: (steps, B) float64, norm of the reward's gradient with respect to what is optimised.
         seconds: (runs,) float64, wall time of each sampling run with its gradient.
         num_denoiser_calls: evaluations of the denoiser by the sampling runs and the estimator together.
@@ -167,6 +168,7 @@ class GuidedRun:
         controls = self._set_variables(variables)
         with self.scheduler.differentiable(self.estimator, controls=controls) as trajectory:
             latents = self.sample(variables["noise"])
+        _check_end(latents, trajectory, step)
         ascent.num_sampling_calls += len(trajectory.states)
         variables = dict(variables)
         if controls is not None:
@@ -175,9 +177,9 @@ class GuidedRun:
             variables["text"] = self.text.value.detach()
         with torch.set_grad_enabled(with_gradient):
             images = self.decode(latents)
-            rewards = checks.reward_in_run(self.reward, images, self.prompts, f"run {step}")
+            rewards = checks.reward_in_run(self.reward, images, self.prompts, f"run {step}", latents)
             total = rewards.sum()  # here, because the caller may be under no_grad
-        held_out = self._evaluate_held_out(images.detach(), step, ascent)
+        held_out = self._evaluate_held_out(images.detach().clone(), step, ascent)  # the reward may change its images
         is_best = ascent.record(rewards, held_out, {**variables, "images": images, "latents": latents})
         if not with_gradient:
             return variables, is_best, {}
@@ -311,6 +313,24 @@ def ascend_noise(
         if ascent.status != COMPLETED:
             break
     return ascent
+
+
+def _check_end(latents: torch.Tensor, trajectory: Trajectory, step: int) -> None:
+    """Refuses the end of run `step` if it is not finite. Raises `NumericalError`, which names what came first."""
+    if torch.isfinite(latents).all():
+        return
+    states = trajectory.states
+    finite = [bool(torch.isfinite(state.model_output).all()) for state in states]
+    if all(finite):
+        cause = "All outputs of the network are finite, so check the settings of the scheduler and its number of steps"
+    else:
+        first = finite.index(False)
+        size = float(states[first].sample.abs().max())
+        cause = f"The network's output is not finite from evaluation {first} on, where its sample reaches {size:.3g}"
+    raise NumericalError(
+        f"The latents at the end of run {step} are not finite, after {len(states)} evaluations in {latents.dtype}. "
+        f"{cause}."
+    )
 
 
 def _warn_of_flat_rewards(gradient_norms: torch.Tensor, reward: Reward) -> None:

@@ -11,6 +11,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from ..arguments import check_kinds
 from ..backbones import Backbone, PipelineDenoiser, backbone_of
 from ..backbones.base import Generators
 from ..backbones.conditions import Condition
@@ -19,11 +20,11 @@ from ..backbones.run import SamplingRun
 from ..backbones.stock_calls import restore_attributes
 from ..denoiser import Denoiser
 from ..errors import InputError
-from ..fisher.estimator import FisherEstimator, check_estimator
+from ..fisher.estimator import FisherEstimator
 from ..fisher.finite_difference import FiniteDifferenceFisher
 from ..fisher.one_step import OneStepFisher
 from ..images import ImageLike
-from .checks import Reward, check_differentiable, check_guidance
+from .checks import Reward, check_differentiable, check_guidance, check_num_steps
 from .movers import OptimizerFactory, optimizer_factory
 from .noise_ascent import VARIABLES, AscentSettings, GuidanceOutput, GuidedRun, NoiseAscent, ascend_noise
 from .text import TextEmbedding, TextGradientEstimator
@@ -33,6 +34,7 @@ HALF_PRECISION_STEPS = {torch.float16: 0.05, torch.bfloat16: 0.1}
 with the exact product is 0.85 by 0.1, 0.82 by 0.05, and 0.43 by the 0.01 that float32 has (there 0.90)."""
 
 
+@check_kinds
 def guide(
     pipe: DiffusionPipeline,
     prompt: Condition,
@@ -102,12 +104,13 @@ def guide(
             is not, the best so far is returned, and `status` says what happened.
     """
     backbone = backbone_of(pipe)
-    check_arguments(backbone.name, backbone.parameters, guide, call_arguments)
+    call_arguments = check_arguments(backbone.name, backbone.parameters, guide, call_arguments)
     steps = backbone.parameters["num_inference_steps"].default if num_inference_steps is None else num_inference_steps
     check_guidance(num_guidance_steps, step_size, steps, output_type, patience)
     _check_options(backbone, estimator, optimise, decoder is not None or checkpoint_decoder)
     settings = AscentSettings(num_guidance_steps, step_size, optimizer_factory(optimizer, step_size), patience)
     backbone.check_scheduler()
+    check_num_steps(backbone, steps)
     prompts, conditions = backbone.conditions(prompt, call_arguments, None, num_images_per_prompt)
     pixels = backbone.image_size(height, width)
     noise = backbone.initial_noise(latents, len(prompts), pixels, generator)
@@ -134,11 +137,11 @@ def _check_options(
     backbone: Backbone, estimator: FisherEstimator | None, optimise: Sequence[str], has_decoder_options: bool
 ) -> None:
     """Refuses what `guide` can't optimise, estimate or decode by. Raises `InputError`."""
-    if isinstance(optimise, str) or not optimise or not set(optimise) <= set(VARIABLES):
+    if not optimise or not set(optimise) <= set(VARIABLES):
         raise InputError(f"`optimise` is {optimise!r}; allowed: some of {', '.join(VARIABLES)}, as a list.")
     if has_decoder_options and backbone.autoencoder is None:
         raise InputError(f"{backbone.name} has no autoencoder `vae`; leave out `decoder` and `checkpoint_decoder`.")
-    if estimator is not None and check_estimator(estimator).denoiser is not None and "text" in optimise:
+    if estimator is not None and estimator.denoiser is not None and "text" in optimise:
         raise InputError(
             "The estimator has a denoiser of its own, whose prompts stay as they are while the text embedding is "
             f"optimised. Make it without: {type(estimator).__name__}()."

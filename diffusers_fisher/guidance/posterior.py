@@ -19,12 +19,13 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from ..arguments import check_kinds
 from ..backbones import PipelineDenoiser, backbone_of
 from ..backbones.stock_calls import restore_attributes
 from ..denoiser import Denoiser
-from ..errors import InputError, NumericalError, TrajectoryError, UnsupportedError
+from ..errors import InputError, NumericalError, TrajectoryError, UnsupportedError, check_floats
 from ..fisher.direct import DirectFisher
-from ..fisher.estimator import FisherEstimator, check_estimator
+from ..fisher.estimator import FisherEstimator
 from ..noise import DenoisingState, NoiseLevel, Timestep, expand, noise_schedule, state_of
 from . import checks
 from .checks import Reward, normalise, norms
@@ -36,6 +37,7 @@ SAME_OUTPUT = 0.05
 """Relative difference of two evaluations of one denoiser by rounding of half-precision networks, at most."""
 
 
+@check_kinds
 def posterior_guidance(
     pipe: Any,
     reward: Reward,
@@ -92,6 +94,8 @@ def posterior_guidance(
         NumericalError: in the trial a reward, or at the first guided step images, a reward or a gradient that are not
             finite. At later ones the run goes on without guidance, and its `status` says so.
     """
+    backbone_of(pipe, any_pipeline=True)
+    checks.check_callable(reward)
     if not 0 < strength < math.inf:
         raise InputError(f"`strength` is {strength}; allowed: positive, such as 0.2 of the score's norm.")
     noise_schedule(pipe.scheduler)
@@ -100,7 +104,7 @@ def posterior_guidance(
             f"{type(pipe).__name__} takes no `callback_on_step_end`, so it can't be guided step by step; guide its "
             "initial noise instead: fisher_pipeline(pipe).guide(...)."
         )
-    estimator = DirectFisher() if estimator is None else check_estimator(estimator)
+    estimator = DirectFisher() if estimator is None else estimator
     if estimator.uses_whole_run:
         raise UnsupportedError(
             f"{type(estimator).__name__} takes a whole run, which a single step is not. Take one of the "
@@ -254,15 +258,16 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
         prompts = self._prompts_of(len(clean))
         with torch.enable_grad():
             images = self._decode(clean)
-            values = checks.reward_in_run(self._reward, images, prompts, f"guided step {step}")
+            values = checks.reward_in_run(self._reward, images, prompts, f"guided step {step}", clean)
             if not values.requires_grad:
                 raise checks.gradient_error(self._reward)
             (gradient,) = torch.autograd.grad(values.sum(), clean)
         product = estimator(state).original_jacobian(gradient)
         if not torch.isfinite(product).all():
             raise NumericalError(
-                f"The gradient at guided step {step} is not finite with {type(estimator).__name__}. Half "
-                "precision is the usual cause, or a reward whose slope is infinite."
+                f"The gradient at guided step {step} is not finite after the product of {type(estimator).__name__} in "
+                f"{state.model_output.dtype}, at noise-to-signal {state.level.noise_to_signal.tolist()}; the reward's "
+                f"own gradient was {'finite' if torch.isfinite(gradient).all() else 'not finite either'}."
             )
         direction, length = normalise(product)
         self.rewards.append(values.detach().double().cpu())
@@ -313,7 +318,9 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
         shape = _pixel_shape(self._pipe, latents) if self._has_pixel_shape else None
         if shape is None:
             with torch.no_grad():
-                shape = tuple(self._decode(latents).shape)
+                images = self._decode(latents)
+            check_floats("The result of `decode`", images)
+            shape = tuple(images.shape)
         if shape not in self._tried_shapes:
             checks.check_differentiable(self._reward, shape, self._prompts_of(shape[0]), latents.device)
             self._tried_shapes.add(shape)

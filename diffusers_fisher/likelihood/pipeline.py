@@ -9,13 +9,14 @@ from typing import Any, Literal
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from ..arguments import check_kinds, fit, hints_of
 from ..backbones import Backbone, PipelineDenoiser, backbone_of
 from ..backbones.base import Generators, Moment
 from ..backbones.conditions import NEGATIVE_PROMPTS, Condition
 from ..backbones.inputs import check_arguments
 from ..errors import InputError
 from ..fisher.autodiff import AutodiffFisher
-from ..fisher.estimator import FisherEstimator, check_estimator
+from ..fisher.estimator import FisherEstimator
 from ..fisher.trace_matching import TraceMatchingFisher
 from ..images import UNIT_RANGE, ImageLike
 from .comparison import METHODS, LikelihoodComparison
@@ -28,6 +29,7 @@ NUM_LEVELS = 64
 SQUARED_ERROR_OPTIONS = ("prior_mean", "prior_variance", "bins", "data_range")
 
 
+@check_kinds
 def log_likelihood(
     pipe: DiffusionPipeline,
     images: ImageLike | None = None,
@@ -89,12 +91,11 @@ def log_likelihood(
         raise InputError(f"`num_inference_steps` is {num_inference_steps}; allowed: at least 2, sensibly 20 or more.")
     backbone.check_scheduler()
     guidance_scale = backbone.unguided_scale(call_arguments)
-    check_arguments(backbone.name, backbone.parameters, log_likelihood, call_arguments)
+    call_arguments = check_arguments(backbone.name, backbone.parameters, log_likelihood, call_arguments)
     samples = backbone.samples_of(images, latents, data_range)
     denoiser = unguided_denoiser(backbone, samples, guidance_scale, prompt, call_arguments)
     if estimator is None:
         estimator = AutodiffFisher() if backbone.trace_model is None else TraceMatchingFisher(backbone.trace_model)
-    estimator = check_estimator(estimator)
     if num_probes == "auto":
         num_probes = estimator.default_num_probes
     mean, variance = backbone.prior(prior_mean, prior_variance, samples)
@@ -107,6 +108,7 @@ def log_likelihood(
         return integrate_log_likelihood(denoiser, backbone.pack(samples), estimator, integration)
 
 
+@check_kinds
 def compare_likelihood(
     pipe: DiffusionPipeline,
     images: ImageLike | None = None,
@@ -143,9 +145,9 @@ def compare_likelihood(
     backbone = backbone_of(pipe)
     if method not in METHODS:
         raise InputError(f"`method` is {method!r}; allowed: {', '.join(METHODS)}.")
-    _check_options(backbone, method, num_levels, options)
+    options = _check_options(backbone, method, num_levels, options)
     candidates = [None] if prompts is None else prompts
-    if isinstance(candidates, str) or not len(candidates):
+    if not candidates:
         raise InputError(f"`prompts` is {prompts!r}; allowed: a list of at least one, each for all images.")
     if generator is None:  # for None, noise on a GPU would come from the GPU's generator, which is not replayed
         generator = torch.default_generator
@@ -194,7 +196,8 @@ def unguided_denoiser(
     Raises:
         InputError: negative prompts, which have no effect; conditions that the pipeline does not take.
     """
-    negative = [name for name in NEGATIVE_PROMPTS if call_arguments.get(name)]
+    texts = {name: call_arguments[name] for name in NEGATIVE_PROMPTS if call_arguments.get(name) is not None}
+    negative = [name for name, text in texts.items() if not isinstance(text, (str, list, tuple)) or text]
     if negative:
         raise InputError(
             f"`{negative[0]}` is {call_arguments[negative[0]]!r}; a likelihood is without guidance, where negative "
@@ -205,8 +208,8 @@ def unguided_denoiser(
     return PipelineDenoiser(backbone, guidance_scale, **arguments)
 
 
-def _check_options(backbone: Backbone, method: str, num_levels: int | None, options: dict[str, Any]) -> None:
-    """Refuses options of the other method, so that none is ignored."""
+def _check_options(backbone: Backbone, method: str, num_levels: int | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options, checked. Refuses options of the other method, so that none is ignored."""
     if "prompt" in options:
         raise InputError(
             "`compare_likelihood` takes its prompts as `prompts`, a list, each for all images; got `prompt`."
@@ -214,15 +217,18 @@ def _check_options(backbone: Backbone, method: str, num_levels: int | None, opti
     if method == "ode":
         if num_levels is not None:
             raise InputError("`num_levels` belongs to method 'squared error'; 'ode' takes `num_inference_steps`.")
-        return
+        return options
     others = {field.name for field in dataclasses.fields(Integration)} | {"num_inference_steps", "estimator"}
     for name in sorted((others - set(SQUARED_ERROR_OPTIONS)) & set(options)):
         raise InputError(
             f"`{name}` belongs to method='ode'; 'squared error' takes num_levels, "
             f"{', '.join(SQUARED_ERROR_OPTIONS)} and arguments of the pipeline's call."
         )
-    arguments = {name: value for name, value in options.items() if name not in SQUARED_ERROR_OPTIONS}
-    check_arguments(backbone.name, backbone.parameters, compare_likelihood, arguments)
+    own = {
+        name: fit(name, options[name], hints_of(log_likelihood)) for name in SQUARED_ERROR_OPTIONS if name in options
+    }
+    arguments = {name: value for name, value in options.items() if name not in own}
+    return own | check_arguments(backbone.name, backbone.parameters, compare_likelihood, arguments)
 
 
 def _replay(entries: Sequence[Any], generator: torch.Generator) -> Iterator[Any]:

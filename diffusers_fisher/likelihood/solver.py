@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..arguments import check_generators, check_kinds
 from ..denoiser import Denoiser
 from ..errors import CoarseGridWarning, InputError, NumericalError
 from ..fisher.estimate import Generators, Probes, rademacher
@@ -24,6 +25,9 @@ from .output import LikelihoodOutput
 from .schemes import DEFAULT_SCHEME, Scheme, Track, noise_grid, quadrature_weights, scheme_of
 
 Moment = torch.Tensor | float | None
+
+MANY_PROBES = 64
+"""Number of probes up to which more than the dimensions of a sample are allowed."""
 
 COARSE = 0.05
 """Discretisation error, in bits/dim, above which a likelihood warns."""
@@ -77,6 +81,7 @@ class OdeProblem:
         return prior.log_prob(x).flatten(1).sum(1)
 
 
+@check_kinds
 @dataclasses.dataclass(frozen=True)
 class Integration:
     """Says how a log-likelihood is integrated, and of which density.
@@ -110,6 +115,7 @@ class Integration:
     on_step: Callable[[], object] = lambda: None
 
 
+@check_kinds
 def integrate_log_likelihood(
     denoiser: Denoiser, samples: torch.Tensor, estimator: FisherEstimator, integration: Integration | None = None
 ) -> LikelihoodOutput:
@@ -163,7 +169,7 @@ def integrate_log_likelihood(
             f"The grid of {steps} steps is coarse: its error is estimated at up to {worst:.3f} bits/dim. Take more "
             "steps.",
             CoarseGridWarning,
-            stacklevel=2,
+            stacklevel=3,  # this function's check of kinds is a level of its own
         )
     return output
 
@@ -173,6 +179,12 @@ def prepare_problem(
 ) -> OdeProblem:
     """Checks what is to be integrated, and makes all random draws. Raises as `integrate_log_likelihood`."""
     samples, bins, generator = check_samples(samples), integration.bins, integration.generator
+    check_generators(generator, len(samples))
+    if integration.num_probes is not None and integration.num_probes > max(samples[0].numel(), MANY_PROBES):
+        raise InputError(
+            f"`num_probes` is {integration.num_probes} for samples of {samples[0].numel()} dimensions; pass None for "
+            "the exact trace, which costs fewer products."
+        )
     moments = check_prior(samples, integration.prior_mean, integration.prior_variance)
     if check_estimator(estimator).needs_graph and torch.is_inference_mode_enabled():
         raise InputError(

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..arguments import check_kinds
 from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError
 from ..noise import expand, log_noise_to_signal_range, timestep_at
@@ -26,6 +27,7 @@ CROSSOVER = 0.3
 noise's own |eps|^2, and varies most. It only decides the variance: see `_levels` and `_share`."""
 
 
+@check_kinds
 def squared_error_log_likelihood(
     denoiser: Denoiser,
     samples: torch.Tensor,

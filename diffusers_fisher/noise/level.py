@@ -7,12 +7,14 @@ import dataclasses
 
 import torch
 
-from ..errors import InputError
+from ..arguments import check_kinds
+from ..errors import InputError, check_floats
 
 Timestep = float | int | torch.Tensor
 """A (possibly fractional) timestep in the scheduler's unit: a number, or a tensor of shape () or (B,)."""
 
 
+@check_kinds
 @dataclasses.dataclass(frozen=True)
 class NoiseLevel:
     """Holds one noise level, or one per sample.
@@ -58,7 +60,12 @@ class NoiseLevel:
 
 
 def expand(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Shapes a number () or one number per sample (B,) to multiply `like` (B, ...) without widening its dtype."""
+    """Shapes a number () or one number per sample (B,) to multiply `like` (B, ...) without widening its dtype.
+
+    Raises:
+        InputError: another number of samples, or `like` has integers, which would round the numbers to 0.
+    """
+    check_floats("The tensor", like)
     if value.ndim == 0:
         return value.to(like.device, like.dtype)
     if value.shape != like.shape[:1]:

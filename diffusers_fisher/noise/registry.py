@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from ..arguments import check_kinds
 from ..errors import UnsupportedError
 from .level import NoiseLevel, Timestep
 from .prediction import Prediction
@@ -53,6 +54,7 @@ _SCHEDULES: dict[str, Callable[[SchedulerMixin], NoiseSchedule]] = {
 }  # fmt: skip
 
 
+@check_kinds
 def register_noise_schedule(class_name: str, schedule: Callable[[SchedulerMixin], NoiseSchedule]) -> None:
     """Sets the noise schedule of a scheduler class and of its subclasses. A later call for the same name replaces it.
 
@@ -89,6 +91,7 @@ def prediction_of(scheduler: SchedulerMixin) -> Prediction:
     return noise_schedule(scheduler).prediction
 
 
+@check_kinds
 def noise_level(scheduler: SchedulerMixin, timestep: Timestep, step_index: int | None = None) -> NoiseLevel:
     """Returns the noise level of the sample that `scheduler` carries.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..arguments import check_kinds
 from ..errors import InputError, check_shape
 from .level import NoiseLevel, Timestep, combine, expand
 from .prediction import Prediction
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 
+@check_kinds
 @dataclasses.dataclass(frozen=True)
 class DenoisingState:
     """Holds a noisy sample and the model's output at it.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..arguments import check_kinds
 from ..fisher.estimator import FisherEstimator
 from ..noise import Timestep
 from .trajectory import Trajectory, record_run
@@ -46,6 +47,7 @@ class FisherSchedulerMixin(Scheduler):
         """Copies and pickles leave a running trajectory out: it holds the run's samples and its denoiser."""
         return {name: value for name, value in vars(self).items() if name != "_trajectory"}
 
+    @check_kinds
     def differentiable(
         self, estimator: FisherEstimator, changed_latents: str = "refuse", controls: list[torch.Tensor] | None = None
     ) -> AbstractContextManager[Trajectory]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..arguments import check_kinds
 from ..errors import InputError, NumericalError, TrajectoryError
 from ..fisher.estimator import FisherEstimator, check_estimator
 from ..fisher.operator import FisherOperator
@@ -111,6 +112,7 @@ class Trajectory:
         """
         return self.gradients(loss, retain_graph)[0]
 
+    @check_kinds
     def gradients(self, loss: torch.Tensor, retain_graph: bool = False) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Returns the result of `gradient`, and the list of gradients with respect to the run's controls.
 
@@ -146,6 +148,7 @@ class Trajectory:
         pairs = zip(leaves[1:], gradients[1:], strict=True)
         return gradient, [torch.zeros_like(leaf) if value is None else value for leaf, value in pairs]
 
+    @check_kinds
     def operator(self, index: int) -> FisherOperator:
         """Returns the estimator's operator at the run's state `index`. Raises `TrajectoryError` before the run."""
         if self.final_sample is None:

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ...arguments import check_kinds
 from ...errors import UnsupportedError
 
 RESAMPLING = {2: "bilinear", 3: "bicubic"}
 """The torch name of each PIL filter, by the filter's number in PIL. Both libraries compute the same filters."""
 
 
+@check_kinds
 @dataclasses.dataclass(frozen=True)
 class ImageInput:
     """Resizes, crops and normalises images for a vision model, with gradients.

@@ -10,6 +10,7 @@ import numpy
 import torch
 import torch.nn.functional as F
 
+from ...arguments import check_kinds
 from ...errors import InputError
 from ...images import UNIT_RANGE, ImageLike, image_tensor
 
@@ -26,6 +27,7 @@ class LinearReward:
         weights: (H, W), or (3, H, W); positive where the image should become brighter, negative where darker.
     """
 
+    @check_kinds
     def __init__(self, weights: torch.Tensor):
         self.weights = weights
 
@@ -38,11 +40,14 @@ class LinearReward:
         return (images * self.weights.to(images)).mean(1).flatten(1).sum(1)
 
     @classmethod
+    @check_kinds
     def left_minus_right(cls, height: int, width: int) -> LinearReward:
         """Makes a reward: mean brightness of the left half minus mean brightness of the right half.
 
         The middle column of an odd width counts for neither half.
         """
+        if height < 1 or width < 2:
+            raise InputError(f"The images have {height}x{width} pixels; allowed: at least 1x2, which has two halves.")
         side = torch.sign((width - 1) / 2 - torch.arange(width))
         return cls(side.expand(height, width) / (height * (width // 2)))
 
@@ -65,6 +70,7 @@ class MeasurementReward:
         InputError: the target is of another kind or has values outside of `data_range`, or the mask is not as above.
     """
 
+    @check_kinds
     def __init__(
         self,
         target: ImageLike,
@@ -82,7 +88,7 @@ class MeasurementReward:
         if isinstance(target, torch.Tensor) and data_range == UNIT_RANGE:
             self.target = target.reshape(checked.shape)  # in the target's own precision
         self.mask = torch.ones(checked.shape[-2:]) if mask is None else _weights(mask)
-        if not bool((self.mask >= 0).all()) or not 0 < float(self.mask.sum()) < math.inf:
+        if self.mask.is_complex() or not bool((self.mask >= 0).all()) or not 0 < float(self.mask.sum()) < math.inf:
             raise InputError("The mask must be non-negative and not all zero. Pass 1 for the known pixels.")
         self.operator = operator
 
@@ -110,6 +116,7 @@ def _weights(mask: torch.Tensor | numpy.ndarray | Image) -> torch.Tensor:
     return torch.from_numpy(values)
 
 
+@check_kinds
 def gaussian_blur(std: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns a function that blurs images (B, C, H, W) with a Gaussian of `std` pixels.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from ...arguments import check_kinds
 from ...errors import CheckpointError, InputError
 from ...files import load_tensors
 from .images import ImageInput
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedModel, PreTrainedTokenizerBase, SiglipModel
 
 Module = TypeVar("Module", bound=torch.nn.Module)
+
+MAX_TEXTS = 1000
+"""Number of encoded texts that a reward keeps."""
 
 CLIP_LARGE = "openai/clip-vit-large-patch14"
 NO_REMOTE_CODE = {"trust_remote_code": False}
@@ -35,6 +39,7 @@ class ClassifierReward:
         image_input: function from images in [0, 1] to `pixel_values`.
     """
 
+    @check_kinds
     def __init__(self, model: PreTrainedModel, target: str | int | Sequence[str | int], image_input: ImageInput):
         self.model = model
         targets = [target] if isinstance(target, (str, int)) else list(target)
@@ -77,6 +82,7 @@ class ClassifierReward:
         raise InputError(f"The classifier has no class {target!r}; allowed: {names}.")
 
 
+@check_kinds
 @dataclasses.dataclass(eq=False, repr=False)
 class TextImageReward:
     """Rewards the similarity of image and text under a model with two encoders: CLIP, SigLIP, PickScore.
@@ -180,9 +186,13 @@ class TextImageReward:
             inputs = {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
             features = _normalise(self.model.get_text_features(**inputs).pooler_output)
             self._text_embeddings |= dict(zip(new_texts, features, strict=True))
-        return torch.stack([self._text_embeddings[text] for text in texts])
+        result = torch.stack([self._text_embeddings[text] for text in texts])
+        while len(self._text_embeddings) > MAX_TEXTS:  # the oldest first
+            del self._text_embeddings[next(iter(self._text_embeddings))]
+        return result
 
 
+@check_kinds
 @dataclasses.dataclass(eq=False, repr=False)
 class AestheticReward:
     """Rewards the LAION aesthetic score, about 1 to 10: people's ratings as predicted from CLIP image embeddings.

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from ...arguments import check_kinds, fit
 from ...checkpoints import embedded_checkpoint
 from ...errors import FisherError, InputError
-from ..checks import Reward, name_of
+from ..checks import Reward, check_callable, name_of
 from .models import AestheticReward, ClassifierReward, TextImageReward
 
 FORMS = (
@@ -35,13 +36,16 @@ class WeightedReward:
             raise InputError(
                 f"The terms of the weighted reward are {terms!r}; allowed: (weight, reward) pairs, at least one."
             )
-        self.terms = terms
-        self.__name__ = " + ".join(f"{weight:g} {name_of(reward)}" for weight, reward in terms)
+        for _, reward in terms:
+            check_callable(reward)
+        self.terms = tuple((fit("weight", weight, {"weight": float}), reward) for weight, reward in terms)
+        self.__name__ = " + ".join(f"{weight:g} {name_of(reward)}" for weight, reward in self.terms)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         return torch.stack([weight * reward(images, prompts) for weight, reward in self.terms]).sum(0)
 
 
+@check_kinds
 def named_reward(name: str) -> Reward:
     """Returns the reward of a name such as "classifier:embedded:ankle boot", "clip" or "python:my_rewards:redness".
 
