@@ -115,7 +115,7 @@ def check_damaged(folder, count, seed):
     folder.mkdir()
     for number, (_, content) in enumerate(damaged_files(count, seed)):
         write(folder, f"{number:04d}.png", content)
-    images, read = open_images(ImageData(str(folder))), 0
+    images, read = open_images(ImageData(str(folder), max_pixels=2**28)), 0  # opened images have no limit but Pillow's
     assert len(images) == count
     for position in range(count):
         name, pixels = images.name(position), None
