@@ -109,6 +109,7 @@ class Images(torch.utils.data.Dataset):
         self.files_left_out: list[str] = []
         self.rows, self.data, self.channels = rows, data, channels
         self.text_captions = text_captions
+        self._has_transparency = False  # of the images so far; one warning is enough
         feature = (rows.features or {}).get(data.caption_column)
         self.names: list[str] | None = getattr(feature, "names", None) if text_captions else None
 
@@ -148,6 +149,9 @@ class Images(torch.utils.data.Dataset):
         """Decodes a row of the dataset."""
         name = self.row_name(row, position)
         pixels, transparent = _decode(row[self.data.image_column], name, self.data, self.channels)
+        if transparent and not self._has_transparency:
+            logger.warning("Image '%s' has transparent pixels, which are composed on black, as in all images.", name)
+            self._has_transparency = True
         return Example(name, pixels, self.row_caption(row), transparent)
 
 

@@ -115,7 +115,7 @@ def check_damaged(folder, count, seed):
     folder.mkdir()
     for number, (_, content) in enumerate(damaged_files(count, seed)):
         write(folder, f"{number:04d}.png", content)
-    images, read = open_images(ImageData(str(folder))), 0
+    images, read = open_images(ImageData(str(folder), max_pixels=2**28)), 0  # opened images have no limit but Pillow's
     assert len(images) == count
     for position in range(count):
         name, pixels = images.name(position), None
@@ -178,7 +178,7 @@ def test_transparent_pixels_are_composed_on_black_and_said(mode):
 @pytest.mark.parametrize(
     ("kind", "mode"), [("PNG", "RGBA"), ("PNG", "P"), ("GIF", "P"), ("PNG", "RGB"), ("WEBP", "RGBA")]
 )
-def test_transparency_of_files(tmp_path, kind, mode):
+def test_transparency_of_files(tmp_path, caplog, kind, mode):
     image = picture(16, 16, 4 if mode == "RGBA" else 3)
     options = {"lossless": True} if kind == "WEBP" else {}
     if mode == "RGBA":
@@ -188,7 +188,9 @@ def test_transparency_of_files(tmp_path, kind, mode):
     else:
         options = {"transparency": image.getpixel((0, 0))}
     image.save(tmp_path / "a.png", kind, **options)
-    example = open_images(ImageData(str(tmp_path)))[0]
+    images = open_images(ImageData(str(tmp_path)))
+    example, _ = images[0], images[0]
+    assert caplog.text.count("'a.png' has transparent pixels, which are composed on black") == 1
     with Image.open(tmp_path / "a.png") as opened:
         assert example.transparent and torch.equal(example.pixels[None], shown(opened))
 

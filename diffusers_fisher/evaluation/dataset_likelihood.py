@@ -349,7 +349,7 @@ class ImageShare:
             return [record for entry in group for record in self._evaluate_group([entry])]
         ((position, example),) = group
         text = f"Image '{example.name}': {error}"
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError):  # which says more itself
             size = "x".join(map(str, example.pixels.shape[:0:-1]))
             text = f"Image '{example.name}' of {size} pixels: there is not enough memory for it. Set `resolution`."
         if self.method is None and not isinstance(error, NumericalError):
