@@ -110,7 +110,7 @@ def test_the_gallery_shows_any_prompt(tmp_path):
     page = (tmp_path / "index.html").read_bytes().decode()
     for text in TEXTS.values():
         escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        assert f'<p>{escaped}</p>'.encode("utf-8", "backslashreplace").decode() in page
+        assert f"<p>{escaped}</p>".encode("utf-8", "backslashreplace").decode() in page
     with Image.open(tmp_path / "gallery.png") as picture:
         assert picture.height > 1000
 
