@@ -219,7 +219,8 @@ def _words(hint: Any) -> str:
     if origin is tuple and arguments[1:] != (...,):
         return f"a tuple of {len(arguments)} ({', '.join(map(_words, arguments))})"
     if origin in (list, tuple, collections.abc.Sequence):
-        return f"a {origin.__name__.lower()} with entries of {_words(arguments[0])}"
+        entries = f"({_words(arguments[0])})" if _is_union(arguments[0]) else _words(arguments[0])
+        return f"a {origin.__name__.lower()} with entries of {entries}"
     if origin is collections.abc.Callable:
         return "a function"
     kind = origin or (type(None) if hint is None else hint)

@@ -88,16 +88,18 @@ def test_pipeline_does_not_change(name, used, grad):
     assert before[4] == after[4]
 
 
-@pytest.mark.parametrize("wrong", ["channels", "prompts"])
+@pytest.mark.parametrize("wrong", ["channels", "prompts", "embeddings"])
 def test_pipeline_does_not_change_when_the_call_raises(wrong):
     pipe = tiny.stable_diffusion()
     prompts, x = ["a b", "c"], PIPELINES["SD"].noise()
     if wrong == "channels":
         x = x[:, :3]
-    else:
+    elif wrong == "prompts":
         prompts = ["a", "b", "c"]
-    denoiser, before = PipelineDenoiser(pipe, prompt=prompts), snapshot(pipe)
-    with pytest.raises(RuntimeError):
+    # Embeddings of another width raise in the network.
+    condition = {"prompt_embeds": torch.zeros(2, 8, 15)} if wrong == "embeddings" else {"prompt": prompts}
+    denoiser, before = PipelineDenoiser(pipe, **condition), snapshot(pipe)
+    with pytest.raises(RuntimeError if wrong == "embeddings" else InputError):
         denoiser(x, 500)
     assert snapshot(pipe)[:3] == before[:3]
     assert torch.is_grad_enabled()
@@ -220,7 +222,9 @@ def test_errors_of_the_pipeline_pass_through_unchanged():
 def test_output_that_is_not_finite_is_refused():
     pipe = tiny.stable_diffusion()
     torch.nn.init.constant_(pipe.unet.conv_out.bias, float("nan"))
-    with pytest.raises(NumericalError, match=r"output at timestep 500 is not finite. Half-precision weights"):
+    with pytest.raises(
+        NumericalError, match=r"output at timestep 500 is not finite, with weights in torch.float32 and inputs from -"
+    ):
         PipelineDenoiser(pipe, prompt=["a", "b"])(PIPELINES["SD"].noise(), 500)
 
 

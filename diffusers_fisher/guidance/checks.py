@@ -153,13 +153,12 @@ def reward_in_run(
     if not torch.isfinite(images).all():
         size, dtype = float(latents.detach().abs().max()), latents.dtype
         raise NumericalError(
-            f"The images of {where} are not finite, and their latents are "
+            f"The images of {where} are not finite; their latents "
             + (
-                f"finite, up to {size:.3g} in {dtype}: the decoder"
+                f"are, up to {size:.3g} in {dtype}. Check the weights and the dtype of the decoder."
                 if math.isfinite(size)
-                else f"not either: the run in {dtype}"
+                else f"in {dtype} are not either. Check the scheduler's settings, and the weights of the network."
             )
-            + " fails. Use float32 or bfloat16 if it is in float16, and check the scheduler's settings."
         )
     values = checked_reward(reward, images, prompts)
 
