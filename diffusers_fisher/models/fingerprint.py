@@ -57,8 +57,8 @@ def denoiser_fingerprint(denoiser: Denoiser | DiffusionPipeline) -> dict[str, An
     more, see `_sums_of_matrices`), `outputs` (32 sums of each of the network's outputs on two fixed inputs, see
     `fixed_outputs`; None where the network can't be evaluated so), `prediction_type`, and `schedule`
     (log(sigma/alpha) at five timesteps). A denoiser without a network has only the last two. `torch.compile` does not
-    change the fingerprint. Outputs and weights are compared to within the rounding of the weights' dtypes. Weights in 8
-    bits or fewer, or not in memory, agree with all others.
+    change the fingerprint. Outputs and weights are compared to within the rounding of the weights' dtypes. Weights
+    in 8 bits or fewer, or not in memory, agree with all others.
 
     Cost: reads a million numbers at most, and 4,096 of every matrix, and evaluates the network twice on a small input.
     A second call on the same network reads only the numbers of `network_key`, if the key is the same.
