@@ -8,23 +8,27 @@ import torch
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
     from diffusers.models.autoencoders.vq_model import VQModel
 
 
 def encode_pixels(
-    autoencoder: AutoencoderKL, pixels: torch.Tensor, standardises: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    autoencoder: AutoencoderKL | AutoencoderTiny, pixels: torch.Tensor, standardises: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns mean and standard deviation of scaled latents, (B, C, h, w) float32 each.
 
     Args:
         pixels: (B, 3, H, W) in [-1, 1].
         standardises: see `latent_moments`.
+
+    The deviation is None for autoencoders whose latents have no distribution.
     """
-    posterior = autoencoder.encode(pixels.to(autoencoder.dtype)).latent_dist
-    mean = posterior.mode().float()
+    result = autoencoder.encode(pixels.to(autoencoder.dtype))
+    posterior = result.get("latent_dist")
+    mean = (result[0] if posterior is None else posterior.mode()).float()
     shift, deviation = latent_moments(autoencoder, mean, standardises)
     factor = autoencoder.config["scaling_factor"] / deviation
-    return (mean - shift) * factor, posterior.std.float() * factor
+    return (mean - shift) * factor, None if posterior is None else posterior.std.float() * factor
 
 
 def decode_latents(autoencoder: AutoencoderKL | VQModel, latents: torch.Tensor, standardises: bool) -> torch.Tensor:
@@ -39,7 +43,7 @@ def decode_latents(autoencoder: AutoencoderKL | VQModel, latents: torch.Tensor, 
 
 
 def latent_moments(
-    autoencoder: AutoencoderKL | VQModel, like: torch.Tensor, standardises: bool
+    autoencoder: AutoencoderKL | AutoencoderTiny | VQModel, like: torch.Tensor, standardises: bool
 ) -> tuple[torch.Tensor | float, torch.Tensor | float]:
     """Returns the shift of the latents, and the divisor that they have beside the scaling factor.
 

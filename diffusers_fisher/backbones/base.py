@@ -26,6 +26,7 @@ from .autoencoder import decode_latents, encode_pixels, images_of, pixels_of
 from .conditions import Condition, Conditions, text_conditions
 from .encoding import encode_apart
 from .inputs import form_of
+from .networks import check_latents_alone, check_weights
 from .parts import LatentStatistics, checkpoint_parts
 from .stock_calls import shallow_copy
 from .unguided import check_unguided
@@ -183,6 +184,7 @@ class Backbone:
             encode_prompt: takes the place of the pipeline's `encode_prompt`, which is its first argument.
             **arguments: other arguments of the call.
         """
+        check_weights(self.network if with_graph else None)
         attributes = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
         # Under model offload a copy would keep a record of its own of the hooks that all copies share.
         if self.is_offloaded:
@@ -236,8 +238,10 @@ class Backbone:
 
     @property
     def latent_channels(self) -> int:
-        """Channels of unpacked latents."""
-        return self.config["in_channels"]
+        """Channels of unpacked latents. Raises `UnsupportedError` for a network that takes more than latents."""
+        channels = self.config["in_channels"]
+        check_latents_alone(self.name, channels, self.autoencoder)
+        return channels
 
     @property
     def sample_size(self) -> int | Sequence[int]:
@@ -285,12 +289,10 @@ class Backbone:
     # Pixels and latents
 
     def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns mean and standard deviation of scaled latents, (B, C, h, w) float32 each.
+        """Returns mean and deviation (None where encoding is not random) of scaled latents, (B, C, h, w) float32 each.
 
         Args:
             pixels: (B, 3, H, W) in [-1, 1].
-
-        The deviation is None where encoding is not random.
         """
         return encode_pixels(self._known_autoencoder, pixels, self.standardises_latents)
 
@@ -300,6 +302,7 @@ class Backbone:
 
     def decode(self, latents: torch.Tensor, pixels: tuple[int, int] | None = None) -> torch.Tensor:
         """Decodes latents in the pipeline's layout to images (B, 3, H, W) float32 in [0, 1]; differentiable."""
+        check_weights(self.autoencoder if latents.requires_grad and torch.is_grad_enabled() else None)
         return images_of(self.decode_scaled(self.unpack(latents, pixels)))
 
     def finish(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
@@ -338,10 +341,10 @@ class Backbone:
         """
         if (images is None) == (latents is None):
             raise InputError("Give either `images` or `latents`: exactly one of them.")
+        channels, multiple = self.latent_channels, self.size_multiple // self.factor
         if latents is None:
             tensor = image_tensor(images, self.size_multiple, self.image_channels, data_range)
             return self.encode(pixels_of(tensor).to(self.device))[0]
-        channels, multiple = self.latent_channels, self.size_multiple // self.factor
         shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else ()
         if len(shape) != 4 or shape[1] != channels or any(side % multiple for side in shape[2:]):
             raise InputError(

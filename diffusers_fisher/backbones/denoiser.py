@@ -13,7 +13,7 @@ from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError, UnsupportedError, check_floats
 from ..features import record_summaries
 from ..models import component_key
-from ..noise import Timestep
+from ..noise import Timestep, split_variance
 from .any_pipeline import AnyPipelineBackbone
 from .base import Backbone
 from .registry import backbone_of
@@ -64,7 +64,7 @@ class EchoScheduler:
         self, model_output, timestep, sample, return_dict: bool = True, generator=None, eta=None,
         use_clipped_model_output=None,
     ):  # fmt: skip
-        self.output = model_output
+        self.output = model_output = split_variance(self.config, model_output, sample)[0]
         return SchedulerOutput(prev_sample=model_output) if return_dict else (model_output, model_output)
 
 

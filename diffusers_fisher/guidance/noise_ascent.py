@@ -190,7 +190,7 @@ class GuidedRun:
             )
         if not rewards.requires_grad:
             raise checks.gradient_error(self.reward)
-        return variables, is_best, self._gradients(trajectory, total)
+        return variables, is_best, self._gradients(trajectory, total, variables["noise"].dtype)
 
     @torch.no_grad()
     def _evaluate_held_out(self, images: torch.Tensor, step: int, ascent: NoiseAscent) -> torch.Tensor | None:
@@ -217,12 +217,15 @@ class GuidedRun:
         before = variables["control"].unbind(1) if "control" in variables else ()
         return [control.clone().requires_grad_() for control in before]
 
-    def _gradients(self, trajectory: Trajectory, total: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _gradients(
+        self, trajectory: Trajectory, total: torch.Tensor, noise_dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
         if "control" in self.optimise:
             noise, controls = trajectory.gradients(total)
             gradients = {"noise": noise, "control": torch.stack(controls, dim=1)}
         else:
             gradients = {"noise": trajectory.gradient(total)}
+        gradients["noise"] = gradients["noise"].to(noise_dtype)  # a run in float64 starts from noise in float32
         if self.text is not None and self.text.gradient is not None:
             gradients["text"] = self.text.gradient
         for name, gradient in gradients.items():

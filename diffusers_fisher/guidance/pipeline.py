@@ -16,6 +16,7 @@ from ..backbones import Backbone, PipelineDenoiser, backbone_of
 from ..backbones.base import Generators
 from ..backbones.conditions import Condition
 from ..backbones.inputs import check_arguments
+from ..backbones.networks import check_weights
 from ..backbones.run import SamplingRun
 from ..backbones.stock_calls import restore_attributes
 from ..denoiser import Denoiser
@@ -99,7 +100,8 @@ def guide(
     Raises:
         InputError: before sampling, arguments out of range, latents of the wrong shape, a reward that is not
             differentiable or of the wrong shape. UnsupportedError: a pipeline without a backbone.
-        TrajectoryError: torch.inference_mode, latents changed between steps, a model with learned variance.
+        TrajectoryError: torch.inference_mode, latents changed between steps, a learned variance that the scheduler
+            does not use.
         NumericalError: in the first run, images or a reward that are not finite. In later ones, and where a gradient
             is not, the best so far is returned, and `status` says what happened.
     """
@@ -114,6 +116,7 @@ def guide(
     prompts, conditions = backbone.conditions(prompt, call_arguments, None, num_images_per_prompt)
     pixels = backbone.image_size(height, width)
     noise = backbone.initial_noise(latents, len(prompts), pixels, generator)
+    check_weights(backbone.with_autoencoder(decoder).autoencoder if num_guidance_steps else None)
     check_differentiable(reward, (len(prompts), backbone.image_channels, *pixels), prompts, noise.device)
     arguments = {**call_arguments, **conditions, **backbone.size_arguments(pixels)}
     if "guidance_scale" in backbone.parameters:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +16,8 @@ from .registry import noise_level, noise_schedule
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+LEARNED_VARIANCES = ("learned", "learned_range")  # the variance types of diffusers' schedulers
 
 
 @check_kinds
@@ -69,6 +72,25 @@ class DenoisingState:
 
     def _combine(self, factors: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return combine(factors, self.sample, self.model_output.to(self.sample.dtype), self.sample)
+
+
+def split_variance(
+    config: Mapping[str, Any], model_output: torch.Tensor, sample: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Splits a model output of twice the sample's channels, where the scheduler takes the variance from it.
+
+    Args:
+        config: configuration of the scheduler.
+
+    Returns:
+        The half that predicts, (B, C, ...), and the half from which the scheduler takes the variance; None if there is
+        no such half.
+    """
+    is_learned = config.get("variance_type") in LEARNED_VARIANCES
+    if is_learned and model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
+        prediction, variance = model_output.chunk(2, dim=1)
+        return prediction, variance
+    return model_output, None
 
 
 def state_of(

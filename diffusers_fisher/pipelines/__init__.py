@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TypeVar, overload
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from ..backbones.parts import checkpoint_parts, set_checkpoint_parts
 from ..backbones.registry import DIFFERENTIATE_RUNS
 from ..errors import UnsupportedError
 from .mixin import FisherPipelineMixin
@@ -50,9 +52,11 @@ def fisher_pipeline(
 ) -> FisherPipelineMixin | type[FisherPipelineMixin]:
     """Makes the Fisher version of a stock pipeline over the same components; for a class, returns the Fisher class.
 
-    It has the trace model and the latent statistics of the folder that the pipeline was loaded from.
+    It has the settings of the pipeline, and the trace model and the latent statistics of the folder that the pipeline
+    was loaded from.
 
     Raises:
+        CheckpointError: a damaged file of the trace model or the latent statistics.
         UnsupportedError: the class has no Fisher version.
     """
     if isinstance(pipe, type):
@@ -60,9 +64,13 @@ def fisher_pipeline(
     if isinstance(pipe, FisherPipelineMixin):
         return pipe
     ours = make_pipeline(pipe, _fisher_class(type(pipe)))
-    ours.register_to_config(_name_or_path=pipe.config.get("_name_or_path"))
-    if "labels" in vars(pipe):
-        ours.labels = dict(pipe.labels)  # DiT keeps the names of its classes outside of the config
+    settings = {name: value for name, value in pipe.config.items() if name not in {*ours.config, "_class_name"}}
+    ours.register_to_config(**{"_name_or_path": None, **settings})
+    # Whatever else was set on the pipeline: its progress bar, offload hooks, the names of DiT's classes.
+    attributes = {name: value for name, value in vars(pipe).items() if name != "_internal_dict"}
+    own = {name: copy.copy(value) for name, value in attributes.items() if isinstance(value, (dict, list))}
+    vars(ours).update(attributes | own)
+    set_checkpoint_parts(ours, checkpoint_parts(pipe))  # so that copies and pickles have them
     return ours
 
 

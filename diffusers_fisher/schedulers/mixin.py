@@ -66,8 +66,8 @@ class FisherSchedulerMixin(Scheduler):
             The `Trajectory`, whose `gradient(loss)` is d loss / d latents.
 
         Raises:
-            TrajectoryError: blocks are nested; or the run inside the block uses inference mode or learned variance, or
-                changes the latents.
+            TrajectoryError: blocks are nested; or the run inside the block uses inference mode, or a learned variance
+                that the scheduler does not use, or changes the latents.
             UnsupportedError: the noise levels of the run's scheduler or prediction type are not known.
         """
         return record_run(self, Trajectory(estimator, changed_latents, controls))

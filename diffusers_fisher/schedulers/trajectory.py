@@ -23,7 +23,7 @@ from ..arguments import check_kinds
 from ..errors import InputError, NumericalError, TrajectoryError
 from ..fisher.estimator import FisherEstimator, check_estimator
 from ..fisher.operator import FisherOperator
-from ..noise import DenoisingState, Timestep, noise_schedule, state_of
+from ..noise import DenoisingState, Timestep, noise_schedule, split_variance, state_of
 
 if TYPE_CHECKING:
     from diffusers.configuration_utils import ConfigMixin
@@ -160,7 +160,8 @@ class Trajectory:
         sample: torch.Tensor, *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip  # Any: every scheduler has a result class of its own
         """Records one step, runs the scheduler's own `parent_step` with a graph and returns its result."""
-        self._check(model_output, sample)
+        model_output, variance = split_variance(scheduler.config, model_output, sample)
+        self._check(scheduler, model_output, sample)
         with torch.enable_grad():
             current = self._enter(scheduler, sample)
             index = noise_schedule(scheduler).start_step(timestep)
@@ -175,6 +176,8 @@ class Trajectory:
                 if len(self.controls) < len(self.states):
                     self.controls.append(torch.zeros_like(current).requires_grad_())
                 output = output + self.controls[len(self.states) - 1]
+            if variance is not None:  # a constant in the backward pass
+                output = torch.cat([output, variance.detach().to(output.dtype)], dim=1)
             result = parent_step(output, timestep, current, *args, **kwargs)
             next_sample = result[0] if isinstance(result, tuple) else result.prev_sample
             self.final_sample = next_sample
@@ -187,7 +190,7 @@ class Trajectory:
         result.prev_sample = self._last_result
         return result
 
-    def _check(self, model_output: torch.Tensor, sample: torch.Tensor) -> None:
+    def _check(self, scheduler: Scheduler, model_output: torch.Tensor, sample: torch.Tensor) -> None:
         if torch.is_inference_mode_enabled() or sample.is_inference():
             raise TrajectoryError(
                 "A differentiable run can't record under torch.inference_mode, because autograd does not accept its "
@@ -196,8 +199,8 @@ class Trajectory:
         if model_output.shape != sample.shape:
             raise TrajectoryError(
                 f"The model output has shape {tuple(model_output.shape)}, the sample {tuple(sample.shape)}: models "
-                "with learned variance are not supported in a differentiable run. Use a scheduler with "
-                "variance_type='fixed_small' and a model or pipeline that returns the mean alone."
+                f"with learned variance are not supported by {type(scheduler).__name__} with its variance_type. Use "
+                "one of variance_type 'learned_range', or a model or pipeline that returns the mean alone."
             )
 
     def _enter(self, scheduler: Scheduler, sample: torch.Tensor) -> torch.Tensor:

@@ -108,8 +108,8 @@ def test_inference_tensors_are_refused():
         scheduler.step(x.clone(), 750, x)
 
 
-def test_learned_variance_is_refused():
-    scheduler = FisherDDPMScheduler(variance_type="learned_range")
+def test_learned_variance_that_the_scheduler_does_not_use_is_refused():
+    scheduler = FisherDDPMScheduler(variance_type="fixed_small")
     with (
         pytest.raises(
             TrajectoryError, match=r"shape \(2, 6, 2, 2\), the sample \(2, 3, 2, 2\): models with learned var"

@@ -1,0 +1,33 @@
+"""Checks of a pipeline's networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import UnsupportedError
+
+
+def check_weights(network: object) -> None:
+    """Refuses to differentiate a network whose weights autograd does not accept. Raises `UnsupportedError`."""
+    if isinstance(network, torch.nn.Module) and any(parameter.is_inference() for parameter in network.parameters()):
+        raise UnsupportedError(
+            f"The weights of {type(network).__name__} were made under torch.inference_mode, so nothing can be "
+            "differentiated through them. Load the pipeline outside of it; under torch.no_grad it may be loaded."
+        )
+
+
+def check_latents_alone(pipeline: str, channels: int, autoencoder: Any) -> None:
+    """Refuses a network that takes more channels than latents have. Raises `UnsupportedError`.
+
+    Args:
+        channels: channels of the network's input.
+        autoencoder: the pipeline's autoencoder, of any class of diffusers; None where there is none.
+    """
+    expected = channels if autoencoder is None else autoencoder.config.get("latent_channels", channels)
+    if expected != channels:
+        raise UnsupportedError(
+            f"The network of {pipeline} takes {channels} channels, but latents of its autoencoder have {expected}: it "
+            "needs more than latents, as networks for inpainting, depth or editing do. Use a text-to-image checkpoint."
+        )
