@@ -55,8 +55,7 @@ class Backbone:
         predicts_flow: whether the network was trained on (1 - s) x_0 + s eps.
         scales_samples: whether the call multiplies noise and model input by the scheduler's factors.
         standardises_latents: whether the call uses the autoencoder's `latents_mean` and `latents_std`.
-        pooled_index: place of the pooled embeddings, which the network itself takes, among what `encode_prompt`
-            returns; None where there are none.
+        pooled_index: place of the network's pooled embeddings in the result of `encode_prompt`; None without any.
         network_name, autoencoder_name: names of these components.
     """
 
@@ -71,8 +70,6 @@ class Backbone:
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe = pipe
         self._keeps_loaded = False
-
-    # Parts
 
     @property
     def name(self) -> str:
