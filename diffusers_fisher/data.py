@@ -233,8 +233,8 @@ def _load(datasets: ModuleType, data: ImageData) -> Dataset | IterableDataset:
         # `datasets` hides a full disk behind an error of its own.
         reason = error if error.__cause__ is None else f"{error} {error.__cause__}"
         raise InputError(
-            f"The data '{data.path}' (name {data.name}, split '{data.split}') can't be opened: {reason}. Give a folder "
-            "of images, a folder written by `save_to_disk`, or the name of a dataset."
+            f"The data '{data.path}' (name {data.name}, split '{data.split}') can't be opened: {reason}. Give a "
+            "folder of images, a folder written by `save_to_disk`, or the name of a dataset."
         ) from error
 
 
