@@ -209,8 +209,8 @@ def _load(datasets: ModuleType, data: ImageData) -> Dataset | IterableDataset:
     ) as error:  # fmt: skip
         reason = error if error.__cause__ is None else f"{error} {error.__cause__}"  # `datasets` hides a full disk
         raise InputError(
-            f"The data '{data.path}' (name {data.name}, split '{data.split}') can't be opened: {reason}. Give a folder "
-            "of images, a folder written by `save_to_disk`, or the name of a dataset."
+            f"The data '{data.path}' (name {data.name}, split '{data.split}') can't be opened: {reason}. Give a "
+            "folder of images, a folder written by `save_to_disk`, or the name of a dataset."
         ) from error
 
 
