@@ -13,7 +13,7 @@ import diffusers_fisher as df
 from diffusers_fisher.fisher import estimate
 from diffusers_fisher.likelihood.squared_error import squared_error_log_likelihood
 
-SEED, VALUES_PER_ARGUMENT = 0, 9
+SEED, VALUES_PER_ARGUMENT = 0, 6
 NAN = float("nan")
 
 
