@@ -198,7 +198,7 @@ def open_images(data: ImageData, channels: int = 3, text_captions: bool = True) 
         logger.warning(
             "%d files of '%s' are not among its images, such as '%s': its metadata do not list them, their ending is "
             "not known, they belong to no split, or a link leads to them a second time.",
-            len(left_out), data.path, left_out[0],
+            len(left_out), printable_name(data.path), left_out[0],
         )  # fmt: skip
     if data.limit is not None:
         rows = rows.take(data.limit)
