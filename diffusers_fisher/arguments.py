@@ -127,12 +127,11 @@ def hints_of(function: Callable) -> dict[str, object]:
 
 def _evaluate(annotation: object, names: dict[str, Any]) -> Any:
     """Evaluates an annotation; what it names for type checkers alone becomes `Any`."""
-    while isinstance(annotation, str):
-        try:
-            annotation = eval(annotation, names)
-        except (NameError, TypeError):  # a string in a union with a type is no annotation at run time
-            return Any
-    return annotation
+    holder = types.SimpleNamespace(__annotations__={"hint": annotation})
+    try:
+        return typing.get_type_hints(holder, globalns=names)["hint"]
+    except (NameError, TypeError):  # a string in a union with a type is no annotation at run time
+        return Any
 
 
 def _is_union(hint: object) -> bool:

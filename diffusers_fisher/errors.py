@@ -1,6 +1,11 @@
 """The exceptions of the package, and checks of tensors. Each exception also inherits a fitting builtin exception."""
 
-import torch
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 class FisherError(Exception):
@@ -39,6 +44,8 @@ def check_shape(name: str, shape: tuple[int, ...], allowed: tuple[int, ...], adv
 
 def check_floats(name: str, tensor: torch.Tensor) -> None:
     """Raises `InputError` unless `tensor`, called `name`, has real floating-point numbers."""
+    import torch  # here, because most uses of this module need none
+
     if not isinstance(tensor, torch.Tensor):
         raise InputError(f"{name}: got a {type(tensor).__name__}; allowed: a tensor of floating-point numbers.")
     if not tensor.is_floating_point():

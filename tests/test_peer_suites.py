@@ -127,6 +127,7 @@ def command(*arguments):
     return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_differences_are_reported_with_their_reasons(suite):
     run = command(suite)
     assert run.returncode == 1, run.stdout + run.stderr

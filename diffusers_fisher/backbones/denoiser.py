@@ -12,7 +12,6 @@ from ..arguments import check_call, check_kinds
 from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError, UnsupportedError, check_floats
 from ..features import record_summaries
-from ..models import component_key
 from ..noise import Timestep, split_variance
 from .any_pipeline import AnyPipelineBackbone
 from .base import Backbone
@@ -282,6 +281,8 @@ class PipelineDenoiser(Denoiser):
         return self.substitute(result, kwargs.get("prompt", args[0] if args else None), kwargs.get("prompt_embeds"))
 
     def _encoders_key(self) -> Hashable:
+        from ..models import component_key  # here, because it loads diffusers' models
+
         components = self.pipe.components.items()
         return tuple(component_key(part) for name, part in components if "text_encoder" in name or "tokenizer" in name)
 

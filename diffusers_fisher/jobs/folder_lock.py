@@ -3,10 +3,12 @@
 import contextlib
 import datetime
 import json
+import math
 import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,11 @@ from ..errors import InputError
 from ..files import SILENT_SECONDS, check_writable, machine_name
 
 LOCK = ".lock.json"
+PATIENCE_SECONDS = 3.0
+"""A process that was killed needs a moment to end, and a run that is started again at once waits so long for it."""
+TURN = ".lock-turn"
+TURN_SECONDS = 10.0
+"""Age of the file `TURN`, which lives for milliseconds, from which on its process must be dead."""
 BEAT_SECONDS = 30.0
 """Time between two touches of the lock, by which its owner shows processes of other machines that it is alive."""
 
@@ -49,21 +56,27 @@ class FolderLock:
 
     def __enter__(self) -> "FolderLock":
         check_writable(self.path.parent)
+        patience = time.monotonic() + PATIENCE_SECONDS
         while not self._take():
             owner = _read(self.path)
             if owner is not None and self._is_alive(owner):
+                if time.monotonic() < patience:
+                    time.sleep(0.05)
+                    continue
                 raise InputError(
                     f"'{self.path.parent}' belongs to a run that has not ended: process {owner.get('process')} on "
                     f"{owner.get('host')}, since {owner.get('since')}. Name another folder, or wait for that run. If "
                     f"the process no longer exists, delete '{self.path}'."
                 )
-            self._remove(owner)
+            if owner is not None and self._take_over(owner):
+                break
         threading.Thread(target=self._beat, daemon=True, name="folder lock").start()
         return self
 
     def __exit__(self, *raised: object) -> None:
         self._end.set()
-        self._remove(self._owner)
+        if _read(self.path) == self._owner:
+            self.path.unlink(missing_ok=True)
 
     def _take(self) -> bool:
         """Makes the lock with its content in one operation; returns whether this run has it now."""
@@ -82,30 +95,44 @@ class FolderLock:
     def _is_alive(self, owner: dict[str, Any]) -> bool:
         if owner.get("machine") == machine_name() and isinstance(owner.get("process"), int):
             try:
-                started = psutil.Process(owner["process"]).create_time()
+                process = psutil.Process(owner["process"])
+                started, is_zombie = process.create_time(), process.status() == psutil.STATUS_ZOMBIE
             except psutil.NoSuchProcess:
                 return False
             except psutil.Error:
                 return True
-            return abs(started - owner.get("started", started)) < 2  # otherwise another process got its number
+            # A zombie was killed, and its parent has not noticed. Of another start, a process has got its number.
+            return not is_zombie and abs(started - owner.get("started", started)) < 2
+        return self._age(self.path) < SILENT_SECONDS
+
+    def _age(self, path: Path) -> float:
+        """Returns the seconds since the last touch of a file, by the clock of the file system; infinite without it."""
         with _temporary(self.path, {}) as file, contextlib.suppress(FileNotFoundError):
-            # Both times are of the file system's own clock, which may differ from this machine's.
-            return file.stat().st_mtime - self.path.stat().st_mtime < SILENT_SECONDS
-        return False
+            return file.stat().st_mtime - path.stat().st_mtime
+        return math.inf
 
-    def _remove(self, owner: dict[str, Any] | None) -> None:
-        """Removes the lock if it is still that of `owner`.
+    def _take_over(self, owner: dict[str, Any]) -> bool:
+        """Replaces the lock of a dead owner; returns whether this run has it now.
 
-        The lock is renamed before it is read, so that of two runs that found a dead owner only one removes its lock. A
-        lock that turns out to be a third run's is put back.
+        Of several runs that found the same dead owner, the one that makes a second file replaces the lock, in one
+        operation and after another look at it. There is no moment without a lock.
         """
-        aside = self.path.with_name(f".lock-{secrets.token_hex(8)}.json")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self.path, aside)
-            if _read(aside) != owner:
-                with contextlib.suppress(OSError):
-                    os.link(aside, self.path)
-            aside.unlink()
+        turn = self.path.with_name(TURN)
+        try:
+            os.close(os.open(turn, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            if self._age(turn) > TURN_SECONDS:  # of a run that was killed at this point
+                turn.unlink(missing_ok=True)
+            time.sleep(0.05)
+            return False
+        try:
+            if _read(self.path) != owner:
+                return False
+            with _temporary(self.path, self._owner) as file:
+                os.replace(file, self.path)
+            return True
+        finally:
+            turn.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._end.wait(BEAT_SECONDS):

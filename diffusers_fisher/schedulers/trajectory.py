@@ -112,7 +112,6 @@ class Trajectory:
         """
         return self.gradients(loss, retain_graph)[0]
 
-    @check_kinds
     def gradients(self, loss: torch.Tensor, retain_graph: bool = False) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Returns the result of `gradient`, and the list of gradients with respect to the run's controls.
 

@@ -330,9 +330,11 @@ def test_an_image_that_the_network_refuses_is_named_and_changes_no_other_record(
 
     monkeypatch.setattr(StableDiffusionPipeline, "encode_prompt", limited)
     evaluate_dataset(tmp_path / "run", settings_of(place), batch_size=4)
+    name = "StableDiffusionFisherPipeline"
+    message = f"The call's arguments don't suit `encode_prompt` of {name}: ValueError: {error}"
     for row, expected in zip(lines(tmp_path / "run"), lines(reference[0]), strict=True):
         if expected.get("caption") == CAPTIONS[1]:
-            assert row["error"] == f"Image '{row['name']}': {error}"
+            assert row["error"] == f"Image '{row['name']}': {message if isinstance(error, ValueError) else error}"
         elif "error" not in expected:
             assert row["bits_per_dim"] == pytest.approx(expected["bits_per_dim"], abs=AGREEMENT)
 

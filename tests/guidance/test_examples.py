@@ -69,6 +69,7 @@ def test_pictures_of_the_embedded_checkpoint(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"guidance_morphing.png", "guidance_inpainting.png"}
 
 
+@pytest.mark.slow
 def test_tiny_benchmark_has_every_table_and_computes_nothing_twice(tmp_path, monkeypatch):
     guidance = script(EXAMPLES / "benchmarks" / "guidance.py")
     setting = guidance.dataclasses.replace(guidance.TINY, prompts=2, compared_prompts=3, batch=1, steps=1)

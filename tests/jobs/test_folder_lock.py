@@ -12,8 +12,11 @@ import time
 import psutil
 import pytest
 from image_folders import image_folder, saved_pipeline
+from typer.testing import CliRunner
 
 from diffusers_fisher import InputError
+from diffusers_fisher.cli import app
+from diffusers_fisher.files import read_json
 from diffusers_fisher.jobs import folder_lock
 from diffusers_fisher.jobs.folder_lock import LOCK, FolderLock
 
@@ -21,6 +24,11 @@ HOLD = (
     "import sys, time, pathlib; from diffusers_fisher.jobs.folder_lock import FolderLock\n"
     "with FolderLock(pathlib.Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
 )
+
+
+@pytest.fixture(autouse=True)
+def impatience(monkeypatch):
+    monkeypatch.setattr(folder_lock, "PATIENCE_SECONDS", 0.0)
 
 
 @contextlib.contextmanager
@@ -72,6 +80,23 @@ def test_a_killed_owner_gives_the_folder_free(tmp_path):
         with FolderLock(tmp_path):
             assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_owner_whose_parent_has_not_noticed_is_dead(tmp_path):
+    with holding(tmp_path) as process:
+        process.send_signal(signal.SIGKILL)
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        with FolderLock(tmp_path):
+            pass
+
+
+def test_a_run_waits_a_moment_for_a_process_that_is_ending(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_lock, "PATIENCE_SECONDS", 60.0)
+    with holding(tmp_path) as process:
+        threading.Timer(0.5, process.kill).start()
+        with FolderLock(tmp_path):
+            assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
 
 
 def test_another_process_with_the_number_of_a_dead_owner_is_not_the_owner(tmp_path):
@@ -128,16 +153,17 @@ def test_a_file_system_without_hard_links_has_locks_too(tmp_path, monkeypatch):
 
 
 def test_of_many_runs_that_find_a_dead_owner_one_takes_the_folder(tmp_path):
-    barrier, results = threading.Barrier(8), []
+    begin, end, results = threading.Barrier(8), threading.Barrier(8), []
 
     def run():
-        barrier.wait()
+        begin.wait()
         try:
             with FolderLock(tmp_path):
                 results.append(True)
-                time.sleep(0.3)  # longer than the eight tries take
+                end.wait()  # until all have tried
         except InputError:
             results.append(False)
+            end.wait()
 
     for _ in range(10):
         write_owner(tmp_path, started=0.0)
@@ -149,6 +175,14 @@ def test_of_many_runs_that_find_a_dead_owner_one_takes_the_folder(tmp_path):
         assert sorted(results) == [False] * 7 + [True]
         assert not list(tmp_path.iterdir())
         results.clear()
+
+
+def test_a_run_that_was_killed_while_it_took_a_lock_over_blocks_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_lock, "TURN_SECONDS", 0.2)
+    write_owner(tmp_path, started=0.0)
+    (tmp_path / folder_lock.TURN).touch()
+    with FolderLock(tmp_path):
+        assert [file.name for file in tmp_path.iterdir()] == [LOCK]
 
 
 def test_of_two_runs_of_other_settings_in_one_folder_the_second_is_refused(tmp_path):
@@ -163,14 +197,13 @@ def test_of_two_runs_of_other_settings_in_one_folder_the_second_is_refused(tmp_p
             "--data", str(tmp_path / "images"), "--num-inference-steps", str(steps), "--output", str(output),
         ]  # fmt: skip
 
-    first = subprocess.Popen(command(40), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(command(400), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (output / LOCK).exists():
         assert first.poll() is None, first.stderr.read()
         time.sleep(0.02)
-    second = subprocess.run(command(2), capture_output=True, text=True)
-    assert second.returncode == 1
-    assert f"belongs to a run that has not ended: process {first.pid} on" in second.stderr
-    errors = first.communicate()[1]
-    assert first.returncode == 0, errors
-    assert json.loads((output / "settings.json").read_text())["num_inference_steps"] == 40
-    assert not (output / LOCK).exists()
+    second = CliRunner().invoke(app, command(2)[3:])
+    assert second.exit_code == 1
+    assert f"belongs to a run that has not ended: process {first.pid} on" in second.output
+    first.kill()
+    first.communicate()
+    assert not (output / "settings.json").exists() or read_json(output / "settings.json")["num_inference_steps"] == 400

@@ -300,7 +300,7 @@ def test_parts_of_a_trace_corrected_estimator_are_bound():
     other.unet.conv_in.bias.data += 0.1
     own, foreign = (TraceMatchingFisher(model_of(backbone, each, pooled_channels=16)) for each in (pipe, other))
     x = 0.5 * backbone.noise()
-    prior = GaussianFisher(Covariance.diagonal(torch.linspace(0.1, 2, x[0].numel()).view(1, *x[0].shape), x[0].shape))
+    prior = GaussianFisher(Covariance.diagonal(torch.linspace(0.1, 2, x[0].numel()).view(1, *x[0].shape)))
     out = backbone.score(pipe, latents=x, estimator=TraceCorrectedFisher(prior, own))
     expected = backbone.score(pipe, latents=x, estimator=own)
     torch.testing.assert_close(out.trace_log_prob, expected.trace_log_prob, rtol=1e-5, atol=1e-5)  # by float32 sums

@@ -268,6 +268,7 @@ def test_attention_processors_act_in_runs_and_in_denoisers():
 # Half precision of trained weights
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_of_the_trained_checkpoint():
     """Bits per dimension are within 0.02 of float32; gradients have a cosine above 0.99 (the default: 0.95)."""
     from diffusers_fisher import (

@@ -127,7 +127,9 @@ def test_unknown_scheduler_is_refused_inside_the_run():
 
 
 def test_bad_estimator_is_refused():
-    with pytest.raises(InputError, match=r"The estimator is 'direct'; pass a Fisher estimator such as Direct"):
+    with pytest.raises(
+        InputError, match=r"`estimator` is 'direct' \(str\); allowed: a Fisher estimator such as DirectFisher\(\)"
+    ):
         ddim().differentiable("direct")
 
 
