@@ -26,8 +26,7 @@ def likelihood(place, output):
 def likelihood_results(output):
     rows = [json.loads(line) for line in (output / "likelihoods.jsonl").read_text(encoding="utf-8").splitlines()]
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    changing = {"seconds", "processes", "batch_size", "run"}
-    return rows, {key: value for key, value in summary.items() if key not in changing}
+    return rows, {key: value for key, value in summary.items() if key != "last_run"}
 
 
 def gallery(place, output):
@@ -62,7 +61,8 @@ def place(tmp_path_factory):
     saved_pipeline(folder / "pipeline")
     image_folder(folder / "images", count=40)
     (folder / "prompts.txt").write_text("a photo of a coat\n" * 8)
-    trace_runs.written(folder, trace_runs.settings(folder, optimisation={"steps": 60, "save_every": 2}))
+    (folder / "training").mkdir()
+    trace_runs.written(folder, trace_runs.settings(folder / "training", optimisation={"steps": 60, "save_every": 2}))
     return folder
 
 
