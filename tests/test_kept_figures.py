@@ -112,3 +112,11 @@ def test_guidance_at_stable_diffusions_size_costs_little_more_than_no_gradient()
     assert found["setting"]["steps"] == 25 and found["setting"]["pixels"] == 512
     assert found["worst_autodiff_free_over_floor"] <= 1.05
     assert found["exact_over_default"] >= 2.5
+
+
+@pytest.mark.parametrize("name", ["guide", "log_likelihood"])
+def test_memory_stays_flat_over_many_runs(name):
+    run = kept("memory")[name]
+    assert run["tensors_left"] == 0
+    first, second = run["megabytes"][10 : len(run["megabytes"]) // 2], run["megabytes"][len(run["megabytes"]) // 2 :]
+    assert max(second) < 1.01 * max(first)

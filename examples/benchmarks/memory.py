@@ -67,10 +67,9 @@ def draw(result: dict) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(8, 3), constrained_layout=True)
     titles = (f"{GUIDE_CALLS} calls of guide", f"{IMAGES:,} images in batches of {BATCH}")
     for panel, name, title in zip(panels, ("guide", "log_likelihood"), titles, strict=True):
-        panel.plot(result[name]["megabytes"])
-        panel.set(
-            title=title, xlabel="calls", ylabel="resident memory, MB", ylim=(0, 1.2 * max(result[name]["megabytes"]))
-        )
+        megabytes = result[name]["megabytes"]
+        panel.plot(megabytes)
+        panel.set(title=title, xlabel="calls", ylabel="resident memory, MB", ylim=(0, 1.2 * max(megabytes)))
     save_figure(figure, FOLDER / "memory.png")
 
 
