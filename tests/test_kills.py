@@ -26,7 +26,8 @@ def likelihood(place, output):
 def likelihood_results(output):
     rows = [json.loads(line) for line in (output / "likelihoods.jsonl").read_text(encoding="utf-8").splitlines()]
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    return rows, {key: value for key, value in summary.items() if key != "last_run"}
+    times = {"process_seconds", "images_per_process_second", "last_run"}
+    return rows, {key: value for key, value in summary.items() if key not in times}
 
 
 def gallery(place, output):
