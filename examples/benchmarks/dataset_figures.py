@@ -14,12 +14,12 @@ def dataset_sharing() -> str:
     killed, machine = result["killed"], result["sharing"]["machine"]
     columns = [
         "trace by", "largest difference of an image's bits/dim from batches of 1 in 1 process",
-        "images a second, 1 and 2 processes", "ratio",
+        "images per second, 1 and 2 processes", "ratio",
     ]  # fmt: skip
     return document(
         table(columns, rows),
         f"Embedded checkpoint, {killed['images']} test images, batches of 1 and 16, 1 and 2 processes "
-        f"({machine['device']}, one core a process). Two processes, killed with SIGKILL after "
+        f"({machine['device']}, one core per process). Two processes, killed with SIGKILL after "
         f"{killed['records_before']} records and taken up: {killed['computed_after']} more were computed, "
         f"{killed['records_changed']} of the first changed, and no number is further than "
         f"{killed['largest_difference_from_unbroken_bits_per_dim']:.1e} from an unbroken run's.",
@@ -35,7 +35,7 @@ def dataset_report() -> str:
     ]
     return document(
         f"All {result['images']:,} test images ({result['method']['trace']}, {result['evaluations_an_image']} "
-        f"evaluations an image): {bits['mean']:.3f} ± {bits['standard_error']:.3f} bits/dim, standard deviation "
+        f"evaluations per image): {bits['mean']:.3f} ± {bits['standard_error']:.3f} bits/dim, standard deviation "
         f"{bits['standard_deviation']:.3f}, from {bits['least']:.2f} to {bits['greatest']:.2f}; error by the steps "
         f"{errors['discretisation_mean']:.4f} on average, {errors['discretisation_greatest']:.3f} at most.",
         table(["caption", "images", "mean bits/dim", "standard deviation"], rows),

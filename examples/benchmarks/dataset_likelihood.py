@@ -55,7 +55,7 @@ def bits(folder: Path) -> list[float]:
 
 
 def shared_out(folder: Path, estimator: str, count: int) -> dict[str, Any]:
-    """Runs every way; the largest difference from the first, and images a second."""
+    """Runs every way; the largest difference from the first, and images per second."""
     numbers, rates = {}, {}
     for name, (processes, batch_size) in RUNS.items():
         target = folder / f"{estimator} {name}"

@@ -60,7 +60,7 @@ def fisher_ascents() -> str:
     parts = [
         f"Embedded checkpoint, {part['batch']} prompts, {part['iterations']} iterations of normalised ascent, step "
         f"{part['step_size']} of the noise's norm, {machine['device']}, {machine['threads']} "
-        "threads: reward gained, and gained a second in brackets."
+        "threads: reward gained, and gained per second in brackets."
     ]
     for reward in next(iter(estimators.values())):
         rows = [[name, *(_ascent_cell(each[name][reward]) for each in ascents.values())] for name in estimators]

@@ -19,7 +19,7 @@ def guidance() -> str:
         f"{setting['guidance_scale']}, batch {setting['batch']}, {machine['device']}, {machine['threads']} threads): "
         "reward before and after "
         f"{setting['iterations']} iterations of normalised ascent, the same noise and step size for all.",
-        table(["method", "time of an iteration over the floor*", *rewards], rows),
+        table(["method", "time of one iteration over the floor*", *rewards], rows),
         "\\* sampling, decoding, and the reward's gradient at the latents. Stored graph and per-step recomputation "
         f"give the exact gradient; the faster of them here, {iteration['faster_exact_method']}, takes "
         f"{iteration['exact_over_default']['median']:.2f} times as long as one step, the default. A run's graph keeps "

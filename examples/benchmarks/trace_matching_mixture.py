@@ -46,7 +46,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 class IsotropicMixture(Denoiser):
-    """The exact denoiser of modes m_k with covariances v_k I and equal weights: two matrix products a call, float32.
+    """The exact denoiser of modes m_k with covariances v_k I and equal weights: two matrix products per call, float32.
 
     Args:
         means: (K, 256); variances: (K,).
