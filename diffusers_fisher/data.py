@@ -309,9 +309,8 @@ def _decode(entry: dict[str, Any] | None, name: str, data: ImageData, channels: 
             with io.BytesIO(content) if content else open(entry["path"], "rb") as file, Image.open(file) as opened:
                 _check_size(*opened.size, data.pixel_limit)
                 pixels, transparent = read_pixels(opened, channels, size)
-                _check_size(
-                    pixels.shape[2], pixels.shape[1], data.pixel_limit
-                )  # icons state one size and have another
+                _, height, width = pixels.shape  # icons state one size and have another
+                _check_size(width, height, data.pixel_limit)
                 return pixels, transparent
     except Exception as error:  # Pillow and its decoders raise errors of many kinds over damaged files
         text = "there is not enough memory for it" if isinstance(error, MemoryError) else str(error)

@@ -33,7 +33,7 @@ _BACKENDS = _Backends()
 def encode_apart(pipe: DiffusionPipeline, *args: Any, **kwargs: Any) -> tuple:
     """Returns the result of the pipeline's `encode_prompt` with tokenizers of this thread.
 
-    Cost beside the encoding: a copy of each tokenizer, once per thread, a tenth of a second for 50,000 tokens.
+    Cost beside the encoding: a copy of each tokenizer, once per thread, some tenths of a second for 50,000 tokens.
     """
     from transformers import PreTrainedTokenizerFast
 

@@ -201,7 +201,7 @@ def check_fingerprint(
     if words:
         raise InputError(
             f"The {name} was trained for another denoiser. What differs: {'; '.join(words)}. Use the one it was "
-            "trained for, train another, or pass check=False if you know that they agree."
+            "trained for, train another, or pass check=False to TraceMatchingFisher if you know that they agree."
         )
 
 

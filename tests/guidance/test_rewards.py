@@ -346,3 +346,30 @@ def test_measurements_of_another_size_are_refused():
 def test_gradients_of_simple_rewards_are_exact(reward):
     # Quadratic at most, so truncation is nothing; rounding is 1e-16 of a reward of 0.1 over a step of 1e-4.
     assert central_difference_error(reward, smooth_images(2, 6, 8, dtype=torch.float64), step=1e-4) < 1e-10
+
+
+def test_targets_are_the_same_as_images_of_every_kind():
+    """A PIL image, an array of floats and a tensor in [-1, 1] stand for one target, up to float32 rounding."""
+    from PIL import Image
+
+    pixels = torch.randint(0, 256, (4, 6, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    tensor = pixels.permute(2, 0, 1) / 255
+    images = torch.rand(1, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    expected = MeasurementReward(tensor)(images, [])
+    rewards = [
+        MeasurementReward(Image.fromarray(pixels.numpy())),
+        MeasurementReward(pixels.numpy() / 255),
+        MeasurementReward(2 * tensor - 1, data_range=(-1.0, 1.0)),
+    ]
+    for reward in rewards:
+        torch.testing.assert_close(reward(images, []), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [torch.rand(4, 6), torch.full((3, 4, 6), 255.0), torch.full((3, 4, 6), torch.nan)],
+    ids=["flat", "bytes", "NaN"],
+)
+def test_targets_that_are_no_images_are_refused_when_the_reward_is_made(target):
+    with pytest.raises(InputError, match="The target of the reward: "):
+        MeasurementReward(target)

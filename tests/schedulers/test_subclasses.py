@@ -32,24 +32,24 @@ class HalvedDDIMScheduler(Counted, diffusers.DDIMScheduler):
     """A scheduler of a user's."""
 
 
-class OverFisher(FisherDDIMScheduler):
-    def step(self, model_output, timestep, sample, *args, **kwargs):
-        self.steps = getattr(self, "steps", 0) + 1
-        return super().step(model_output / 2, timestep, sample, *args, **kwargs)
+def subclass(name, *bases):
+    """A class over `bases` with the methods of `Counted` in its own body, where `super()` is that class's parent."""
 
-    def add_noise(self, *args, **kwargs):
-        self.noises = getattr(self, "noises", 0) + 1
-        return super().add_noise(*args, **kwargs)
+    class Mine(*bases):
+        def step(self, model_output, timestep, sample, *args, **kwargs):
+            self.steps = getattr(self, "steps", 0) + 1
+            return super().step(model_output / 2, timestep, sample, *args, **kwargs)
+
+        def add_noise(self, *args, **kwargs):
+            self.noises = getattr(self, "noises", 0) + 1
+            return super().add_noise(*args, **kwargs)
+
+    Mine.__name__ = name
+    return Mine
 
 
-class OverMixin(FisherSchedulerMixin, diffusers.DDIMScheduler):
-    def step(self, model_output, timestep, sample, *args, **kwargs):
-        self.steps = getattr(self, "steps", 0) + 1
-        return super().step(model_output / 2, timestep, sample, *args, **kwargs)
-
-    def add_noise(self, *args, **kwargs):
-        self.noises = getattr(self, "noises", 0) + 1
-        return super().add_noise(*args, **kwargs)
+OverFisher = subclass("OverFisher", FisherDDIMScheduler)
+OverMixin = subclass("OverMixin", FisherSchedulerMixin, diffusers.DDIMScheduler)
 
 
 class BesideFisher(Counted, FisherDDIMScheduler):
