@@ -37,7 +37,7 @@ from diffusers_fisher import NumericalError
 from diffusers_fisher.checkpoints import EMBEDDED_CLASSES, embedded_prompt
 from diffusers_fisher.files import load_tensors, save_tensors, write_json
 from diffusers_fisher.jobs.config import load_config
-from diffusers_fisher.jobs.seeds import step_generator
+from diffusers_fisher.seeds import step_generator
 from diffusers_fisher.settings import settings_class
 from diffusers_fisher.training.schedule import Optimisation, batch_indices, learning_rates
 from diffusers_fisher.training.state import load_training_state, save_training_state

@@ -24,11 +24,11 @@ from ..jobs.identity import images_digest, pipeline_digests, row_digest
 from ..jobs.pipelines import DenoiserSettings, load_pipeline
 from ..jobs.processes import process_state
 from ..jobs.records import SETTINGS, Records, shard
-from ..jobs.seeds import step_generator
 from ..likelihood import DEFAULT_SCHEME, LikelihoodOutput
 from ..likelihood.pipeline import log_likelihood
 from ..likelihood.schemes import scheme_of
 from ..pipelines import FisherPipelineMixin
+from ..seeds import step_generator
 from ..settings import NotNegative, TraceEstimator, settings_class
 from .dataset_likelihood_report import FILE, ImageGroup, ImageRecords, write_results
 

@@ -15,8 +15,8 @@ from ..backbones.base import Generators, Moment
 from ..backbones.conditions import NEGATIVE_PROMPTS, Condition
 from ..backbones.inputs import check_arguments
 from ..errors import InputError
-from ..fisher.autodiff import AutodiffFisher
 from ..fisher.estimator import FisherEstimator
+from ..fisher.finite_difference import FiniteDifferenceFisher
 from ..fisher.trace_matching import TraceMatchingFisher
 from ..images import UNIT_RANGE, ImageLike
 from .comparison import METHODS, LikelihoodComparison
@@ -39,6 +39,7 @@ def log_likelihood(
     num_inference_steps: int = 32,
     estimator: FisherEstimator | None = None,
     num_probes: int | Literal["auto"] | None = "auto",
+    fixed_probes: bool = False,
     noised: bool = False,
     step_halving: bool = False,
     prior_mean: Moment = None,
@@ -63,10 +64,10 @@ def log_likelihood(
         latents: (B, C, h, w) scaled latents, instead of `images`.
         num_inference_steps: steps of the integration.
         estimator: gives the trace of the diffusion Fisher; None: `TraceMatchingFisher` with the checkpoint's trace
-            model, or without a trace model the network's own trace, `AutodiffFisher()`.
-        num_probes: Hutchinson probes; None: the exact trace, with `AutodiffFisher` by C*h*w backward passes per step;
-            "auto": None for trace models, else 2.
-        noised, step_halving, generator, scheme: see `diffusers_fisher.likelihood.Integration`.
+            model, or without a trace model `FiniteDifferenceFisher()`, which needs no graph.
+        num_probes: number of random directions of the trace per level; None: the exact trace, for which
+            `AutodiffFisher` takes C*h*w backward passes per level; "auto": None for trace models, else 1.
+        fixed_probes, noised, step_halving, generator, scheme: see `diffusers_fisher.likelihood.Integration`.
         prior_mean, prior_variance: moments of the training data's latents; None: the checkpoint's `latent_statistics`,
             or 0 and 1 where it has none. The output's `prior` names the choice.
         data_range: lowest and highest value of arrays and tensors of images, such as (0, 255).
@@ -76,8 +77,9 @@ def log_likelihood(
             them. Negative prompts have no effect without guidance, and are refused.
 
     Returns:
-        `LikelihoodOutput`. Cost: `num_inference_steps` + 1 evaluations, half as many again with `step_halving`, each
-        with one backward pass per probe, or with one evaluation of the trace model. Warns where the discretisation
+        `LikelihoodOutput`. Cost: `num_inference_steps` + 1 levels, half as many again with `step_halving`, each with
+        one evaluation of the denoiser and one of the trace model; without a trace model one more of the denoiser per
+        probe instead (`AutodiffFisher`: a backward pass). Warns where the discretisation
         error exceeds 0.05 bits/dim (`CoarseGridWarning`).
 
     Raises:
@@ -95,7 +97,9 @@ def log_likelihood(
     samples = backbone.samples_of(images, latents, data_range)
     denoiser = unguided_denoiser(backbone, samples, guidance_scale, prompt, call_arguments)
     if estimator is None:
-        estimator = AutodiffFisher() if backbone.trace_model is None else TraceMatchingFisher(backbone.trace_model)
+        estimator = (
+            FiniteDifferenceFisher() if backbone.trace_model is None else TraceMatchingFisher(backbone.trace_model)
+        )
     if num_probes == "auto":
         num_probes = estimator.default_num_probes
     mean, variance = backbone.prior(prior_mean, prior_variance, samples)
@@ -159,7 +163,8 @@ def compare_likelihood(
             for prompt in _replay(candidates, generator)
         ]
         errors = torch.stack([row.discretisation_error for row in scores])
-        draws = [row.prior_log_prob + row.trace_by_probe for row in scores]
+        draws = [row.trace_by_level for row in scores]
+        weights, fixed = scores[0].trace_weights, scores[0].fixed_probes
     else:
         backbone.check_scheduler()
         bins = options.pop("bins", None)
@@ -178,10 +183,12 @@ def compare_likelihood(
             ]  # fmt: skip
         errors = torch.zeros(len(squares), len(samples), dtype=torch.float64)
         draws = [row.contributions for row in squares]
+        weights, fixed = None, False
     return LikelihoodComparison(
-        log_prob=torch.stack([row.log_prob for row in rows]), contributions=torch.stack(draws, dim=1),
+        log_prob=torch.stack([row.log_prob for row in rows]), contributions=torch.stack(draws, dim=-2),
         discretisation_error=errors, dims=rows[0].dims,
         num_denoiser_calls=sum(row.num_denoiser_calls for row in rows), space=rows[0].space, method=method,
+        trace_weights=weights, fixed_probes=fixed,
     )  # fmt: skip
 
 

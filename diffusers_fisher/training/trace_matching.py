@@ -36,9 +36,9 @@ from ..jobs.folder_lock import locked_folder
 from ..jobs.identity import autoencoder_note, data_note, note_differences, refuse_differences
 from ..jobs.pipelines import load_pipeline
 from ..jobs.processes import WAIT, uses_cpu
-from ..jobs.seeds import step_generator
 from ..models import FisherTraceModel
 from ..noise import log_noise_to_signal_range, timestep_at
+from ..seeds import step_generator
 from .checkpoints import TrainingFolder
 from .paths import Paths, follow_paths
 from .pieces import BatchShare, Piece, TrainingData

@@ -121,7 +121,7 @@ def test_odd_pictures_are_evaluated_as_they_are_shown(pipeline, tmp_path):
 
     def bits(image):
         from diffusers_fisher import FiniteDifferenceFisher
-        from diffusers_fisher.jobs.seeds import step_generator
+        from diffusers_fisher.seeds import step_generator
 
         generator = step_generator(0, "likelihood", rows["turned.png"]["position"])
         options = {"num_inference_steps": 2, "num_probes": 1, "generator": generator}

@@ -29,7 +29,7 @@ from diffusers_fisher.evaluation.dataset_likelihood import DatasetSettings, eval
 from diffusers_fisher.evaluation.dataset_likelihood_report import ImageRecords
 from diffusers_fisher.jobs.pipelines import DenoiserSettings
 from diffusers_fisher.jobs.records import Records
-from diffusers_fisher.jobs.seeds import step_generator
+from diffusers_fisher.seeds import step_generator
 
 AGREEMENT = 1e-5  # bits/dim: float32 sums of other orders, through a network
 STEPS = 2
