@@ -24,7 +24,7 @@ def trace_mixture() -> str:
     return document(
         *parts,
         f"\\* of processor time on one thread, for {result['steps']} steps of {result['denoiser_calls_a_step']} "
-        f"denoiser evaluations and {result['parameters']:,} parameters, the same for every recipe. Errors are measured on "
+        f"denoiser evaluations and {result['parameters']:,} parameters, the same for every recipe. Errors are over "
         f"{result['evaluation_samples']} fresh samples at every timestep.",
     )
 
@@ -72,7 +72,8 @@ def trace_embedded() -> str:
              for name, row in likelihoods["bits_per_dim"].items()],
         ),
         f"Time of a likelihood relative to its time with the trace model ({result['times']['images']} images, "
-        f"{result['threads']} threads): {ratios['1 probe']['median']:.2f} with 1 probe, {ratios['16 probes']['median']:.1f} with 16.",
+        f"{result['threads']} threads): {ratios['1 probe']['median']:.2f} with 1 probe, "
+        f"{ratios['16 probes']['median']:.1f} with 16.",
     )  # fmt: skip
 
 
