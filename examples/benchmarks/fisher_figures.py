@@ -4,7 +4,7 @@ from figure_tables import document, kept, nearest, table
 
 
 def fisher_levels() -> str:
-    """Three of the levels, both parts."""
+    """Returns tables of three of the noise levels, for both parts."""
     parts = []
     for name, title in (
         ("mixture", "(a) mixture of 300 Gaussians fitted to 16x16 images"),
