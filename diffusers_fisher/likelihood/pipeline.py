@@ -18,7 +18,8 @@ from ..errors import InputError
 from ..fisher.estimator import FisherEstimator
 from ..fisher.finite_difference import FiniteDifferenceFisher
 from ..fisher.trace_matching import TraceMatchingFisher
-from ..images import UNIT_RANGE, ImageLike
+from ..images import UNIT_RANGE, ImageLike, image_tensor
+from ..seeds import content_key
 from .comparison import METHODS, LikelihoodComparison
 from .output import LikelihoodOutput, SquaredErrorOutput
 from .schemes import DEFAULT_SCHEME
@@ -48,6 +49,7 @@ def log_likelihood(
     scheme: str = DEFAULT_SCHEME,
     data_range: tuple[float, float] = UNIT_RANGE,
     bins: int | None = None,
+    image_keys: Sequence[str] | None = None,
     **call_arguments: Any,
 ) -> LikelihoodOutput:
     """Scores images by their log-likelihood under a checkpoint, without classifier-free guidance.
@@ -73,6 +75,8 @@ def log_likelihood(
         data_range: lowest and highest value of arrays and tensors of images, such as (0, 255).
         bins: for pipelines in pixels, the number of values an image can have, 256 for 8 bits: each pixel is moved to a
             random point of its bin, and `bits_per_dim` is that of the discrete image. None: that of the density.
+        image_keys: one key per image, which stands for it in its random draws: images of equal keys have equal draws.
+            None: a key of the image's values, so that an image has the same number in every batch and every order.
         **call_arguments: arguments of the pipeline's call, such as `prompt_embeds` with the tensors that belong to
             them. Negative prompts have no effect without guidance, and are refused.
 
@@ -95,6 +99,7 @@ def log_likelihood(
     guidance_scale = backbone.unguided_scale(call_arguments)
     call_arguments = check_arguments(backbone.name, backbone.parameters, log_likelihood, call_arguments)
     samples = backbone.samples_of(images, latents, data_range)
+    keys = image_keys or content_keys(backbone, images, latents, data_range)
     denoiser = unguided_denoiser(backbone, samples, guidance_scale, prompt, call_arguments)
     if estimator is None:
         estimator = (
@@ -106,8 +111,8 @@ def log_likelihood(
     nodes = num_inference_steps + 1 + (num_inference_steps // 2 + 1 if step_halving else 0)
     with backbone.loaded(), backbone.progress_bar(nodes) as progress:
         integration = Integration(
-            num_inference_steps, num_probes, mean, variance, noised, step_halving, generator, scheme, bins,
-            backbone.space, progress.update,
+            num_inference_steps, num_probes, fixed_probes, mean, variance, noised, step_halving, generator, keys,
+            scheme, bins, backbone.space, progress.update,
         )  # fmt: skip
         return integrate_log_likelihood(denoiser, backbone.pack(samples), estimator, integration)
 
@@ -155,9 +160,11 @@ def compare_likelihood(
         raise InputError(f"`prompts` is {prompts!r}; allowed: a list of at least one, each for all images.")
     if generator is None:  # for None, noise on a GPU would come from the GPU's generator, which is not replayed
         generator = torch.default_generator
-    samples = backbone.samples_of(images, latents, options.pop("data_range", UNIT_RANGE))
+    data_range = options.pop("data_range", UNIT_RANGE)
+    samples = backbone.samples_of(images, latents, data_range)
     rows: list[LikelihoodOutput] | list[SquaredErrorOutput]
     if method == "ode":
+        options.setdefault("image_keys", content_keys(backbone, images, latents, data_range))
         rows = scores = [
             log_likelihood(pipe, None, prompt, latents=samples, generator=generator, **options)
             for prompt in _replay(candidates, generator)
@@ -190,6 +197,16 @@ def compare_likelihood(
         num_denoiser_calls=sum(row.num_denoiser_calls for row in rows), space=rows[0].space, method=method,
         trace_weights=weights, fixed_probes=fixed,
     )  # fmt: skip
+
+
+def content_keys(
+    backbone: Backbone, images: ImageLike | None, latents: torch.Tensor | None, data_range: tuple[float, float]
+) -> list[str]:
+    """Returns a key of the values of each image or latent: the input's, because encoders round by batch."""
+    values = latents
+    if values is None:
+        values = image_tensor(images, backbone.size_multiple, backbone.image_channels, data_range)
+    return [content_key(value) for value in values]
 
 
 def unguided_denoiser(

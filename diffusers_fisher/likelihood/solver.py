@@ -206,6 +206,8 @@ def prepare_problem(
     """Checks what is to be integrated, and makes all random draws. Raises as `integrate_log_likelihood`."""
     samples, bins, generator = check_samples(samples), integration.bins, integration.generator
     check_generators(generator, len(samples))
+    if integration.keys is not None and len(integration.keys) != len(samples):
+        raise InputError(f"{len(integration.keys)} image keys were given for {len(samples)} images; give as many.")
     if integration.num_probes is not None and integration.num_probes > max(samples[0].numel(), MANY_PROBES):
         raise InputError(
             f"`num_probes` is {integration.num_probes} for samples of {samples[0].numel()} dimensions; pass None for "
