@@ -95,11 +95,11 @@ class SchedulerCase:
     @property
     def config(self) -> dict[str, Any]:
         """Stable Diffusion's schedule without clipping, where the scheduler has these settings, then the changes."""
-        accepted = inspect.signature(self.parent.__init__).parameters
+        parameters = inspect.signature(self.parent.__init__).parameters
         base = {**STABLE_DIFFUSION, "clip_sample": False}
         if self.name == "DDIMInverseScheduler":
             base["set_alpha_to_one"] = False  # its first sample is at the final level; sigma = 0 there has no epsilon
-        return {**{key: value for key, value in base.items() if key in accepted}, **self.changes}
+        return {**{key: value for key, value in base.items() if key in parameters}, **self.changes}
 
     def __str__(self) -> str:
         words = [f"{key}={value}" for key, value in {**self.changes, **self.step}.items()]
