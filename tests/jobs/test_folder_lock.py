@@ -110,8 +110,8 @@ def test_a_damaged_lock_holds_until_it_is_old(tmp_path, content):
     (tmp_path / LOCK).write_text(content)
     with pytest.raises(InputError, match="has not ended"):
         FolderLock(tmp_path).__enter__()
-    old = time.time() - folder_lock.SILENT_SECONDS - 1
-    os.utime(tmp_path / LOCK, (old, old))
+    timestamp = time.time() - folder_lock.SILENT_SECONDS - 1
+    os.utime(tmp_path / LOCK, (timestamp, timestamp))
     with FolderLock(tmp_path):
         pass
 
