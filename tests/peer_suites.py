@@ -181,8 +181,8 @@ def main(arguments: list[str]) -> int:
         print(f"{difference.test}\n    {lines[0].removeprefix('E').strip()}")
         print(f"    {'expected: ' + str(reason(difference)) if difference not in unexpected else 'NOT EXPECTED'}")
     print(
-        f"{num_passed} of {len(stock)} tests pass with diffusers' classes; {len(result)} of them do not pass with ours, "
-        f"{len(result) - len(unexpected)} as expected"
+        f"{num_passed} of {len(stock)} tests pass with diffusers' classes; {len(result)} of them do not pass "
+        f"with ours, {len(result) - len(unexpected)} as expected"
     )
     return int(bool(unexpected) or num_passed == 0)
 

@@ -154,7 +154,8 @@ def test_safety_checker_sees_the_guided_images_and_is_reported():
     assert out.nsfw_content_detected == (after > threshold).tolist()
     assert 0 < sum(out.nsfw_content_detected) < 4
     for images, original, is_unsafe in (
-        (out.images, reference.images, after > threshold), (out.initial_images, reference.initial_images, before > threshold)
+        (out.images, reference.images, after > threshold),
+        (out.initial_images, reference.initial_images, before > threshold),
     ):  # fmt: skip
         assert torch.equal(images, torch.where(is_unsafe[:, None, None, None], 0, original))
     assert torch.equal(out.rewards, reference.rewards)
