@@ -87,7 +87,7 @@ def dimensions(shape: tuple[int, ...]) -> int:
     return math.prod(shape)
 
 
-def disturbed(model: FisherTraceModel, size: float = 0.3) -> FisherTraceModel:
+def disturb(model: FisherTraceModel, size: float = 0.3) -> FisherTraceModel:
     """The model with noise on all parameters, as though trained."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

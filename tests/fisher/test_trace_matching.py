@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from cases import STABLE_DIFFUSION, relative
-from trace_cases import IMAGE, TOKENS, GaussianData, GaussianDenoiser, disturbed
+from trace_cases import IMAGE, TOKENS, GaussianData, GaussianDenoiser, disturb
 
 from diffusers_fisher import (
     AutodiffFisher,
@@ -81,7 +81,7 @@ def test_contract_and_agreement_with_the_exact_fisher(kind, prediction, timestep
 
 def test_products_and_traces_need_no_denoiser_call():
     for shape, basis, settings in KINDS.values():
-        operator = TraceMatchingFisher(disturbed(GaussianData(shape, basis).model(**settings), 0.1))(
+        operator = TraceMatchingFisher(disturb(GaussianData(shape, basis).model(**settings), 0.1))(
             state_of(GaussianData(shape, basis))
         )
         for estimate in (operator.trace(), operator.diagonal()):
@@ -94,14 +94,14 @@ def test_products_and_traces_need_no_denoiser_call():
 def test_trace_is_that_of_r():
     data = GaussianData()
     state = state_of(data)
-    model = disturbed(data.model())
+    model = disturb(data.model())
     expected = 32 * (1 - model.unexplained_noise_fraction(state)) / state.level.sigma**2
     assert relative(TraceMatchingFisher(model)(state).trace().value, expected) < 1e-12
 
 
 def test_norm_target_gives_the_trace_by_the_paper_s_formula():
     data = GaussianData()
-    state, model = state_of(data), disturbed(data.model(target="norm"))
+    state, model = state_of(data), disturb(data.model(target="norm"))
     alpha, sigma, d = state.level.alpha, state.level.sigma, 32
     moment = model.evaluate(state).second_moment.double()
     clean = state.pred_original_sample.square().flatten(1).sum(1)
@@ -313,7 +313,7 @@ def test_estimators_get_the_denoiser_of_a_likelihood_and_of_a_field():
 
 def test_pooled_vectors_are_those_of_our_pipeline_s_conditions(pipe):
     pooled_model = FisherTraceModel(in_channels=1, block_out_channels=(4, 8), pooled_channels=16)
-    disturbed(pooled_model)
+    disturb(pooled_model)
     x = torch.randn(1, 1, 4, 4, generator=seeded())
     denoiser = PipelineDenoiser(pipe, prompt="a")
     out = integrate_log_likelihood(denoiser, x, TraceMatchingFisher(pooled_model), Integration(2, None))
@@ -326,7 +326,7 @@ def test_pooled_vectors_are_those_of_our_pipeline_s_conditions(pipe):
 
 def test_pooled_vectors_reach_the_model():
     data = GaussianData()
-    model = disturbed(data.model(pooled_channels=3))
+    model = disturb(data.model(pooled_channels=3))
     state = state_of(data)
     pooled = torch.randn(2, 3, generator=seeded())
     traces = [TraceMatchingFisher(model, pooled=value)(state).trace().value for value in (pooled, pooled.flip(0))]

@@ -186,9 +186,9 @@ def test_antithetic_probes_cancel_the_first_order_of_forward_differences():
     probes = rademacher(20, state.sample, seeded())
     exact = AutodiffFisher(network)(state).trace(probes).value
 
-    def errors(probes, central_errors=False):
+    def errors(probes, central=False):
         for step in (4e-2, 2e-2):
-            value = FiniteDifferenceFisher(network, step, central_errors)(state).trace(probes).value
+            value = FiniteDifferenceFisher(network, step, central)(state).trace(probes).value
             yield float((value - exact).abs().sum())
 
     forward_errors, antithetic_errors, central_errors = (

@@ -13,7 +13,7 @@ import torch
 from cases import STABLE_DIFFUSION, ZERO_SNR, SchedulerCase
 from diffusers.utils import hub_utils
 from safetensors import safe_open
-from trace_cases import IMAGE, SMALL, TOKENS, GaussianData, GaussianDenoiser, disturbed
+from trace_cases import IMAGE, SMALL, TOKENS, GaussianData, GaussianDenoiser, disturb
 
 from diffusers_fisher import (
     CheckpointError,
@@ -85,7 +85,7 @@ def test_untrained_model_is_exact_on_gaussian_data(kind, scheduler):
 @pytest.mark.parametrize("kind", [name for name in KINDS if "moment" not in name])
 def test_both_ends_are_right_for_every_output_of_the_network(kind):
     shape, basis, settings = KINDS[kind]
-    model = disturbed(GaussianData(shape, basis).model(**settings), 1.0)
+    model = disturb(GaussianData(shape, basis).model(**settings), 1.0)
     noise_to_signal = torch.logspace(-5, 5, 11, dtype=torch.float64)
     level = NoiseLevel.from_log_noise_to_signal(noise_to_signal.log())
     x = torch.randn(11, *shape, generator=seeded(), dtype=torch.float64)
@@ -102,7 +102,7 @@ def test_both_ends_are_right_for_every_output_of_the_network(kind):
 def test_same_noised_sample_gives_the_same_r_in_every_scheduler():
     """A model knows only x_t divided by its norm and log(sigma/alpha) of the schedule."""
     data = GaussianData()
-    model = disturbed(data.model())
+    model = disturb(data.model())
     state = state_of(data, make("epsilon"), [300.0, 700.0])
     r = model.unexplained_noise_fraction(state)
     for factor, prediction in (
@@ -119,7 +119,7 @@ def test_same_noised_sample_gives_the_same_r_in_every_scheduler():
 def test_diagonal_averages_to_r_and_one_network_gives_both():
     for basis in ("pixel", "dct"):
         data = GaussianData(basis=basis)
-        model = disturbed(data.model(output="diagonal"))
+        model = disturb(data.model(output="diagonal"))
         state = state_of(data, make("epsilon"), [300.0, 700.0])
         logits = model.evaluate(state).logits
         assert logits.shape == state.sample.shape
@@ -132,7 +132,7 @@ def test_diagonal_averages_to_r_and_one_network_gives_both():
 def test_samples_do_not_see_each_other(kind):
     shape, basis, settings = KINDS[kind]
     data = GaussianData(shape, basis)
-    model = disturbed(data.model(**settings))
+    model = disturb(data.model(**settings))
     state = state_of(data, make("v_prediction"), [400.0, 600.0, 800.0])
     single = dataclasses.replace(
         state, sample=state.sample[1:2], model_output=state.model_output[1:2],
@@ -146,7 +146,7 @@ def test_samples_do_not_see_each_other(kind):
 @pytest.mark.parametrize("output", ["trace", "diagonal"])
 @pytest.mark.parametrize("basis", ["pixel", "dct"])
 def test_other_sizes_take_interpolated_variances(basis, output):
-    model = disturbed(GaussianData(basis=basis).model(output=output), 0.1)
+    model = disturb(GaussianData(basis=basis).model(output=output), 0.1)
     for size in ((6, 8), (5, 3)):
         x = torch.randn(2, 2, *size, generator=seeded())
         state = DenoisingState(x, x, NoiseLevel.from_log_noise_to_signal(torch.zeros(())), Prediction("epsilon"))
@@ -203,7 +203,7 @@ def test_zero_terminal_snr_ends_in_zero_r():
 
 def test_prediction_and_sample_both_matter_to_a_trained_network():
     data = GaussianData()
-    model, sample_model = disturbed(data.model()), disturbed(data.model(use_prediction=False))
+    model, sample_model = disturb(data.model()), disturb(data.model(use_prediction=False))
     state = state_of(data, make("epsilon"), [300.0, 700.0])
     other = dataclasses.replace(state, model_output=state.model_output + 0.5)
     assert not torch.equal(model.unexplained_noise_fraction(state), model.unexplained_noise_fraction(other))
@@ -220,7 +220,7 @@ def with_features(state, seed=3):
 def test_features_change_the_output_if_the_state_has_some(kind):
     shape, basis, settings = KINDS[kind]
     data = GaussianData(shape, basis)
-    model = disturbed(data.model(feature_channels=6, **settings))
+    model = disturb(data.model(feature_channels=6, **settings))
     state = state_of(data, make("epsilon"), [300.0, 700.0])
     feature_state, other_state = with_features(state), with_features(state, 4)
     assert not torch.equal(
@@ -238,7 +238,7 @@ def test_features_change_the_output_if_the_state_has_some(kind):
         rtol=1e-4,
         atol=1e-6,
     )  # float32, other batch
-    featureless = disturbed(data.model(**settings))
+    featureless = disturb(data.model(**settings))
     assert torch.equal(
         featureless.unexplained_noise_fraction(feature_state), featureless.unexplained_noise_fraction(state)
     )
@@ -249,7 +249,7 @@ def test_features_are_standardised_at_their_own_level():
     data = GaussianData()
     levels = torch.linspace(-4, 4, 48)
     mean, deviation = levels[:, None] * torch.arange(6), 0.1 + torch.rand(48, 6, generator=seeded())
-    model = disturbed(data.model(feature_channels=6))
+    model = disturb(data.model(feature_channels=6))
     model.set_feature_statistics(levels, mean, deviation)
     state = state_of(data, make("epsilon"), [300.0, 700.0])
     log_noise = state.level.log_noise_to_signal.float()
@@ -300,7 +300,7 @@ def test_features_of_another_width_are_refused():
 
 def test_pooled_vector_changes_the_output():
     data = GaussianData()
-    model = disturbed(data.model(pooled_channels=5))
+    model = disturb(data.model(pooled_channels=5))
     state = state_of(data, make("epsilon"), [300.0, 700.0])
     pooled = torch.randn(2, 5, generator=seeded())
     r = model.unexplained_noise_fraction(state, pooled)
@@ -315,7 +315,7 @@ def test_pooled_vector_changes_the_output():
 def test_half_precision_models_agree_with_float32(dtype):
     data = GaussianData()
     state = state_of(data, make("epsilon"), [300.0, 700.0], dtype=torch.float32)
-    model = disturbed(data.model(), 0.1)
+    model = disturb(data.model(), 0.1)
     r = model.unexplained_noise_fraction(state)
     low = model.to(dtype).unexplained_noise_fraction(state)
     assert low.dtype is torch.float64
@@ -337,7 +337,7 @@ def test_a_saved_model_is_loaded_unchanged(tmp_path):
     for kind in ("trace", "diagonal in DCT", "diagonal of tokens", "trace with features"):
         shape, basis, settings = KINDS[kind]
         data = GaussianData(shape, basis)
-        model = disturbed(data.model(**settings))
+        model = disturb(data.model(**settings))
         model.save_pretrained(tmp_path)
         loaded_model = FisherTraceModel.from_pretrained(tmp_path)
         state = with_features(state_of(data, make("epsilon"), [300.0, 700.0]))
@@ -373,7 +373,7 @@ def test_failed_save_leaves_the_old_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr("diffusers_fisher.files.save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        disturbed(model).save_pretrained(tmp_path)
+        disturb(model).save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

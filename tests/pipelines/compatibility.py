@@ -34,9 +34,9 @@ def note(backbone: str, column: str, outcome: str) -> None:
     outcomes[backbone, column] = max(outcome, outcomes.get((backbone, column), "passed"), key=order.index)
 
 
-def complete(backbones: list[str], decided: Container) -> bool:
-    """Whether every cell is among those `decided`."""
-    return all((backbone, column) in decided for backbone in backbones for column in COLUMNS)
+def complete(backbones: list[str], results: Container) -> bool:
+    """Whether every cell is among the `results`."""
+    return all((backbone, column) in results for backbone in backbones for column in COLUMNS)
 
 
 def table(backbones: list[str]) -> str:
@@ -48,15 +48,15 @@ def table(backbones: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def written() -> str:
+def current_table() -> str:
     """The table that the document holds."""
     return DOCUMENT.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
 
 
 def write(text: str) -> None:
     """Puts the table `text` into the document."""
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
-    DOCUMENT.write_text(before + BEGIN + text + END + rest.split(END)[1], encoding="utf-8")
+    before, after = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
+    DOCUMENT.write_text(before + BEGIN + text + END + after.split(END)[1], encoding="utf-8")
 
 
 class _Writer:

@@ -62,7 +62,7 @@ def test_images_are_those_of_the_stock_pipeline(backbone):
 
 def test_latents_of_the_caller_take_the_place_of_the_stock_calls_noise(backbone):
     """And final latents those that it decodes."""
-    ours, drawn = backbone.ours(), []
+    ours, outputs = backbone.ours(), []
     size = {} if backbone.takes_latents else {"height": None, "width": None}
     pixels = backbone_of(ours).image_size(*(size or backbone.size()).values())
     noise = backbone_of(ours).initial_noise(None, 2, pixels, seeded())
@@ -72,10 +72,10 @@ def test_latents_of_the_caller_take_the_place_of_the_stock_calls_noise(backbone)
     for output_type in ("latent", "np"):
         generator = torch.Generator()
         generator.set_state(generators[1].get_state())
-        drawn.append(backbone.sample(ours, generator=generator, latents=noise, output_type=output_type))
-    assert (drawn[1] == expected).all()
-    decoded = backbone_of(ours).decode(drawn[0], pixels).detach().permute(0, 2, 3, 1)
-    assert abs(decoded.numpy() - expected).max() == 0
+        outputs.append(backbone.sample(ours, generator=generator, latents=noise, output_type=output_type))
+    assert (outputs[1] == expected).all()
+    images = backbone_of(ours).decode(outputs[0], pixels).detach().permute(0, 2, 3, 1)
+    assert abs(images.numpy() - expected).max() == 0
 
 
 @WITH_VARIATIONS
@@ -135,12 +135,12 @@ def test_guidance_by_each_estimator(backbone, name):
     if name == "autodiff":
         assert bool((out.rewards[1] > out.rewards[0]).all())
     assert tiny.snapshot(pipe)["attributes"] == before["attributes"]
-    again = backbone.sample(
+    samples = backbone.sample(
         pipe, latents=out.latents.to(backbone_of(pipe).dtype), output_type="latent", generator=seeded(5)
     )
     if backbone.stock is not diffusers.DDPMPipeline and type(pipe.scheduler).__name__ != "DDPMScheduler":
-        decoded = backbone_of(pipe).decode(again, backbone.pixels).detach()
-        assert torch.equal(decoded, out.images)
+        images = backbone_of(pipe).decode(samples, backbone.pixels).detach()
+        assert torch.equal(images, out.images)
 
 
 # Likelihood
@@ -181,8 +181,11 @@ def network_call(backbone, pipe):
             return lambda x, t: pipe.unet(x, t, embeds).sample
         if name == "StableDiffusionXL":
             embeds, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
-            added = {"text_embeds": pooled, "time_ids": torch.tensor([[height, width, 0, 0, height, width]]).float()}
-            return lambda x, t: pipe.unet(x, t, embeds, added_cond_kwargs=added).sample
+            conditions = {
+                "text_embeds": pooled,
+                "time_ids": torch.tensor([[height, width, 0, 0, height, width]]).float(),
+            }
+            return lambda x, t: pipe.unet(x, t, embeds, added_cond_kwargs=conditions).sample
         if name == "StableDiffusion3":
             embeds, _, pooled, _ = pipe.encode_prompt(
                 prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=8
@@ -204,14 +207,14 @@ def network_call(backbone, pipe):
 
             return flux
         embeds, mask, _, _ = pipe.encode_prompt(prompt, False, max_sequence_length=8)
-        told = {"resolution": None, "aspect_ratio": None}
+        sizes = {"resolution": None, "aspect_ratio": None}
         if name == "PixArtAlpha":
-            told = {
+            sizes = {
                 "resolution": torch.tensor([[height, width]]).float(),
                 "aspect_ratio": torch.tensor([[height / width]]),
             }
         return lambda x, t: pipe.transformer(
-            x, embeds, t[None], encoder_attention_mask=mask, added_cond_kwargs=told
+            x, embeds, t[None], encoder_attention_mask=mask, added_cond_kwargs=sizes
         ).sample[:, :count]
 
 
@@ -302,10 +305,10 @@ def test_flow_models_on_gaussian_data_in_closed_form(name):
 
 
 @pytest.mark.cell("save and load")
-@pytest.mark.parametrize("swapped", [False, True], ids=["stock scheduler", "Fisher scheduler"])
-def test_folder_is_read_by_stock_diffusers_and_by_ours(backbone, swapped, tmp_path):
+@pytest.mark.parametrize("with_fisher_scheduler", [False, True], ids=["stock scheduler", "Fisher scheduler"])
+def test_folder_is_read_by_stock_diffusers_and_by_ours(backbone, with_fisher_scheduler, tmp_path):
     pipe = backbone.ours()
-    if swapped:
+    if with_fisher_scheduler:
         pipe.scheduler = fisher_scheduler(type(pipe.scheduler)).from_config(pipe.scheduler.config)
     pipe.save_pretrained(tmp_path)
     ours = tiny.quiet(backbone.cls.from_pretrained(tmp_path))
@@ -336,8 +339,8 @@ def test_stock_pipeline_becomes_ours_over_the_same_components(backbone):
     ours = fisher_pipeline(stock)
     assert type(ours) is backbone.cls is fisher_pipeline(backbone.stock)
     assert fisher_pipeline(ours) is ours
-    kept = [part for part in stock.components if part != "scheduler"]
-    assert all(getattr(ours, part) is getattr(stock, part) for part in kept)
+    parts = [part for part in stock.components if part != "scheduler"]
+    assert all(getattr(ours, part) is getattr(stock, part) for part in parts)
     assert ours.scheduler.config == stock.scheduler.config
 
 
@@ -401,23 +404,25 @@ def tiled(pipe):
 @pytest.mark.parametrize("name", [name for name, backbone in BACKBONES.items() if hasattr(backbone.ours(), "vae")])
 def test_sliced_and_tiled_autoencoder(name):
     backbone = dataclasses.replace(BACKBONES[name], shape=(4, 8, 8), pixels=(16, 16))
-    plain, pipe, stock = backbone.ours(), tiled(backbone.ours()), tiled(backbone.make(cls=backbone.stock))
+    whole_pipe, pipe, stock = backbone.ours(), tiled(backbone.ours()), tiled(backbone.make(cls=backbone.stock))
     latents = backbone.sample(pipe, generator=seeded())
     with torch.no_grad():
-        decoded, whole = (backbone_of(each).decode(latents, backbone.pixels) for each in (pipe, plain))
+        tiled_images, whole_images = (
+            backbone_of(each).decode(latents, backbone.pixels) for each in (pipe, whole_pipe)
+        )
     images = backbone.sample(stock, generator=seeded(), output_type="np")
-    assert (decoded.permute(0, 2, 3, 1).numpy() == images).all()
-    assert relative(decoded, whole) > 1e-3
-    images = torch.rand(whole.shape, generator=seeded())
-    out, other = (backbone.score(each, images=images, num_probes=1) for each in (pipe, plain))
+    assert (tiled_images.permute(0, 2, 3, 1).numpy() == images).all()
+    assert relative(tiled_images, whole_images) > 1e-3
+    images = torch.rand(whole_images.shape, generator=seeded())
+    out, whole_out = (backbone.score(each, images=images, num_probes=1) for each in (pipe, whole_pipe))
     expected = backbone.score(pipe, latents=latents_of(stock, images), num_probes=1)
     assert torch.equal(out.log_prob, expected.log_prob)
-    assert relative(out.log_prob, other.log_prob) > 1e-5
+    assert relative(out.log_prob, whole_out.log_prob) > 1e-5
     sizes = []
     pipe.vae.decoder.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
-    steered = backbone.guide(pipe, brightness, num_inference_steps=2, num_guidance_steps=1, generator=seeded())
+    guidance_out = backbone.guide(pipe, brightness, num_inference_steps=2, num_guidance_steps=1, generator=seeded())
     assert set(sizes) == {1}
-    assert bool((steered.gradient_norms > 0).all())
+    assert bool((guidance_out.gradient_norms > 0).all())
 
 
 @pytest.mark.slow

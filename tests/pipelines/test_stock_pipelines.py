@@ -67,10 +67,10 @@ def test_guidance_of_a_stock_pipeline(name):
     before = visible(stock)
     options = {"num_guidance_steps": 2, "num_inference_steps": 3}
 
-    def guided(pipe):
+    def run_guidance(pipe):
         return backbone.guide(pipe, brightness, generator=torch.Generator().manual_seed(0), **options)
 
-    expected, result = guided(ours), guided(Functions(stock, backbone.condition is not None))
+    expected, result = run_guidance(ours), run_guidance(Functions(stock, backbone.condition is not None))
     assert torch.equal(result.rewards, expected.rewards)
     assert torch.equal(result.latents, expected.latents)
     assert visible(stock) == before
@@ -80,12 +80,12 @@ def test_comparison_of_a_stock_pipeline():
     backbone = BACKBONES["StableDiffusion"]
     ours, stock = pair(backbone)
 
-    def compared(pipe):
+    def compare(pipe):
         return pipe.compare_likelihood(
             None, ["a b", "c"], latents=backbone.noise(), num_levels=4, generator=torch.Generator().manual_seed(0)
         )
 
-    assert torch.equal(compared(Functions(stock)).log_prob, compared(ours).log_prob)
+    assert torch.equal(compare(Functions(stock)).log_prob, compare(ours).log_prob)
 
 
 @pytest.mark.parametrize("name", BACKBONES)

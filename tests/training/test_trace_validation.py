@@ -33,12 +33,12 @@ def validate_pieces(tmp_path):
 
 
 def test_pieces_of_any_size_give_the_same_numbers(validate_pieces):
-    whole = validate_pieces(5)
-    assert whole.model.shape == (3, 5) and whole.jacobian.std(1).min() > 0
+    reference = validate_pieces(5)
+    assert reference.model.shape == (3, 5) and reference.jacobian.std(1).min() > 0
     for size in (1, 2):
         parts = validate_pieces(size)
         for name in ("model", "jacobian", "squared_error"):  # batches of a float32 network round otherwise
-            assert torch.allclose(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-5), name
+            assert torch.allclose(getattr(parts, name), getattr(reference, name), rtol=1e-4, atol=1e-5), name
 
 
 def test_the_graph_of_a_piece_is_freed_before_the_next_piece(validate_pieces, monkeypatch):
