@@ -84,9 +84,11 @@ def in_threads(*runs):
 
 def without_scheduler(snapshot):
     """What a stock call leaves as it was: it sets its scheduler's timesteps, and notes its progress bar's settings."""
-    left = {"attributes", "progress bar", "random numbers"}
+    changes = {"attributes", "progress bar", "random numbers"}
     modules = {name: [sizes for sizes, _ in [module]] for name, module in snapshot["modules"].items()}
-    return {name: value for name, value in snapshot.items() if name not in {"scheduler", *left}} | {"modules": modules}
+    return {name: value for name, value in snapshot.items() if name not in {"scheduler", *changes}} | {
+        "modules": modules
+    }
 
 
 def check(pipes, runs, repeats, may_refuse):
@@ -95,9 +97,9 @@ def check(pipes, runs, repeats, may_refuse):
     before = [without_scheduler(tiny.snapshot(pipe)) for pipe in pipes]
     for _ in range(repeats):
         results = in_threads(*(lambda run=run, pipe=pipe: run(pipe) for pipe, run in zip(pipes, runs, strict=True)))
-        refused = [isinstance(result, FisherError) for result in results]
-        assert not all(refused)
-        for result, number, was_refused in zip(results, expected, refused, strict=True):
+        refusals = [isinstance(result, FisherError) for result in results]
+        assert not all(refusals)
+        for result, number, was_refused in zip(results, expected, refusals, strict=True):
             if was_refused and may_refuse:
                 assert isinstance(result, TrajectoryError)
                 continue

@@ -275,12 +275,12 @@ def unconditional(cls=DDPMPipeline, **components):
 
 def latent_unconditional(cls=LDMPipeline):
     torch.manual_seed(0)
-    quantised = VQModel(
+    vqvae = VQModel(
         in_channels=3, out_channels=3, block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=4, latent_channels=3,
         num_vq_embeddings=32, scaling_factor=0.5,
     )  # fmt: skip
-    return quiet(cls(vqvae=quantised, unet=unconditional_unet(3), scheduler=scheduler()))
+    return quiet(cls(vqvae=vqvae, unet=unconditional_unet(3), scheduler=scheduler()))
 
 
 def awaken(network):

@@ -76,9 +76,9 @@ class GaussianDenoiser(Denoiser):
         level, data = self.level(timestep), self.data
         centred = x - expand(level.alpha, x) * data.mean.to(x)
         inverse = data.gain(centred, (1 / data.noised(level)).to(x))
-        shrunk = data.gain(centred, (data.variance / data.noised(level)).to(x))
+        deviation = data.gain(centred, (data.variance / data.noised(level)).to(x))
         epsilon = expand(level.sigma, x) * inverse
-        original = data.mean.to(x) + expand(level.alpha, x) * shrunk
+        original = data.mean.to(x) + expand(level.alpha, x) * deviation
         noise, clean, identity = (expand(c, x) for c in self.prediction.output_coefficients(level))
         return noise * epsilon + clean * original + identity * x
 

@@ -248,7 +248,7 @@ def enter(block):
         pass
 
 
-DOORS = {
+FUNCTIONS = {
     "log_likelihood": lambda pipe, x, estimator: pipe.log_likelihood(None, "a", latents=x, estimator=estimator),
     "guide": lambda pipe, x, estimator: pipe.guide("a", reward, estimator=estimator),
     "posterior_guidance": lambda pipe, x, estimator: enter(posterior_guidance(pipe, reward, estimator=estimator)),
@@ -264,11 +264,11 @@ DOORS = {
 
 
 @pytest.mark.parametrize("kind", NO_ESTIMATORS)
-@pytest.mark.parametrize("door", DOORS)
-def test_objects_that_are_no_estimators_are_refused_by_every_function(door, kind, pipe):
+@pytest.mark.parametrize("function_name", FUNCTIONS)
+def test_objects_that_are_no_estimators_are_refused_by_every_function(function_name, kind, pipe):
     message = r"is .*; (allowed: |pass )a Fisher estimator such as DirectFisher\(\)"
     with pytest.raises(InputError, match=message):
-        DOORS[door](pipe, torch.zeros(1, 4, 8, 8), NO_ESTIMATORS[kind])
+        FUNCTIONS[function_name](pipe, torch.zeros(1, 4, 8, 8), NO_ESTIMATORS[kind])
 
 
 def test_estimators_are_returned_as_they_are():

@@ -69,11 +69,11 @@ SUBCLASSES = [OverFisher, OverMixin, BesideFisher, MixinLast, TwiceOver, fisher_
 
 
 @pytest.mark.parametrize("cls", SUBCLASSES, ids=lambda cls: cls.__name__)
-@pytest.mark.parametrize("tracked", [False, True])
-def test_a_subclass_runs_its_own_methods_once_per_step(cls, tracked):
+@pytest.mark.parametrize("records", [False, True])
+def test_a_subclass_runs_its_own_methods_once_per_step(cls, records):
     network, x = Network(), latents()
     expected, scheduler = sampling_run(HalvedDDIMScheduler(), network, x), cls()
-    if tracked:
+    if records:
         with torch.no_grad(), scheduler.differentiable(DirectFisher()) as trajectory:
             samples = sampling_run(scheduler, network, x)
             scheduler.add_noise(x, x, scheduler.timesteps[:1])
@@ -120,25 +120,25 @@ def test_a_class_outside_of_the_catalog_is_found_pickled_saved_and_loaded(name, 
     pipe = tiny.stable_diffusion()
     pipe.scheduler = cls.from_config({"steps_offset": 1, "clip_sample": False})
     pipe.save_pretrained(tmp_path)
-    loaded = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
-    assert type(loaded.scheduler) is cls
+    loaded_pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded_pipe.scheduler) is cls
     assert type(pickle.loads(pickle.dumps(pipe.scheduler))) is cls
 
 
 def test_a_scheduler_over_a_users_class_is_pickled_by_that_class():
     scheduler = fisher_scheduler(HalvedDDIMScheduler)(num_train_timesteps=500)
     scheduler.set_timesteps(5)
-    for again in (pickle.loads(pickle.dumps(scheduler)), copy.deepcopy(scheduler), copy.copy(scheduler)):
-        assert type(again) is type(scheduler)
-        assert again.config == scheduler.config
-        assert torch.equal(again.timesteps, scheduler.timesteps)
+    for duplicate in (pickle.loads(pickle.dumps(scheduler)), copy.deepcopy(scheduler), copy.copy(scheduler)):
+        assert type(duplicate) is type(scheduler)
+        assert duplicate.config == scheduler.config
+        assert torch.equal(duplicate.timesteps, scheduler.timesteps)
 
 
 def test_copies_leave_the_running_trajectory_out():
     scheduler = FisherDDIMScheduler()
     with scheduler.differentiable(DirectFisher()) as trajectory:
-        for again in (copy.deepcopy(scheduler), copy.copy(scheduler), pickle.loads(pickle.dumps(scheduler))):
-            assert again._trajectory is None
+        for duplicate in (copy.deepcopy(scheduler), copy.copy(scheduler), pickle.loads(pickle.dumps(scheduler))):
+            assert duplicate._trajectory is None
         assert scheduler._trajectory is trajectory
 
 
