@@ -22,13 +22,13 @@ import which_prompt
 
 
 def match_prompts(pipe, count, folder):
-    return which_prompt.chosen(pipe, "likelihood", which_prompt.likelihood, count, 4, folder)
+    return which_prompt.choose_prompts(pipe, "likelihood", which_prompt.likelihood, count, 4, folder)
 
 
 @pytest.mark.filterwarnings(f"ignore::{CoarseGridWarning.__module__}.CoarseGridWarning")
 @pytest.mark.parametrize(
     "study",
-    [out_of_distribution.evaluated, sample_ranking.evaluated, match_prompts],
+    [out_of_distribution.evaluate, sample_ranking.evaluate, match_prompts],
     ids=["out_of_distribution", "sample_ranking", "which_prompt"],
 )
 def test_records_of_another_trace_model_are_refused(monkeypatch, tmp_path, study):

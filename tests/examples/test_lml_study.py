@@ -82,18 +82,18 @@ CELLS = [
 
 def test_records_are_written_and_read_again(models, tmp_path, monkeypatch, capsys):
     reference = (torch.zeros(160, dtype=torch.float64), torch.eye(160, dtype=torch.float64))
-    first = lml.measured(CELLS[0], models, reference, tmp_path)
+    first = lml.measure(CELLS[0], models, reference, tmp_path)
     assert first["count"] == 20
     assert 0 <= first["accuracy"] <= 1
     assert first["frechet_distance"] > 0
     compute_features = models.features
     monkeypatch.setattr(models, "features", lambda images: 1 / 0)  # killed within the second cell
     with pytest.raises(ZeroDivisionError):
-        lml.measured(CELLS[1], models, reference, tmp_path)
+        lml.measure(CELLS[1], models, reference, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [f"{CELLS[0].name}.json"]
-    assert lml.measured(CELLS[0], models, reference, tmp_path) == first  # read, without sampling
+    assert lml.measure(CELLS[0], models, reference, tmp_path) == first  # read, without sampling
     monkeypatch.setattr(models, "features", compute_features)
-    second = lml.measured(CELLS[1], models, reference, tmp_path)
+    second = lml.measure(CELLS[1], models, reference, tmp_path)
     assert second["lml_kappa"] == 0.5
     assert json.loads((tmp_path / f"{CELLS[1].name}.json").read_text()) == second
     assert "accuracy" in capsys.readouterr().out
