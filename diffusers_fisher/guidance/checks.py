@@ -40,15 +40,15 @@ def check_guidance(
 def check_num_steps(backbone: Backbone, num_inference_steps: int) -> None:
     """Refuses more steps than the pipeline's scheduler makes. Raises `InputError`, before a run begins."""
     scheduler = backbone.differentiable_scheduler()
-    trained = scheduler.config.get("num_train_timesteps")
-    if backbone.predicts_flow or trained is None or num_inference_steps <= trained:
+    num_train_timesteps = scheduler.config.get("num_train_timesteps")
+    if backbone.predicts_flow or num_train_timesteps is None or num_inference_steps <= num_train_timesteps:
         return
     try:
         scheduler.set_timesteps(num_inference_steps)
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise InputError(
             f"`num_inference_steps` is {num_inference_steps}; {type(backbone.scheduler).__name__} allows at most "
-            f"{trained}, its number of training timesteps. It said: {error}"
+            f"{num_train_timesteps}, its number of training timesteps. It said: {error}"
         ) from error
 
 

@@ -19,8 +19,8 @@ def log_noise_to_signal_of(config: Mapping[str, Any], alphas_cumprod: torch.Tens
         config: the scheduler's config.
         alphas_cumprod: the scheduler's own table of alpha^2, (T,).
     """
-    own = alphas_cumprod.detach().double().cpu()
-    own_log = 0.5 * (torch.log1p(-own) - own.log())
+    stored = alphas_cumprod.detach().double().cpu()
+    own_log = 0.5 * (torch.log1p(-stored) - stored.log())
     computed = _computed_table(
         config.get("beta_schedule"),
         float(config.get("beta_start", 0.0)),

@@ -96,8 +96,8 @@ class _Contract:
         self._compare("zero", operator.matvec(torch.zeros_like(v)), torch.zeros_like(v), v)
         self._compare("linearity", operator.matvec(2 * v - 3 * w), 2 * product - 3 * other, 2 * v.abs() + 3 * w.abs())
         if len(v) > 1:
-            mixed, expected = torch.cat([v[:1], w[1:]]), torch.cat([product[:1], other[1:]])
-            self._compare("independence", operator.matvec(mixed), expected, v.abs() + w.abs())
+            mixed_vectors, expected = torch.cat([v[:1], w[1:]]), torch.cat([product[:1], other[1:]])
+            self._compare("independence", operator.matvec(mixed_vectors), expected, v.abs() + w.abs())
         pair = operator.matmat(torch.stack([v, w]))
         self._form("matmat", pair, (2, *v.shape), v.dtype)
         self._compare("matmat", pair[0], product, v)
@@ -192,12 +192,12 @@ class _Contract:
         if draws[0].num_probes != num_probes:
             raise self._error(f"{name} probes", f"{draws[0].num_probes}", f"{num_probes}")
         values = torch.stack([estimate.value for estimate in draws]).cpu()
-        reported = torch.stack([estimate.standard_error for estimate in draws]).square().mean(0).sqrt().cpu()
+        standard_error = torch.stack([estimate.standard_error for estimate in draws]).square().mean(0).sqrt().cpu()
         exact = self.dense.diagonal(dim1=1, dim2=2).double().sum(1).cpu()
         spread = values.std(0)
         floor = self.rounding * self.dense.shape[-1] * self.unit  # rounding is the only error of an exact estimate
         self._within(f"{name} mean", (values.mean(0) - exact).abs(), 4 * spread / len(draws) ** 0.5 + floor)
-        self._within(f"{name} standard error", (reported - spread).abs(), spread / 2 + floor)
+        self._within(f"{name} standard error", (standard_error - spread).abs(), spread / 2 + floor)
 
     def _form(self, name: str, value: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         if value.shape != shape:
@@ -251,10 +251,10 @@ def _unless_unsupported(make: Callable[[], FisherOperator]) -> FisherOperator | 
 def _part(state: DenoisingState, part: slice) -> DenoisingState:
     """Returns the state of some of the samples."""
 
-    def cut(value):
+    def select(value):
         return value[part] if isinstance(value, torch.Tensor) and value.ndim else value
 
     return DenoisingState(
-        state.sample[part], state.model_output[part], NoiseLevel(cut(state.level.alpha), cut(state.level.sigma)),
-        state.prediction, cut(state.timestep), cut(state.input_scale),
+        state.sample[part], state.model_output[part], NoiseLevel(select(state.level.alpha), select(state.level.sigma)),
+        state.prediction, select(state.timestep), select(state.input_scale),
     )  # fmt: skip

@@ -55,7 +55,7 @@ def test_mixing_replaces_whole_rows(space, paths):
     count = 64
     draw = draw_trace_batch(space.pipe.scheduler, (4, 8, 8), count, 0, 0, mirrored=False, with_probes=True)
     samples, captions = torch.randn(count, 4, 8, 8), ["x"] * count
-    mixture, clean, texts = paths.mixed(draw, samples, captions, 0.5, step_generator(0), count, slice(None))
+    mixture, clean, texts = paths.mix(draw, samples, captions, 0.5, step_generator(0), count, slice(None))
     is_caption = torch.tensor([text == "x" for text in texts])
     assert 16 < int(is_caption.sum()) < 48
     assert torch.equal(clean[is_caption], samples[is_caption]) and torch.equal(
@@ -75,7 +75,7 @@ def test_parts_of_a_batch_are_those_of_the_whole(space, paths):
         scheduler = space.pipe.scheduler
         draw = draw_trace_batch(scheduler, (4, 8, 8), 8, 0, 0, part, mirrored=False, with_probes=True)
         samples, captions = torch.zeros(8, 4, 8, 8)[part], ["x"] * len(range(8)[part])
-        return paths.mixed(draw, samples, captions, 0.5, step_generator(0), 8, part)
+        return paths.mix(draw, samples, captions, 0.5, step_generator(0), 8, part)
 
     batch, parts = mix(slice(0, 8)), [mix(slice(0, 3)), mix(slice(3, 8))]
     assert torch.equal(batch[0].noise, torch.cat([part[0].noise for part in parts]))
@@ -87,8 +87,8 @@ def test_parts_of_a_batch_are_those_of_the_whole(space, paths):
 def test_fractions_of_zero_and_one_replace_no_row_and_every_row(space, paths):
     draw = draw_trace_batch(space.pipe.scheduler, (4, 8, 8), 8, 0, 0, mirrored=False)
     samples = torch.randn(8, 4, 8, 8)
-    assert paths.mixed(draw, samples, ["x"] * 8, 0.0, step_generator(0), 8, slice(None))[2] == ["x"] * 8
-    assert "x" not in paths.mixed(draw, samples, ["x"] * 8, 1.0, step_generator(0), 8, slice(None))[2]
+    assert paths.mix(draw, samples, ["x"] * 8, 0.0, step_generator(0), 8, slice(None))[2] == ["x"] * 8
+    assert "x" not in paths.mix(draw, samples, ["x"] * 8, 1.0, step_generator(0), 8, slice(None))[2]
 
 
 def test_loading_restores_what_was_saved(paths, tmp_path):

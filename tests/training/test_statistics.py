@@ -21,7 +21,7 @@ def test_features_have_mean_zero_and_deviation_one_on_training_data(tmp_path):
     space = SampleSpace(pipe, latents=False)
     pixels = torch.rand(128, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     captions = ["a b"] * len(pixels)
-    clean, denoiser = space.packed(pixels), space.denoiser(captions, pixels)
+    clean, denoiser = space.pack(pixels), space.denoiser(captions, pixels)
     levels = torch.linspace(*log_noise_to_signal_range(pipe.scheduler), FEATURE_LEVELS, dtype=torch.float64)
     level = levels[20].expand(len(clean))
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))

@@ -26,7 +26,7 @@ def validate_pieces(tmp_path):
     def run(size):
         config = dataclasses.replace(base, optimisation=dataclasses.replace(base.optimisation, batch_size=size))
         space = SampleSpace(pipe, latents=False, piece_size=config.piece_size(1))
-        model = make_trace_model(config, pipe, tuple(space.packed(pixels[:1]).shape[1:])).eval()
+        model = make_trace_model(config, pipe, tuple(space.pack(pixels[:1]).shape[1:])).eval()
         return trace_validation.validate(model, space, held_out, config)
 
     return run
