@@ -154,10 +154,10 @@ def test_classifier_is_a_stock_model_and_mostly_right(classifier):
 @torch.no_grad()
 def test_autoencoder_keeps_the_held_out_images(pipe, classifier):
     images, labels = embedded_test_images()
-    decoded = pipe.vae.decode(pipe.vae.encode(2 * images - 1).latent_dist.mode()).sample.clamp(-1, 1) / 2 + 0.5
-    error = (decoded - images)[:, :, 2:-2, 2:-2].square().mean()
+    outputs = pipe.vae.decode(pipe.vae.encode(2 * images - 1).latent_dist.mode()).sample.clamp(-1, 1) / 2 + 0.5
+    error = (outputs - images)[:, :, 2:-2, 2:-2].square().mean()
     assert float(-10 * error.log10()) > 26  # dB; what the checkpoint must reach on all test images
-    assert int((classifier.logits(decoded).argmax(1) == labels).sum()) >= 51  # 91%, likewise
+    assert int((classifier.logits(outputs).argmax(1) == labels).sum()) >= 51  # 91%, likewise
 
 
 @torch.no_grad()

@@ -86,8 +86,8 @@ def test_gaussian_in_closed_form(level):
     assert relative(oracle.fisher(x, level), total.inverse().expand(4, 6, 6)) < TOLERANCE
     gain = alpha * covariance @ total.inverse()
     assert relative(oracle.posterior_mean(x, level).flatten(1), mean + centred @ gain.mT) < TOLERANCE
-    within = covariance - alpha * gain @ covariance
-    assert relative(oracle.posterior_covariance(x, level), within.expand(4, 6, 6)) < TOLERANCE
+    posterior_covariance = covariance - alpha * gain @ covariance
+    assert relative(oracle.posterior_covariance(x, level), posterior_covariance.expand(4, 6, 6)) < TOLERANCE
 
 
 @pytest.mark.parametrize("level", LEVELS.values(), ids=list(LEVELS))

@@ -138,8 +138,8 @@ def _evaluate(
     begin = time.perf_counter()
     share = ImageShare(pipe, images, dataclasses.replace(settings, estimator=name), records, batch_size, state)
     positions = before.positions
-    if retry_failed and before.failed:
-        positions -= before.failed
+    if retry_failed and before.failed_positions:
+        positions -= before.failed_positions
         share.attempt = 1 + sum(key.startswith(RETRY) for key in records.done())
     count = share.run(positions, before.method)
     if not state.is_main_process:

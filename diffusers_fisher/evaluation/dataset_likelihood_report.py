@@ -90,7 +90,7 @@ class ImageRecords:
     def __init__(self, records: Records):
         self.records, self.seconds = records, 0.0
         self.method: dict[str, Any] | None = None
-        self.failed: set[int] = set()
+        self.failed_positions: set[int] = set()
         self._places: dict[int, tuple[str, int]] = {}
         for key in sorted(records.done()):  # records of later attempts come last
             group = records.read(key)
@@ -98,7 +98,7 @@ class ImageRecords:
             self.method = self.method or group["method"]
             for number, row in enumerate(group["records"]):
                 self._places[row["position"]] = (key, number)
-                (self.failed.add if "error" in row else self.failed.discard)(row["position"])
+                (self.failed_positions.add if "error" in row else self.failed_positions.discard)(row["position"])
         self.positions = frozenset(self._places)
 
     def check(self, total: int) -> None:

@@ -227,14 +227,14 @@ class _Guidance:
             {} if settings.negative_prompt is None else {"negative_prompt": settings.negative_prompt}
         )
         try:
-            guided = self.pipe.guide(
+            output = self.pipe.guide(
                 [prompt for _, prompt in batch], self.reward, held_out_reward=self.held_out, generator=generators,
                 num_guidance_steps=settings.num_guidance_steps, step_size=settings.step_size,
                 num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
                 estimator=ESTIMATORS[settings.estimator](), optimizer=settings.optimizer, patience=settings.patience,
                 checkpoint_decoder=self.memory.checkpoint_decoder, output_type="pt", **call,
             )  # fmt: skip
-            out = cast(GuidanceOutput, guided)
+            out = cast(GuidanceOutput, output)
         except NumericalError as error:
             failure = str(error)
         if len(batch) > 1 and (failure is not None or out.status != COMPLETED):

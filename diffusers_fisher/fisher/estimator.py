@@ -98,14 +98,14 @@ class FisherEstimator(abc.ABC):
     @property
     def denoisers(self) -> list[Denoiser | ModelFunction]:
         """The denoisers that the estimator and its components evaluate."""
-        own = [] if self.denoiser is None else [self.denoiser]
-        return own + [denoiser for component in self.components.values() for denoiser in component.denoisers]
+        result = [] if self.denoiser is None else [self.denoiser]
+        return result + [denoiser for component in self.components.values() for denoiser in component.denoisers]
 
     @property
     def lacks_denoiser(self) -> bool:
         """Whether the estimator or a component needs a denoiser and has none: products raise an error until `bind`."""
-        own = self.needs_denoiser and self.denoiser is None
-        return own or any(component.lacks_denoiser for component in self.components.values())
+        lacks_own = self.needs_denoiser and self.denoiser is None
+        return lacks_own or any(component.lacks_denoiser for component in self.components.values())
 
     def bind(self, denoiser: Denoiser) -> FisherEstimator:
         """Returns a copy with `denoiser` wherever one is missing, or the same object if none is missing.

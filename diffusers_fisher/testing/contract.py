@@ -147,7 +147,7 @@ class _Contract:
             raise InputError(f"`exact` has shape {tuple(matrix.shape)}; allowed: {tuple(self.dense.shape)}.")
         unit = _unit(matrix, self.operator.state.level)
         allowed = _raise_to_rounding(tolerance, self.v.dtype) * unit * matrix.shape[-1] ** 0.5
-        self._within("exact matrix", _norms(self.dense.double() - matrix.double()), allowed)
+        self._check_limit("exact matrix", _norms(self.dense.double() - matrix.double()), allowed)
 
     def batch_invariance(self, estimator: FisherEstimator, endpoint: torch.Tensor | None) -> None:
         """Checks that the product of every sample equals the product of the sample alone."""
@@ -196,8 +196,8 @@ class _Contract:
         exact = self.dense.diagonal(dim1=1, dim2=2).double().sum(1).cpu()
         spread = values.std(0)
         floor = self.rounding * self.dense.shape[-1] * self.unit  # rounding is the only error of an exact estimate
-        self._within(f"{name} mean", (values.mean(0) - exact).abs(), 4 * spread / len(draws) ** 0.5 + floor)
-        self._within(f"{name} standard error", (standard_error - spread).abs(), spread / 2 + floor)
+        self._check_limit(f"{name} mean", (values.mean(0) - exact).abs(), 4 * spread / len(draws) ** 0.5 + floor)
+        self._check_limit(f"{name} standard error", (standard_error - spread).abs(), spread / 2 + floor)
 
     def _form(self, name: str, value: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         if value.shape != shape:
@@ -212,9 +212,9 @@ class _Contract:
     ) -> None:
         """Checks every sample's norm of the difference: at most `rounding` units times `size` or |`like`|."""
         allowed = self.rounding * self.unit * (size if like is None else _norms(like))
-        self._within(name, _norms(got.double() - expected.double()), allowed)
+        self._check_limit(name, _norms(got.double() - expected.double()), allowed)
 
-    def _within(self, name: str, error: torch.Tensor, allowed: torch.Tensor) -> None:
+    def _check_limit(self, name: str, error: torch.Tensor, allowed: torch.Tensor) -> None:
         for index, (got, limit) in enumerate(zip(error.tolist(), allowed.tolist(), strict=True)):
             if not got <= limit:  # also true for NaN
                 raise self._error(name, f"a difference of {got:.3g} at sample {index}", f"{limit:.3g}")

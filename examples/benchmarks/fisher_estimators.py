@@ -143,13 +143,17 @@ class SecantsOperator(ModelFisherOperator):
         basis = left * (inverse > 0)[:, None, :]
         residual = (changes - torch.stack(predictions, 2)) @ right.mT * inverse[:, None, :]
         inner = basis.mT @ residual
-        self._basis, self._rest, self._inner = basis, residual, (inner + inner.mT) / 2
+        self._basis, self._residual, self._inner = basis, residual, (inner + inner.mT) / 2
 
     def output_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         product = self._prior.output_jacobian(v)
         if self._basis is None:
             return product
-        wide = v.double().flatten(1)[..., None]
-        inside = self._basis.mT @ wide
-        change = self._rest @ inside + self._basis @ (self._rest.mT @ wide) - self._basis @ (self._inner @ inside)
+        columns = v.double().flatten(1)[..., None]
+        coefficients = self._basis.mT @ columns
+        change = (
+            self._residual @ coefficients
+            + self._basis @ (self._residual.mT @ columns)
+            - self._basis @ (self._inner @ coefficients)
+        )
         return product + change[..., 0].view_as(v).to(v.dtype)

@@ -362,13 +362,13 @@ def squared_error_likelihood_against_ode(pipe: Any, images: torch.Tensor, prompt
 
 
 PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "closed_forms": lambda found: closed_forms(distributions(), DRAWS, tuple(SCHEMES)),
-    "other_laws": lambda found: closed_forms(other_distributions(), DRAWS // 2, (DEFAULT_SCHEME,)),
-    "reference": lambda found: reference(),
-    "checkpoint": lambda found: checkpoint(found["reference"]),
-    "jacobian": lambda found: jacobian(),
-    "trace_model": lambda found: trace_model(found["jacobian"]),
-    "comparison": lambda found: comparison(),
+    "closed_forms": lambda result: closed_forms(distributions(), DRAWS, tuple(SCHEMES)),
+    "other_laws": lambda result: closed_forms(other_distributions(), DRAWS // 2, (DEFAULT_SCHEME,)),
+    "reference": lambda result: reference(),
+    "checkpoint": lambda result: checkpoint(result["reference"]),
+    "jacobian": lambda result: jacobian(),
+    "trace_model": lambda result: trace_model(result["jacobian"]),
+    "comparison": lambda result: comparison(),
 }
 
 

@@ -72,9 +72,9 @@ class IsotropicMixture(Denoiser):
         weights = (-0.5 * squared / total - 0.5 * DIMENSIONS * total.log()).softmax(1)
         shares = weights / total
         epsilon = sigma * (x * shares.sum(1, keepdim=True) - alpha * (shares @ means))
-        within = (shares * alpha**2 * variances).sum(1)
-        between = (shares / total * sigma**2 * squared).sum(1) - epsilon.square().sum(1)
-        return epsilon, within + between / DIMENSIONS
+        mode_variance = (shares * alpha**2 * variances).sum(1)
+        mean_variance = (shares / total * sigma**2 * squared).sum(1) - epsilon.square().sum(1)
+        return epsilon, mode_variance + mean_variance / DIMENSIONS
 
     def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """(count, 1, 16, 16) clean samples."""

@@ -292,9 +292,9 @@ def test_retry_failed_evaluates_the_failed_images_again(place, tmp_path):
     settings, folder = settings_of(place, {"path": str(tmp_path / "images")}), tmp_path / "run"
     evaluate_dataset(folder, settings, batch_size=4)
     before = lines(folder)
-    whole, first, second = (tmp_path / "images" / before[position]["name"] for position in (CORRUPT[0] + 1, *CORRUPT))
+    source, first, second = (tmp_path / "images" / before[position]["name"] for position in (CORRUPT[0] + 1, *CORRUPT))
     shutil.copy(
-        whole, second
+        source, second
     )  # the later image, so that the file of its record begins with the position of the earlier one
     with pytest.raises(InputError, match="`images` was"):
         evaluate_dataset(folder, settings, batch_size=4)
@@ -415,8 +415,8 @@ def test_the_pipelines_own_trace_model_is_the_default(place, tmp_path):
     assert summary["method"]["prior"] == "moment-matched"
     assert json.loads((tmp_path / "run-0" / "settings.json").read_text())["estimator"] == "trace-model"
     example = open_images(ImageData(str(place / "images"), caption_column="text"))[0]
-    alone = pipe.log_likelihood(example.pixels[None], example.caption, num_inference_steps=STEPS)
-    assert lines(tmp_path / "run-0")[0]["bits_per_dim"] == pytest.approx(float(alone.bits_per_dim), abs=AGREEMENT)
+    expected = pipe.log_likelihood(example.pixels[None], example.caption, num_inference_steps=STEPS)
+    assert lines(tmp_path / "run-0")[0]["bits_per_dim"] == pytest.approx(float(expected.bits_per_dim), abs=AGREEMENT)
     assert torch.equal(bits(tmp_path / "run-0"), bits(tmp_path / "run-1"))
 
 

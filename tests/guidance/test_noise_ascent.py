@@ -320,7 +320,7 @@ def test_trial_gives_the_reward_images_in_range_and_all_prompts():
 
 
 SCALE = torch.nn.Parameter(torch.ones(2))
-CUT = {
+DETACHED_REWARDS = {
     "detach": lambda images: images.detach().mean((1, 2, 3)),
     "numpy": lambda images: torch.from_numpy(images.detach().numpy().mean((1, 2, 3))),
     "item": lambda images: torch.tensor([image.mean().item() for image in images]),
@@ -331,10 +331,10 @@ CUT = {
 }
 
 
-@pytest.mark.parametrize("kind", CUT)
+@pytest.mark.parametrize("kind", DETACHED_REWARDS)
 def test_trial_refuses_rewards_whose_graph_is_cut(kind):
     def score(images, prompts):
-        return CUT[kind](images)
+        return DETACHED_REWARDS[kind](images)
 
     message = (
         r"The reward 'score' is not differentiable .* go through PIL or numpy, `.item\(\)`, `.detach\(\)`, argmax"

@@ -178,17 +178,20 @@ def test_prior_is_standard_or_moment_matched():
     oracle = ORACLES["gaussian"]
     samples = draws(oracle)
     prior = moments(oracle)
-    standard, matched = likelihood(oracle, samples), likelihood(oracle, samples, **prior)
-    assert (standard.prior, matched.prior) == ("standard", "moment-matched")
+    standard, moment_matched = likelihood(oracle, samples), likelihood(oracle, samples, **prior)
+    assert (standard.prior, moment_matched.prior) == ("standard", "moment-matched")
     end = float(standard.noise_to_signal[-1]) ** 2
-    for out, mean, variance in ((standard, 0.0, torch.ones((), dtype=torch.float64)), (matched, *prior.values())):
+    for out, mean, variance in (
+        (standard, 0.0, torch.ones((), dtype=torch.float64)),
+        (moment_matched, *prior.values()),
+    ):
         normal = torch.distributions.Normal(mean, (variance + end).sqrt())
         # A sum of six float64 terms.
         assert relative(out.prior_log_prob, normal.log_prob(out.final_latents).sum((1, 2, 3))) < 1e-12
         assert torch.equal(out.log_prob, out.prior_log_prob + out.trace_log_prob)
-    assert torch.equal(standard.trace_log_prob, matched.trace_log_prob)
+    assert torch.equal(standard.trace_log_prob, moment_matched.trace_log_prob)
     floor = [
-        (out.log_prob - without_prior(oracle, out)).abs().max() for out in (standard, matched)
+        (out.log_prob - without_prior(oracle, out)).abs().max() for out in (standard, moment_matched)
     ]  # the mean of the data is about 1, so the standard prior is 0.5 nats off
     assert float(floor[0]) > 0.1
     assert float(floor[1]) < 0.02
@@ -391,19 +394,19 @@ def test_no_trace_is_left(grad, requires_grad):
 
 
 class Breaking(Denoiser):
-    """Is a perfect denoiser, but its evaluation number `bad` is NaN."""
+    """Is a perfect denoiser, but its evaluation number `bad_call` is NaN."""
 
-    def __init__(self, bad):
+    def __init__(self, bad_call):
         super().__init__(vp())
-        self.inner, self.bad = OracleDenoiser(ORACLES["gaussian"], self.scheduler), bad
+        self.inner, self.bad_call = OracleDenoiser(ORACLES["gaussian"], self.scheduler), bad_call
 
     def model_output(self, x, timestep):
         self.num_calls += 1
-        return self.inner.model_output(x, timestep) * (math.nan if self.num_calls == self.bad else 1.0)
+        return self.inner.model_output(x, timestep) * (math.nan if self.num_calls == self.bad_call else 1.0)
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
+    ("bad_call", "message"),
     [
         (
             3,
@@ -414,8 +417,8 @@ class Breaking(Denoiser):
         (14, "half as many steps are not finite, .* or pass `step_halving=False`"),
     ],
 )
-def test_nan_never_leaves_silently(bad, message):
-    denoiser = Breaking(bad)
+def test_nan_never_leaves_silently(bad_call, message):
+    denoiser = Breaking(bad_call)
     with pytest.raises(NumericalError, match=message):
         integrate_log_likelihood(
             denoiser, draws(ORACLES["gaussian"]), AutodiffFisher(denoiser), Integration(10, None, step_halving=True)

@@ -160,7 +160,7 @@ def test_changes_of_other_parameters_than_the_sampled_ones_are_noticed():
             if id(layer.weight) not in sampled_ids:
                 layer.weight += 0.03 * layer.weight.std() * torch.randn(64, 64, generator=seeded(1))
     other_mark = denoiser_fingerprint(pipe)
-    assert sum(torch.equal(layer.weight, old) for layer, old in zip(network, before, strict=True)) == 16
+    assert sum(torch.equal(layer.weight, weight) for layer, weight in zip(network, before, strict=True)) == 16
     assert fingerprint_differences(first_release(mark), other_mark) == []
     (words,) = fingerprint_differences(mark, other_mark)
     assert "weights of the denoiser" in words

@@ -298,13 +298,13 @@ def test_level_from_log_noise_to_signal_is_variance_preserving(log_s):
     assert float(scaled.noise_to_signal) == pytest.approx(math.exp(log_s), rel=1e-12)
 
 
-KNOWN = "supported schedulers: DDIMScheduler, .*FlowMatchEulerDiscreteScheduler"
+SUPPORTED = "supported schedulers: DDIMScheduler, .*FlowMatchEulerDiscreteScheduler"
 TYPES = "epsilon, sample, v_prediction, flow_prediction"
 
 
 @pytest.mark.parametrize("function", [prediction_of, lambda scheduler: noise_level(scheduler, 1)])
 def test_unknown_scheduler_is_refused_with_the_known_ones(function):
-    with pytest.raises(UnsupportedError, match=f"CMStochasticIterativeScheduler are not known; {KNOWN}"):
+    with pytest.raises(UnsupportedError, match=f"CMStochasticIterativeScheduler are not known; {SUPPORTED}"):
         function(diffusers.CMStochasticIterativeScheduler())
 
 

@@ -13,7 +13,9 @@ import diffusers_fisher
 from diffusers_fisher import AutodiffFisher, DirectFisher, FisherDDIMScheduler, FisherSchedulerMixin, fisher_scheduler
 from diffusers_fisher.schedulers import CATALOG
 
-MADE = sorted({case.parent.__name__ for case in OUTSIDE_CASES if f"Fisher{case.parent.__name__}" not in CATALOG})
+OUTSIDE_NAMES = sorted(
+    {case.parent.__name__ for case in OUTSIDE_CASES if f"Fisher{case.parent.__name__}" not in CATALOG}
+)
 
 
 class Counted:
@@ -112,7 +114,7 @@ def test_a_step_that_fails_leaves_the_run_recordable():
             assert scheduler._trajectory is trajectory
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", OUTSIDE_NAMES)
 def test_a_class_outside_of_the_catalog_is_found_pickled_saved_and_loaded(name, tmp_path):
     cls = fisher_scheduler(getattr(diffusers, name))
     assert getattr(diffusers_fisher, f"Fisher{name}") is cls
@@ -149,7 +151,7 @@ def test_a_misspelt_scheduler_is_not_found():
         diffusers_fisher.FisherUNet2DModel  # noqa: B018
 
 
-@pytest.mark.parametrize("name", [*CATALOG, *(f"Fisher{name}" for name in MADE)])
+@pytest.mark.parametrize("name", [*CATALOG, *(f"Fisher{name}" for name in OUTSIDE_NAMES)])
 def test_compatible_schedulers_are_those_of_the_parent(name):
     ours = getattr(diffusers_fisher, name)().compatibles
     theirs = getattr(diffusers, name.removeprefix("Fisher"))().compatibles
