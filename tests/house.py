@@ -22,12 +22,12 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def parse(root: Path = ROOT) -> dict[Path, ast.Module]:
-    """Every file of the package with its syntax tree."""
+    """Returns every file of the package with its syntax tree."""
     return {file: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(root.rglob("*.py"))}
 
 
 def code_lines(file: Path, tree: ast.Module) -> int:
-    """Lines that hold code: no docstring (of attributes neither), no comment, no blank line."""
+    """Counts the lines of code: no docstrings (not of attributes either), no comments, no blank lines."""
     blank_types = {
         tokenize.COMMENT,
         tokenize.NL,
@@ -47,7 +47,7 @@ def code_lines(file: Path, tree: ast.Module) -> int:
 
 
 def functions(tree: ast.Module) -> Iterator[tuple[str, Function]]:
-    """Every function and method with its name, methods as Class.method."""
+    """Yields every function and method with its name, methods as Class.method."""
 
     def functions_of(node: ast.AST, prefix: str) -> Iterator[tuple[str, Function]]:
         for child in ast.iter_child_nodes(node):
@@ -63,13 +63,13 @@ def functions(tree: ast.Module) -> Iterator[tuple[str, Function]]:
 
 
 def body_length(function: Function) -> int:
-    """Lines of a function's body, its docstring left out."""
+    """Counts the lines of a function's body without its docstring."""
     body = function.body[1:] if ast.get_docstring(function, clean=False) is not None else function.body
     return 0 if not body else (body[-1].end_lineno or body[-1].lineno) - body[0].lineno + 1
 
 
 def parameter_count(function: Function) -> int:
-    """Parameters of a function, `self` and `cls` left out."""
+    """Counts the parameters of a function without `self` and `cls`."""
     parameters = function.args
     names = [each.arg for each in (*parameters.posonlyargs, *parameters.args, *parameters.kwonlyargs)]
     return (
@@ -78,7 +78,7 @@ def parameter_count(function: Function) -> int:
 
 
 def annotations(tree: ast.Module) -> Iterator[ast.expr]:
-    """Annotations of parameters (not of *args and **kwargs), of results and of variables."""
+    """Yields annotations of parameters (not of *args and **kwargs), of results and of variables."""
     for node in ast.walk(tree):
         if isinstance(node, Function):
             for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
@@ -91,7 +91,7 @@ def annotations(tree: ast.Module) -> Iterator[ast.expr]:
 
 
 def has_any(annotation: ast.expr) -> bool:
-    """Whether `Any` stands in an annotation, JSON mappings (`dict[str, Any]`) excepted."""
+    """Returns whether `Any` stands in an annotation, except in JSON mappings (`dict[str, Any]`)."""
     if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
         return has_any(ast.parse(annotation.value, mode="eval").body)
     if isinstance(annotation, ast.Subscript) and isinstance(annotation.value, ast.Name):
@@ -107,12 +107,12 @@ def has_any(annotation: ast.expr) -> bool:
 
 
 def is_any(annotation: ast.expr) -> bool:
-    """Whether an annotation is `Any` itself."""
+    """Returns whether an annotation is `Any` itself."""
     return isinstance(annotation, ast.Name) and annotation.id == "Any"
 
 
 def module_name(file: Path, root: Path = ROOT) -> str:
-    """`diffusers_fisher.room.file` of a file; a folder's own name for its __init__.py."""
+    """Returns the name `diffusers_fisher.room.file` of a file; for an __init__.py, its folder's name."""
     parts = file.relative_to(root.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -150,13 +150,13 @@ def _imported(tree: ast.AST, package: str, names: set[str]) -> Iterator[str]:
 
 
 def room(module: str) -> str:
-    """The room of a module: its folder in the package, or its own name where it lies in none."""
+    """Returns the room of a module: its folder in the package, or its own name where it lies in none."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else ""
 
 
 def room_imports(files: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """Which rooms each room imports; the package's own __init__ is none."""
+    """Returns the rooms that each room imports; the package's own __init__ is no room."""
     result: dict[str, set[str]] = {}
     for module, modules in files.items():
         if room(module):
@@ -165,7 +165,7 @@ def room_imports(files: Mapping[str, set[str]]) -> dict[str, set[str]]:
 
 
 def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
-    """Groups of nodes that reach each other, sorted."""
+    """Returns the groups of nodes that reach each other, sorted."""
     reachable: dict[str, set[str]] = {}
     for start in graph:
         visited: set[str] = set()

@@ -30,7 +30,7 @@ BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 def section(title):
-    """The text under one heading."""
+    """Returns the text under one heading."""
     (text,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE)
     return text
 

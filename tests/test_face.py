@@ -65,7 +65,7 @@ WRONG = {
 
 
 def check(folder, name, code):
-    """What mypy says of a file with `code`, with the project's settings and cache."""
+    """Runs mypy on a file with `code`, with the project's settings and cache."""
     file = folder / f"{name}.py"
     file.write_text(code + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(file)]

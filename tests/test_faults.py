@@ -371,7 +371,7 @@ def redness(images, prompts):
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """A new module of the current folder, which the path of modules does not have; returns its file."""
+    """Returns the file of a new module of the current folder, which `sys.path` does not have."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry and Path(entry) != tmp_path])
     (tmp_path / "my_helper_of_faults.py").write_text("weight = 2.0\n")

@@ -1,4 +1,4 @@
-"""A folder's images are those that its names say: no name is a pattern, no split has another's images."""
+"""The names of files decide which images a folder has: no name is a pattern, and splits share no image."""
 
 import os
 import sys
@@ -31,7 +31,7 @@ def make_folder(root, tree):
 
 
 def read_images(folder, text_captions=True, **options):
-    """Names and captions of all images, which can be decoded, and the names of what is left out."""
+    """Returns names and captions of all images, which can be decoded, and the names of the other files."""
     images = open_images(ImageData(folder, **options), text_captions=text_captions)
     rows = list(enumerate(images.undecoded()))
     assert all(images.example(row, position).pixels.shape == (3, 8, 8) for position, row in rows)

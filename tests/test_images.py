@@ -28,12 +28,12 @@ def write(folder, name, content):
 
 
 def from_folder(folder, **options):
-    """The first image of a folder, with the batch of an image."""
+    """Returns the first image of a folder as a batch of one."""
     return open_images(ImageData(str(folder), **options))[0].pixels[None]
 
 
 def viewer_pixels(image, background="black"):
-    """What a viewer shows, (1, 3, H, W)."""
+    """Returns the pixels that a viewer shows, (1, 3, H, W)."""
     canvas = Image.new("RGBA", image.size, background)
     canvas.alpha_composite(image.convert("RGBA"))
     return torch.from_numpy(numpy.asarray(canvas.convert("RGB")).copy()).permute(2, 0, 1)[None] / 255
@@ -54,7 +54,7 @@ def test_files_and_opened_images_are_turned_alike(tmp_path, kind, orientation):
 
 
 def odd_tags(*entries, orientation=6):
-    """EXIF data in TIFF's form, with the orientation and entries (tag, type, count, four bytes)."""
+    """Returns EXIF data in TIFF's form, with the orientation and entries (tag, type, count, four bytes)."""
     rows = [struct.pack("<HHIHH", 274, 3, 1, orientation, 0)]
     rows += [struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in entries]
     head = struct.pack("<2sHIH", b"II", 42, 8, len(rows))
@@ -111,7 +111,7 @@ def test_without_a_readable_orientation_the_picture_stays(tmp_path, exif_data):
 
 
 def check_damaged(folder, count, seed):
-    """Every file gives pixels or an error that names it, and the same pixels when Pillow opens it."""
+    """Checks that every file gives pixels, the same as Pillow's, or an error that names it; counts the former."""
     folder.mkdir()
     for number, (_, content) in enumerate(damaged_files(count, seed)):
         write(folder, f"{number:04d}.png", content)
@@ -161,7 +161,7 @@ def test_an_opened_image_that_can_not_be_read_is_refused():
 
 
 def cutout(mode):
-    """A picture whose left half, of random colours, is transparent."""
+    """Returns a picture of random colours whose left half is transparent."""
     image = picture(16, 16, 4)
     alpha = numpy.repeat([[0, 255]], 16, 0).repeat(8, 1) if mode != "half" else numpy.full((16, 16), 128)
     image.putalpha(Image.fromarray(alpha.astype(numpy.uint8)))

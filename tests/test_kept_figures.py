@@ -1,4 +1,4 @@
-"""What the documents claim, held against the benchmarks' JSON files that they are written from."""
+"""The claims of the documents agree with the benchmarks' JSON files."""
 
 import json
 from pathlib import Path

@@ -25,7 +25,7 @@ IMAGES = torch.full((2, 3, 16, 16), 0.4)
 
 
 def live_tensors():
-    """The number of tensors that Python knows, after a collection."""
+    """Returns the number of tensors that Python knows, after a collection."""
     gc.collect()
     return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
 

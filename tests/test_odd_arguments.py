@@ -64,7 +64,7 @@ def run(scheduler, estimator, **arguments):
 
 
 def public_functions():
-    """Functions by name, with valid arguments of each: one argument at a time is replaced by an odd value."""
+    """Returns functions by name with valid arguments, of which the test replaces one at a time by an odd value."""
     pipe = tiny.stable_diffusion(df.StableDiffusionFisherPipeline)
     images, x = torch.rand(1, 3, 16, 16, generator=seeded()), torch.randn(1, 4, 8, 8, generator=seeded())
     denoiser = df.PipelineDenoiser(pipe, prompt="a")
@@ -182,7 +182,7 @@ def public_functions():
 
 
 def draw_inputs():
-    """Door, argument and odd value of every input, the same in every run of the suite."""
+    """Returns function, argument and odd value of every input, the same in every run of the suite."""
     pick = random.Random(SEED)
     table = public_functions()[1]
     return [
@@ -217,7 +217,7 @@ def test_odd_arguments_are_used_or_refused_in_the_packages_words():
 
 
 def state_of(pipe):
-    """The pipeline's snapshot without the state of random numbers, which a call without a generator moves on."""
+    """Returns the pipeline's snapshot without the state of random numbers, which calls change."""
     snapshot = tiny.snapshot(pipe)
     del snapshot["random numbers"]
     return snapshot

@@ -117,7 +117,7 @@ def test_constraints_fit_the_requirements():
 
 @pytest.mark.slow
 def test_wheel_has_everything_and_works_by_itself(tmp_path):
-    """Built from a copy, installed beside nothing of the source tree."""
+    """The wheel is built from a copy and installed without the source tree."""
     source = tmp_path / "source"
     ignore = shutil.ignore_patterns(".*", "outputs", "build", "dist", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, ignore=ignore)

@@ -107,7 +107,7 @@ def test_anything():
 
 @pytest.fixture
 def suite(tmp_path):
-    """A folder of tests like that of a checkout."""
+    """Writes a folder of tests like that of a checkout."""
     files = {
         "schedulers/test_schedulers.py": COMMON, "schedulers/test_scheduler_ddim.py": SCHEDULERS,
         "schedulers/test_import.py": FAILING_IMPORT, "schedulers/test_other.py": UNEXPECTED,

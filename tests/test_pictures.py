@@ -81,7 +81,7 @@ def test_pictures_show_the_mean_the_diagonal_and_the_moves(pipe):
         numpy.testing.assert_allclose(moves, ends, atol=2e-3)  # eigenvectors in float32, to 1e-4 of the eigenvalue
         numpy.testing.assert_allclose(differences[row], (moves[1] - moves[0]).mean(-1), atol=1e-6)
         assert numpy.abs(differences[row]).max() > 0.01
-        least = 1 - (0.8 / 0.6) ** 2 * float(lengths[row]) ** 2  # of sigma^2 F
+        least = 1 - (0.8 / 0.6) ** 2 * float(lengths[row]) ** 2  # eigenvalues of sigma^2 F
         assert float(notes[row].split("=")[1]) == pytest.approx(least, rel=5e-3)
     _, (_, _, notes), _ = pictures_of(figure.subfigs[1])
     assert [float(note.split("=")[1]) for note in notes] == pytest.approx([1, 1], abs=1e-2)

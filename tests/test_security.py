@@ -20,14 +20,14 @@ from diffusers_fisher.jobs.pipelines import DenoiserSettings, load_pipeline
 
 PACKAGE = Path(diffusers_fisher.__file__).parent
 DANGEROUS = {
-    r"trust_remote_code\W+True": {"pipelines/__init__.py", "pipelines/custom_pipeline.py"},  # of documentation
+    r"trust_remote_code\W+True": {"pipelines/__init__.py", "pipelines/custom_pipeline.py"},  # in docstrings alone
     r"weights_only=False": set(),
     r"allow_pickle=True": set(),
     r"(?<!safe_)\byaml\.(unsafe_|full_)?load\b": set(),
     r"^\s*(import|from) (pickle|dill|joblib|marshal|shelve|subprocess)": set(),
     r"(?<![\w.])(eval|exec|compile|__import__)\(": set(),
     r"\bos\.(system|popen)\b": set(),
-    r"import_module\(": {  # by names of the package, but for the reward's
+    r"import_module\(": {  # with names of the package; the reward takes a name of the user
         "__init__.py",
         "backbones/registry.py",
         "studies/transport.py",
@@ -54,7 +54,7 @@ class Harm:
 
 @pytest.fixture
 def marker(tmp_path):
-    """A file that code from another file would make."""
+    """Yields the path of a file that code from another file would make."""
     file = tmp_path / "harm"
     yield file
     assert not file.exists()

@@ -83,7 +83,7 @@ def in_threads(*runs):
 
 
 def without_scheduler(snapshot):
-    """What a stock call leaves as it was: it sets its scheduler's timesteps, and notes its progress bar's settings."""
+    """Returns the parts of a snapshot that a stock call does not change."""
     changes = {"attributes", "progress bar", "random numbers"}
     modules = {name: [sizes for sizes, _ in [module]] for name, module in snapshot["modules"].items()}
     return {name: value for name, value in snapshot.items() if name not in {"scheduler", *changes}} | {
@@ -92,7 +92,7 @@ def without_scheduler(snapshot):
 
 
 def check(pipes, runs, repeats, may_refuse):
-    """Runs both functions in two threads again and again: the numbers are those of a run alone."""
+    """Runs both functions in two threads, `repeats` times: the numbers are those of a run alone."""
     expected = [run(pipe) for pipe, run in zip(pipes, runs, strict=True)]
     before = [without_scheduler(tiny.snapshot(pipe)) for pipe in pipes]
     for _ in range(repeats):

@@ -12,7 +12,7 @@ from diffusers_fisher.training.trace_config import TraceMatchingConfig
 
 
 def settings(folder: Path, make=tiny.stable_diffusion, corrupt=(), **changes: Any) -> dict[str, Any]:
-    """Nested settings; `changes` replace whole keys, and of sections the entries that they have."""
+    """Returns nested settings; `changes` replace whole keys, and in sections only the entries that they name."""
     values = {
         "seed": 0, "output": str(folder / "run"), "target": "residual",
         "denoiser": {"path": saved_pipeline(folder / "pipeline", make)},
@@ -31,7 +31,7 @@ def settings(folder: Path, make=tiny.stable_diffusion, corrupt=(), **changes: An
 
 
 def write_config(folder: Path, values: dict[str, Any]) -> Path:
-    """The settings as a YAML file."""
+    """Writes the settings to a YAML file."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path

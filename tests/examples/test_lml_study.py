@@ -123,7 +123,7 @@ def test_differences_from_the_parent_compare_the_same_noise():
     (difference,) = lml.differences(cells)
     assert (difference["sampler"], difference["seed"], difference["difference"]) == ("LML-DDIM", 2, 0.5)
     assert difference["standard_error"] == pytest.approx(0, abs=1e-6)  # replicates in float32
-    assert lml.differences(cells[2:]) == []  # of a study under way
+    assert lml.differences(cells[2:]) == []  # the cells of an unfinished study
 
 
 def row(sampler, calls, distance, **options):

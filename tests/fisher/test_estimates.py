@@ -24,7 +24,7 @@ def test_hutchinson_is_unbiased_with_the_right_standard_error(count):
     probes = rademacher(count, operator.state.sample, torch.Generator().manual_seed(0))
     estimate = operator.trace(probes)
     off_diagonal = operator.matrix.square().sum((1, 2)) - operator.matrix.diagonal(dim1=1, dim2=2).square().sum(1)
-    true_error = (2 * off_diagonal / count).sqrt()  # of random signs and a symmetric matrix, exactly
+    true_error = (2 * off_diagonal / count).sqrt()  # exact for random signs and a symmetric matrix
     exact = operator.matrix.diagonal(dim1=1, dim2=2).sum(1)
     assert bool(((estimate.value - exact).abs() < 4 * true_error).all())
     assert bool(((estimate.value - exact).abs() > 0).all())
@@ -196,7 +196,7 @@ def test_endpoint_forms_of_predicted_noise_at_alpha_zero_are_refused(centred):
         EndpointFisher(centred)(DenoisingState(sample, output, level, Prediction("epsilon")), endpoint)
     velocity = DenoisingState(sample, output, level, Prediction("v_prediction"))
     trace = EndpointFisher(centred)(velocity, endpoint).trace().value
-    assert torch.equal(trace, torch.full((2,), 12.0, dtype=torch.float64))  # of the identity
+    assert torch.equal(trace, torch.full((2,), 12.0, dtype=torch.float64))  # the trace of the identity
 
 
 def test_denoiser_without_a_graph_is_refused():

@@ -120,7 +120,7 @@ def test_time_to_exact_compares_prompt_by_prompt_where_the_rewards_meet():
 
 
 def check_plot(figure, result):
-    """Every curve and every per-step run is where its numbers are."""
+    """Checks that every curve and every per-step run lies where its numbers are."""
     table = result["reward_after_ten_iterations"]
     for axes, (name, rows) in zip(figure.axes, table.items(), strict=True):
         assert axes.get_title() == name
@@ -150,7 +150,7 @@ def test_tiny_form_of_the_large_benchmark(tmp_path, capsys):
     failure = benchmark.run(setting, ("no such method",), tmp_path)
     assert failure["methods"]["no such method"] == {"failed": "exit status 1"}
     assert "no such method" in capsys.readouterr().out
-    assert set(failure["methods"]) == {*result["methods"], "no such method"}  # with all that was done before
+    assert set(failure["methods"]) == {*result["methods"], "no such method"}  # the earlier results too
 
 
 def test_failures_of_the_large_benchmark_are_kept_or_tried_again(tmp_path, monkeypatch, capsys):
@@ -159,7 +159,7 @@ def test_failures_of_the_large_benchmark_are_kept_or_tried_again(tmp_path, monke
     runs = []
 
     def record_run(setting, method):
-        """In place of its process."""
+        """Stands for the process of one method."""
         runs.append(method)
         fails = method == "direct" and runs.count("direct") == 1
         return {"failed": "exit status -9"} if fails else {"over_floor": 1.0, "seconds": 1.0}
@@ -172,7 +172,7 @@ def test_failures_of_the_large_benchmark_are_kept_or_tried_again(tmp_path, monke
     assert runs[2:] == ["gaussian"]  # the failure stands
     capsys.readouterr()
     benchmark.main([*arguments, "direct", "gaussian", "--retry-failed"])
-    assert runs[3:] == ["direct"]  # what was well is not done twice
+    assert runs[3:] == ["direct"]  # successful methods do not run twice
     output = capsys.readouterr().out
     assert "direct" in output and "gaussian" in output and "failed" not in output
     with pytest.raises(SystemExit):

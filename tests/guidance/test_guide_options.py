@@ -318,7 +318,7 @@ def test_decoder_with_checkpoints_keeps_less_memory_and_changes_no_result(pipe):
             results.append((guide(pipe, checkpoint_decoder=checkpointed, num_guidance_steps=1), sum(sizes)))
     (reference, full_size), (out, size) = results
     torch.testing.assert_close(out.rewards, reference.rewards, rtol=1e-5, atol=1e-5)  # float32
-    assert size < 0.9 * full_size  # what is recomputed in the backward pass counts, too, block by block
+    assert size < 0.9 * full_size  # tensors of the recomputation in the backward pass count too, block by block
     after = {name: dict(vars(part)) for name, part in pipe.vae.named_modules()}
     assert {name: values.keys() for name, values in after.items()} == {k: v.keys() for k, v in before.items()}
     assert not pipe.vae.is_gradient_checkpointing

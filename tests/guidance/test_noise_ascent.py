@@ -96,7 +96,7 @@ def test_history_and_call_counts():
     assert all(torch.equal(row, report) for row, report in zip(ascent.rewards, reports, strict=True))
     assert calls == [(SHAPE, PROMPTS, True)] * 3 + [(SHAPE, PROMPTS, False)]  # no gradient of the last run
     assert ascent.num_sampling_calls == 4 * STEPS
-    assert problem.num_calls == 4 * STEPS + 3 * STEPS  # and one of the estimator per step of each backward pass
+    assert problem.num_calls == 4 * STEPS + 3 * STEPS  # the estimator makes one call per step of each backward pass
     for row, noise in zip(ascent.rewards, problem.noises, strict=True):
         assert torch.equal(row, projection(torch.sigmoid(problem.run(noise)), PROMPTS).double())
 

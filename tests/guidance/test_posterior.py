@@ -148,7 +148,7 @@ def test_every_samples_reward_goes_up_on_any_scheduler(name):
     assert bool(
         (guided_rewards > stock_rewards + 0.5).all()
     )  # rewards are of order 4; stochastic schedulers saw the same noise
-    assert torch.equal(reward(decode(sample(pipe)), PROMPTS), stock_rewards)  # and the pipeline has not changed
+    assert torch.equal(reward(decode(sample(pipe)), PROMPTS), stock_rewards)  # the pipeline has not changed
 
 
 @pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])

@@ -43,7 +43,7 @@ TEXTS = ["a b", "c d e"]
 
 
 def clip(kind="clip"):
-    """A tiny checkpoint folder's parts: model, tokenizer, image processor."""
+    """Returns the parts of a tiny checkpoint folder: model, tokenizer, image processor."""
     torch.manual_seed(3)
     words = tiny.tokenizer()
     text = {
@@ -84,8 +84,8 @@ def pictures(images):
 
 
 def gradient_error(reward, images, step=1e-5):
-    """Relative error of autograd's slope along a seeded direction, in float64, away from black and white, where what
-    the resize makes of an image is cut off."""
+    """Returns the largest relative error of autograd's slope along a seeded direction, in float64. The images are away
+    from black and white, where the result of the resize is clipped."""
     images = 0.2 + 0.6 * images
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     leaf = images.clone().requires_grad_()
@@ -301,7 +301,7 @@ def test_gradient_of_the_aesthetic_score_is_exact(folders, tmp_path):
     save_file(head_tensors(), tmp_path / "head.safetensors")
     reward = AestheticReward.from_pretrained(tmp_path / "head.safetensors", str(folders["clip"]), dtype=torch.float64)
     reward.head.double()
-    # as for similarities
+    # the same tolerance as for similarities
     assert gradient_error(reward, smooth_images(2, 24, 20, dtype=torch.float64)) < 1e-6
 
 

@@ -35,13 +35,13 @@ def make_reward(classifier, target, model=None):
 
 
 def smooth_images(count, height, width, dtype=torch.float32):
-    """Seeded images in [0, 1] without sharp edges."""
+    """Returns seeded images in [0, 1] without sharp edges."""
     coarse = torch.rand(count, 3, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1).to(dtype)
 
 
 def eight_bit(images):
-    """Images rounded to 8 bits, as tensors and as PIL images."""
+    """Returns images rounded to 8 bits, as tensors and as PIL images."""
     arrays = (images * 255).round().permute(0, 2, 3, 1).numpy().astype(numpy.uint8)
     tensor = torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
     return tensor, [Image.fromarray(array) for array in arrays]
@@ -67,7 +67,7 @@ def pixels_of(reward, images):
 
 
 def central_difference_error(reward, images, step):
-    """Relative error of autograd's slope along a seeded direction, for every sample."""
+    """Returns the largest relative error of autograd's slope along a seeded direction."""
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     leaf = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(reward(leaf, []).sum(), leaf)
@@ -293,7 +293,7 @@ def test_measurement_that_does_not_fit_the_images_is_refused(target, mask):
 
 @pytest.mark.parametrize("std", [0.4, 1.0, 2.5])
 def test_blur_is_the_gaussian_convolution(std):
-    """Against the sum over all pixels, with the edge pixels repeated outwards."""
+    """The reference is the sum over all pixels, with the edge pixels repeated outwards."""
     images, radius = smooth_images(2, 7, 9, torch.float64), int(numpy.ceil(3 * std))
     offsets = torch.arange(-radius, radius + 1)
     weights = torch.exp(-0.5 * (offsets / std) ** 2).double()

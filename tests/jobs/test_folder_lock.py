@@ -1,4 +1,4 @@
-"""The lock of a folder: one living owner, whose death gives the folder free, on one machine and on several."""
+"""The lock of a folder: one living owner, whose death frees the folder, on one machine and on several."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ def impatience(monkeypatch):
 
 @contextlib.contextmanager
 def holding(folder):
-    """Another process that holds the lock of `folder`."""
+    """Starts another process, which holds the lock of `folder`."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "locked\n"
@@ -45,7 +45,7 @@ def holding(folder):
 
 
 def write_owner(folder, **changes):
-    """A lock as this process would write it, but for `changes`."""
+    """Writes a lock as this process would write it, with `changes`."""
     with FolderLock(folder):
         owner = json.loads((folder / LOCK).read_text())
     (folder / LOCK).write_text(json.dumps({**owner, **changes}))

@@ -394,7 +394,7 @@ def test_no_trace_is_left(grad, requires_grad):
 
 
 class Breaking(Denoiser):
-    """Is a perfect denoiser, but its evaluation number `bad_call` is NaN."""
+    """A perfect denoiser whose evaluation number `bad_call` is NaN."""
 
     def __init__(self, bad_call):
         super().__init__(vp())

@@ -314,7 +314,7 @@ def test_key_changes_with_everything_that_changes_the_network():
 
 @pytest.fixture
 def computed(monkeypatch):
-    """The networks whose fingerprints are computed anew."""
+    """Returns the list of the networks whose fingerprints are computed anew."""
     networks = []
     compute = fingerprint._network_fingerprint
 

@@ -25,7 +25,7 @@ from pipelines.backbones import BACKBONES
 GRADIENT = 1e-5  # float32, the same products in another order: measured up to 2e-6
 LORA = ["StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux"]
 IMAGES = ["StableDiffusion", "StableDiffusionXL"]
-WIDTH = 12  # of the image embeddings
+WIDTH = 12  # width of the image embeddings
 
 
 def seeded(seed=0):
@@ -37,7 +37,7 @@ def brightness(images, conditions):
 
 
 def lora_file(backbone, folder):
-    """A LoRA of the backbone's attention, as training scripts save it."""
+    """Writes a LoRA of the backbone's attention, as training scripts save it."""
     pipe = backbone.make(cls=backbone.stock)
     network = getattr(pipe, backbone.network)
     torch.manual_seed(5)
@@ -59,7 +59,7 @@ def with_lora(backbone, folder, cls=None):
 
 
 def strength(backbone, scale):
-    """The call's argument for the adapter's weight."""
+    """Returns the call's argument for the adapter's weight."""
     name = "cross_attention_kwargs" if backbone.network == "unet" else "joint_attention_kwargs"
     return {name: {"scale": scale}}
 
@@ -129,7 +129,7 @@ def test_trace_model_of_the_checkpoint_without_the_lora_is_refused(backbone, tmp
 
 
 def image_adapter_file(backbone, folder):
-    """An IP-Adapter of the pipeline's network, in the layout of those that are published."""
+    """Writes an IP-Adapter of the pipeline's network, in the layout of public ones."""
     network = backbone.make(cls=backbone.stock).unet
     torch.manual_seed(6)
     width, channels = network.config.cross_attention_dim, network.config.block_out_channels

@@ -61,7 +61,7 @@ def test_images_are_those_of_the_stock_pipeline(backbone):
 
 
 def test_latents_of_the_caller_take_the_place_of_the_stock_calls_noise(backbone):
-    """And final latents those that it decodes."""
+    """The final latents of the call are those that it decodes."""
     ours, outputs = backbone.ours(), []
     size = {} if backbone.takes_latents else {"height": None, "width": None}
     pixels = backbone_of(ours).image_size(*(size or backbone.size()).values())
@@ -147,7 +147,7 @@ def test_guidance_by_each_estimator(backbone, name):
 
 
 def table_of(backbone, pipe):
-    """log(sigma/alpha) of every training timestep, from the definition."""
+    """Returns log(sigma/alpha) of every training timestep, by its definition."""
     config = pipe.scheduler.config
     power = 1 if config.beta_schedule == "linear" else 2  # "scaled_linear": linear in the root
     ends = config.beta_start ** (1 / power), config.beta_end ** (1 / power)
@@ -156,7 +156,7 @@ def table_of(backbone, pipe):
 
 
 def level_of(backbone, pipe, u):
-    """alpha, sigma and the network's time at log(sigma/alpha) = u."""
+    """Returns alpha, sigma and the network's time at log(sigma/alpha) = u."""
     s = float(u.exp())
     if backbone.flow:
         noise = torch.sigmoid(u)
@@ -166,7 +166,7 @@ def level_of(backbone, pipe, u):
 
 
 def network_call(backbone, pipe):
-    """The network itself on (1, C, h, w) and a time, with the conditioning that its pipeline would give it."""
+    """Returns the network as a function of (1, C, h, w) and a time, with its pipeline's conditioning."""
     name, count = backbone.name, backbone.shape[0]
     if backbone.condition is None:
         return lambda x, t: pipe.unet(x, t).sample
@@ -219,7 +219,7 @@ def network_call(backbone, pipe):
 
 
 def by_hand(backbone, pipe, x, steps):
-    """log p of x (1, C, h, w): Euler in s and the trapezoid in u = log s, with full Jacobians of the network.
+    """Returns log p of x (1, C, h, w): Euler in s, the trapezoid in u = log s, full Jacobians of the network.
 
     Notation: x~ = x/alpha, s = sigma/alpha; d log p~ = d (1 - r) du with d (1 - r) = sigma tr(d eps/dx).
     """
@@ -267,7 +267,7 @@ def test_likelihood_is_that_of_a_loop_over_the_network_itself(backbone):
 
 @torch.no_grad()
 def latents_of(pipe, images):
-    """By the autoencoder itself."""
+    """Returns latents by the autoencoder itself."""
     pixels = 2 * images - 1
     if hasattr(pipe, "vae"):
         shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
@@ -426,7 +426,7 @@ def test_sliced_and_tiled_autoencoder(name):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of torch, when it traces and compiles
+@pytest.mark.filterwarnings("ignore")  # torch warns when it traces and compiles
 def test_compiled_network_gives_nearly_the_same_values(backbone):
     from torch._functorch import config
 

@@ -56,7 +56,7 @@ def score(pipe, images=None, prompt=PROMPTS, **options):
 
 @contextlib.contextmanager
 def check_refusal(pipe, error, message, evaluations=0):
-    """The block raises `error` with `message` after so many evaluations of the UNet, and leaves no trace of itself."""
+    """Checks that the block raises `error` after so many evaluations of the UNet, and that the pipeline stays."""
     calls = []
     hook = pipe.unet.register_forward_pre_hook(lambda module, inputs: calls.append(1))
     before = tiny.snapshot(pipe)
@@ -275,7 +275,7 @@ def test_latents_that_a_callback_changes_after_the_last_step_are_refused():
 
 
 def cut_off_guidance(pipe, index, timestep, arguments):
-    """Is a common callback: from some step on it turns guidance off and halves the embeddings."""
+    """A common callback: from some step on it turns guidance off and halves the embeddings."""
     if index != 1:
         return {}
     pipe._guidance_scale = 0.0

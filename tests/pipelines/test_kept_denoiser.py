@@ -1,4 +1,4 @@
-"""A denoiser that is kept while the pipeline changes is that of the pipeline as it is: prompts are encoded anew."""
+"""A denoiser follows the changes of its pipeline: prompts are encoded anew."""
 
 import pytest
 import tiny

@@ -36,7 +36,7 @@ def seeded(seed=0):
 
 
 def eight_bit_images(count=2, side=8):
-    """Seeded images that 8 bits hold exactly."""
+    """Returns seeded images that 8 bits hold exactly."""
     return torch.randint(0, 256, (count, 3, side, side), generator=seeded()).float() / 255
 
 

@@ -119,7 +119,7 @@ def test_guidance_of_a_pixel_model_of_learned_variance_starts_from_the_stock_ima
 
 
 def test_gradient_of_a_run_of_learned_variance_is_that_of_the_run_with_this_variance():
-    """Against back-propagation through the stock scheduler with the variance half detached, in float64."""
+    """The reference is back-propagation through the stock scheduler in float64, with the variance half detached."""
     pipe, network = make_learned_variance()
     network.double()
     stock, ours = pipe.scheduler, fisher_pipeline(pipe)

@@ -24,7 +24,7 @@ from diffusers_fisher import (
 
 
 class HalfStep(diffusers.DDIMScheduler):
-    """A scheduler of a user's."""
+    """A user's scheduler."""
 
     def step(self, model_output, *args, **kwargs):
         return super().step(0.5 * model_output, *args, **kwargs)

@@ -51,12 +51,12 @@ def noise(count=2):
 
 
 def projection(images, prompts):
-    """A linear reward, different for every pixel."""
+    """Returns linear rewards with another weight for each pixel."""
     return (images * WEIGHTS).mean(1).flatten(1).sum(1)
 
 
 def flat(images, prompts):
-    """A reward whose gradient is zero."""
+    """Returns rewards whose gradient is zero."""
     return images.detach().mean((1, 2, 3)) + 0 * images.mean((1, 2, 3))
 
 

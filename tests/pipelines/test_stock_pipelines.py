@@ -28,7 +28,7 @@ class Functions:
 
 
 def pair(backbone):
-    """Our pipeline, and a stock one over the same components with its own scheduler."""
+    """Makes our pipeline, and a stock one of the same components with its own scheduler."""
     ours = backbone.ours()
     scheduler = type(ours.scheduler)
     stock_scheduler = next(each for each in scheduler.__mro__ if each.__module__.startswith("diffusers."))
@@ -43,7 +43,7 @@ def pair(backbone):
 
 
 def visible(pipe):
-    """What a caller sees of the pipeline; the random numbers of the process go on where no generator is passed."""
+    """Returns what a caller sees of the pipeline, without the state of the process's random numbers."""
     return {name: value for name, value in tiny.snapshot(pipe).items() if name != "random numbers"}
 
 

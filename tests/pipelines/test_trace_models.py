@@ -47,7 +47,7 @@ def backbone(request):
 
 
 def model_of(backbone, pipe, fingerprint=True, **settings):
-    """An untrained trace model for the pipeline's own layout, with noise on its weights as though trained."""
+    """Makes an untrained trace model for the pipeline's own layout, with noise on its weights as though trained."""
     shape = tuple(backbone.packed(pipe, backbone.noise(1)).shape[1:])
     layout, channels = ("image", shape[0]) if len(shape) == 3 else ("tokens", shape[-1])
     torch.manual_seed(0)
@@ -135,7 +135,7 @@ def test_guided_states_have_no_features():
     assert denoiser.state(backbone.noise(), 500).features is None
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about itself, when its compiler is imported
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns of torch itself
 def test_compiled_networks_have_no_features():
     network = tiny.unet()
     assert output_norm(network) is network.conv_norm_out
@@ -252,7 +252,7 @@ def test_guidance_step_by_step_refuses_a_trace_model_of_another_denoiser():
 
 
 def pooled_by_hand(backbone, pipe):
-    """(2, width), from the text encoders themselves."""
+    """Returns pooled vectors (2, width) by the text encoders themselves."""
     name, prompts = backbone.name, backbone.condition
     if name == "DiT":
         weight = pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
@@ -309,7 +309,7 @@ def test_parts_of_a_trace_corrected_estimator_are_bound():
     prior = GaussianFisher(Covariance.diagonal(torch.linspace(0.1, 2, x[0].numel()).view(1, *x[0].shape)))
     out = backbone.score(pipe, latents=x, estimator=TraceCorrectedFisher(prior, model_estimator))
     expected = backbone.score(pipe, latents=x, estimator=model_estimator)
-    torch.testing.assert_close(out.trace_log_prob, expected.trace_log_prob, rtol=1e-5, atol=1e-5)  # by float32 sums
+    torch.testing.assert_close(out.trace_log_prob, expected.trace_log_prob, rtol=1e-5, atol=1e-5)  # float32 sums
     with pytest.raises(InputError, match="trained for"):
         run_guidance(backbone, pipe, estimator=TraceCorrectedFisher(prior, foreign_estimator))
 
@@ -382,7 +382,7 @@ def test_folder_keeps_the_trace_model_and_stock_diffusers_reads_it(backbone, tmp
     assert type(stock) is backbone.stock
     assert not hasattr(stock, "trace_model")
     component_pipe = tiny.quiet(backbone.cls(**stock.components))
-    assert component_pipe.trace_model is None  # of components, which have no folder
+    assert component_pipe.trace_model is None  # components have no folder
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def controlnet(xl=False):
 
 
 def pipeline(kind, xl, **components):
-    """A variant over the tiny components; its scheduler the Fisher version of DDIM."""
+    """Makes a variant of the tiny components, whose scheduler is the Fisher version of DDIM."""
     prefix = "StableDiffusionXL" if xl else "StableDiffusion"
     cls = getattr(diffusers, f"{prefix}{kind}Pipeline")
     base = tiny.stable_diffusion_xl() if xl else tiny.stable_diffusion()
@@ -236,7 +236,7 @@ def test_run_that_is_cut_short_is_refused_as_a_denoiser():
 
 
 class ScaledAttention(torch.nn.Module):
-    """Is a user's attention processor: the stock processor with a small addition."""
+    """A user's attention processor: the stock processor with a small addition."""
 
     def __init__(self):
         super().__init__()

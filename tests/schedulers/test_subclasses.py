@@ -19,7 +19,7 @@ OUTSIDE_NAMES = sorted(
 
 
 class Counted:
-    """A mixin of a user's: it counts its calls and halves the model output."""
+    """A user's mixin: it counts its calls and halves the model output."""
 
     def step(self, model_output, timestep, sample, *args, **kwargs):
         self.steps = getattr(self, "steps", 0) + 1
@@ -31,11 +31,11 @@ class Counted:
 
 
 class HalvedDDIMScheduler(Counted, diffusers.DDIMScheduler):
-    """A scheduler of a user's."""
+    """A user's scheduler."""
 
 
 def subclass(name, *bases):
-    """A class over `bases` with the methods of `Counted` in its own body, where `super()` is that class's parent."""
+    """Makes a class over `bases` with the methods of `Counted` in its own body, where `super()` is that class's parent."""
 
     class Mine(*bases):
         def step(self, model_output, timestep, sample, *args, **kwargs):
@@ -90,7 +90,7 @@ def test_a_subclass_runs_its_own_methods_once_per_step(cls, records):
 
 @pytest.mark.parametrize("cls", SUBCLASSES, ids=lambda cls: cls.__name__)
 def test_the_whole_of_a_subclasss_step_is_differentiated(cls):
-    """Against back-propagation through the stock subclass, in float64; the two differ by rounding alone."""
+    """The reference is back-propagation through the stock subclass in float64; only rounding differs."""
     network, weight = Network(dtype=torch.float64), latents(torch.float64).flip(-1)
     leaf = latents(torch.float64).requires_grad_()
     (sampling_run(HalvedDDIMScheduler(), network, leaf)[-1] * weight).sum().backward()

@@ -144,10 +144,10 @@ def test_two_processes_take_turns_with_the_shards(tmp_path):
         "from diffusers_fisher.training import cache_latents as module\n"
         "module.SHARD_SIZE = 2\n"
         "save = module.save_tensors\n"
-        "def noted(path, *arguments):\n"
+        "def save_and_note(path, *arguments):\n"
         f"    open(f'{tmp_path}/by-{{os.environ[\"RANK\"]}}', 'a').write(path.name + '\\n')\n"
         "    save(path, *arguments)\n"
-        "module.save_tensors = noted\n"
+        "module.save_tensors = save_and_note\n"
         "module.main()\n"
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29731"]

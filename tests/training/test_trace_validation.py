@@ -17,7 +17,7 @@ from diffusers_fisher.training.trace_config import make_trace_model
 
 @pytest.fixture
 def validate_pieces(tmp_path):
-    """A function that validates an untrained model on five samples in pieces of a size."""
+    """Makes a function that validates an untrained model on five samples in pieces of a size."""
     base = trace_runs.config_of(tmp_path)
     pipe = tiny.stable_diffusion(StableDiffusionFisherPipeline)
     pixels = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
