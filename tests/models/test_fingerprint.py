@@ -313,7 +313,7 @@ def test_key_changes_with_everything_that_changes_the_network():
 
 
 @pytest.fixture
-def computed(monkeypatch):
+def computed_networks(monkeypatch):
     """Returns the list of the networks whose fingerprints are computed anew."""
     networks = []
     compute = fingerprint._network_fingerprint
@@ -326,23 +326,23 @@ def computed(monkeypatch):
     return networks
 
 
-def test_fingerprint_is_computed_once_and_again_after_a_change(computed):
+def test_fingerprint_is_computed_once_and_again_after_a_change(computed_networks):
     pipe = tiny.stable_diffusion()
     marks = [denoiser_fingerprint(each) for each in (pipe, pipe, PipelineDenoiser(pipe, prompt="a"))]
     assert marks[0] == marks[1] == marks[2]
-    assert computed == [pipe.unet]
+    assert computed_networks == [pipe.unet]
     for parameter in pipe.unet.parameters():
         parameter.data.mul_(torch.linspace(1, 2, parameter.numel()).view_as(parameter))
     assert "weights of the denoiser" in fingerprint_differences(marks[0], denoiser_fingerprint(pipe))[0]
     pipe.unet.conv_in.weight.data.neg_()
     denoiser_fingerprint(pipe)
-    assert len(computed) == 3
+    assert len(computed_networks) == 3
     pipe.scheduler = tiny.scheduler(beta_end=0.02)  # the scheduler is no part of the network
     assert denoiser_fingerprint(pipe)["schedule"] != marks[0]["schedule"]
-    assert len(computed) == 3
+    assert len(computed_networks) == 3
 
 
-def test_a_caller_cannot_change_the_stored_fingerprint(computed, pipe):
+def test_a_caller_cannot_change_the_stored_fingerprint(computed_networks, pipe):
     mark = denoiser_fingerprint(pipe)
     mark["weights"].clear()
     assert denoiser_fingerprint(pipe)["weights"]

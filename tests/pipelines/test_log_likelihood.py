@@ -124,7 +124,7 @@ def smooth_in_time(pipe):
 
 
 def by_hand(pipe, x, prompt, steps):
-    """log p of x (1, ...) by Runge-Kutta of order four over log s, with full Jacobians. No code of ours.
+    """Returns log p of x (1, ...) by Runge-Kutta of order four over log s, with full Jacobians. No code of ours.
 
     Notation: x~ = x/alpha, s = sigma/alpha, u = log s: dx~/du = s eps(x, t), d log p~/du = -tr(d(s eps)/dx~).
     """

@@ -35,7 +35,7 @@ class HalvedDDIMScheduler(Counted, diffusers.DDIMScheduler):
 
 
 def subclass(name, *bases):
-    """Makes a class over `bases` with the methods of `Counted` in its own body, where `super()` is that class's parent."""
+    """Makes a class of `bases` with the methods of `Counted` in its body, where `super()` is its parent."""
 
     class Mine(*bases):
         def step(self, model_output, timestep, sample, *args, **kwargs):
