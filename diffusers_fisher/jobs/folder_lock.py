@@ -73,7 +73,7 @@ class FolderLock:
         threading.Thread(target=self._beat, daemon=True, name="folder lock").start()
         return self
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._end.set()
         if _read(self.path) == self._owner:
             self.path.unlink(missing_ok=True)

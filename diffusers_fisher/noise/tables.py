@@ -30,8 +30,8 @@ def log_noise_to_signal_of(config: Mapping[str, Any], alphas_cumprod: torch.Tens
     )
     if computed is None or config.get("trained_betas") is not None:
         return own_log
-    close = ((computed - own_log).abs() < 1e-3) | (computed == own_log)
-    return torch.where(close, computed, own_log)
+    is_close = ((computed - own_log).abs() < 1e-3) | (computed == own_log)
+    return torch.where(is_close, computed, own_log)
 
 
 @functools.lru_cache(maxsize=32)

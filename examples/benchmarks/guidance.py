@@ -159,12 +159,12 @@ def iteration_cost(problem: Problem) -> dict[str, Any]:
 def graph_bytes(noise: torch.Tensor, sample: Any, scheduler: Any, estimator: Any) -> int:
     """Bytes that autograd keeps for the backward pass of one sampling run, counted once a storage."""
     storages: dict[int, int] = {}
-    stored = []  # so that no address is used twice while counting
+    references = []  # so that no address is used twice while counting
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-        stored.append(storage)
+        references.append(storage)
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)

@@ -224,8 +224,8 @@ def test_fingerprint_is_that_of_the_pipeline_and_of_no_other(backbone):
         backbone.score(pipe, latents=backbone.noise())
     with pytest.raises(InputError, match=message):
         run_guidance(backbone, pipe, estimator=TraceMatchingFisher(model))
-    unchecked = TraceMatchingFisher(model, check=False)
-    assert bool(torch.isfinite(backbone.score(pipe, latents=backbone.noise(), estimator=unchecked).log_prob).all())
+    estimator = TraceMatchingFisher(model, check=False)
+    assert bool(torch.isfinite(backbone.score(pipe, latents=backbone.noise(), estimator=estimator).log_prob).all())
 
 
 def test_guidance_step_by_step_refuses_a_trace_model_of_another_denoiser():
