@@ -1,4 +1,4 @@
-"""The architectures of the embedded checkpoint: every size in one place."""
+"""Makes the networks of the embedded checkpoint: every size is in one place."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from diffusers_fisher.files import write_json
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE with just enough merges that each word of the captions is one token."""
+    """Makes CLIP's byte-level BPE with just enough merges that each word of the captions is one token."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     captions = [embedded_prompt(label).replace("-", " - ") for label in range(len(EMBEDDED_CLASSES))]
@@ -71,7 +71,7 @@ def make_classifier() -> RegNetForImageClassification:
 
 
 def save_image_processor(folder: Path) -> None:
-    """How pixels in [0, 1] become the classifier's input, in the form every transformers image processor writes."""
+    """Writes how pixels in [0, 1] become the classifier's input, in the form of every transformers image processor."""
     write_json(
         folder / "preprocessor_config.json",
         {

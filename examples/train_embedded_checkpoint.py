@@ -2,9 +2,9 @@
 
     accelerate launch --cpu examples/train_embedded_checkpoint.py --config configs/embedded_checkpoint.yaml
 
-Three stages (autoencoder, classifier, diffusion), each resumed where it was killed: the state is one safetensors file
-a stage, and every random draw depends only on the seed and the step. The finished folder is read by stock
-`StableDiffusionPipeline.from_pretrained`.
+The training has three stages (autoencoder, classifier, diffusion), and a killed run is resumed within its stage. The
+state is one safetensors file per stage, and every random draw depends only on the seed and the step. The stock
+`StableDiffusionPipeline.from_pretrained` reads the finished folder.
 """
 
 import argparse
@@ -58,7 +58,7 @@ class Config:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a new folder that takes the place of `path` when the block succeeds: a killed run leaves it or not."""
+    """Yields a new folder that replaces `path` when the block succeeds. A killed run leaves a whole folder or none."""
     temporary = path.with_name(f".{path.name}")
     for folder in (temporary, path):
         shutil.rmtree(folder, ignore_errors=True)
@@ -77,8 +77,8 @@ def train(
     accelerator: Accelerator,
 ) -> None:
     """Trains `modules` in place. `loss_of(modules, indices, generator, rows)` gives the mean loss over the slice
-    `rows` of the global batch; whatever it draws, it draws for the whole batch, so that the number of processes
-    changes nothing but batch normalisation's statistics."""
+    `rows` of the global batch. It makes all random draws for the whole batch, so that the number of processes
+    changes only the statistics of batch normalisation."""
     path = Path(config.output) / f"{name}_state.safetensors"
     for module in modules.values():
         module.train().to(accelerator.device, memory_format=torch.channels_last)
@@ -113,7 +113,7 @@ def train(
         if not math.isfinite(losses[-1]):
             raise NumericalError(f"{name}: loss is not finite at step {step}; the last good state is '{path}'.")
         if (step + 1) % 100 == 0 and accelerator.is_main_process:
-            mean = sum(losses) / len(losses)  # of fewer than 100 after a resumption
+            mean = sum(losses) / len(losses)  # after a resumption these are fewer than 100
             progress.set_postfix(loss=f"{mean:.4f}")
             with log.open("a") as file:
                 file.write(json.dumps({"step": step + 1, "loss": mean}) + "\n")
@@ -155,7 +155,7 @@ class Reconstruction(torch.nn.Module):
         self.autoencoder = autoencoder
 
     def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decoded pixels and the KL of every image, nats."""
+        """Returns the decoded pixels and the KL of every image in nats."""
         posterior = self.autoencoder.encode(pixels).latent_dist
         return self.autoencoder.decode(posterior.mean + posterior.std * noise).sample, posterior.kl()
 
@@ -207,7 +207,7 @@ def train_diffusion(config: Config, accelerator: Accelerator, folder: Path) -> N
     def loss_of(modules, indices, generator, rows):
         shape = (len(indices), 4, 8, 8)
         posterior_noise, noise = torch.randn(2, *shape, generator=generator)
-        # One stratum of the noise range for each sample: the loss varies mostly with t.
+        # Every sample has its own part of the noise range, because the loss varies mostly with t.
         uniform = torch.randperm(len(indices), generator=generator) + torch.rand(len(indices), generator=generator)
         timesteps = (uniform * len(abar) / len(indices)).long().clamp(max=len(abar) - 1)
         is_dropped = torch.rand(len(indices), generator=generator) < config.caption_dropout
@@ -233,7 +233,7 @@ def train_diffusion(config: Config, accelerator: Accelerator, folder: Path) -> N
 
 
 def make_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's schedule."""
+    """Makes the schedule of Stable Diffusion."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -280,7 +280,7 @@ def main() -> None:
 
 
 def run(config: Config) -> None:
-    """Trains what is not finished in the folder `config.output`, and assembles the checkpoint."""
+    """Trains the stages that are not finished in the folder `config.output`, and assembles the checkpoint."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     folder = Path(config.output) / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)

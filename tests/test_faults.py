@@ -328,7 +328,7 @@ def test_damaged_configurations_are_named(tmp_path, name):
 
 def test_a_change_that_is_no_value_is_named(tmp_path):
     (tmp_path / "a.yaml").write_text("a: 1")
-    with pytest.raises(InputError, match="change 'a=!!int x' has a value that is no YAML: ValueError"):
+    with pytest.raises(InputError, match="change 'a=!!int x' has a value that is not YAML: ValueError"):
         load_config(tmp_path / "a.yaml", TraceMatchingConfig, ["a=!!int x"])
 
 

@@ -36,9 +36,9 @@ ESTIMATORS: dict[str, type[FisherEstimator]] = {
     "autodiff": AutodiffFisher,
     "finite-difference": FiniteDifferenceFisher,
 }
-ATTEMPTS = 64  # a run stops after so many refused images, if no image could be evaluated
+ATTEMPTS = 64  # number of refused images after which a run stops, if no image could be evaluated
 WRITE_SECONDS = (1.0, 60.0)  # shortest and longest time between two files of records
-WRITE_FRACTION = 0.01  # of the time so far, between two files: a kill loses little, and there are few files
+WRITE_FRACTION = 0.01  # time between two files as a fraction of the time so far: a kill loses little
 RETRY = "retry-"  # beginning of the names of later attempts' records, which sort after those of the first attempt
 
 
@@ -70,7 +70,7 @@ class DatasetSettings:
     def __post_init__(self) -> None:
         scheme_of(self.scheme)
         if self.prompt is not None and self.data.caption_column is not None:
-            raise InputError("Give either `prompt`, one for all images, or `caption_column`: not both.")
+            raise InputError("`prompt` and `caption_column` are both set; allowed: one of them. Leave the other out.")
 
 
 def evaluate_dataset(
@@ -110,7 +110,7 @@ def evaluate_dataset(
     folder = settings.data.path
     if Path(folder).is_dir() and output.resolve().is_relative_to(Path(folder).resolve()):
         raise InputError(
-            f"The output '{output}' lies in the data's folder '{folder}', whose images its pictures would become; "
+            f"The output '{output}' lies in the folder of the data, '{folder}', so its pictures would become data; "
             "name another folder."
         )
     state = process_state()
@@ -351,7 +351,8 @@ class ImageShare:
             return [record for entry in group for record in self._evaluate_group([entry])]
         ((position, example),) = group
         text = f"Image '{example.name}': {error}"
-        if is_out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError):  # which says more itself
+        # The message of `torch.OutOfMemoryError` says more itself.
+        if is_out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError):
             size = "x".join(map(str, example.pixels.shape[:0:-1]))
             text = f"Image '{example.name}' of {size} pixels: there is not enough memory for it. Set `resolution`."
         if self.method is None and not isinstance(error, NumericalError):

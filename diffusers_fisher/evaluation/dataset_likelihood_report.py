@@ -26,8 +26,8 @@ from ..settings import NotNegative, Positive
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 IMAGES_PER_END = 24  # images of each end on the page
-MAX_NAMES = 100  # summary and page name at most so many images left out; likelihoods.jsonl names them all
-CAPTIONS = 50  # the summary has means by caption for at most so many different captions
+MAX_NAMES = 100  # the summary and the page name this many left-out images at most; likelihoods.jsonl names all
+CAPTIONS = 50  # the summary has means by caption if there are at most this many different captions
 NUMBERS = ["bits_per_dim", "discretisation_error", "standard_error", "dims"]  # numbers of a record in the table
 FILE = "file"  # key of a record's hash, which identifies the image
 PICTURE = 256  # pixels of a picture's longer side on the page
@@ -235,8 +235,8 @@ def _page(summary: Note, settings: Note, figure: Figure, ends: Mapping[str, pand
     rows = [("mean", bits["mean"]), ("standard deviation", bits["standard_deviation"])]
     rows += [("standard error of the mean", bits["standard_error"]), ("least", bits["least"])]
     rows += [(f"quantile {name}", value) for name, value in bits["quantiles"].items()]
-    rows += [("greatest", bits["greatest"]), ("error by the steps, mean", errors["discretisation_mean"])]
-    rows += [("error by the steps, greatest", errors["discretisation_greatest"])]
+    rows += [("greatest", bits["greatest"]), ("discretisation error, mean", errors["discretisation_mean"])]
+    rows += [("discretisation error, greatest", errors["discretisation_greatest"])]
     rows += [("error by the probes, mean", errors["probes_mean"])]
     page.table(("bits/dim (lower is likelier)", ""), rows)
     page.figure(figure, "Images by bits/dim.")
@@ -299,7 +299,7 @@ def _warnings(summary: Note) -> list[str]:
     if coarse:
         worst = summary["errors_in_bits_per_dim"]["discretisation_greatest"]
         sentences.append(
-            f"The grid is coarse for {coarse} images: their error by the steps is estimated at up to {worst:.3f} "
+            f"The grid is coarse for {coarse} images: their discretisation error is estimated at up to {worst:.3f} "
             "bits/dim. Take more steps."
         )
     if summary["several_sizes"]:

@@ -266,7 +266,7 @@ class _Guidance:
         }  # fmt: skip
 
     def _likelihoods(self, prompt: str, images: dict[str, torch.Tensor], seed: int) -> dict[str, Any]:
-        """Returns bits/dim of the images under their prompt, and the sum of the errors by steps and by probes."""
+        """Returns bits/dim of the images under their prompt, and the sum of their two estimated errors."""
         generator = torch.Generator().manual_seed(seed)
         out = self.pipe.log_likelihood(torch.stack(list(images.values())), prompt, generator=generator)
         errors = (out.standard_error + out.discretisation_error.abs()) / (out.dims * math.log(2))

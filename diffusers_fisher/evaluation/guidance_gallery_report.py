@@ -19,7 +19,7 @@ from ..jobs.pages import Page
 from ..settings import NotNegative
 
 PICTURES = "pictures"  # folder of the pictures
-LIMIT = 100  # the page shows at most so many prompts with their pictures
+LIMIT = 100  # largest number of prompts that the page shows with their pictures
 GALLERY_ROWS = 12  # prompts on gallery.png
 ROW_WIDTH = 28  # letters of a prompt on gallery.png
 QUANTITIES = {
@@ -78,7 +78,7 @@ def write_gallery(folder: Path, records: Sequence[dict[str, Any]], settings: Map
     means = gallery_summary(records)["means"]
     page.table(("mean over prompts", "before", "after"), [(name, *row) for name, row in means.items()])
     page.figure(curves(records), "Reward by run: every prompt, and the mean. A held-out reward that falls while the "
-                "reward rises says that the reward is being gamed.")  # fmt: skip
+                "reward rises is a sign of reward hacking.")  # fmt: skip
     page.figure(by_seconds(records), "The best reward so far, and the held-out reward of its image, by seconds of "
                 "guidance: means over the prompts.")  # fmt: skip
     page.heading("Prompts")

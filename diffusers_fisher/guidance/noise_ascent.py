@@ -33,7 +33,7 @@ class GuidanceOutput(BaseOutput):
             are guidance steps + 1 runs, fewer where the guidance stopped early.
         best_rewards: (B,) float64, the largest reward of each column.
         latents: (B, ...) float32 initial noise of the best images; pass it as `latents` to get them again. Samplers
-            that draw noise at every step need the same noise: see "The same images again" in docs/guidance.md.
+            that draw noise at every step need the same noise: see "Reproducing the images" in docs/guidance.md.
         gradient_norms: (steps, B) float64, norm of the reward's gradient with respect to what is optimised.
         seconds: (runs,) float64, wall time of each sampling run with its gradient.
         num_denoiser_calls: evaluations of the denoiser by the sampling runs and the estimator together.

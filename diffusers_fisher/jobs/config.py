@@ -19,7 +19,7 @@ def build_config(kind: type[Config], values: object, source: str = "config") -> 
     """Builds the settings class `kind` from nested mappings.
 
     Args:
-        values: what YAML can say: mappings, lists, numbers, texts, truth values and nulls.
+        values: values that YAML has: mappings, lists, numbers, texts, truth values and nulls.
         source: the file that the values come from, for messages.
 
     Raises:
@@ -32,8 +32,11 @@ def build_config(kind: type[Config], values: object, source: str = "config") -> 
         return pydantic.TypeAdapter(kind).validate_json(text)
     except pydantic.ValidationError as error:
         raise input_error(error, kind, source) from error
-    except (TypeError, ValueError, RecursionError) as error:  # keys that are no texts, sections that hold themselves
-        raise InputError(f"{source}: the settings are no tree of keys and values: {error}. See configs/.") from error
+    # Keys may be no texts, and a section may contain itself.
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{source}: the settings are not a tree of keys and values: {error}. See configs/."
+        ) from error
 
 
 def load_config(path: str | os.PathLike, kind: type[Config], changes: Sequence[str] = ()) -> Config:
@@ -70,7 +73,7 @@ def _change(values: object, change: str) -> None:
     try:
         values[key] = _parse_yaml(text)
     except yaml.YAMLError as error:
-        raise InputError(f"The change '{change}' has a value that is no YAML: {error}") from error
+        raise InputError(f"The change '{change}' has a value that is not YAML: {error}") from error
 
 
 def _parse_yaml(text: str) -> object:

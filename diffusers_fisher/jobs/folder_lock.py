@@ -1,4 +1,4 @@
-"""Keeps a folder for one run: a second run that would write into it is refused in words."""
+"""Reserves a folder for one run: a second run that would write into it is refused with a message."""
 
 import contextlib
 import datetime
@@ -21,10 +21,10 @@ from ..files import SILENT_SECONDS, check_writable, machine_name
 
 LOCK = ".lock.json"
 PATIENCE_SECONDS = 3.0
-"""A process that was killed needs a moment to end, and a run that is started again at once waits so long for it."""
+"""A process that was killed needs a moment to end. A run that starts again at once waits this long for it."""
 TURN = ".lock-turn"
 TURN_SECONDS = 10.0
-"""Age of the file `TURN`, which lives for milliseconds, from which on its process must be dead."""
+"""The file `TURN` exists for milliseconds. If it is older than this, the process that made it must be dead."""
 BEAT_SECONDS = 30.0
 """Time between two touches of the lock, by which its owner shows processes of other machines that it is alive."""
 
@@ -101,7 +101,7 @@ class FolderLock:
                 return False
             except psutil.Error:
                 return True
-            # A zombie was killed, and its parent has not noticed. Of another start, a process has got its number.
+            # A zombie's parent has not noticed its end yet. If the start differs, a new process has got the number.
             return not is_zombie and abs(start_time - owner.get("started", start_time)) < 2
         return self._age(self.path) < SILENT_SECONDS
 
@@ -115,13 +115,13 @@ class FolderLock:
         """Replaces the lock of a dead owner; returns whether this run has it now.
 
         Of several runs that found the same dead owner, the one that makes a second file replaces the lock, in one
-        operation and after another look at it. There is no moment without a lock.
+        operation and after it has read the lock again. The folder has a lock at every moment.
         """
         turn_file = self.path.with_name(TURN)
         try:
             os.close(os.open(turn_file, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
-            if self._age(turn_file) > TURN_SECONDS:  # of a run that was killed at this point
+            if self._age(turn_file) > TURN_SECONDS:  # its run was killed at this point
                 turn_file.unlink(missing_ok=True)
             time.sleep(0.05)
             return False
@@ -153,7 +153,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path, state: PartialState | Accelerator) -> Iterator[None]:
-    """Keeps a folder for the processes of one launch in the block.
+    """Reserves a folder for the processes of one launch during the block.
 
     Args:
         state: accelerate's state of this process. The main process takes the lock, and the others wait until then.
@@ -170,7 +170,7 @@ def locked_folder(folder: Path, state: PartialState | Accelerator) -> Iterator[N
 
 @contextlib.contextmanager
 def _temporary(path: Path, content: dict[str, Any]) -> Iterator[Path]:
-    """Yields a file of its own beside `path`, with `content`."""
+    """Yields a temporary file beside `path`, with `content`."""
     file = path.with_name(f".lock-{secrets.token_hex(8)}.json")
     try:
         file.write_text(json.dumps(content), encoding="utf-8")

@@ -95,7 +95,7 @@ class ValidationSettings:
 
 @settings_class
 class TraceMatchingConfig:
-    """Everything that a run depends on.
+    """All settings of a run.
 
     Args:
         seed: seed of every random draw.
@@ -155,7 +155,7 @@ class TraceMatchingConfig:
         return max(1, self.optimisation.batch_size // (num_processes * self.optimisation.gradient_accumulation))
 
     def check(self, num_processes: int) -> None:
-        """Checks what a run needs beside values in range: data, and batches that the processes can share.
+        """Checks that there are data, and that the processes can share the batches equally.
 
         Raises:
             InputError: names the key.

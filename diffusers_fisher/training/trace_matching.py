@@ -117,7 +117,7 @@ class TraceMatching:
         """Logs the names of images of a piece that could not be read, each of them once. Returns the piece."""
         for name in piece.skipped:
             if name not in self.skipped:
-                logger.warning(f"Image '{name}' can't be read; another stands in its place.", main_process_only=False)
+                logger.warning(f"Image '{name}' can't be read; another image replaces it.", main_process_only=False)
                 self.skipped.add(name)
         return piece
 
@@ -129,7 +129,8 @@ class TraceMatching:
             return cache
         assert config.data is not None  # checked
         backbone = backbone_of(self.pipe)
-        with self.accelerator.main_process_first():  # the others find what the first has downloaded
+        # The other processes use the files that the main process has downloaded.
+        with self.accelerator.main_process_first():
             return open_images(config.data, backbone.image_channels, backbone.takes_text)
 
     def run(self) -> FisherTraceModel:
@@ -172,7 +173,7 @@ class TraceMatching:
                     self._validate(average, parameters, num_steps)
                 if num_steps % settings.save_every == 0 or num_steps == settings.steps:
                     self.skipped.update(gather_object(sorted(self.skipped)))
-                    # A curve ahead of the newest checkpoint is cut, one behind it would miss an entry: save last.
+                    # Save last: a curve ahead of the checkpoint is cut, but a curve behind it would miss an entry.
                     if accelerator.is_main_process:
                         self.folder.skipped = sorted(self.skipped)
                         self.folder.save(modules, optimizer.optimizer, shadow, num_steps)
@@ -180,7 +181,7 @@ class TraceMatching:
             raise NumericalError(f"{error} Training stopped; {self.folder.last_good}.") from error
         if average:
             average.copy_to(parameters)
-        if accelerator.is_main_process:  # before the validation, which may fail
+        if accelerator.is_main_process:  # before the validation, because that may fail
             with self.folder.writing("trace_model"):
                 self.model.save_pretrained(self.folder.path / "trace_model")
         self._report(self._validate(None, parameters, settings.steps))
@@ -308,8 +309,8 @@ def features_of(denoiser: Denoiser, sample: torch.Tensor) -> torch.Tensor:
         features = denoiser.state(sample, middle.to(torch.float32)).features
     if features is None:
         raise InputError(
-            "`model.features` asks for the denoiser's last hidden layer, and this network has none that is known. "
-            "Leave it out."
+            "`model.features` needs the denoiser's last hidden layer, but for this network the layer is not known. "
+            "Leave `model.features` out."
         )
     return features
 
@@ -341,13 +342,13 @@ def train(config: TraceMatchingConfig) -> FisherTraceModel:
 
 
 def make_accelerator(config: TraceMatchingConfig) -> Accelerator:
-    """Makes an accelerator whose processes wait as long as the main process validates and follows paths."""
+    """Makes an accelerator whose processes wait while the main process validates and follows paths."""
     is_parallel = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return Accelerator(
         mixed_precision=config.optimisation.mixed_precision or "no",
         log_with=config.trackers or None,
         project_dir=config.output,
-        cpu=is_parallel and uses_cpu(),  # otherwise each process would take itself for the only one
+        cpu=is_parallel and uses_cpu(),  # otherwise each process would assume that it is the only one
         kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
     )
 

@@ -16,15 +16,16 @@ def dataset_sharing() -> str:
     kill, machine = result["killed"], result["sharing"]["machine"]
     columns = [
         "trace by", "largest difference of an image's bits/dim from batches of 1 in 1 process",
-        "images per second, 1 and 2 processes", "ratio",
+        "images per second with 1 and with 2 processes", "ratio",
     ]  # fmt: skip
     return document(
         table(columns, rows),
         f"Embedded checkpoint, {kill['images']} test images, batches of 1 and 16, 1 and 2 processes "
-        f"({machine['device']}, one core per process). Two processes, killed with SIGKILL after "
-        f"{kill['records_before']} records and taken up: {kill['computed_after']} more were computed, "
-        f"{kill['records_changed']} of the first changed, and no number is further than "
-        f"{kill['largest_difference_from_unbroken_bits_per_dim']:.1e} from an unbroken run's.",
+        f"({machine['device']}, one core per process). Two processes were killed with SIGKILL after "
+        f"{kill['records_before']} records, and the same command resumed the run: it computed "
+        f"{kill['computed_after']} more records, {kill['records_changed']} of the first ones changed, and no "
+        f"number differs by more than {kill['largest_difference_from_unbroken_bits_per_dim']:.1e} from that of an "
+        "unbroken run.",
     )
 
 
@@ -38,7 +39,7 @@ def dataset_report() -> str:
     return document(
         f"All {result['images']:,} test images ({result['method']['trace']}, {result['evaluations_an_image']} "
         f"evaluations per image): {bits['mean']:.3f} ± {bits['standard_error']:.3f} bits/dim, standard deviation "
-        f"{bits['standard_deviation']:.3f}, from {bits['least']:.2f} to {bits['greatest']:.2f}; error by the steps "
+        f"{bits['standard_deviation']:.3f}, from {bits['least']:.2f} to {bits['greatest']:.2f}; discretisation error "
         f"{errors['discretisation_mean']:.4f} on average, {errors['discretisation_greatest']:.3f} at most.",
         table(["caption", "images", "mean bits/dim", "standard deviation"], rows),
     )
@@ -54,8 +55,8 @@ def out_of_distribution() -> str:
         for name, row in result["bits_per_dim"].items()
     ]  # fmt: skip
     return document(
-        f"{result['images']} images of every set, {result['steps']} steps, trace by {result['trace']}: AUROC against "
-        "test images with their own prompts.",
+        "AUROC of three scores against test images with their own prompts, and bits/dim with their standard deviation "
+        f"in brackets; {result['images']} images of every set, {result['steps']} steps, trace by {result['trace']}.",
         table(["", "bits/dim", *scores], rows),
     )
 
@@ -69,8 +70,8 @@ def sample_ranking() -> str:
         for name, row in result["rankings"].items()
     ]  # fmt: skip
     columns = [
-        "ranking by", "rank correlation with the classifier's confidence", "within classes",
-        "right of the best quarter", "of the worst",
+        "ranking by", "rank correlation with the classifier's confidence", "rank correlation within classes",
+        "classified as prompted, best quarter", "classified as prompted, worst quarter",
     ]  # fmt: skip
     return document(
         f"{result['samples']} samples, {result['num_inference_steps']} steps at guidance scale "
@@ -88,7 +89,7 @@ def prompt_matching() -> str:
         for calls, row in by_calls.items()
     ]  # fmt: skip
     return document(
-        f"Share of test images whose own prompt, of {result['prompts']}, scores best; network in {result['dtype']}, "
-        f"the trace of the ODE by {result['trace']}.",
-        table(["method", "images", "denoiser calls per prompt", "right", "image classifier, trained for it"], rows),
+        f"Accuracy is the fraction of test images whose own prompt, of {result['prompts']}, scores best. The network "
+        f"runs in {result['dtype']}; the trace of the ODE is by {result['trace']}.",
+        table(["method", "images", "denoiser calls per prompt", "accuracy", "accuracy of the image classifier"], rows),
     )

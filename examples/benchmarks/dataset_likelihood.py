@@ -1,12 +1,13 @@
-"""Does an image's likelihood depend on how a dataset is shared out, and what is won by two processes?
+"""Does an image's likelihood depend on batches and processes, and how much faster are two processes?
 
-python examples/benchmarks/dataset_likelihood.py [sharing] [killed] [report]   # parts to run anew; none: all
+python examples/benchmarks/dataset_likelihood.py [sharing] [killed] [report]   # parts to run; without parts all
 
-Runs `diffusers-fisher likelihood` on test images under the embedded checkpoint: with batches of 1 and 16 and with 1
-and 2 processes ("sharing": the per-image numbers compared, and times); killed with SIGKILL and taken up again
-("killed"); and the README's own commands over all 10,000 test images ("report", half an hour on two cores), whose
-summary it keeps, with the report and a picture of the likeliest and least likely in docs. Needs Fashion-MNIST (see
-examples/fashion_mnist.py) and, for the times, two cores with nothing else on them. Writes dataset_likelihood.json.
+The benchmark runs `diffusers-fisher likelihood` on test images under the embedded checkpoint, in three parts.
+"sharing" uses batches of 1 and 16 and 1 and 2 processes, and compares the numbers of every image and the times.
+"killed" kills a run with SIGKILL and resumes it. "report" runs the commands of the README over all 10,000 test images
+(half an hour on two cores). It keeps the summary, and writes the report and a picture of the most and least likely
+images into docs. The benchmark needs Fashion-MNIST (see examples/fashion_mnist.py) and, for the times, two cores
+without other work. It writes dataset_likelihood.json.
 """
 
 import argparse
@@ -37,7 +38,7 @@ PICTURE = ROOT / "docs" / "images" / "dataset_likelihood.png"
 PAGE = ROOT / "docs" / "dataset_likelihood_report.html"
 RUNS = {"1 process, batches of 1": (1, 1), "1 process, batches of 16": (1, 16), "2 processes, batches of 16": (2, 16)}
 ONE, TWO = "1 process, batches of 16", "2 processes, batches of 16"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # a core a process
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # one core per process
 
 
 def command(folder: Path, name: str, processes: int, batch_size: int, *options: str) -> list[str]:
@@ -55,7 +56,7 @@ def bits(folder: Path) -> list[float]:
 
 
 def share_images(folder: Path, estimator: str, count: int) -> dict[str, Any]:
-    """Runs every way; the largest difference from the first, and images per second."""
+    """Runs every way; returns the largest difference from the first way, and images per second."""
     numbers, rates = {}, {}
     for name, (processes, batch_size) in RUNS.items():
         target = folder / f"{estimator} {name}"
@@ -75,7 +76,7 @@ def share_images(folder: Path, estimator: str, count: int) -> dict[str, Any]:
 
 
 def resume_after_kill(folder: Path, estimator: str, count: int) -> dict[str, Any]:
-    """Two processes killed after a third of their records, and the run taken up by the same command."""
+    """Kills two processes after a third of their records, and resumes the run with the same command."""
     name = f"{estimator} killed"
     shutil.rmtree(folder / name, ignore_errors=True)
     line = command(folder, name, 2, 4, "--estimator", estimator, "--limit", str(count))
@@ -90,7 +91,7 @@ def resume_after_kill(folder: Path, estimator: str, count: int) -> dict[str, Any
         if process.poll() is not None:
             raise RuntimeError("The run ended before it could be killed.")
         time.sleep(0.2)
-    for each in (*psutil.Process(process.pid).children(recursive=True), process):  # workers have their own groups
+    for each in (*psutil.Process(process.pid).children(recursive=True), process):  # workers are in other groups
         each.kill()
     process.wait()
     before = read_rows()
@@ -110,7 +111,7 @@ def resume_after_kill(folder: Path, estimator: str, count: int) -> dict[str, Any
 
 
 def report() -> dict[str, Any]:
-    """The summary of all test images, by the README's commands as they stand; a run that was killed goes on."""
+    """Returns the summary of all test images by the README's commands; a killed run is resumed."""
     lines = [line.strip() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
     make, evaluate = (
         shlex.split(next(line for line in lines if line.startswith(begin)))
@@ -128,7 +129,7 @@ def report() -> dict[str, Any]:
 
 
 def _make_figure(images: Path, rows: list[dict[str, Any]]) -> Any:
-    """The histogram, and a row of images from each end: a matplotlib figure."""
+    """Draws the histogram, and one row each of the most and least likely images."""
     import numpy
     from matplotlib.figure import Figure
     from PIL import Image
@@ -152,8 +153,8 @@ def _make_figure(images: Path, rows: list[dict[str, Any]]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=f"to run anew, of {', '.join(PARTS)}; none: all")
-    parser.add_argument("--images", type=int, default=IMAGES, help='of "sharing" and "killed"')
+    parser.add_argument("parts", nargs="*", help=f"parts to run, of {', '.join(PARTS)}; without parts all of them")
+    parser.add_argument("--images", type=int, default=IMAGES, help='number of images of "sharing" and "killed"')
     parser.add_argument("--output", type=Path, default=Path("outputs/dataset_likelihood"))
     arguments = parser.parse_args()
     if not set(arguments.parts) <= set(PARTS):

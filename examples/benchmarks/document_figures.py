@@ -65,7 +65,7 @@ DOCUMENTS = {
 
 
 def fill(text: str, makers: Sequence[Callable[[], str]]) -> str:
-    """The document with every block of figures made anew."""
+    """Returns the document with every block of figures made again."""
     for make in makers:
         start, end = f"<!-- figures: {make.__name__} -->\n", "<!-- end of figures -->"
         before, after = text.split(start, 1)

@@ -24,7 +24,7 @@ CENTRE = (slice(None), slice(None), slice(2, -2), slice(2, -2))
 
 @torch.no_grad()
 def reconstruction(pipe: StableDiffusionPipeline, classifier: ClassifierReward, images, labels) -> dict[str, float]:
-    """PSNR on the central 28x28 (data range 1) and how often reconstructions are classified right."""
+    """Returns the PSNR on the central 28x28 (data range 1) and how often reconstructions are classified right."""
     errors, right, right_real = [], 0, 0
     for batch, truth in tqdm(list(zip(images.split(250), labels.split(250), strict=True)), "reconstruct"):
         pixels = fashion_mnist.to_rgb(batch)
@@ -42,7 +42,7 @@ def reconstruction(pipe: StableDiffusionPipeline, classifier: ClassifierReward, 
 
 
 def sample(pipe: StableDiffusionPipeline, guidance_scale: float, count: int) -> torch.Tensor:
-    """`count` images (10, count / 10, 3, 32, 32) in [0, 1], equally many of each class: DDIM, 25 steps."""
+    """Returns `count` images (10, count / 10, 3, 32, 32) in [0, 1], equally many of each class: DDIM, 25 steps."""
     generator = torch.Generator().manual_seed(0)
     classes = []
     for label in tqdm(range(10), f"guidance scale {guidance_scale}"):
@@ -54,7 +54,7 @@ def sample(pipe: StableDiffusionPipeline, guidance_scale: float, count: int) -> 
 
 @torch.no_grad()
 def generation(pipe, classifier: ClassifierReward, guidance_scale: float, count: int, real_spread) -> dict:
-    """How often samples are classified as prompted, and their spread within a class relative to real images."""
+    """Returns how often samples are classified as prompted, and their spread per class relative to real images."""
     images = sample(pipe, guidance_scale, count)
     predictions = torch.stack([classifier.logits(group).argmax(1) for group in images])
     right = (predictions == torch.arange(10)[:, None]).float().mean(1)
@@ -70,7 +70,7 @@ def generation(pipe, classifier: ClassifierReward, guidance_scale: float, count:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=None, help="another folder than the embedded one")
+    parser.add_argument("--checkpoint", default=None, help="folder of another checkpoint than the embedded one")
     parser.add_argument("--data", default=fashion_mnist.DEFAULT_FOLDER)
     parser.add_argument("--count", type=int, default=1000)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Every estimator of the diffusion Fisher against the truth: trace, products, gradients through runs, reward a second.
+"""Compares every estimator of the diffusion Fisher with exact values: trace, products, gradients, reward per second.
 
     python examples/benchmarks/fisher_accuracy.py
 
@@ -46,7 +46,7 @@ SCHEDULE = {
 
 
 def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Mean over samples of the relative error."""
+    """Returns the mean of the relative error over samples."""
     difference, size = (value - reference).flatten(1).norm(dim=1), reference.flatten(1).norm(dim=1)
     return float((difference / size).mean())
 
@@ -57,7 +57,7 @@ def cosine(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def run(scheduler: Any, output: Callable, noise: torch.Tensor, steps: int, estimator: Any) -> tuple[Any, torch.Tensor]:
-    """One tracked sampling run over `output(x, t)`."""
+    """Runs one sampling run over `output(x, t)` and records it."""
     with scheduler.differentiable(estimator) as trajectory:
         end = run_sampler(scheduler, output, noise, steps)
     return trajectory, end
@@ -72,7 +72,7 @@ def run_sampler(scheduler: Any, output: Callable, x: torch.Tensor, steps: int) -
 
 
 def accuracy_by_level(states: list[DenoisingState], endpoint: torch.Tensor, estimators: dict, truth: Callable) -> dict:
-    """Relative errors of trace and product, and the product's cosine, at every state."""
+    """Returns relative errors of trace and product, and the product's cosine, at every state."""
     generator = torch.Generator().manual_seed(2)
     rows: dict[str, Any] = {name: {"trace": [], "matvec": [], "cosine": []} for name in estimators}
     for state in tqdm(states, "levels"):
@@ -93,7 +93,7 @@ def noise_to_signal(states: list[DenoisingState]) -> list[float]:
 
 
 def gradient_cosines(runs: Callable, reference: Any, estimators: dict[str, Any], loss: Callable) -> dict:
-    """Cosine and norm ratio of the gradient at the noise with each estimator against `reference`, per setting."""
+    """Compares each estimator's gradient at the noise with `reference`: cosine and ratio of norms, per setting."""
     result: dict[str, Any] = {}
     for name, estimator in {"reference": reference, **estimators}.items():
         trajectory, end = runs(estimator)
@@ -206,7 +206,7 @@ def on_the_checkpoint(batch: int) -> dict[str, Any]:
 
 
 def ascent(pipe: Any, denoiser: Any, steps: int, noise: torch.Tensor, estimator: Any, reward: Any) -> dict[str, Any]:
-    """Normalised ascent on the noise's sphere: reward gained, and gained per second."""
+    """Runs normalised ascent on the sphere of the noise; returns the gain of the reward, and the gain per second."""
     scheduler = FisherDDIMScheduler.from_config(pipe.scheduler.config)
 
     def sample(x: torch.Tensor) -> torch.Tensor:
@@ -233,7 +233,7 @@ def plot(result: dict[str, Any]) -> None:
     ):
         for axes, quantity in zip(row, ("trace", "matvec"), strict=True):
             for index, (name, values) in enumerate(result[part]["levels"].items()):
-                style = "-" if index < 10 else "--"  # there are ten colours
+                style = "-" if index < 10 else "--"  # matplotlib has ten colours
                 axes.plot(result[part]["noise_to_signal"], values[quantity], style, marker=".", label=name)
             axes.set(xscale="log", yscale="log", ylabel=f"relative error of {quantity}", title=title, ylim=(1e-6, 1e4))
         row[1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,4 +1,4 @@
-"""The estimators that `fisher_accuracy.py` compares, by name, and one that was tried and not taken in."""
+"""Makes the estimators that `fisher_accuracy.py` compares. One of them did not help and is not in the package."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ from diffusers_fisher.fisher import ModelFisherOperator, rademacher
 
 
 def priors(samples: torch.Tensor) -> dict[str, GaussianFisher]:
-    """Gaussians fitted to clean samples."""
+    """Returns Gaussians that are fitted to clean samples."""
     return {
         "Gaussian, isotropic": GaussianFisher.fit_isotropic(samples),
         "Gaussian, diagonal": GaussianFisher.fit_diagonal(samples),
@@ -30,7 +30,7 @@ def priors(samples: torch.Tensor) -> dict[str, GaussianFisher]:
 
 
 def estimators(denoiser: Any, gaussians: dict[str, GaussianFisher], autodiff: bool) -> dict[str, Any]:
-    """Everything that can stand in a backward pass, but for the reference itself."""
+    """Returns all estimators that a backward pass can use, except the reference."""
     table: dict[str, Any] = (
         {"autodiff, forward (JVP)": AutodiffFisher(denoiser, forward_mode=True)} if autodiff else {}
     )
@@ -51,19 +51,19 @@ def trace_corrected(prior: Any, trace: Any) -> TraceCorrectedFisher:
 
 
 def exact_trace(operator: FisherOperator, generator: torch.Generator) -> torch.Tensor:
-    """The operator's own trace, whatever it costs."""
+    """Returns the exact trace of an operator at any cost."""
     return operator.trace().value
 
 
 def trace_or_probes(operator: FisherOperator, generator: torch.Generator) -> torch.Tensor:
-    """The operator's trace where it is a closed form, else 16 Hutchinson probes."""
+    """Returns the trace of an operator in closed form, or by 16 Hutchinson probes if it has none."""
     if operator.calls_per_state or operator.calls_per_product:
         return operator.trace(rademacher(16, operator.state.sample, generator)).value
     return operator.trace().value
 
 
 def probe_estimators(estimator: Any) -> dict[str, tuple[Any, Callable]]:
-    """Hutchinson and Hutch++ on the exact products."""
+    """Returns the trace by Hutchinson and Hutch++ with exact products."""
 
     def hutchinson(count: int) -> Callable:
         return lambda operator, generator: operator.trace(rademacher(count, operator.state.sample, generator)).value
@@ -81,7 +81,7 @@ def probe_estimators(estimator: Any) -> dict[str, tuple[Any, Callable]]:
 
 @torch.no_grad()
 def encode_images(pipe: Any, images: torch.Tensor) -> torch.Tensor:
-    """Scaled latents of uint8 images (N, 1, 32, 32), drawn from the autoencoder's posterior."""
+    """Returns scaled latents of uint8 images (N, 1, 32, 32), drawn from the autoencoder's posterior."""
     generator, pieces = torch.Generator().manual_seed(1), []
     for batch in images.split(250):
         pixels = (batch.float() / 127.5 - 1).expand(-1, 3, -1, -1)
@@ -100,7 +100,7 @@ def without_memory(estimator: Any) -> Any:
 
 
 class Mean(FisherEstimator):
-    """The mean of two operators."""
+    """An estimator that is the mean of two estimators."""
 
     def __init__(self, left: Any, right: Any):
         self.left, self.right = left, right
@@ -110,9 +110,12 @@ class Mean(FisherEstimator):
 
 
 class Secants(FisherEstimator):
-    """Tried: differences of model outputs between guidance iterations at the same level, as products with the
-    Jacobian that cost nothing; the least symmetric change of the direct operator that agrees with them (Powell's
-    symmetric Broyden formula for several secants)."""
+    """An estimator by secants, which was tried and did not help.
+
+    Differences of model outputs between guidance iterations at the same level are products with the Jacobian that cost
+    nothing. The operator is the smallest symmetric change of the direct operator that agrees with them (Powell's
+    symmetric Broyden formula for several secants).
+    """
 
     def __init__(self, memory: int = 8):
         self.memory = memory

@@ -4,7 +4,7 @@ from figure_tables import document, nearest, read_result, table
 
 
 def fisher_levels() -> str:
-    """Three of the levels, both parts."""
+    """Returns tables of three of the noise levels, for both parts."""
     parts = []
     for name, title in (
         ("mixture", "(a) mixture of 300 Gaussians fitted to 16x16 images"),
@@ -37,14 +37,16 @@ def fisher_gradients() -> str:
             [name, *(_gradient_cell(each[name]) for each in gradients.values())]
             for name in next(iter(gradients.values()))
         ]
-        parts.append(f"{title}: cosine with the exact gradient at the noise, and log10 of the ratio of norms.")
+        parts.append(
+            f"{title}: cosine with the exact gradient at the noise, and in brackets log10 of the ratio of norms."
+        )
         parts.append(table(["estimator", *gradients], rows))
     asymmetry = result["checkpoint"]["asymmetry_of_the_networks_jacobian"]
     return document(
         *parts,
         f"The network's own Jacobian is not symmetric: |F - F^T|/(2|F|) is {min(asymmetry):.3f} to "
-        f"{max(asymmetry):.3f} along a run, which bounds what products with J in place of J^T can reach; the row of "
-        "forward-mode products shows that bound.",
+        f"{max(asymmetry):.3f} along a run. This limits how exact products with J in place of J^T can be; the row of "
+        "forward-mode products shows the limit.",
     )
 
 
@@ -60,7 +62,7 @@ def fisher_ascents() -> str:
     parts = [
         f"Embedded checkpoint, {part['batch']} prompts, {part['iterations']} iterations of normalised ascent, step "
         f"{part['step_size']} of the noise's norm, {machine['device']}, {machine['threads']} "
-        "threads: reward gained, and gained per second in brackets."
+        "threads: gain of the reward, and the gain per second in brackets."
     ]
     for reward in next(iter(estimators.values())):
         rows = [[name, *(_ascent_cell(each[name][reward]) for each in ascents.values())] for name in estimators]

@@ -1,11 +1,12 @@
-"""Guidance on the embedded checkpoint: cost of an iteration, memory, gradients, reward and held-out reward by time.
+"""Measures guidance on the embedded checkpoint: cost of an iteration, memory, gradients, rewards by time.
 
     python examples/benchmarks/guidance.py                        # most of an hour on two cores
     python examples/benchmarks/guidance.py --tiny --picture P.png # only to see that it runs; writes no JSON
 
-Writes guidance.json and guidance.png. Classifier-free guidance left out of the backward pass is followed with the
-first reward alone. Every cell (a part, or a method with a reward) is kept in the folder `--records` when it is done,
-and a second run goes on from there. All seconds of one table should come from one quiet machine.
+The benchmark writes guidance.json and guidance.png. Methods that leave classifier-free guidance out of the backward
+pass are run with the first reward alone. Every cell (a part, or a method with a reward) is kept in the folder
+`--records` when it is done, and a second run continues from there. All times of one table should come from one machine
+without other work.
 """
 
 import argparse
@@ -41,14 +42,17 @@ from diffusers_fisher.guidance.checks import checked_reward
 from diffusers_fisher.jobs.records import Records
 
 EXACT = ("stored graph", "per-step recomputation")
-LEFT_OUT = "guidance left out"  # ends the names of methods that are followed with the first reward alone
-STRENGTHS = (0.2, 0.4)  # the default, and its double
+LEFT_OUT = "guidance left out"  # end of the names of methods that are run with the first reward alone
+STRENGTHS = (0.2, 0.4)  # the default, and twice the default
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Sizes of the benchmark. Prompts go through every method in batches, and `compared_prompts` in all through those
-    whose time to the exact reward is told."""
+    """Sizes of the benchmark.
+
+    Every method guides `prompts` prompts in batches. Methods whose time to the exact reward is measured guide
+    `compared_prompts` prompts.
+    """
 
     prompts: int = 64
     compared_prompts: int = 256
@@ -70,7 +74,7 @@ TINY = Setting(
 
 
 class Problem:
-    """The checkpoint, and the prompts, noise and rewards of every batch."""
+    """Holds the checkpoint, and the prompts, noise and rewards of every batch."""
 
     def __init__(self, setting: Setting):
         self.setting = setting
@@ -88,14 +92,17 @@ class Problem:
         return [index % 10 for index in range(begin, begin + len(self.noises[batch]))]
 
     def methods(self, batch: int, steps: int | None = None) -> Methods:
-        """All methods for one batch's prompts."""
+        """Returns all methods for the prompts of one batch."""
         prompts = [embedded_prompt(label) for label in self.batch_labels(batch)]
         embeds = embeddings(self.pipe, prompts)
         return Methods(self.pipe, embeds, steps or self.setting.steps, self.setting.guidance_scale, self.latents)
 
     def rewards(self, batch: int) -> dict[str, tuple[Any, Any]]:
-        """Reward and held-out reward: another class (held out: nearness to real images of it), left minus right
-        and inpainting of a real image's upper half (both: the prompted class's log-probability)."""
+        """Returns by name the reward and the held-out reward.
+
+        The held-out reward of "another class" is nearness to real images of that class. That of "left minus right" and
+        of "inpainting" (of a real image's upper half) is the log-probability of the prompted class.
+        """
         labels = self.batch_labels(batch)
         target = [(label + 1) % 10 for label in labels]
         other_class, own_class = (
@@ -112,7 +119,7 @@ class Problem:
         }
 
     def _nearness(self, target: list[int]) -> Callable:
-        """Minus the mean squared distance to the nearest test image of the target class."""
+        """A reward: minus the mean squared distance to the nearest test image of the target class."""
         class_images = [self.images[self.labels == label].flatten(1) for label in target]
 
         def nearness(images: torch.Tensor, prompts: Any) -> torch.Tensor:
@@ -123,7 +130,7 @@ class Problem:
 
 
 def one_iteration(problem: Problem, method: tuple, reward: Any, noise: torch.Tensor) -> torch.Tensor:
-    """Sampling, decoding, reward and gradient, as each guidance step does."""
+    """Runs sampling, decoding, reward and gradient, as in each guidance step."""
     sample, scheduler, estimator = method
     with scheduler.differentiable(estimator) as trajectory:
         latents = sample(noise)
@@ -131,7 +138,7 @@ def one_iteration(problem: Problem, method: tuple, reward: Any, noise: torch.Ten
 
 
 def floor(problem: Problem, method: tuple, reward: Any, noise: torch.Tensor) -> torch.Tensor:
-    """What no method can do without: an untracked run, decoding, and the reward's gradient at the latents."""
+    """Runs what every method needs: a run without a record, decoding, and the reward's gradient at the latents."""
     latents = method[0](noise).detach().requires_grad_()
     return torch.autograd.grad(checked_reward(reward, backbone_of(problem.pipe).decode(latents), []).sum(), latents)[0]
 
@@ -157,9 +164,9 @@ def iteration_cost(problem: Problem) -> dict[str, Any]:
 
 
 def graph_bytes(noise: torch.Tensor, sample: Any, scheduler: Any, estimator: Any) -> int:
-    """Bytes that autograd keeps for the backward pass of one sampling run, counted once a storage."""
+    """Returns the bytes that autograd keeps for the backward pass of one sampling run. Every storage counts once."""
     storages: dict[int, int] = {}
-    references = []  # so that no address is used twice while counting
+    references = []  # so that no address is used twice during the count
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -176,7 +183,7 @@ def graph_bytes(noise: torch.Tensor, sample: Any, scheduler: Any, estimator: Any
 
 
 def memory(problem: Problem) -> dict[str, Any]:
-    """Bytes kept by the graph by number of steps, and their slope in units of one latent batch."""
+    """Returns the bytes that the graph keeps by number of steps, and their slope in units of one latent batch."""
     result: dict = {}
     noise, counts = problem.noises[0], problem.setting.memory_steps
     tables = {steps: problem.methods(0, steps).table for steps in counts}
@@ -191,7 +198,7 @@ def memory(problem: Problem) -> dict[str, Any]:
 
 
 def gradients(problem: Problem, name: str) -> dict[str, Any]:
-    """Cosine with the stored graph's gradient, and the ratio of norms: means over the first batch."""
+    """Returns the cosine with the stored graph's gradient, and the ratio of norms: means over the first batch."""
     reward, noise, table = problem.rewards(0)[name][0], problem.noises[0], problem.methods(0).table
     exact = one_iteration(problem, table["stored graph"], reward, noise).double().flatten(1)
     rows = {}
@@ -207,7 +214,7 @@ def gradients(problem: Problem, name: str) -> dict[str, Any]:
 
 
 def curve(problem: Problem, name: str, method: str, batch: int) -> dict[str, Any]:
-    """Normalised ascent of one batch with one method: the same noise and step size for all."""
+    """Runs normalised ascent of one batch with one method. Noise and step size are the same for all methods."""
     setting, noise = problem.setting, problem.noises[batch]
     reward, held_out = problem.rewards(batch)[name]
     sample, scheduler, estimator = problem.methods(batch).table[method]
@@ -220,7 +227,7 @@ def curve(problem: Problem, name: str, method: str, batch: int) -> dict[str, Any
 
 
 def per_step(problem: Problem, name: str, estimator: str, strength: float, batch: int) -> dict[str, Any]:
-    """One run of per-step guidance for one batch."""
+    """Runs per-step guidance once for one batch."""
     methods, noise = problem.methods(batch), problem.noises[batch]
     reward, held_out = problem.rewards(batch)[name]
     pipe = methods.stock()
@@ -234,7 +241,7 @@ def per_step(problem: Problem, name: str, estimator: str, strength: float, batch
 
 
 def best_so_far(cells: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Reward of every prompt's best run so far and what is held out at it, (runs, prompts), and seconds, (runs,)."""
+    """Returns reward and held-out reward of every prompt's best run so far, (runs, prompts), and seconds, (runs,)."""
     length = min(len(cell["rewards"]) for cell in cells)
     rewards, held_out = (
         torch.cat([torch.tensor(cell[name][:length], dtype=torch.float64) for cell in cells], dim=1)
@@ -246,7 +253,7 @@ def best_so_far(cells: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor
 
 
 def summarise(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """All prompts of one method and reward: means by run, of the best so far and of what is held out at it."""
+    """Returns by run the means over all prompts of the best reward so far and of the held-out reward of its image."""
     best, held_out, seconds = best_so_far(cells)
     prompts = best.shape[1]
     return {
@@ -263,10 +270,11 @@ def summarise(cells: list[dict[str, Any]]) -> dict[str, Any]:
 def time_to_exact(
     cells: dict[str, list[dict[str, Any]]], exact: str, methods: Sequence[str] = (DEFAULT, "direct")
 ) -> dict[str, Any]:
-    """By method of `methods`: seconds in which it first reaches the exact method's last reward, relative to those in
-    which that one does, and how much higher the held-out reward then is, prompt by prompt.
+    """Returns by method of `methods` the time until it reaches the exact method's last reward.
 
-    The first run, whose reward is nobody's merit, counts for all."""
+    The time is relative to that of the exact method. The result also says how much higher the held-out reward then is,
+    prompt by prompt. The time of the first run, which is without guidance, counts for all methods.
+    """
     target = float(best_so_far(cells[exact])[0][-1].mean())
 
     def time_to_target(method: str) -> tuple[Any, Any]:
@@ -294,7 +302,7 @@ def time_to_exact(
 
 
 def import_time(rounds: int) -> dict[str, Any]:
-    """Whole-process time of `import diffusers_fisher` against `import diffusers`."""
+    """Compares the time of processes that run `import diffusers_fisher` and `import diffusers`."""
 
     def task(name: str) -> Callable:
         return lambda: subprocess.run([sys.executable, "-c", f"import {name}"], check=True)
@@ -305,13 +313,13 @@ def import_time(rounds: int) -> dict[str, Any]:
 
 
 class Cells:
-    """Parts of the benchmark by name, each computed once."""
+    """Computes parts of the benchmark, each once, and keeps them by name."""
 
     def __init__(self, folder: Path, setting: Setting):
         self.records = Records(folder, dataclasses.asdict(setting) | {"threads": torch.get_num_threads()})
 
     def __call__(self, make: Callable[..., dict[str, Any]], *arguments: Any, context: tuple = ()) -> dict[str, Any]:
-        """`make(*context, *arguments)`, from its record where there is one."""
+        """Returns `make(*context, *arguments)`, from its record if there is one."""
         words = [make.__name__, *map(str, arguments)]
         key = "_".join(re.sub(r"[^A-Za-z0-9.]+", "-", word).strip("-") for word in words)
         if self.records.missing([key]):
@@ -369,8 +377,10 @@ def _mean(rows: list[dict[str, Any]], name: str) -> float:
 
 
 def picture(result: dict[str, Any]) -> Figure:
-    """Mean best reward by the seconds that all prompts took: a panel a reward, a line a method, and per-step guidance
-    of every strength as points."""
+    """Draws the mean best reward against the seconds for all prompts.
+
+    There is one panel per reward and one line per method. Per-step guidance has one point per strength.
+    """
     table = result["reward_after_ten_iterations"]
     figure = Figure(figsize=(4.4 * len(table), 4.6), layout="constrained")
     panels = figure.subplots(1, len(table), squeeze=False)[0]
@@ -388,7 +398,7 @@ def picture(result: dict[str, Any]) -> Figure:
                 label=f"step by step, {estimator}",
             )  # fmt: skip
         axes.set(title=name, xlabel="seconds", ylabel="reward", xscale="log")
-    handles, labels = panels[0].get_legend_handles_labels()  # the first has every method
+    handles, labels = panels[0].get_legend_handles_labels()  # the first panel has every method
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
@@ -396,7 +406,7 @@ def picture(result: dict[str, Any]) -> Figure:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, default=Path("outputs/benchmarks/guidance"))
-    parser.add_argument("--picture", type=Path, help="the plot's file; guidance.png, and none with --tiny")
+    parser.add_argument("--picture", type=Path, help="file of the plot; default: guidance.png, or none with --tiny")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args(arguments)
     picture_file = options.picture or (None if options.tiny else FOLDER / "guidance.png")

@@ -1,11 +1,11 @@
-"""Likelihoods against closed forms, against the adaptive reference, and each other: likelihood.json.
+"""Compares likelihoods with closed forms, with the adaptive reference, and with each other; writes likelihood.json.
 
 python examples/benchmarks/likelihood.py [PART ...]
 
-Parts: closed_forms, other_laws, reference, checkpoint, jacobian, trace_model, comparison. Those that are named are run
-anew, all without names; "checkpoint" takes the last "reference" and "trace_model" the last "jacobian", which no trace
-model is part of. Two hours.
-The closed forms need Fashion-MNIST (see examples/fashion_mnist.py).
+The parts are closed_forms, other_laws, reference, checkpoint, jacobian, trace_model and comparison. The benchmark runs
+the parts that are named, or all without names. "checkpoint" uses the last results of "reference", and "trace_model"
+those of "jacobian", because neither of these depends on the trace model. All parts take two hours. The closed forms
+need Fashion-MNIST (see examples/fashion_mnist.py).
 """
 
 import json
@@ -54,8 +54,8 @@ BIT = math.prod(SHAPE) * math.log(2)  # nats of one bit/dim
 DRAWS = 32
 CALLS = (11, 20, 41, 100)
 NUM_IMAGES = 16
-MORE_IMAGES = 32  # of which the trace model is held against whole Jacobians alone
-GROUP = 4  # images that share the reference's steps, which the worst of them decides
+MORE_IMAGES = 32  # images for the comparison of the trace model with whole Jacobians
+GROUP = 4  # images per reference; they share its steps, which the most difficult image determines
 SCHEDULERS: dict[str, Callable[[], Any]] = {
     "Stable Diffusion": lambda: diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False
@@ -65,7 +65,7 @@ SCHEDULERS: dict[str, Callable[[], Any]] = {
 
 
 def distributions() -> dict[str, GaussianMixture]:
-    """Laws of 4x8x8 samples whose noised densities are known, in float64."""
+    """Returns distributions of 4x8x8 samples whose noised densities are known, in float64."""
     generator = torch.Generator().manual_seed(0)
     images = torch.nn.functional.pixel_unshuffle(small_images()[:20000], 2)
     labels = fashion_mnist.load("train")[1][:20000]
@@ -95,7 +95,7 @@ def distributions() -> dict[str, GaussianMixture]:
 
 
 def other_distributions() -> dict[str, GaussianMixture]:
-    """Laws on which nothing of the grid and of the error estimate was chosen."""
+    """Returns distributions that played no part in the choice of the grid and of the error estimate."""
     generator = torch.Generator().manual_seed(77)
 
     def modes(count: int, scale: float, low: float, high: float) -> GaussianMixture:
@@ -117,7 +117,7 @@ def other_distributions() -> dict[str, GaussianMixture]:
 
 
 def moments(law: GaussianMixture) -> dict[str, torch.Tensor]:
-    """Mean and variance of every element."""
+    """Returns the mean and the variance of every element."""
     mean = torch.einsum("k,kchw->chw", law.weights, law.means)
     modes = torch.arange(len(law.covariance))
     variances = torch.stack([law.covariance.select(modes[k : k + 1]).dense()[0].diagonal() for k in modes.tolist()])
@@ -126,9 +126,9 @@ def moments(law: GaussianMixture) -> dict[str, torch.Tensor]:
 
 
 def practice(law: GaussianMixture, samples: torch.Tensor, scheduler: Any, calls: int) -> torch.Tensor:
-    """Log-likelihood by what is in use: Euler on equally spaced timesteps, the trace by the left rule, standard prior.
+    """Returns the log-likelihood by common practice: Euler on equally spaced timesteps, standard prior.
 
-    The sample is stepped as DDIM inversion steps it.
+    The trace is integrated by the left rule, and the steps of the sample are those of DDIM inversion.
     """
     low, high = log_noise_to_signal_range(scheduler)
     ends = timestep_at(scheduler, torch.tensor([low, high], dtype=torch.float64))
@@ -146,7 +146,7 @@ def practice(law: GaussianMixture, samples: torch.Tensor, scheduler: Any, calls:
 
 
 def closed_forms(laws: dict[str, GaussianMixture], draws: int, schemes: Sequence[str]) -> dict[str, Any]:
-    """Errors against exact densities, by scheme and calls, with the coverage of the error estimates."""
+    """Returns errors against exact densities by scheme and calls, with the coverage of the error estimates."""
     rows = []
     for schedule, make in SCHEDULERS.items():
         scheduler = make()
@@ -181,7 +181,7 @@ def closed_forms(laws: dict[str, GaussianMixture], draws: int, schemes: Sequence
 
 
 def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Over all laws together, by schedule, scheme and calls."""
+    """Returns the errors over all distributions together, by schedule, scheme and calls."""
     result = []
     for schedule in SCHEDULERS:
         for scheme in dict.fromkeys(row["scheme"] for row in rows):
@@ -229,14 +229,14 @@ def _pipe() -> tuple[Any, torch.Tensor, torch.Tensor]:
 
 
 def _problem(count: int = NUM_IMAGES) -> tuple[Any, torch.Tensor, list[str]]:
-    """The pipeline, latents of the first test images, and their prompts."""
+    """Returns the pipeline, latents of the first test images, and their prompts."""
     pipe, images, labels = _pipe()
     prompts = [embedded_prompt(int(label)) for label in labels[:count]]
     return pipe, backbone_of(pipe).samples_of(images[:count]), prompts
 
 
 def reference() -> dict[str, Any]:
-    """The embedded checkpoint's likelihood by adaptive steps with whole Jacobians."""
+    """Computes likelihoods of the embedded checkpoint by adaptive steps with whole Jacobians."""
     pipe, latents, prompts = _problem()
     results = []
     for first in range(0, NUM_IMAGES, GROUP):
@@ -253,7 +253,7 @@ def reference() -> dict[str, Any]:
 
 
 def checkpoint(reference_values: dict[str, Any]) -> dict[str, Any]:
-    """The embedded checkpoint: every way to its likelihood, against the reference (`reference_values`)."""
+    """Compares every way to a likelihood of the embedded checkpoint with the reference (`reference_values`)."""
     pipe, latents, prompts = _problem()
     expected = torch.tensor(reference_values["log_prob"], dtype=torch.float64)
     result: dict[str, Any] = {"images": NUM_IMAGES, "rows": []}
@@ -292,7 +292,7 @@ def checkpoint(reference_values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _at_40_calls(estimator: Any) -> torch.Tensor:
-    """Log-probabilities of the first `MORE_IMAGES` test images, in nats."""
+    """Returns log-probabilities of the first `MORE_IMAGES` test images in nats."""
     pipe, latents, prompts = _problem(MORE_IMAGES)
     results = []
     for first in range(0, MORE_IMAGES, GROUP):
@@ -306,12 +306,12 @@ def _at_40_calls(estimator: Any) -> torch.Tensor:
 
 
 def jacobian() -> dict[str, Any]:
-    """The embedded checkpoint's likelihood by whole Jacobians at 40 calls."""
+    """Computes likelihoods of the embedded checkpoint by whole Jacobians at 40 calls."""
     return {"images": MORE_IMAGES, "calls": 40, "log_prob": _at_40_calls(AutodiffFisher(chunk_size=64)).tolist()}
 
 
 def trace_model(jacobian_values: dict[str, Any]) -> dict[str, Any]:
-    """DF-TM against the whole Jacobian (`jacobian_values`) at the same 40 calls, image by image."""
+    """Compares DF-TM with the whole Jacobian, `jacobian_values`, at the same 40 calls, image by image."""
     log_prob = _at_40_calls(None)  # the checkpoint's default is its trace model
     errors = (log_prob - torch.tensor(jacobian_values["log_prob"], dtype=torch.float64)) / BIT
     return {
@@ -321,7 +321,7 @@ def trace_model(jacobian_values: dict[str, Any]) -> dict[str, Any]:
 
 
 def comparison() -> dict[str, Any]:
-    """Prompts ranked for test images by squared errors with shared draws, and what sharing is worth."""
+    """Ranks prompts for test images by squared errors with shared draws, and compares with separate draws."""
     pipe, images, labels = _pipe()
     images, labels = images[:16], labels[:16]
     prompts = [embedded_prompt(label) for label in range(len(EMBEDDED_CLASSES))]
@@ -341,7 +341,10 @@ def comparison() -> dict[str, Any]:
 
 
 def squared_error_likelihood_against_ode(pipe: Any, images: torch.Tensor, prompts: list[str]) -> dict[str, float]:
-    """Both estimate the noised density; the network's squared error is above its Jacobian's r."""
+    """Compares squared errors with the ODE, which estimate the same density.
+
+    The network's squared error is above its Jacobian's r.
+    """
     latents = backbone_of(pipe).samples_of(images)
     denoiser = unguided_denoiser(backbone_of(pipe), latents, 1.0, prompts, {})
     mean, variance = pipe.latent_statistics
@@ -378,7 +381,7 @@ def main() -> None:
     result = json.loads(path.read_text()) if path.is_file() else {}
     for name in names:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CoarseGridWarning)  # few calls are the point here
+            warnings.simplefilter("ignore", CoarseGridWarning)  # few calls are intended here
             result[name] = {"machine": machine(), **PARTS[name](result)}
         write_json(path, result)
         print(f"wrote {name} to {path}", flush=True)

@@ -1,8 +1,8 @@
-"""Results of examples/likelihood on the embedded checkpoint: likelihood_examples.json and .png.
+"""Runs examples/likelihood on the embedded checkpoint; writes likelihood_examples.json and .png.
 
 python examples/benchmarks/likelihood_examples.py
 
-Needs Fashion-MNIST (see examples/fashion_mnist.py). Ten minutes on one core; taken up where it was stopped.
+Needs Fashion-MNIST (see examples/fashion_mnist.py). It takes ten minutes on one core, and a killed run is resumed.
 """
 
 import shutil

@@ -11,7 +11,10 @@ def likelihood_closed_forms() -> str:
     cells = {(row["schedule"], row["scheme"], row["calls"]): row for row in rows}
     schedules, schemes = (dict.fromkeys(row[key] for row in rows) for key in ("schedule", "scheme"))
     calls = sorted({row["calls"] for row in rows})
-    parts = [f"{len(result['laws'])} laws, {result['draws']} draws of each; bits/dim, mean (worst) by denoiser calls."]
+    parts = [
+        f"{len(result['laws'])} laws, {result['draws']} draws of each: mean (worst) error in bits/dim, by "
+        "number of denoiser calls."
+    ]
     for schedule in schedules:
         errors, coverage = [], []
         for scheme in schemes:
@@ -25,13 +28,13 @@ def likelihood_closed_forms() -> str:
         parts += [
             f"Noise levels of {schedule}:",
             table(["scheme", *calls], errors),
-            "Error estimate: share of samples it covers, and its median over the median error.",
+            "Error estimate: fraction of samples whose error it covers, and its median divided by the median error.",
             table(["scheme", *calls], coverage),
         ]
     floors = {row["law"]: row["prior_floor"] for row in result["by_law"] if row["schedule"] == rows[0]["schedule"]}
     return document(
         *parts,
-        f"What the prior leaves at the noise levels of {rows[0]['schedule']}, in every figure above:",
+        f"Error of the prior at the noise levels of {rows[0]['schedule']}, which is part of every figure above:",
         table(["law", "prior"], [[law, f"{floor:.5f}"] for law, floor in floors.items()]),
     )
 
@@ -48,8 +51,8 @@ def likelihood_other_laws() -> str:
         errors = [f"{row['mean']:.4f} ({row['worst']:.4f}), {row['covered']:.0%}" for row in law_rows]
         lines.append([law, *errors, f"{law_rows[0]['prior_floor']:.4f}"])
     return document(
-        f"{len(result['laws'])} laws, {result['draws']} draws of each, {rows[0]['scheme']}; bits/dim, mean (worst), "
-        "and the share of draws whose error by the steps is covered.",
+        f"{len(result['laws'])} laws, {result['draws']} draws of each, {rows[0]['scheme']}: mean (worst) error in "
+        "bits/dim, and the fraction of draws whose discretisation error the estimate covers.",
         table(["law", *(f"{schedule}, {count}" for schedule, count in runs), "prior"], lines),
     )
 
@@ -62,7 +65,14 @@ def likelihood_checkpoint() -> str:
          None if row["standard_error"] is None else f"{row['standard_error']:.4f}"]
         for row in result["rows"]
     ]  # fmt: skip
-    columns = ["what", "calls", "mean error", "worst", "estimated error by the steps", "standard error of the probes"]
+    columns = [
+        "what",
+        "calls",
+        "mean error",
+        "worst",
+        "estimated discretisation error",
+        "standard error of the probes",
+    ]
     deviation = statistics.pstdev(trace_model["errors"])
     share = 2 * statistics.NormalDist(0, deviation).cdf(-0.05)
     return document(
@@ -71,7 +81,8 @@ def likelihood_checkpoint() -> str:
         table(columns, rows),
         f"A network in bfloat16 changes the likelihood by {result['bfloat16_less_float32']:.4f} bits/dim on average. "
         f"Of {trace_model['images']} test images DF-TM is within 0.05 bits/dim of the whole Jacobian at the same "
-        f"{trace_model['calls']} calls for {trace_model['within_0.05']}: {trace_model['mean']:.4f} on average, "
+        f"{trace_model['calls']} calls for {trace_model['within_0.05']}. The difference is "
+        f"{trace_model['mean']:.4f} on average, "
         f"{trace_model['worst']:.4f} at most. With a standard deviation of {deviation:.4f}, about {share:.1%} of more "
         "images may be beyond 0.05.",
     )
@@ -84,7 +95,7 @@ def likelihood_comparison() -> str:
         f"Embedded checkpoint, {result['images']} test images under the prompts of all {result['prompts']} classes, "
         f"{result['levels']} levels: the image's own class is likeliest for {result['own_prompt_is_likeliest']:.0%}. "
         f"Differences between prompts have a standard error of {result['standard_error_nats']:.2f} nats; without "
-        f"shared draws it would be {result['standard_error_nats_without_shared_draws']:.1f}. By squared errors noised "
-        f"latents have {ode['squared_error_minus_ode_bits']:+.3f} ± {ode['standard_error_bits']:.3f} bits/dim more "
-        "than by the ODE."
+        f"shared draws it would be {result['standard_error_nats_without_shared_draws']:.1f}. Bits/dim of noised "
+        f"latents by squared errors minus those by the ODE are {ode['squared_error_minus_ode_bits']:+.3f} ± "
+        f"{ode['standard_error_bits']:.3f}."
     )

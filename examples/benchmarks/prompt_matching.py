@@ -1,21 +1,21 @@
-"""Which of ten prompts fits a test image? Log-likelihoods beside the squared-error diffusion classifier.
+"""Which of ten prompts fits a test image? Compares log-likelihoods with the squared-error diffusion classifier.
 
 python examples/benchmarks/prompt_matching.py [--methods "weighted squared error" "diffusion classifier"]
 
-The two methods of examples/likelihood/which_prompt.py:
+The benchmark compares the two methods of examples/likelihood/which_prompt.py:
 
 - "likelihood": `compare_likelihood(method="ode")`, the probability-flow ODE;
 - "weighted squared error": `compare_likelihood(method="squared error")`, squared errors weighted to a log-likelihood;
 
-beside
+with a third method:
 
 - "diffusion classifier": the plain mean of squared errors at evenly spaced timesteps with the same noise for all
   prompts (Li et al., 2303.16203).
 
-2,000 test images by every method with the same number of denoiser calls per prompt, and all 10,000 by the second with
-fewer. Needs Fashion-MNIST (see examples/fashion_mnist.py). Three quarters of an hour on one core; what was
-computed is kept in --output and taken up again. prompt_matching.json is written when all methods are through; methods
-that are not named keep their figures there.
+Every method runs on 2,000 test images with the same number of denoiser calls per prompt, and the second also on all
+10,000 with fewer calls. The benchmark needs Fashion-MNIST (see examples/fashion_mnist.py) and takes three quarters of
+an hour on one core. Results are kept in --output, and a second run continues from them. prompt_matching.json is
+written when all methods are done; methods that are not named keep their figures there.
 """
 
 import argparse
@@ -34,14 +34,14 @@ sys.path.insert(0, str(FOLDER.parent / "likelihood"))
 import which_prompt
 from which_prompt import PROMPTS, Score
 
-IMAGES, CALLS = 2000, 10  # by every method; calls of the denoiser, a prompt
-ALL_IMAGES, ALL_CALLS = 10000, 4  # by METHOD_FOR_ALL
+IMAGES, CALLS = 2000, 10  # images for every method; denoiser calls per prompt
+ALL_IMAGES, ALL_CALLS = 10000, 4  # images for METHOD_FOR_ALL, and its calls
 METHOD_FOR_ALL = "weighted squared error"
 
 
 @torch.no_grad()
 def diffusion_classifier(pipe: Any, latents: torch.Tensor, calls: int, generator: torch.Generator) -> torch.Tensor:
-    """Scores (10, B), higher for the prompt that fits."""
+    """Returns scores (10, B), higher for the prompt that fits."""
     count = pipe.scheduler.config.num_train_timesteps
     timesteps = ((torch.arange(calls) + 0.5) * count / calls).long().tolist()
     noises = [torch.randn(latents.shape, generator=generator) for _ in timesteps]
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--output", type=Path, default=Path("outputs/prompt_matching"))
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore", CoarseGridWarning)  # few calls are the point
+    warnings.simplefilter("ignore", CoarseGridWarning)  # few calls are intended
     result: dict[str, Any] = {"prompts": len(PROMPTS), "dtype": "bfloat16", "methods": {}}
     for name in arguments.methods:
         pipe = which_prompt.pipeline(name)

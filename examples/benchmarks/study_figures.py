@@ -18,7 +18,7 @@ def transport() -> str:
     ]
     machine = result["machine"]
     items.append(
-        f"- All of this: {result['seconds']:.0f} s on {machine['threads']} thread(s) of {machine['processor']}."
+        f"- The study took {result['seconds']:.0f} s on {machine['threads']} thread(s) of {machine['processor']}."
     )
     return document(table(columns, rows), "\n".join(items))
 
@@ -57,8 +57,8 @@ def lml_cells() -> str:
         f"{name} lambda {row['lml_lambda']:g}, kappa {row['lml_kappa']:g}" for name, row in result["chosen"].items()
     )
     parts = [
-        f"{cells[0]['count']:,} samples a cell, equally many of each class. Chosen: {options}. For scale: two halves "
-        f"of the real images are {floors['real_halves']:.3f} apart (standard deviation over splits "
+        f"{cells[0]['count']:,} samples per cell, equally many of each class. Chosen: {options}. For scale: two "
+        f"halves of the real images are {floors['real_halves']:.3f} apart (standard deviation over splits "
         f"{floors['real_halves_standard_deviation']:.3f}), and {floors['reconstructed_half']:.3f} when one half has "
         "been through the autoencoder.",
     ]
@@ -79,7 +79,7 @@ def lml_cells() -> str:
         f"{row['difference']:+.4f} ± {row['standard_error']:.4f}"
         for row in result["differences"]
     ]
-    return document(*parts, "Distance minus that of the parent from the same noise:", "\n".join(items))
+    return document(*parts, "Distance minus the distance of the parent from the same noise:", "\n".join(items))
 
 
 def _lml_cell(row: dict | None) -> str:

@@ -3,8 +3,8 @@
     python examples/likelihood/sample_ranking.py --samples 500
 
 Samples of every class are ranked by log p(x|prompt), and by log p(x|prompt) - log p(x|empty prompt), which asks how
-much better the prompt explains the sample than none does. Both are held against an image classifier's confidence in
-the prompted class. What was computed is kept in --output and taken up again.
+much better the prompt explains the sample than the empty prompt does. Both rankings are compared with an image
+classifier's confidence in the prompted class. Results are kept in --output, and a second run continues from them.
 """
 
 import argparse
@@ -27,12 +27,13 @@ from diffusers_fisher.jobs.records import Records
 
 BATCH = 50
 STEPS = 24
-SAMPLING = {"num_inference_steps": 25, "guidance_scale": 1.0}  # without guidance: most samples that go wrong
+SAMPLING = {"num_inference_steps": 25, "guidance_scale": 1.0}  # without guidance more samples go wrong
 SCORES = ("log p(x|prompt)", "log p(x|prompt) - log p(x)")
 
 
 def evaluate(pipe: Any, count: int, folder: Path) -> dict[str, torch.Tensor]:
-    """By name (count,): the prompted label, log p(x|prompt), log p(x), the classifier's log-probability and right."""
+    """Returns by name, each (count,): the label of the prompt, log p(x|prompt), log p(x), the classifier's
+    log-probability, and whether the classifier agrees with the prompt."""
     records = Records(folder, {"samples": count, "steps": STEPS, **SAMPLING, **pipeline_digests(pipe)})
     rows: dict[str, list[float]] = {}
     for start in range(0, count, BATCH):
@@ -68,7 +69,7 @@ def _batch(pipe: Any, numbers: range, picture: Path) -> dict[str, list[float]]:
 
 
 def run(count: int, folder: Path) -> dict[str, Any]:
-    """The example's results."""
+    """Returns the results of the example."""
     pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
     pipe.set_progress_bar_config(disable=True)
     values = evaluate(pipe, count, folder)
@@ -96,14 +97,14 @@ def _quarter(rows: torch.Tensor) -> int:
 def _right(
     samples: dict[str, torch.Tensor], class_masks: list[torch.Tensor], indices_by_class: list[torch.Tensor]
 ) -> float:
-    """Share of the chosen samples of every class that are classified as prompted."""
+    """Returns the fraction of the chosen samples of all classes that are classified as prompted."""
     values = [samples["right"][rows][indices] for rows, indices in zip(class_masks, indices_by_class, strict=True)]
     return float(torch.cat(values).mean())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=500, help="at least 20, two a class")
+    parser.add_argument("--samples", type=int, default=500, help="number of samples, at least 20: two per class")
     parser.add_argument("--output", type=Path, default=Path("outputs/sample_ranking"))
     arguments = parser.parse_args()
     result = run(arguments.samples, arguments.output)
@@ -112,8 +113,8 @@ def main() -> None:
         correlation, error = row["rank_correlation_within_classes"], row["standard_error_within_classes"]
         print(
             f"{name}: rank correlation with the classifier's confidence {row['rank_correlation']:.2f}, within classes "
-            f"{correlation:.2f} ± {error:.2f}; right of the best quarter {row['right_of_best_quarter']:.1%}, of the "
-            f"worst {row['right_of_worst_quarter']:.1%}"
+            f"{correlation:.2f} ± {error:.2f}; classified as prompted in the best quarter "
+            f"{row['right_of_best_quarter']:.1%}, in the worst quarter {row['right_of_worst_quarter']:.1%}"
         )
 
 

@@ -450,7 +450,7 @@ def test_batches_do_not_change_the_numbers_for_any_kind_of_condition(tmp_path, m
         "scheme": ({"scheme": "heun"}, "`scheme` is 'heun'"),
         "steps": ({"num_inference_steps": 1}, "`num_inference_steps` is 1; allowed: .* 2"),
         "probes": ({"num_probes": -1}, "`num_probes` is -1; allowed: .* 0"),
-        "both": ({"prompt": "a"}, "not both"),
+        "both": ({"prompt": "a"}, "are both set; allowed: one of them"),
         "pipeline": ({"denoiser": DenoiserSettings("/nonexistent")}, "'/nonexistent' can't be loaded"),
         "data": ({"data": {"path": "/nonexistent"}}, "'/nonexistent'.* can't be opened"),
         "captions": ({"data": {"caption_column": "label"}}, "`prompt` is .*; allowed: a string"),
@@ -465,7 +465,7 @@ def test_settings_that_can_not_run_raise_an_error_and_leave_no_record(place, tmp
 
 
 def test_output_in_the_folder_of_the_data_raises_an_error(place):
-    with pytest.raises(InputError, match=r"lies in the data's folder .* whose images its pictures would become"):
+    with pytest.raises(InputError, match=r"lies in the folder of the data, .* its pictures would become data"):
         evaluate_dataset(place / "images" / "run", settings_of(place))
     assert not (place / "images" / "run").exists()
 

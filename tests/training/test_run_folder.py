@@ -293,7 +293,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path, monkeypatc
     newest = Path(config.output) / "checkpoints" / "step-000000004.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     model = train(config)
-    assert "step-000000004" in caplog.text and "Going on with the one before" in caplog.text
+    assert "step-000000004" in caplog.text and "The checkpoint before it is used" in caplog.text
     assert torch.equal(parameters(model), reference_parameters(config))
 
 

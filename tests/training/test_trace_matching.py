@@ -102,7 +102,7 @@ def test_features_that_a_denoiser_lacks_are_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"leave out `denoiser\.compile` or `model\.features`"):
         train(dataclasses.replace(config, denoiser=compiled_denoiser))
     monkeypatch.setattr("diffusers_fisher.features.OUTPUT_NORMS", ())
-    with pytest.raises(InputError, match=r"`model\.features` asks for the denoiser's last hidden layer, and this"):
+    with pytest.raises(InputError, match=r"`model\.features` needs the denoiser's last hidden layer, but for"):
         train(config)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
