@@ -60,8 +60,8 @@ class Config:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yields a new folder that replaces `path` when the block succeeds. A killed run leaves a whole folder or none."""
     temporary = path.with_name(f".{path.name}")
-    for old in (temporary, path):
-        shutil.rmtree(old, ignore_errors=True)
+    for folder in (temporary, path):
+        shutil.rmtree(folder, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
     temporary.replace(path)
@@ -76,8 +76,8 @@ def train(
     config: Config,
     accelerator: Accelerator,
 ) -> None:
-    """Trains `modules` in place. `loss_of(modules, indices, generator, mine)` gives the mean loss over the slice
-    `mine` of the global batch. It makes all random draws for the whole batch, so that the number of processes
+    """Trains `modules` in place. `loss_of(modules, indices, generator, rows)` gives the mean loss over the slice
+    `rows` of the global batch. It makes all random draws for the whole batch, so that the number of processes
     changes only the statistics of batch normalisation."""
     path = Path(config.output) / f"{name}_state.safetensors"
     for module in modules.values():
@@ -89,11 +89,11 @@ def train(
     start = load_training_state(path, modules, optimizer, shadow)
     if average:
         average.optimization_step = start
-    wrapped = {key: accelerator.prepare(module) for key, module in modules.items()}
+    prepared_modules = {key: accelerator.prepare(module) for key, module in modules.items()}
     optimizer = accelerator.prepare(optimizer)
     rates = learning_rates(optimizer.optimizer, stage, start)
     share = stage.batch_size // accelerator.num_processes
-    mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    rows = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
     log = Path(config.output) / f"{name}_loss.jsonl"
     quiet = not accelerator.is_main_process
     progress = tqdm(range(start, stage.steps), name, stage.steps, initial=start, disable=quiet)
@@ -101,7 +101,7 @@ def train(
     for step in progress:
         indices = batch_indices(count, stage, step, config.seed)
         with accelerator.autocast():
-            loss = loss_of(wrapped, indices, step_generator(config.seed, name, step), mine)
+            loss = loss_of(prepared_modules, indices, step_generator(config.seed, name, step), rows)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -129,22 +129,22 @@ def train(
 def train_classifier(config: Config, accelerator: Accelerator, folder: Path) -> None:
     images, labels = fashion_mnist.load("train", config.data)
 
-    def loss_of(modules, indices, generator, mine):
+    def loss_of(modules, indices, generator, rows):
         pixels = fashion_mnist.to_rgb(images[indices])
         flip = torch.rand(len(indices), generator=generator) < 0.5
         pixels = torch.where(flip[:, None, None, None], pixels.flip(-1), pixels)
         row, column = torch.randint(-2, 3, (2,), generator=generator).tolist()
-        pixels = pixels.roll((row, column), (-2, -1))[mine]
+        pixels = pixels.roll((row, column), (-2, -1))[rows]
         logits = modules["classifier"](pixel_values=pixels.to(accelerator.device)).logits
-        return F.cross_entropy(logits, labels[indices][mine].to(accelerator.device), label_smoothing=0.05)
+        return F.cross_entropy(logits, labels[indices][rows].to(accelerator.device), label_smoothing=0.05)
 
     torch.manual_seed(config.seed)
     model = make_classifier()
     train("classifier", {"classifier": model}, loss_of, len(images), config.classifier, config, accelerator)
     if accelerator.is_main_process:
-        with whole_folder(folder / "classifier") as new:
-            model.save_pretrained(new)
-            save_image_processor(new)
+        with whole_folder(folder / "classifier") as temporary:
+            model.save_pretrained(temporary)
+            save_image_processor(temporary)
 
 
 class Reconstruction(torch.nn.Module):
@@ -163,11 +163,11 @@ class Reconstruction(torch.nn.Module):
 def train_autoencoder(config: Config, accelerator: Accelerator, folder: Path) -> None:
     images, _ = fashion_mnist.load("train", config.data)
 
-    def loss_of(modules, indices, generator, mine):
-        pixels = fashion_mnist.to_rgb(images[indices][mine]).to(accelerator.device)
-        noise = torch.randn(len(indices), 4, 8, 8, generator=generator)[mine].to(accelerator.device)
-        decoded, divergence = modules["autoencoder"](pixels, noise)
-        return F.mse_loss(decoded.float(), pixels) + config.kl_weight * divergence.mean()
+    def loss_of(modules, indices, generator, rows):
+        pixels = fashion_mnist.to_rgb(images[indices][rows]).to(accelerator.device)
+        noise = torch.randn(len(indices), 4, 8, 8, generator=generator)[rows].to(accelerator.device)
+        outputs, divergence = modules["autoencoder"](pixels, noise)
+        return F.mse_loss(outputs.float(), pixels) + config.kl_weight * divergence.mean()
 
     torch.manual_seed(config.seed + 1)
     model = make_autoencoder()
@@ -179,8 +179,8 @@ def train_autoencoder(config: Config, accelerator: Accelerator, folder: Path) ->
     latents = moments.chunk(2, dim=1)[0]
     model.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 6))
     save_tensors(Path(config.output) / "latents.safetensors", {"moments": moments}, {"scaled": "no"})
-    with whole_folder(folder / "vae") as new:
-        model.save_pretrained(new)
+    with whole_folder(folder / "vae") as temporary:
+        model.save_pretrained(temporary)
 
 
 @torch.no_grad()
@@ -204,21 +204,21 @@ def train_diffusion(config: Config, accelerator: Accelerator, folder: Path) -> N
     scheduler = make_scheduler()
     abar = scheduler.alphas_cumprod
 
-    def loss_of(modules, indices, generator, mine):
+    def loss_of(modules, indices, generator, rows):
         shape = (len(indices), 4, 8, 8)
         posterior_noise, noise = torch.randn(2, *shape, generator=generator)
         # Every sample has its own part of the noise range, because the loss varies mostly with t.
         uniform = torch.randperm(len(indices), generator=generator) + torch.rand(len(indices), generator=generator)
         timesteps = (uniform * len(abar) / len(indices)).long().clamp(max=len(abar) - 1)
-        dropped = torch.rand(len(indices), generator=generator) < config.caption_dropout
-        classes = torch.where(dropped, len(EMBEDDED_CLASSES), labels[indices])
+        is_dropped = torch.rand(len(indices), generator=generator) < config.caption_dropout
+        classes = torch.where(is_dropped, len(EMBEDDED_CLASSES), labels[indices])
         latents = scale * (mean[indices] + (0.5 * log_variance[indices]).exp() * posterior_noise)
         level = abar[timesteps][:, None, None, None]
         noisy = level.sqrt() * latents + (1 - level).sqrt() * noise
         embeds = modules["text_encoder"](tokens.input_ids.to(accelerator.device)).last_hidden_state
-        noisy = noisy[mine].to(accelerator.device, memory_format=torch.channels_last)
-        predicted = modules["unet"](noisy, timesteps[mine].to(noisy.device), embeds[classes[mine]]).sample
-        return F.mse_loss(predicted.float(), noise[mine].to(noisy.device))
+        noisy = noisy[rows].to(accelerator.device, memory_format=torch.channels_last)
+        prediction = modules["unet"](noisy, timesteps[rows].to(noisy.device), embeds[classes[rows]]).sample
+        return F.mse_loss(prediction.float(), noise[rows].to(noisy.device))
 
     torch.manual_seed(config.seed + 2)
     modules = {"unet": make_unet(), "text_encoder": make_text_encoder(tokenizer)}
@@ -228,8 +228,8 @@ def train_diffusion(config: Config, accelerator: Accelerator, folder: Path) -> N
     modules["unet"].save_pretrained(folder / "unet")
     modules["text_encoder"].save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
-    with whole_folder(folder / "scheduler") as new:
-        scheduler.save_pretrained(new)
+    with whole_folder(folder / "scheduler") as temporary:
+        scheduler.save_pretrained(temporary)
 
 
 def make_scheduler() -> DDIMScheduler:
@@ -266,8 +266,8 @@ def assemble(config: Config, folder: Path) -> None:
     description = f"mean and variance (4, 8, 8) of scaled latents over the {len(moments):,} training images"
     save_tensors(folder / "latent_statistics.safetensors", statistics, {"description": description})
     images, labels = fashion_mnist.load("test", config.data)
-    chosen = torch.cat([(labels == label).nonzero()[: 7 if label < 4 else 6, 0] for label in range(10)])
-    held_out = {"images": images[chosen], "labels": labels[chosen], "indices": chosen}
+    indices = torch.cat([(labels == label).nonzero()[: 7 if label < 4 else 6, 0] for label in range(10)])
+    held_out = {"images": images[indices], "labels": labels[indices], "indices": indices}
     save_tensors(folder / "test_images.safetensors", held_out, {"description": "Fashion-MNIST test images, uint8"})
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     write_json(Path(config.output) / "assembled.json", {"bytes": size, "config": dataclasses.asdict(config)})
@@ -284,8 +284,12 @@ def run(config: Config) -> None:
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     folder = Path(config.output) / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
-    for done, stage in (("vae", train_autoencoder), ("classifier", train_classifier), ("scheduler", train_diffusion)):
-        if not (folder / done).exists():
+    for folder_name, stage in (
+        ("vae", train_autoencoder),
+        ("classifier", train_classifier),
+        ("scheduler", train_diffusion),
+    ):
+        if not (folder / folder_name).exists():
             stage(config, accelerator, folder)
         accelerator.wait_for_everyone()
         accelerator.free_memory()

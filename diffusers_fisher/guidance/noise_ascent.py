@@ -114,16 +114,16 @@ class NoiseAscent:
         if held_out is not None:
             self.held_out_rewards.append(held_out)
         self.shell_distances.append(shell_distance(tensors["noise"]))
-        better = rewards > self.best_rewards
-        self.best_rewards = torch.where(better, rewards, self.best_rewards)
-        self.runs_without_gain = 0 if bool(better.any()) else self.runs_without_gain + 1
+        is_best = rewards > self.best_rewards
+        self.best_rewards = torch.where(is_best, rewards, self.best_rewards)
+        self.runs_without_gain = 0 if bool(is_best.any()) else self.runs_without_gain + 1
         if not self.best:
             self.best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
             self.initial = {name: self.best[name].clone() for name in ("images", "latents")}
         for name, tensor in tensors.items():
-            mask = better.to(tensor.device)
+            mask = is_best.to(tensor.device)
             self.best[name][mask] = tensor.detach()[mask]
-        return better
+        return is_best
 
 
 @dataclasses.dataclass

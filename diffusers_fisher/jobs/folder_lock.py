@@ -73,7 +73,7 @@ class FolderLock:
         threading.Thread(target=self._beat, daemon=True, name="folder lock").start()
         return self
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._end.set()
         if _read(self.path) == self._owner:
             self.path.unlink(missing_ok=True)
@@ -96,13 +96,13 @@ class FolderLock:
         if owner.get("machine") == machine_name() and isinstance(owner.get("process"), int):
             try:
                 process = psutil.Process(owner["process"])
-                started, is_zombie = process.create_time(), process.status() == psutil.STATUS_ZOMBIE
+                start_time, is_zombie = process.create_time(), process.status() == psutil.STATUS_ZOMBIE
             except psutil.NoSuchProcess:
                 return False
             except psutil.Error:
                 return True
             # A zombie's parent has not noticed its end yet. If the start differs, a new process has got the number.
-            return not is_zombie and abs(started - owner.get("started", started)) < 2
+            return not is_zombie and abs(start_time - owner.get("started", start_time)) < 2
         return self._age(self.path) < SILENT_SECONDS
 
     def _age(self, path: Path) -> float:
@@ -117,12 +117,12 @@ class FolderLock:
         Of several runs that found the same dead owner, the one that makes a second file replaces the lock, in one
         operation and after it has read the lock again. The folder has a lock at every moment.
         """
-        turn = self.path.with_name(TURN)
+        turn_file = self.path.with_name(TURN)
         try:
-            os.close(os.open(turn, os.O_CREAT | os.O_EXCL))
+            os.close(os.open(turn_file, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
-            if self._age(turn) > TURN_SECONDS:  # its run was killed at this point
-                turn.unlink(missing_ok=True)
+            if self._age(turn_file) > TURN_SECONDS:  # its run was killed at this point
+                turn_file.unlink(missing_ok=True)
             time.sleep(0.05)
             return False
         try:
@@ -132,7 +132,7 @@ class FolderLock:
                 os.replace(file, self.path)
             return True
         finally:
-            turn.unlink(missing_ok=True)
+            turn_file.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._end.wait(BEAT_SECONDS):

@@ -95,8 +95,8 @@ class TrainingFolder:
             InputError: data have changed, and the run has written some of its work.
         """
         before, now = self._note(DATA_NOTE), data or {}
-        both = before.keys() & now.keys()
-        differences = note_differences({key: before[key] for key in both}, {key: now[key] for key in both})
+        keys = before.keys() & now.keys()
+        differences = note_differences({key: before[key] for key in keys}, {key: now[key] for key in keys})
         advice = (
             "Images were added, removed or renamed since, or captions changed: put them back, or name another folder."
         )
@@ -147,8 +147,8 @@ class TrainingFolder:
         with self.writing(name):
             (self.path / "checkpoints").mkdir(exist_ok=True)
             save_training_state(self.path / name, modules, optimizer, averages, step)
-            for old in self._states[: -self.keep]:
-                old.unlink(missing_ok=True)
+            for path in self._states[: -self.keep]:
+                path.unlink(missing_ok=True)
 
     def resume(self, modules: Modules, optimizer: torch.optim.Optimizer, averages: list[torch.Tensor]) -> int:
         """Restores the newest checkpoint that can be read; returns its number of steps, or 0 without a checkpoint."""

@@ -193,10 +193,10 @@ class _StreamPieces(torch.utils.data.IterableDataset):
                 for _ in range(first - position):
                     next(rows)
                 position = first
-                ahead = [
+                candidates_by_row = [
                     itertools.islice(copy.copy(rows), i, i + SHUFFLE_BUFFER) for i in range(part.stop - part.start)
                 ]
-                yield Piece.of([next(_readable_rows(self.stream, candidates)) for candidates in ahead])
+                yield Piece.of([next(_readable_rows(self.stream, candidates)) for candidates in candidates_by_row])
 
     def _endless(self) -> Iterator[dict[str, Any]]:
         """Yields undecoded rows, shuffled within a buffer, epoch after epoch."""

@@ -1,34 +1,36 @@
 """The tables of docs/dataset_likelihood.md, for document_figures.py."""
 
-from figure_tables import document, kept, table
+from figure_tables import document, read_result, table
 
 
 def dataset_sharing() -> str:
-    result = kept("dataset_likelihood")
+    result = read_result("dataset_likelihood")
     rows = []
     for name, row in result["sharing"].items():
         if name != "machine":
-            _, one, two = row["images_per_second"].values()
+            _, single_rate, double_rate = row["images_per_second"].values()
             away = max(row["largest_difference_bits_per_dim"].values())
-            rows.append([name, f"{away:.1e}", f"{one:.2f}, {two:.2f}", f"{row['two_processes_over_one']:.2f}"])
-    killed, machine = result["killed"], result["sharing"]["machine"]
+            rows.append(
+                [name, f"{away:.1e}", f"{single_rate:.2f}, {double_rate:.2f}", f"{row['two_processes_over_one']:.2f}"]
+            )
+    kill, machine = result["killed"], result["sharing"]["machine"]
     columns = [
         "trace by", "largest difference of an image's bits/dim from batches of 1 in 1 process",
         "images per second with 1 and with 2 processes", "ratio",
     ]  # fmt: skip
     return document(
         table(columns, rows),
-        f"Embedded checkpoint, {killed['images']} test images, batches of 1 and 16, 1 and 2 processes "
+        f"Embedded checkpoint, {kill['images']} test images, batches of 1 and 16, 1 and 2 processes "
         f"({machine['device']}, one core per process). Two processes were killed with SIGKILL after "
-        f"{killed['records_before']} records, and the same command resumed the run: it computed "
-        f"{killed['computed_after']} more records, {killed['records_changed']} of the first ones changed, and no "
-        f"number differs by more than {killed['largest_difference_from_unbroken_bits_per_dim']:.1e} from that of an "
+        f"{kill['records_before']} records, and the same command resumed the run: it computed "
+        f"{kill['computed_after']} more records, {kill['records_changed']} of the first ones changed, and no "
+        f"number differs by more than {kill['largest_difference_from_unbroken_bits_per_dim']:.1e} from that of an "
         "unbroken run.",
     )
 
 
 def dataset_report() -> str:
-    result = kept("dataset_likelihood")["report"]
+    result = read_result("dataset_likelihood")["report"]
     bits, errors = result["bits_per_dim"], result["errors_in_bits_per_dim"]
     rows = [
         [row["caption"], row["images"], f"{row['mean']:.3f}", f"{row['standard_deviation']:.3f}"]
@@ -44,7 +46,7 @@ def dataset_report() -> str:
 
 
 def out_of_distribution() -> str:
-    result = kept("likelihood_examples")["out_of_distribution"]
+    result = read_result("likelihood_examples")["out_of_distribution"]
     scores = result["auroc"]
     rows = [
         [name, f"{row['mean']:.3f} ({row['standard_deviation']:.3f})",
@@ -60,7 +62,7 @@ def out_of_distribution() -> str:
 
 
 def sample_ranking() -> str:
-    result = kept("likelihood_examples")["sample_ranking"]
+    result = read_result("likelihood_examples")["sample_ranking"]
     rows = [
         [name.replace("|", "\\|"), f"{row['rank_correlation']:.2f}",
          f"{row['rank_correlation_within_classes']:.2f} ± {row['standard_error_within_classes']:.2f}",
@@ -79,7 +81,7 @@ def sample_ranking() -> str:
 
 
 def prompt_matching() -> str:
-    result = kept("prompt_matching")
+    result = read_result("prompt_matching")
     rows = [
         [name, f"{row['images']:,}", calls, f"{row['accuracy']:.1%} ± {row['standard_error']:.1%}",
          f"{row['image_classifier']:.1%}"]

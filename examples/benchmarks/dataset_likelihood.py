@@ -55,7 +55,7 @@ def bits(folder: Path) -> list[float]:
     return [json.loads(line)["bits_per_dim"] for line in lines]
 
 
-def shared_out(folder: Path, estimator: str, count: int) -> dict[str, Any]:
+def share_images(folder: Path, estimator: str, count: int) -> dict[str, Any]:
     """Runs every way; returns the largest difference from the first way, and images per second."""
     numbers, rates = {}, {}
     for name, (processes, batch_size) in RUNS.items():
@@ -75,37 +75,37 @@ def shared_out(folder: Path, estimator: str, count: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def killed_and_taken_up(folder: Path, estimator: str, count: int) -> dict[str, Any]:
+def resume_after_kill(folder: Path, estimator: str, count: int) -> dict[str, Any]:
     """Kills two processes after a third of their records, and resumes the run with the same command."""
     name = f"{estimator} killed"
     shutil.rmtree(folder / name, ignore_errors=True)
     line = command(folder, name, 2, 4, "--estimator", estimator, "--limit", str(count))
     files = folder / name / "records"
 
-    def known() -> dict[int, dict[str, Any]]:
+    def read_rows() -> dict[int, dict[str, Any]]:
         groups = [json.loads(path.read_text()) for path in files.glob("0*.json")]
         return {row["position"]: row for group in groups for row in group["records"]}
 
     process = subprocess.Popen(line, env=ENVIRONMENT)
-    while len(known()) < count // 3:
+    while len(read_rows()) < count // 3:
         if process.poll() is not None:
             raise RuntimeError("The run ended before it could be killed.")
         time.sleep(0.2)
     for each in (*psutil.Process(process.pid).children(recursive=True), process):  # workers are in other groups
         each.kill()
     process.wait()
-    before = known()
+    before = read_rows()
     subprocess.run(line, check=True, env=ENVIRONMENT)
-    after = known()
+    after = read_rows()
     summary = json.loads((folder / name / "summary.json").read_text())
-    whole = f"{estimator} {ONE}"
-    subprocess.run(command(folder, whole, 1, 16, "--estimator", estimator, "--limit", str(count)), check=True)
-    unbroken = bits(folder / whole)
+    single_name = f"{estimator} {ONE}"
+    subprocess.run(command(folder, single_name, 1, 16, "--estimator", estimator, "--limit", str(count)), check=True)
+    single_bits = bits(folder / single_name)
     return {
         "images": count, "records_before": len(before), "computed_after": summary["last_run"]["images"],
         "records_changed": sum(after[position] != row for position, row in before.items()),
         "largest_difference_from_unbroken_bits_per_dim": max(
-            abs(a - b) for a, b in zip(bits(folder / name), unbroken, strict=True)
+            abs(a - b) for a, b in zip(bits(folder / name), single_bits, strict=True)
         ),
     }  # fmt: skip
 
@@ -124,11 +124,11 @@ def report() -> dict[str, Any]:
     rows = [json.loads(line) for line in (output / "likelihoods.jsonl").read_text(encoding="utf-8").splitlines()]
     PICTURE.parent.mkdir(exist_ok=True)
     shutil.copy(output / "index.html", PAGE)
-    save_figure(_drawn(images, sorted(rows, key=lambda row: row["bits_per_dim"])), PICTURE)
+    save_figure(_make_figure(images, sorted(rows, key=lambda row: row["bits_per_dim"])), PICTURE)
     return json.loads((output / "summary.json").read_text())
 
 
-def _drawn(images: Path, rows: list[dict[str, Any]]) -> Any:
+def _make_figure(images: Path, rows: list[dict[str, Any]]) -> Any:
     """Draws the histogram, and one row each of the most and least likely images."""
     import numpy
     from matplotlib.figure import Figure
@@ -139,9 +139,11 @@ def _drawn(images: Path, rows: list[dict[str, Any]]) -> Any:
     axes = top.subplots()
     axes.hist([row["bits_per_dim"] for row in rows], bins=80)
     axes.set(xlabel="bits/dim of the latent (lower is likelier)", ylabel="images")
-    for part, title, chosen in zip(strips, ("Most likely", "Least likely"), (rows[:12], rows[:-13:-1]), strict=True):
+    for part, title, part_rows in zip(
+        strips, ("Most likely", "Least likely"), (rows[:12], rows[:-13:-1]), strict=True
+    ):
         part.suptitle(title, fontsize=10)
-        for place, row in zip(part.subplots(1, len(chosen)), chosen, strict=True):
+        for place, row in zip(part.subplots(1, len(part_rows)), part_rows, strict=True):
             with Image.open(images / row["name"]) as picture:
                 place.imshow(numpy.asarray(picture), cmap="gray", vmin=0, vmax=255)
             place.set(xticks=[], yticks=[])
@@ -164,14 +166,14 @@ def main() -> None:
     if StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint()).trace_model is not None:
         estimators.insert(0, "trace-model")
     tasks: dict[str, Callable[[], dict[str, Any]]] = {
-        "sharing": lambda: {name: shared_out(folder, name, count) for name in estimators},
-        "killed": lambda: killed_and_taken_up(folder, estimators[0], count),
+        "sharing": lambda: {name: share_images(folder, name, count) for name in estimators},
+        "killed": lambda: resume_after_kill(folder, estimators[0], count),
         "report": report,
     }
-    found = json.loads(path.read_text()) if path.is_file() else {}
+    result = json.loads(path.read_text()) if path.is_file() else {}
     for part in arguments.parts or PARTS:
-        found[part] = {"machine": machine(), **tasks[part]()}
-        write_json(path, found)
+        result[part] = {"machine": machine(), **tasks[part]()}
+        write_json(path, result)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ def reconstruction(pipe: StableDiffusionPipeline, classifier: ClassifierReward, 
     errors, right, right_real = [], 0, 0
     for batch, truth in tqdm(list(zip(images.split(250), labels.split(250), strict=True)), "reconstruct"):
         pixels = fashion_mnist.to_rgb(batch)
-        decoded = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
-        errors.append((((decoded - pixels) / 2)[CENTRE] ** 2).mean((1, 2, 3)))
-        right += int((classifier.logits(decoded / 2 + 0.5).argmax(1) == truth).sum())
+        outputs = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+        errors.append((((outputs - pixels) / 2)[CENTRE] ** 2).mean((1, 2, 3)))
+        right += int((classifier.logits(outputs / 2 + 0.5).argmax(1) == truth).sum())
         right_real += int((classifier.logits(pixels / 2 + 0.5).argmax(1) == truth).sum())
     error = torch.cat(errors)
     return {
@@ -56,8 +56,8 @@ def sample(pipe: StableDiffusionPipeline, guidance_scale: float, count: int) -> 
 def generation(pipe, classifier: ClassifierReward, guidance_scale: float, count: int, real_spread) -> dict:
     """Returns how often samples are classified as prompted, and their spread per class relative to real images."""
     images = sample(pipe, guidance_scale, count)
-    predicted = torch.stack([classifier.logits(group).argmax(1) for group in images])
-    right = (predicted == torch.arange(10)[:, None]).float().mean(1)
+    predictions = torch.stack([classifier.logits(group).argmax(1) for group in images])
+    right = (predictions == torch.arange(10)[:, None]).float().mean(1)
     spread = torch.stack([group[CENTRE].mean(1).std(0).mean() for group in images])
     return {
         "count": count,

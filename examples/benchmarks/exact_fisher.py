@@ -27,8 +27,8 @@ BANK_TIMESTEPS = (50, 100, 200, 500)
 
 def level_at(timestep: int) -> NoiseLevel:
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
-    kept = (1 - betas).cumprod(0)[timestep]
-    return NoiseLevel(kept.sqrt(), (1 - kept).sqrt())
+    alpha_bar = (1 - betas).cumprod(0)[timestep]
+    return NoiseLevel(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
 
 def images(count: int, seed: int = 0) -> torch.Tensor:
@@ -47,7 +47,7 @@ def near_copies(count: int) -> torch.Tensor:
     return images(count // 20, seed=2).repeat_interleave(20, 0) + 0.005 * noise
 
 
-def noised(points: torch.Tensor, level: NoiseLevel, seed: int = 3) -> torch.Tensor:
+def add_noise(points: torch.Tensor, level: NoiseLevel, seed: int = 3) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     clean = points[torch.randint(len(points), (BATCH,), generator=generator)].double()
     noise = torch.randn(clean.shape, generator=generator, dtype=torch.float64)
@@ -61,10 +61,10 @@ def timings(points: torch.Tensor) -> dict[str, Any]:
     table = {}
     for timestep in TIMESTEPS:
         level = level_at(timestep)
-        x = noised(points, level)
+        x = add_noise(points, level)
         v, flat = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)), x.flatten(1)
-        kept = distribution.posterior(x, level)
-        kept.covariance(v)
+        first_posterior = distribution.posterior(x, level)
+        first_posterior.covariance(v)
 
         def products(count: int, flat=flat) -> None:
             for _ in range(count // 2):
@@ -81,7 +81,7 @@ def timings(points: torch.Tensor) -> dict[str, Any]:
                 "score and mean": score_and_mean,
                 "four products": lambda run=products: run(4),
                 "covariance product": lambda x=x, v=v, at=level: distribution.posterior(x, at).covariance(v),
-                "later covariance product": lambda posterior=kept, v=v: posterior.covariance(v),
+                "later covariance product": lambda posterior=first_posterior, v=v: posterior.covariance(v),
             },
             ROUNDS,
         )
@@ -101,7 +101,7 @@ def results(distribution: DiracMixture, x: torch.Tensor, level: NoiseLevel) -> d
     """Returns all quantities that are compared, in float64."""
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).to(x.dtype)
     posterior = distribution.posterior(x, level)
-    found = {
+    values = {
         "log_density": posterior.log_density[:, None],
         "score": posterior.score,
         "posterior_mean": posterior.mean,
@@ -109,7 +109,7 @@ def results(distribution: DiracMixture, x: torch.Tensor, level: NoiseLevel) -> d
         "covariance_product": posterior.covariance(v) / level.noise_to_signal**2,
         "trace": posterior.fisher_trace()[:, None],
     }
-    return {name: value.double() for name, value in found.items()}
+    return {name: value.double() for name, value in values.items()}
 
 
 def errors(values: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -124,11 +124,11 @@ def errors(values: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) 
 
 def accuracy(points: torch.Tensor) -> dict[str, Any]:
     """Returns the errors of float32 against float64 by timestep."""
-    narrow, wide, table = DiracMixture(points), DiracMixture(points.double()), {}
+    single, double, table = DiracMixture(points), DiracMixture(points.double()), {}
     for timestep in TIMESTEPS:
         level = level_at(timestep)
-        x = noised(points, level)
-        table[str(timestep)] = errors(results(narrow, x, level), results(wide, x.double(), level))
+        x = add_noise(points, level)
+        table[str(timestep)] = errors(results(single, x, level), results(double, x.double(), level))
     return table
 
 
@@ -136,7 +136,7 @@ def bank_results(distribution: DiracMixture) -> dict[str, dict[str, torch.Tensor
     """Returns the results by timestep: few points have weight at the first timesteps, and many at the last."""
     clean = images(BATCH, seed=6)
     return {
-        str(timestep): results(distribution, noised(clean, level_at(timestep)), level_at(timestep))
+        str(timestep): results(distribution, add_noise(clean, level_at(timestep)), level_at(timestep))
         for timestep in BANK_TIMESTEPS
     }
 
@@ -179,7 +179,7 @@ def banks() -> dict[str, Any]:
             table[name] = {
                 "peak_growth_bytes": result["grown"],
                 "errors": {
-                    timestep: errors(found, reference[timestep]) for timestep, found in result["values"].items()
+                    timestep: errors(values, reference[timestep]) for timestep, values in result["values"].items()
                 },
             }
             print(name, table[name])

@@ -11,7 +11,7 @@ from tabulate import tabulate
 FOLDER = Path(__file__).parent
 
 
-def kept(name: str) -> dict[str, Any]:
+def read_result(name: str) -> dict[str, Any]:
     """Returns the content of a benchmark's JSON file."""
     return json.loads((FOLDER / f"{name}.json").read_text())
 

@@ -59,12 +59,12 @@ def cosine(value: torch.Tensor, reference: torch.Tensor) -> float:
 def run(scheduler: Any, output: Callable, noise: torch.Tensor, steps: int, estimator: Any) -> tuple[Any, torch.Tensor]:
     """Runs one sampling run over `output(x, t)` and records it."""
     with scheduler.differentiable(estimator) as trajectory:
-        end = sampled(scheduler, output, noise, steps)
+        end = run_sampler(scheduler, output, noise, steps)
     return trajectory, end
 
 
 @torch.no_grad()
-def sampled(scheduler: Any, output: Callable, x: torch.Tensor, steps: int) -> torch.Tensor:
+def run_sampler(scheduler: Any, output: Callable, x: torch.Tensor, steps: int) -> torch.Tensor:
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
         x = scheduler.step(output(x, t), t, x).prev_sample
@@ -80,11 +80,11 @@ def accuracy_by_level(states: list[DenoisingState], endpoint: torch.Tensor, esti
         trace, product = truth(state, v)
         for name, (estimator, tracer) in estimators.items():
             operator = estimator(state, endpoint)
-            found, value = operator.matvec(v), tracer(operator, generator)
+            estimate, value = operator.matvec(v), tracer(operator, generator)
             variance = float(state.level.sigma**2)
             rows[name]["trace"].append(relative(variance * value[:, None], variance * trace[:, None].double()))
-            rows[name]["matvec"].append(relative(found, product))
-            rows[name]["cosine"].append(cosine(found, product))
+            rows[name]["matvec"].append(relative(estimate, product))
+            rows[name]["cosine"].append(cosine(estimate, product))
     return rows
 
 
@@ -132,7 +132,7 @@ def on_the_mixture(batch: int) -> dict[str, Any]:
         return operator.trace().value, operator.matvec(v)
 
     tracers = {name: (estimator, family.exact_trace) for name, estimator in estimators.items()}
-    tracers |= family.probed(exact)
+    tracers |= family.probe_estimators(exact)
     target = mixture.sample(batch, torch.Generator().manual_seed(5))
     gradients = {}
     for steps in STEPS:
@@ -152,24 +152,24 @@ def on_the_checkpoint(batch: int) -> dict[str, Any]:
     pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
     pipe.set_progress_bar_config(disable=True)
     images, _ = fashion_mnist.load("train")
-    latents = family.encoded(pipe, images[:10000])
+    latents = family.encode_images(pipe, images[:10000])
     priors = family.priors(latents)
     labels = [index % 10 for index in range(batch)]
     embeds = family.prompt_embeds(pipe, [embedded_prompt(label) for label in labels])
     noise = torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     scheduler = FisherDDIMScheduler.from_config(pipe.scheduler.config)
-    plain = PipelineDenoiser(pipe, guidance_scale=1.0, **embeds)
-    trajectory, end = run(scheduler, plain.model_output, noise, 48, AutodiffFisher(plain))
+    unguided = PipelineDenoiser(pipe, guidance_scale=1.0, **embeds)
+    trajectory, end = run(scheduler, unguided.model_output, noise, 48, AutodiffFisher(unguided))
     states = trajectory.states[3::4][:LEVELS]
     jacobians: dict[int, torch.Tensor] = {}
 
     def truth(state: DenoisingState, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        dense = jacobians.setdefault(id(state), AutodiffFisher(plain, chunk_size=64)(state).dense())
+        dense = jacobians.setdefault(id(state), AutodiffFisher(unguided, chunk_size=64)(state).dense())
         return dense.diagonal(dim1=1, dim2=2).sum(1), (dense @ v.flatten(1)[..., None])[..., 0].view_as(v)
 
-    cheap = family.estimators(plain, priors, autodiff=True)
-    tracers = {name: (estimator, family.trace_or_probes) for name, estimator in cheap.items()}
-    tracers |= family.probed(AutodiffFisher(plain))
+    closed_forms = family.estimators(unguided, priors, autodiff=True)
+    tracers = {name: (estimator, family.trace_or_probes) for name, estimator in closed_forms.items()}
+    tracers |= family.probe_estimators(AutodiffFisher(unguided))
     levels = accuracy_by_level(states, end.detach(), tracers, truth)
     asymmetry = [float((m - m.mT).norm() / (2 * m.norm())) for m in jacobians.values()]
     rewards = {
@@ -210,17 +210,17 @@ def ascent(pipe: Any, denoiser: Any, steps: int, noise: torch.Tensor, estimator:
     scheduler = FisherDDIMScheduler.from_config(pipe.scheduler.config)
 
     def sample(x: torch.Tensor) -> torch.Tensor:
-        return sampled(scheduler, denoiser.model_output, x, steps)
+        return run_sampler(scheduler, denoiser.model_output, x, steps)
 
     prompts, begin = [""] * len(noise), time.perf_counter()
     try:
-        run = GuidedRun(sample, backbone_of(pipe).decode, reward, prompts, scheduler, family.fresh(estimator))
-        found = ascend_noise(run, noise, AscentSettings(ITERATIONS, STEP_SIZE))
+        run = GuidedRun(sample, backbone_of(pipe).decode, reward, prompts, scheduler, family.without_memory(estimator))
+        result = ascend_noise(run, noise, AscentSettings(ITERATIONS, STEP_SIZE))
     except ArithmeticError as error:
         return {"failed": str(error).split(".")[0]}
     seconds = time.perf_counter() - begin
-    gained = float((found.best_rewards - found.rewards[0]).mean())
-    return {"gained": gained, "seconds": seconds, "gained_per_second": gained / seconds}
+    gain = float((result.best_rewards - result.rewards[0]).mean())
+    return {"gained": gain, "seconds": seconds, "gained_per_second": gain / seconds}
 
 
 def plot(result: dict[str, Any]) -> None:

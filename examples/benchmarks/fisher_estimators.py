@@ -62,25 +62,25 @@ def trace_or_probes(operator: FisherOperator, generator: torch.Generator) -> tor
     return operator.trace().value
 
 
-def probed(estimator: Any) -> dict[str, tuple[Any, Callable]]:
+def probe_estimators(estimator: Any) -> dict[str, tuple[Any, Callable]]:
     """Returns the trace by Hutchinson and Hutch++ with exact products."""
 
     def hutchinson(count: int) -> Callable:
         return lambda operator, generator: operator.trace(rademacher(count, operator.state.sample, generator)).value
 
-    def sketched(operator: FisherOperator, generator: torch.Generator) -> torch.Tensor:
+    def hutch_plus_plus(operator: FisherOperator, generator: torch.Generator) -> torch.Tensor:
         probes = rademacher(11, operator.state.sample, generator).vectors
         return operator.trace(Probes(probes[:5]), sketch=Probes(probes[5:])).value  # 5 + 2 * 6 = 17 products
 
     return {
         "exact products, 1 probe": (estimator, hutchinson(1)),
         "exact products, 16 probes": (estimator, hutchinson(16)),
-        "exact products, Hutch++ (17)": (estimator, sketched),
+        "exact products, Hutch++ (17)": (estimator, hutch_plus_plus),
     }
 
 
 @torch.no_grad()
-def encoded(pipe: Any, images: torch.Tensor) -> torch.Tensor:
+def encode_images(pipe: Any, images: torch.Tensor) -> torch.Tensor:
     """Returns scaled latents of uint8 images (N, 1, 32, 32), drawn from the autoencoder's posterior."""
     generator, pieces = torch.Generator().manual_seed(1), []
     for batch in images.split(250):
@@ -94,7 +94,7 @@ def prompt_embeds(pipe: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
     return {"prompt_embeds": positive.detach(), "negative_prompt_embeds": negative.detach()}
 
 
-def fresh(estimator: Any) -> Any:
+def without_memory(estimator: Any) -> Any:
     """Without memory of other runs."""
     return Secants(estimator.memory) if isinstance(estimator, Secants) else estimator
 
@@ -123,9 +123,9 @@ class Secants(FisherEstimator):
 
     def __call__(self, state: Any, endpoint: Any = None) -> FisherOperator:
         key = float(torch.as_tensor(state.timestep)), float(state.level.sigma)
-        past = self._states.get(key, [])
-        self._states[key] = [*past, state][-self.memory :]
-        return SecantsOperator(state, DirectFisher()(state), past)
+        states = self._states.get(key, [])
+        self._states[key] = [*states, state][-self.memory :]
+        return SecantsOperator(state, DirectFisher()(state), states)
 
 
 class SecantsOperator(ModelFisherOperator):
@@ -133,26 +133,30 @@ class SecantsOperator(ModelFisherOperator):
 
     symmetric = True
 
-    def __init__(self, state: Any, prior: FisherOperator, past: list):
+    def __init__(self, state: Any, prior: FisherOperator, states: list):
         super().__init__(state)
         self._prior, self._basis = prior, None
-        if not past:
+        if not states:
             return
-        steps = torch.stack([(state.sample - other.sample).flatten(1) for other in past], 2).double()
-        changes = torch.stack([(state.model_output - other.model_output).flatten(1) for other in past], 2).double()
-        known = [prior.output_jacobian(state.sample - other.sample).flatten(1) for other in past]
+        steps = torch.stack([(state.sample - other.sample).flatten(1) for other in states], 2).double()
+        changes = torch.stack([(state.model_output - other.model_output).flatten(1) for other in states], 2).double()
+        predictions = [prior.output_jacobian(state.sample - other.sample).flatten(1) for other in states]
         left, sizes, right = torch.linalg.svd(steps, full_matrices=False)
         inverse = torch.where(sizes > 0.1 * sizes[:, :1], 1 / sizes, 0.0)
         basis = left * (inverse > 0)[:, None, :]
-        rest = (changes - torch.stack(known, 2)) @ right.mT * inverse[:, None, :]
-        inner = basis.mT @ rest
-        self._basis, self._rest, self._inner = basis, rest, (inner + inner.mT) / 2
+        residual = (changes - torch.stack(predictions, 2)) @ right.mT * inverse[:, None, :]
+        inner = basis.mT @ residual
+        self._basis, self._residual, self._inner = basis, residual, (inner + inner.mT) / 2
 
     def output_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         product = self._prior.output_jacobian(v)
         if self._basis is None:
             return product
-        wide = v.double().flatten(1)[..., None]
-        inside = self._basis.mT @ wide
-        change = self._rest @ inside + self._basis @ (self._rest.mT @ wide) - self._basis @ (self._inner @ inside)
+        columns = v.double().flatten(1)[..., None]
+        coefficients = self._basis.mT @ columns
+        change = (
+            self._residual @ coefficients
+            + self._basis @ (self._residual.mT @ columns)
+            - self._basis @ (self._inner @ coefficients)
+        )
         return product + change[..., 0].view_as(v).to(v.dtype)

@@ -1,6 +1,6 @@
 """The tables of docs/estimators.md, for document_figures.py."""
 
-from figure_tables import document, kept, nearest, table
+from figure_tables import document, nearest, read_result, table
 
 
 def fisher_levels() -> str:
@@ -10,24 +10,24 @@ def fisher_levels() -> str:
         ("mixture", "(a) mixture of 300 Gaussians fitted to 16x16 images"),
         ("checkpoint", "(b) embedded checkpoint"),
     ):
-        result = kept("fisher_accuracy")[name]
+        result = read_result("fisher_accuracy")[name]
         ratios = result["noise_to_signal"]
-        chosen = nearest(ratios)
-        heads = [f"{ratios[index]:.2g}" for index in chosen]
+        indices = nearest(ratios)
+        heads = [f"{ratios[index]:.2g}" for index in indices]
         rows = [
-            [estimator, *(f"{row[quantity][index]:.2g}" for quantity in ("trace", "matvec") for index in chosen)]
+            [estimator, *(f"{row[quantity][index]:.2g}" for quantity in ("trace", "matvec") for index in indices)]
             for estimator, row in result["levels"].items()
         ]
         parts += [
             f"{title}: relative error of the trace, and of a product with a random vector, at noise to signal "
             f"{', '.join(heads)}.",
-            table(["estimator", *(f"{what}, {head}" for what in ("trace", "product") for head in heads)], rows),
+            table(["estimator", *(f"{measure}, {head}" for measure in ("trace", "product") for head in heads)], rows),
         ]
     return document(*parts)
 
 
 def fisher_gradients() -> str:
-    result = kept("fisher_accuracy")
+    result = read_result("fisher_accuracy")
     parts = []
     for title, gradients in (
         ("(a) mixture, by steps", result["mixture"]["gradients"]),
@@ -55,7 +55,7 @@ def _gradient_cell(row: dict) -> str:
 
 
 def fisher_ascents() -> str:
-    result = kept("fisher_accuracy")
+    result = read_result("fisher_accuracy")
     part, machine = result["checkpoint"], result["machine"]
     ascents = part["ascents"]
     estimators = next(iter(ascents.values()))

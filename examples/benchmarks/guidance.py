@@ -105,26 +105,26 @@ class Problem:
         """
         labels = self.batch_labels(batch)
         target = [(label + 1) % 10 for label in labels]
-        other, prompted = (
+        other_class, own_class = (
             ClassifierReward(self.classifier.model, classes, self.classifier.image_input)
             for classes in (target, labels)
         )
-        known = torch.stack([self.images[self.labels == label][0] for label in labels])
+        targets = torch.stack([self.images[self.labels == label][0] for label in labels])
         mask = torch.zeros(32, 32)
         mask[:16] = 1
         return {
-            "another class": (other, self._nearness(target)),
-            "left minus right": (LinearReward.left_minus_right(32, 32), prompted),
-            "inpainting": (MeasurementReward(known, mask), prompted),
+            "another class": (other_class, self._nearness(target)),
+            "left minus right": (LinearReward.left_minus_right(32, 32), own_class),
+            "inpainting": (MeasurementReward(targets, mask), own_class),
         }
 
     def _nearness(self, target: list[int]) -> Callable:
         """A reward: minus the mean squared distance to the nearest test image of the target class."""
-        real = [self.images[self.labels == label].flatten(1) for label in target]
+        class_images = [self.images[self.labels == label].flatten(1) for label in target]
 
         def nearness(images: torch.Tensor, prompts: Any) -> torch.Tensor:
-            pairs = zip(images.flatten(1), real, strict=True)
-            return torch.stack([-((image - others) ** 2).mean(1).min() for image, others in pairs])
+            pairs = zip(images.flatten(1), class_images, strict=True)
+            return torch.stack([-((image - neighbours) ** 2).mean(1).min() for image, neighbours in pairs])
 
         return nearness
 
@@ -166,12 +166,12 @@ def iteration_cost(problem: Problem) -> dict[str, Any]:
 def graph_bytes(noise: torch.Tensor, sample: Any, scheduler: Any, estimator: Any) -> int:
     """Returns the bytes that autograd keeps for the backward pass of one sampling run. Every storage counts once."""
     storages: dict[int, int] = {}
-    kept = []  # so that no address is used twice during the count
+    references = []  # so that no address is used twice during the count
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-        kept.append(storage)
+        references.append(storage)
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
@@ -203,12 +203,12 @@ def gradients(problem: Problem, name: str) -> dict[str, Any]:
     exact = one_iteration(problem, table["stored graph"], reward, noise).double().flatten(1)
     rows = {}
     for method in table:
-        found = one_iteration(problem, table[method], reward, noise).double().flatten(1)
-        cosine = torch.nn.functional.cosine_similarity(found, exact)
+        gradient = one_iteration(problem, table[method], reward, noise).double().flatten(1)
+        cosine = torch.nn.functional.cosine_similarity(gradient, exact)
         rows[method] = {
             "cosine": float(cosine.mean()),
-            "norm_ratio": float((found.norm(dim=1) / exact.norm(dim=1)).log().mean().exp()),
-            "relative_error": float(((found - exact).norm(dim=1) / exact.norm(dim=1)).mean()),
+            "norm_ratio": float((gradient.norm(dim=1) / exact.norm(dim=1)).log().mean().exp()),
+            "relative_error": float(((gradient - exact).norm(dim=1) / exact.norm(dim=1)).mean()),
         }
     return rows
 
@@ -247,12 +247,12 @@ def best_so_far(cells: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor
         torch.cat([torch.tensor(cell[name][:length], dtype=torch.float64) for cell in cells], dim=1)
         for name in ("rewards", "held_out")
     )
-    best, where = rewards.cummax(0)
+    best, indices = rewards.cummax(0)
     seconds = torch.tensor([cell["seconds"][:length] for cell in cells], dtype=torch.float64).sum(0).cumsum(0)
-    return best, held_out.gather(0, where), seconds
+    return best, held_out.gather(0, indices), seconds
 
 
-def summarised(cells: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns by run the means over all prompts of the best reward so far and of the held-out reward of its image."""
     best, held_out, seconds = best_so_far(cells)
     prompts = best.shape[1]
@@ -268,32 +268,32 @@ def summarised(cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def time_to_exact(
-    cells: dict[str, list[dict[str, Any]]], exact: str, followed: Sequence[str] = (DEFAULT, "direct")
+    cells: dict[str, list[dict[str, Any]]], exact: str, methods: Sequence[str] = (DEFAULT, "direct")
 ) -> dict[str, Any]:
-    """Returns by method of `followed` the time until it reaches the exact method's last reward.
+    """Returns by method of `methods` the time until it reaches the exact method's last reward.
 
     The time is relative to that of the exact method. The result also says how much higher the held-out reward then is,
     prompt by prompt. The time of the first run, which is without guidance, counts for all methods.
     """
-    wanted = float(best_so_far(cells[exact])[0][-1].mean())
+    target = float(best_so_far(cells[exact])[0][-1].mean())
 
-    def reached(method: str) -> tuple[Any, Any]:
+    def time_to_target(method: str) -> tuple[Any, Any]:
         best, held_out, seconds = best_so_far(cells[method])
-        places = (best.mean(1) >= wanted).nonzero().flatten().tolist()
+        places = (best.mean(1) >= target).nonzero().flatten().tolist()
         return (float(seconds[places[0]]), held_out[places[0]]) if places else (None, None)
 
-    slow, at_exact = reached(exact)
+    exact_seconds, at_exact = time_to_target(exact)
     rows: dict[str, Any] = {
-        "exact_method": exact, "exact_seconds": slow, "exact_reward": wanted, "prompts": len(at_exact),
+        "exact_method": exact, "exact_seconds": exact_seconds, "exact_reward": target, "prompts": len(at_exact),
         "held_out_exact": float(at_exact.mean()),
     }  # fmt: skip
-    for method in followed:
-        fast, there = reached(method)
-        rows[method] = {"seconds": fast}
-        if fast is not None:
-            difference = there - at_exact
+    for method in methods:
+        method_seconds, at_target = time_to_target(method)
+        rows[method] = {"seconds": method_seconds}
+        if method_seconds is not None:
+            difference = at_target - at_exact
             rows[method] |= {
-                "share_of_exact": fast / slow, "held_out": float(there.mean()),
+                "share_of_exact": method_seconds / exact_seconds, "held_out": float(at_target.mean()),
                 "held_out_difference": float(difference.mean()),
                 "held_out_median_difference": float(difference.median()),
                 "held_out_difference_standard_error": float(difference.std() / len(difference) ** 0.5),
@@ -318,20 +318,20 @@ class Cells:
     def __init__(self, folder: Path, setting: Setting):
         self.records = Records(folder, dataclasses.asdict(setting) | {"threads": torch.get_num_threads()})
 
-    def __call__(self, make: Callable[..., dict[str, Any]], *arguments: Any, given: tuple = ()) -> dict[str, Any]:
-        """Returns `make(*given, *arguments)`, from its record if there is one."""
+    def __call__(self, make: Callable[..., dict[str, Any]], *arguments: Any, context: tuple = ()) -> dict[str, Any]:
+        """Returns `make(*context, *arguments)`, from its record if there is one."""
         words = [make.__name__, *map(str, arguments)]
         key = "_".join(re.sub(r"[^A-Za-z0-9.]+", "-", word).strip("-") for word in words)
         if self.records.missing([key]):
             begin = time.perf_counter()
-            self.records.write(key, make(*given, *arguments))
+            self.records.write(key, make(*context, *arguments))
             print(f"{key:<70}{time.perf_counter() - begin:>8.1f} s", flush=True)
         return self.records.read(key)
 
 
 def run(setting: Setting, folder: Path) -> dict[str, Any]:
     cells, problem = Cells(folder, setting), Problem(setting)
-    iteration = cells(iteration_cost, given=(problem,))
+    iteration = cells(iteration_cost, context=(problem,))
     exact = iteration["faster_exact_method"]
     names, methods = list(problem.rewards(0)), list(problem.methods(0).table)
     batches = range(setting.prompts // setting.batch)
@@ -340,31 +340,34 @@ def run(setting: Setting, folder: Path) -> dict[str, Any]:
         for method in methods:
             if place and method.endswith(LEFT_OUT):
                 continue
-            curves[name][method] = [cells(curve, name, method, b, given=(problem,)) for b in batches]
-    compared: dict[str, Any] = {name: {} for name in names}
+            curves[name][method] = [cells(curve, name, method, b, context=(problem,)) for b in batches]
+    comparisons: dict[str, Any] = {name: {} for name in names}
     for name in names:
         for method in (exact, DEFAULT, "direct"):
-            more = [cells(curve, name, method, b, given=(problem,)) for b in range(len(batches), len(problem.noises))]
-            compared[name][method] = curves[name][method] + more
+            extra_cells = [
+                cells(curve, name, method, b, context=(problem,)) for b in range(len(batches), len(problem.noises))
+            ]
+            comparisons[name][method] = curves[name][method] + extra_cells
     steps: dict[str, Any] = {name: {} for name in names}
     for name in names:
         for estimator in ("direct", "gaussian", "finite difference", "per-step recomputation"):
             for strength in STRENGTHS:
-                rows = [cells(per_step, name, estimator, strength, b, given=(problem,)) for b in batches]
+                rows = [cells(per_step, name, estimator, strength, b, context=(problem,)) for b in batches]
                 steps[name].setdefault(estimator, {})[str(strength)] = {
                     "reward": _mean(rows, "rewards"), "held_out": _mean(rows, "held_out"),
                     "seconds": sum(row["seconds"] for row in rows),
                 }  # fmt: skip
     return {
         "setting": dataclasses.asdict(setting),
-        "import": cells(import_time, given=(setting.import_rounds,)),
+        "import": cells(import_time, context=(setting.import_rounds,)),
         "iteration": iteration,
-        "memory": cells(memory, given=(problem,)),
-        "gradients": {name: cells(gradients, name, given=(problem,)) for name in names},
+        "memory": cells(memory, context=(problem,)),
+        "gradients": {name: cells(gradients, name, context=(problem,)) for name in names},
         "reward_after_ten_iterations": {
-            name: {method: summarised(found) for method, found in rows.items()} for name, rows in curves.items()
+            name: {method: summarise(cells_of_method) for method, cells_of_method in rows.items()}
+            for name, rows in curves.items()
         },
-        "time_to_exact": {name: time_to_exact(rows, exact) for name, rows in compared.items()},
+        "time_to_exact": {name: time_to_exact(rows, exact) for name, rows in comparisons.items()},
         "per_step": steps,
     }
 
@@ -406,14 +409,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, help="file of the plot; default: guidance.png, or none with --tiny")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args(arguments)
-    drawn = options.picture or (None if options.tiny else FOLDER / "guidance.png")
-    if drawn is not None:
-        check_writable(drawn.parent)
+    picture_file = options.picture or (None if options.tiny else FOLDER / "guidance.png")
+    if picture_file is not None:
+        check_writable(picture_file.parent)
     result = run(TINY if options.tiny else Setting(), options.records)
     if not options.tiny:
         save("guidance", result)
-    if drawn is not None:
-        save_figure(picture(result), drawn)
+    if picture_file is not None:
+        save_figure(picture(result), picture_file)
 
 
 if __name__ == "__main__":

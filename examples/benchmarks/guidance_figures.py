@@ -2,18 +2,18 @@
 
 import json
 
-from figure_tables import FOLDER, document, kept, table
+from figure_tables import FOLDER, document, read_result, table
 
 
 def guidance() -> str:
-    result = kept("guidance")
+    result = read_result("guidance")
     setting, iteration, memory = result["setting"], result["iteration"], result["memory"]
     machine, rewards = result["machine"], result["reward_after_ten_iterations"]
     rows = [
         [method, f"{over['median']:.2f}", *(_before_and_after(reward[method]) for reward in rewards.values())]
         for method, over in iteration["over_floor"].items()
     ]
-    direct, stored = memory["direct"], memory["stored graph"]
+    direct, stored_graph = memory["direct"], memory["stored graph"]
     return document(
         f"Measured on the embedded checkpoint ({setting['scheduler']}, {setting['steps']} steps, guidance scale "
         f"{setting['guidance_scale']}, batch {setting['batch']}, {machine['device']}, {machine['threads']} threads): "
@@ -24,7 +24,7 @@ def guidance() -> str:
         f"recomputation give the exact gradient; the faster of them here, {iteration['faster_exact_method']}, takes "
         f"{iteration['exact_over_default']['median']:.2f} times as long as one step, the default. A run's graph keeps "
         f"{direct['latent_batches_a_step']:.1f} latent batches per step without a graph of the denoiser, "
-        f"and {stored['latent_batches_a_step']:.0f} with a stored graph. `import diffusers_fisher` takes "
+        f"and {stored_graph['latent_batches_a_step']:.0f} with a stored graph. `import diffusers_fisher` takes "
         f"{result['import']['ratio']['median']:.2f} times as long as `import diffusers`.",
     )
 
@@ -34,7 +34,7 @@ def _before_and_after(row: dict) -> str:
 
 
 def guidance_curves() -> str:
-    result = kept("guidance")
+    result = read_result("guidance")
     setting = result["setting"]
     parts = [
         f"Embedded checkpoint, {setting['prompts']} prompts, {setting['steps']} steps of {setting['scheduler']}, "
@@ -75,7 +75,7 @@ def _share_of_exact(row: dict) -> list[str]:
 
 
 def guidance_per_step() -> str:
-    result = kept("guidance")
+    result = read_result("guidance")
     setting = result["setting"]
     parts = [f"One run of {setting['steps']} steps for {setting['prompts']} prompts: reward (held-out reward)."]
     for name, estimators in result["per_step"].items():
@@ -91,7 +91,7 @@ def guidance_per_step() -> str:
 
 
 def guidance_gradients() -> str:
-    gradients = kept("guidance")["gradients"]
+    gradients = read_result("guidance")["gradients"]
     rows = [
         [method, *(f"{each[method]['cosine']:.3f} ({each[method]['norm_ratio']:.2g})" for each in gradients.values())]
         for method in next(iter(gradients.values()))

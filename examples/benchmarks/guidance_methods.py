@@ -71,37 +71,37 @@ class Methods:
         config = DDIMScheduler.from_config(pipe.scheduler.config).config
         self._config = config
         scheduler = fisher_scheduler(DDIMScheduler).from_config(config)
-        guided = self.stock(scheduler)
-        stored = StoredGraph(self.stock(), self.arguments)
+        pipeline = self.stock(scheduler)
+        stored_graph = StoredGraph(self.stock(), self.arguments)
 
         def sample(noise: torch.Tensor) -> torch.Tensor:
-            return guided(latents=noise, **self.arguments)[0]
+            return pipeline(latents=noise, **self.arguments)[0]
 
-        self.table: dict[str, tuple] = {"stored graph": (stored.sample, stored, None)}
+        self.table: dict[str, tuple] = {"stored graph": (stored_graph.sample, stored_graph, None)}
         self.table |= {name: (sample, scheduler, estimator) for name, estimator in self.estimators().items()}
 
     def stock(self, scheduler: Any = None) -> StableDiffusionPipeline:
         """Returns the stock pipeline over the same networks, with a scheduler of its own."""
         pipe, components = self._pipe, dict(self._pipe.components)
         components["scheduler"] = DDIMScheduler.from_config(self._config) if scheduler is None else scheduler
-        made = StableDiffusionPipeline(**components, requires_safety_checker=False)
-        made.set_progress_bar_config(**pipe._progress_bar_config)
-        return made
+        pipeline = StableDiffusionPipeline(**components, requires_safety_checker=False)
+        pipeline.set_progress_bar_config(**pipe._progress_bar_config)
+        return pipeline
 
     def estimators(self) -> dict[str, Any]:
         """Returns estimators by name, for any run with these prompts."""
-        guided = PipelineDenoiser(self.stock(), guidance_scale=self._scale, **self._embeds)
-        found: dict[str, Any] = {
-            "per-step recomputation": AutodiffFisher(guided),
+        denoiser = PipelineDenoiser(self.stock(), guidance_scale=self._scale, **self._embeds)
+        result: dict[str, Any] = {
+            "per-step recomputation": AutodiffFisher(denoiser),
             "direct": DirectFisher(),
-            DEFAULT: OneStepFisher(FiniteDifferenceFisher(guided)),
-            "finite difference": FiniteDifferenceFisher(guided),
+            DEFAULT: OneStepFisher(FiniteDifferenceFisher(denoiser)),
+            "finite difference": FiniteDifferenceFisher(denoiser),
             "endpoint, centred": EndpointFisher(centred=True),
             "endpoint, paper": EndpointFisher(),
             "gaussian": GaussianFisher.fit_diagonal(self._latents, dct=True),
         }
         if self._scale != 1:  # without classifier-free guidance in the backward pass
-            plain = PipelineDenoiser(self.stock(), guidance_scale=1.0, prompt_embeds=self._embeds["prompt_embeds"])
-            found["recomputation, guidance left out"] = AutodiffFisher(plain)
-            found["finite difference, guidance left out"] = FiniteDifferenceFisher(plain, central=True)
-        return found
+            unguided = PipelineDenoiser(self.stock(), guidance_scale=1.0, prompt_embeds=self._embeds["prompt_embeds"])
+            result["recomputation, guidance left out"] = AutodiffFisher(unguided)
+            result["finite difference, guidance left out"] = FiniteDifferenceFisher(unguided, central=True)
+        return result

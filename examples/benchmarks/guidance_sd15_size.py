@@ -111,14 +111,14 @@ class Iteration:
         latents = self.methods.table["direct"][0](self.noise).detach().requires_grad_()
         return torch.autograd.grad(self.reward(self.decode(latents), []).sum(), latents)[0]
 
-    def guided(self, method: str) -> torch.Tensor:
+    def gradient(self, method: str) -> torch.Tensor:
         sample, scheduler, estimator = self.methods.table[method]
         with scheduler.differentiable(estimator) as trajectory:
             latents = sample(self.noise)
         return trajectory.gradient(self.reward(self.decode(latents), []).sum())
 
 
-def measured(setting: Setting, method: str) -> dict[str, Any]:
+def measure(setting: Setting, method: str) -> dict[str, Any]:
     """Returns the seconds of the floor and of the method, timed in turn, and the peak memory of the process."""
     pipe, cuda = pipeline(setting), setting.device.startswith("cuda")
     Iteration(dataclasses.replace(setting, steps=2), pipe).floor()  # the first calls of a process are slower
@@ -133,15 +133,15 @@ def measured(setting: Setting, method: str) -> dict[str, Any]:
             torch.cuda.synchronize()
         return time.perf_counter() - begin
 
-    floors, guided = [], []
+    floors, durations = [], []
     for _ in range(setting.rounds):
         floors.append(seconds(iteration.floor))
         if method != "floor":
-            guided.append(seconds(lambda: iteration.guided(method)))
-    ratios = [one / other for one, other in zip(guided, floors, strict=False)]
+            durations.append(seconds(lambda: iteration.gradient(method)))
+    ratios = [duration / floor for duration, floor in zip(durations, floors, strict=False)]
     return {
         "floor_seconds": statistics.median(floors),
-        "seconds": statistics.median(guided or floors),
+        "seconds": statistics.median(durations or floors),
         "over_floor": statistics.median(ratios) if ratios else 1.0,
         "memory_before": before,
         "peak_memory": _memory(cuda),
@@ -169,8 +169,8 @@ def run(setting: Setting, methods: Sequence[str], folder: Path, retry_failed: bo
         if records.missing([key]) or (retry_failed and "failed" in records.read(key)):
             records.write(key, _in_own_process(setting, method))
         print(f"{method:<40}{json.dumps(records.read(key))}", flush=True)
-    known = dict.fromkeys((*METHODS, STORED, *methods))
-    rows = {method: records.read(_key(method)) for method in known if not records.missing([_key(method)])}
+    all_methods = dict.fromkeys((*METHODS, STORED, *methods))
+    rows = {method: records.read(_key(method)) for method in all_methods if not records.missing([_key(method)])}
     return {"setting": dataclasses.asdict(setting), "methods": rows, **_ratios(rows)}
 
 
@@ -179,25 +179,25 @@ def _key(method: str) -> str:
 
 
 def _in_own_process(setting: Setting, method: str) -> dict[str, Any]:
-    """Returns the result of `measured`, or under the key "failed" how the process ended."""
-    given = json.dumps(dataclasses.asdict(setting))
-    command = [sys.executable, __file__, "--cell", method, "--setting", given]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    print(f"{method}: {done.stderr.strip().splitlines()[-1:] or done.returncode}", flush=True)
-    return {"failed": f"exit status {done.returncode}"}  # killed for memory, for example
+    """Returns the result of `measure`, or under the key "failed" how the process ended."""
+    text = json.dumps(dataclasses.asdict(setting))
+    command = [sys.executable, __file__, "--cell", method, "--setting", text]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode == 0:
+        return json.loads(process.stdout.splitlines()[-1])
+    print(f"{method}: {process.stderr.strip().splitlines()[-1:] or process.returncode}", flush=True)
+    return {"failed": f"exit status {process.returncode}"}  # killed for memory, for example
 
 
 def _ratios(rows: dict[str, Any]) -> dict[str, Any]:
     """Compares the default with the floor and with the faster exact method that fitted into the memory."""
-    fitted = {name: rows[name]["over_floor"] for name in EXACT if "over_floor" in rows.get(name, {})}
-    if not fitted or "over_floor" not in rows.get(DEFAULT, {}):
+    over_floor = {name: rows[name]["over_floor"] for name in EXACT if "over_floor" in rows.get(name, {})}
+    if not over_floor or "over_floor" not in rows.get(DEFAULT, {}):
         return {}
-    exact = min(fitted, key=lambda name: fitted[name])
+    exact = min(over_floor, key=lambda name: over_floor[name])
     return {
         "faster_exact_method": exact,
-        "exact_over_default": fitted[exact] / rows[DEFAULT]["over_floor"],
+        "exact_over_default": over_floor[exact] / rows[DEFAULT]["over_floor"],
         "worst_autodiff_free_over_floor": max(
             rows[name]["over_floor"] for name in AUTODIFF_FREE if "over_floor" in rows.get(name, {})
         ),
@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--setting", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.cell:
-        print(json.dumps(measured(Setting(**json.loads(options.setting)), options.cell)))
+        print(json.dumps(measure(Setting(**json.loads(options.setting)), options.cell)))
         return
     setting = Setting(options.device, options.dtype, options.steps, options.guidance_scale, rounds=options.rounds)
     if options.tiny:

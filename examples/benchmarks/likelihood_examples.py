@@ -21,12 +21,12 @@ SAMPLES = 500
 
 def main() -> None:
     folder = Path("outputs/likelihood_examples")
-    found = {
+    result = {
         "out_of_distribution": out_of_distribution.run(IMAGES, folder / "out_of_distribution"),
         "sample_ranking": sample_ranking.run(SAMPLES, folder / "sample_ranking"),
     }
     shutil.copy(folder / "out_of_distribution" / "out_of_distribution.png", FOLDER / "likelihood_examples.png")
-    save("likelihood_examples", found)
+    save("likelihood_examples", result)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 import statistics
 
-from figure_tables import document, kept, table
+from figure_tables import document, read_result, table
 
 
 def likelihood_closed_forms() -> str:
-    result = kept("likelihood")["closed_forms"]
+    result = read_result("likelihood")["closed_forms"]
     rows = result["summary"]
     cells = {(row["schedule"], row["scheme"], row["calls"]): row for row in rows}
     schedules, schemes = (dict.fromkeys(row[key] for row in rows) for key in ("schedule", "scheme"))
@@ -18,10 +18,12 @@ def likelihood_closed_forms() -> str:
     for schedule in schedules:
         errors, coverage = [], []
         for scheme in schemes:
-            own = [cells[schedule, scheme, count] for count in calls if (schedule, scheme, count) in cells]
-            errors.append([scheme, *(f"{row['mean']:.4f} ({row['worst']:.4f})" for row in own)])
-            if "covered" in own[0]:
-                estimates = [f"{row['covered']:.1%}, {row['median_estimate_over_median_error']:.1f}" for row in own]
+            scheme_rows = [cells[schedule, scheme, count] for count in calls if (schedule, scheme, count) in cells]
+            errors.append([scheme, *(f"{row['mean']:.4f} ({row['worst']:.4f})" for row in scheme_rows)])
+            if "covered" in scheme_rows[0]:
+                estimates = [
+                    f"{row['covered']:.1%}, {row['median_estimate_over_median_error']:.1f}" for row in scheme_rows
+                ]
                 coverage.append([scheme, *estimates])
         parts += [
             f"Noise levels of {schedule}:",
@@ -38,16 +40,16 @@ def likelihood_closed_forms() -> str:
 
 
 def likelihood_other_laws() -> str:
-    result = kept("likelihood")["other_laws"]
+    result = read_result("likelihood")["other_laws"]
     rows = [row for row in result["by_law"] if row["scheme"] != "practice"]
     cells = {(row["law"], row["schedule"], row["calls"]): row for row in rows}
     schedules = dict.fromkeys(row["schedule"] for row in rows)
     runs = [(schedule, count) for schedule in schedules for count in (20, 41, 100)]
     lines = []
     for law in result["laws"]:
-        own = [cells[law, *run] for run in runs]
-        errors = [f"{row['mean']:.4f} ({row['worst']:.4f}), {row['covered']:.0%}" for row in own]
-        lines.append([law, *errors, f"{own[0]['prior_floor']:.4f}"])
+        law_rows = [cells[law, *run] for run in runs]
+        errors = [f"{row['mean']:.4f} ({row['worst']:.4f}), {row['covered']:.0%}" for row in law_rows]
+        lines.append([law, *errors, f"{law_rows[0]['prior_floor']:.4f}"])
     return document(
         f"{len(result['laws'])} laws, {result['draws']} draws of each, {rows[0]['scheme']}: mean (worst) error in "
         "bits/dim, and the fraction of draws whose discretisation error the estimate covers.",
@@ -56,8 +58,8 @@ def likelihood_other_laws() -> str:
 
 
 def likelihood_checkpoint() -> str:
-    likelihood = kept("likelihood")
-    result, reference, more = likelihood["checkpoint"], likelihood["reference"], likelihood["trace_model"]
+    likelihood = read_result("likelihood")
+    result, reference, trace_model = likelihood["checkpoint"], likelihood["reference"], likelihood["trace_model"]
     rows = [
         [row["what"], row["calls"], *(f"{row[key]:.4f}" for key in ("mean", "worst", "estimate")),
          None if row["standard_error"] is None else f"{row['standard_error']:.4f}"]
@@ -71,22 +73,23 @@ def likelihood_checkpoint() -> str:
         "estimated discretisation error",
         "standard error of the probes",
     ]
-    deviation = statistics.pstdev(more["errors"])
-    beyond = 2 * statistics.NormalDist(0, deviation).cdf(-0.05)
+    deviation = statistics.pstdev(trace_model["errors"])
+    share = 2 * statistics.NormalDist(0, deviation).cdf(-0.05)
     return document(
         f"{result['images']} test images. The reference took up to {reference['calls']} calls with 256 products "
         f"each, and is off by up to {reference['error']:.4f} bits/dim by its tolerance.",
         table(columns, rows),
         f"A network in bfloat16 changes the likelihood by {result['bfloat16_less_float32']:.4f} bits/dim on average. "
-        f"Of {more['images']} test images DF-TM is within 0.05 bits/dim of the whole Jacobian at the same "
-        f"{more['calls']} calls for {more['within_0.05']}. The difference is {more['mean']:.4f} on average, "
-        f"{more['worst']:.4f} at most. With a standard deviation of {deviation:.4f}, about {beyond:.1%} of more "
+        f"Of {trace_model['images']} test images DF-TM is within 0.05 bits/dim of the whole Jacobian at the same "
+        f"{trace_model['calls']} calls for {trace_model['within_0.05']}. The difference is "
+        f"{trace_model['mean']:.4f} on average, "
+        f"{trace_model['worst']:.4f} at most. With a standard deviation of {deviation:.4f}, about {share:.1%} of more "
         "images may be beyond 0.05.",
     )
 
 
 def likelihood_comparison() -> str:
-    result = kept("likelihood")["comparison"]
+    result = read_result("likelihood")["comparison"]
     ode = result["squared_error_against_ode"]
     return (
         f"Embedded checkpoint, {result['images']} test images under the prompts of all {result['prompts']} classes, "

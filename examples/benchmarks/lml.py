@@ -72,8 +72,8 @@ class Cell:
 
     def scheduler(self, config: Any) -> Any:
         """Returns the sampler with the checkpoint's noise levels."""
-        own = {} if self.lml_lambda is None else {"lml_lambda": self.lml_lambda, "lml_kappa": self.lml_kappa}
-        return SAMPLERS[self.sampler].from_config(config, **COMMON, **ENDS.get(self.sampler, {}), **own)
+        options = {} if self.lml_lambda is None else {"lml_lambda": self.lml_lambda, "lml_kappa": self.lml_kappa}
+        return SAMPLERS[self.sampler].from_config(config, **COMMON, **ENDS.get(self.sampler, {}), **options)
 
 
 class Models:
@@ -90,15 +90,15 @@ class Models:
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the last features (B, 160) float64 and predicted classes (B,) of images (B, 3, 32, 32) in [0, 1]."""
-        kept: list[torch.Tensor] = []
-        hook = self.classifier.model.classifier.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+        features: list[torch.Tensor] = []
+        hook = self.classifier.model.classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
         try:
-            predicted = self.classifier.logits(images).argmax(1)
+            labels = self.classifier.logits(images).argmax(1)
         finally:
             hook.remove()
-        return kept[0].flatten(1).double(), predicted
+        return features[0].flatten(1).double(), labels
 
-    def sampled(self, cell: Cell) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample_features(self, cell: Cell) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns features (count, 160) of a cell's samples, and whether each is classified as prompted."""
         self.pipe.scheduler = cell.scheduler(self.config)
         noise = torch.randn(cell.count, 4, 8, 8, generator=torch.Generator().manual_seed(cell.seed))
@@ -112,26 +112,26 @@ class Models:
                 [embedded_prompt(int(label)) for label in truth], latents=latents, num_inference_steps=cell.calls,
                 guidance_scale=cell.guidance_scale, output_type="pt",
             ).images  # fmt: skip
-            found, predicted = self.features(images)
-            features.append(found)
-            right.append(predicted == truth)
+            batch_features, predictions = self.features(images)
+            features.append(batch_features)
+            right.append(predictions == truth)
         return torch.cat(features), torch.cat(right)
 
-    def real(self, data: str) -> torch.Tensor:
+    def real_features(self, data: str) -> torch.Tensor:
         """Returns features (10000, 160) of the test images."""
         images, _ = fashion_mnist.load("test", data)
         batches = tqdm(images.split(BATCH), "real images")
         return torch.cat([self.features(fashion_mnist.to_rgb(batch) / 2 + 0.5)[0] for batch in batches])
 
     @torch.no_grad()
-    def reconstructed(self, data: str, indices: torch.Tensor) -> torch.Tensor:
+    def reconstruct_features(self, data: str, indices: torch.Tensor) -> torch.Tensor:
         """Returns features of some test images after the autoencoder, which limits every sampler."""
         images, _ = fashion_mnist.load("test", data)
-        found = []
+        features = []
         for batch in tqdm(images[indices].split(BATCH), "reconstructions"):
             latents = self.pipe.vae.encode(fashion_mnist.to_rgb(batch)).latent_dist.mode()
-            found.append(self.features((self.pipe.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1))[0])
-        return torch.cat(found)
+            features.append(self.features((self.pipe.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1))[0])
+        return torch.cat(features)
 
 
 def moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,10 +150,10 @@ def frechet_distance(first: tuple[torch.Tensor, torch.Tensor], second: tuple[tor
 
     This is the squared Wasserstein distance (Dowson and Landau, 1982), as in Heusel et al., NeurIPS 2017.
     """
-    (mean, covariance), (other, target) = first, second
+    (mean, covariance), (other_mean, target) = first, second
     half = root(covariance)
     cross = root(half @ target @ half)
-    return float((mean - other).square().sum() + (covariance + target - 2 * cross).trace())
+    return float((mean - other_mean).square().sum() + (covariance + target - 2 * cross).trace())
 
 
 def jackknife(features: torch.Tensor, reference: tuple[torch.Tensor, torch.Tensor]) -> list[float]:
@@ -171,13 +171,13 @@ def jackknife_error(values: torch.Tensor) -> float:
     return float(((count - 1) / count * (values - values.mean()).square().sum()).sqrt())
 
 
-def measured(cell: Cell, models: Models, reference: tuple[torch.Tensor, torch.Tensor], folder: Path) -> dict[str, Any]:
+def measure(cell: Cell, models: Models, reference: tuple[torch.Tensor, torch.Tensor], folder: Path) -> dict[str, Any]:
     """Returns the record of a cell. A record that does not exist yet is made and kept."""
     path = folder / f"{cell.name}.json"
     if path.is_file():
         return json.loads(path.read_text())
     begin = time.perf_counter()
-    features, right = models.sampled(cell)
+    features, right = models.sample_features(cell)
     replicates = jackknife(features, reference)
     record = {
         **dataclasses.asdict(cell),
@@ -197,15 +197,15 @@ def differences(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns each LML cell's distance minus its parent's from the same noise, with the error by the jackknife."""
     setting = ("calls", "guidance_scale", "seed")
     parents = {(row["sampler"], *(row[key] for key in setting)): row for row in cells}
-    found = []
+    result = []
     for row in cells:
         parent = parents.get((row["sampler"].removeprefix("LML-"), *(row[key] for key in setting)))
         if parent not in (None, row):
             change = torch.tensor(row["frechet_jackknife"]) - torch.tensor(parent["frechet_jackknife"])
             difference = row["frechet_distance"] - parent["frechet_distance"]
-            kept = {key: row[key] for key in ("sampler", *setting)}
-            found.append({**kept, "difference": difference, "standard_error": jackknife_error(change)})
-    return found
+            settings = {key: row[key] for key in ("sampler", *setting)}
+            result.append({**settings, "difference": difference, "standard_error": jackknife_error(change)})
+    return result
 
 
 def floors(models: Models, data: str, features: torch.Tensor) -> dict[str, Any]:
@@ -216,13 +216,13 @@ def floors(models: Models, data: str, features: torch.Tensor) -> dict[str, Any]:
         left, right = (moments(features[half]) for half in order.tensor_split(2))
         halves.append(frechet_distance(left, right))
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-    rebuilt, rest = (order[: len(order) // 2], order[len(order) // 2 :])
+    reconstruction_indices, other_indices = (order[: len(order) // 2], order[len(order) // 2 :])
     values = torch.tensor(halves)
     return {
         "real_halves": float(values.mean()),
         "real_halves_standard_deviation": float(values.std()),
         "reconstructed_half": frechet_distance(
-            moments(models.reconstructed(data, rebuilt)), moments(features[rest])
+            moments(models.reconstruct_features(data, reconstruction_indices)), moments(features[other_indices])
         ),
     }  # fmt: skip
 
@@ -255,7 +255,7 @@ def study_cells(options: dict[str, dict[str, float]]) -> list[Cell]:
     settings += [(name, 20, {}) for name in SAMPLERS]
     settings += [(name, 5, {"seed": 2}) for name in ("DDIM", "LML-DDIM", "DPM-Solver++")]
     settings += [(name, 50, {}) for name in SAMPLERS]
-    return [Cell(name, calls, **own, **options.get(name, {})) for name, calls, own in settings]
+    return [Cell(name, calls, **changes, **options.get(name, {})) for name, calls, changes in settings]
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -299,15 +299,15 @@ def main() -> None:
     arguments = parser.parse_args()
     check_writable(arguments.output)
     models = Models(arguments.compile)
-    features = models.real(arguments.data)
+    features = models.real_features(arguments.data)
     reference = moments(features)
-    sweep = [measured(cell, models, reference, arguments.output) for cell in sweep_cells()]
+    sweep = [measure(cell, models, reference, arguments.output) for cell in sweep_cells()]
     options = chosen_options(sweep)
     print(f"chosen: {options}")
-    planned = study_cells(options)
+    study = study_cells(options)
     if arguments.report:
-        planned = [cell for cell in planned if (arguments.output / f"{cell.name}.json").is_file()]
-    cells = [measured(cell, models, reference, arguments.output) for cell in planned]
+        study = [cell for cell in study if (arguments.output / f"{cell.name}.json").is_file()]
+    cells = [measure(cell, models, reference, arguments.output) for cell in study]
     report = {
         "floors": floors(models, arguments.data, features), "chosen": options, "cells": cells,
         "differences": differences(cells), "sweep": sweep,

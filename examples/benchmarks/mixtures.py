@@ -28,8 +28,8 @@ def fitted_mixture(images: torch.Tensor, modes: int, iterations: int = 10, floor
         centres = torch.zeros_like(centres).index_add_(0, nearest, flat) / counts
     squares = torch.zeros_like(centres).index_add_(0, nearest, (flat - centres[nearest]).square())
     variances = (squares / counts).clamp_min(floor)
-    keep = torch.bincount(nearest, minlength=modes) > 1
-    weights = counts[keep, 0].double() / counts[keep].sum()
+    is_large = torch.bincount(nearest, minlength=modes) > 1
+    weights = counts[is_large, 0].double() / counts[is_large].sum()
     shape = images.shape[1:]
-    covariance = Covariance.diagonal(variances[keep].reshape(-1, *shape))
-    return GaussianMixture(centres[keep].reshape(-1, *shape), covariance, weights)
+    covariance = Covariance.diagonal(variances[is_large].reshape(-1, *shape))
+    return GaussianMixture(centres[is_large].reshape(-1, *shape), covariance, weights)

@@ -51,8 +51,8 @@ def diffusion_classifier(pipe: Any, latents: torch.Tensor, calls: int, generator
         errors = torch.zeros(len(latents), dtype=torch.float64)
         for timestep, noise in zip(timesteps, noises, strict=True):
             level = denoiser.level(torch.tensor(timestep))
-            noised = (level.alpha * latents + level.sigma * noise).to(pipe.unet.dtype)
-            errors += (denoiser(noised, timestep).double() - noise).square().flatten(1).mean(1)
+            noisy_latents = (level.alpha * latents + level.sigma * noise).to(pipe.unet.dtype)
+            errors += (denoiser(noisy_latents, timestep).double() - noise).square().flatten(1).mean(1)
         scores.append(-errors / calls)
     return torch.stack(scores)
 
@@ -66,24 +66,24 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/prompt_matching"))
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", CoarseGridWarning)  # few calls are intended
-    found: dict[str, Any] = {"prompts": len(PROMPTS), "dtype": "bfloat16", "methods": {}}
+    result: dict[str, Any] = {"prompts": len(PROMPTS), "dtype": "bfloat16", "methods": {}}
     for name in arguments.methods:
         pipe = which_prompt.pipeline(name)
         if pipe.trace_model is not None:
-            found["trace"] = f"trace model, target {pipe.trace_model.target}"
+            result["trace"] = f"trace model, target {pipe.trace_model.target}"
         sizes = [(IMAGES, CALLS)] + ([(ALL_IMAGES, ALL_CALLS)] if name == METHOD_FOR_ALL else [])
-        found["methods"][name] = {
+        result["methods"][name] = {
             str(calls): which_prompt.accuracy(
                 which_prompt.chosen(pipe, name, METHODS[name], count, calls, arguments.output)
             )
             for count, calls in sizes
         }
-        print(name, found["methods"][name], flush=True)
+        print(name, result["methods"][name], flush=True)
     file = FOLDER / "prompt_matching.json"
     earlier = json.loads(file.read_text())["methods"] if file.exists() else {}
-    methods = {**earlier, **found["methods"]}
+    methods = {**earlier, **result["methods"]}
     if set(methods) == set(METHODS):
-        save("prompt_matching", {**found, "methods": {name: methods[name] for name in METHODS}})
+        save("prompt_matching", {**result, "methods": {name: methods[name] for name in METHODS}})
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from embedded_models import make_tokenizer
 
 CONFIG = Path(__file__).parents[2] / "configs" / "trace_stable_diffusion_1_5.yaml"
-WAYS = ("inversion", "trace model", "1 probe")
+METHODS = ("inversion", "trace model", "1 probe")
 
 
 def make_pipeline(tiny: bool) -> Any:
@@ -67,7 +67,7 @@ def make_pipeline(tiny: bool) -> Any:
     return pipe.to(device, dtype)
 
 
-class Ways:
+class Measurements:
     """Computes likelihoods of one random latent.
 
     Args:
@@ -81,11 +81,11 @@ class Ways:
         self.model = make_trace_model(config, self.pipe, (4, side, side)).eval().to(self.pipe.device)
         self.latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
 
-    def run(self, way: str) -> Any:
+    def run(self, method: str) -> Any:
         estimator, probes = {
             "inversion": (DirectFisher(), None), "trace model": (TraceMatchingFisher(self.model), None),
             "1 probe": (AutodiffFisher(), 1),
-        }[way]  # fmt: skip
+        }[method]  # fmt: skip
         out = self.pipe.log_likelihood(
             latents=self.latents, prompt="a photo of a coat", estimator=estimator, num_probes=probes,
             num_inference_steps=self.steps, step_halving=False,
@@ -108,17 +108,17 @@ class Ways:
         )
 
 
-def peak_bytes(way: str, arguments: argparse.Namespace) -> int:
+def peak_bytes(method: str, arguments: argparse.Namespace) -> int:
     """Returns the peak memory of one likelihood in a process of its own."""
-    command = [sys.executable, __file__, "--one", way, "--steps", "2", *(["--tiny"] if arguments.tiny else [])]
+    command = [sys.executable, __file__, "--one", method, "--steps", "2", *(["--tiny"] if arguments.tiny else [])]
     answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
     return json.loads(answer)["peak_bytes"]
 
 
-def one(arguments: argparse.Namespace) -> None:
-    ways = Ways(arguments.tiny, arguments.steps)
-    ways.run("inversion")  # as in plain inference
-    ways.run(arguments.one)
+def measure_peak(arguments: argparse.Namespace) -> None:
+    measurements = Measurements(arguments.tiny, arguments.steps)
+    measurements.run("inversion")  # as in plain inference
+    measurements.run(arguments.one)
     cuda = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"peak_bytes": peak}))
@@ -129,26 +129,30 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps of every integration")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script")
-    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--name", default="trace_cost", help="name of the JSON file")
     arguments = parser.parse_args()
     if arguments.one:
-        return one(arguments)
-    memory = {way: peak_bytes(way, arguments) for way in WAYS}
+        return measure_peak(arguments)
+    memory = {method: peak_bytes(method, arguments) for method in METHODS}
     begin = time.perf_counter()
-    ways = Ways(arguments.tiny, arguments.steps)
-    calls = ways.calls(2 * arguments.rounds)
-    seconds = paired_seconds({way: lambda way=way: ways.run(way) for way in WAYS}, arguments.rounds)
+    measurements = Measurements(arguments.tiny, arguments.steps)
+    calls = measurements.calls(2 * arguments.rounds)
+    seconds = paired_seconds(
+        {method: lambda method=method: measurements.run(method) for method in METHODS}, arguments.rounds
+    )
     save(
         arguments.name,
         {
-            "shape": list(ways.latents.shape), "steps": arguments.steps, "threads": torch.get_num_threads(),
-            "denoiser_parameters": ways.pipe.unet.num_parameters(), "trace_parameters": ways.model.num_parameters(),
+            "shape": list(measurements.latents.shape), "steps": arguments.steps, "threads": torch.get_num_threads(),
+            "denoiser_parameters": measurements.pipe.unet.num_parameters(),
+            "trace_parameters": measurements.model.num_parameters(),
             "call_seconds": calls, "trace_model_over_denoiser": ratio(calls, "trace model", "denoiser"),
             "likelihood_seconds": seconds,
             "trace_model_over_inversion": ratio(seconds, "trace model", "inversion"),
             "probe_over_trace_model": ratio(seconds, "1 probe", "trace model"),
-            "peak_bytes": memory, "memory_over_inversion": {way: memory[way] / memory["inversion"] for way in WAYS},
+            "peak_bytes": memory,
+            "memory_over_inversion": {method: memory[method] / memory["inversion"] for method in METHODS},
             "wall_seconds": time.perf_counter() - begin,
         },
     )  # fmt: skip

@@ -95,26 +95,28 @@ def norm_estimate(pipe: Any, count: int) -> dict[str, Any]:
             level, x = state.level, state.sample.double()
             clean = (x - expand(level.sigma, x) * noise.double()) / expand(level.alpha, x)
             draw = TraceDraw(level.log_noise_to_signal, mirrored_noise(noise))
-            other = noised_state(denoiser, clean.to(state.sample.dtype), draw)
-            both = [(clean.square() - each.pred_original_sample.double().square()) for each in (state, other)]
-            rows[-1].append(sum(both).flatten(1).mean(1) / (2 * level.noise_to_signal**2))
+            mirrored_state = noised_state(denoiser, clean.to(state.sample.dtype), draw)
+            differences = [
+                (clean.square() - each.pred_original_sample.double().square()) for each in (state, mirrored_state)
+            ]
+            rows[-1].append(sum(differences).flatten(1).mean(1) / (2 * level.noise_to_signal**2))
     values = torch.cat([torch.stack(row) for row in rows], dim=1)  # (levels, images)
     return {
         "images": count, "mean": values.mean(1).tolist(), "standard_error": (values.std(1) / count**0.5).tolist()
     }  # fmt: skip
 
 
-def with_earlier(found: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
-    """Adds to `found` the entries that only `earlier` has, such as the rows of other targets."""
-    both = {key: with_earlier(found[key], earlier[key]) for key in found if isinstance(earlier.get(key), dict)}
-    return {**earlier, **found, **both}
+def with_earlier(result: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Adds to `result` the entries that only `earlier` has, such as the rows of other targets."""
+    common = {key: with_earlier(result[key], earlier[key]) for key in result if isinstance(earlier.get(key), dict)}
+    return {**earlier, **result, **common}
 
 
-def errors_and_r(pipe: Any, models: dict[str, FisherTraceModel], *drawn: Any) -> torch.Tensor:
-    """Returns squared errors of a draw and r by every model, (levels, 1 + models, images); `drawn` as in `states`."""
+def errors_and_r(pipe: Any, models: dict[str, FisherTraceModel], *draw: Any) -> torch.Tensor:
+    """Returns squared errors of a draw and r by every model, (levels, 1 + models, images); `draw` as in `states`."""
     rows = [
         [residual_target(state, noise), *(model.unexplained_noise_fraction(state) for model in models.values())]
-        for state, noise, _ in states(pipe, *drawn)
+        for state, noise, _ in states(pipe, *draw)
     ]
     return torch.stack([torch.stack([value.double() for value in row]) for row in rows])
 
@@ -132,11 +134,11 @@ def squared_errors_of_images(pipe: Any, models: dict[str, FisherTraceModel], cou
     integrals = integral(pipe, total)
     rows = {
         name: {
-            "correlation": float(torch.corrcoef(torch.stack([found, integrals[0]]))[0, 1]),
-            "mean_difference": float((found - integrals[0]).mean()),
-            "mean_absolute_difference": float((found - integrals[0]).abs().mean()),
+            "correlation": float(torch.corrcoef(torch.stack([estimate, integrals[0]]))[0, 1]),
+            "mean_difference": float((estimate - integrals[0]).mean()),
+            "mean_absolute_difference": float((estimate - integrals[0]).abs().mean()),
         }
-        for name, found in zip(models, integrals[1:], strict=True)
+        for name, estimate in zip(models, integrals[1:], strict=True)
     }
     return {"images": count, "draws": draws, "bits_per_dim": rows}
 
@@ -211,10 +213,10 @@ def likelihoods(pipe: Any, models: dict[str, FisherTraceModel], count: int) -> d
     exact = bits(AutodiffFisher(), None)
     rows = {}
     for name, (estimator, probes) in tqdm(estimators.items(), "likelihoods"):
-        found = bits(estimator, probes)
-        difference = found - exact
+        values = bits(estimator, probes)
+        difference = values - exact
         rows[name] = {
-            "correlation": float(torch.corrcoef(torch.stack([found, exact]))[0, 1]),
+            "correlation": float(torch.corrcoef(torch.stack([values, exact]))[0, 1]),
             "mean_difference": float(difference.mean()), "mean_absolute_difference": float(difference.abs().mean()),
             "largest_difference": float(difference.abs().max()),
         }  # fmt: skip
@@ -264,7 +266,7 @@ def main() -> None:
         models[model.target] = model
         config = json.loads((folder / "config.json").read_text())
         runs[model.target] = {**config["optimisation"], "parameters": model.num_parameters()}
-    found = {
+    result = {
         "levels": LEVELS, "training": runs, "threads": torch.get_num_threads(),
         "squared_errors": squared_errors(pipe, models, arguments.error_images),
         "norm_estimate": norm_estimate(pipe, arguments.error_images),
@@ -276,9 +278,9 @@ def main() -> None:
     file = FOLDER / f"{arguments.name}.json"
     if file.exists():
         earlier = json.loads(file.read_text())
-        found = with_earlier(found, {key: value for key, value in earlier.items() if key != "machine"})
-    found["residual_less_jacobian_bits_per_dim"] = gap_bits_per_dim(pipe, found["squared_errors"]["mean"])
-    save(arguments.name, found)
+        result = with_earlier(result, {key: value for key, value in earlier.items() if key != "machine"})
+    result["residual_less_jacobian_bits_per_dim"] = gap_bits_per_dim(pipe, result["squared_errors"]["mean"])
+    save(arguments.name, result)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 import math
 
-from figure_tables import document, kept, table
+from figure_tables import document, read_result, table
 
 
 def trace_mixture() -> str:
-    result = kept("trace_matching_mixture")
+    result = read_result("trace_matching_mixture")
     parts = []
     for kind, title in (
         ("one variance", f"One variance for all modes ({result['fitted_variance']:.3f}, fitted to the images)."),
@@ -30,12 +30,13 @@ def trace_mixture() -> str:
 
 
 def trace_embedded() -> str:
-    result = kept("trace_embedded")
+    result = read_result("trace_embedded")
     errors, jacobians = result["squared_errors"], result["full_jacobians"]
-    norm, least, own = result["norm_estimate"], errors["mean"]["squared error"], result["squared_errors_of_images"]
-    off, clipped = (
-        sum(abs(min(estimate, most) - truth) for estimate, truth in zip(norm["mean"], least, strict=True)) / len(least)
-        for most in (math.inf, 1.0)
+    norm, least, images = result["norm_estimate"], errors["mean"]["squared error"], result["squared_errors_of_images"]
+    offset, clipped_offset = (
+        sum(abs(min(estimate, maximum) - truth) for estimate, truth in zip(norm["mean"], least, strict=True))
+        / len(least)
+        for maximum in (math.inf, 1.0)
     )
     likelihoods, gap = result["likelihoods"], result["residual_less_jacobian_bits_per_dim"]
     ratios = result["times"]["ratio"]
@@ -43,8 +44,14 @@ def trace_embedded() -> str:
         [name, training["parameters"], *(part["mean_absolute_difference"][name] for part in (errors, jacobians))]
         for name, training in result["training"].items()
     ]
-    single = ["target", "correlation over images", "mean difference", "mean absolute difference"]
-    integrated = ["trace by", "correlation over images", "mean difference", "mean absolute difference", "largest"]
+    columns = ["target", "correlation over images", "mean difference", "mean absolute difference"]
+    likelihood_columns = [
+        "trace by",
+        "correlation over images",
+        "mean difference",
+        "mean absolute difference",
+        "largest",
+    ]
     return document(
         f"Mean absolute difference of r over {result['levels']} noise levels, equally spaced in log(sigma/alpha). The "
         f"mean r of test images is compared with that by squared errors ({errors['images']} images) and by full "
@@ -57,17 +64,18 @@ def trace_embedded() -> str:
         + ", ".join(f"{m:.2f} +- {e:.2f}" for m, e in zip(norm["mean"][:3], norm["standard_error"][:3], strict=True))
         + "; squared errors give " + ", ".join(f"{value:.2f}" for value in least[:3]) + ". The denoiser's own "
         "error in |x_0|^2 is divided by s^2 there, so no model with this target can be right. On average over all "
-        f"levels the mean is off by {off:.3f}, and by {clipped:.4f} if values above 1 are replaced by 1.",
-        f"Single images ({own['images']}): the integral of r over log(sigma/alpha), compared with the integral of the "
-        f"image's own squared errors. Both are means over the same {own['draws']} draws of the noise, in bits/dim. A "
-        "model sees only the noised image, so even a perfect model has a correlation below 1:",
-        table(single, [[name, *_agreement(row)] for name, row in own["bits_per_dim"].items()]),
+        f"levels the mean is off by {offset:.3f}, and by {clipped_offset:.4f} if values above 1 are replaced by 1.",
+        f"Single images ({images['images']}): the integral of r over log(sigma/alpha), compared with the integral of "
+        f"the image's own squared errors. Both are means over the same "
+        f"{images['draws']} draws of the noise, in bits/dim. "
+        "A model sees only the noised image, so even a perfect model has a correlation below 1:",
+        table(columns, [[name, *_agreement(row)] for name, row in images["bits_per_dim"].items()]),
         "On noised images the integral of the residual model minus that of the jacobian model is "
         f"{gap:+.3f} bits/dim.",
         f"Integrated trace of a likelihood ({likelihoods['images']} test images, {likelihoods['steps']} steps), "
         "compared with the full Jacobian on the same path, in bits/dim:",
         table(
-            integrated,
+            likelihood_columns,
             [[name, *_agreement(row), f"{row['largest_difference']:.4f}"]
              for name, row in likelihoods["bits_per_dim"].items()],
         ),
@@ -82,7 +90,7 @@ def _agreement(row: dict) -> list[str]:
 
 
 def trace_cost() -> str:
-    result = kept("trace_cost")
+    result = read_result("trace_cost")
     memory = result["memory_over_inversion"]
     rows = [
         ["time of a call: trace model over denoiser", _ratio(result["trace_model_over_denoiser"])],

@@ -72,9 +72,9 @@ class IsotropicMixture(Denoiser):
         weights = (-0.5 * squared / total - 0.5 * DIMENSIONS * total.log()).softmax(1)
         shares = weights / total
         epsilon = sigma * (x * shares.sum(1, keepdim=True) - alpha * (shares @ means))
-        within = (shares * alpha**2 * variances).sum(1)
-        between = (shares / total * sigma**2 * squared).sum(1) - epsilon.square().sum(1)
-        return epsilon, within + between / DIMENSIONS
+        mode_variance = (shares * alpha**2 * variances).sum(1)
+        mean_variance = (shares / total * sigma**2 * squared).sum(1) - epsilon.square().sum(1)
+        return epsilon, mode_variance + mean_variance / DIMENSIONS
 
     def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Draws clean samples (count, 1, 16, 16)."""
@@ -86,9 +86,9 @@ class IsotropicMixture(Denoiser):
 def mixtures(scheduler: Any) -> dict[str, IsotropicMixture]:
     images, labels = fashion_mnist.load("train")
     pixels = F.avg_pool2d(images[:10000].float() / 127.5 - 1, 2).flatten(1)
-    means, others = pixels[:MODES], pixels[MODES:]
+    means, points = pixels[:MODES], pixels[MODES:]
     variance = torch.tensor(0.03)
-    distances = torch.cdist(others, means).square()
+    distances = torch.cdist(points, means).square()
     for _ in range(30):
         responsibilities = (-0.5 * distances / variance).softmax(1)
         variance = (responsibilities * distances).sum(1).mean() / DIMENSIONS
@@ -139,16 +139,16 @@ def errors(model: FisherTraceModel, mixture: IsotropicMixture, count: int) -> li
             x.float(), epsilon.float().view(x.shape), NoiseLevel(level.alpha, level.sigma), mixture.prediction
         )
         exact = DIMENSIONS * (1 - r) / level.sigma**2
-        found = TraceMatchingFisher(model)(state).trace().value
-        result.append(float(((found - exact) / exact).abs().mean()))
+        trace = TraceMatchingFisher(model)(state).trace().value
+        result.append(float(((trace - exact) / exact).abs().mean()))
     return result
 
 
 def run(steps: int, seeds: int, count: int) -> dict[str, Any]:
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     rows: list[dict[str, Any]] = []
-    found = mixtures(scheduler)
-    for kind, mixture in found.items():
+    all_mixtures = mixtures(scheduler)
+    for kind, mixture in all_mixtures.items():
         for name, recipe in RECIPES.items():
             for seed in range(seeds if name == "residual" else 1):
                 begin = time.process_time()
@@ -159,16 +159,16 @@ def run(steps: int, seeds: int, count: int) -> dict[str, Any]:
                     "relative_error": errors(model, mixture, count),
                 }  # fmt: skip
                 rows.append(row)
-                shown = " ".join(f"{value:.4f}" for value in row["relative_error"])
-                print(f"{kind}, {name}, seed {seed}, {row['processor_seconds']} s: {shown}", flush=True)
+                numbers = " ".join(f"{value:.4f}" for value in row["relative_error"])
+                print(f"{kind}, {name}, seed {seed}, {row['processor_seconds']} s: {numbers}", flush=True)
     worst = {
         kind: max(max(row["relative_error"]) for row in rows if row["mixture"] == kind and row["recipe"] == "residual")
-        for kind in found
+        for kind in all_mixtures
     }
     return {
         "timesteps": TIMESTEPS, "steps": steps, "denoiser_calls_a_step": 2 * SAMPLES,
         "threads": torch.get_num_threads(), "parameters": FisherTraceModel(**NETWORK).num_parameters(),
-        "evaluation_samples": count, "fitted_variance": float(found["one variance"].variances[0]),
+        "evaluation_samples": count, "fitted_variance": float(all_mixtures["one variance"].variances[0]),
         "worst_residual": worst, "rows": rows,
     }  # fmt: skip
 

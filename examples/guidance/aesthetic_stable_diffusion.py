@@ -20,24 +20,26 @@ from diffusers_fisher.jobs.pages import Page, save_picture
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--head", type=Path, required=True, help="aesthetic head, .pth or .safetensors")
-    made.add_argument("--prompt", nargs="+", default=["a cabin by a lake, oil painting"])
-    made.add_argument("--checkpoint", default="stable-diffusion-v1-5/stable-diffusion-v1-5")
-    made.add_argument("--clip", default="openai/clip-vit-large-patch14", help="the CLIP that the head was trained on")
-    made.add_argument(
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--head", type=Path, required=True, help="aesthetic head, .pth or .safetensors")
+    result.add_argument("--prompt", nargs="+", default=["a cabin by a lake, oil painting"])
+    result.add_argument("--checkpoint", default="stable-diffusion-v1-5/stable-diffusion-v1-5")
+    result.add_argument(
+        "--clip", default="openai/clip-vit-large-patch14", help="the CLIP that the head was trained on"
+    )
+    result.add_argument(
         "--tiny-autoencoder", help="an autoencoder that decodes for the reward, faster and with less memory"
     )
-    made.add_argument("--steps", type=int, default=25)
-    made.add_argument("--guidance-steps", type=int, default=15)
-    made.add_argument("--guidance-scale", type=float, default=7.5)
-    made.add_argument("--step-size", type=float, default=0.1)
-    made.add_argument("--size", type=int, help="height and width; the default is the checkpoint's own size")
-    made.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--output", type=Path, default=Path("outputs/aesthetic"))
-    return made
+    result.add_argument("--steps", type=int, default=25)
+    result.add_argument("--guidance-steps", type=int, default=15)
+    result.add_argument("--guidance-scale", type=float, default=7.5)
+    result.add_argument("--step-size", type=float, default=0.1)
+    result.add_argument("--size", type=int, help="height and width; the default is the checkpoint's own size")
+    result.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--output", type=Path, default=Path("outputs/aesthetic"))
+    return result
 
 
 def guide(options: argparse.Namespace) -> Any:

@@ -52,11 +52,11 @@ def inpainting(pipe: Any, steps: int, iterations: int) -> dict[str, torch.Tensor
     """Returns real images whose lower half was filled in, through the whole run and step by step."""
     images, labels = embedded_test_images()
     classes = [7, 3, 8, 4]
-    known = torch.stack([images[labels == label][0] for label in classes])
+    targets = torch.stack([images[labels == label][0] for label in classes])
     prompts = [embedded_prompt(label) for label in classes]
     mask = torch.zeros(32, 32)
     mask[:16] = 1
-    reward = MeasurementReward(known, mask)
+    reward = MeasurementReward(targets, mask)
     seeded = torch.Generator().manual_seed(3)
     out = pipe.guide(
         prompts, reward, num_guidance_steps=iterations, num_inference_steps=steps, output_type="pt", generator=seeded,
@@ -68,11 +68,11 @@ def inpainting(pipe: Any, steps: int, iterations: int) -> dict[str, torch.Tensor
             generator=torch.Generator().manual_seed(3), **SAMPLING,
         ).images  # fmt: skip
     return {
-        "known": torch.where(mask > 0, known, 0.5),
+        "known": torch.where(mask > 0, targets, 0.5),
         "without guidance": out.initial_images,
         f"initial noise, {iterations} guidance steps": out.images,
         "step by step, one run": stepwise,
-        "the whole image": known,
+        "the whole image": targets,
     }
 
 
@@ -93,10 +93,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--guidance-steps", type=int, default=12)
     options = parser.parse_args(arguments)
     check_writable(options.output)
-    pipe, most = pipeline(), options.guidance_steps
-    counts = tuple(sorted({0, most // 4, most // 2, most}))
+    pipe, max_steps = pipeline(), options.guidance_steps
+    counts = tuple(sorted({0, max_steps // 4, max_steps // 2, max_steps}))
     save_figure(picture(morphing(pipe, options.steps, counts)), options.output / "guidance_morphing.png")
-    save_figure(picture(inpainting(pipe, options.steps, most)), options.output / "guidance_inpainting.png")
+    save_figure(picture(inpainting(pipe, options.steps, max_steps)), options.output / "guidance_inpainting.png")
 
 
 if __name__ == "__main__":

@@ -38,16 +38,18 @@ Score = Callable[[Any, torch.Tensor, int, torch.Generator], torch.Tensor]
 def likelihood(pipe: Any, latents: torch.Tensor, calls: int, generator: torch.Generator) -> torch.Tensor:
     """Returns scores (10, B), higher for the prompt that fits."""
     options = {"num_inference_steps": calls - 1, "generator": generator}
-    return _counted(pipe.compare_likelihood(None, PROMPTS, latents=latents, method="ode", **options), calls)
+    return _checked_log_prob(pipe.compare_likelihood(None, PROMPTS, latents=latents, method="ode", **options), calls)
 
 
 def weighted_squared_error(pipe: Any, latents: torch.Tensor, calls: int, generator: torch.Generator) -> torch.Tensor:
     """Returns scores (10, B), higher for the prompt that fits."""
     options = {"num_levels": calls, "generator": generator}
-    return _counted(pipe.compare_likelihood(None, PROMPTS, latents=latents, method="squared error", **options), calls)
+    return _checked_log_prob(
+        pipe.compare_likelihood(None, PROMPTS, latents=latents, method="squared error", **options), calls
+    )
 
 
-def _counted(table: Any, calls: int) -> torch.Tensor:
+def _checked_log_prob(table: Any, calls: int) -> torch.Tensor:
     if table.num_denoiser_calls != calls * len(PROMPTS):
         raise RuntimeError(f"{table.num_denoiser_calls} denoiser calls for {len(PROMPTS)} prompts, not {calls} each.")
     return table.log_prob
@@ -56,7 +58,7 @@ def _counted(table: Any, calls: int) -> torch.Tensor:
 METHODS: dict[str, Score] = {"weighted squared error": weighted_squared_error, "likelihood": likelihood}
 
 
-def chosen(pipe: Any, name: str, score: Score, count: int, calls: int, folder: Path) -> list[int]:
+def choose_prompts(pipe: Any, name: str, score: Score, count: int, calls: int, folder: Path) -> list[int]:
     """Returns the label of the prompt that the method `score`, called `name`, chooses for every image."""
     images, _ = fashion_mnist.load("test")
     records = Records(folder / name.replace(" ", "_") / str(calls), {"batch": BATCH, **pipeline_digests(pipe)})
@@ -81,19 +83,19 @@ def accuracy(labels: list[int]) -> dict[str, Any]:
     right = float((torch.tensor(labels) == fashion_mnist.load("test")[1][: len(labels)]).double().mean())
     return {
         "images": len(labels), "accuracy": right, "standard_error": (right * (1 - right) / len(labels)) ** 0.5,
-        "image_classifier": classified(len(labels)),
+        "image_classifier": classifier_accuracy(len(labels)),
     }  # fmt: skip
 
 
 @torch.no_grad()
-def classified(count: int) -> float:
+def classifier_accuracy(count: int) -> float:
     """Returns the accuracy of the image classifier that comes with the checkpoint."""
     path = Path(embedded_checkpoint()) / "classifier"
     model, image_input = AutoModelForImageClassification.from_pretrained(path).eval(), ImageInput.from_pretrained(path)
     images, labels = fashion_mnist.load("test")
     pixels = fashion_mnist.to_rgb(images[:count]) / 2 + 0.5
-    found = torch.cat([model(pixel_values=image_input(piece)).logits.argmax(1) for piece in pixels.split(500)])
-    return float((found == labels[:count]).double().mean())
+    predictions = torch.cat([model(pixel_values=image_input(piece)).logits.argmax(1) for piece in pixels.split(500)])
+    return float((predictions == labels[:count]).double().mean())
 
 
 def pipeline(name: str) -> Any:
@@ -114,8 +116,8 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", CoarseGridWarning)  # few calls are intended
     name = arguments.method
-    found = chosen(pipeline(name), name, METHODS[name], arguments.images, arguments.calls, arguments.output)
-    row = accuracy(found)
+    labels = choose_prompts(pipeline(name), name, METHODS[name], arguments.images, arguments.calls, arguments.output)
+    row = accuracy(labels)
     print(
         f"The method chooses the own prompt of {row['accuracy']:.1%} ± {row['standard_error']:.1%} of {row['images']} "
         f"images; the accuracy of an image classifier is {row['image_classifier']:.1%}"
