@@ -71,11 +71,19 @@ from .guidance.pipeline import (
     guide as guide,
 )
 from .likelihood import (
+    CheckpointComparison as CheckpointComparison,
+    CheckpointDifferences as CheckpointDifferences,
     Integration as Integration,
     LikelihoodComparison as LikelihoodComparison,
     LikelihoodOutput as LikelihoodOutput,
     SquaredErrorOutput as SquaredErrorOutput,
     integrate_log_likelihood as integrate_log_likelihood,
+)
+from .likelihood.checkpoints import (
+    compare_checkpoints as compare_checkpoints,
+)
+from .likelihood.held_out import (
+    HeldOutLikelihood as HeldOutLikelihood,
 )
 from .likelihood.pipeline import (
     compare_likelihood as compare_likelihood,

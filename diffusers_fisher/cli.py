@@ -146,7 +146,10 @@ def likelihood(
     estimator: Annotated[TraceEstimator, Option(help="Estimator of the trace.")] = "auto",
     num_probes: Annotated[int, Option(help="Random directions per level; 0: the exact trace.")] = 1,
     bins: Annotated[int | None, Option(help="Values of a pixel (256 for 8 bits), for pipelines in pixels.")] = None,
-    seed: Annotated[int, Option(help="Seed of probes and dequantisation.")] = 0,
+    seed: Annotated[int, Option(help="Seed of probes, dequantisation and sampled latents.")] = 0,
+    sample_latents: Annotated[
+        bool, Option("--sample-latents", help="Draw latents from the encoder's posterior instead of taking its mean.")
+    ] = False,
 ) -> None:
     """Log-likelihoods of a dataset. A stopped run goes on; `accelerate launch` runs several processes."""
     from .data import ImageData
@@ -162,7 +165,7 @@ def likelihood(
             max_pixels=max_pixels,
         ),
         prompt=prompt, num_inference_steps=num_inference_steps, scheme=scheme or DEFAULT_SCHEME, estimator=estimator,
-        num_probes=num_probes, bins=bins, seed=seed,
+        num_probes=num_probes, bins=bins, seed=seed, sample_latents=sample_latents,
     )  # fmt: skip
     evaluate_dataset(output=output, settings=settings, batch_size=batch_size, retry_failed=retry_failed)
 

@@ -113,6 +113,11 @@ class Backbone:
         return checkpoint_parts(self.pipe).latent_statistics
 
     @property
+    def latent_spectrum(self) -> torch.Tensor | None:
+        """Variances of the DCT coefficients of the training data's latents, of one sample's shape; None if unknown."""
+        return checkpoint_parts(self.pipe).latent_spectrum
+
+    @property
     def device(self) -> torch.device:
         """The device on which the pipeline computes."""
         return self.pipe._execution_device
@@ -340,8 +345,7 @@ class Backbone:
             raise InputError("Give either `images` or `latents`: exactly one of them.")
         channels, multiple = self.latent_channels, self.size_multiple // self.factor
         if latents is None:
-            tensor = image_tensor(images, self.size_multiple, self.image_channels, data_range)
-            return self.encode(pixels_of(tensor).to(self.device))[0]
+            return self.posterior_of(images, data_range)[0]
         shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else ()
         if len(shape) != 4 or shape[1] != channels or any(side % multiple for side in shape[2:]):
             raise InputError(
@@ -350,6 +354,19 @@ class Backbone:
             )
         check_floats("`latents`", latents)
         return latents.to(self.device, torch.float32)
+
+    @torch.no_grad()
+    def posterior_of(
+        self, images: ImageLike | None, data_range: tuple[float, float] = UNIT_RANGE
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns mean and deviation (None where encoding is not random) of the scaled latents of checked images.
+
+        Raises:
+            InputError: a kind, size or range that the pipeline does not take; a network that takes more than latents.
+        """
+        _ = self.latent_channels  # refuses networks that take more than latents
+        tensor = image_tensor(images, self.size_multiple, self.image_channels, data_range)
+        return self.encode(pixels_of(tensor).to(self.device))
 
     def initial_noise(
         self, latents: torch.Tensor | None, count: int, pixels: tuple[int, int], generator: Generators
@@ -365,15 +382,22 @@ class Backbone:
             raise InputError(f"`latents` {form_of(latents)}; allowed: a tensor {shape}, finite, of unit variance.")
         return latents.detach().to(self.device, torch.float32)
 
-    def prior(self, mean: Moment, variance: Moment, samples: torch.Tensor) -> tuple[Moment, Moment]:
-        """Returns the data's moments in the pipeline's layout: the arguments, else the checkpoint's, else None."""
+    def prior(self, mean: Moment, variance: Moment, samples: torch.Tensor) -> tuple[Moment, Moment, str]:
+        """Returns the data's moments in the pipeline's layout: the arguments, else the checkpoint's, else None.
+
+        The third entry names the coordinates of the variance: "dct" for the checkpoint's spectrum, which fits latents
+        of its own size in the layout (B, C, h, w); else "pixel".
+        """
         if mean is None and variance is None and self.latent_statistics is not None:
+            spectrum, shape = self.latent_spectrum, samples.shape[1:]
+            if spectrum is not None and spectrum.shape == shape and self.pack(samples).shape == samples.shape:
+                return self.latent_statistics[0], spectrum, "dct"
             # Statistics per element fit latents of one size; for other sizes their mean over space stands for them.
             mean, variance = (
                 value if value.shape == samples.shape[1:] else value.mean(dim=(-2, -1), keepdim=True)
                 for value in self.latent_statistics
             )
-        return self.pack_statistic(mean, samples), self.pack_statistic(variance, samples)
+        return self.pack_statistic(mean, samples), self.pack_statistic(variance, samples), "pixel"
 
     # Conditions
 

@@ -49,11 +49,10 @@ class DatasetSettings:
         denoiser: the pipeline.
         data: the images. Their captions are the prompts, or the class labels for pipelines that take labels.
         prompt: prompt of all images. Without it and without captions, the prompt is empty.
-        num_inference_steps, scheme, bins: arguments of `log_likelihood`.
+        num_inference_steps, scheme, bins, sample_latents: arguments of `log_likelihood`.
         estimator: estimator of the trace: "trace-model" is the pipeline's own, "autodiff" and "finite-difference" use
             probes, and "auto" is the trace model, or "finite-difference" for pipelines without one.
-            probes, and "auto" is the trace model, or "finite-difference" for pipelines without one.
-        seed: seed of probes and dequantisation. The draws of an image depend on its content alone.
+        seed: seed of probes, dequantisation and sampled latents. The draws of an image depend on its content alone.
     """
 
     denoiser: DenoiserSettings
@@ -65,6 +64,7 @@ class DatasetSettings:
     num_probes: NotNegative = 1
     bins: int | None = None
     seed: int = 0
+    sample_latents: bool = False
 
     def __post_init__(self) -> None:
         scheme_of(self.scheme)
@@ -307,7 +307,10 @@ class ImageShare:
         settings = self.settings
         captions = [settings.prompt if settings.prompt is not None else example.caption for _, example in group]
         generator = torch.Generator().manual_seed(settings.seed)
-        options: dict[str, Any] = {"scheme": settings.scheme, "bins": settings.bins, "generator": generator}
+        options: dict[str, Any] = {
+            "scheme": settings.scheme, "bins": settings.bins, "generator": generator,
+            "sample_latents": settings.sample_latents,
+        }  # fmt: skip
         if any(caption is not None for caption in captions):
             options["prompt"] = [self._condition(caption) for caption in captions]
         if settings.estimator in ESTIMATORS:
@@ -327,7 +330,8 @@ class ImageShare:
         if error is not None:
             return self._evaluate_singly(group, error)
         if self.method is None:
-            self.method = {name: getattr(out, name) for name in ("space", "density", "prior", "trace", "scheme")}
+            names = ("space", "latents", "density", "prior", "trace", "scheme")
+            self.method = {name: getattr(out, name) for name in names}
         rows = enumerate(zip(group, captions, strict=True))
         return [_record(position, example, caption, out, row) for row, ((position, example), caption) in rows]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -45,6 +46,18 @@ class ImageDraws:
             torch.randn(self._shape, generator=generator, dtype=torch.float64)
             for generator in self.generators(*purpose)
         ])  # fmt: skip
+
+
+@contextlib.contextmanager
+def unchanged_states(generator: Generators) -> Iterator[None]:
+    """Restores the states of the generators after the block, so that the next draws are those without the block."""
+    generators = generator if isinstance(generator, list) else [generator or torch.default_generator]
+    states = [each.get_state() for each in generators]
+    try:
+        yield
+    finally:
+        for each, state in zip(generators, states, strict=True):
+            each.set_state(state)
 
 
 def _seed(generator: torch.Generator | None) -> int:

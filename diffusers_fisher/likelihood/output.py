@@ -24,7 +24,11 @@ class BitsPerDim:
     @property
     def bits_per_dim(self) -> torch.Tensor:
         """-log_prob/(d ln 2) + offset_bits, (B,) bits per dimension of `space`: lower is likelier."""
-        return -self.log_prob / (self.dims * math.log(2)) + self.offset_bits
+        return self.to_bits(self.nll) + self.offset_bits
+
+    def to_bits(self, nats: torch.Tensor) -> torch.Tensor:
+        """Converts errors or differences in nats to bits per dimension, with the sign as it is."""
+        return nats / (self.dims * math.log(2))
 
 
 @dataclasses.dataclass
@@ -38,6 +42,9 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         trace_log_prob: (B,) nats, the part of the integrated trace; the two parts add up to `log_prob`.
         standard_error: (B,) nats, from the trace's random probes; zero without probes, infinite for a single one that
             is the same at all levels. It does not include the error of a trace model.
+        trace_error: (B,) nats, standard error of the trace by a trace model; zero where it is not known.
+        prior_error: (B,) nats, size of the error by the Gaussian that stands for the data at the noise end, estimated
+            from the model's output there.
         discretisation_error: (B,) nats, size of the error by the finite number of steps: an estimate from the same
             evaluations, or where `halved` is true the difference from half as many steps.
         unexplained_noise_fraction: (levels, B) mean posterior variance of the noise, tr Cov[eps|x]/d; "r" in formulas.
@@ -46,7 +53,9 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         dims: dimensions of one sample.
         num_denoiser_calls: evaluations of the denoiser for the whole batch, those of `step_halving` included.
         space: "latent" or "pixel".
-        prior: "standard" (mean 0, variance 1 for the data at the noise end) or "moment-matched".
+        prior: the Gaussian that stands for the data at the noise end: "standard" (mean 0, variance 1),
+            "moment-matched" (mean and variance of the data's elements) or "spectral" (their mean, and the variances of
+            the coefficients of the discrete cosine transform).
         density: "smoothed" or "noised".
         trace: description of the trace's estimator, and its number of probes.
         halved: whether `discretisation_error` was measured with half as many steps.
@@ -57,12 +66,16 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         trace_by_level: (levels, k, B) nats, contributions to `trace_log_prob` by each level and each of its k probes,
             for paired comparisons; k = 0 without.
         trace_weights: (levels,) nats, weights of 1 - r in the trace's integral.
+        latents: what stands for an image: "mean" of the encoder's posterior, a draw of it ("sampled"), the result of
+            an encoder without a posterior ("encoded"), the image itself ("pixels"), or latents of the caller ("given").
     """
 
     log_prob: torch.Tensor
     prior_log_prob: torch.Tensor
     trace_log_prob: torch.Tensor
     standard_error: torch.Tensor
+    trace_error: torch.Tensor
+    prior_error: torch.Tensor
     discretisation_error: torch.Tensor
     unexplained_noise_fraction: torch.Tensor
     noise_to_signal: torch.Tensor
@@ -79,26 +92,49 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
     fixed_probes: bool
     trace_by_level: torch.Tensor
     trace_weights: torch.Tensor
+    latents: str = "given"
 
     @property
     def trace_by_probe(self) -> torch.Tensor:
         """`trace_log_prob` by each probe alone, (k, B) nats; k = 0 without probes."""
         return self.trace_by_level.sum(0)
 
+    @property
+    def total_error(self) -> torch.Tensor:
+        """Half-width of a 95% interval of `log_prob`, (B,) nats.
+
+        It is 1.96 times the standard errors of the probes and of the trace model, which are independent, plus the
+        errors of the steps and of the prior, which are systematic and may add up.
+        """
+        random = torch.hypot(self.standard_error, self.trace_error)
+        return 1.96 * random + self.discretisation_error + self.prior_error
+
+    @property
+    def total_error_bits(self) -> torch.Tensor:
+        """`total_error` in bits/dim, (B,)."""
+        return self.to_bits(self.total_error)
+
     def __str__(self) -> str:
         bits, count = self.bits_per_dim, len(self.log_prob)
-        steps, probes = (
-            float(nats.mean()) / (self.dims * math.log(2)) for nats in (self.discretisation_error, self.standard_error)
-        )
+        total, steps, probes, model, prior = (
+            float(self.to_bits(nats).mean())
+            for nats in (
+                self.total_error, self.discretisation_error, self.standard_error, self.trace_error, self.prior_error,
+            )
+        )  # fmt: skip
         offset = f", {self.offset_bits:.4f} of them for the bins" if self.offset_bits else ""
         how = "against half as many" if self.halved else "estimated"
         by_probes = f"{probes:.4f} by the probes" if self.trace_by_level.shape[1] else "no probes"
+        by_model = f", {model:.4f} by the trace model" if model else ""
+        name = "standard, N(0, 1)" if self.prior == "standard" else self.prior
         lines = [
-            f"Log-likelihood of {count} {self.space} sample{'s' * (count > 1)} of {self.dims} dimensions",
+            f"Log-likelihood of {count} {self.space} sample{'s' * (count > 1)} of {self.dims} dimensions"
+            + {"mean": " (mean of the encoder)", "sampled": " (drawn from the encoder)"}.get(self.latents, ""),
             f"  bits/dim  {float(bits.mean()):.4f} on average, {float(bits.min()):.4f} to {float(bits.max()):.4f}"
             f"{offset}",
-            f"  errors    {steps:.4f} bits/dim by the steps ({how}), {by_probes}, on average",
-            f"  density   {self.density} with noise {float(self.noise_to_signal[0]):.4g}; prior {self.prior}",
+            f"  errors    {steps:.4f} bits/dim by the steps ({how}), {by_probes}{by_model}, {prior:.4f} by the prior; "
+            f"within {total:.4f} with 95%, on average",
+            f"  density   {self.density} with noise {float(self.noise_to_signal[0]):.4g}; prior {name}",
             f"  trace     {self.trace}",
             f"  path      {self.scheme}, {len(self.noise_to_signal)} levels to noise-to-signal "
             f"{float(self.noise_to_signal[-1]):.4g}; {self.num_denoiser_calls} denoiser calls in all",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from ..arguments import check_kinds, fit, hints_of
+from ..arguments import check_generators, check_kinds, fit, hints_of
 from ..backbones import Backbone, PipelineDenoiser, backbone_of
 from ..backbones.base import Generators, Moment
 from ..backbones.conditions import NEGATIVE_PROMPTS, Condition
@@ -21,7 +21,8 @@ from ..fisher.trace_matching import TraceMatchingFisher
 from ..images import UNIT_RANGE, ImageLike, image_tensor
 from ..seeds import content_key
 from .comparison import METHODS, LikelihoodComparison
-from .output import LikelihoodOutput, SquaredErrorOutput
+from .draws import ImageDraws, unchanged_states
+from .output import LikelihoodOutput
 from .schemes import DEFAULT_SCHEME
 from .solver import Integration, integrate_log_likelihood
 from .squared_error import squared_error_log_likelihood
@@ -50,12 +51,14 @@ def log_likelihood(
     data_range: tuple[float, float] = UNIT_RANGE,
     bins: int | None = None,
     image_keys: Sequence[str] | None = None,
+    sample_latents: bool = False,
     **call_arguments: Any,
 ) -> LikelihoodOutput:
     """Scores images by their log-likelihood under a checkpoint, without classifier-free guidance.
 
     With an autoencoder it is a density of the latents, not of pixels (the output's `space`): comparable between images
-    of one size under one autoencoder. The mean of the autoencoder's posterior stands for the image.
+    of one size under one autoencoder. The mean of the autoencoder's posterior stands for the image, or with
+    `sample_latents` a draw of it.
 
     Args:
         pipe: a pipeline that has a backbone, stock or ours; nothing on it is changed.
@@ -77,6 +80,8 @@ def log_likelihood(
             random point of its bin, and `bits_per_dim` is that of the discrete image. None: that of the density.
         image_keys: one key per image, which stands for it in its random draws: images of equal keys have equal draws.
             None: a key of the image's values, so that an image has the same number in every batch and every order.
+        sample_latents: whether a random draw of the autoencoder's posterior stands for an image, as in the training of
+            most networks, instead of the posterior's mean. The draw is a function of the seed and of the image's key.
         **call_arguments: arguments of the pipeline's call, such as `prompt_embeds` with the tensors that belong to
             them. Negative prompts have no effect without guidance, and are refused.
 
@@ -88,8 +93,8 @@ def log_likelihood(
 
     Raises:
         InputError: images, latents or conditions of the wrong kind, size, range or number; guidance; a trace model of
-            another denoiser. UnsupportedError: a pipeline without a backbone, or a scheduler of another family than
-            the model's.
+            another denoiser; `sample_latents` where there is no posterior. UnsupportedError: a pipeline without a
+            backbone, or a scheduler of another family than the model's.
     """
     backbone = backbone_of(pipe)
     backbone.check_bins(bins)
@@ -98,8 +103,9 @@ def log_likelihood(
     backbone.check_scheduler()
     guidance_scale = backbone.unguided_scale(call_arguments)
     call_arguments = check_arguments(backbone.name, backbone.parameters, log_likelihood, call_arguments)
-    samples = backbone.samples_of(images, latents, data_range)
-    keys = image_keys or content_keys(backbone, images, latents, data_range)
+    samples, kind, keys = likelihood_samples(
+        backbone, images, latents, data_range, sample_latents, generator, image_keys
+    )
     denoiser = unguided_denoiser(backbone, samples, guidance_scale, prompt, call_arguments)
     if estimator is None:
         estimator = (
@@ -107,14 +113,15 @@ def log_likelihood(
         )
     if num_probes == "auto":
         num_probes = estimator.default_num_probes
-    mean, variance = backbone.prior(prior_mean, prior_variance, samples)
+    mean, variance, basis = backbone.prior(prior_mean, prior_variance, samples)
     nodes = num_inference_steps + 1 + (num_inference_steps // 2 + 1 if step_halving else 0)
     with backbone.loaded(), backbone.progress_bar(nodes) as progress:
         integration = Integration(
             num_inference_steps, num_probes, fixed_probes, mean, variance, noised, step_halving, generator, keys,
-            scheme, bins, backbone.space, progress.update,
+            scheme, bins, backbone.space, progress.update, prior_basis=basis,
         )  # fmt: skip
-        return integrate_log_likelihood(denoiser, backbone.pack(samples), estimator, integration)
+        output = integrate_log_likelihood(denoiser, backbone.pack(samples), estimator, integration)
+    return dataclasses.replace(output, latents=kind)
 
 
 @check_kinds
@@ -127,6 +134,7 @@ def compare_likelihood(
     method: str = "squared error",
     num_levels: int | None = None,
     generator: torch.Generator | None = None,
+    sample_latents: bool = False,
     **options: Any,
 ) -> LikelihoodComparison:
     """Compares the likelihoods of each image under each prompt. All prompts have the same random draws.
@@ -142,6 +150,7 @@ def compare_likelihood(
         method: "squared error" or "ode".
         num_levels: number of draws of "squared error", even; None: 64.
         generator: its draws are repeated for every prompt. Without a generator the numbers change from call to call.
+        sample_latents: as in `log_likelihood`; all prompts see the same latents.
         **options: for "ode" the options of `log_likelihood`; for "squared error" `prior_mean`, `prior_variance`,
             `data_range`, `bins`, and arguments of the pipeline's call.
 
@@ -161,42 +170,75 @@ def compare_likelihood(
     if generator is None:  # for None, noise on a GPU would come from the GPU's generator, which is not replayed
         generator = torch.default_generator
     data_range = options.pop("data_range", UNIT_RANGE)
-    samples = backbone.samples_of(images, latents, data_range)
-    rows: list[LikelihoodOutput] | list[SquaredErrorOutput]
+    samples, kind, keys = likelihood_samples(
+        backbone, images, latents, data_range, sample_latents, generator, options.pop("image_keys", None)
+    )
     if method == "ode":
-        options.setdefault("image_keys", content_keys(backbone, images, latents, data_range))
-        rows = scores = [
-            log_likelihood(pipe, None, prompt, latents=samples, generator=generator, **options)
-            for prompt in _replay(candidates, generator)
-        ]
-        errors = torch.stack([row.discretisation_error for row in scores])
-        draws = [row.trace_by_level for row in scores]
-        weights, fixed = scores[0].trace_weights, scores[0].fixed_probes
-    else:
-        backbone.check_scheduler()
-        bins = options.pop("bins", None)
-        backbone.check_bins(bins)
-        mean, variance = backbone.prior(options.pop("prior_mean", None), options.pop("prior_variance", None), samples)
-        scale = backbone.unguided_scale(options)
-        denoisers = [unguided_denoiser(backbone, samples, scale, prompt, dict(options)) for prompt in candidates]
-        levels = NUM_LEVELS if num_levels is None else num_levels
-        with backbone.loaded(), backbone.progress_bar(levels * len(denoisers)) as progress:
-            rows = squares = [
-                squared_error_log_likelihood(
-                    denoiser, backbone.pack(samples), levels, mean, variance, generator, backbone.space,
-                    progress.update, bins,
-                )
-                for denoiser in _replay(denoisers, generator)
-            ]  # fmt: skip
-        errors = torch.zeros(len(squares), len(samples), dtype=torch.float64)
-        draws = [row.contributions for row in squares]
-        weights, fixed = None, False
-    return LikelihoodComparison(
-        log_prob=torch.stack([row.log_prob for row in rows]), contributions=torch.stack(draws, dim=-2),
-        discretisation_error=errors, dims=rows[0].dims,
-        num_denoiser_calls=sum(row.num_denoiser_calls for row in rows), space=rows[0].space, method=method,
-        trace_weights=weights, fixed_probes=fixed,
-    )  # fmt: skip
+        table = LikelihoodComparison.of_ode([
+            log_likelihood(pipe, None, prompt, latents=samples, generator=generator, image_keys=keys, **options)
+            for prompt in replay(candidates, generator)
+        ])  # fmt: skip
+        return dataclasses.replace(table, latents=kind)
+    backbone.check_scheduler()
+    bins = options.pop("bins", None)
+    backbone.check_bins(bins)
+    mean, variance, basis = backbone.prior(
+        options.pop("prior_mean", None), options.pop("prior_variance", None), samples
+    )
+    scale = backbone.unguided_scale(options)
+    denoisers = [unguided_denoiser(backbone, samples, scale, prompt, dict(options)) for prompt in candidates]
+    levels = NUM_LEVELS if num_levels is None else num_levels
+    with backbone.loaded(), backbone.progress_bar(levels * len(denoisers)) as progress:
+        table = LikelihoodComparison.of_squared_errors([
+            squared_error_log_likelihood(
+                denoiser, backbone.pack(samples), levels, mean, variance, generator, backbone.space, progress.update,
+                bins, basis,
+            )
+            for denoiser in replay(denoisers, generator)
+        ])  # fmt: skip
+    return dataclasses.replace(table, latents=kind)
+
+
+def likelihood_samples(
+    backbone: Backbone, images: ImageLike | None, latents: torch.Tensor | None, data_range: tuple[float, float],
+    sample_latents: bool, generator: Generators, keys: Sequence[str] | None,
+) -> tuple[torch.Tensor, str, Sequence[str]]:  # fmt: skip
+    """Returns the samples (B, C, h, w) float32 of a likelihood, the output's word for them, and their keys.
+
+    Args:
+        sample_latents: draw them from the autoencoder's posterior. The generator is left as it was, so that all other
+            draws are those without.
+        keys: keys of the images; None: keys of their contents.
+
+    Raises:
+        InputError: both or neither of `images` and `latents`, or of a kind that the pipeline does not take;
+            `sample_latents` without an autoencoder, with `latents`, or where the posterior has no variance.
+    """
+    if images is None or latents is not None or backbone.space == "pixel":
+        samples = backbone.samples_of(images, latents, data_range)
+        if sample_latents:
+            reason = "`latents` were passed" if latents is not None else f"samples of {backbone.name} are pixels"
+            raise InputError(
+                f"`sample_latents` draws latents of images by an autoencoder, but {reason}. Leave it out, or pass "
+                "`images` to a pipeline with an autoencoder."
+            )
+        kind = "given" if latents is not None else "pixels"
+        return samples, kind, keys or content_keys(backbone, images, latents, data_range)
+    mean, deviation = backbone.posterior_of(images, data_range)
+    keys = keys or content_keys(backbone, images, latents, data_range)
+    if not sample_latents:
+        return mean, "encoded" if deviation is None else "mean", keys
+    if deviation is None:
+        raise InputError(
+            f"`sample_latents` needs the variance of the encoder's posterior, which "
+            f"{type(backbone.autoencoder).__name__} lacks. Leave it out, or load a pipeline with an AutoencoderKL."
+        )
+    check_generators(generator, len(mean))
+    if len(keys) != len(mean):
+        raise InputError(f"{len(keys)} image keys were given for {len(mean)} images; give as many.")
+    with unchanged_states(generator):
+        noise = ImageDraws(mean, generator, keys).normal("latents")
+    return mean + deviation * noise.to(mean), "sampled", keys
 
 
 def content_keys(
@@ -255,7 +297,7 @@ def _check_options(backbone: Backbone, method: str, num_levels: int | None, opti
     return result | check_arguments(backbone.name, backbone.parameters, compare_likelihood, arguments)
 
 
-def _replay(entries: Sequence[Any], generator: torch.Generator) -> Iterator[Any]:
+def replay(entries: Sequence[Any], generator: torch.Generator) -> Iterator[Any]:
     """Yields the entries, with the generator in the same state before each entry."""
     state = generator.get_state()
     for entry in entries:

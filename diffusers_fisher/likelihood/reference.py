@@ -61,7 +61,7 @@ def reference_log_likelihood(
         raise InputError(
             f"`tolerance` is {tolerance}, `num_levels` {num_levels}; allowed: between 0 and 0.1, at least 2."
         )
-    integration = Integration(num_levels - 1, None, prior_mean, prior_variance, space=space)
+    integration = Integration(num_levels - 1, None, prior_mean=prior_mean, prior_variance=prior_variance, space=space)
     estimator = AutodiffFisher(chunk_size=64) if estimator is None else estimator
     problem = prepare_problem(denoiser, samples, estimator, integration)
     grid = noise_grid(problem.low, problem.high, num_levels - 1)
@@ -71,11 +71,13 @@ def reference_log_likelihood(
     error = (prior + trace - problem.prior(rough_end) - rough_trace).abs()
     if not torch.isfinite(prior + trace).all():
         raise NumericalError(f"Reference log-likelihoods are not finite: {(prior + trace).tolist()}.")
+    # One evaluation more, at the end itself, for the prior's error.
+    node = problem.evaluate(end, timestep_at(problem.denoiser.scheduler, grid)[-1], float(grid[-1]))
     return make_output(
         problem, f"dopri5, tolerance {tolerance:g}", final_latents=end, prior_log_prob=prior, trace_log_prob=trace,
         standard_error=torch.zeros_like(trace), trace_by_level=trace.new_empty(num_levels, 0, len(trace)),
         trace_weights=trace.new_zeros(num_levels), unexplained_noise_fraction=r, noise_to_signal=grid.exp(),
-        discretisation_error=error,
+        discretisation_error=error, prior_error=problem.prior_error(end, node, torch.zeros_like(prior)),
     )  # fmt: skip
 
 

@@ -24,10 +24,9 @@ from .bins import dequantised, offset_bits
 from .discretisation import estimated_error
 from .draws import ImageDraws
 from .output import LikelihoodOutput
+from .prior import Moment, PriorGaussian, check_prior
 from .schemes import DEFAULT_SCHEME, Scheme, Track, noise_grid, quadrature_weights, scheme_of
 from .traces import NodeTrace, node_variance, standard_error
-
-Moment = torch.Tensor | float | None
 
 MANY_PROBES = 64
 """Number of probes up to which more than the dimensions of a sample are allowed."""
@@ -47,7 +46,7 @@ class OdeProblem:
         estimator: gives the trace at every node, with its denoiser.
         draws: makes the directions of the trace.
         low, high: log(sigma/alpha) at the ends.
-        mean, variance: float64 moments of the data, for the prior.
+        gaussian: stands for the data at the noise end.
         calls_before: the denoiser's `num_calls` before the integration.
         integration: the caller's options.
     """
@@ -59,8 +58,7 @@ class OdeProblem:
     draws: ImageDraws
     low: float
     high: float
-    mean: torch.Tensor
-    variance: torch.Tensor
+    gaussian: PriorGaussian
     calls_before: int
     integration: Integration
 
@@ -84,11 +82,17 @@ class OdeProblem:
         return Node(state.epsilon.detach().double(), trace)
 
     def prior(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns log N(x; mean, variance + s^2) at the noise end, (B,) nats."""
-        # Without validation: `integrate_log_likelihood` reports a path that is not finite, in words.
-        deviation = (self.variance + math.exp(self.high) ** 2).sqrt()
-        prior = torch.distributions.Normal(self.mean, deviation, validate_args=False)
-        return prior.log_prob(x).flatten(1).sum(1)
+        """Returns the log density of the Gaussian at the noise end, (B,) nats."""
+        return self.gaussian.log_density(x, math.exp(self.high))
+
+    def prior_error(self, x: torch.Tensor, node: Node, variance: torch.Tensor) -> torch.Tensor:
+        """Returns how far `prior` is from the model's own law by its evaluation at the noise end, (B,) nats.
+
+        Args:
+            x: (B, ...) float64, where `node` was evaluated.
+            variance: (B,) variance of 1 - r by the probes.
+        """
+        return self.gaussian.error(x, math.exp(self.high), node.epsilon, node.trace.rest, variance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +127,8 @@ class Integration:
             its bin, and `bits_per_dim` is that of the bins. None: that of the density.
         space: "latent" or "pixel", for the output.
         on_step: called after every evaluation.
+        prior_basis: coordinates of `prior_variance`: "pixel" (the sample's own), or "dct" for variances of the
+            coefficients of the discrete cosine transform over the last two axes.
     """
 
     num_steps: int = 20
@@ -138,6 +144,7 @@ class Integration:
     bins: int | None = None
     space: str = "latent"
     on_step: Callable[[], object] = lambda: None
+    prior_basis: str = "pixel"
 
 
 @check_kinds
@@ -213,7 +220,7 @@ def prepare_problem(
             f"`num_probes` is {integration.num_probes} for samples of {samples[0].numel()} dimensions; pass None for "
             "the exact trace, which costs fewer products."
         )
-    moments = check_prior(samples, integration.prior_mean, integration.prior_variance)
+    gaussian = check_prior(samples, integration.prior_mean, integration.prior_variance, integration.prior_basis)
     if check_estimator(estimator).needs_graph and torch.is_inference_mode_enabled():
         raise InputError(
             f"{type(estimator).__name__} differentiates the denoiser, which torch.inference_mode forbids even inside "
@@ -226,7 +233,7 @@ def prepare_problem(
     if integration.noised:
         start = start + math.exp(low) * draws.normal("noise").to(start.device)
     return OdeProblem(
-        denoiser, start, samples.dtype, estimator, draws, low, high, *moments, denoiser.num_calls, integration
+        denoiser, start, samples.dtype, estimator, draws, low, high, gaussian, denoiser.num_calls, integration
     )
 
 
@@ -261,14 +268,15 @@ def integrate(problem: OdeProblem, num_steps: int, scheme: Scheme) -> Likelihood
     fixed = problem.integration.fixed_probes
     variance = node_variance(traces, fixed)
     prior = problem.prior(solution.x)
-    prior_error = (problem.prior(companion.x) - prior).abs() / dimensions
-    error = estimated_error(prior_error, values, variance, torch.stack(shifts), grid.to(x.device), scheme)
+    path_error = (problem.prior(companion.x) - prior).abs() / dimensions
+    error = estimated_error(path_error, values, variance, torch.stack(shifts), grid.to(x.device), scheme)
     return make_output(
         problem, problem.integration.scheme, final_latents=solution.x, prior_log_prob=prior,
         trace_log_prob=torch.einsum("n,nb->b", weights, values),
         trace_by_level=weights[:, None, None] * torch.stack([trace.by_probe for trace in traces]),
         trace_weights=weights, unexplained_noise_fraction=1 - values, noise_to_signal=grid.exp(),
         standard_error=standard_error(traces, variance, weights, fixed), discretisation_error=dimensions * error,
+        prior_error=problem.prior_error(point, node, variance[-1]),
     )  # fmt: skip
 
 
@@ -277,18 +285,26 @@ def make_output(problem: OdeProblem, scheme: str, **tensors: torch.Tensor) -> Li
 
     Args:
         scheme: name of the way in which the problem was integrated.
-        **tensors: the tensors of `LikelihoodOutput` by name, without `log_prob`.
+        **tensors: the tensors of `LikelihoodOutput` by name, without `log_prob`; without `trace_error` it is zero.
     """
     options = problem.integration
-    tensors |= {"log_prob": tensors["prior_log_prob"] + tensors["trace_log_prob"]}
+    log_prob = tensors["prior_log_prob"] + tensors["trace_log_prob"]
+    tensors = {"trace_error": torch.zeros_like(log_prob), **tensors, "log_prob": log_prob}
     return LikelihoodOutput(
         **{name: tensor.cpu() for name, tensor in tensors.items()}, dims=problem.start[0].numel(),
         num_denoiser_calls=problem.denoiser.num_calls - problem.calls_before, space=options.space,
-        prior="standard" if options.prior_mean is None else "moment-matched",
+        prior=prior_name(options.prior_mean, options.prior_basis),
         density="noised" if options.noised else "smoothed", halved=options.step_halving, scheme=scheme,
         trace=f"{problem.estimator.description}, {_probes(options)}", fixed_probes=options.fixed_probes,
         offset_bits=offset_bits(options.bins),
     )  # fmt: skip
+
+
+def prior_name(mean: Moment, basis: str) -> str:
+    """Returns the name of the prior in outputs."""
+    if mean is None:
+        return "standard"
+    return "moment-matched" if basis == "pixel" else "spectral"
 
 
 def _probes(options: Integration) -> str:
@@ -320,26 +336,3 @@ def check_samples(samples: torch.Tensor) -> torch.Tensor:
             "numbers; NaN usually comes from images outside [0, 1] or a half-precision autoencoder."
         )
     return samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
-
-
-def check_prior(samples: torch.Tensor, mean: Moment, variance: Moment) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns mean and variance of the data in float64, 0 and 1 where both are None.
-
-    Raises:
-        InputError: only one of them, values that do not broadcast to a sample, or that are not finite or negative.
-    """
-    if (mean is None) != (variance is None):
-        raise InputError("Give both `prior_mean` and `prior_variance` (of the data), or neither for 0 and 1.")
-    moments = (0.0, 1.0) if mean is None or variance is None else (mean, variance)
-    mean, variance = (torch.as_tensor(value, dtype=torch.float64, device=samples.device) for value in moments)
-    shape = tuple(samples.shape[1:])
-    for name, value in (("prior_mean", mean), ("prior_variance", variance)):
-        try:
-            value.expand(shape)
-        except RuntimeError:
-            raise InputError(
-                f"`{name}` has shape {tuple(value.shape)}; allowed: a number, or what broadcasts to {shape}."
-            ) from None
-    if not (torch.isfinite(mean).all() and torch.isfinite(variance).all() and (variance >= 0).all()):
-        raise InputError("`prior_mean` must be finite, and `prior_variance` finite and not negative.")
-    return mean, variance
