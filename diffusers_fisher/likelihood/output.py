@@ -66,8 +66,8 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         trace_by_level: (levels, k, B) nats, contributions to `trace_log_prob` by each level and each of its k probes,
             for paired comparisons; k = 0 without.
         trace_weights: (levels,) nats, weights of 1 - r in the trace's integral.
-        latents: what stands for an image: "mean" of the encoder's posterior, a draw of it ("sampled"), the result of
-            an encoder without a posterior ("encoded"), the image itself ("pixels"), or latents of the caller ("given").
+        latents: what stands for an image: "mean" of the encoder's posterior, a draw of it ("sampled"), what an encoder
+            without a posterior returns ("encoded"), the image itself ("pixels"), or latents of the caller ("given").
     """
 
     log_prob: torch.Tensor
