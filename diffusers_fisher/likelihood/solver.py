@@ -85,14 +85,9 @@ class OdeProblem:
         """Returns the log density of the Gaussian at the noise end, (B,) nats."""
         return self.gaussian.log_density(x, math.exp(self.high))
 
-    def prior_error(self, x: torch.Tensor, node: Node, variance: torch.Tensor) -> torch.Tensor:
-        """Returns how far `prior` is from the model's own law by its evaluation at the noise end, (B,) nats.
-
-        Args:
-            x: (B, ...) float64, where `node` was evaluated.
-            variance: (B,) variance of 1 - r by the probes.
-        """
-        return self.gaussian.error(x, math.exp(self.high), node.epsilon, node.trace.rest, variance)
+    def prior_error(self, x: torch.Tensor, node: Node) -> torch.Tensor:
+        """Returns how far `prior` is from the model's own law, (B,) nats, by `node` at x~ = `x` at the noise end."""
+        return self.gaussian.error(x, math.exp(self.high), node.epsilon, node.trace.rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +271,7 @@ def integrate(problem: OdeProblem, num_steps: int, scheme: Scheme) -> Likelihood
         trace_by_level=weights[:, None, None] * torch.stack([trace.by_probe for trace in traces]),
         trace_weights=weights, unexplained_noise_fraction=1 - values, noise_to_signal=grid.exp(),
         standard_error=standard_error(traces, variance, weights, fixed), discretisation_error=dimensions * error,
-        prior_error=problem.prior_error(point, node, variance[-1]),
+        prior_error=problem.prior_error(point, node),
     )  # fmt: skip
 
 
