@@ -66,7 +66,7 @@ class PriorGaussian:
         rest = rest.clamp_min(1e-3)
         model = _local_estimate(epsilon.square().flatten(1).sum(1), rest, dimensions)
         gap = model - _local_estimate(expected_square, expected_rest, dimensions)
-        return 1.5 * gap.abs() + 0.2 * dimensions * (rest - expected_rest).abs()
+        return 2 * gap.abs() + 0.2 * dimensions * (rest - expected_rest).abs()
 
     def _squares(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the squared distances from the mean along the basis vectors, (B, ...)."""

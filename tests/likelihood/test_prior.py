@@ -73,21 +73,22 @@ def all_errors(seed, matched, by_probe):
     return tuple(torch.stack(each) for each in zip(*pairs, strict=True))
 
 
-# The factors were set with seeds 0 and 1.
-@pytest.mark.parametrize("seed", [2, 3])
+# The factors were set with seeds 0 to 3.
+@pytest.mark.parametrize("seed", [4, 5])
 @pytest.mark.parametrize("matched", [False, True])
 @pytest.mark.parametrize("by_probe", [False, True])
 def test_stated_error_of_the_prior_covers_the_true_one_and_is_not_far_above(seed, matched, by_probe):
     true, stated = all_errors(seed, matched, by_probe)
     assert true.shape == (96, 16)
     covered = (stated >= true - 1e-9).double()
-    assert float(covered.mean()) > 0.95
+    assert float(covered.mean()) > 0.96
+    assert float(covered.mean(1).min()) > 0.7  # of the 16 points of any law
     large = true > 0.001
     assert float(covered[large].mean()) > 0.95
     ratio = stated[large] / true[large]
     # One probe per level leaves noise in 1 - r, which is stated as if it were the prior's error.
-    assert float((ratio < 10).double().mean()) > (0.9 if by_probe else 0.98)
-    assert float(ratio.median()) < 3
+    assert float((ratio < 10).double().mean()) > (0.9 if by_probe else 0.95)
+    assert float(ratio.median()) < 4
 
 
 @pytest.mark.parametrize(("scale", "mean"), [(10, 0), (0.1, 3), (3, 1)])
