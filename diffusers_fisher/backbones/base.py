@@ -27,7 +27,7 @@ from .conditions import Condition, Conditions, text_conditions
 from .encoding import encode_apart
 from .inputs import form_of
 from .networks import check_latents_alone, check_weights
-from .parts import LatentStatistics, checkpoint_parts
+from .parts import LatentStatistics, checkpoint_moments, checkpoint_parts
 from .stock_calls import shallow_copy
 from .unguided import check_unguided
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 Generators = torch.Generator | list[torch.Generator] | None
 Moment = torch.Tensor | float | None
+Posterior = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class Backbone:
@@ -111,11 +112,6 @@ class Backbone:
     def latent_statistics(self) -> LatentStatistics | None:
         """Mean and variance of the training data's latents, each of one sample's shape; None if they are unknown."""
         return checkpoint_parts(self.pipe).latent_statistics
-
-    @property
-    def latent_spectrum(self) -> torch.Tensor | None:
-        """Variances of the DCT coefficients of the training data's latents, of one sample's shape; None if unknown."""
-        return checkpoint_parts(self.pipe).latent_spectrum
 
     @property
     def device(self) -> torch.device:
@@ -329,11 +325,9 @@ class Backbone:
 
     @torch.no_grad()
     def samples_of(
-        self,
-        images: ImageLike | None,
-        latents: torch.Tensor | None = None,
+        self, images: ImageLike | None, latents: torch.Tensor | None = None,
         data_range: tuple[float, float] = UNIT_RANGE,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """Returns scaled latents (B, C, h, w) float32 of images, or the latents that were passed instead, checked.
 
         The mean of the autoencoder's posterior stands for an image.
@@ -356,15 +350,8 @@ class Backbone:
         return latents.to(self.device, torch.float32)
 
     @torch.no_grad()
-    def posterior_of(
-        self, images: ImageLike | None, data_range: tuple[float, float] = UNIT_RANGE
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns mean and deviation (None where encoding is not random) of the scaled latents of checked images.
-
-        Raises:
-            InputError: a kind, size or range that the pipeline does not take; a network that takes more than latents.
-        """
-        _ = self.latent_channels  # refuses networks that take more than latents
+    def posterior_of(self, images: ImageLike | None, data_range: tuple[float, float] = UNIT_RANGE) -> Posterior:
+        """Returns mean and deviation (None where encoding is not random) of scaled latents of images, checked."""
         tensor = image_tensor(images, self.size_multiple, self.image_channels, data_range)
         return self.encode(pixels_of(tensor).to(self.device))
 
@@ -383,21 +370,11 @@ class Backbone:
         return latents.detach().to(self.device, torch.float32)
 
     def prior(self, mean: Moment, variance: Moment, samples: torch.Tensor) -> tuple[Moment, Moment, str]:
-        """Returns the data's moments in the pipeline's layout: the arguments, else the checkpoint's, else None.
-
-        The third entry names the coordinates of the variance: "dct" for the checkpoint's spectrum, which fits latents
-        of its own size in the layout (B, C, h, w); else "pixel".
-        """
-        if mean is None and variance is None and self.latent_statistics is not None:
-            spectrum, shape = self.latent_spectrum, samples.shape[1:]
-            if spectrum is not None and spectrum.shape == shape and self.pack(samples).shape == samples.shape:
-                return self.latent_statistics[0], spectrum, "dct"
-            # Statistics per element fit latents of one size; for other sizes their mean over space stands for them.
-            mean, variance = (
-                value if value.shape == samples.shape[1:] else value.mean(dim=(-2, -1), keepdim=True)
-                for value in self.latent_statistics
-            )
-        return self.pack_statistic(mean, samples), self.pack_statistic(variance, samples), "pixel"
+        """Returns the data's moments in the pipeline's layout, and the variance's basis: see `checkpoint_moments`."""
+        basis, is_packed = "pixel", self.pack(samples).shape != samples.shape
+        if mean is None and variance is None:
+            mean, variance, basis = checkpoint_moments(self.pipe, samples.shape[1:], is_packed)
+        return self.pack_statistic(mean, samples), self.pack_statistic(variance, samples), basis
 
     # Conditions
 

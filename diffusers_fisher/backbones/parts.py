@@ -73,6 +73,26 @@ def set_checkpoint_parts(pipe: DiffusionPipeline, parts: CheckpointParts) -> Non
     vars(pipe)[_ATTRIBUTE] = parts
 
 
+def checkpoint_moments(
+    pipe: DiffusionPipeline, shape: torch.Size, is_packed: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None, str]:
+    """Returns mean and variance of the training data's latents (None where they are unknown) for samples of `shape`.
+
+    The third entry names the coordinates of the variance: "dct" for the checkpoint's spectrum, which fits latents of
+    its own size that are not packed; else "pixel".
+    """
+    parts = checkpoint_parts(pipe)
+    if parts.latent_statistics is None:
+        return None, None, "pixel"
+    if parts.latent_spectrum is not None and parts.latent_spectrum.shape == shape and not is_packed:
+        return parts.latent_statistics[0], parts.latent_spectrum, "dct"
+    # Statistics per element fit latents of one size; for other sizes their mean over space stands for them.
+    mean, variance = (
+        value if value.shape == shape else value.mean(dim=(-2, -1), keepdim=True) for value in parts.latent_statistics
+    )
+    return mean, variance, "pixel"
+
+
 def load_parts(source: str | os.PathLike, **hub_arguments: Any) -> CheckpointParts:
     """Loads the parts kept with checkpoint `source`. Raises `CheckpointError` for a damaged file."""
     statistics = load_statistics(source, **hub_arguments)
