@@ -125,8 +125,8 @@ class FisherOperator(abc.ABC):
         self._check_noise()
         solution = self.inverse_product(v, self._numbers(0.0))
         if solution is not None:
-            left = self.matvec(solution) - v
-            if not bool((dot(left, left) <= 1e-4 * dot(v, v)).all()):  # also true for NaN
+            residual = self.matvec(solution) - v
+            if not bool((dot(residual, residual) <= 1e-4 * dot(v, v)).all()):  # also true for NaN
                 raise NumericalError("The operator is singular, or nearly; add damping: operator.damped(value).")
             return solution
         self._check_symmetric("solve")
@@ -242,11 +242,11 @@ class FisherOperator(abc.ABC):
             return vectors.double() - noise.expand(sketch.shape[1])[:, None] * products.flatten(2)
 
         basis = torch.linalg.qr(shrink(sketch.flatten(2)).permute(1, 2, 0))[0].permute(2, 0, 1)  # (m, B, d)
-        inside = (basis * shrink(basis)).sum((0, 2))
+        sketch_trace = (basis * shrink(basis)).sum((0, 2))
         vectors = probes.vectors.double().flatten(2)
-        outside = vectors - torch.einsum("mbd,kbm->kbd", basis, torch.einsum("mbd,kbd->kbm", basis, vectors))
-        rest = (outside * shrink(outside)).sum(2)
-        values = probes.group_means((dimensions - inside - rest) / noise)
+        complement = vectors - torch.einsum("mbd,kbm->kbd", basis, torch.einsum("mbd,kbd->kbm", basis, vectors))
+        complement_trace = (complement * shrink(complement)).sum(2)
+        values = probes.group_means((dimensions - sketch_trace - complement_trace) / noise)
         return Estimate.mean(values, len(probes) + size, self._calls(len(probes) + 2 * size))
 
     def _estimate(self, probes: Probes, values: torch.Tensor) -> Estimate:
@@ -404,6 +404,6 @@ class CombinedOperator(FisherMatrixOperator):
     def _sum(self, parts: list[tuple[torch.Tensor, int]], identity: int) -> tuple[torch.Tensor, int]:
         """Returns the sum of the terms' values (B, ...) and the number of products; `identity` is the value of I."""
         values, products = zip(*parts, strict=True)
-        scaled = [expand(factor, value) * value for (factor, _), value in zip(self._terms, values, strict=True)]
-        total = torch.stack(scaled).sum(0)
+        terms = [expand(factor, value) * value for (factor, _), value in zip(self._terms, values, strict=True)]
+        total = torch.stack(terms).sum(0)
         return total + identity * expand(self._shift, total), max(products)

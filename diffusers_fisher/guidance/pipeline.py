@@ -202,7 +202,7 @@ def _output(
 ) -> GuidanceOutput:
     """Finishes the images as the stock call does, and makes the output."""
     processor = vars(backbone.pipe).get("image_processor") or VaeImageProcessor()
-    (images, unsafe), (initial, _) = (backbone.finish(each["images"]) for each in (ascent.best, ascent.initial))
+    (images, nsfw_flags), (initial, _) = (backbone.finish(each["images"]) for each in (ascent.best, ascent.initial))
     count = len(ascent.best_rewards)
 
     def postprocess(tensor: torch.Tensor) -> ImageLike:
@@ -215,7 +215,7 @@ def _output(
         images=postprocess(images), rewards=rows(ascent.rewards), best_rewards=ascent.best_rewards,
         latents=ascent.best["noise"], gradient_norms=rows(ascent.gradient_norms),
         seconds=torch.tensor(ascent.seconds, dtype=torch.float64),
-        num_denoiser_calls=ascent.num_sampling_calls + denoisers.calls(), nsfw_content_detected=unsafe,
+        num_denoiser_calls=ascent.num_sampling_calls + denoisers.calls(), nsfw_content_detected=nsfw_flags,
         initial_images=postprocess(initial), held_out_rewards=rows(ascent.held_out_rewards),
         shell_distances=rows(ascent.shell_distances), status=ascent.status,
         prompt_embeds=ascent.best.get("text"), controls=ascent.best.get("control"),
@@ -239,8 +239,8 @@ class _DenoisersAndEstimator:
         self.estimator = estimator.bind(self.backward)
         denoisers = (self.forward, self.backward, *self.estimator.denoisers)
         # By identity, so that each counts once; plain functions don't count their calls.
-        counted = {id(each): each for each in denoisers if isinstance(each, Denoiser)}
-        self._calls_before = [(each, each.num_calls) for each in counted.values()]
+        counters = {id(each): each for each in denoisers if isinstance(each, Denoiser)}
+        self._calls_before = [(each, each.num_calls) for each in counters.values()]
         self.text = TextEmbedding() if optimises_text else None
         if self.text is not None:
             for denoiser in (self.forward, self.backward):

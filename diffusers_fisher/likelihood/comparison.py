@@ -46,8 +46,8 @@ class LikelihoodComparison(BaseOutput):
         if prompts > 1:
             differences, errors = (each.gather(0, self.prompt_order[1:2])[0] for each in self.behind_best_prompt())
             lines += [
-                f"  image {index}: prompt {best} is likeliest, the next by {-behind:.4g} +- {error:.2g} nats less"
-                for index, (best, behind, error) in enumerate(
+                f"  image {index}: prompt {best} is likeliest, the next by {-difference:.4g} +- {error:.2g} nats less"
+                for index, (best, difference, error) in enumerate(
                     zip(self.best_prompt.tolist()[:MAX_IMAGES], differences.tolist(), errors.tolist(), strict=False)
                 )
             ]

@@ -218,17 +218,17 @@ def _check_options(backbone: Backbone, method: str, num_levels: int | None, opti
         if num_levels is not None:
             raise InputError("`num_levels` belongs to method 'squared error'; 'ode' takes `num_inference_steps`.")
         return options
-    others = {field.name for field in dataclasses.fields(Integration)} | {"num_inference_steps", "estimator"}
-    for name in sorted((others - set(SQUARED_ERROR_OPTIONS)) & set(options)):
+    ode_options = {field.name for field in dataclasses.fields(Integration)} | {"num_inference_steps", "estimator"}
+    for name in sorted((ode_options - set(SQUARED_ERROR_OPTIONS)) & set(options)):
         raise InputError(
             f"`{name}` belongs to method='ode'; 'squared error' takes num_levels, "
             f"{', '.join(SQUARED_ERROR_OPTIONS)} and arguments of the pipeline's call."
         )
-    own = {
+    result = {
         name: fit(name, options[name], hints_of(log_likelihood)) for name in SQUARED_ERROR_OPTIONS if name in options
     }
-    arguments = {name: value for name, value in options.items() if name not in own}
-    return own | check_arguments(backbone.name, backbone.parameters, compare_likelihood, arguments)
+    arguments = {name: value for name, value in options.items() if name not in result}
+    return result | check_arguments(backbone.name, backbone.parameters, compare_likelihood, arguments)
 
 
 def _replay(entries: Sequence[Any], generator: torch.Generator) -> Iterator[Any]:

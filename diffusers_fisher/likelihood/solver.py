@@ -257,8 +257,8 @@ def _error(
         grid: (levels,) log s.
     """
     # The error of the trace's integral if r were exact: the difference from another quadrature of the same values.
-    others = [quadrature_weights(grid.cpu(), points) for points in (scheme.quadrature, scheme.companion_quadrature)]
-    quadrature = torch.einsum("n,nb->b", (others[0] - others[1]).to(rests.device), rests)
+    pair = [quadrature_weights(grid.cpu(), points) for points in (scheme.quadrature, scheme.companion_quadrature)]
+    quadrature = torch.einsum("n,nb->b", (pair[0] - pair[1]).to(rests.device), rests)
     # The error of r itself, which was taken beside the solution. How much r varies there is not known, but how much it
     # varies along the path is: a point that is off by a fraction of a step counts that fraction of the step's change
     # in r. The local variance v = s^2 r/(1 - r) tells a smooth change from a surprise: where log v (logit r + 2 log s)
