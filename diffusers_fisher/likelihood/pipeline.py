@@ -98,8 +98,7 @@ def log_likelihood(
     backbone.check_scheduler()
     guidance_scale = backbone.unguided_scale(call_arguments)
     call_arguments = check_arguments(backbone.name, backbone.parameters, log_likelihood, call_arguments)
-    samples = backbone.samples_of(images, latents, data_range)
-    keys = image_keys or content_keys(backbone, images, latents, data_range)
+    samples, keys = keyed_images(backbone, images, latents, data_range)
     denoiser = unguided_denoiser(backbone, samples, guidance_scale, prompt, call_arguments)
     if estimator is None:
         estimator = (
@@ -111,7 +110,8 @@ def log_likelihood(
     nodes = num_inference_steps + 1 + (num_inference_steps // 2 + 1 if step_halving else 0)
     with backbone.loaded(), backbone.progress_bar(nodes) as progress:
         integration = Integration(
-            num_inference_steps, num_probes, fixed_probes, mean, variance, noised, step_halving, generator, keys,
+            num_inference_steps, num_probes, fixed_probes, mean, variance, noised, step_halving, generator,
+            image_keys or keys,
             scheme, bins, backbone.space, progress.update,
         )  # fmt: skip
         return integrate_log_likelihood(denoiser, backbone.pack(samples), estimator, integration)
@@ -160,11 +160,10 @@ def compare_likelihood(
         raise InputError(f"`prompts` is {prompts!r}; allowed: a list of at least one, each for all images.")
     if generator is None:  # for None, noise on a GPU would come from the GPU's generator, which is not replayed
         generator = torch.default_generator
-    data_range = options.pop("data_range", UNIT_RANGE)
-    samples = backbone.samples_of(images, latents, data_range)
+    samples, keys = keyed_images(backbone, images, latents, options.pop("data_range", UNIT_RANGE))
     rows: list[LikelihoodOutput] | list[SquaredErrorOutput]
     if method == "ode":
-        options.setdefault("image_keys", content_keys(backbone, images, latents, data_range))
+        options.setdefault("image_keys", keys)
         rows = scores = [
             log_likelihood(pipe, None, prompt, latents=samples, generator=generator, **options)
             for prompt in _replay(candidates, generator)
@@ -199,14 +198,19 @@ def compare_likelihood(
     )  # fmt: skip
 
 
-def content_keys(
+def keyed_images(
     backbone: Backbone, images: ImageLike | None, latents: torch.Tensor | None, data_range: tuple[float, float]
-) -> list[str]:
-    """Returns a key of the values of each image or latent: the input's, because encoders round by batch."""
-    values = latents
-    if values is None:
-        values = image_tensor(images, backbone.size_multiple, backbone.image_channels, data_range)
-    return [content_key(value) for value in values]
+) -> tuple[torch.Tensor, list[str]]:
+    """Returns the samples of images or latents, see `Backbone.samples_of`, and a key of each image's values.
+
+    Keys are those of the input, because encoders round by batch, in 8 bits, because arrays and PIL images of the same
+    pixels differ in their last digits.
+    """
+    if images is None or latents is not None:
+        samples = backbone.samples_of(images, latents)
+        return samples, [content_key(sample) for sample in samples]
+    pixels = image_tensor(images, backbone.size_multiple, backbone.image_channels, data_range)
+    return backbone.samples_of(pixels), [content_key(image) for image in (255 * pixels).round()]
 
 
 def unguided_denoiser(

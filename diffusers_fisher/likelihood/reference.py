@@ -61,7 +61,7 @@ def reference_log_likelihood(
         raise InputError(
             f"`tolerance` is {tolerance}, `num_levels` {num_levels}; allowed: between 0 and 0.1, at least 2."
         )
-    integration = Integration(num_levels - 1, None, prior_mean, prior_variance, space=space)
+    integration = Integration(num_levels - 1, None, prior_mean=prior_mean, prior_variance=prior_variance, space=space)
     estimator = AutodiffFisher(chunk_size=64) if estimator is None else estimator
     problem = prepare_problem(denoiser, samples, estimator, integration)
     grid = noise_grid(problem.low, problem.high, num_levels - 1)
