@@ -21,7 +21,7 @@ from PIL import Image
 from trace_cases import GaussianData
 from typer.testing import CliRunner
 
-from diffusers_fisher import InputError, StableDiffusionFisherPipeline
+from diffusers_fisher import AutodiffFisher, InputError, StableDiffusionFisherPipeline
 from diffusers_fisher.cli import app
 from diffusers_fisher.data import ImageData, open_images
 from diffusers_fisher.evaluation import dataset_likelihood
@@ -115,7 +115,10 @@ def test_the_summary_agrees_with_the_records(reference):
         sum(r["bits_per_dim"] for r in rows) / len(rows)
     )
     assert {row["caption"] for row in summary["by_caption"]} == set(CAPTIONS)
-    assert summary["method"]["trace"] == "AutodiffFisher, 2 probes" and summary["evaluations_an_image"] == STEPS + 1
+    assert (
+        summary["method"]["trace"] == "AutodiffFisher, 1 probe per level"
+        and summary["evaluations_an_image"] == STEPS + 1
+    )
     assert summary["images_on_a_coarse_grid"] > 0  # two steps are few
 
 
@@ -409,7 +412,8 @@ def test_the_pipelines_own_trace_model_is_the_default(place, tmp_path):
     pipe.latent_statistics = torch.full((4, 8, 8), 0.1), torch.full((4, 8, 8), 0.5)
     pipe.save_pretrained(tmp_path / "pipeline")
     for seed in (0, 1):
-        settings = settings_of(place, denoiser=DenoiserSettings(str(tmp_path / "pipeline")), seed=seed)
+        denoiser = DenoiserSettings(str(tmp_path / "pipeline"))
+        settings = settings_of(place, denoiser=denoiser, seed=seed, estimator="auto")
         summary = evaluate_dataset(tmp_path / f"run-{seed}", settings)
     assert summary["method"]["trace"].startswith("TraceMatchingFisher")
     assert summary["method"]["prior"] == "moment-matched"
