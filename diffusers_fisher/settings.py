@@ -19,7 +19,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 """Dtype of a pipeline's weights."""
 
 TraceEstimator = Literal["auto", "trace-model", "autodiff", "finite-difference"]
-"""Estimator of the trace in a likelihood. "auto" is the pipeline's trace model, or "autodiff" if it has none."""
+"""Estimator of the trace in a likelihood. "auto" is the pipeline's trace model, else "finite-difference"."""
 
 GuidanceEstimator = Literal["one-step", "direct", "finite-difference", "autodiff", "endpoint-centred", "endpoint"]
 """Estimator of the Fisher in guidance."""

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from diffusers_fisher import NumericalError
 from diffusers_fisher.files import load_tensors, save_tensors
-from diffusers_fisher.jobs.seeds import step_generator
+from diffusers_fisher.seeds import step_generator
 from diffusers_fisher.settings import settings_class
 from diffusers_fisher.training.schedule import Optimisation, batch_indices, learning_rates
 from diffusers_fisher.training.state import load_training_state, save_training_state

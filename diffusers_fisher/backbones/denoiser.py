@@ -139,6 +139,10 @@ class PipelineDenoiser(Denoiser):
         return self.backbone.device
 
     @property
+    def input_dtype(self) -> torch.dtype:
+        return self.backbone.dtype
+
+    @property
     def network(self) -> torch.nn.Module | None:
         """The pipeline's denoising network."""
         return self.backbone.network

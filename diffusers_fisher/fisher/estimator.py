@@ -86,9 +86,9 @@ class FisherEstimator(abc.ABC):
 
     @property
     def default_num_probes(self) -> int | None:
-        """Default number of probes for the trace of a likelihood; None: the exact trace, without probes."""
+        """Default number of probes per level for the trace of a likelihood; None: the exact trace, without probes."""
         numbers = {component.default_num_probes for component in self.components.values()}
-        return None if numbers == {None} else 2
+        return None if numbers == {None} else 1
 
     @property
     def description(self) -> str:

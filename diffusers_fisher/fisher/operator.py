@@ -172,7 +172,7 @@ class FisherOperator(abc.ABC):
             value, products = self.exact_diagonal()
             return Estimate.exact(value, self._calls(products))
         probes = self._probes(probes)
-        return self._estimate(probes, probes.vectors.double() * self._chunked(probes.vectors).double())
+        return self._estimate(probes, probes.vectors.double() * self.products(probes.vectors).double())
 
     @check_kinds
     def trace(
@@ -203,7 +203,7 @@ class FisherOperator(abc.ABC):
             if vectors is probes.vectors:
                 raise InputError("The sketch is the probes themselves, which biases the trace; draw it separately.")
             return self._sketched_trace(probes, vectors)
-        pairs = zip(probes.vectors, self._chunked(probes.vectors), strict=True)
+        pairs = zip(probes.vectors, self.products(probes.vectors), strict=True)
         return self._estimate(probes, torch.stack([dot(v, product) for v, product in pairs]))
 
     def exact_trace(self) -> tuple[torch.Tensor, int]:
@@ -227,7 +227,8 @@ class FisherOperator(abc.ABC):
             basis.diagonal(offset=start, dim1=0, dim2=2).fill_(1)
             yield start, self.matmat(basis.view(size, *sample.shape)).flatten(2)
 
-    def _chunked(self, vectors: torch.Tensor) -> torch.Tensor:
+    def products(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Returns F v for many vectors per sample, (k, B, ...), `chunk_size` at once."""
         return torch.cat([self.matmat(piece) for piece in vectors.split(self.chunk_size)])
 
     def _sketched_trace(self, probes: Probes, sketch: torch.Tensor) -> Estimate:
@@ -238,7 +239,7 @@ class FisherOperator(abc.ABC):
         noise = self.state.level.sigma.to(sketch.device) ** 2
 
         def shrink(vectors: torch.Tensor) -> torch.Tensor:  # returns M v, (k, B, d) float64
-            products = self._chunked(vectors.to(sketch.dtype).view(-1, *sketch.shape[1:])).double()
+            products = self.products(vectors.to(sketch.dtype).view(-1, *sketch.shape[1:])).double()
             return vectors.double() - noise.expand(sketch.shape[1])[:, None] * products.flatten(2)
 
         basis = torch.linalg.qr(shrink(sketch.flatten(2)).permute(1, 2, 0))[0].permute(2, 0, 1)  # (m, B, d)

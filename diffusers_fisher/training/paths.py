@@ -17,9 +17,9 @@ from ..data import Caption
 from ..errors import CoarseGridWarning
 from ..files import expecting, load_tensors, save_tensors
 from ..fisher import DirectFisher, FisherEstimator, FisherOperator
-from ..jobs.seeds import step_generator
 from ..likelihood import Integration, integrate_log_likelihood
 from ..noise import DenoisingState, expand
+from ..seeds import step_generator
 from .changes import change_images
 from .pieces import Piece
 from .samples import SampleSpace, drop_captions

@@ -32,9 +32,9 @@ from ..distributions.covariance import DCTBasis
 from ..errors import InputError, NumericalError
 from ..fisher import FisherEstimator, FisherOperator
 from ..fisher.numerics import dot
-from ..jobs.seeds import step_generator
 from ..models import FisherTraceOutput, trace_inputs
 from ..noise import DenoisingState, expand, log_noise_to_signal_at, log_noise_to_signal_range, timestep_at
+from ..seeds import step_generator
 
 FLOORS = {"residual": 1e-3, "jacobian": 1e-2}
 """These numbers are added to both sides of the scale-free loss, so that smaller r and 1 - r count by their absolute

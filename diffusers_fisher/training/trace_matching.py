@@ -36,9 +36,9 @@ from ..jobs.folder_lock import locked_folder
 from ..jobs.identity import autoencoder_note, data_note, note_differences, refuse_differences
 from ..jobs.pipelines import load_pipeline
 from ..jobs.processes import WAIT, uses_cpu
-from ..jobs.seeds import step_generator
 from ..models import FisherTraceModel
 from ..noise import log_noise_to_signal_range, timestep_at
+from ..seeds import step_generator
 from .checkpoints import TrainingFolder
 from .paths import Paths, follow_paths
 from .pieces import BatchShare, Piece, TrainingData
@@ -59,7 +59,6 @@ CHANGEABLE_SETTINGS = (
 
 FEATURELESS_EVERY = 8  # every 8th step is without the denoiser's features, which the states of samplers lack
 FEATURE_SAMPLES, FEATURE_PIECE = 64, 8  # samples for the features' statistics, and samples per denoiser call
-HALF_PRECISION_STEP = 0.05  # step of finite differences: rounding of such networks hides shorter ones
 AUTOENCODER_TOLERANCE = 1e-2  # half precision moves the autoencoder's weights
 
 
@@ -296,9 +295,7 @@ def jacobian_estimator(config: TraceMatchingConfig, denoiser: Denoiser) -> Fishe
     """Returns the estimator of the products for target "jacobian", according to the config's `product`."""
     if config.product != "finite_difference":
         return AutodiffFisher(denoiser, forward_mode=config.product == "forward")
-    if config.denoiser.dtype == "float32":
-        return FiniteDifferenceFisher(denoiser)
-    return FiniteDifferenceFisher(denoiser, relative_step=HALF_PRECISION_STEP)
+    return FiniteDifferenceFisher(denoiser)
 
 
 def features_of(denoiser: Denoiser, sample: torch.Tensor) -> torch.Tensor:

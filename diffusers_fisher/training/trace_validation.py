@@ -11,9 +11,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..figures import make_figure
 from ..files import save_figure
 from ..fisher import AutodiffFisher, rademacher
-from ..jobs.seeds import step_generator
 from ..models import FisherTraceModel
 from ..noise import log_noise_to_signal_range
+from ..seeds import step_generator
 from .pieces import Piece
 from .samples import SampleSpace
 from .trace_config import TraceMatchingConfig

@@ -32,8 +32,8 @@ from diffusers_fisher import (
     embedded_prompt,
 )
 from diffusers_fisher.backbones import backbone_of
-from diffusers_fisher.jobs.seeds import step_generator
 from diffusers_fisher.noise import expand, log_noise_to_signal_range
+from diffusers_fisher.seeds import step_generator
 from diffusers_fisher.training.trace_losses import TraceDraw, mirrored_noise, noised_state, residual_target
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

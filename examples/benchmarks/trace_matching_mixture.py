@@ -24,7 +24,7 @@ from diffusers.training_utils import EMAModel
 
 from diffusers_fisher import DenoisingState, FisherTraceModel, GaussianFisher, NoiseLevel, TraceMatchingFisher
 from diffusers_fisher.denoiser import Denoiser
-from diffusers_fisher.jobs.seeds import step_generator
+from diffusers_fisher.seeds import step_generator
 from diffusers_fisher.training.trace_losses import TraceObjective, draw_trace_batch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

@@ -23,7 +23,7 @@ from diffusers_fisher.backbones import backbone_of
 from diffusers_fisher.guidance import ImageInput
 from diffusers_fisher.jobs.identity import pipeline_digests
 from diffusers_fisher.jobs.records import Records
-from diffusers_fisher.jobs.seeds import step_generator
+from diffusers_fisher.seeds import step_generator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fashion_mnist

@@ -18,6 +18,7 @@ from diffusers_fisher import (
 )
 from diffusers_fisher.denoiser import Denoiser
 from diffusers_fisher.likelihood import Integration, integrate_log_likelihood
+from diffusers_fisher.likelihood.draws import ImageDraws
 from diffusers_fisher.testing import MixtureOracle, OracleDenoiser
 
 DIMENSIONS = math.prod(ORACLE_SHAPE)
@@ -139,16 +140,17 @@ def test_r_is_zero_where_the_noise_is_known_and_nearly_one_where_it_is_unknown()
 class TestHutchinson:
     COPIES = 256
 
-    def outputs(self, num_probes):
+    def outputs(self, num_probes, fixed_probes=False, num_steps=10):
         oracle = ORACLES["mixture"]
         samples = draws(oracle, 1).expand(self.COPIES, *ORACLE_SHAPE)
-        generator = torch.Generator().manual_seed(0)
-        options = {"num_steps": 10}
-        out = likelihood(oracle, samples, num_probes=num_probes, generator=generator, **options)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(self.COPIES)]
+        options = {"num_steps": num_steps, "fixed_probes": fixed_probes}
+        out = likelihood(oracle, samples, num_probes=num_probes, generator=generators, **options)
         return out, likelihood(oracle, samples[:1], **options)
 
-    def test_it_is_unbiased_with_the_right_standard_error(self):
-        out, reference = self.outputs(8)
+    @pytest.mark.parametrize(("num_probes", "fixed"), [(8, True), (1, False), (8, False)])
+    def test_it_is_unbiased_with_the_right_standard_error(self, num_probes, fixed):
+        out, reference = self.outputs(num_probes, fixed)
         spread = out.log_prob.std()
         deviation = (out.log_prob.mean() - reference.log_prob) / (spread / self.COPIES**0.5)
         assert 1e-3 < abs(float(deviation)) < 4  # four standard deviations; exactly zero would mean no randomness
@@ -167,11 +169,11 @@ class TestHutchinson:
         assert relative(out.trace_by_probe.mean(0), out.trace_log_prob) < 1e-12  # sums in another order
         assert reference.trace_by_probe.shape == (0, 1)
 
-    def test_error_is_infinite_with_one_probe_and_zero_with_the_exact_trace(self):
-        out, reference = self.outputs(1)
+    def test_error_is_infinite_with_one_fixed_probe_and_zero_with_the_exact_trace(self):
+        out, reference = self.outputs(1, fixed_probes=True)
         assert bool(torch.isinf(out.standard_error).all())
         assert not reference.standard_error.any()
-        assert (out.trace, reference.trace) == ("AutodiffFisher, 1 probes", "AutodiffFisher, no probes")
+        assert (out.trace, reference.trace) == ("AutodiffFisher, 1 probe for all levels", "AutodiffFisher, no probes")
 
 
 def test_prior_is_standard_or_moment_matched():
@@ -209,7 +211,7 @@ def test_noised_density_is_at_a_noised_point():
     oracle = ORACLES["mixture"]
     samples = draws(oracle)
     out = likelihood(oracle, samples, noised=True, generator=torch.Generator().manual_seed(3))
-    noise = torch.randn(samples.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    noise = ImageDraws(samples, torch.Generator().manual_seed(3)).normal("noise")
     same = likelihood(oracle, samples + LOWEST * noise)
     assert relative(out.log_prob, same.log_prob) < 1e-12  # one rounding of the start
     assert (out.density, same.density) == ("noised", "smoothed")
@@ -301,11 +303,12 @@ def test_output_has_these_fields():
         "log_prob": (4,), "prior_log_prob": (4,), "trace_log_prob": (4,), "standard_error": (4,),
         "discretisation_error": (4,), "unexplained_noise_fraction": (21, 4), "noise_to_signal": (21,),
         "final_latents": (4, *ORACLE_SHAPE),
-        "trace_by_probe": (2, 4),
+        "trace_by_level": (21, 2, 4), "trace_weights": (21,),
     }  # fmt: skip
     words = {
         "dims": 6, "num_denoiser_calls": 21, "space": "pixel", "prior": "standard", "density": "smoothed",
-        "trace": "AutodiffFisher, 2 probes", "halved": False, "scheme": "adams4", "offset_bits": 0.0,
+        "trace": "AutodiffFisher, 2 probes per level", "halved": False, "fixed_probes": False,
+        "scheme": "adams4", "offset_bits": 0.0,
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(out)} == {*tensors, *words}
     for name, shape in tensors.items():

@@ -272,12 +272,12 @@ def test_attention_processors_act_in_runs_and_in_denoisers():
 def test_bfloat16_weights_of_the_trained_checkpoint():
     """Bits per dimension are within 0.02 of float32; gradients have a cosine above 0.99 (the default: 0.95)."""
     from diffusers_fisher import (
+        OneStepFisher,
         StableDiffusionFisherPipeline,
         embedded_checkpoint,
         embedded_prompt,
         embedded_test_images,
     )
-    from diffusers_fisher.guidance.pipeline import default_estimator
 
     def load(dtype):
         return tiny.quiet(StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint(), dtype=dtype))
@@ -296,7 +296,7 @@ def test_bfloat16_weights_of_the_trained_checkpoint():
         denoiser = PipelineDenoiser(pipe, prompt=prompts)
         estimators = {
             "direct": DirectFisher(), "autodiff": AutodiffFisher(denoiser),
-            "default": default_estimator(dtype).bind(denoiser),
+            "default": OneStepFisher().bind(denoiser),
         }  # fmt: skip
         for name, estimator in estimators.items():
             with pipe.scheduler.differentiable(estimator) as trajectory:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_fisher.jobs.seeds import step_generator
+from diffusers_fisher.seeds import step_generator
 from diffusers_fisher.training import changes
 
 WAYS = ["_invert", "_add_noise", "_rotate", "_blur", "_mix", "_shuffle", "_fade", "_fill"]

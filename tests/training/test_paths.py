@@ -5,9 +5,9 @@ import tiny
 import torch
 
 from diffusers_fisher import DirectFisher, NoiseLevel, StableDiffusionFisherPipeline
-from diffusers_fisher.jobs.seeds import step_generator
 from diffusers_fisher.likelihood import Integration, integrate_log_likelihood
 from diffusers_fisher.noise import expand
+from diffusers_fisher.seeds import step_generator
 from diffusers_fisher.training.paths import STEPS, Paths, follow_paths
 from diffusers_fisher.training.pieces import Piece
 from diffusers_fisher.training.samples import SampleSpace

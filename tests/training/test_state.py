@@ -6,7 +6,7 @@ from diffusers.training_utils import EMAModel
 
 from diffusers_fisher import CheckpointError
 from diffusers_fisher.files import load_tensors, save_tensors
-from diffusers_fisher.jobs.seeds import step_generator
+from diffusers_fisher.seeds import step_generator
 from diffusers_fisher.training.state import load_training_state, save_training_state
 
 

@@ -22,9 +22,9 @@ from diffusers_fisher import (
 )
 from diffusers_fisher.denoiser import Denoiser
 from diffusers_fisher.fisher.trace_matching import noise_shares
-from diffusers_fisher.jobs.seeds import step_generator
 from diffusers_fisher.models import FisherTraceOutput, trace_inputs
 from diffusers_fisher.noise import Prediction, log_noise_to_signal_range
+from diffusers_fisher.seeds import step_generator
 from diffusers_fisher.training.trace_losses import (
     TraceDraw,
     TraceObjective,

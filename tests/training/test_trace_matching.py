@@ -344,12 +344,6 @@ def test_nan_stops_with_the_last_good_checkpoint_kept(tmp_path, monkeypatch):
     assert torch.equal(parameters(model), parameters(reference_model))
 
 
-@pytest.mark.parametrize(("dtype", "step"), [("float32", 0.01), ("bfloat16", 0.05), ("float16", 0.05)])
-def test_finite_differences_of_half_precision_take_longer_steps(tmp_path, dtype, step):
-    config = trace_runs.config_of(tmp_path, product="finite_difference", denoiser={"dtype": dtype})
-    assert trace_matching.jacobian_estimator(config, None).relative_step == step
-
-
 @pytest.mark.parametrize("missing", [(0, 2), range(4)], ids=["some", "all"])
 def test_missing_captions_are_empty_prompts(tmp_path, missing):
     """Two of the four captions are missing, in every other image, so batches mix images with and without captions."""
