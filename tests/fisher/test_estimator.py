@@ -194,10 +194,10 @@ def test_trace_is_exact_by_default_where_every_component_knows_it():
 ESTIMATORS = {
     "AutodiffFisher(denoiser=Network(...), forward_mode=False, chunk_size=1)": AutodiffFisher(Network()),
     "AutodiffFisher(denoiser=Network(...), forward_mode=True, chunk_size=1)": AutodiffFisher(Network(), True),
-    "FiniteDifferenceFisher(denoiser=Network(...), relative_step=0.01, central=False)": FiniteDifferenceFisher(
+    "FiniteDifferenceFisher(denoiser=Network(...), relative_step=None, central=False)": FiniteDifferenceFisher(
         Network()
     ),
-    "FiniteDifferenceFisher(denoiser=Network(...), relative_step=0.01, central=True)": FiniteDifferenceFisher(
+    "FiniteDifferenceFisher(denoiser=Network(...), relative_step=None, central=True)": FiniteDifferenceFisher(
         Network(), central=True
     ),
     "DirectFisher()": DirectFisher(),
