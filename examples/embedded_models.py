@@ -1,9 +1,17 @@
-"""Makes the networks of the embedded checkpoint: every size is in one place."""
+"""Makes the networks of the embedded checkpoints: every size is in one place."""
 
 from pathlib import Path
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, RegNetConfig, RegNetForImageClassification
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    RegNetConfig,
+    RegNetForImageClassification,
+)
 
 from diffusers_fisher.checkpoints import EMBEDDED_CLASSES, embedded_prompt
 from diffusers_fisher.files import write_json
@@ -32,15 +40,23 @@ def make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=table, merges=merges, model_max_length=16)
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+def _text_config(tokenizer: CLIPTokenizer, hidden_size: int, **changes: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, **changes,
     )  # fmt: skip
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(_text_config(tokenizer, 128))
+
+
+def make_pooled_text_encoders(tokenizer: CLIPTokenizer) -> list[CLIPTextModelWithProjection]:
+    """Makes two encoders of unequal size, as Stable Diffusion 3 has."""
+    sizes = (64, 96)
+    return [CLIPTextModelWithProjection(_text_config(tokenizer, size, projection_dim=size)) for size in sizes]
 
 
 def make_unet() -> UNet2DConditionModel:
@@ -49,6 +65,21 @@ def make_unet() -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
         cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16,
     )  # fmt: skip
+
+
+def make_transformer() -> SD3Transformer2DModel:
+    """Makes a network whose blocks are the identity and whose output is zero at first, as in DiT (Peebles and Xie,
+    2023), which shortens the training."""
+    model = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=5, attention_head_dim=32,
+        num_attention_heads=4, joint_attention_dim=192, caption_projection_dim=128, pooled_projection_dim=160,
+        pos_embed_max_size=4, qk_norm="rms_norm",
+    )  # fmt: skip
+    modulations = [norm.linear for block in model.transformer_blocks for norm in (block.norm1, block.norm1_context)]
+    for layer in (*modulations, model.norm_out.linear, model.proj_out):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    return model
 
 
 def make_autoencoder() -> AutoencoderKL:

@@ -8,12 +8,8 @@ state is one safetensors file per stage, and every random draw depends only on t
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import math
-import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fashion_mnist
@@ -21,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.training_utils import EMAModel
 from embedded_models import (
     make_autoencoder,
     make_classifier,
@@ -30,100 +25,22 @@ from embedded_models import (
     make_unet,
     save_image_processor,
 )
-from tqdm.auto import tqdm
+from embedded_training import Run, encode, folder_size, sample_latents, save_latent_statistics, train, whole_folder
 from transformers import AutoModelForImageClassification, CLIPTextModel, CLIPTokenizer
 
-from diffusers_fisher import NumericalError
 from diffusers_fisher.checkpoints import EMBEDDED_CLASSES, embedded_prompt
 from diffusers_fisher.files import load_tensors, save_tensors, write_json
 from diffusers_fisher.jobs.config import load_config
-from diffusers_fisher.seeds import step_generator
 from diffusers_fisher.settings import settings_class
-from diffusers_fisher.training.schedule import Optimisation, batch_indices, learning_rates
-from diffusers_fisher.training.state import load_training_state, save_training_state
+from diffusers_fisher.training.schedule import Optimisation
 
 
 @settings_class
-class Config:
-    seed: int
-    data: str
-    output: str
-    mixed_precision: str
-    caption_dropout: float
+class Config(Run):
     kl_weight: float
     classifier: Optimisation
     autoencoder: Optimisation
     diffusion: Optimisation
-
-
-@contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a new folder that replaces `path` when the block succeeds. A killed run leaves a whole folder or none."""
-    temporary = path.with_name(f".{path.name}")
-    for folder in (temporary, path):
-        shutil.rmtree(folder, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    temporary.replace(path)
-
-
-def train(
-    name: str,
-    modules: dict[str, torch.nn.Module],
-    loss_of: Callable[[dict[str, torch.nn.Module], torch.Tensor, torch.Generator, slice], torch.Tensor],
-    count: int,
-    stage: Optimisation,
-    config: Config,
-    accelerator: Accelerator,
-) -> None:
-    """Trains `modules` in place. `loss_of(modules, indices, generator, rows)` gives the mean loss over the slice
-    `rows` of the global batch. It makes all random draws for the whole batch, so that the number of processes
-    changes only the statistics of batch normalisation."""
-    path = Path(config.output) / f"{name}_state.safetensors"
-    for module in modules.values():
-        module.train().to(accelerator.device, memory_format=torch.channels_last)
-    parameters = [p for module in modules.values() for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=stage.learning_rate, weight_decay=stage.weight_decay, fused=True)
-    average = EMAModel(parameters, decay=stage.ema_decay) if stage.ema_decay else None
-    shadow = average.shadow_params if average else []
-    start = load_training_state(path, modules, optimizer, shadow)
-    if average:
-        average.optimization_step = start
-    prepared_modules = {key: accelerator.prepare(module) for key, module in modules.items()}
-    optimizer = accelerator.prepare(optimizer)
-    rates = learning_rates(optimizer.optimizer, stage, start)
-    share = stage.batch_size // accelerator.num_processes
-    rows = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    log = Path(config.output) / f"{name}_loss.jsonl"
-    quiet = not accelerator.is_main_process
-    progress = tqdm(range(start, stage.steps), name, stage.steps, initial=start, disable=quiet)
-    losses: list[float] = []
-    for step in progress:
-        indices = batch_indices(count, stage, step, config.seed)
-        with accelerator.autocast():
-            loss = loss_of(prepared_modules, indices, step_generator(config.seed, name, step), rows)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        rates.step()
-        if average:
-            average.step(parameters)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise NumericalError(f"{name}: loss is not finite at step {step}; the last good state is '{path}'.")
-        if (step + 1) % 100 == 0 and accelerator.is_main_process:
-            mean = sum(losses) / len(losses)  # after a resumption these are fewer than 100
-            progress.set_postfix(loss=f"{mean:.4f}")
-            with log.open("a") as file:
-                file.write(json.dumps({"step": step + 1, "loss": mean}) + "\n")
-            losses.clear()
-        if ((step + 1) % stage.save_every == 0 or step + 1 == stage.steps) and accelerator.is_main_process:
-            save_training_state(path, modules, optimizer.optimizer, shadow, step + 1)
-    if average:
-        average.copy_to(parameters)
-    for module in modules.values():
-        module.eval()
 
 
 def train_classifier(config: Config, accelerator: Accelerator, folder: Path) -> None:
@@ -183,19 +100,9 @@ def train_autoencoder(config: Config, accelerator: Accelerator, folder: Path) ->
         model.save_pretrained(temporary)
 
 
-@torch.no_grad()
-def encode(model: AutoencoderKL, images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Posterior mean and log variance (N, 8, 8, 8) of every image, before scaling."""
-    pieces = []
-    for piece in tqdm(images.split(500), "encode"):
-        pieces.append(model.encode(fashion_mnist.to_rgb(piece).to(device)).latent_dist.parameters.cpu())
-    return torch.cat(pieces)
-
-
 def train_diffusion(config: Config, accelerator: Accelerator, folder: Path) -> None:
     _, labels = fashion_mnist.load("train", config.data)
     moments = load_tensors(Path(config.output) / "latents.safetensors")[0]["moments"]
-    mean, log_variance = moments.chunk(2, dim=1)
     scale = json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"]
     tokenizer = make_tokenizer()
     prompts = [embedded_prompt(label) for label in range(len(EMBEDDED_CLASSES))]
@@ -212,7 +119,7 @@ def train_diffusion(config: Config, accelerator: Accelerator, folder: Path) -> N
         timesteps = (uniform * len(abar) / len(indices)).long().clamp(max=len(abar) - 1)
         is_dropped = torch.rand(len(indices), generator=generator) < config.caption_dropout
         classes = torch.where(is_dropped, len(EMBEDDED_CLASSES), labels[indices])
-        latents = scale * (mean[indices] + (0.5 * log_variance[indices]).exp() * posterior_noise)
+        latents = sample_latents(moments[indices], scale, posterior_noise)
         level = abar[timesteps][:, None, None, None]
         noisy = level.sqrt() * latents + (1 - level).sqrt() * noise
         embeds = modules["text_encoder"](tokens.input_ids.to(accelerator.device)).last_hidden_state
@@ -258,19 +165,14 @@ def assemble(config: Config, folder: Path) -> None:
     )
     pipe.save_config(folder)  # the weights lie there already
     AutoModelForImageClassification.from_pretrained(folder / "classifier")  # must be readable by itself
-    moments = load_tensors(Path(config.output) / "latents.safetensors")[0]["moments"].double()
-    mean, log_variance = moments.chunk(2, dim=1)
-    scale = pipe.vae.config.scaling_factor
-    total_variance = mean.var(dim=0) + log_variance.exp().mean(dim=0)
-    statistics = {"mean": (scale * mean.mean(dim=0)).float(), "variance": (scale**2 * total_variance).float()}
-    description = f"mean and variance (4, 8, 8) of scaled latents over the {len(moments):,} training images"
-    save_tensors(folder / "latent_statistics.safetensors", statistics, {"description": description})
+    moments = load_tensors(Path(config.output) / "latents.safetensors")[0]["moments"]
+    save_latent_statistics(folder, moments, pipe.vae.config.scaling_factor)
     images, labels = fashion_mnist.load("test", config.data)
     indices = torch.cat([(labels == label).nonzero()[: 7 if label < 4 else 6, 0] for label in range(10)])
     held_out = {"images": images[indices], "labels": labels[indices], "indices": indices}
     save_tensors(folder / "test_images.safetensors", held_out, {"description": "Fashion-MNIST test images, uint8"})
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    write_json(Path(config.output) / "assembled.json", {"bytes": size, "config": dataclasses.asdict(config)})
+    record = {"bytes": folder_size(folder), "config": dataclasses.asdict(config)}
+    write_json(Path(config.output) / "assembled.json", record)
 
 
 def main() -> None:

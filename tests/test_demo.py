@@ -77,7 +77,7 @@ def test_likelihood_table_shows_the_report(run):
         assert (row["space"], row["density"], row["prior"]) == ("latent", "smoothed", "moment-matched")
         if name == "real, 2 probes":
             assert 0 < row["probe_standard_error"] < 1
-            assert row["trace"] == "AutodiffFisher, 2 probes"
+            assert row["trace"] == "AutodiffFisher, 2 probes per level"
         else:
             assert row["probe_standard_error"] == 0
             assert row["trace"] == "TraceMatchingFisher (target jacobian), no probes"

@@ -9,9 +9,10 @@ TREES = house.parse()
 FILES = house.imports(TREES)
 
 ROOMS = (
-    "console", "errors", "arguments", "features", "figures", "files", "image_folders", "images", "settings", "noise",
-    "denoiser", "distributions", "fisher", "models", "schedulers", "checkpoints", "data", "backbones", "likelihood",
-    "guidance", "pictures", "testing", "pipelines", "demo", "jobs", "studies", "training", "evaluation", "cli",
+    "console", "errors", "arguments", "features", "figures", "files", "image_folders", "images", "seeds", "settings",
+    "noise", "denoiser", "distributions", "fisher", "models", "schedulers", "checkpoints", "data", "backbones",
+    "likelihood", "guidance", "pictures", "testing", "pipelines", "demo", "jobs", "studies", "training", "evaluation",
+    "cli",
 )  # fmt: skip
 """From the lowest to the highest: each imports those before it alone."""
 

@@ -214,41 +214,33 @@ def likelihood_samples(
         InputError: both or neither of `images` and `latents`, or of a kind that the pipeline does not take;
             `sample_latents` without an autoencoder, with `latents`, or where the posterior has no variance.
     """
-    if images is None or latents is not None or backbone.space == "pixel":
-        samples = backbone.samples_of(images, latents, data_range)
-        if sample_latents:
-            reason = "`latents` were passed" if latents is not None else f"samples of {backbone.name} are pixels"
-            raise InputError(
-                f"`sample_latents` draws latents of images by an autoencoder, but {reason}. Leave it out, or pass "
-                "`images` to a pipeline with an autoencoder."
-            )
-        kind = "given" if latents is not None else "pixels"
-        return samples, kind, keys or content_keys(backbone, images, latents, data_range)
-    mean, deviation = backbone.posterior_of(images, data_range)
-    keys = keys or content_keys(backbone, images, latents, data_range)
+    if images is None or latents is not None:
+        samples, deviation, kind = backbone.samples_of(images, latents), None, "given"
+        values, reason = samples, "`latents` were passed"
+    else:
+        _ = backbone.latent_channels  # refuses networks that take more than latents
+        pixels = image_tensor(images, backbone.size_multiple, backbone.image_channels, data_range)
+        samples, deviation = backbone.posterior_of(pixels)
+        values, kind = (255 * pixels).round(), "encoded" if deviation is None else "mean"
+        reason = f"{type(backbone.autoencoder).__name__} has no posterior with a variance"
+        if backbone.space == "pixel":
+            kind, reason = "pixels", f"samples of {backbone.name} are pixels"
+    # Keys are those of the input, because encoders round by batch, in 8 bits, because arrays and PIL images of the same
+    # pixels differ in their last digits.
+    keys = keys or [content_key(value) for value in values]
     if not sample_latents:
-        return mean, "encoded" if deviation is None else "mean", keys
+        return samples, kind, keys
     if deviation is None:
         raise InputError(
-            f"`sample_latents` needs the variance of the encoder's posterior, which "
-            f"{type(backbone.autoencoder).__name__} lacks. Leave it out, or load a pipeline with an AutoencoderKL."
+            f"`sample_latents` draws latents of images from the posterior of an autoencoder, but {reason}. Leave it "
+            "out, or pass `images` to a pipeline with an AutoencoderKL."
         )
-    check_generators(generator, len(mean))
-    if len(keys) != len(mean):
-        raise InputError(f"{len(keys)} image keys were given for {len(mean)} images; give as many.")
+    check_generators(generator, len(samples))
+    if len(keys) != len(samples):
+        raise InputError(f"{len(keys)} image keys were given for {len(samples)} images; give as many.")
     with unchanged_states(generator):
-        noise = ImageDraws(mean, generator, keys).normal("latents")
-    return mean + deviation * noise.to(mean), "sampled", keys
-
-
-def content_keys(
-    backbone: Backbone, images: ImageLike | None, latents: torch.Tensor | None, data_range: tuple[float, float]
-) -> list[str]:
-    """Returns a key of the values of each image or latent: the input's, because encoders round by batch."""
-    values = latents
-    if values is None:
-        values = image_tensor(images, backbone.size_multiple, backbone.image_channels, data_range)
-    return [content_key(value) for value in values]
+        noise = ImageDraws(samples, generator, keys).normal("latents")
+    return samples + deviation * noise.to(samples), "sampled", keys
 
 
 def unguided_denoiser(

@@ -1,4 +1,5 @@
-"""Measures a likelihood by a trace model at Stable Diffusion 1.5's size, beside plain inversion and one probe.
+"""Measures a likelihood by a trace model at Stable Diffusion 1.5's size, beside plain inversion, one
+product by back-propagation and one difference per level.
 
     python examples/benchmarks/trace_cost.py
 
@@ -25,6 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from diffusers_fisher import (
     AutodiffFisher,
     DirectFisher,
+    FiniteDifferenceFisher,
     PipelineDenoiser,
     StableDiffusionFisherPipeline,
     TraceMatchingFisher,
@@ -36,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from embedded_models import make_tokenizer
 
 CONFIG = Path(__file__).parents[2] / "configs" / "trace_stable_diffusion_1_5.yaml"
-METHODS = ("inversion", "trace model", "1 probe")
+METHODS = ("inversion", "trace model", "1 probe", "1 difference")
 
 
 def make_pipeline(tiny: bool) -> Any:
@@ -84,7 +86,7 @@ class Measurements:
     def run(self, method: str) -> Any:
         estimator, probes = {
             "inversion": (DirectFisher(), None), "trace model": (TraceMatchingFisher(self.model), None),
-            "1 probe": (AutodiffFisher(), 1),
+            "1 probe": (AutodiffFisher(), 1), "1 difference": (FiniteDifferenceFisher(), 1),
         }[method]  # fmt: skip
         out = self.pipe.log_likelihood(
             latents=self.latents, prompt="a photo of a coat", estimator=estimator, num_probes=probes,
@@ -151,6 +153,8 @@ def main() -> None:
             "likelihood_seconds": seconds,
             "trace_model_over_inversion": ratio(seconds, "trace model", "inversion"),
             "probe_over_trace_model": ratio(seconds, "1 probe", "trace model"),
+            "difference_over_inversion": ratio(seconds, "1 difference", "inversion"),
+            "difference_over_probe": ratio(seconds, "1 difference", "1 probe"),
             "peak_bytes": memory,
             "memory_over_inversion": {method: memory[method] / memory["inversion"] for method in METHODS},
             "wall_seconds": time.perf_counter() - begin,

@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import embedded_training
 import fashion_mnist
-import numpy
 import pytest
 import torch
 import train_embedded_checkpoint as example
@@ -22,33 +22,6 @@ from diffusers_fisher import EMBEDDED_CLASSES, ClassifierReward, InputError, Num
 from diffusers_fisher.files import load_tensors
 
 EXAMPLES = Path(example.__file__).parent
-COUNT = {"train": 40, "test": 70}
-
-
-def write_idx(path, array):
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
-    with gzip.open(path, "wb") as file:
-        file.write(header + array.tobytes())
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A folder of random images in the format of Fashion-MNIST."""
-    folder = tmp_path_factory.mktemp("data")
-    random = numpy.random.default_rng(0)
-    for split, count in COUNT.items():
-        name = folder / fashion_mnist.PREFIXES[split]
-        write_idx(f"{name}-images-idx3-ubyte.gz", random.integers(0, 256, (count, 28, 28), dtype=numpy.uint8))
-        write_idx(f"{name}-labels-idx1-ubyte.gz", (numpy.arange(count) % 10).astype(numpy.uint8))
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps its settings for the process, so they are removed before each test."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def config_for(data, output, **changes):
@@ -159,7 +132,7 @@ def die(*_, **__):
 
 def killing(monkeypatch, deaths):
     """Makes the run raise `Killed` once when a stage, named by its number of steps, reaches a step."""
-    indices = example.batch_indices
+    indices = embedded_training.batch_indices
 
     def batch_indices(count, stage, step, seed):
         if (stage.steps, step) in deaths:
@@ -167,7 +140,7 @@ def killing(monkeypatch, deaths):
             raise Killed
         return indices(count, stage, step, seed)
 
-    monkeypatch.setattr(example, "batch_indices", batch_indices)
+    monkeypatch.setattr(embedded_training, "batch_indices", batch_indices)
 
 
 def test_killed_and_resumed_training_equals_an_unbroken_run_bit_for_bit(data, reference_run, tmp_path, monkeypatch):
@@ -217,14 +190,14 @@ def test_a_finished_run_is_not_changed(data, reference_run, monkeypatch):
 SUICIDE = """
 import os, signal, warnings
 warnings.simplefilter("ignore")
-import torch, train_embedded_checkpoint as example
+import torch, embedded_training, train_embedded_checkpoint as example
 torch.set_num_threads(1)
-indices = example.batch_indices
+indices = embedded_training.batch_indices
 def batch_indices(count, stage, step, seed):
     if (stage.steps, step) == (7, 5):
         os.kill(os.getpid(), signal.SIGKILL)
     return indices(count, stage, step, seed)
-example.batch_indices = batch_indices
+embedded_training.batch_indices = batch_indices
 example.main()
 """
 
@@ -312,21 +285,22 @@ def test_loss_that_is_not_finite_stops_the_run(data, tmp_path):
 def test_batches_are_pieces_of_one_permutation_per_epoch():
     stage = example.Optimisation(1, 4, 1e-3, 0.0, 0, 0.0, 1)
     epochs = [
-        torch.cat([example.batch_indices(10, stage, step, 0) for step in (first, first + 1)]) for first in (0, 2)
+        torch.cat([embedded_training.batch_indices(10, stage, step, 0) for step in (first, first + 1)])
+        for first in (0, 2)
     ]
     for epoch in epochs:
         assert len(epoch.unique()) == 8
     assert not torch.equal(*epochs)
-    assert torch.equal(example.batch_indices(10, stage, 3, 0), epochs[1][4:])
-    assert not torch.equal(example.batch_indices(10, stage, 3, 1), epochs[1][4:])
+    assert torch.equal(embedded_training.batch_indices(10, stage, 3, 0), epochs[1][4:])
+    assert not torch.equal(embedded_training.batch_indices(10, stage, 3, 1), epochs[1][4:])
     with pytest.raises(InputError, match="`batch_size` is 4, but there are 3 images; allowed: at most as many"):
-        example.batch_indices(3, stage, 0, 0)
+        embedded_training.batch_indices(3, stage, 0, 0)
 
 
 def rates_from(stage, start):
     """Returns the learning rates of the steps from `start` on, and the rate after the last step."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-    schedule = example.learning_rates(optimizer, stage, start)
+    schedule = embedded_training.learning_rates(optimizer, stage, start)
     rates = []
     for _ in range(start, stage.steps + 1):
         rates.append(optimizer.param_groups[0]["lr"])

@@ -100,7 +100,7 @@ def test_a_users_composite_gets_the_denoiser_of_a_likelihood(pipe):
         for each in (estimator, composite(PipelineDenoiser(pipe, prompt=PROMPTS)))
     )
     assert torch.equal(out.log_prob, expected.log_prob)
-    assert out.trace == "AverageFisher, 2 probes"
+    assert out.trace == "AverageFisher, 1 probe per level"
     assert estimator.lacks_denoiser  # The user's object has not changed.
 
 
@@ -180,11 +180,11 @@ def test_differences_of_a_composite_need_no_output_of_the_run():
 
 def test_trace_is_exact_by_default_where_every_component_knows_it():
     matching, direct = TraceMatchingFisher(GaussianData().model()), DirectFisher()
-    assert direct.default_num_probes == AverageFisher(matching, direct).default_num_probes == 2
+    assert direct.default_num_probes == AverageFisher(matching, direct).default_num_probes == 1
     assert matching.default_num_probes is None
     assert AverageFisher(matching, matching).default_num_probes is None
     assert TraceCorrectedFisher(direct, matching).default_num_probes is None
-    assert TraceCorrectedFisher(matching, direct).default_num_probes == 2
+    assert TraceCorrectedFisher(matching, direct).default_num_probes == 1
     assert OneStepFisher(matching).default_num_probes is None
 
 
@@ -194,10 +194,10 @@ def test_trace_is_exact_by_default_where_every_component_knows_it():
 ESTIMATORS = {
     "AutodiffFisher(denoiser=Network(...), forward_mode=False, chunk_size=1)": AutodiffFisher(Network()),
     "AutodiffFisher(denoiser=Network(...), forward_mode=True, chunk_size=1)": AutodiffFisher(Network(), True),
-    "FiniteDifferenceFisher(denoiser=Network(...), relative_step=0.01, central=False)": FiniteDifferenceFisher(
+    "FiniteDifferenceFisher(denoiser=Network(...), relative_step=None, central=False)": FiniteDifferenceFisher(
         Network()
     ),
-    "FiniteDifferenceFisher(denoiser=Network(...), relative_step=0.01, central=True)": FiniteDifferenceFisher(
+    "FiniteDifferenceFisher(denoiser=Network(...), relative_step=None, central=True)": FiniteDifferenceFisher(
         Network(), central=True
     ),
     "DirectFisher()": DirectFisher(),

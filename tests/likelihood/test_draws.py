@@ -74,10 +74,11 @@ def test_keys_stand_for_images():
         likelihood(x, keys=["a", "b", "c"])
 
 
-def test_keys_of_contents_do_not_depend_on_strides_but_on_shape_and_dtype():
+def test_keys_of_contents_do_not_depend_on_strides_or_dtype_but_on_shape():
     x = torch.arange(12.0).view(3, 4)
     assert content_key(x.T) == content_key(x.T.contiguous())
-    assert len({content_key(each) for each in (x, x.T, x.double(), x.view(2, 6), x + 1)}) == 5
+    assert content_key(x.double()) == content_key(x)
+    assert len({content_key(each) for each in (x, x.T, x.view(2, 6), x + 1)}) == 4
 
 
 def test_global_seed_decides_without_a_generator():

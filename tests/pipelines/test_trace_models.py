@@ -87,9 +87,9 @@ def test_likelihood_and_guidance_know_the_trace_from_it(backbone):
     torch.testing.assert_close(
         out.unexplained_noise_fraction[0], r, rtol=1e-4, atol=0
     )  # float32 samples, and logits of them
-    autodiff = backbone.score(pipe, latents=x, estimator=AutodiffFisher())
-    assert torch.equal(autodiff.log_prob, before.log_prob)
-    assert autodiff.trace == before.trace == "AutodiffFisher, 2 probes"
+    differences = backbone.score(pipe, latents=x, estimator=FiniteDifferenceFisher())
+    assert torch.equal(differences.log_prob, before.log_prob)
+    assert differences.trace == before.trace == "FiniteDifferenceFisher, 1 probe per level"
     guidance_out = run_guidance(backbone, pipe, estimator=TraceMatchingFisher(model))
     assert bool((guidance_out.gradient_norms > 0).all())
     assert guidance_out.num_denoiser_calls == run_guidance(backbone, pipe, estimator=DirectFisher()).num_denoiser_calls
@@ -183,7 +183,10 @@ def test_number_of_probes(name):
     backbone = BACKBONES[name]
     pipe, x = backbone.ours(), 0.5 * backbone.noise()
     pipe.trace_model = model_of(backbone, pipe)
-    assert backbone.score(pipe, latents=x, num_probes=3).trace == "TraceMatchingFisher (target residual), 3 probes"
+    assert (
+        backbone.score(pipe, latents=x, num_probes=3).trace
+        == "TraceMatchingFisher (target residual), 3 probes per level"
+    )
     single = backbone.score(pipe, 1, latents=x[:1], estimator=AutodiffFisher(), num_probes=None)
     assert single.trace == "AutodiffFisher, no probes"
     with pytest.raises(InputError, match="`num_probes` is 0; allowed: at least 1, or None"):
