@@ -225,8 +225,8 @@ def likelihood_samples(
         reason = f"{type(backbone.autoencoder).__name__} has no posterior with a variance"
         if backbone.space == "pixel":
             kind, reason = "pixels", f"samples of {backbone.name} are pixels"
-    # Keys are those of the input, because encoders round by batch, in 8 bits, because arrays and PIL images of the same
-    # pixels differ in their last digits.
+    # Keys are those of the input, because encoders round by batch, in 8 bits, because arrays and PIL images of the
+    # same pixels differ in their last digits.
     keys = keys or [content_key(value) for value in values]
     if not sample_latents:
         return samples, kind, keys
