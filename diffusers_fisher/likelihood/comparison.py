@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from diffusers.utils import BaseOutput
 
+from ..errors import InputError
 from .output import LikelihoodOutput, SquaredErrorOutput
 from .squared_error import stratified_error
 from .traces import level_error, scatter_error
@@ -153,8 +154,15 @@ class CheckpointComparison(PairedLikelihoods):
         return -self.log_prob / (self.dims * math.log(2))
 
     def differences(self, reference: int = 0) -> CheckpointDifferences:
-        """Returns each checkpoint's difference from checkpoint `reference`, with its errors."""
-        index = torch.full((1, self.log_prob.shape[1]), range(len(self.log_prob))[reference])
+        """Returns each checkpoint's difference from checkpoint `reference`, with its errors.
+
+        Raises:
+            InputError: there is no such checkpoint.
+        """
+        checkpoints, images = self.log_prob.shape
+        if not 0 <= reference < checkpoints:
+            raise InputError(f"`reference` is {reference}; allowed: 0 to {checkpoints - 1}, a checkpoint's place.")
+        index = torch.full((1, images), reference)
         return CheckpointDifferences(*self._difference_from(index, 0), self.dims)
 
     def __str__(self) -> str:

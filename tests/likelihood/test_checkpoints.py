@@ -58,6 +58,8 @@ def test_every_row_is_the_likelihood_by_the_same_directions():
     assert torch.equal(table.differences(1).log_prob[1], torch.zeros(3, dtype=torch.float64))
     assert relative(difference.to_bits(difference.log_prob), table.bits_per_dim[0] - table.bits_per_dim) < 1e-9
     assert table.num_denoiser_calls == 2 * 2 * 5
+    with pytest.raises(InputError, match="`reference` is 2; allowed: 0 to 1, a checkpoint's place"):
+        table.differences(2)
 
 
 def test_errors_of_the_mean_are_the_scatter_over_images_and_the_part_of_the_probes():
