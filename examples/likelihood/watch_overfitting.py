@@ -99,7 +99,7 @@ def draw(rows: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--every", type=int, default=40)
     parser.add_argument("--training-images", type=int, default=8)
     parser.add_argument("--held-out-images", type=int, default=24)
