@@ -5,7 +5,7 @@
 The LoRA of the embedded checkpoint learns the first test images (no test image was in the checkpoint's own training).
 A `HeldOutLikelihood` in the training loop prints bits/dim of these images and of others, by the same random directions
 at every step: the former become likelier and the latter less likely. --output gets a picture and the figures as JSON.
-The example needs peft (`pip install 'diffusers_fisher[dev]'`) and takes about a minute.
+The example needs peft (`pip install 'diffusers_fisher[dev]'`) and takes two to three minutes on one slow core.
 """
 
 import argparse
