@@ -25,7 +25,7 @@ from .discretisation import estimated_error
 from .draws import ImageDraws
 from .output import LikelihoodOutput
 from .schemes import DEFAULT_SCHEME, Scheme, Track, noise_grid, quadrature_weights, scheme_of
-from .traces import NodeTrace, node_variance, standard_error
+from .traces import NodeTrace, TraceRecord
 
 Moment = torch.Tensor | float | None
 
@@ -42,8 +42,9 @@ class OdeProblem:
 
     Args:
         denoiser: denoiser at guidance scale 1; a guided output is the score of no density.
-        start: (B, ...) float64, the points whose density is computed.
-        dtype: dtype of the denoiser's inputs.
+        start: (B, ...) float64, the points whose density is computed; on the CPU, because some devices have no
+            float64.
+        device, dtype: those of the denoiser's inputs.
         estimator: gives the trace at every node, with its denoiser.
         draws: makes the directions of the trace.
         low, high: log(sigma/alpha) at the ends.
@@ -54,6 +55,7 @@ class OdeProblem:
 
     denoiser: Denoiser
     start: torch.Tensor
+    device: torch.device
     dtype: torch.dtype
     estimator: FisherEstimator
     draws: ImageDraws
@@ -69,19 +71,20 @@ class OdeProblem:
         level = self.denoiser.level(timestep)
         needs_graph = self.estimator.needs_graph
         with torch.set_grad_enabled(needs_graph):
-            model_input = (expand(level.alpha, x) * x).to(self.dtype).requires_grad_(needs_graph)
+            model_input = (expand(level.alpha, x) * x).to(self.dtype).to(self.device).requires_grad_(needs_graph)
             state = self.denoiser.state(model_input, timestep.to(torch.float32))
             operator, factor = self.estimator(state), float(level.sigma) ** 2 / x[0].numel()
             count = self.integration.num_probes
             if count is None:
-                trace = NodeTrace.exact(factor * operator.trace().value.to(x.device))
+                trace = NodeTrace.exact(factor * operator.trace().value.cpu())
             else:
                 # Rounded, because another way to the same grid may differ in the last digits.
                 place = "fixed" if self.integration.fixed_probes else f"{log_noise:.9f}"
-                vectors = self.draws.signs(count, "probes", place).to(model_input)
-                trace = NodeTrace.sampled(vectors, factor * operator.products(vectors).detach().double())
+                vectors = self.draws.signs(count, "probes", place)
+                products = operator.products(vectors.to(self.dtype).to(self.device)).detach().cpu().double()
+                trace = NodeTrace.sampled(vectors, factor * products)
         self.integration.on_step()
-        return Node(state.epsilon.detach().double(), trace)
+        return Node(state.epsilon.detach().cpu().double(), trace)
 
     def prior(self, x: torch.Tensor) -> torch.Tensor:
         """Returns log N(x; mean, variance + s^2) at the noise end, (B,) nats."""
@@ -213,7 +216,7 @@ def prepare_problem(
             f"`num_probes` is {integration.num_probes} for samples of {samples[0].numel()} dimensions; pass None for "
             "the exact trace, which costs fewer products."
         )
-    moments = check_prior(samples, integration.prior_mean, integration.prior_variance)
+    moments = check_prior(samples.shape[1:], integration.prior_mean, integration.prior_variance)
     if check_estimator(estimator).needs_graph and torch.is_inference_mode_enabled():
         raise InputError(
             f"{type(estimator).__name__} differentiates the denoiser, which torch.inference_mode forbids even inside "
@@ -221,12 +224,23 @@ def prepare_problem(
         )
     estimator = estimator.bind(denoiser)
     low, high = log_noise_to_signal_range(denoiser.scheduler)
-    draws = ImageDraws(samples, generator, integration.keys)
-    start = samples.double() if bins is None else dequantised(samples, bins, draws.generators("bins"))
+    draws, start = ImageDraws(samples, generator, integration.keys), samples.cpu().double()
+    if bins is not None:
+        start = dequantised(start, bins, draws.generators("bins"))
     if integration.noised:
-        start = start + math.exp(low) * draws.normal("noise").to(start.device)
+        start = start + math.exp(low) * draws.normal("noise")
     return OdeProblem(
-        denoiser, start, samples.dtype, estimator, draws, low, high, *moments, denoiser.num_calls, integration
+        denoiser,
+        start,
+        samples.device,
+        samples.dtype,
+        estimator,
+        draws,
+        low,
+        high,
+        *moments,
+        denoiser.num_calls,
+        integration,
     )
 
 
@@ -247,7 +261,8 @@ def integrate(problem: OdeProblem, num_steps: int, scheme: Scheme) -> Likelihood
     )
     # The solution of higher order is the nearest to the true one: the trace's points are measured against it.
     best = solution if scheme.order > scheme.companion else companion
-    traces, shifts = [node.trace], []
+    traces, shifts = TraceRecord(), []
+    traces.add(node.trace)
     for index in range(1, len(nodes)):
         point, previous = path.predict(nodes, index), path.x
         node = problem.evaluate(point, timesteps[index], nodes[index])
@@ -255,20 +270,18 @@ def integrate(problem: OdeProblem, num_steps: int, scheme: Scheme) -> Likelihood
         for track in (path, solution, companion):
             track.correct(nodes, index, point, node.epsilon, slope)
         shifts.append(_norm(best.x - point) / _norm(point - previous).clamp_min(torch.finfo(torch.float64).tiny))
-        traces.append(node.trace)
-    values, dimensions = torch.stack([trace.rest for trace in traces]), x[0].numel()
-    weights = dimensions * quadrature_weights(grid, scheme.quadrature).to(x.device)
-    fixed = problem.integration.fixed_probes
-    variance = node_variance(traces, fixed)
+        traces.add(node.trace)
+    values, dimensions, fixed = traces.rests, x[0].numel(), problem.integration.fixed_probes
+    weights = dimensions * quadrature_weights(grid, scheme.quadrature)
     prior = problem.prior(solution.x)
     prior_error = (problem.prior(companion.x) - prior).abs() / dimensions
-    error = estimated_error(prior_error, values, variance, torch.stack(shifts), grid.to(x.device), scheme)
+    error = estimated_error(prior_error, values, traces.variance(fixed), torch.stack(shifts), grid, scheme)
     return make_output(
         problem, problem.integration.scheme, final_latents=solution.x, prior_log_prob=prior,
         trace_log_prob=torch.einsum("n,nb->b", weights, values),
-        trace_by_level=weights[:, None, None] * torch.stack([trace.by_probe for trace in traces]),
+        trace_by_level=weights[:, None, None] * traces.by_probe,
         trace_weights=weights, unexplained_noise_fraction=1 - values, noise_to_signal=grid.exp(),
-        standard_error=standard_error(traces, variance, weights, fixed), discretisation_error=dimensions * error,
+        standard_error=traces.standard_error(weights, fixed), discretisation_error=dimensions * error,
     )  # fmt: skip
 
 
@@ -304,10 +317,10 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
 
 
 def standard_noise(like: torch.Tensor, generator: Generators) -> torch.Tensor:
-    """Draws standard normal noise in the shape and dtype of `like`, and returns it in float64."""
+    """Draws standard normal noise in the shape and dtype of `like`, and returns it in float64 on the CPU."""
     from diffusers.utils.torch_utils import randn_tensor
 
-    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype).double()
+    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype).cpu().double()
 
 
 def check_samples(samples: torch.Tensor) -> torch.Tensor:
@@ -322,8 +335,8 @@ def check_samples(samples: torch.Tensor) -> torch.Tensor:
     return samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
 
 
-def check_prior(samples: torch.Tensor, mean: Moment, variance: Moment) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns mean and variance of the data in float64, 0 and 1 where both are None.
+def check_prior(shape: torch.Size, mean: Moment, variance: Moment) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns mean and variance of data of `shape` in float64 on the CPU, 0 and 1 where both are None.
 
     Raises:
         InputError: only one of them, values that do not broadcast to a sample, or that are not finite or negative.
@@ -331,14 +344,13 @@ def check_prior(samples: torch.Tensor, mean: Moment, variance: Moment) -> tuple[
     if (mean is None) != (variance is None):
         raise InputError("Give both `prior_mean` and `prior_variance` (of the data), or neither for 0 and 1.")
     moments = (0.0, 1.0) if mean is None or variance is None else (mean, variance)
-    mean, variance = (torch.as_tensor(value, dtype=torch.float64, device=samples.device) for value in moments)
-    shape = tuple(samples.shape[1:])
+    mean, variance = (torch.as_tensor(value, device="cpu").double() for value in moments)
     for name, value in (("prior_mean", mean), ("prior_variance", variance)):
         try:
             value.expand(shape)
         except RuntimeError:
             raise InputError(
-                f"`{name}` has shape {tuple(value.shape)}; allowed: a number, or what broadcasts to {shape}."
+                f"`{name}` has shape {tuple(value.shape)}; allowed: a number, or what broadcasts to {tuple(shape)}."
             ) from None
     if not (torch.isfinite(mean).all() and torch.isfinite(variance).all() and (variance >= 0).all()):
         raise InputError("`prior_mean` must be finite, and `prior_variance` finite and not negative.")
