@@ -54,6 +54,10 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         offset_bits: bits that `bits_per_dim` adds for data in bins: log2 of the bins in a unit of the model's
             coordinates.
         trace_by_probe: (k, B) nats, `trace_log_prob` by each probe alone, for paired comparisons; k = 0 without.
+        denoiser_calls_per_image: (B,) int64, evaluations for each sample, where `tolerance` was given; else None, and
+            every sample takes `num_denoiser_calls`.
+        status: one per sample, "converged" where `discretisation_error` is at most `tolerance`, else "not converged";
+            None without a tolerance.
     """
 
     log_prob: torch.Tensor
@@ -74,6 +78,8 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
     scheme: str
     offset_bits: float
     trace_by_probe: torch.Tensor
+    denoiser_calls_per_image: torch.Tensor | None = None
+    status: list[str] | None = None
 
     def __str__(self) -> str:
         bits, count = self.bits_per_dim, len(self.log_prob)
@@ -82,6 +88,8 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         )
         offset = f", {self.offset_bits:.4f} of them for the bins" if self.offset_bits else ""
         how = "against half as many" if self.halved else "estimated"
+        if self.status is not None:
+            how = f"by several grids; converged: {self.status.count('converged')} of {count}"
         by_probes = f"{probes:.4f} by the probes" if len(self.trace_by_probe) else "no probes"
         lines = [
             f"Log-likelihood of {count} {self.space} sample{'s' * (count > 1)} of {self.dims} dimensions",

@@ -21,9 +21,14 @@ from ..fisher.trace_matching import TraceMatchingFisher
 from ..images import UNIT_RANGE, ImageLike
 from .comparison import METHODS, LikelihoodComparison
 from .output import LikelihoodOutput, SquaredErrorOutput
+from .refinement import MAX_DENOISER_CALLS, check_refinement
 from .schemes import DEFAULT_SCHEME
 from .solver import Integration, integrate_log_likelihood
 from .squared_error import squared_error_log_likelihood
+
+DEFAULT_STEPS = 32
+DEFAULT_STEPS_WITH_TOLERANCE = 38
+"""More steps, because an image that they do not suffice for starts anew, with twice as many."""
 
 NUM_LEVELS = 64
 SQUARED_ERROR_OPTIONS = ("prior_mean", "prior_variance", "bins", "data_range")
@@ -36,7 +41,7 @@ def log_likelihood(
     prompt: Condition = None,
     *,
     latents: torch.Tensor | None = None,
-    num_inference_steps: int = 32,
+    num_inference_steps: int | None = None,
     estimator: FisherEstimator | None = None,
     num_probes: int | Literal["auto"] | None = "auto",
     noised: bool = False,
@@ -47,6 +52,8 @@ def log_likelihood(
     scheme: str = DEFAULT_SCHEME,
     data_range: tuple[float, float] = UNIT_RANGE,
     bins: int | None = None,
+    tolerance: float | None = None,
+    max_denoiser_calls: int = MAX_DENOISER_CALLS,
     **call_arguments: Any,
 ) -> LikelihoodOutput:
     """Scores images by their log-likelihood under a checkpoint, without classifier-free guidance.
@@ -61,7 +68,8 @@ def log_likelihood(
         prompt: one prompt for all images, or one per image; None: the empty prompt. Class labels where the pipeline
             takes class labels.
         latents: (B, C, h, w) scaled latents, instead of `images`.
-        num_inference_steps: steps of the integration.
+        num_inference_steps: steps of the integration, with a tolerance of its first grid; None: 32, or 38 with a
+            tolerance.
         estimator: gives the trace of the diffusion Fisher; None: `TraceMatchingFisher` with the checkpoint's trace
             model, or without a trace model the network's own trace, `AutodiffFisher()`.
         num_probes: Hutchinson probes; None: the exact trace, with `AutodiffFisher` by C*h*w backward passes per step;
@@ -72,13 +80,17 @@ def log_likelihood(
         data_range: lowest and highest value of arrays and tensors of images, such as (0, 255).
         bins: for pipelines in pixels, the number of values an image can have, 256 for 8 bits: each pixel is moved to a
             random point of its bin, and `bits_per_dim` is that of the discrete image. None: that of the density.
+        tolerance: bits/dim; each image's grid is refined until its discretisation error is at most this, and the
+            output's `status` says which images reached it. None: `num_inference_steps` for all images.
+        max_denoiser_calls: largest number of evaluations per image with a tolerance.
         **call_arguments: arguments of the pipeline's call, such as `prompt_embeds` with the tensors that belong to
             them. Negative prompts have no effect without guidance, and are refused.
 
     Returns:
         `LikelihoodOutput`. Cost: `num_inference_steps` + 1 evaluations, half as many again with `step_halving`, each
-        with one backward pass per probe, or with one evaluation of the trace model. Warns where the discretisation
-        error exceeds 0.05 bits/dim (`CoarseGridWarning`).
+        with one backward pass per probe, or with one evaluation of the trace model; with a tolerance further
+        evaluations of the images that need them. Warns where the discretisation error exceeds 0.05 bits/dim, or the
+        tolerance after the last evaluation (`CoarseGridWarning`).
 
     Raises:
         InputError: images, latents or conditions of the wrong kind, size, range or number; guidance; a trace model of
@@ -87,8 +99,11 @@ def log_likelihood(
     """
     backbone = backbone_of(pipe)
     backbone.check_bins(bins)
+    if num_inference_steps is None:
+        num_inference_steps = DEFAULT_STEPS if tolerance is None else DEFAULT_STEPS_WITH_TOLERANCE
     if num_inference_steps < 2:
         raise InputError(f"`num_inference_steps` is {num_inference_steps}; allowed: at least 2, sensibly 20 or more.")
+    check_refinement(tolerance, max_denoiser_calls, num_inference_steps, step_halving, "num_inference_steps")
     backbone.check_scheduler()
     guidance_scale = backbone.unguided_scale(call_arguments)
     call_arguments = check_arguments(backbone.name, backbone.parameters, log_likelihood, call_arguments)
@@ -101,9 +116,13 @@ def log_likelihood(
     mean, variance = backbone.prior(prior_mean, prior_variance, samples)
     nodes = num_inference_steps + 1 + (num_inference_steps // 2 + 1 if step_halving else 0)
     with backbone.loaded(), backbone.progress_bar(nodes) as progress:
+
+        def extend(number: int) -> None:
+            progress.total += number
+
         integration = Integration(
             num_inference_steps, num_probes, mean, variance, noised, step_halving, generator, scheme, bins,
-            backbone.space, progress.update,
+            backbone.space, progress.update, tolerance, max_denoiser_calls, extend,
         )  # fmt: skip
         return integrate_log_likelihood(denoiser, backbone.pack(samples), estimator, integration)
 
