@@ -93,9 +93,9 @@ def likelihood_discretisation() -> str:
     cells = {(row["family"], row["class"], row["way"]): row for row in result["summary"]}
     families, classes = (dict.fromkeys(row[key] for row in result["summary"]) for key in ("family", "class"))
     parts = [
-        f"{len(result['laws'])} laws of {len(result['by_seed'])} seeds, {result['points_per_class_and_family']} "
-        f"points of each class and family; share of settled points whose error is covered (share that is wrong by more "
-        f"than 0.05 bits/dim with less than 0.05 stated). One grid and step halving take {result['steps']} steps.",
+        f"{len(result['laws'])} laws of {len(result['by_seed'])} seeds, {result['points_per_class_and_family']} points"
+        " of each class and family; share of settled points whose error is covered (share that is wrong by more than "
+        f"0.05 bits/dim with less than 0.05 stated). One grid and step halving take {result['steps']} steps.",
     ]
     for family in families:
         lines = []

@@ -69,10 +69,11 @@ def test_result_of_a_sample_depends_on_no_other_sample(mixed):
     law, samples, out = mixed
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
     turned = solve(law, samples[order], tolerance=TOLERANCE, max_denoiser_calls=120)
-    alone = [solve(law, samples[i : i + 1], tolerance=TOLERANCE, max_denoiser_calls=120) for i in range(0, 18, 3)]
+    chosen = (0, 5, 12)
+    alone = [solve(law, samples[i : i + 1], tolerance=TOLERANCE, max_denoiser_calls=120) for i in chosen]
     assert torch.allclose(turned.log_prob, out.log_prob[order], rtol=1e-6, atol=0)
     assert turned.status == [out.status[i] for i in order.tolist()]
-    for i, each in zip(range(0, 18, 3), alone, strict=True):
+    for i, each in zip(chosen, alone, strict=True):
         assert torch.allclose(each.log_prob, out.log_prob[i : i + 1], rtol=1e-6, atol=0)
         assert torch.allclose(each.discretisation_error, out.discretisation_error[i : i + 1], rtol=1e-6, atol=1e-9)
         assert each.status == out.status[i : i + 1]
@@ -98,12 +99,12 @@ def test_without_a_tolerance_there_is_one_grid(mixed):
 @pytest.mark.parametrize("scheduler", [VP, FLOW], ids=["Stable Diffusion", "flow matching"])
 def test_stated_error_covers_the_true_error_in_and_out_of_distribution(scheduler):
     true, stated, settled = [], [], []
-    for seed in range(1010, 1016):
+    for seed in range(1010, 1014):
         generator = torch.Generator().manual_seed(seed)
         law, _ = draw_law(generator)
-        samples = torch.cat(list(draw_points(law, 2, generator).values()))
+        samples = torch.cat(list(draw_points(law, 3, generator).values()))
         out = solve(law, samples, scheduler, num_steps=38, tolerance=TOLERANCE, max_denoiser_calls=120)
-        fine, finer = (solve(law, samples, scheduler, num_steps=number) for number in (192, 384))
+        fine, finer = (solve(law, samples, scheduler, num_steps=number) for number in (96, 192))
         settled.append(bits(out, (finer.log_prob - fine.log_prob).abs()) < 0.005)
         true.append(bits(out, (finer.log_prob - out.log_prob).abs()))
         stated.append(bits(out, out.discretisation_error))
@@ -115,7 +116,7 @@ def test_stated_error_covers_the_true_error_in_and_out_of_distribution(scheduler
     # One of the settled points may be wrong without a word, and hardly any of the others says less than 0.05.
     assert int(((true > 0.05) & (stated < 0.05))[settled].sum()) <= 1
     assert int((stated[~settled] < 0.05).sum()) <= 1
-    within = torch.cat([torch.arange(2) + 18 * law for law in range(6)])  # in distribution
+    within = torch.cat([torch.arange(3) + 27 * law for law in range(4)])  # in distribution
     assert CLASSES[0] == "in distribution"
     assert float((stated[within] <= TOLERANCE).double().mean()) >= 0.75
 
@@ -134,11 +135,11 @@ def test_foresight_tells_a_smooth_path_from_one_that_jumps():
 
 def test_stated_error_takes_known_noise_from_the_difference_of_two_grids():
     scheme = SCHEMES["adams4"]
-    zeros = torch.zeros(1, dtype=torch.float64)
+    zeros, missed = torch.zeros(1, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
     values = [torch.tensor([value], dtype=torch.float64) for value in (3.0, 0.0)]
-    without = [Grid(value, zeros, torch.zeros(2, 1)) for value in values]
-    known = [Grid(value, zeros, torch.zeros(2, 1), noise_variance=4.0) for value in values]
-    more = [Grid(value, zeros, torch.zeros(2, 1), noise_variance=5.0) for value in values]
+    without = [Grid(value, zeros, missed) for value in values]
+    known = [Grid(value, zeros, missed, noise_variance=4.0) for value in values]
+    more = [Grid(value, zeros, missed, noise_variance=5.0) for value in values]
     assert float(stated_error(*without, scheme)) == pytest.approx(3 / 15)
     assert float(stated_error(*known, scheme)) == pytest.approx(1 / 15)  # 3^2 - 4 - 4 = 1
     assert float(stated_error(*more, scheme)) == 0
@@ -185,7 +186,7 @@ def test_progress_bar_counts_the_evaluations_of_every_grid(capsys):
 MISTAKES = {
     "zero": ({"tolerance": 0.0}, "`tolerance` is 0.0; allowed: a positive number of bits/dim"),
     "negative": ({"tolerance": -0.1}, "`tolerance` is -0.1; allowed: a positive number of bits/dim"),
-    "NaN": ({"tolerance": math.nan}, "`tolerance` is nan; allowed: "),
+    "NaN": ({"tolerance": math.nan}, r"`tolerance` is nan \(float\); allowed: a finite number or None"),
     "halving": ({"tolerance": 0.01, "step_halving": True}, "`tolerance` and `step_halving` were both given"),
     "limit": ({"tolerance": 0.01, "max_denoiser_calls": 16}, "`max_denoiser_calls` is 16; the first grid takes 17"),
 }
