@@ -118,7 +118,7 @@ def log_likelihood(
     with backbone.loaded(), backbone.progress_bar(nodes) as progress:
 
         def extend(number: int) -> None:
-            progress.total += number
+            progress.total = (progress.total or 0) + number
 
         integration = Integration(
             num_inference_steps, num_probes, mean, variance, noised, step_halving, generator, scheme, bins,

@@ -175,21 +175,24 @@ def refine(
     return dataclasses.replace(result, num_denoiser_calls=total, denoiser_calls_per_image=calls, status=status)
 
 
-PER_SAMPLE = (
-    "log_prob", "prior_log_prob", "trace_log_prob", "standard_error", "discretisation_error", "final_latents"
-)  # fmt: skip
-"""Tensors of an output whose first axis counts the samples."""
-
-
 def _put(result: LikelihoodOutput, rows: torch.Tensor, part: LikelihoodOutput, stride: int) -> LikelihoodOutput:
     """Returns `result` with the samples at `rows` from `part`.
 
     Args:
         stride: the nodes of the first grid are every so many of the nodes of the part's.
     """
-    changes = {name: vars(result)[name].index_copy(0, rows, vars(part)[name]) for name in PER_SAMPLE}
+
+    def put(old: torch.Tensor, new: torch.Tensor, axis: int = 0) -> torch.Tensor:
+        return old.index_copy(axis, rows, new)
+
     r = part.unexplained_noise_fraction[::stride]
     return dataclasses.replace(
-        result, **changes, trace_by_probe=result.trace_by_probe.index_copy(1, rows, part.trace_by_probe),
-        unexplained_noise_fraction=result.unexplained_noise_fraction.index_copy(1, rows, r),
+        result, log_prob=put(result.log_prob, part.log_prob),
+        prior_log_prob=put(result.prior_log_prob, part.prior_log_prob),
+        trace_log_prob=put(result.trace_log_prob, part.trace_log_prob),
+        standard_error=put(result.standard_error, part.standard_error),
+        discretisation_error=put(result.discretisation_error, part.discretisation_error),
+        final_latents=put(result.final_latents, part.final_latents),
+        trace_by_probe=put(result.trace_by_probe, part.trace_by_probe, 1),
+        unexplained_noise_fraction=put(result.unexplained_noise_fraction, r, 1),
     )  # fmt: skip

@@ -347,7 +347,7 @@ def make_output(problem: OdeProblem, scheme: str, **tensors: torch.Tensor) -> Li
         prior="standard" if options.prior_mean is None else "moment-matched",
         density="noised" if options.noised else "smoothed", halved=options.step_halving, scheme=scheme,
         trace=f"{problem.estimator.description}, {'no' if count is None else count} probes",
-        offset_bits=offset_bits(options.bins),
+        offset_bits=offset_bits(options.bins), status=None,
     )  # fmt: skip
 
 

@@ -129,6 +129,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore", CoarseGridWarning)  # few steps are the point here
     for seed in map(int, sys.argv[1:]) if len(sys.argv) > 1 else JUDGING:
         path = FOLDER / f"seed_{seed}.json"
