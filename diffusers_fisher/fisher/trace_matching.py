@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -113,6 +113,12 @@ class TraceMatchingFisher(FisherEstimator):
         if self.pooled is not None or self.trace_model.config["pooled_channels"] is None:
             return self
         return self.replace(pooled=denoiser.pooled_condition())
+
+    def select_samples(self, rows: torch.Tensor, select: Callable[[Denoiser], Denoiser]) -> TraceMatchingFisher:
+        """Returns the estimator with the pooled vectors of these samples; see `FisherEstimator.select_samples`."""
+        if self.pooled is None or len(self.pooled) == 1:
+            return self
+        return self.replace(pooled=self.pooled[rows.to(self.pooled.device)])
 
     @check_kinds
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> TraceMatchingOperator:

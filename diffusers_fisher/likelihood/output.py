@@ -57,6 +57,10 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         trace_by_level: (levels, k, B) nats, contributions to `trace_log_prob` by each level and each of its k probes,
             for paired comparisons; k = 0 without.
         trace_weights: (levels,) nats, weights of 1 - r in the trace's integral.
+        denoiser_calls_per_image: (B,) int64, evaluations for each sample, where `tolerance` was given; else None, and
+            every sample takes `num_denoiser_calls`.
+        status: one per sample, "converged" where `discretisation_error` is at most `tolerance`, else "not converged";
+            None without a tolerance.
     """
 
     log_prob: torch.Tensor
@@ -79,6 +83,8 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
     fixed_probes: bool
     trace_by_level: torch.Tensor
     trace_weights: torch.Tensor
+    denoiser_calls_per_image: torch.Tensor | None = None
+    status: list[str] | None = None
 
     @property
     def trace_by_probe(self) -> torch.Tensor:
@@ -92,6 +98,8 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         )
         offset = f", {self.offset_bits:.4f} of them for the bins" if self.offset_bits else ""
         how = "against half as many" if self.halved else "estimated"
+        if self.status is not None:
+            how = f"by several grids; converged: {self.status.count('converged')} of {count}"
         by_probes = f"{probes:.4f} by the probes" if self.trace_by_level.shape[1] else "no probes"
         lines = [
             f"Log-likelihood of {count} {self.space} sample{'s' * (count > 1)} of {self.dims} dimensions",

@@ -24,6 +24,7 @@ from .bins import dequantised, offset_bits
 from .discretisation import estimated_error
 from .draws import ImageDraws
 from .output import LikelihoodOutput
+from .refinement import MAX_DENOISER_CALLS, NOT_CONVERGED, Foresight, check_refinement, refine
 from .schemes import DEFAULT_SCHEME, Scheme, Track, noise_grid, quadrature_weights, scheme_of
 from .traces import NodeTrace, TraceRecord
 
@@ -86,6 +87,17 @@ class OdeProblem:
         self.integration.on_step()
         return Node(state.epsilon.detach().cpu().double(), trace)
 
+    def select_samples(self, rows: torch.Tensor) -> OdeProblem:
+        """Returns the problem of some of the samples, with the same draws; `rows` (n,) int64 are their places."""
+        selected = self.denoiser.select_samples(rows)
+        estimator = self.estimator.select_samples(
+            rows, lambda each: selected if each is self.denoiser else each.select_samples(rows)
+        )
+        return dataclasses.replace(
+            self, denoiser=selected, start=self.start[rows], estimator=estimator,
+            draws=self.draws.select_samples(rows), calls_before=selected.num_calls,
+        )  # fmt: skip
+
     def prior(self, x: torch.Tensor) -> torch.Tensor:
         """Returns log N(x; mean, variance + s^2) at the noise end, (B,) nats."""
         # Without validation: `integrate_log_likelihood` reports a path that is not finite, in words.
@@ -126,6 +138,11 @@ class Integration:
             its bin, and `bits_per_dim` is that of the bins. None: that of the density.
         space: "latent" or "pixel", for the output.
         on_step: called after every evaluation.
+        tolerance: bits/dim; each sample's grid is refined until its discretisation error is at most this. None: all
+            samples have one grid of `num_steps`. With a tolerance that is the first grid, and every further grid has
+            twice as many steps.
+        max_denoiser_calls: largest number of evaluations per sample with a tolerance.
+        on_grid: called with the number of evaluations of every grid after the first.
     """
 
     num_steps: int = 20
@@ -141,6 +158,9 @@ class Integration:
     bins: int | None = None
     space: str = "latent"
     on_step: Callable[[], object] = lambda: None
+    tolerance: float | None = None
+    max_denoiser_calls: int = MAX_DENOISER_CALLS
+    on_grid: Callable[[int], object] = lambda number: None
 
 
 @check_kinds
@@ -171,8 +191,15 @@ def integrate_log_likelihood(
         raise InputError(f"`num_steps` is {steps}; allowed: at least 2, sensibly 20 or more.")
     if num_probes is not None and num_probes < 1:
         raise InputError(f"`num_probes` is {num_probes}; allowed: at least 1, or None for the exact trace.")
+    check_refinement(options.tolerance, options.max_denoiser_calls, steps, options.step_halving)
     problem = prepare_problem(denoiser, samples, estimator, options)
-    output = integrate(problem, steps, scheme)
+    if options.tolerance is None:
+        output = integrate(problem, steps, scheme)
+    else:
+        output = refine(
+            lambda rows, number, foresight: integrate(problem.select_samples(rows), number, scheme, foresight),
+            len(problem.start), steps, scheme, options.tolerance, options.max_denoiser_calls, options.on_grid,
+        )  # fmt: skip
     if not torch.isfinite(output.log_prob).all():
         raise NumericalError(
             f"Log-likelihoods are not finite: {output.log_prob.tolist()}; unexplained noise fractions by noise level: "
@@ -192,15 +219,28 @@ def integrate_log_likelihood(
             f"The discretisation error's estimates are not finite: {output.discretisation_error.tolist()}. Take more "
             "steps."
         )
-    worst = float(output.discretisation_error.max()) / (output.dims * math.log(2))
-    if worst > COARSE:
-        warnings.warn(
-            f"The grid of {steps} steps is coarse: its error is estimated at up to {worst:.3f} bits/dim. Take more "
-            "steps.",
-            CoarseGridWarning,
-            stacklevel=3,  # this function's check of kinds is a level of its own
-        )
+    _warn_of_coarse_grids(output, options)
     return output
+
+
+def _warn_of_coarse_grids(output: LikelihoodOutput, options: Integration) -> None:
+    worst = float(output.discretisation_error.max()) / (output.dims * math.log(2))
+    unconverged = output.status.count(NOT_CONVERGED) if output.status is not None else 0
+    if unconverged:
+        message = (
+            f"{unconverged} of {len(output.log_prob)} samples did not reach the tolerance of {options.tolerance:g} "
+            f"bits/dim in {options.max_denoiser_calls} evaluations: their error is estimated at up to {worst:.3f}. "
+            "`status` says which."
+        )
+    elif output.status is None and worst > COARSE:
+        message = (
+            f"The grid of {options.num_steps} steps is coarse: its error is estimated at up to {worst:.3f} bits/dim. "
+            "Take more steps."
+        )
+    else:
+        return
+    # One level is this function, and one the check of kinds of the function that calls it.
+    warnings.warn(message, CoarseGridWarning, stacklevel=4)
 
 
 def prepare_problem(
@@ -244,17 +284,21 @@ def prepare_problem(
     )
 
 
-def integrate(problem: OdeProblem, num_steps: int, scheme: Scheme) -> LikelihoodOutput:
+def integrate(
+    problem: OdeProblem, num_steps: int, scheme: Scheme, foresight: Foresight | None = None
+) -> LikelihoodOutput:
     """Carries x~ over the `num_steps` steps of `noise_grid` and integrates 1 - r.
 
     The evaluations lie on a path that knows nothing of the trace. Two more solutions follow it by the same
     evaluations, moved to their own points by (1 - r)/s: one of the scheme's order, whose end is the result's, and its
-    companion of another order. `_error` compares the two.
+    companion of another order. `_error` compares the two. `foresight` sees the predicted noise at every node.
     """
     grid = noise_grid(problem.low, problem.high, num_steps)
     timesteps, nodes = timestep_at(problem.denoiser.scheduler, grid), grid.tolist()
     x = problem.start
     node = problem.evaluate(x, timesteps[0], nodes[0])
+    if foresight is not None:
+        foresight.add(nodes[0], node.epsilon)
     path = Track(x, node.epsilon, scheme.order)
     solution, companion = (
         Track(x, node.epsilon, order, linearised=True) for order in (scheme.order, scheme.companion)
@@ -266,6 +310,8 @@ def integrate(problem: OdeProblem, num_steps: int, scheme: Scheme) -> Likelihood
     for index in range(1, len(nodes)):
         point, previous = path.predict(nodes, index), path.x
         node = problem.evaluate(point, timesteps[index], nodes[index])
+        if foresight is not None:
+            foresight.add(nodes[index], node.epsilon)
         slope = expand(node.trace.rest.clamp(0, 1) / math.exp(nodes[index]), x)
         for track in (path, solution, companion):
             track.correct(nodes, index, point, node.epsilon, slope)
@@ -300,7 +346,7 @@ def make_output(problem: OdeProblem, scheme: str, **tensors: torch.Tensor) -> Li
         prior="standard" if options.prior_mean is None else "moment-matched",
         density="noised" if options.noised else "smoothed", halved=options.step_halving, scheme=scheme,
         trace=f"{problem.estimator.description}, {_probes(options)}", fixed_probes=options.fixed_probes,
-        offset_bits=offset_bits(options.bins),
+        offset_bits=offset_bits(options.bins), status=None,
     )  # fmt: skip
 
 
