@@ -425,7 +425,8 @@ denoiser: {path: embedded}
 data: {path: images, caption_column: text}
 output: output
 latents: output
-optimisation: {steps: 2, batch_size: 2, learning_rate: 0.001, save_every: 1}
+optimisation:
+  {steps: 2, batch_size: 2, learning_rate: 0.001, weight_decay: 0, warmup_steps: 0, ema_decay: 0.9, save_every: 50}
 """
 COMMANDS = {
     "likelihood": ["--data", "images", "--num-inference-steps", "2", "--output", "output"],
