@@ -101,12 +101,15 @@ class LawTrace(FisherEstimator):
 
 
 class LawOperator(FisherOperator):
+    """The multiple of the identity that has the law's exact trace."""
+
     def __init__(self, state: DenoisingState, rest: torch.Tensor):
         super().__init__(state)
         self.rest = rest
 
     def covariance(self, v: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("only traces are needed here")
+        level = self.state.level
+        return expand((1 - self.rest) * (level.sigma / level.alpha) ** 2, v) * v
 
     def exact_trace(self) -> tuple[torch.Tensor, int]:
         return self.state.sample[0].numel() * self.rest / self.state.level.sigma**2, 0
