@@ -62,6 +62,14 @@ class Denoiser(abc.ABC):
         """dtype to which the network's inputs are rounded; None if they are not rounded."""
         return None
 
+    def select_samples(self, rows: torch.Tensor) -> Denoiser:
+        """Returns the denoiser of some of the samples; `rows` (n,) int64 are their places in the batch.
+
+        The base class returns itself. A denoiser that holds something per sample, such as prompts, must return one for
+        these samples alone.
+        """
+        return self
+
     def pooled_condition(self) -> torch.Tensor | None:
         """Returns one vector per sample, (B, width), that stands for the sample's condition; None without one."""
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from ..features import record_summaries
 from ..noise import Timestep, split_variance
 from .any_pipeline import AnyPipelineBackbone
 from .base import Backbone
+from .conditions import select_conditions
 from .registry import backbone_of
 
 if TYPE_CHECKING:
@@ -146,6 +148,16 @@ class PipelineDenoiser(Denoiser):
     def network(self) -> torch.nn.Module | None:
         """The pipeline's denoising network."""
         return self.backbone.network
+
+    def select_samples(self, rows: torch.Tensor) -> PipelineDenoiser:
+        """Returns a denoiser whose call has the conditions of these samples alone; see `Denoiser.select_samples`.
+
+        Taken apart are the arguments of the call that stand for one sample per entry: conditions, and other tensors
+        and lists of as many entries as the conditions have.
+        """
+        selected = copy.copy(self)
+        selected.call_arguments, selected._encoded = select_conditions(self.call_arguments, rows), {}
+        return selected
 
     def pooled_condition(self) -> torch.Tensor | None:
         """Returns one vector per sample, (B, width), of the call's conditions; see `Denoiser.pooled_condition`."""

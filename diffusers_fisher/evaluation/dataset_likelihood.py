@@ -80,9 +80,8 @@ def evaluate_dataset(
     With `accelerate launch`, each of n processes evaluates every n-th image, on the same grid. Records are written
     from time to time, so that the next run continues a killed one. A kill loses at most a hundredth of the run's time,
     a minute or one batch. In float32 the number of an image is the same to 1e-5 bits/dim for every batch size and
-    every number of processes; with finite differences, which divide the rounding by their step, to 1e-3 in samples of
-    256 dimensions, and the closer the more dimensions there are. An image that can't be read, does not fit the
-    pipeline or has no finite likelihood gets a record with the error.
+    every number of processes; with finite differences, which divide the rounding by their step, to 1e-3. An image that
+    can't be read, does not fit the pipeline or has no finite likelihood gets a record with the error.
 
     Args:
         output: folder of `likelihoods.jsonl` (one line per image, in the order of the data), `summary.json`,

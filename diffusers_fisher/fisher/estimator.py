@@ -117,6 +117,18 @@ class FisherEstimator(abc.ABC):
         takes_denoiser = self.needs_denoiser and self.denoiser is None
         return estimator.replace(denoiser=denoiser) if takes_denoiser else estimator
 
+    def select_samples(self, rows: torch.Tensor, select: Callable[[Denoiser], Denoiser]) -> FisherEstimator:
+        """Returns the estimator of some of a batch's samples.
+
+        An estimator that holds something else per sample than its denoiser must select that too.
+
+        Args:
+            rows: (n,) int64, the samples' places in the batch.
+            select: returns the denoiser of these samples, see `Denoiser.select_samples`.
+        """
+        estimator = self.map_components(lambda component: component.select_samples(rows, select))
+        return estimator.replace(denoiser=select(self.denoiser)) if isinstance(self.denoiser, Denoiser) else estimator
+
     def check_denoiser(self, denoiser: Denoiser | DiffusionPipeline) -> None:
         """Checks that the estimator and its components belong to `denoiser`.
 

@@ -93,7 +93,7 @@ class FiniteDifferenceOperator(ModelFisherOperator):
         if self._dtype in RELATIVE_STEPS:
             rounded = self._rounded(ends[0]) - self._rounded(ends[1])
             # A step too short for the precision leaves no difference; it is 1 below, and the product 0.
-            step = (dot(rounded, v) / dot(v, v).clamp_min(torch.finfo(v.dtype).tiny)).to(step.dtype)
+            step = (dot(rounded, v) / dot(v, v).clamp_min(torch.finfo(v.dtype).tiny)).to(step.dtype).to(step.device)
         else:
             step = (1 + self._central) * step
         step = expand(step, v)

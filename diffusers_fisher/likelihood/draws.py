@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -28,6 +29,14 @@ class ImageDraws:
         self._seeds = seeds if isinstance(generator, list) else seeds * len(samples)
         self._keys = [content_key(sample) for sample in samples] if keys is None else list(keys)
         self._shape = samples.shape[1:]
+
+    def select_samples(self, rows: torch.Tensor) -> ImageDraws:
+        """Returns the draws of some of the images; `rows` (n,) int64 are their places in the batch."""
+        selected = copy.copy(self)
+        selected._seeds, selected._keys = (
+            [entries[row] for row in rows.tolist()] for entries in (self._seeds, self._keys)
+        )
+        return selected
 
     def generators(self, *purpose: str | int) -> list[torch.Generator]:
         """Returns one generator per image for the draws of one purpose."""

@@ -68,6 +68,10 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         trace_weights: (levels,) nats, weights of 1 - r in the trace's integral.
         latents: what stands for an image: "mean" of the encoder's posterior, a draw of it ("sampled"), what an encoder
             without a posterior returns ("encoded"), the image itself ("pixels"), or latents of the caller ("given").
+        denoiser_calls_per_image: (B,) int64, evaluations for each sample, where `tolerance` was given; else None, and
+            every sample takes `num_denoiser_calls`.
+        status: one per sample, "converged" where `discretisation_error` is at most `tolerance`, else "not converged";
+            None without a tolerance.
     """
 
     log_prob: torch.Tensor
@@ -93,6 +97,8 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
     trace_by_level: torch.Tensor
     trace_weights: torch.Tensor
     latents: str = "given"
+    denoiser_calls_per_image: torch.Tensor | None = None
+    status: list[str] | None = None
 
     @property
     def trace_by_probe(self) -> torch.Tensor:
@@ -124,6 +130,8 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         )  # fmt: skip
         offset = f", {self.offset_bits:.4f} of them for the bins" if self.offset_bits else ""
         how = "against half as many" if self.halved else "estimated"
+        if self.status is not None:
+            how = f"by several grids; converged: {self.status.count('converged')} of {count}"
         by_probes = f"{probes:.4f} by the probes" if self.trace_by_level.shape[1] else "no probes"
         by_model = f", {model:.4f} by the trace model" if model else ""
         name = "standard, N(0, 1)" if self.prior == "standard" else self.prior

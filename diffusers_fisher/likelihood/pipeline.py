@@ -23,9 +23,14 @@ from ..seeds import content_key
 from .comparison import METHODS, LikelihoodComparison
 from .draws import ImageDraws, unchanged_states
 from .output import LikelihoodOutput
+from .refinement import MAX_DENOISER_CALLS, check_refinement
 from .schemes import DEFAULT_SCHEME
 from .solver import Integration, integrate_log_likelihood
 from .squared_error import squared_error_log_likelihood
+
+DEFAULT_STEPS = 32
+DEFAULT_STEPS_WITH_TOLERANCE = 38
+"""More steps, because an image that they do not suffice for starts anew, with twice as many."""
 
 NUM_LEVELS = 64
 SQUARED_ERROR_OPTIONS = ("prior_mean", "prior_variance", "bins", "data_range")
@@ -38,7 +43,7 @@ def log_likelihood(
     prompt: Condition = None,
     *,
     latents: torch.Tensor | None = None,
-    num_inference_steps: int = 32,
+    num_inference_steps: int | None = None,
     estimator: FisherEstimator | None = None,
     num_probes: int | Literal["auto"] | None = "auto",
     fixed_probes: bool = False,
@@ -52,6 +57,8 @@ def log_likelihood(
     bins: int | None = None,
     image_keys: Sequence[str] | None = None,
     sample_latents: bool = False,
+    tolerance: float | None = None,
+    max_denoiser_calls: int = MAX_DENOISER_CALLS,
     **call_arguments: Any,
 ) -> LikelihoodOutput:
     """Scores images by their log-likelihood under a checkpoint, without classifier-free guidance.
@@ -67,7 +74,8 @@ def log_likelihood(
         prompt: one prompt for all images, or one per image; None: the empty prompt. Class labels where the pipeline
             takes class labels.
         latents: (B, C, h, w) scaled latents, instead of `images`.
-        num_inference_steps: steps of the integration.
+        num_inference_steps: steps of the integration, with a tolerance of its first grid; None: 32, or 38 with a
+            tolerance.
         estimator: gives the trace of the diffusion Fisher; None: `TraceMatchingFisher` with the checkpoint's trace
             model, or without a trace model `FiniteDifferenceFisher()`, which needs no graph.
         num_probes: number of random directions of the trace per level; None: the exact trace, for which
@@ -82,14 +90,18 @@ def log_likelihood(
             None: a key of the image's values, so that an image has the same number in every batch and every order.
         sample_latents: whether a random draw of the autoencoder's posterior stands for an image, as in the training of
             most networks, instead of the posterior's mean. The draw is a function of the seed and of the image's key.
+        tolerance: bits/dim; each image's grid is refined until its discretisation error is at most this, and the
+            output's `status` says which images reached it. None: `num_inference_steps` for all images.
+        max_denoiser_calls: largest number of evaluations per image with a tolerance.
         **call_arguments: arguments of the pipeline's call, such as `prompt_embeds` with the tensors that belong to
             them. Negative prompts have no effect without guidance, and are refused.
 
     Returns:
         `LikelihoodOutput`. Cost: `num_inference_steps` + 1 levels, half as many again with `step_halving`, each with
         one evaluation of the denoiser and one of the trace model; without a trace model one more of the denoiser per
-        probe instead (`AutodiffFisher`: a backward pass). Warns where the discretisation
-        error exceeds 0.05 bits/dim (`CoarseGridWarning`).
+        probe instead (`AutodiffFisher`: a backward pass); with a tolerance further levels for the images that need
+        them. Warns where the discretisation error exceeds 0.05 bits/dim, or the tolerance after the last evaluation
+        (`CoarseGridWarning`).
 
     Raises:
         InputError: images, latents or conditions of the wrong kind, size, range or number; guidance; a trace model of
@@ -98,8 +110,11 @@ def log_likelihood(
     """
     backbone = backbone_of(pipe)
     backbone.check_bins(bins)
+    if num_inference_steps is None:
+        num_inference_steps = DEFAULT_STEPS if tolerance is None else DEFAULT_STEPS_WITH_TOLERANCE
     if num_inference_steps < 2:
         raise InputError(f"`num_inference_steps` is {num_inference_steps}; allowed: at least 2, sensibly 20 or more.")
+    check_refinement(tolerance, max_denoiser_calls, num_inference_steps, step_halving, "num_inference_steps")
     backbone.check_scheduler()
     guidance_scale = backbone.unguided_scale(call_arguments)
     call_arguments = check_arguments(backbone.name, backbone.parameters, log_likelihood, call_arguments)
@@ -116,9 +131,13 @@ def log_likelihood(
     mean, variance, basis = backbone.prior(prior_mean, prior_variance, samples)
     nodes = num_inference_steps + 1 + (num_inference_steps // 2 + 1 if step_halving else 0)
     with backbone.loaded(), backbone.progress_bar(nodes) as progress:
+
+        def extend(number: int) -> None:
+            progress.total = (progress.total or 0) + number
+
         integration = Integration(
             num_inference_steps, num_probes, fixed_probes, mean, variance, noised, step_halving, generator, keys,
-            scheme, bins, backbone.space, progress.update, prior_basis=basis,
+            scheme, bins, backbone.space, progress.update, tolerance, max_denoiser_calls, extend, prior_basis=basis,
         )  # fmt: skip
         output = integrate_log_likelihood(denoiser, backbone.pack(samples), estimator, integration)
     return dataclasses.replace(output, latents=kind)

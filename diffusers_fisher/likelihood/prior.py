@@ -85,8 +85,8 @@ def _local_estimate(square: torch.Tensor, rest: torch.Tensor, dimensions: int) -
     return dimensions / 2 * rest.log() - square / (2 * rest)
 
 
-def check_prior(samples: torch.Tensor, mean: Moment, variance: Moment, basis: str = "pixel") -> PriorGaussian:
-    """Makes the prior of samples (B, ...) with the moments in float64, 0 and 1 where both are None.
+def check_prior(shape: torch.Size, mean: Moment, variance: Moment, basis: str = "pixel") -> PriorGaussian:
+    """Makes the prior of samples of `shape` with the moments in float64 on the CPU, 0 and 1 where both are None.
 
     Args:
         basis: coordinates of the variance, "pixel" (the sample's own) or "dct" (of the discrete cosine transform over
@@ -101,15 +101,14 @@ def check_prior(samples: torch.Tensor, mean: Moment, variance: Moment, basis: st
     if basis not in BASES:
         raise InputError(f"`prior_basis` is {basis!r}; allowed: {', '.join(BASES)}.")
     moments = (0.0, 1.0) if mean is None or variance is None else (mean, variance)
-    mean, variance = (torch.as_tensor(value, dtype=torch.float64, device=samples.device) for value in moments)
-    shape = tuple(samples.shape[1:])
+    mean, variance = (torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in moments)
     for name, value in (("prior_mean", mean), ("prior_variance", variance)):
         try:
             value.expand(shape)
         except RuntimeError:
             raise InputError(
-                f"`{name}` has shape {tuple(value.shape)}; allowed: a number, or what broadcasts to {shape}."
+                f"`{name}` has shape {tuple(value.shape)}; allowed: a number, or what broadcasts to {tuple(shape)}."
             ) from None
     if not (torch.isfinite(mean).all() and torch.isfinite(variance).all() and (variance >= 0).all()):
         raise InputError("`prior_mean` must be finite, and `prior_variance` finite and not negative.")
-    return PriorGaussian(mean, variance, DCTBasis(shape).to(samples.device) if basis == "dct" else None)
+    return PriorGaussian(mean, variance, DCTBasis(shape) if basis == "dct" else None)

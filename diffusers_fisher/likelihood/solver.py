@@ -25,8 +25,9 @@ from .discretisation import estimated_error
 from .draws import ImageDraws
 from .output import LikelihoodOutput
 from .prior import Moment, PriorGaussian, check_prior
+from .refinement import MAX_DENOISER_CALLS, NOT_CONVERGED, Foresight, check_refinement, refine
 from .schemes import DEFAULT_SCHEME, Scheme, Track, noise_grid, quadrature_weights, scheme_of
-from .traces import NodeTrace, node_variance, standard_error
+from .traces import NodeTrace, TraceRecord
 
 MANY_PROBES = 64
 """Number of probes up to which more than the dimensions of a sample are allowed."""
@@ -41,8 +42,9 @@ class OdeProblem:
 
     Args:
         denoiser: denoiser at guidance scale 1; a guided output is the score of no density.
-        start: (B, ...) float64, the points whose density is computed.
-        dtype: dtype of the denoiser's inputs.
+        start: (B, ...) float64, the points whose density is computed; on the CPU, because some devices have no
+            float64.
+        device, dtype: those of the denoiser's inputs.
         estimator: gives the trace at every node, with its denoiser.
         draws: makes the directions of the trace.
         low, high: log(sigma/alpha) at the ends.
@@ -53,6 +55,7 @@ class OdeProblem:
 
     denoiser: Denoiser
     start: torch.Tensor
+    device: torch.device
     dtype: torch.dtype
     estimator: FisherEstimator
     draws: ImageDraws
@@ -67,19 +70,31 @@ class OdeProblem:
         level = self.denoiser.level(timestep)
         needs_graph = self.estimator.needs_graph
         with torch.set_grad_enabled(needs_graph):
-            model_input = (expand(level.alpha, x) * x).to(self.dtype).requires_grad_(needs_graph)
+            model_input = (expand(level.alpha, x) * x).to(self.dtype).to(self.device).requires_grad_(needs_graph)
             state = self.denoiser.state(model_input, timestep.to(torch.float32))
             operator, factor = self.estimator(state), float(level.sigma) ** 2 / x[0].numel()
             count = self.integration.num_probes
             if count is None:
-                trace = NodeTrace.exact(factor * operator.trace().value.to(x.device))
+                trace = NodeTrace.exact(factor * operator.trace().value.cpu())
             else:
                 # Rounded, because another way to the same grid may differ in the last digits.
                 place = "fixed" if self.integration.fixed_probes else f"{log_noise:.9f}"
-                vectors = self.draws.signs(count, "probes", place).to(model_input)
-                trace = NodeTrace.sampled(vectors, factor * operator.products(vectors).detach().double())
+                vectors = self.draws.signs(count, "probes", place)
+                products = operator.products(vectors.to(self.dtype).to(self.device)).detach().cpu().double()
+                trace = NodeTrace.sampled(vectors, factor * products)
         self.integration.on_step()
-        return Node(state.epsilon.detach().double(), trace)
+        return Node(state.epsilon.detach().cpu().double(), trace)
+
+    def select_samples(self, rows: torch.Tensor) -> OdeProblem:
+        """Returns the problem of some of the samples, with the same draws; `rows` (n,) int64 are their places."""
+        selected = self.denoiser.select_samples(rows)
+        estimator = self.estimator.select_samples(
+            rows, lambda each: selected if each is self.denoiser else each.select_samples(rows)
+        )
+        return dataclasses.replace(
+            self, denoiser=selected, start=self.start[rows], estimator=estimator,
+            draws=self.draws.select_samples(rows), calls_before=selected.num_calls,
+        )  # fmt: skip
 
     def prior(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the log density of the Gaussian at the noise end, (B,) nats."""
@@ -122,6 +137,11 @@ class Integration:
             its bin, and `bits_per_dim` is that of the bins. None: that of the density.
         space: "latent" or "pixel", for the output.
         on_step: called after every evaluation.
+        tolerance: bits/dim; each sample's grid is refined until its discretisation error is at most this. None: all
+            samples have one grid of `num_steps`. With a tolerance that is the first grid, and every further grid has
+            twice as many steps.
+        max_denoiser_calls: largest number of evaluations per sample with a tolerance.
+        on_grid: called with the number of evaluations of every grid after the first.
         prior_basis: coordinates of `prior_variance`: "pixel" (the sample's own), or "dct" for variances of the
             coefficients of the discrete cosine transform over the last two axes.
     """
@@ -139,6 +159,9 @@ class Integration:
     bins: int | None = None
     space: str = "latent"
     on_step: Callable[[], object] = lambda: None
+    tolerance: float | None = None
+    max_denoiser_calls: int = MAX_DENOISER_CALLS
+    on_grid: Callable[[int], object] = lambda number: None
     prior_basis: str = "pixel"
 
 
@@ -170,8 +193,15 @@ def integrate_log_likelihood(
         raise InputError(f"`num_steps` is {steps}; allowed: at least 2, sensibly 20 or more.")
     if num_probes is not None and num_probes < 1:
         raise InputError(f"`num_probes` is {num_probes}; allowed: at least 1, or None for the exact trace.")
+    check_refinement(options.tolerance, options.max_denoiser_calls, steps, options.step_halving)
     problem = prepare_problem(denoiser, samples, estimator, options)
-    output = integrate(problem, steps, scheme)
+    if options.tolerance is None:
+        output = integrate(problem, steps, scheme)
+    else:
+        output = refine(
+            lambda rows, number, foresight: integrate(problem.select_samples(rows), number, scheme, foresight),
+            len(problem.start), steps, scheme, options.tolerance, options.max_denoiser_calls, options.on_grid,
+        )  # fmt: skip
     if not torch.isfinite(output.log_prob).all():
         raise NumericalError(
             f"Log-likelihoods are not finite: {output.log_prob.tolist()}; unexplained noise fractions by noise level: "
@@ -191,15 +221,28 @@ def integrate_log_likelihood(
             f"The discretisation error's estimates are not finite: {output.discretisation_error.tolist()}. Take more "
             "steps."
         )
-    worst = float(output.discretisation_error.max()) / (output.dims * math.log(2))
-    if worst > COARSE:
-        warnings.warn(
-            f"The grid of {steps} steps is coarse: its error is estimated at up to {worst:.3f} bits/dim. Take more "
-            "steps.",
-            CoarseGridWarning,
-            stacklevel=3,  # this function's check of kinds is a level of its own
-        )
+    _warn_of_coarse_grids(output, options)
     return output
+
+
+def _warn_of_coarse_grids(output: LikelihoodOutput, options: Integration) -> None:
+    worst = float(output.discretisation_error.max()) / (output.dims * math.log(2))
+    unconverged = output.status.count(NOT_CONVERGED) if output.status is not None else 0
+    if unconverged:
+        message = (
+            f"{unconverged} of {len(output.log_prob)} samples did not reach the tolerance of {options.tolerance:g} "
+            f"bits/dim in {options.max_denoiser_calls} evaluations: their error is estimated at up to {worst:.3f}. "
+            "`status` says which."
+        )
+    elif output.status is None and worst > COARSE:
+        message = (
+            f"The grid of {options.num_steps} steps is coarse: its error is estimated at up to {worst:.3f} bits/dim. "
+            "Take more steps."
+        )
+    else:
+        return
+    # One level is this function, and one the check of kinds of the function that calls it.
+    warnings.warn(message, CoarseGridWarning, stacklevel=4)
 
 
 def prepare_problem(
@@ -215,7 +258,9 @@ def prepare_problem(
             f"`num_probes` is {integration.num_probes} for samples of {samples[0].numel()} dimensions; pass None for "
             "the exact trace, which costs fewer products."
         )
-    gaussian = check_prior(samples, integration.prior_mean, integration.prior_variance, integration.prior_basis)
+    gaussian = check_prior(
+        samples.shape[1:], integration.prior_mean, integration.prior_variance, integration.prior_basis
+    )
     if check_estimator(estimator).needs_graph and torch.is_inference_mode_enabled():
         raise InputError(
             f"{type(estimator).__name__} differentiates the denoiser, which torch.inference_mode forbids even inside "
@@ -223,54 +268,70 @@ def prepare_problem(
         )
     estimator = estimator.bind(denoiser)
     low, high = log_noise_to_signal_range(denoiser.scheduler)
-    draws = ImageDraws(samples, generator, integration.keys)
-    start = samples.double() if bins is None else dequantised(samples, bins, draws.generators("bins"))
+    draws, start = ImageDraws(samples, generator, integration.keys), samples.cpu().double()
+    if bins is not None:
+        start = dequantised(start, bins, draws.generators("bins"))
     if integration.noised:
-        start = start + math.exp(low) * draws.normal("noise").to(start.device)
+        start = start + math.exp(low) * draws.normal("noise")
     return OdeProblem(
-        denoiser, start, samples.dtype, estimator, draws, low, high, gaussian, denoiser.num_calls, integration
+        denoiser,
+        start,
+        samples.device,
+        samples.dtype,
+        estimator,
+        draws,
+        low,
+        high,
+        gaussian,
+        denoiser.num_calls,
+        integration,
     )
 
 
-def integrate(problem: OdeProblem, num_steps: int, scheme: Scheme) -> LikelihoodOutput:
+def integrate(
+    problem: OdeProblem, num_steps: int, scheme: Scheme, foresight: Foresight | None = None
+) -> LikelihoodOutput:
     """Carries x~ over the `num_steps` steps of `noise_grid` and integrates 1 - r.
 
     The evaluations lie on a path that knows nothing of the trace. Two more solutions follow it by the same
     evaluations, moved to their own points by (1 - r)/s: one of the scheme's order, whose end is the result's, and its
-    companion of another order. `_error` compares the two.
+    companion of another order. `_error` compares the two. `foresight` sees the predicted noise at every node.
     """
     grid = noise_grid(problem.low, problem.high, num_steps)
     timesteps, nodes = timestep_at(problem.denoiser.scheduler, grid), grid.tolist()
     x = problem.start
     node = problem.evaluate(x, timesteps[0], nodes[0])
+    if foresight is not None:
+        foresight.add(nodes[0], node.epsilon)
     path = Track(x, node.epsilon, scheme.order)
     solution, companion = (
         Track(x, node.epsilon, order, linearised=True) for order in (scheme.order, scheme.companion)
     )
     # The solution of higher order is the nearest to the true one: the trace's points are measured against it.
     best = solution if scheme.order > scheme.companion else companion
-    traces, shifts = [node.trace], []
+    traces, shifts = TraceRecord(), []
+    traces.add(node.trace)
     for index in range(1, len(nodes)):
         point, previous = path.predict(nodes, index), path.x
         node = problem.evaluate(point, timesteps[index], nodes[index])
+        if foresight is not None:
+            foresight.add(nodes[index], node.epsilon)
         slope = expand(node.trace.rest.clamp(0, 1) / math.exp(nodes[index]), x)
         for track in (path, solution, companion):
             track.correct(nodes, index, point, node.epsilon, slope)
         shifts.append(_norm(best.x - point) / _norm(point - previous).clamp_min(torch.finfo(torch.float64).tiny))
-        traces.append(node.trace)
-    values, dimensions = torch.stack([trace.rest for trace in traces]), x[0].numel()
-    weights = dimensions * quadrature_weights(grid, scheme.quadrature).to(x.device)
-    fixed = problem.integration.fixed_probes
-    variance = node_variance(traces, fixed)
+        traces.add(node.trace)
+    values, dimensions, fixed = traces.rests, x[0].numel(), problem.integration.fixed_probes
+    weights = dimensions * quadrature_weights(grid, scheme.quadrature)
     prior = problem.prior(solution.x)
     path_error = (problem.prior(companion.x) - prior).abs() / dimensions
-    error = estimated_error(path_error, values, variance, torch.stack(shifts), grid.to(x.device), scheme)
+    error = estimated_error(path_error, values, traces.variance(fixed), torch.stack(shifts), grid, scheme)
     return make_output(
         problem, problem.integration.scheme, final_latents=solution.x, prior_log_prob=prior,
         trace_log_prob=torch.einsum("n,nb->b", weights, values),
-        trace_by_level=weights[:, None, None] * torch.stack([trace.by_probe for trace in traces]),
+        trace_by_level=weights[:, None, None] * traces.by_probe,
         trace_weights=weights, unexplained_noise_fraction=1 - values, noise_to_signal=grid.exp(),
-        standard_error=standard_error(traces, variance, weights, fixed), discretisation_error=dimensions * error,
+        standard_error=traces.standard_error(weights, fixed), discretisation_error=dimensions * error,
         prior_error=problem.prior_error(point, node),
     )  # fmt: skip
 
@@ -291,7 +352,7 @@ def make_output(problem: OdeProblem, scheme: str, **tensors: torch.Tensor) -> Li
         prior=prior_name(options.prior_mean, options.prior_basis),
         density="noised" if options.noised else "smoothed", halved=options.step_halving, scheme=scheme,
         trace=f"{problem.estimator.description}, {_probes(options)}", fixed_probes=options.fixed_probes,
-        offset_bits=offset_bits(options.bins),
+        offset_bits=offset_bits(options.bins), latents="given", status=None,
     )  # fmt: skip
 
 
@@ -315,10 +376,10 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
 
 
 def standard_noise(like: torch.Tensor, generator: Generators) -> torch.Tensor:
-    """Draws standard normal noise in the shape and dtype of `like`, and returns it in float64."""
+    """Draws standard normal noise in the shape and dtype of `like`, and returns it in float64 on the CPU."""
     from diffusers.utils.torch_utils import randn_tensor
 
-    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype).double()
+    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype).cpu().double()
 
 
 def check_samples(samples: torch.Tensor) -> torch.Tensor:

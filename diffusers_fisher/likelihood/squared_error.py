@@ -62,24 +62,25 @@ def squared_error_log_likelihood(
     if num_levels < 4 or num_levels % 2:
         raise InputError(f"`num_levels` is {num_levels}; allowed: even, at least 4, sensibly 32 or more.")
     samples = check_samples(samples)
-    gaussian = check_prior(samples, prior_mean, prior_variance, prior_basis)
+    gaussian = check_prior(samples.shape[1:], prior_mean, prior_variance, prior_basis)
     low, high = log_noise_to_signal_range(denoiser.scheduler)
     levels, weights = _levels(num_levels, low, high, generator)
     noises = [standard_noise(samples[:1], generator) for _ in range(num_levels)]
-    start = samples.double() if bins is None else dequantised(samples, bins, generator)
+    start = samples.cpu().double() if bins is None else dequantised(samples.cpu(), bins, generator)
     timesteps, before = timestep_at(denoiser.scheduler, levels), denoiser.num_calls
     dimensions, rows = samples[0].numel(), []
     for log_s, timestep, noise in zip(levels, timesteps, noises, strict=True):
         with torch.no_grad():
             level = denoiser.level(timestep)
-            sample = (expand(level.alpha, start) * start + expand(level.sigma, start) * noise).to(samples.dtype)
+            sample = expand(level.alpha, start) * start + expand(level.sigma, start) * noise
+            sample = sample.to(samples.dtype).to(samples.device)
             epsilon = denoiser.state(sample, timestep.to(torch.float32)).epsilon
-        error = (noise - epsilon.double()).square().flatten(1).sum(1)
+        error = (noise - epsilon.cpu().double()).square().flatten(1).sum(1)
         # A control variate: |eps|^2 - d has mean zero, and r^2 of it is in the squared error.
-        rows.append(dimensions - error + _share(log_s).square().to(error.device) * (noise.square().sum() - dimensions))
+        rows.append(dimensions - error + _share(log_s).square() * (noise.square().sum() - dimensions))
         on_step()
     end = gaussian.mean_log_density(start, math.exp(high))
-    contributions = end.cpu() + weights[:, None] * torch.stack(rows).cpu()  # the mean of the latter is the integral
+    contributions = end + weights[:, None] * torch.stack(rows)  # the mean of the latter is the integral
     if not torch.isfinite(contributions).all():
         raise NumericalError(f"Squared errors are not finite; contributions by level: {contributions.tolist()}.")
     return SquaredErrorOutput(

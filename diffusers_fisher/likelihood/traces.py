@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
 
 import torch
 
@@ -39,27 +37,51 @@ class NodeTrace:
         return cls(by_probe.mean(0), by_probe, square, diagonals.mean(0))
 
 
-def node_variance(traces: Sequence[NodeTrace], fixed: bool) -> torch.Tensor:
-    """Returns the variance of 1 - r at each node by its random directions, (levels, B).
+class TraceRecord:
+    """Collects the trace at the nodes of a grid, one after the other. Keeps no more than numbers, and one diagonal."""
 
-    It is 0 where the directions are the same at all nodes: then their error is a smooth function of the level.
-    """
-    squares = torch.stack([trace.square for trace in traces])
-    count = len(traces[0].by_probe)
-    if fixed or count == 0:
-        return torch.zeros_like(squares)
-    products = [(trace.diagonal * later.diagonal).sum(1) for trace, later in itertools.pairwise(traces)]
-    return trace_variance(squares, torch.stack(products), count)
+    def __init__(self) -> None:
+        self._rests: list[torch.Tensor] = []
+        self._by_probe: list[torch.Tensor] = []
+        self._squares: list[torch.Tensor] = []
+        self._products: list[torch.Tensor] = []
+        self._diagonal: torch.Tensor | None = None
 
+    def add(self, trace: NodeTrace) -> None:
+        """Adds the trace at the next node."""
+        if self._diagonal is not None:
+            self._products.append((self._diagonal * trace.diagonal).sum(1))
+        self._diagonal = trace.diagonal
+        self._rests.append(trace.rest)
+        self._by_probe.append(trace.by_probe)
+        self._squares.append(trace.square)
 
-def standard_error(
-    traces: Sequence[NodeTrace], variance: torch.Tensor, weights: torch.Tensor, fixed: bool
-) -> torch.Tensor:
-    """Returns the standard error of the trace's integral by its random directions, (B,) nats."""
-    if fixed and len(traces[0].by_probe):
-        return scatter_error(torch.einsum("n,nkb->kb", weights, torch.stack([trace.by_probe for trace in traces])))
-    # Clamped as a sum: in few dimensions a single level's variance is uncertain, and may be estimated below 0.
-    return torch.einsum("n,nb->b", weights.square(), variance).clamp_min(0).sqrt()
+    @property
+    def rests(self) -> torch.Tensor:
+        """1 - r, (levels, B)."""
+        return torch.stack(self._rests)
+
+    @property
+    def by_probe(self) -> torch.Tensor:
+        """1 - r by each probe, (levels, k, B)."""
+        return torch.stack(self._by_probe)
+
+    def variance(self, fixed: bool) -> torch.Tensor:
+        """Returns the variance of 1 - r at each node by its random directions, (levels, B).
+
+        It is 0 where the directions are the same at all nodes: then their error is a smooth function of the level.
+        """
+        squares, count = torch.stack(self._squares), len(self._by_probe[0])
+        if fixed or count == 0:
+            return torch.zeros_like(squares)
+        return trace_variance(squares, torch.stack(self._products), count)
+
+    def standard_error(self, weights: torch.Tensor, fixed: bool) -> torch.Tensor:
+        """Returns the standard error of the sum of `weights` (levels,) times 1 - r, (B,)."""
+        if fixed and len(self._by_probe[0]):
+            return scatter_error(torch.einsum("n,nkb->kb", weights, self.by_probe))
+        # Clamped as a sum: in few dimensions a single level's variance is uncertain, and may be estimated below 0.
+        return torch.einsum("n,nb->b", weights.square(), self.variance(fixed)).clamp_min(0).sqrt()
 
 
 def trace_variance(squares: torch.Tensor, products: torch.Tensor, count: int) -> torch.Tensor:

@@ -197,16 +197,16 @@ def autoencoder_differences(first: torch.nn.Module, second: torch.nn.Module) -> 
     """
     if first is second:
         return []
-    configs = [getattr(autoencoder, "config", {}) for autoencoder in (first, second)]
+    configs = [_config(autoencoder) for autoencoder in (first, second)]
     words = [
         f"`{name}` is {configs[0].get(name)} and {configs[1].get(name)}"
         for name in LATENT_SCALING
         if not _equal(configs[0].get(name), configs[1].get(name))
     ]
-    prints = [_network_fingerprint(autoencoder) for autoencoder in (first, second)]
+    left, right = (_network_fingerprint(autoencoder) for autoencoder in (first, second))
     for key, label in (("denoiser", "classes"), ("parameters", "names or shapes of parameters")):
-        words += [label] * _differ(*prints, key)
-    largest, all_matrices = _changes_of_weights(*prints)
+        words += [label] * _differ(left, right, key)
+    largest, all_matrices = _changes_of_weights(left, right)
     if not words and (largest > WEIGHT_TOLERANCE or all_matrices > MATRIX_TOLERANCE):
         words.append(f"weights, by about {max(largest, all_matrices):.2g} of their size")
     return words
@@ -282,9 +282,13 @@ def _summary(value: object) -> Hashable:
 def _settings(network: torch.nn.Module) -> dict[str, Any]:
     """Returns settings that differ from the class's defaults: a newer diffusers may add keys, not change the model."""
     defaults = inspect.signature(type(network).__init__).parameters
-    config = getattr(network, "config", {})
-    settings = {key: value for key, value in dict(config).items() if not key.startswith("_")}
+    settings = {key: value for key, value in _config(network).items() if not key.startswith("_")}
     return {k: v for k, v in sorted(settings.items()) if k not in defaults or not _equal(v, defaults[k].default)}
+
+
+def _config(network: torch.nn.Module) -> dict[str, Any]:
+    """Returns the settings with which a network was made; none for networks without a configuration."""
+    return dict(getattr(network, "config", {}))
 
 
 def _equal(value: object, default: object) -> bool:

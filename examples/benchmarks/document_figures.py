@@ -14,6 +14,7 @@ from likelihood_figures import (
     likelihood_checkpoint,
     likelihood_closed_forms,
     likelihood_comparison,
+    likelihood_discretisation,
     likelihood_other_laws,
 )
 from study_figures import lml_cells, lml_sweep, transport, transport_learned
@@ -52,6 +53,7 @@ DOCUMENTS = {
         likelihood_other_laws,
         likelihood_checkpoint,
         likelihood_comparison,
+        likelihood_discretisation,
     ),
     ROOT / "docs" / "dataset_likelihood.md": (
         dataset_report,

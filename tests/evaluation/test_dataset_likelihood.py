@@ -141,6 +141,13 @@ def test_batch_sizes_do_not_change_the_numbers(place, reference, tmp_path, batch
     assert (bits(tmp_path / "run") - bits(reference[0])).abs().max() < AGREEMENT
 
 
+def test_batch_sizes_hardly_change_the_numbers_by_differences(place, tmp_path):
+    settings = settings_of(place, estimator="auto")
+    for name, size in (("alone", 1), ("batch", 4)):
+        evaluate_dataset(tmp_path / name, settings, batch_size=size)
+    assert (bits(tmp_path / "batch") - bits(tmp_path / "alone")).abs().max() < DIFFERENCES
+
+
 def test_two_processes_give_the_numbers_of_one(place, reference, tmp_path):
     run = [sys.executable, *TWO_PROCESSES, *command(place, tmp_path / "run")]
     subprocess.run(run, check=True, capture_output=True, timeout=600)

@@ -308,6 +308,7 @@ def test_output_has_these_fields():
     words = {
         "dims": 6, "num_denoiser_calls": 21, "space": "pixel", "prior": "standard", "density": "smoothed",
         "trace": "AutodiffFisher, 2 probes per level", "halved": False, "fixed_probes": False,
+        "denoiser_calls_per_image": None, "status": None,
         "scheme": "adams4", "offset_bits": 0.0,
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(out)} == {*tensors, *words}
