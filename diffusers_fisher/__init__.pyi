@@ -79,6 +79,9 @@ from .likelihood import (
     SquaredErrorOutput as SquaredErrorOutput,
     integrate_log_likelihood as integrate_log_likelihood,
 )
+from .likelihood.calibration import (
+    calibrate_trace_model as calibrate_trace_model,
+)
 from .likelihood.checkpoints import (
     compare_checkpoints as compare_checkpoints,
 )

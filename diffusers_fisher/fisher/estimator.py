@@ -18,6 +18,8 @@ from .operator import FisherOperator
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+    from .trace_matching import TraceCalibration
+
 ModelFunction = Callable[[torch.Tensor, Any], torch.Tensor]
 """A network as a function `(model_input, timestep) -> raw model output`, which autograd can differentiate. The
 timestep is that of the state."""
@@ -89,6 +91,16 @@ class FisherEstimator(abc.ABC):
         """Default number of probes per level for the trace of a likelihood; None: the exact trace, without probes."""
         numbers = {component.default_num_probes for component in self.components.values()}
         return None if numbers == {None} else 1
+
+    @property
+    def models_trace(self) -> bool:
+        """Whether the trace comes from a trained model, whose error no probe shows. Likelihoods check such a trace."""
+        return any(component.models_trace for component in self.components.values())
+
+    @property
+    def calibration(self) -> TraceCalibration | None:
+        """Errors of the trace's model on held-out images; None where there is no model, or nothing is known."""
+        return None
 
     @property
     def description(self) -> str:

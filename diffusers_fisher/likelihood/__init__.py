@@ -3,9 +3,10 @@
 from .bins import dequantised, offset_bits
 from .comparison import CheckpointComparison, CheckpointDifferences, LikelihoodComparison, PairedLikelihoods
 from .output import LikelihoodOutput, SquaredErrorOutput
+from .problem import Integration
 from .reference import reference_log_likelihood
 from .schemes import DEFAULT_SCHEME, SCHEMES
-from .solver import Integration, integrate_log_likelihood
+from .solver import integrate_log_likelihood
 from .squared_error import squared_error_log_likelihood
 
 __all__ = [

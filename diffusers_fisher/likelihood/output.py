@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from diffusers.utils import BaseOutput
+
+AGREES = "agrees"
+
+BY_SAMPLE = (
+    "log_prob", "prior_log_prob", "trace_log_prob", "standard_error", "trace_error", "prior_error",
+    "discretisation_error", "final_latents", "trace_difference", "trace_difference_error",
+)  # fmt: skip
+"""Fields of a `LikelihoodOutput` whose first axis are the samples."""
 
 
 class BitsPerDim:
@@ -42,7 +51,9 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         trace_log_prob: (B,) nats, the part of the integrated trace; the two parts add up to `log_prob`.
         standard_error: (B,) nats, from the trace's random probes; zero without probes, infinite for a single one that
             is the same at all levels. It does not include the error of a trace model.
-        trace_error: (B,) nats, standard error of the trace by a trace model; zero where it is not known.
+        trace_error: (B,) nats, half-width of a 95% interval of the error of a trace model: that of its calibration, or
+            where the image's checks disagree with the model, what they leave possible. Zero without a trace model,
+            infinite for one without calibration and checks.
         prior_error: (B,) nats, size of the error by the Gaussian that stands for the data at the noise end, estimated
             from the model's output there.
         discretisation_error: (B,) nats, size of the error by the finite number of steps: an estimate from the same
@@ -70,6 +81,11 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
             without a posterior returns ("encoded"), the image itself ("pixels"), or latents of the caller ("given").
         denoiser_calls_per_image: (B,) int64, evaluations for each sample, where `tolerance` was given; else None, and
             every sample takes `num_denoiser_calls`.
+        trace_check: one per sample, "agrees", "disagrees", or "replaced by probes" where differences
+            took the model's place; None without checks of a trace model.
+        trace_difference: (B,) nats, by how much the checks estimate the trace model's part to be too low; None
+            without checks.
+        trace_difference_error: (B,) nats, standard error of `trace_difference`.
         status: one per sample, "converged" where `discretisation_error` is at most `tolerance`, else "not converged";
             None without a tolerance.
     """
@@ -99,6 +115,9 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
     latents: str = "given"
     denoiser_calls_per_image: torch.Tensor | None = None
     status: list[str] | None = None
+    trace_check: list[str] | None = None
+    trace_difference: torch.Tensor | None = None
+    trace_difference_error: torch.Tensor | None = None
 
     @property
     def trace_by_probe(self) -> torch.Tensor:
@@ -109,11 +128,10 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
     def total_error(self) -> torch.Tensor:
         """Half-width of a 95% interval of `log_prob`, (B,) nats.
 
-        It is 1.96 times the standard errors of the probes and of the trace model, which are independent, plus the
-        errors of the steps and of the prior, which are systematic and may add up.
+        Half-widths of the probes (1.96 standard errors) and of the trace model are independent; the errors of the
+        steps and of the prior are systematic and may add up with them.
         """
-        random = torch.hypot(self.standard_error, self.trace_error)
-        return 1.96 * random + self.discretisation_error + self.prior_error
+        return torch.hypot(1.96 * self.standard_error, self.trace_error) + self.discretisation_error + self.prior_error
 
     @property
     def total_error_bits(self) -> torch.Tensor:
@@ -134,6 +152,8 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
             how = f"by several grids; converged: {self.status.count('converged')} of {count}"
         by_probes = f"{probes:.4f} by the probes" if self.trace_by_level.shape[1] else "no probes"
         by_model = f", {model:.4f} by the trace model" if model else ""
+        if self.trace_check is not None:
+            by_model += f" (checks disagree for {len(self.trace_check) - self.trace_check.count(AGREES)})"
         name = "standard, N(0, 1)" if self.prior == "standard" else self.prior
         lines = [
             f"Log-likelihood of {count} {self.space} sample{'s' * (count > 1)} of {self.dims} dimensions"
@@ -148,6 +168,41 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
             f"{float(self.noise_to_signal[-1]):.4g}; {self.num_denoiser_calls} denoiser calls in all",
         ]
         return "\n".join(lines)
+
+
+def with_samples(
+    output: LikelihoodOutput, rows: torch.Tensor, part: LikelihoodOutput, stride: int = 1
+) -> LikelihoodOutput:
+    """Returns `output` with the samples at `rows` from `part`.
+
+    Args:
+        rows: (n,) int64, places of the part's samples.
+        stride: the levels of `output` are every so many of the part's.
+    """
+
+    def put(old: torch.Tensor, new: torch.Tensor, axis: int = 0) -> torch.Tensor:
+        return old.index_copy(axis, rows, new)
+
+    r = part.unexplained_noise_fraction[::stride]
+    # Every level of the part counts to the nearest level of the output.
+    nearest = (torch.arange(len(part.trace_by_level)) + stride // 2) // stride
+    by_level = torch.zeros(len(r), *part.trace_by_level.shape[1:], dtype=torch.float64)
+    by_level.index_add_(0, nearest, part.trace_by_level)
+    old_by_level = output.trace_by_level
+    if by_level.shape[1] > old_by_level.shape[1] == 0:  # a trace model's values stand for its probes
+        values = output.trace_weights[:, None] * (1 - output.unexplained_noise_fraction)
+        old_by_level = values[:, None].expand(-1, by_level.shape[1], -1)
+    words = None if output.trace_check is None else list(output.trace_check)
+    if words is not None and part.trace_check is not None:
+        for row, word in zip(rows.tolist(), part.trace_check, strict=True):
+            words[row] = word
+    tensors: dict[str, Any] = {
+        name: put(vars(output)[name], vars(part)[name]) for name in BY_SAMPLE if vars(part)[name] is not None
+    }
+    return dataclasses.replace(
+        output, **tensors, trace_check=words, trace_by_level=put(old_by_level, by_level, 2),
+        unexplained_noise_fraction=put(output.unexplained_noise_fraction, r, 1),
+    )  # fmt: skip
 
 
 @dataclasses.dataclass

@@ -23,10 +23,12 @@ from ..seeds import content_key
 from .comparison import METHODS, LikelihoodComparison
 from .draws import ImageDraws, unchanged_states
 from .output import LikelihoodOutput
+from .problem import Integration
 from .refinement import MAX_DENOISER_CALLS, check_refinement
 from .schemes import DEFAULT_SCHEME
-from .solver import Integration, integrate_log_likelihood
+from .solver import integrate_log_likelihood
 from .squared_error import squared_error_log_likelihood
+from .trace_check import NUM_CHECKS, check_trace_options
 
 DEFAULT_STEPS = 32
 DEFAULT_STEPS_WITH_TOLERANCE = 38
@@ -59,6 +61,8 @@ def log_likelihood(
     sample_latents: bool = False,
     tolerance: float | None = None,
     max_denoiser_calls: int = MAX_DENOISER_CALLS,
+    trace_checks: int = NUM_CHECKS,
+    untrusted_trace: str = "warn",
     **call_arguments: Any,
 ) -> LikelihoodOutput:
     """Scores images by their log-likelihood under a checkpoint, without classifier-free guidance.
@@ -93,6 +97,10 @@ def log_likelihood(
         tolerance: bits/dim; each image's grid is refined until its discretisation error is at most this, and the
             output's `status` says which images reached it. None: `num_inference_steps` for all images.
         max_denoiser_calls: largest number of evaluations per image with a tolerance.
+        trace_checks: number of levels at which a trace model is checked on every image by a difference of the
+            denoiser; 0: no checks. Without a trace model there is nothing to check.
+        untrusted_trace: "warn" keeps the number of an image whose checks disagree with the trace model, and states the
+            larger error; "probes" takes the trace of such an image by differences at all levels instead.
         **call_arguments: arguments of the pipeline's call, such as `prompt_embeds` with the tensors that belong to
             them. Negative prompts have no effect without guidance, and are refused.
 
@@ -115,6 +123,7 @@ def log_likelihood(
     if num_inference_steps < 2:
         raise InputError(f"`num_inference_steps` is {num_inference_steps}; allowed: at least 2, sensibly 20 or more.")
     check_refinement(tolerance, max_denoiser_calls, num_inference_steps, step_halving, "num_inference_steps")
+    check_trace_options(trace_checks, untrusted_trace)
     backbone.check_scheduler()
     guidance_scale = backbone.unguided_scale(call_arguments)
     call_arguments = check_arguments(backbone.name, backbone.parameters, log_likelihood, call_arguments)
@@ -136,8 +145,11 @@ def log_likelihood(
             progress.total = (progress.total or 0) + number
 
         integration = Integration(
-            num_inference_steps, num_probes, fixed_probes, mean, variance, noised, step_halving, generator, keys,
-            scheme, bins, backbone.space, progress.update, tolerance, max_denoiser_calls, extend, prior_basis=basis,
+            num_steps=num_inference_steps, num_probes=num_probes, fixed_probes=fixed_probes, prior_mean=mean,
+            prior_variance=variance, prior_basis=basis, noised=noised, step_halving=step_halving, generator=generator,
+            keys=keys, scheme=scheme, bins=bins, space=backbone.space, tolerance=tolerance,
+            max_denoiser_calls=max_denoiser_calls, trace_checks=trace_checks, untrusted_trace=untrusted_trace,
+            on_step=progress.update, on_grid=extend,
         )  # fmt: skip
         output = integrate_log_likelihood(denoiser, backbone.pack(samples), estimator, integration)
     return dataclasses.replace(output, latents=kind)

@@ -13,8 +13,9 @@ from ..fisher.autodiff import AutodiffFisher
 from ..fisher.estimator import FisherEstimator
 from ..noise import timestep_at
 from .output import LikelihoodOutput
+from .problem import Integration, OdeProblem, prepare_problem
 from .schemes import noise_grid
-from .solver import Integration, OdeProblem, make_output, prepare_problem
+from .solver import make_output
 
 
 def reference_log_likelihood(

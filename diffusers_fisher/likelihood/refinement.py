@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from ..errors import InputError
-from .output import LikelihoodOutput
+from .output import LikelihoodOutput, with_samples
 from .schemes import Scheme
 
 CONVERGED, NOT_CONVERGED = "converged", "not converged"
@@ -170,37 +170,9 @@ def refine(
             break
         on_grid(steps + 1)
         part, grid = solve_grid(rows, steps, grid.select_samples(left))
-        result, total = _put(result, rows, part, steps // num_steps), total + part.num_denoiser_calls
+        result, total = with_samples(result, rows, part, steps // num_steps), total + part.num_denoiser_calls
         calls[rows] += steps + 1
     status = [CONVERGED] * count
     for row in rows.tolist():
         status[row] = NOT_CONVERGED
     return dataclasses.replace(result, num_denoiser_calls=total, denoiser_calls_per_image=calls, status=status)
-
-
-def _put(result: LikelihoodOutput, rows: torch.Tensor, part: LikelihoodOutput, stride: int) -> LikelihoodOutput:
-    """Returns `result` with the samples at `rows` from `part`.
-
-    Args:
-        stride: the nodes of the first grid are every so many of the nodes of the part's.
-    """
-
-    def put(old: torch.Tensor, new: torch.Tensor, axis: int = 0) -> torch.Tensor:
-        return old.index_copy(axis, rows, new)
-
-    r = part.unexplained_noise_fraction[::stride]
-    # Every node of the finer grid counts to the nearest node of the first grid.
-    nearest = (torch.arange(len(part.trace_by_level)) + stride // 2) // stride
-    by_level = torch.zeros(len(r), *part.trace_by_level.shape[1:], dtype=torch.float64)
-    by_level.index_add_(0, nearest, part.trace_by_level)
-    return dataclasses.replace(
-        result, log_prob=put(result.log_prob, part.log_prob),
-        prior_log_prob=put(result.prior_log_prob, part.prior_log_prob),
-        trace_log_prob=put(result.trace_log_prob, part.trace_log_prob),
-        standard_error=put(result.standard_error, part.standard_error),
-        discretisation_error=put(result.discretisation_error, part.discretisation_error),
-        trace_error=put(result.trace_error, part.trace_error), prior_error=put(result.prior_error, part.prior_error),
-        final_latents=put(result.final_latents, part.final_latents),
-        trace_by_level=put(result.trace_by_level, by_level, 2),
-        unexplained_noise_fraction=put(result.unexplained_noise_fraction, r, 1),
-    )  # fmt: skip

@@ -10,159 +10,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Sequence
 
 import torch
 
-from ..arguments import check_generators, check_kinds
+from ..arguments import check_kinds
 from ..denoiser import Denoiser
 from ..errors import CoarseGridWarning, InputError, NumericalError
-from ..fisher.estimate import Generators
-from ..fisher.estimator import FisherEstimator, check_estimator
-from ..noise import expand, log_noise_to_signal_range, timestep_at
-from .bins import dequantised, offset_bits
+from ..fisher.estimator import FisherEstimator
+from ..noise import expand, timestep_at
+from .bins import offset_bits
 from .discretisation import estimated_error
-from .draws import ImageDraws
 from .output import LikelihoodOutput
-from .prior import Moment, PriorGaussian, check_prior
-from .refinement import MAX_DENOISER_CALLS, NOT_CONVERGED, Foresight, check_refinement, refine
-from .schemes import DEFAULT_SCHEME, Scheme, Track, noise_grid, quadrature_weights, scheme_of
-from .traces import NodeTrace, TraceRecord
-
-MANY_PROBES = 64
-"""Number of probes up to which more than the dimensions of a sample are allowed."""
+from .problem import Integration, OdeProblem, prepare_problem, prior_name
+from .refinement import NOT_CONVERGED, Foresight, check_refinement, refine
+from .schemes import Scheme, Track, noise_grid, quadrature_weights, scheme_of
+from .trace_check import DISAGREES, TraceCheck, check_trace_options, replaced
+from .traces import TraceRecord
 
 COARSE = 0.05
 """Discretisation error, in bits/dim, above which a likelihood warns."""
-
-
-@dataclasses.dataclass(frozen=True)
-class OdeProblem:
-    """Holds the samples and the denoiser of one likelihood, after all checks and random draws.
-
-    Args:
-        denoiser: denoiser at guidance scale 1; a guided output is the score of no density.
-        start: (B, ...) float64, the points whose density is computed; on the CPU, because some devices have no
-            float64.
-        device, dtype: those of the denoiser's inputs.
-        estimator: gives the trace at every node, with its denoiser.
-        draws: makes the directions of the trace.
-        low, high: log(sigma/alpha) at the ends.
-        gaussian: stands for the data at the noise end.
-        calls_before: the denoiser's `num_calls` before the integration.
-        integration: the caller's options.
-    """
-
-    denoiser: Denoiser
-    start: torch.Tensor
-    device: torch.device
-    dtype: torch.dtype
-    estimator: FisherEstimator
-    draws: ImageDraws
-    low: float
-    high: float
-    gaussian: PriorGaussian
-    calls_before: int
-    integration: Integration
-
-    def evaluate(self, x: torch.Tensor, timestep: torch.Tensor, log_noise: float) -> Node:
-        """Evaluates the denoiser and the trace at x~ = `x`, (B, ...) float64, and log s = `log_noise`."""
-        level = self.denoiser.level(timestep)
-        needs_graph = self.estimator.needs_graph
-        with torch.set_grad_enabled(needs_graph):
-            model_input = (expand(level.alpha, x) * x).to(self.dtype).to(self.device).requires_grad_(needs_graph)
-            state = self.denoiser.state(model_input, timestep.to(torch.float32))
-            operator, factor = self.estimator(state), float(level.sigma) ** 2 / x[0].numel()
-            count = self.integration.num_probes
-            if count is None:
-                trace = NodeTrace.exact(factor * operator.trace().value.cpu())
-            else:
-                # Rounded, because another way to the same grid may differ in the last digits.
-                place = "fixed" if self.integration.fixed_probes else f"{log_noise:.9f}"
-                vectors = self.draws.signs(count, "probes", place)
-                products = operator.products(vectors.to(self.dtype).to(self.device)).detach().cpu().double()
-                trace = NodeTrace.sampled(vectors, factor * products)
-        self.integration.on_step()
-        return Node(state.epsilon.detach().cpu().double(), trace)
-
-    def select_samples(self, rows: torch.Tensor) -> OdeProblem:
-        """Returns the problem of some of the samples, with the same draws; `rows` (n,) int64 are their places."""
-        selected = self.denoiser.select_samples(rows)
-        estimator = self.estimator.select_samples(
-            rows, lambda each: selected if each is self.denoiser else each.select_samples(rows)
-        )
-        return dataclasses.replace(
-            self, denoiser=selected, start=self.start[rows], estimator=estimator,
-            draws=self.draws.select_samples(rows), calls_before=selected.num_calls,
-        )  # fmt: skip
-
-    def prior(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the log density of the Gaussian at the noise end, (B,) nats."""
-        return self.gaussian.log_density(x, math.exp(self.high))
-
-    def prior_error(self, x: torch.Tensor, node: Node) -> torch.Tensor:
-        """Returns how far `prior` is from the model's own law, (B,) nats, by `node` at x~ = `x` at the noise end."""
-        return self.gaussian.error(x, math.exp(self.high), node.epsilon, node.trace.rest)
-
-
-@dataclasses.dataclass(frozen=True)
-class Node:
-    """Holds eps (B, ...) float64 and the trace at one node of the grid."""
-
-    epsilon: torch.Tensor
-    trace: NodeTrace
-
-
-@check_kinds
-@dataclasses.dataclass(frozen=True)
-class Integration:
-    """Says how a log-likelihood is integrated, and of which density.
-
-    Args:
-        num_steps: number of steps of the grid in log(sigma/alpha), see `noise_grid`; at least 2.
-        num_probes: number of directions of random signs at every node (Hutchinson, 1990); None: the operator's exact
-            trace, in closed form or by d products.
-        fixed_probes: take the same directions at all nodes. Their errors then add up over the nodes instead of
-            cancelling, and the standard error comes from the scatter of the probes, so it needs two or more.
-        prior_mean, prior_variance: moments of the data, which broadcast to one sample; None for both: 0 and 1
-            ("standard").
-        noised: whether to evaluate at `samples + s_0 * noise` instead of at `samples`.
-        step_halving: whether to measure the discretisation error by half as many steps, for half as many evaluations
-            again.
-        generator: gives the seed of the probes, of the place in the bins and of the noise of `noised`. All of them
-            are functions of this seed and of the image alone.
-        keys: one key per image, which stands for it in its random draws; None: a key of the sample's values.
-        scheme: "euler", "trapezoid", "adams3" or "adams4", of order 1 to 4.
-        bins: number of equally spaced values from -1 to 1 on which the samples lie: each is moved to a random point of
-            its bin, and `bits_per_dim` is that of the bins. None: that of the density.
-        space: "latent" or "pixel", for the output.
-        on_step: called after every evaluation.
-        tolerance: bits/dim; each sample's grid is refined until its discretisation error is at most this. None: all
-            samples have one grid of `num_steps`. With a tolerance that is the first grid, and every further grid has
-            twice as many steps.
-        max_denoiser_calls: largest number of evaluations per sample with a tolerance.
-        on_grid: called with the number of evaluations of every grid after the first.
-        prior_basis: coordinates of `prior_variance`: "pixel" (the sample's own), or "dct" for variances of the
-            coefficients of the discrete cosine transform over the last two axes.
-    """
-
-    num_steps: int = 20
-    num_probes: int | None = 1
-    fixed_probes: bool = False
-    prior_mean: Moment = None
-    prior_variance: Moment = None
-    noised: bool = False
-    step_halving: bool = False
-    generator: Generators = None
-    keys: Sequence[str] | None = None
-    scheme: str = DEFAULT_SCHEME
-    bins: int | None = None
-    space: str = "latent"
-    on_step: Callable[[], object] = lambda: None
-    tolerance: float | None = None
-    max_denoiser_calls: int = MAX_DENOISER_CALLS
-    on_grid: Callable[[int], object] = lambda number: None
-    prior_basis: str = "pixel"
 
 
 @check_kinds
@@ -194,28 +60,14 @@ def integrate_log_likelihood(
     if num_probes is not None and num_probes < 1:
         raise InputError(f"`num_probes` is {num_probes}; allowed: at least 1, or None for the exact trace.")
     check_refinement(options.tolerance, options.max_denoiser_calls, steps, options.step_halving)
+    check_trace_options(options.trace_checks, options.untrusted_trace)
     problem = prepare_problem(denoiser, samples, estimator, options)
-    if options.tolerance is None:
-        output = integrate(problem, steps, scheme)
-    else:
-        output = refine(
-            lambda rows, number, foresight: integrate(problem.select_samples(rows), number, scheme, foresight),
-            len(problem.start), steps, scheme, options.tolerance, options.max_denoiser_calls, options.on_grid,
-        )  # fmt: skip
-    if not torch.isfinite(output.log_prob).all():
-        raise NumericalError(
-            f"Log-likelihoods are not finite: {output.log_prob.tolist()}; unexplained noise fractions by noise level: "
-            f"{output.unexplained_noise_fraction.tolist()}."
-        )
-    if options.step_halving:
-        half = integrate(problem, steps // 2, scheme)
-        if not torch.isfinite(half.log_prob).all():
-            raise NumericalError(
-                "Log-likelihoods with half as many steps are not finite, so the discretisation error can't be "
-                "measured. Take more steps, or pass `step_halving=False`."
-            )
-        error, calls = (output.log_prob - half.log_prob).abs(), half.num_denoiser_calls
-        output = dataclasses.replace(output, discretisation_error=error, num_denoiser_calls=calls)
+    output = _solve(problem, scheme)
+    rows = [row for row, word in enumerate(output.trace_check or []) if word == DISAGREES]
+    if rows and options.untrusted_trace == "probes":
+        options.on_grid(steps + 1)
+        places = torch.tensor(rows)
+        output = replaced(output, places, _solve(problem.by_differences(places), scheme))
     if not torch.isfinite(output.discretisation_error).all():
         raise NumericalError(
             f"The discretisation error's estimates are not finite: {output.discretisation_error.tolist()}. Take more "
@@ -223,6 +75,33 @@ def integrate_log_likelihood(
         )
     _warn_of_coarse_grids(output, options)
     return output
+
+
+def _solve(problem: OdeProblem, scheme: Scheme) -> LikelihoodOutput:
+    """Integrates over one grid, over as many as the tolerance needs, or over a second one for the error."""
+    options = problem.integration
+    steps = options.num_steps
+    if options.tolerance is not None:
+        return refine(
+            lambda rows, number, foresight: integrate(problem.select_samples(rows), number, scheme, foresight),
+            len(problem.start), steps, scheme, options.tolerance, options.max_denoiser_calls, options.on_grid,
+        )  # fmt: skip
+    output = integrate(problem, steps, scheme)
+    if not torch.isfinite(output.log_prob).all():
+        raise NumericalError(
+            f"Log-likelihoods are not finite: {output.log_prob.tolist()}; unexplained noise fractions by noise level: "
+            f"{output.unexplained_noise_fraction.tolist()}."
+        )
+    if not options.step_halving:
+        return output
+    half = integrate(problem, steps // 2, scheme)
+    if not torch.isfinite(half.log_prob).all():
+        raise NumericalError(
+            "Log-likelihoods with half as many steps are not finite, so the discretisation error can't be "
+            "measured. Take more steps, or pass `step_halving=False`."
+        )
+    error, calls = (output.log_prob - half.log_prob).abs(), half.num_denoiser_calls
+    return dataclasses.replace(output, discretisation_error=error, num_denoiser_calls=calls)
 
 
 def _warn_of_coarse_grids(output: LikelihoodOutput, options: Integration) -> None:
@@ -245,49 +124,6 @@ def _warn_of_coarse_grids(output: LikelihoodOutput, options: Integration) -> Non
     warnings.warn(message, CoarseGridWarning, stacklevel=4)
 
 
-def prepare_problem(
-    denoiser: Denoiser, samples: torch.Tensor, estimator: FisherEstimator, integration: Integration
-) -> OdeProblem:
-    """Checks what is to be integrated, and makes all random draws. Raises as `integrate_log_likelihood`."""
-    samples, bins, generator = check_samples(samples), integration.bins, integration.generator
-    check_generators(generator, len(samples))
-    if integration.keys is not None and len(integration.keys) != len(samples):
-        raise InputError(f"{len(integration.keys)} image keys were given for {len(samples)} images; give as many.")
-    if integration.num_probes is not None and integration.num_probes > max(samples[0].numel(), MANY_PROBES):
-        raise InputError(
-            f"`num_probes` is {integration.num_probes} for samples of {samples[0].numel()} dimensions; pass None for "
-            "the exact trace, which costs fewer products."
-        )
-    gaussian = check_prior(
-        samples.shape[1:], integration.prior_mean, integration.prior_variance, integration.prior_basis
-    )
-    if check_estimator(estimator).needs_graph and torch.is_inference_mode_enabled():
-        raise InputError(
-            f"{type(estimator).__name__} differentiates the denoiser, which torch.inference_mode forbids even inside "
-            "enable_grad; use torch.no_grad instead, or FiniteDifferenceFisher, which needs no graph."
-        )
-    estimator = estimator.bind(denoiser)
-    low, high = log_noise_to_signal_range(denoiser.scheduler)
-    draws, start = ImageDraws(samples, generator, integration.keys), samples.cpu().double()
-    if bins is not None:
-        start = dequantised(start, bins, draws.generators("bins"))
-    if integration.noised:
-        start = start + math.exp(low) * draws.normal("noise")
-    return OdeProblem(
-        denoiser,
-        start,
-        samples.device,
-        samples.dtype,
-        estimator,
-        draws,
-        low,
-        high,
-        gaussian,
-        denoiser.num_calls,
-        integration,
-    )
-
-
 def integrate(
     problem: OdeProblem, num_steps: int, scheme: Scheme, foresight: Foresight | None = None
 ) -> LikelihoodOutput:
@@ -299,8 +135,10 @@ def integrate(
     """
     grid = noise_grid(problem.low, problem.high, num_steps)
     timesteps, nodes = timestep_at(problem.denoiser.scheduler, grid), grid.tolist()
-    x = problem.start
-    node = problem.evaluate(x, timesteps[0], nodes[0])
+    x, dimensions = problem.start, problem.start[0].numel()
+    weights = dimensions * quadrature_weights(grid, scheme.quadrature)
+    check = TraceCheck(problem.estimator, weights, grid, problem.integration.trace_checks, dimensions)
+    node = problem.evaluate(x, timesteps[0], nodes[0], check.counts[0])
     if foresight is not None:
         foresight.add(nodes[0], node.epsilon)
     path = Track(x, node.epsilon, scheme.order)
@@ -311,9 +149,10 @@ def integrate(
     best = solution if scheme.order > scheme.companion else companion
     traces, shifts = TraceRecord(), []
     traces.add(node.trace)
+    check.add(node.trace, node.check)
     for index in range(1, len(nodes)):
         point, previous = path.predict(nodes, index), path.x
-        node = problem.evaluate(point, timesteps[index], nodes[index])
+        node = problem.evaluate(point, timesteps[index], nodes[index], check.counts[index])
         if foresight is not None:
             foresight.add(nodes[index], node.epsilon)
         slope = expand(node.trace.rest.clamp(0, 1) / math.exp(nodes[index]), x)
@@ -321,12 +160,12 @@ def integrate(
             track.correct(nodes, index, point, node.epsilon, slope)
         shifts.append(_norm(best.x - point) / _norm(point - previous).clamp_min(torch.finfo(torch.float64).tiny))
         traces.add(node.trace)
-    values, dimensions, fixed = traces.rests, x[0].numel(), problem.integration.fixed_probes
-    weights = dimensions * quadrature_weights(grid, scheme.quadrature)
+        check.add(node.trace, node.check)
+    values, fixed = traces.rests, problem.integration.fixed_probes
     prior = problem.prior(solution.x)
     path_error = (problem.prior(companion.x) - prior).abs() / dimensions
     error = estimated_error(path_error, values, traces.variance(fixed), torch.stack(shifts), grid, scheme)
-    return make_output(
+    output = make_output(
         problem, problem.integration.scheme, final_latents=solution.x, prior_log_prob=prior,
         trace_log_prob=torch.einsum("n,nb->b", weights, values),
         trace_by_level=weights[:, None, None] * traces.by_probe,
@@ -334,6 +173,7 @@ def integrate(
         standard_error=traces.standard_error(weights, fixed), discretisation_error=dimensions * error,
         prior_error=problem.prior_error(point, node),
     )  # fmt: skip
+    return check.apply(output)
 
 
 def make_output(problem: OdeProblem, scheme: str, **tensors: torch.Tensor) -> LikelihoodOutput:
@@ -352,15 +192,8 @@ def make_output(problem: OdeProblem, scheme: str, **tensors: torch.Tensor) -> Li
         prior=prior_name(options.prior_mean, options.prior_basis),
         density="noised" if options.noised else "smoothed", halved=options.step_halving, scheme=scheme,
         trace=f"{problem.estimator.description}, {_probes(options)}", fixed_probes=options.fixed_probes,
-        offset_bits=offset_bits(options.bins), latents="given", status=None,
+        offset_bits=offset_bits(options.bins), latents="given", status=None, trace_check=None,
     )  # fmt: skip
-
-
-def prior_name(mean: Moment, basis: str) -> str:
-    """Returns the name of the prior in outputs."""
-    if mean is None:
-        return "standard"
-    return "moment-matched" if basis == "pixel" else "spectral"
 
 
 def _probes(options: Integration) -> str:
@@ -373,22 +206,3 @@ def _probes(options: Integration) -> str:
 
 def _norm(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1).norm(dim=1)
-
-
-def standard_noise(like: torch.Tensor, generator: Generators) -> torch.Tensor:
-    """Draws standard normal noise in the shape and dtype of `like`, and returns it in float64 on the CPU."""
-    from diffusers.utils.torch_utils import randn_tensor
-
-    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype).cpu().double()
-
-
-def check_samples(samples: torch.Tensor) -> torch.Tensor:
-    """Returns `samples` (B, ...) in float32 or wider, detached. Raises `InputError` unless they are finite floats."""
-    if samples.ndim < 2 or samples.numel() == 0:
-        raise InputError(f"Samples have shape {tuple(samples.shape)}; allowed: (B, ...), a batch of at least one.")
-    if not samples.is_floating_point() or not torch.isfinite(samples).all():
-        raise InputError(
-            f"Samples of shape {tuple(samples.shape)} and dtype {samples.dtype} must be finite floating-point "
-            "numbers; NaN usually comes from images outside [0, 1] or a half-precision autoencoder."
-        )
-    return samples.detach().to(torch.promote_types(samples.dtype, torch.float32))

@@ -21,7 +21,7 @@ from ..noise import expand, log_noise_to_signal_range, timestep_at
 from .bins import dequantised, offset_bits
 from .output import SquaredErrorOutput
 from .prior import check_prior
-from .solver import check_samples, prior_name, standard_noise
+from .problem import check_samples, prior_name, standard_noise
 
 CROSSOVER = 0.3
 """Noise-to-signal about which r falls from one to zero for usual data. Below it the squared error is most of the

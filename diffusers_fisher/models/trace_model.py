@@ -23,7 +23,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, BaseOutput
 from ..denoiser import Denoiser
 from ..errors import CheckpointError, InputError, check_shape
 from ..files import check_safetensors, read_table, save_tensors, write_text
-from ..fisher.trace_matching import LOG_NOISE_RANGE, noise_shares
+from ..fisher.trace_matching import LOG_NOISE_RANGE, TraceCalibration, noise_shares
 from ..noise import DenoisingState, NoiseLevel, expand
 from .card import model_card
 from .encoders import FeatureEncoder, ImageEncoder, NoiseEmbedding, PixelHead, SpectralHead, TokenEncoder, TraceHead
@@ -93,6 +93,8 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
             model takes samples of N tokens alone.
         fingerprint: fingerprint of the denoiser, see `diffusers_fisher.models.denoiser_fingerprint`; None means that
             the model serves every denoiser.
+        calibration: errors of the trained model on held-out images, the fields of `TraceCalibration`; None before
+            they are measured (`calibrate_trace_model`).
     """
 
     config_name = "config.json"  # type: ignore[assignment]
@@ -117,6 +119,7 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         feature_channels: int | None = None,
         prior_shape: Sequence[int] | None = None,
         fingerprint: Mapping[str, Any] | None = None,
+        calibration: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         _check_choices(layout, target, output, basis)
@@ -253,6 +256,10 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
     def set_fingerprint(self, denoiser: Denoiser | DiffusionPipeline) -> None:
         """Stores the fingerprint of `denoiser` (a pipeline or `PipelineDenoiser`) in the config."""
         self.register_to_config(fingerprint=denoiser_fingerprint(denoiser))
+
+    def set_calibration(self, calibration: TraceCalibration) -> None:
+        """Stores the errors of the trained model on held-out images in the config."""
+        self.register_to_config(calibration=dataclasses.asdict(calibration))
 
     def check_fingerprint(self, denoiser: Denoiser | DiffusionPipeline) -> None:
         """Refuses a denoiser that this model was not trained for. A model without a fingerprint takes every denoiser.

@@ -61,7 +61,7 @@ class NoiseEnd:
 
     def errors(self, mean=None, variance=None, by_probe=False):
         """Returns the prior's true error and the stated one, (count,) bits/dim each."""
-        prior = check_prior(SAMPLES, mean, variance)
+        prior = check_prior(SAMPLES.shape[1:], mean, variance)
         stated = prior.error(self.x, S, self.epsilon, self.rest_by_probe if by_probe else self.rest)
         return (self.log_density - prior.log_density(self.x, S)).abs() / BIT, stated / BIT
 
@@ -82,7 +82,8 @@ def test_stated_error_of_the_prior_covers_the_true_one_and_is_not_far_above(seed
     assert true.shape == (96, 16)
     covered = (stated >= true - 1e-9).double()
     assert float(covered.mean()) > 0.96
-    assert float(covered.mean(1).min()) > 0.7  # of the 16 points of any law
+    # The worst of 96 laws by 16 points each: a law of true coverage 0.9 has 10 of 16 or fewer once in 300 draws.
+    assert float(covered.mean(1).min()) > 0.6
     large = true > 0.001
     assert float(covered[large].mean()) > 0.95
     ratio = stated[large] / true[large]
@@ -109,7 +110,7 @@ def test_gaussians_that_are_the_prior_have_no_error():
 
 def test_traces_beyond_their_range_give_finite_errors():
     end = NoiseEnd(5, 10, 0, False)
-    prior = check_prior(SAMPLES, None, None)
+    prior = check_prior(SAMPLES.shape[1:], None, None)
     for rest in (-1.0, 0.0, 2.0):
         error = prior.error(end.x, S, end.epsilon, torch.full_like(end.rest, rest))
         assert bool(error.isfinite().all()) and bool((error >= 0).all())
@@ -132,7 +133,7 @@ def spectral_data():
 def test_spectral_prior_is_the_gaussian_with_that_covariance():
     mean, spectrum, covariance = spectral_data()
     x = 3 * normal(5, *SHAPE, generator=seeded(2))
-    prior = check_prior(x, mean, spectrum, "dct")
+    prior = check_prior(x.shape[1:], mean, spectrum, "dct")
     identity = torch.eye(12, dtype=torch.float64)
     exact = torch.distributions.MultivariateNormal(mean.flatten(), covariance + 4 * identity)
     assert relative(prior.log_density(x, 2.0), exact.log_prob(x.flatten(1))) < 1e-12
@@ -167,14 +168,14 @@ def test_likelihood_with_the_spectrum_is_exact_for_such_data():
 
 def test_a_spectrum_equal_everywhere_is_the_variance():
     x = normal(2, *SHAPE, generator=seeded())
-    flat = [check_prior(x, 0.5, 2.0, basis).log_density(x, 3.0) for basis in ("pixel", "dct")]
+    flat = [check_prior(x.shape[1:], 0.5, 2.0, basis).log_density(x, 3.0) for basis in ("pixel", "dct")]
     assert relative(*flat) < 1e-12
 
 
 def test_unknown_basis_is_refused():
     with pytest.raises(InputError, match="`prior_basis` is 'fourier'; allowed: pixel, dct"):
-        check_prior(SAMPLES, 0.0, 1.0, "fourier")
-    assert isinstance(check_prior(SAMPLES, 0.0, 1.0), PriorGaussian)
+        check_prior(SAMPLES.shape[1:], 0.0, 1.0, "fourier")
+    assert isinstance(check_prior(SAMPLES.shape[1:], 0.0, 1.0), PriorGaussian)
 
 
 # Outputs
