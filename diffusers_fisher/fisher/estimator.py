@@ -13,12 +13,11 @@ import torch
 from ..denoiser import Denoiser
 from ..errors import InputError
 from ..noise import DenoisingState
+from .calibration import TraceCalibration
 from .operator import FisherOperator
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-    from .trace_matching import TraceCalibration
 
 ModelFunction = Callable[[torch.Tensor, Any], torch.Tensor]
 """A network as a function `(model_input, timestep) -> raw model output`, which autograd can differentiate. The

@@ -14,9 +14,10 @@ from ..backbones import backbone_of
 from ..backbones.conditions import Condition
 from ..denoiser import Denoiser
 from ..errors import InputError
+from ..fisher.calibration import TraceCalibration
 from ..fisher.estimate import Generators
 from ..fisher.finite_difference import FiniteDifferenceFisher
-from ..fisher.trace_matching import TraceCalibration, TraceMatchingFisher, TraceModel
+from ..fisher.trace_matching import TraceMatchingFisher, TraceModel
 from ..images import ImageLike
 from .pipeline import DEFAULT_STEPS, likelihood_samples, unguided_denoiser
 from .problem import Integration, prepare_problem

@@ -182,7 +182,8 @@ def compare_likelihood(
         num_levels: number of draws of "squared error", even; None: 64.
         generator: its draws are repeated for every prompt. Without a generator the numbers change from call to call.
         sample_latents: as in `log_likelihood`; all prompts see the same latents.
-        **options: for "ode" the options of `log_likelihood`; for "squared error" `prior_mean`, `prior_variance`,
+        **options: for "ode" the options of `log_likelihood`, except that a trace model is checked only if
+            `trace_checks` says so; for "squared error" `prior_mean`, `prior_variance`,
             `data_range`, `bins`, and arguments of the pipeline's call.
 
     Returns:
@@ -206,7 +207,10 @@ def compare_likelihood(
     )
     if method == "ode":
         table = LikelihoodComparison.of_ode([
-            log_likelihood(pipe, None, prompt, latents=samples, generator=generator, image_keys=keys, **options)
+            log_likelihood(
+                pipe, None, prompt, latents=samples, generator=generator, image_keys=keys,
+                **{"trace_checks": 0, **options},
+            )
             for prompt in replay(candidates, generator)
         ])  # fmt: skip
         return dataclasses.replace(table, latents=kind)

@@ -23,7 +23,8 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, BaseOutput
 from ..denoiser import Denoiser
 from ..errors import CheckpointError, InputError, check_shape
 from ..files import check_safetensors, read_table, save_tensors, write_text
-from ..fisher.trace_matching import LOG_NOISE_RANGE, TraceCalibration, noise_shares
+from ..fisher.calibration import TraceCalibration
+from ..fisher.trace_matching import LOG_NOISE_RANGE, noise_shares
 from ..noise import DenoisingState, NoiseLevel, expand
 from .card import model_card
 from .encoders import FeatureEncoder, ImageEncoder, NoiseEmbedding, PixelHead, SpectralHead, TokenEncoder, TraceHead

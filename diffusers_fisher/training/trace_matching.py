@@ -30,7 +30,7 @@ from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError
 from ..files import check_writable, write_json
 from ..fisher import AutodiffFisher, FiniteDifferenceFisher, FisherEstimator
-from ..fisher.trace_matching import TraceCalibration
+from ..fisher.calibration import TraceCalibration
 from ..jobs.command import config_parser, errors_in_words
 from ..jobs.config import flat_settings, load_config
 from ..jobs.folder_lock import locked_folder

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 from trace_cases import GaussianData, GaussianDenoiser
 
 from diffusers_fisher import FiniteDifferenceFisher, FisherTraceModel, InputError, TraceMatchingFisher
-from diffusers_fisher.fisher.trace_matching import TraceCalibration
+from diffusers_fisher.fisher.calibration import TraceCalibration
 from diffusers_fisher.likelihood import Integration, integrate_log_likelihood
 from diffusers_fisher.likelihood.calibration import TraceErrors
 
@@ -54,7 +54,7 @@ def test_the_estimated_difference_and_its_error_are_right():
     differences = torch.stack([out.trace_difference for out in outputs])[:, 0]
     errors = torch.stack([out.trace_difference_error for out in outputs])[:, 0]
     assert float(true) > 0.05 * NATS
-    # 12 of 21 levels: what is interpolated between them is under 2% of the whole. The rest is the scatter of 100 seeds.
+    # 12 of 21 levels: what is interpolated between them is under 2% of the whole. The rest is the seeds' scatter.
     assert abs(float(differences.mean() - true)) < 0.02 * float(true) + 4 * float(differences.std()) / 10
     # The standard deviation of 100 draws is known to 7%; the stated variance is right to second order in the distance
     # of the checked levels.
@@ -77,7 +77,7 @@ def test_an_image_has_the_same_check_in_every_batch():
     samples = images(4)
     together, alone = likelihood(samples, WRONG), likelihood(samples[2:3], WRONG)
     for name in ("trace_difference", "trace_difference_error", "trace_error"):
-        # Batches round float32 outputs differently, and a difference divides that by its small step.
+        # Batches round float32 outputs differently, which a difference divides by its small step.
         assert abs(float(vars(together)[name][2] - vars(alone)[name][0])) < 1e-3 * float(alone.trace_difference_error)
 
 
