@@ -31,6 +31,8 @@ from .errors import (
     FisherError as FisherError,
     InputError as InputError,
     NumericalError as NumericalError,
+    ProbeNoiseWarning as ProbeNoiseWarning,
+    TraceModelWarning as TraceModelWarning,
     TrajectoryError as TrajectoryError,
     UnsupportedError as UnsupportedError,
 )

@@ -36,6 +36,14 @@ class CoarseGridWarning(UserWarning):
     """The discretisation error of a likelihood is large. The message says how large; use more steps."""
 
 
+class TraceModelWarning(UserWarning):
+    """A trace model disagrees with differences of its denoiser. The message says for how many samples."""
+
+
+class ProbeNoiseWarning(UserWarning):
+    """More random probes did not bring the standard error of a likelihood as low as was asked."""
+
+
 def check_shape(name: str, shape: tuple[int, ...], allowed: tuple[int, ...], advice: str) -> None:
     """Raises `InputError` unless `shape`, that of the tensor `name`, is `allowed`; `advice` says what to pass."""
     if tuple(shape) != tuple(allowed):

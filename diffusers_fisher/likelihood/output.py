@@ -189,9 +189,10 @@ def with_samples(
     by_level = torch.zeros(len(r), *part.trace_by_level.shape[1:], dtype=torch.float64)
     by_level.index_add_(0, nearest, part.trace_by_level)
     old_by_level = output.trace_by_level
-    if by_level.shape[1] > old_by_level.shape[1] == 0:  # a trace model's values stand for its probes
-        values = output.trace_weights[:, None] * (1 - output.unexplained_noise_fraction)
-        old_by_level = values[:, None].expand(-1, by_level.shape[1], -1)
+    if by_level.shape[1] != old_by_level.shape[1]:  # their means stand for the probes; a trace model's value for one
+        if not old_by_level.shape[1]:
+            old_by_level = (output.trace_weights[:, None] * (1 - output.unexplained_noise_fraction))[:, None]
+        old_by_level, by_level = (each.mean(1, keepdim=True) for each in (old_by_level, by_level))
     words = None if output.trace_check is None else list(output.trace_check)
     if words is not None and part.trace_check is not None:
         for row, word in zip(rows.tolist(), part.trace_check, strict=True):

@@ -23,7 +23,7 @@ from ..seeds import content_key
 from .comparison import METHODS, LikelihoodComparison
 from .draws import ImageDraws, unchanged_states
 from .output import LikelihoodOutput
-from .problem import Integration
+from .problem import Integration, check_standard_error
 from .refinement import MAX_DENOISER_CALLS, check_refinement
 from .schemes import DEFAULT_SCHEME
 from .solver import integrate_log_likelihood
@@ -63,6 +63,7 @@ def log_likelihood(
     max_denoiser_calls: int = MAX_DENOISER_CALLS,
     trace_checks: int = NUM_CHECKS,
     untrusted_trace: str = "warn",
+    max_standard_error: float | None = None,
     **call_arguments: Any,
 ) -> LikelihoodOutput:
     """Scores images by their log-likelihood under a checkpoint, without classifier-free guidance.
@@ -101,6 +102,8 @@ def log_likelihood(
             denoiser; 0: no checks. Without a trace model there is nothing to check.
         untrusted_trace: "warn" keeps the number of an image whose checks disagree with the trace model, and states the
             larger error; "probes" takes the trace of such an image by differences at all levels instead.
+        max_standard_error: bits/dim; images with a larger standard error get more random directions per level, up to
+            64. None: all images have `num_probes`.
         **call_arguments: arguments of the pipeline's call, such as `prompt_embeds` with the tensors that belong to
             them. Negative prompts have no effect without guidance, and are refused.
 
@@ -137,6 +140,7 @@ def log_likelihood(
         )
     if num_probes == "auto":
         num_probes = estimator.default_num_probes
+    check_standard_error(max_standard_error, num_probes, fixed_probes)
     mean, variance, basis = backbone.prior(prior_mean, prior_variance, samples)
     nodes = num_inference_steps + 1 + (num_inference_steps // 2 + 1 if step_halving else 0)
     with backbone.loaded(), backbone.progress_bar(nodes) as progress:
@@ -149,7 +153,7 @@ def log_likelihood(
             prior_variance=variance, prior_basis=basis, noised=noised, step_halving=step_halving, generator=generator,
             keys=keys, scheme=scheme, bins=bins, space=backbone.space, tolerance=tolerance,
             max_denoiser_calls=max_denoiser_calls, trace_checks=trace_checks, untrusted_trace=untrusted_trace,
-            on_step=progress.update, on_grid=extend,
+            max_standard_error=max_standard_error, on_step=progress.update, on_grid=extend,
         )  # fmt: skip
         output = integrate_log_likelihood(denoiser, backbone.pack(samples), estimator, integration)
     return dataclasses.replace(output, latents=kind)

@@ -63,6 +63,8 @@ class Integration:
             one evaluation each; 0: it is not checked. Traces by probes and exact traces need no check.
         untrusted_trace: what becomes of a sample whose checks disagree with the trace model: "warn" keeps the number
             and states the larger error; "probes" takes the trace by differences at all levels instead.
+        max_standard_error: bits/dim; samples with a larger standard error are integrated again with more directions
+            per level, up to 64. None: all samples have `num_probes`.
         on_grid: called with the number of evaluations of every grid after the first.
         prior_basis: coordinates of `prior_variance`: "pixel" (the sample's own), or "dct" for variances of the
             coefficients of the discrete cosine transform over the last two axes.
@@ -85,6 +87,7 @@ class Integration:
     max_denoiser_calls: int = MAX_DENOISER_CALLS
     trace_checks: int = NUM_CHECKS
     untrusted_trace: str = "warn"
+    max_standard_error: float | None = None
     on_grid: Callable[[int], object] = lambda number: None
     prior_basis: str = "pixel"
 
@@ -162,6 +165,11 @@ class OdeProblem:
             draws=self.draws.select_samples(rows), calls_before=selected.num_calls,
         )  # fmt: skip
 
+    def with_probes(self, rows: torch.Tensor, count: int) -> OdeProblem:
+        """Returns the problem of some of the samples, with `count` directions per level."""
+        options = dataclasses.replace(self.integration, num_probes=count)
+        return dataclasses.replace(self.select_samples(rows), integration=options)
+
     def by_differences(self, rows: torch.Tensor) -> OdeProblem:
         """Returns the problem of some of the samples, with the trace by one difference of the denoiser per level."""
         selected = self.select_samples(rows)
@@ -227,6 +235,24 @@ def prepare_problem(
         denoiser.num_calls,
         integration,
     )
+
+
+def check_standard_error(largest: float | None, num_probes: int | None, fixed_probes: bool) -> None:
+    """Checks the largest standard error that a caller allows.
+
+    Raises:
+        InputError: it is not positive, or the trace is not by fresh probes, whose number could reach it.
+    """
+    if largest is None:
+        return
+    if not largest > 0:
+        raise InputError(f"`max_standard_error` is {largest}; allowed: a positive number of bits/dim, such as 0.01.")
+    if num_probes is None or fixed_probes:
+        raise InputError(
+            "`max_standard_error` adds random directions, but this trace has "
+            f"{'none' if num_probes is None else 'the same ones at all levels'}. Pass `num_probes=1` with an "
+            "estimator such as FiniteDifferenceFisher(), or leave it out."
+        )
 
 
 def prior_name(mean: Moment, basis: str) -> str:

@@ -15,16 +15,16 @@ import torch
 
 from ..arguments import check_kinds
 from ..denoiser import Denoiser
-from ..errors import CoarseGridWarning, InputError, NumericalError
+from ..errors import CoarseGridWarning, InputError, NumericalError, ProbeNoiseWarning, TraceModelWarning
 from ..fisher.estimator import FisherEstimator
 from ..noise import expand, timestep_at
 from .bins import offset_bits
 from .discretisation import estimated_error
 from .output import LikelihoodOutput
-from .problem import Integration, OdeProblem, prepare_problem, prior_name
+from .problem import MANY_PROBES, Integration, OdeProblem, check_standard_error, prepare_problem, prior_name
 from .refinement import NOT_CONVERGED, Foresight, check_refinement, refine
 from .schemes import Scheme, Track, noise_grid, quadrature_weights, scheme_of
-from .trace_check import DISAGREES, TraceCheck, check_trace_options, replaced
+from .trace_check import DISAGREES, TraceCheck, added, check_trace_options, replaced
 from .traces import TraceRecord
 
 COARSE = 0.05
@@ -59,6 +59,7 @@ def integrate_log_likelihood(
         raise InputError(f"`num_steps` is {steps}; allowed: at least 2, sensibly 20 or more.")
     if num_probes is not None and num_probes < 1:
         raise InputError(f"`num_probes` is {num_probes}; allowed: at least 1, or None for the exact trace.")
+    check_standard_error(options.max_standard_error, num_probes, options.fixed_probes)
     check_refinement(options.tolerance, options.max_denoiser_calls, steps, options.step_halving)
     check_trace_options(options.trace_checks, options.untrusted_trace)
     problem = prepare_problem(denoiser, samples, estimator, options)
@@ -68,6 +69,15 @@ def integrate_log_likelihood(
         options.on_grid(steps + 1)
         places = torch.tensor(rows)
         output = replaced(output, places, _solve(problem.by_differences(places), scheme))
+    elif rows:
+        warnings.warn(
+            f"The trace model disagrees with differences of its denoiser for {len(rows)} of {len(output.log_prob)} "
+            "samples: `trace_check` says which, and `trace_error` how large its error may be. Pass "
+            "`untrusted_trace='probes'` for their trace by differences.",
+            TraceModelWarning, stacklevel=3,
+        )  # fmt: skip
+    if options.max_standard_error is not None:
+        output = _with_more_probes(problem, output, scheme, options.max_standard_error)
     if not torch.isfinite(output.discretisation_error).all():
         raise NumericalError(
             f"The discretisation error's estimates are not finite: {output.discretisation_error.tolist()}. Take more "
@@ -102,6 +112,34 @@ def _solve(problem: OdeProblem, scheme: Scheme) -> LikelihoodOutput:
         )
     error, calls = (output.log_prob - half.log_prob).abs(), half.num_denoiser_calls
     return dataclasses.replace(output, discretisation_error=error, num_denoiser_calls=calls)
+
+
+def _with_more_probes(problem: OdeProblem, output: LikelihoodOutput, scheme: Scheme, most: float) -> LikelihoodOutput:
+    """Integrates samples with more directions per level, until their standard error is at most `most` bits/dim.
+
+    The first directions are those from before. The numbers of directions are powers of two, so that few groups of
+    samples are integrated, and depend on nothing but the sample's own standard error.
+    """
+    counts = torch.full((len(output.log_prob),), problem.integration.num_probes or 1)
+    largest = max(MANY_PROBES, int(counts.max()))
+    while True:
+        excess = output.to_bits(output.standard_error) / most
+        more = (excess > 1) & (counts < largest)
+        if not more.any():
+            break
+        counts = torch.where(more, 2 ** (counts * excess.square()).log2().ceil(), counts).clamp(max=largest).long()
+        for count in counts[more].unique().tolist():
+            places = (more & (counts == count)).nonzero()[:, 0]
+            problem.integration.on_grid(problem.integration.num_steps + 1)
+            part = _solve(problem.with_probes(places, count), scheme)
+            output = added(output, places, part)
+    if bool((excess > 1).any()):
+        warnings.warn(
+            f"{int((excess > 1).sum())} of {len(excess)} samples have a standard error above {most:g} bits/dim with "
+            f"{largest} probes per level; `standard_error` says how large it is.",
+            ProbeNoiseWarning, stacklevel=4,
+        )  # fmt: skip
+    return output
 
 
 def _warn_of_coarse_grids(output: LikelihoodOutput, options: Integration) -> None:

@@ -98,10 +98,15 @@ class TraceCheck:
 
 def replaced(output: LikelihoodOutput, rows: torch.Tensor, part: LikelihoodOutput) -> LikelihoodOutput:
     """Returns `output` with the samples at `rows` from `part`, whose trace is by probes. All calls are counted."""
-    result = with_samples(output, rows, part)
-    words, calls, status = list(output.trace_check or []), output.denoiser_calls_per_image, output.status
+    words = list(output.trace_check or [])
     for row in rows.tolist():
         words[row] = REPLACED
+    return dataclasses.replace(added(output, rows, part), trace_check=words)
+
+
+def added(output: LikelihoodOutput, rows: torch.Tensor, part: LikelihoodOutput) -> LikelihoodOutput:
+    """Returns `output` with the samples at `rows` from `part`, with the calls of both."""
+    calls, status = output.denoiser_calls_per_image, output.status
     if calls is not None and part.denoiser_calls_per_image is not None:
         calls = calls.index_add(0, rows, part.denoiser_calls_per_image)
     if status is not None and part.status is not None:
@@ -109,7 +114,7 @@ def replaced(output: LikelihoodOutput, rows: torch.Tensor, part: LikelihoodOutpu
         for row, word in zip(rows.tolist(), part.status, strict=True):
             status[row] = word
     return dataclasses.replace(
-        result, trace_check=words, denoiser_calls_per_image=calls, status=status,
+        with_samples(output, rows, part), denoiser_calls_per_image=calls, status=status,
         num_denoiser_calls=output.num_denoiser_calls + part.num_denoiser_calls,
     )  # fmt: skip
 
