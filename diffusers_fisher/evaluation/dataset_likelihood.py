@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..backbones import backbone_of
 from ..data import Caption, Example, ImageData, Images, ImageStream, no_images, open_images
-from ..errors import CoarseGridWarning, InputError, NumericalError
+from ..errors import CoarseGridWarning, InputError, NumericalError, TraceModelWarning
 from ..files import finite_number, read_table, write_json
 from ..fisher import AutodiffFisher, FiniteDifferenceFisher, FisherEstimator
 from ..jobs.config import flat_settings
@@ -318,7 +318,9 @@ class ImageShare:
         error: Exception | None = None
         try:
             # The summary warns once, for all images.
-            with warnings.catch_warnings(action="ignore", category=CoarseGridWarning):
+            with warnings.catch_warnings():
+                for category in (CoarseGridWarning, TraceModelWarning):
+                    warnings.simplefilter("ignore", category)
                 # The conditions in `options` may be prompts, labels or none.
                 pixels = torch.stack([example.pixels for _, example in group])
                 out = log_likelihood(self.pipe, pixels, num_inference_steps=settings.num_inference_steps, **options)
@@ -388,9 +390,14 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def _record(position: int, example: Example, caption: Caption, out: LikelihoodOutput, index: int) -> dict[str, Any]:
     """Returns the record of one image."""
-    nats = ("bits_per_dim", "log_prob", "prior_log_prob", "trace_log_prob", "standard_error", "discretisation_error")
-    numbers: dict[str, float | None] = {key: float(getattr(out, key)[index]) for key in nats}
-    numbers["standard_error"] = finite_number(float(out.standard_error[index]))  # one probe has no standard error
+    nats = (
+        "bits_per_dim", "log_prob", "prior_log_prob", "trace_log_prob", "discretisation_error", "standard_error",
+        "trace_error", "prior_error", "total_error",
+    )  # fmt: skip
+    # An error that is not known is infinite.
+    numbers: dict[str, Any] = {key: finite_number(float(getattr(out, key)[index])) for key in nats}
+    if out.trace_check is not None:
+        numbers["trace_check"] = out.trace_check[index]
     fractions = [round(value, 6) for value in out.unexplained_noise_fraction[:, index].tolist()]
     record = {"position": position, "name": example.name, "caption": caption, **numbers, "dims": out.dims}
     return {**record, **({"transparent": True} if example.transparent else {}), "r": fractions}
