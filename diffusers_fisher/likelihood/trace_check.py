@@ -59,6 +59,8 @@ class TraceCheck:
             share = share * self._calibration.scatter_at(log_noise)
         middles = (torch.arange(count if self._has_model else 0, dtype=torch.float64) + 0.5) / count
         places = torch.searchsorted((share / share.sum()).cumsum(0), middles).clamp_max(len(weights) - 1).unique()
+        if len(places) == 1:  # a grid of few levels; the noise is estimated from two levels or more
+            places = torch.arange(len(weights))
         self.counts: list[int] = torch.bincount(places, minlength=len(weights)).tolist()
         if len(places):
             # One row per check: the piecewise linear function that is 1 at its level and 0 at those of the others.

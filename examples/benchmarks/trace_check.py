@@ -76,7 +76,7 @@ def judge(pipe: Any, samples: dict[str, torch.Tensor], prompts: list[str], num_p
         texts = [prompts[row] for row in part.tolist()]
         checked, truth = (
             pipe.log_likelihood(
-                None, texts, **{name: tensor[part]}, generator=torch.Generator().manual_seed(seed), **options
+                prompt=texts, **{name: tensor[part]}, generator=torch.Generator().manual_seed(seed), **options
             )
             for seed, options in ((2, {}), (3, {"estimator": FiniteDifferenceFisher(), "num_probes": num_probes}))
         )

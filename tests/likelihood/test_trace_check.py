@@ -108,6 +108,12 @@ def test_traces_by_probes_and_exact_ones_are_not_checked():
         assert out.trace_check is None and not out.trace_error.any()
 
 
+def test_grids_of_few_levels_are_checked_too():
+    for steps in (2, 3, 4):
+        out = likelihood(images(2), calibrated(0.05), num_steps=steps)
+        assert out.trace_check is not None and bool(torch.isfinite(out.trace_difference_error).all())
+
+
 def test_checks_cost_one_evaluation_each():
     assert likelihood(images(3)).num_denoiser_calls == 21 + 12
     assert likelihood(images(3), trace_checks=5).num_denoiser_calls == 21 + 5
