@@ -107,6 +107,7 @@ from .noise import (
 )
 from .pictures import (
     fisher_pictures as fisher_pictures,
+    likelihood_plot as likelihood_plot,
     trace_plot as trace_plot,
 )
 from .pipelines import (

@@ -193,7 +193,7 @@ def _summarise(
         "images_on_a_coarse_grid": int((steps > COARSE).sum()),
         "images_with_a_wrong_trace_model": int((table["trace_check"] == DISAGREES).sum()),
         "several_sizes": table["dims"].nunique() > 1,
-        "method": results.method, "evaluations_an_image": results.records.settings["num_inference_steps"] + 1,
+        "method": results.method, "levels": results.records.settings["num_inference_steps"] + 1,
         "process_seconds": results.seconds,
         "images_per_process_second": len(results.positions) / max(results.seconds, 1e-9),
         "last_run": {**run, "images_per_second": run["images"] / max(run["seconds"], 1e-9)},
@@ -233,7 +233,7 @@ def _page(summary: Note, settings: Note, figure: Figure, ends: Mapping[str, pand
         f"{settings['data.split']}): {summary['evaluated']} of {summary['images']} images evaluated, "
         f"{summary['left_out']} left out. Density of the {method['space']}, {method['density']}; prior "
         f"{method['prior']}; trace {method['trace']}; scheme "
-        f"{method['scheme']}, {summary['evaluations_an_image']} evaluations of the denoiser per image."
+        f"{method['scheme']}, {summary['levels']} noise levels."
     )
     for sentence in _warnings(summary):
         page.paragraph(sentence)

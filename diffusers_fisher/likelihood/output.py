@@ -59,6 +59,7 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         discretisation_error: (B,) nats, size of the error by the finite number of steps: an estimate from the same
             evaluations, or where `halved` is true the difference from half as many steps.
         unexplained_noise_fraction: (levels, B) mean posterior variance of the noise, tr Cov[eps|x]/d; "r" in formulas.
+        unexplained_noise_error: (levels, B) standard error of these by the random probes; 0 without probes.
         noise_to_signal: (levels,) sigma/alpha of the nodes, increasing.
         final_latents: (B, ...) x~ at the noise end, in units of the data.
         dims: dimensions of one sample.
@@ -98,6 +99,7 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
     prior_error: torch.Tensor
     discretisation_error: torch.Tensor
     unexplained_noise_fraction: torch.Tensor
+    unexplained_noise_error: torch.Tensor
     noise_to_signal: torch.Tensor
     final_latents: torch.Tensor
     dims: int
@@ -203,6 +205,7 @@ def with_samples(
     return dataclasses.replace(
         output, **tensors, trace_check=words, trace_by_level=put(old_by_level, by_level, 2),
         unexplained_noise_fraction=put(output.unexplained_noise_fraction, r, 1),
+        unexplained_noise_error=put(output.unexplained_noise_error, part.unexplained_noise_error[::stride], 1),
     )  # fmt: skip
 
 

@@ -77,7 +77,9 @@ def reference_log_likelihood(
     return make_output(
         problem, f"dopri5, tolerance {tolerance:g}", final_latents=end, prior_log_prob=prior, trace_log_prob=trace,
         standard_error=torch.zeros_like(trace), trace_by_level=trace.new_empty(num_levels, 0, len(trace)),
-        trace_weights=trace.new_zeros(num_levels), unexplained_noise_fraction=r, noise_to_signal=grid.exp(),
+        trace_weights=trace.new_zeros(num_levels), unexplained_noise_fraction=r,
+        unexplained_noise_error=torch.zeros_like(r),
+        noise_to_signal=grid.exp(),
         discretisation_error=error, prior_error=problem.prior_error(end, node),
     )  # fmt: skip
 

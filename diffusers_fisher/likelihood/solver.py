@@ -208,6 +208,7 @@ def integrate(
         trace_log_prob=torch.einsum("n,nb->b", weights, values),
         trace_by_level=weights[:, None, None] * traces.by_probe,
         trace_weights=weights, unexplained_noise_fraction=1 - values, noise_to_signal=grid.exp(),
+        unexplained_noise_error=traces.deviation(),
         standard_error=traces.standard_error(weights, fixed), discretisation_error=dimensions * error,
         prior_error=problem.prior_error(point, node),
     )  # fmt: skip

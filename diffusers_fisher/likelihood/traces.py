@@ -71,10 +71,20 @@ class TraceRecord:
 
         It is 0 where the directions are the same at all nodes: then their error is a smooth function of the level.
         """
+        return torch.zeros_like(self._variance()) if fixed else self._variance()
+
+    def deviation(self) -> torch.Tensor:
+        """Returns the standard error of 1 - r at each node by its directions, (levels, B); 0 where it is exact.
+
+        A single level's variance is uncertain in few dimensions, so that it is the mean over five levels.
+        """
+        variance = self._variance().T[:, None]
+        mean = torch.nn.functional.avg_pool1d(variance, 5, stride=1, padding=2, count_include_pad=False)
+        return mean[:, 0].T.clamp_min(0).sqrt()
+
+    def _variance(self) -> torch.Tensor:
         squares, count = torch.stack(self._squares), len(self._by_probe[0])
-        if fixed or count == 0:
-            return torch.zeros_like(squares)
-        return trace_variance(squares, torch.stack(self._products), count)
+        return trace_variance(squares, torch.stack(self._products), count) if count else torch.zeros_like(squares)
 
     def standard_error(self, weights: torch.Tensor, fixed: bool) -> torch.Tensor:
         """Returns the standard error of the sum of `weights` (levels,) times 1 - r, (B,)."""

@@ -113,3 +113,27 @@ def trace_cost() -> str:
 
 def _ratio(row: dict) -> str:
     return f"{row['median']:.3f} ({row['min']:.3f} to {row['max']:.3f})"
+
+
+def trace_check() -> str:
+    result = read_result("trace_check")
+    rows = [
+        [
+            name, f"{row['flagged']:.0%}", f"{row['covered']:.0%}", f"{row['stated_median']:.3f}",
+            f"{row['error_mean']:+.3f}", f"{row['error_root_mean_square']:.3f}", f"{row['error_largest']:.3f}",
+        ]
+        for name, row in result["kinds"].items()
+    ]  # fmt: skip
+    test, calibration = result["kinds"]["test images"], result["calibration"]
+    return document(
+        f"{test['samples']} samples of each kind, bits/dim. The error is the trace model's log-likelihood minus that "
+        f"by differences along many directions on the same path, whose own standard error is "
+        f"{test['standard_error_of_error']:.3f} for test images and at most "
+        f"{max(row['standard_error_of_error'] for row in result['kinds'].values()):.3f}. The calibration, on "
+        f"{calibration['samples']} other test images, states {calibration['error']:.3f}.",
+        table(
+            ["samples", "flagged", "error within `trace_error`", "median `trace_error`", "mean error",
+             "root mean square", "largest"],
+            rows,
+        ),
+    )  # fmt: skip

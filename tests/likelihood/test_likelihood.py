@@ -302,7 +302,7 @@ def test_output_has_these_fields():
     tensors = {
         "log_prob": (4,), "prior_log_prob": (4,), "trace_log_prob": (4,), "standard_error": (4,),
         "trace_error": (4,), "prior_error": (4,), "discretisation_error": (4,),
-        "unexplained_noise_fraction": (21, 4), "noise_to_signal": (21,),
+        "unexplained_noise_fraction": (21, 4), "unexplained_noise_error": (21, 4), "noise_to_signal": (21,),
         "final_latents": (4, *ORACLE_SHAPE),
         "trace_by_level": (21, 2, 4), "trace_weights": (21,),
     }  # fmt: skip
