@@ -61,6 +61,8 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
             every sample takes `num_denoiser_calls`.
         status: one per sample, "converged" where `discretisation_error` is at most `tolerance`, else "not converged";
             None without a tolerance.
+        guidance_scale: guidance scale of which the density is, where it is an input of the network (distilled
+            guidance, such as Flux-dev's); None for other networks, whose density is unguided.
     """
 
     log_prob: torch.Tensor
@@ -85,6 +87,7 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
     trace_weights: torch.Tensor
     denoiser_calls_per_image: torch.Tensor | None = None
     status: list[str] | None = None
+    guidance_scale: float | None = None
 
     @property
     def trace_by_probe(self) -> torch.Tensor:
@@ -101,12 +104,13 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         if self.status is not None:
             how = f"by several grids; converged: {self.status.count('converged')} of {count}"
         by_probes = f"{probes:.4f} by the probes" if self.trace_by_level.shape[1] else "no probes"
+        scale = "" if self.guidance_scale is None else f"; at guidance scale {self.guidance_scale:g}"
         lines = [
             f"Log-likelihood of {count} {self.space} sample{'s' * (count > 1)} of {self.dims} dimensions",
             f"  bits/dim  {float(bits.mean()):.4f} on average, {float(bits.min()):.4f} to {float(bits.max()):.4f}"
             f"{offset}",
             f"  errors    {steps:.4f} bits/dim by the steps ({how}), {by_probes}, on average",
-            f"  density   {self.density} with noise {float(self.noise_to_signal[0]):.4g}; prior {self.prior}",
+            f"  density   {self.density} with noise {float(self.noise_to_signal[0]):.4g}; prior {self.prior}{scale}",
             f"  trace     {self.trace}",
             f"  path      {self.scheme}, {len(self.noise_to_signal)} levels to noise-to-signal "
             f"{float(self.noise_to_signal[-1]):.4g}; {self.num_denoiser_calls} denoiser calls in all",
@@ -124,8 +128,8 @@ class SquaredErrorOutput(BitsPerDim, BaseOutput):
         contributions: (n, B) nats; `log_prob` is their mean. Draws of one generator are paired between calls.
         noise_to_signal: (n,) sigma/alpha of the draws, increasing.
         smoothing: s_0.
-        dims, num_denoiser_calls, space, prior, density, offset_bits: as in `LikelihoodOutput`; `density` is
-            "noised, mean".
+        dims, num_denoiser_calls, space, prior, density, offset_bits, guidance_scale: as in `LikelihoodOutput`;
+            `density` is "noised, mean".
     """
 
     log_prob: torch.Tensor
@@ -139,3 +143,4 @@ class SquaredErrorOutput(BitsPerDim, BaseOutput):
     prior: str
     density: str
     offset_bits: float
+    guidance_scale: float | None = None
