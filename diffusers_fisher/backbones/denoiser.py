@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 STEP_INDEX_ARGUMENTS = {
     "control_guidance_start": 0.0, "control_guidance_end": 1.0, "adapter_conditioning_factor": 1.0,
     "skip_guidance_layers": None, "denoising_start": None, "denoising_end": None, "strength": 1.0,
-    "cfg_trunc_ratio": 1.0, "use_dynamic_cfg": False, "cfg_interval_start": 0.0, "cfg_interval_end": 1.0,
-    "guidance_schedule": None,
+    "cfg_trunc_ratio": 1.0, "use_dynamic_cfg": False, "guidance_schedule": None,
 }  # fmt: skip
 """Call arguments that act by the step's index within its run, each with the value that has no effect."""
 
@@ -125,10 +124,14 @@ class PipelineDenoiser(Denoiser):
         self.is_guided = asks_for_guidance(values, call_arguments) or (has_guiders and scale not in (None, 1))
         defaults = {name: value for name, value in DEFAULTS.items() if name in parameters}
         self.call_arguments = defaults | ({} if self.is_guided else values) | call_arguments
-        default = parameters["guidance_scale"].default if "guidance_scale" in parameters else scale
-        self.guidance_scale: float | None = self.call_arguments.get("guidance_scale", default)
+        scales = {
+            name: self.call_arguments.get(name, parameters[name].default)
+            for name in ("distilled_guidance_scale", "guidance_scale")
+            if name in parameters
+        }
+        self.guidance_scale: float | None = scales.get("guidance_scale", scale)
         if embeds_guidance(self.backbone):
-            self.embedded_guidance_scale = self.guidance_scale
+            self.embedded_guidance_scale = next(iter(scales.values()), None)
 
     @property
     def pipe(self) -> DiffusionPipeline:

@@ -237,8 +237,8 @@ class GuidedRun:
         if stand_still and is_closed_form and bool((trajectory.states[0].level.alpha == 0).all()):
             raise InputError(
                 f"With {type(self.estimator).__name__} the gradient is zero: the noise reaches the image through a "
-                "prediction at pure noise alone (alpha = 0), which closed forms take to be the same for every noise. "
-                "Use AutodiffFisher(), or more steps."
+                "prediction at pure noise alone (alpha = 0), which it takes to be the same for every noise. Use "
+                "AutodiffFisher(), or more steps."
             )
         return gradients
 

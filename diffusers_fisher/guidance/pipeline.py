@@ -37,10 +37,6 @@ from .text import TextEmbedding, TextGradientEstimator
 with the exact product is 0.85 by 0.1, 0.82 by 0.05, and 0.43 by the 0.01 that float32 has (there 0.90)."""
 
 
-RENEWING = ("LCMScheduler", "FlowMatchLCMScheduler")
-"""Schedulers whose steps keep nothing of the sample but the predicted image."""
-
-
 @check_kinds
 def guide(
     pipe: DiffusionPipeline,
@@ -162,14 +158,12 @@ def _check_options(
 def default_estimator(scheduler: SchedulerMixin, num_steps: int) -> FisherEstimator:
     """Returns the estimator of runs of `num_steps` that were given none.
 
-    It is `AutodiffFisher` where the noise reaches the image through a prediction at pure noise alone (alpha is 0): in
-    runs of one step, and of schedulers that add new noise to every prediction. There all closed forms are zero,
-    because pure noise tells nothing of the image, and only a network that was distilled depends on it.
+    It is `AutodiffFisher` for one step of a schedule that begins in pure noise (alpha is 0). There `OneStepFisher` is
+    zero, because pure noise tells nothing of the image: only a network that was distilled depends on it.
     """
     schedule = noise_schedule(scheduler)
     begins_in_pure_noise = bool((schedule.level_at(schedule.spread_timesteps(2)).alpha == 0).any())
-    renews_noise = any(parent.__name__ in RENEWING for parent in type(scheduler).__mro__)
-    return AutodiffFisher() if begins_in_pure_noise and (num_steps == 1 or renews_noise) else OneStepFisher()
+    return AutodiffFisher() if num_steps == 1 and begins_in_pure_noise else OneStepFisher()
 
 
 def _ascend(

@@ -96,6 +96,38 @@ def qwen_image():
 
 
 @set_up
+def krea2():
+    torch.manual_seed(0)
+    net = awaken(diffusers.Krea2Transformer2DModel(in_channels=16, num_layers=1, attention_head_dim=12,
+        num_attention_heads=2, num_key_value_heads=1, intermediate_size=24, timestep_embed_dim=16, text_hidden_dim=16,
+        num_text_layers=2, text_num_attention_heads=2, text_num_key_value_heads=1, text_intermediate_size=16,
+        num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 4, 4)))
+    p = quiet(diffusers.Krea2Pipeline(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=None, text_encoder=None, tokenizer=None, transformer=net))
+    m = torch.ones(2, 8, dtype=torch.bool)
+    return SetUp(p, dict(prompt_embeds=draw(2, 8, 2, 16, seed=1), prompt_embeds_mask=m,
+        negative_prompt_embeds=draw(2, 8, 2, 16, seed=2), negative_prompt_embeds_mask=m, height=32, width=32),
+        dict(guidance_scale=3.5), (2, 4, 16))
+
+
+def hunyuan_image(guider, **changes):
+    """Makes a pipeline that is guided by a component; without a guider and with changes, a distilled one."""
+    torch.manual_seed(0)
+    net = awaken(diffusers.HunyuanImageTransformer2DModel(in_channels=4, out_channels=4, num_attention_heads=2,
+        attention_head_dim=8, num_layers=1, num_single_layers=1, num_refiner_layers=1, patch_size=(1, 1),
+        text_embed_dim=16, text_embed_2_dim=16, rope_axes_dim=(4, 4), **changes))
+    p = quiet(diffusers.HunyuanImagePipeline(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0), vae=None,
+        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, transformer=net, guider=guider))
+    m = torch.ones(2, 8, dtype=torch.long)
+    c = {}
+    for sign, seed in (("", 1), ("negative_", 5)):
+        c |= {sign + "prompt_embeds": draw(2, 8, 16, seed=seed), sign + "prompt_embeds_2": draw(2, 8,
+            16, seed=seed + 1),
+            sign + "prompt_embeds_mask": m, sign + "prompt_embeds_mask_2": m}
+    return SetUp(p, c | dict(height=256, width=256), {}, (2, 4, 8, 8))
+
+
+@set_up
 def lumina2():
     torch.manual_seed(0)
     net = awaken(diffusers.Lumina2Transformer2DModel(sample_size=4, patch_size=2, in_channels=4, hidden_size=24,

@@ -28,7 +28,7 @@ REFUSED = {
 }
 """Set-ups that a `PipelineDenoiser` refuses, with what its message says."""
 
-QUICK = ("z_image", "qwen_image", "mochi", "lcm", "sd_pag", "cosmos25")
+QUICK = ("z_image", "krea2", "qwen_image", "mochi", "lcm", "sd_pag", "cosmos25")
 """Set-ups that are tested in every run of the suite: each was silently wrong in a way of its own."""
 
 ROUNDED_TIMESTEPS = {"cosmos25": 1e-3}
