@@ -22,7 +22,10 @@ class Denoiser(abc.ABC):
 
     Attributes:
         num_calls: evaluations so far.
+        embedded_guidance_scale: guidance scale that the network takes as an input; None if it takes none.
     """
+
+    embedded_guidance_scale: float | None = None
 
     def __init__(self, scheduler: SchedulerMixin):
         self.scheduler = scheduler

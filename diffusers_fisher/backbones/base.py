@@ -29,7 +29,7 @@ from .inputs import form_of
 from .networks import check_latents_alone, check_weights
 from .parts import LatentStatistics, checkpoint_moments, checkpoint_parts
 from .stock_calls import shallow_copy
-from .unguided import check_unguided
+from .unguided import check_unguided, switched_off
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -132,11 +132,7 @@ class Backbone:
 
     @functools.cached_property
     def function(self) -> Callable[..., Any]:
-        """The pipeline's call, as a function of the pipeline and `latents`.
-
-        Raises:
-            UnsupportedError: the call takes no `latents`.
-        """
+        """The pipeline's call, as a function of `latents`. Raises `UnsupportedError` if it takes no `latents`."""
         call = type(self.pipe).__call__
         if "latents" in inspect.signature(call).parameters:
             return call
@@ -171,6 +167,7 @@ class Backbone:
         latents: torch.Tensor,
         with_graph: bool = False,
         encode_prompt: Callable[..., tuple] | None = None,
+        components: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> Any:
         """Runs the pipeline's call on a shallow copy with another scheduler, without a progress bar.
@@ -180,10 +177,11 @@ class Backbone:
             latents: latents in the pipeline's layout.
             with_graph: whether to leave the call's `torch.no_grad` out.
             encode_prompt: takes the place of the pipeline's `encode_prompt`, which is its first argument.
+            components: other components of the copy, by name.
             **arguments: other arguments of the call.
         """
         check_weights(self.network if with_graph else None)
-        attributes = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
+        attributes = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}, **(components or {})}
         # Under model offload a copy would keep a record of its own of the hooks that all copies share.
         if self.is_offloaded:
             offload = self.pipe.maybe_free_model_hooks
@@ -408,22 +406,24 @@ class Backbone:
         with torch.no_grad():
             return encode_apart(self.pipe, **arguments)
 
-    def unguided_scale(self, call_arguments: dict[str, Any]) -> float:
-        """Removes the guidance scale from `call_arguments`, and returns the one at which the output is a score: 1.
+    def unguided_scale(self, call_arguments: dict[str, Any]) -> float | None:
+        """Removes scales of guidance from `call_arguments`, and returns the guidance scale at which the output is a
+        score; None for the call's default of a scale that is an input of the network.
 
         Raises:
-            InputError: the arguments have another scale.
+            InputError: the arguments have a scale that guides.
         """
-        check_unguided("guidance_scale", call_arguments.pop("guidance_scale", 1.0))
-        return 1.0
+        values = switched_off(self) | ({} if "guidance_scale" in self.parameters else {"guidance_scale": 1.0})
+        for name, off in values.items():
+            check_unguided(name, call_arguments.pop(name, off), off)
+        return call_arguments.pop("guidance_scale", values.get("guidance_scale"))
 
     # Checks
 
     def check_scheduler(self) -> None:
         """Refuses schedulers of another kind than the network's, or whose scaling the stock call leaves out.
 
-        Raises:
-            UnsupportedError: says which to use.
+        Raises `UnsupportedError`, which says which to use.
         """
         schedule = noise_schedule(self.scheduler)
         name = f"{self.name} was given {type(self.scheduler).__name__}"

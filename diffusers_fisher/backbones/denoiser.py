@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from ..arguments import check_call, check_kinds
 from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError, UnsupportedError, check_floats
-from ..features import record_summaries
-from ..noise import Timestep, split_variance
+from ..features import count_evaluations, record_summaries
+from ..noise import Timestep
 from .any_pipeline import AnyPipelineBackbone
 from .base import Backbone
 from .conditions import select_conditions
+from .echo import EchoScheduler, echo_scheduler
+from .first_call import ADVICE, PROBE_STEPS, RecordedNetworks, check_sample, random_state
+from .networks import denoising_networks
 from .registry import backbone_of
+from .unguided import asks_for_guidance, check_evaluations, embeds_guidance, guiders_of, switched_off
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 STEP_INDEX_ARGUMENTS = {
     "control_guidance_start": 0.0, "control_guidance_end": 1.0, "adapter_conditioning_factor": 1.0,
     "skip_guidance_layers": None, "denoising_start": None, "denoising_end": None, "strength": 1.0,
+    "cfg_trunc_ratio": 1.0, "use_dynamic_cfg": False, "guidance_schedule": None,
 }  # fmt: skip
 """Call arguments that act by the step's index within its run, each with the value that has no effect."""
 
@@ -38,37 +43,6 @@ DEFAULTS = {"strength": 1.0, "use_resolution_binning": False}
 """Call arguments of every evaluation unless the caller passes another value."""
 
 
-class EchoScheduler:
-    """Stands for a scheduler of one step, and hands the model output back."""
-
-    order = 1
-    init_noise_sigma = 1.0
-
-    def __init__(self, scheduler: Any, timestep: Timestep):
-        self.config = scheduler.config
-        timestep = torch.as_tensor(timestep)
-        # Pipelines iterate over timesteps: there is one entry, which may hold one timestep per sample.
-        self.timesteps = timestep.reshape(1) if timestep.numel() == 1 else timestep.reshape(1, -1)
-        self.sigmas = torch.ones(2)
-        self.output: torch.Tensor | None = None
-
-    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None):
-        self.timesteps = self.timesteps.to(device)
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        pass
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: Timestep | None = None) -> torch.Tensor:
-        return sample
-
-    def step(
-        self, model_output, timestep, sample, return_dict: bool = True, generator=None, eta=None,
-        use_clipped_model_output=None,
-    ):  # fmt: skip
-        self.output = model_output = split_variance(self.config, model_output, sample)[0]
-        return SchedulerOutput(prev_sample=model_output) if return_dict else (model_output, model_output)
-
-
 class PipelineDenoiser(Denoiser):
     """Calls a pipeline for one step and returns the (guided) model output.
 
@@ -77,20 +51,27 @@ class PipelineDenoiser(Denoiser):
     own input coordinates (variance preserving for k-diffusion style schedulers), in the pipeline's latent layout:
     (B, C, H, W), or packed (B, N, C) with `height` and `width` passed.
 
-    Conditioning by the step's index (ControlNet's start and end) is refused, because one step has no index. Flux
-    casts the timestep to the latents' dtype. Without guidance the states have `features`, where the network is not
-    compiled. Every evaluation draws anew what the pipeline draws in its call (such as an inpainting pipeline's
-    encoding of its masked image): pass it instead (`masked_image_latents`). PixArt's binning of sizes is off: the
-    latents decide the size.
+    Conditioning by the step's index (ControlNet's start and end) is refused, because one step has no index. For a
+    pipeline without a backbone the first evaluation is compared with a run of three steps, and refused where these
+    give the network other inputs, for which the network is not evaluated again. Flux casts the timestep to the
+    latents' dtype. Without guidance the states have `features`, where the network is not compiled. Every evaluation
+    draws anew what the pipeline draws in its call (such as an inpainting pipeline's encoding of its masked image):
+    pass it instead (`masked_image_latents`). PixArt's binning of sizes is off: the latents decide the size.
 
     Args:
         pipe: a diffusers pipeline whose call takes `latents`, or one of the families that have a backbone.
-        guidance_scale: classifier-free guidance; 1.0 is none. With guidance the output is the score of no density.
+        guidance_scale: None switches every guidance of the call off (`true_cfg_scale`, `pag_scale`, guiders and
+            others too), unless the call's arguments ask for one; an output that is guided all the same is refused. A
+            number above 1 is passed to the call as it is; with guidance the output is the score of no density. Where
+            the scale is an input of the network (distilled guidance, such as Flux-dev's), None is the call's default.
         **call_arguments: passed to every call: `prompt`, `negative_prompt`, `prompt_embeds`, `height`, ...
 
     Attributes:
         num_calls: evaluations so far (with classifier-free guidance each runs the network on twice the batch).
         call_arguments: arguments of every call of the pipeline.
+        guidance_scale: guidance scale of the calls; None where they have none.
+        is_guided: whether classifier-free guidance or another one was asked for.
+        embedded_guidance_scale: guidance scale that the network takes as an input; None if it takes none.
         substitute: function of the result of `encode_prompt`, of its prompt and of its `prompt_embeds`, whose own
             result is used instead in every evaluation. None: there is no substitution.
         outdated: message that says what the denoiser's arguments lack of the run; evaluations are then refused.
@@ -101,7 +82,7 @@ class PipelineDenoiser(Denoiser):
     """
 
     @check_kinds
-    def __init__(self, pipe: DiffusionPipeline | Backbone, guidance_scale: float = 1.0, **call_arguments: Any):
+    def __init__(self, pipe: DiffusionPipeline | Backbone, guidance_scale: float | None = None, **call_arguments: Any):
         self.backbone = pipe if isinstance(pipe, Backbone) else backbone_of(pipe, any_pipeline=True)
         parameters, call_arguments = self.backbone.parameters, check_call(self.backbone.parameters, call_arguments)
         unknown = sorted(set(call_arguments) - set(parameters))
@@ -122,13 +103,35 @@ class PipelineDenoiser(Denoiser):
             )
         self.backbone.check_scheduler()
         super().__init__(self.backbone.scheduler)
-        self.guidance_scale = guidance_scale
-        if "guidance_scale" in parameters:
-            call_arguments = {"guidance_scale": guidance_scale, **call_arguments}
-        self.call_arguments = {name: value for name, value in DEFAULTS.items() if name in parameters} | call_arguments
+        self._set_guidance(guidance_scale, call_arguments)
+        self._is_checked = not isinstance(self.backbone, AnyPipelineBackbone)
         self._encoded: dict[Hashable, tuple[Any, ...]] = {}
         self.outdated: str | None = None
         self.substitute: Callable[[tuple, object, torch.Tensor | None], tuple] | None = None
+
+    def _set_guidance(self, scale: float | None, call_arguments: dict[str, Any]) -> None:
+        """Sets `call_arguments`, and what they say of the guidance."""
+        parameters, values = self.backbone.parameters, switched_off(self.backbone)
+        self._guiders_scale = scale
+        has_guiders = bool(guiders_of(self.backbone, scale))
+        if scale is not None and "guidance_scale" in parameters:
+            call_arguments["guidance_scale"] = scale
+        elif scale not in (None, 1) and not has_guiders:
+            raise InputError(
+                f"The call of {self.backbone.name} takes no `guidance_scale`; got {scale}. Leave it out, or pass the "
+                f"arguments by which it guides: {', '.join(values) or 'it has none'}."
+            )
+        self.is_guided = asks_for_guidance(values, call_arguments) or (has_guiders and scale not in (None, 1))
+        defaults = {name: value for name, value in DEFAULTS.items() if name in parameters}
+        self.call_arguments = defaults | ({} if self.is_guided else values) | call_arguments
+        scales = {
+            name: self.call_arguments.get(name, parameters[name].default)
+            for name in ("distilled_guidance_scale", "guidance_scale")
+            if name in parameters
+        }
+        self.guidance_scale: float | None = scales.get("guidance_scale", scale)
+        if embeds_guidance(self.backbone):
+            self.embedded_guidance_scale = next(iter(scales.values()), None)
 
     @property
     def pipe(self) -> DiffusionPipeline:
@@ -182,20 +185,63 @@ class PipelineDenoiser(Denoiser):
                 "estimator that needs no denoiser, such as DirectFisher()."
             )
         self._check_input(x, timestep)
-        scheduler = EchoScheduler(self.scheduler, timestep)
-        arguments = {
-            "num_inference_steps": 1, "output_type": "latent", "return_dict": False,
-            **self.backbone.size_arguments_of(x), **self._repeats(len(x)), **self.call_arguments,
-        }  # fmt: skip
-        with record_summaries(self.network) as features:
-            result = self.backbone.call(
-                scheduler, x.to(self.backbone.dtype), with_graph=torch.is_grad_enabled() and x.requires_grad,
-                encode_prompt=self.encode_prompt, **arguments,
-            )  # fmt: skip
+        latents, networks = x.to(self.backbone.dtype), denoising_networks(self.pipe.components)
+        scheduler = echo_scheduler(self.scheduler, timestep)
+        with record_summaries(self.network) as features, count_evaluations(networks.values()) as evaluations:
+            if self._is_checked:
+                result = self._call(scheduler, latents, with_graph=torch.is_grad_enabled() and x.requires_grad)
+            else:
+                result = self._checked_call(scheduler, latents, RecordedNetworks(networks), timestep)
         self.num_calls += 1
         # With guidance there are two evaluations, or one of twice the batch: the features belong to no single output.
         self._features = features[0] if len(features) == 1 and len(features[0]) == len(x) else None
-        return self._check_result(result[0], scheduler.output, x, timestep)
+        output = self._check_result(result[0], scheduler, latents, timestep)
+        if not self.is_guided:
+            check_evaluations(self.backbone, evaluations, len(x))
+        return output
+
+    def _checked_call(
+        self, scheduler: EchoScheduler, latents: torch.Tensor, networks: RecordedNetworks, timestep: Timestep
+    ) -> tuple:
+        """Returns the result of `_call`, after a comparison of its step with those of a run."""
+        restore_random = random_state(self.call_arguments, self.device)
+        with networks.recording():
+            result = self._call(scheduler, latents, with_graph=torch.is_grad_enabled() and latents.requires_grad)
+        if scheduler.outputs and scheduler.samples[0].shape == latents.shape:  # else `_check_result` raises
+            restore_random, restore_now = random_state(self.call_arguments, self.device), restore_random
+            restore_now()  # so that the run draws what the single step drew
+            run = functools.partial(self._call, latents=latents.detach())
+            try:
+                steps = echo_scheduler(self.scheduler, timestep, PROBE_STEPS, holds_sample=True)
+                networks.compare_steps(self.backbone, scheduler.outputs[0], steps, run)
+            finally:
+                restore_random()
+            self._is_checked = True
+        return result
+
+    def _call(
+        self, scheduler: EchoScheduler, latents: torch.Tensor, with_graph: bool = False, **components: torch.nn.Module
+    ) -> tuple:
+        """Calls the pipeline on `scheduler`. Raises `UnsupportedError` if the call needs more of a scheduler."""
+        # Some calls compute a schedule that needs two steps. The scheduler has its own number all the same.
+        least = 2 if isinstance(self.backbone, AnyPipelineBackbone) else 1
+        arguments = {
+            "num_inference_steps": max(len(scheduler.timesteps), least),
+            "output_type": "latent", "return_dict": False, **self.backbone.size_arguments_of(latents),
+            **self._repeats(len(latents)), **self.call_arguments,
+        }  # fmt: skip
+        try:
+            return self.backbone.call(
+                scheduler, latents, with_graph=with_graph, encode_prompt=self.encode_prompt,
+                components=components | guiders_of(self.backbone, self._guiders_scale), **arguments,
+            )  # fmt: skip
+        except AttributeError as error:
+            if not isinstance(error.obj, EchoScheduler):
+                raise
+            raise UnsupportedError(
+                f"The call of {self.backbone.name} reads `scheduler.{error.name}`, which belongs to a whole run. "
+                f"{ADVICE}"
+            ) from error
 
     def _repeats(self, count: int) -> dict[str, int]:
         """Returns the call argument by which one prompt serves `count` samples; none where it is not needed.
@@ -220,28 +266,34 @@ class PipelineDenoiser(Denoiser):
         return {}
 
     def _check_result(
-        self, result: torch.Tensor, output: torch.Tensor | None, x: torch.Tensor, timestep: Timestep
+        self, result: torch.Tensor, scheduler: EchoScheduler, latents: torch.Tensor, timestep: Timestep
     ) -> torch.Tensor:
-        """Returns the call's result. Raises unless it is finite, and equal to the scheduler's model `output`."""
+        """Returns the model output of the call's one step.
+
+        Raises unless it is finite, belongs to `latents` and, for pipelines with a backbone, is the call's result.
+        """
         name = self.backbone.name
-        if output is None:
+        if not scheduler.outputs:
             raise UnsupportedError(
                 f"{name} ended its call without a step of its scheduler, so there is no model output. Leave out what "
                 "shortens or interrupts its run."
             )
-        if result is not output and not _are_equal(result, output):
+        output = scheduler.outputs[0]
+        if isinstance(self.backbone, AnyPipelineBackbone):
+            check_sample(self.backbone, scheduler, latents)
+        elif result is not output and not _are_equal(result, output):
             raise UnsupportedError(
                 f"{name} changed the latents after its scheduler's step (an inpainting blend, or a callback), so what "
                 "it returned is not the model output. Use the text-to-image pipeline over the same components."
             )
-        if not torch.isfinite(result).all():
-            low, high = map(float, x.detach().aminmax())
+        if not torch.isfinite(output).all():
+            low, high = map(float, latents.detach().aminmax())
             raise NumericalError(
                 f"The denoiser's output at timestep {timestep} is not finite, with weights in {self.backbone.dtype} "
                 f"and inputs from {low:.3g} to {high:.3g}. Check the weights, and that inputs "
                 "are finite and of the noise level's size."
             )
-        return result
+        return output
 
     def _check_input(self, x: torch.Tensor, timestep: Timestep) -> None:
         check_floats("The model input", x)
@@ -261,10 +313,7 @@ class PipelineDenoiser(Denoiser):
             raise InputError(
                 f"{count} timesteps were given for {len(x)} samples; allowed: one for all, or one per sample."
             )
-        doubles_batch = self.guidance_scale > 1
-        if "true_cfg_scale" in self.backbone.parameters:  # then the other scale is an input of the network
-            doubles_batch = self.call_arguments.get("true_cfg_scale", 1.0) > 1
-        if count > 1 and doubles_batch:
+        if count > 1 and self.is_guided:
             raise UnsupportedError(
                 f"With guidance (scale {self.guidance_scale}) {self.backbone.name} runs twice the batch, which has no "
                 "such timesteps; call once for every timestep, or at guidance scale 1."

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..errors import UnsupportedError
+
+NETWORKS = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "prior",
+    "decoder",
+    "unconditional_unet",
+    "unconditional_transformer",
+)
+"""Names that pipelines of diffusers give to their denoising networks."""
+
+
+def denoising_networks(components: Mapping[str, object]) -> dict[str, torch.nn.Module]:
+    """Returns the denoising networks of a pipeline's components by name; some have one per range of levels."""
+    return {name: part for name in NETWORKS if isinstance(part := components.get(name), torch.nn.Module)}
 
 
 def check_weights(network: object) -> None:

@@ -231,7 +231,16 @@ class GuidedRun:
         for name, gradient in gradients.items():
             if not torch.isfinite(gradient).all():
                 raise NumericalError(f"The gradient of the {name} is not finite.")
-        return {name: gradients[name] for name in VARIABLES if name in self.optimise}
+        gradients = {name: gradients[name] for name in VARIABLES if name in self.optimise}
+        stand_still = not any(bool(gradient.any()) for gradient in gradients.values())
+        is_closed_form = not (self.estimator.needs_graph or self.estimator.calls_per_product)
+        if stand_still and is_closed_form and bool((trajectory.states[0].level.alpha == 0).all()):
+            raise InputError(
+                f"With {type(self.estimator).__name__} the gradient is zero: the noise reaches the image through a "
+                "prediction at pure noise alone (alpha = 0), which it takes to be the same for every noise. Use "
+                "AutodiffFisher(), or more steps."
+            )
+        return gradients
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,6 +89,8 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         trace_difference_error: (B,) nats, standard error of `trace_difference`.
         status: one per sample, "converged" where `discretisation_error` is at most `tolerance`, else "not converged";
             None without a tolerance.
+        guidance_scale: guidance scale of which the density is, where it is an input of the network (distilled
+            guidance, such as Flux-dev's); None for other networks, whose density is unguided.
     """
 
     log_prob: torch.Tensor
@@ -120,6 +122,7 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
     trace_check: list[str] | None = None
     trace_difference: torch.Tensor | None = None
     trace_difference_error: torch.Tensor | None = None
+    guidance_scale: float | None = None
 
     @property
     def trace_by_probe(self) -> torch.Tensor:
@@ -157,6 +160,7 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         if self.trace_check is not None:
             by_model += f" (checks disagree for {len(self.trace_check) - self.trace_check.count(AGREES)})"
         name = "standard, N(0, 1)" if self.prior == "standard" else self.prior
+        scale = "" if self.guidance_scale is None else f"; at guidance scale {self.guidance_scale:g}"
         lines = [
             f"Log-likelihood of {count} {self.space} sample{'s' * (count > 1)} of {self.dims} dimensions"
             + {"mean": " (mean of the encoder)", "sampled": " (drawn from the encoder)"}.get(self.latents, ""),
@@ -164,7 +168,7 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
             f"{offset}",
             f"  errors    {steps:.4f} bits/dim by the steps ({how}), {by_probes}{by_model}, {prior:.4f} by the prior; "
             f"within {total:.4f} with 95%, on average",
-            f"  density   {self.density} with noise {float(self.noise_to_signal[0]):.4g}; prior {name}",
+            f"  density   {self.density} with noise {float(self.noise_to_signal[0]):.4g}; prior {name}{scale}",
             f"  trace     {self.trace}",
             f"  path      {self.scheme}, {len(self.noise_to_signal)} levels to noise-to-signal "
             f"{float(self.noise_to_signal[-1]):.4g}; {self.num_denoiser_calls} denoiser calls in all",
@@ -219,8 +223,8 @@ class SquaredErrorOutput(BitsPerDim, BaseOutput):
         contributions: (n, B) nats; `log_prob` is their mean. Draws of one generator are paired between calls.
         noise_to_signal: (n,) sigma/alpha of the draws, increasing.
         smoothing: s_0.
-        dims, num_denoiser_calls, space, prior, density, offset_bits: as in `LikelihoodOutput`; `density` is
-            "noised, mean".
+        dims, num_denoiser_calls, space, prior, density, offset_bits, guidance_scale: as in `LikelihoodOutput`;
+            `density` is "noised, mean".
     """
 
     log_prob: torch.Tensor
@@ -234,3 +238,4 @@ class SquaredErrorOutput(BitsPerDim, BaseOutput):
     prior: str
     density: str
     offset_bits: float
+    guidance_scale: float | None = None

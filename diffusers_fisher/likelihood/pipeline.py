@@ -283,7 +283,11 @@ def likelihood_samples(
 
 
 def unguided_denoiser(
-    backbone: Backbone, samples: torch.Tensor, guidance_scale: float, prompt: Condition, call_arguments: dict[str, Any]
+    backbone: Backbone,
+    samples: torch.Tensor,
+    guidance_scale: float | None,
+    prompt: Condition,
+    call_arguments: dict[str, Any],
 ) -> PipelineDenoiser:
     """Makes the pipeline's denoiser for samples (B, C, h, w) with one condition per sample.
 

@@ -232,6 +232,7 @@ def make_output(problem: OdeProblem, scheme: str, **tensors: torch.Tensor) -> Li
         density="noised" if options.noised else "smoothed", halved=options.step_halving, scheme=scheme,
         trace=f"{problem.estimator.description}, {_probes(options)}", fixed_probes=options.fixed_probes,
         offset_bits=offset_bits(options.bins), latents="given", status=None, trace_check=None,
+        guidance_scale=problem.denoiser.embedded_guidance_scale,
     )  # fmt: skip
 
 

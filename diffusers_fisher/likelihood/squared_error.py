@@ -88,7 +88,7 @@ def squared_error_log_likelihood(
         noise_to_signal=levels.exp(), smoothing=math.exp(low), dims=dimensions,
         num_denoiser_calls=denoiser.num_calls - before, space=space,
         prior=prior_name(prior_mean, prior_basis), density="noised, mean",
-        offset_bits=offset_bits(bins),
+        offset_bits=offset_bits(bins), guidance_scale=denoiser.embedded_guidance_scale,
     )  # fmt: skip
 
 
