@@ -22,7 +22,10 @@ class Denoiser(abc.ABC):
 
     Attributes:
         num_calls: evaluations so far.
+        guidance_scale: scale of the outputs' classifier-free guidance; None where the denoiser has no such guidance.
     """
+
+    guidance_scale: float | None = None
 
     def __init__(self, scheduler: SchedulerMixin):
         self.scheduler = scheduler

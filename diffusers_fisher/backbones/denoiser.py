@@ -100,6 +100,8 @@ class PipelineDenoiser(Denoiser):
             another family than the network's, or conditioning by the step's index.
     """
 
+    guidance_scale: float
+
     @check_kinds
     def __init__(self, pipe: DiffusionPipeline | Backbone, guidance_scale: float = 1.0, **call_arguments: Any):
         self.backbone = pipe if isinstance(pipe, Backbone) else backbone_of(pipe, any_pipeline=True)

@@ -99,6 +99,11 @@ class Trajectory:
         self._timesteps: torch.Tensor | None = None
         self._noise_scale = 1.0
         self._autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext  # autocast of the last step
+        self._is_compared = False  # whether the estimator's denoiser was compared with the run's outputs
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Trajectory:
+        """Returns itself: pipelines that copy all that a scheduler holds do not copy the run and its denoiser."""
+        return self
 
     def gradient(self, loss: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
         """Returns the gradient of a scalar `loss` of the run's result with respect to the pipeline's `latents`.
@@ -119,6 +124,7 @@ class Trajectory:
 
         Raises:
             TrajectoryError: no step was recorded, or the loss does not depend on the run.
+            InputError: the estimator's denoiser does not give the run's outputs.
             NumericalError: the gradient is not finite.
         """
         if self.initial_sample is None:
@@ -131,6 +137,10 @@ class Trajectory:
                 f"The loss must be a scalar tensor that depends on the run's result, got {_describe(loss)}. Ask the "
                 'pipeline for `output_type="latent"` and decode outside of torch.no_grad.'
             )
+        if not self._is_compared:
+            with torch.no_grad(), self._autocast():
+                self.estimator.check_outputs(self.states)
+            self._is_compared = True
         leaves = [self.initial_sample, *(self.controls or [])[: len(self.states)]]
         gradients = torch.autograd.grad(loss, leaves, retain_graph=retain_graph, allow_unused=True)
         if gradients[0] is None:
