@@ -26,7 +26,7 @@ from .autoencoder import decode_latents, encode_pixels, images_of, pixels_of
 from .conditions import Condition, Conditions, text_conditions
 from .encoding import encode_apart
 from .inputs import form_of
-from .networks import check_latents_alone, check_weights
+from .networks import check_latents_alone, check_weights, reset_caches
 from .parts import LatentStatistics, checkpoint_parts
 from .stock_calls import shallow_copy
 from .unguided import check_unguided
@@ -182,6 +182,7 @@ class Backbone:
             **arguments: other arguments of the call.
         """
         check_weights(self.network if with_graph else None)
+        reset_caches(self.pipe)
         attributes = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
         # Under model offload a copy would keep a record of its own of the hooks that all copies share.
         if self.is_offloaded:

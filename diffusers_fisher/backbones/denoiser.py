@@ -78,10 +78,10 @@ class PipelineDenoiser(Denoiser):
     (B, C, H, W), or packed (B, N, C) with `height` and `width` passed.
 
     Conditioning by the step's index (ControlNet's start and end) is refused, because one step has no index. Flux
-    casts the timestep to the latents' dtype. Without guidance the states have `features`, where the network is not
-    compiled. Every evaluation draws anew what the pipeline draws in its call (such as an inpainting pipeline's
-    encoding of its masked image): pass it instead (`masked_image_latents`). PixArt's binning of sizes is off: the
-    latents decide the size.
+    casts the timestep to the latents' dtype. Caches of the network (`enable_cache`) are empty at the beginning of every
+    evaluation. Without guidance the states have `features`, where the network is not compiled. Every evaluation draws
+    anew what the pipeline draws in its call (such as an inpainting pipeline's encoding of its masked image): pass it
+    instead (`masked_image_latents`). PixArt's binning of sizes is off: the latents decide the size.
 
     Args:
         pipe: a diffusers pipeline whose call takes `latents`, or one of the families that have a backbone.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from diffusers.hooks import HookRegistry, ModelHook
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
 def check_weights(network: object) -> None:
@@ -15,6 +19,51 @@ def check_weights(network: object) -> None:
         raise UnsupportedError(
             f"The weights of {type(network).__name__} were made under torch.inference_mode, so nothing can be "
             "differentiated through them. Load the pipeline outside of it; under torch.no_grad it may be loaded."
+        )
+
+
+def cache_hooks(network: torch.nn.Module) -> list[ModelHook]:
+    """Returns the hooks by which diffusers' caches keep results of one evaluation of a network for the next ones."""
+    return [hook for registry in _registries(network) for hook in registry.hooks.values() if hook._is_stateful]
+
+
+def _registries(network: torch.nn.Module) -> list[HookRegistry]:
+    return [vars(module)["_diffusers_hook"] for module in network.modules() if "_diffusers_hook" in vars(module)]
+
+
+def reset_caches(pipe: DiffusionPipeline) -> None:
+    """Empties the caches of a pipeline before a call, whose first evaluation is then that of the network itself.
+
+    A call that was interrupted, or that leaves the networks loaded, does not empty them.
+
+    Raises:
+        UnsupportedError: a cache reads the timestep from the user's pipeline, of which only copies are called.
+    """
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    for network in networks:
+        for hook in cache_hooks(network):
+            if "current_timestep_callback" in vars(hook):
+                raise UnsupportedError(
+                    f"The {type(network).__name__} of {type(pipe).__name__} has a cache ({type(hook).__name__}) that "
+                    "reads the timestep from the pipeline object, but shallow copies of the pipeline are called. Turn "
+                    "it off with the network's `disable_cache()`, or use another cache."
+                )
+        for registry in _registries(network):
+            registry.reset_stateful_hooks(recurse=False)
+
+
+def check_no_cache(pipeline: str, network: torch.nn.Module | None, purpose: str) -> None:
+    """Refuses a network with a cache for `purpose`, in which the denoiser must be the run's own function.
+
+    Raises:
+        UnsupportedError: says how to turn the cache off.
+    """
+    hooks = [] if network is None else cache_hooks(network)
+    if hooks:
+        raise UnsupportedError(
+            f"The {type(network).__name__} of {pipeline} has a cache ({type(hooks[0]).__name__}), with which "
+            f"{purpose}. Turn it off with the network's `disable_cache()`, or use an estimator that needs no "
+            "denoiser, such as DirectFisher()."
         )
 
 

@@ -16,7 +16,7 @@ from ..backbones import Backbone, PipelineDenoiser, backbone_of
 from ..backbones.base import Generators
 from ..backbones.conditions import Condition
 from ..backbones.inputs import check_arguments
-from ..backbones.networks import check_weights
+from ..backbones.networks import check_no_cache, check_weights
 from ..backbones.run import SamplingRun
 from ..backbones.stock_calls import restore_attributes
 from ..denoiser import Denoiser
@@ -236,6 +236,9 @@ class _DenoisersAndEstimator:
             self.backward = PipelineDenoiser(backbone, **{**arguments, "guidance_scale": scale})
             estimator = estimator.at_guidance_scale(scale)
         self.estimator = estimator.bind(self.backward)
+        if self.estimator.denoisers:
+            purpose = "a run is another function than the denoiser of its backward pass"
+            check_no_cache(backbone.name, backbone.network, purpose)
         denoisers = (self.forward, self.backward, *self.estimator.denoisers)
         # By identity, so that each counts once; plain functions don't count their calls.
         counters = {id(each): each for each in denoisers if isinstance(each, Denoiser)}

@@ -22,6 +22,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..arguments import check_kinds
 from ..backbones import PipelineDenoiser, backbone_of
+from ..backbones.networks import check_no_cache
 from ..backbones.stock_calls import restore_attributes
 from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError, TrajectoryError, UnsupportedError, check_floats
@@ -299,6 +300,9 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
         Raises:
             InputError: there are no prompts, or the denoiser does not give the run's output at `state`.
         """
+        if self._estimator.denoisers or self._estimator.lacks_denoiser:
+            backbone = backbone_of(pipe, any_pipeline=True)
+            check_no_cache(backbone.name, backbone.network, "an evaluation inside the run would empty the run's cache")
         if not self._estimator.lacks_denoiser:
             self._estimator.check_outputs([state])
             return self._estimator
