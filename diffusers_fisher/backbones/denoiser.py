@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from ..arguments import check_call, check_kinds
 from ..denoiser import Denoiser
-from ..errors import InputError, NumericalError, UnsupportedError, check_floats
+from ..errors import InputError, NumericalError, UnsupportedError, check_floats, describe_change
 from ..features import record_summaries
 from ..noise import Timestep, split_variance
 from .any_pipeline import AnyPipelineBackbone
@@ -33,6 +33,12 @@ REPEATS = ("num_images_per_prompt", "num_videos_per_prompt")
 
 MAX_ENCODED = 16
 """Number of encoded prompts that a denoiser keeps; a call encodes at most a few."""
+
+RUN_WITHOUT_DENOISER = (
+    "Differentiate its runs with an estimator that needs no denoiser, such as DirectFisher(), by a loss of "
+    "`trajectory.final_sample`; or use a text-to-image pipeline over the same components."
+)
+"""What a message advises where a pipeline's call is no function of its latents."""
 
 DEFAULTS = {"strength": 1.0, "use_resolution_binning": False}
 """Call arguments of every evaluation unless the caller passes another value."""
@@ -78,10 +84,10 @@ class PipelineDenoiser(Denoiser):
     (B, C, H, W), or packed (B, N, C) with `height` and `width` passed.
 
     Conditioning by the step's index (ControlNet's start and end) is refused, because one step has no index. Flux
-    casts the timestep to the latents' dtype. Caches of the network (`enable_cache`) are empty at the beginning of every
-    evaluation. Without guidance the states have `features`, where the network is not compiled. Every evaluation draws
-    anew what the pipeline draws in its call (such as an inpainting pipeline's encoding of its masked image): pass it
-    instead (`masked_image_latents`). PixArt's binning of sizes is off: the latents decide the size.
+    casts the timestep to the latents' dtype. Caches of the network (`enable_cache`) are empty before each evaluation.
+    Without guidance the states have `features`, where the network is not compiled. Every evaluation draws anew what
+    the pipeline draws in its call (such as an inpainting pipeline's encoding of its masked image): pass it instead
+    (`masked_image_latents`). PixArt's binning of sizes is off: the latents decide the size.
 
     Args:
         pipe: a diffusers pipeline whose call takes `latents`, or one of the families that have a backbone.
@@ -231,10 +237,17 @@ class PipelineDenoiser(Denoiser):
                 f"{name} ended its call without a step of its scheduler, so there is no model output. Leave out what "
                 "shortens or interrupts its run."
             )
+        if output.ndim != x.ndim:
+            raise UnsupportedError(
+                f"{name} changes the layout of its latents within its call: it was given {tuple(x.shape)}, and its "
+                f"network's output has {tuple(output.shape)}, so it is no function of samples of one layout. "
+                f"{RUN_WITHOUT_DENOISER}"
+            )
         if result is not output and not _are_equal(result, output):
             raise UnsupportedError(
-                f"{name} changed the latents after its scheduler's step (an inpainting blend, or a callback), so what "
-                "it returned is not the model output. Use the text-to-image pipeline over the same components."
+                f"{name} returned other latents than its scheduler's step, {describe_change(output, result)}: it "
+                "blends, scales or unpacks them after the step, or a callback changed them, so they are not the model "
+                f"output. {RUN_WITHOUT_DENOISER}"
             )
         if not torch.isfinite(result).all():
             low, high = map(float, x.detach().aminmax())

@@ -15,7 +15,16 @@ if TYPE_CHECKING:
 
 def check_weights(network: object) -> None:
     """Refuses to differentiate a network whose weights autograd does not accept. Raises `UnsupportedError`."""
-    if isinstance(network, torch.nn.Module) and any(parameter.is_inference() for parameter in network.parameters()):
+    if not isinstance(network, torch.nn.Module):
+        return
+    stored = {each.dtype for each in network.parameters() if each.is_floating_point() and each.element_size() < 2}
+    if stored:
+        raise UnsupportedError(
+            f"The weights of {type(network).__name__} are stored in {stored.pop()} (layerwise casting), to which they "
+            "return before a backward pass could use them. Load the network in bfloat16 or wider, or use an estimator "
+            "without a backward pass, such as FiniteDifferenceFisher() or AutodiffFisher(forward_mode=True)."
+        )
+    if any(parameter.is_inference() for parameter in network.parameters()):
         raise UnsupportedError(
             f"The weights of {type(network).__name__} were made under torch.inference_mode, so nothing can be "
             "differentiated through them. Load the pipeline outside of it; under torch.no_grad it may be loaded."

@@ -236,6 +236,7 @@ class _DenoisersAndEstimator:
             self.backward = PipelineDenoiser(backbone, **{**arguments, "guidance_scale": scale})
             estimator = estimator.at_guidance_scale(scale)
         self.estimator = estimator.bind(self.backward)
+        check_weights(backbone.network if self.estimator.needs_graph or optimises_text else None)
         if self.estimator.denoisers:
             purpose = "a run is another function than the denoiser of its backward pass"
             check_no_cache(backbone.name, backbone.network, purpose)
