@@ -22,9 +22,11 @@ class Denoiser(abc.ABC):
 
     Attributes:
         num_calls: evaluations so far.
+        guidance_scale: scale of the outputs' classifier-free guidance; None where the denoiser has no such guidance.
         embedded_guidance_scale: guidance scale that the network takes as an input; None if it takes none.
     """
 
+    guidance_scale: float | None = None
     embedded_guidance_scale: float | None = None
 
     def __init__(self, scheduler: SchedulerMixin):

@@ -50,6 +50,17 @@ def check_shape(name: str, shape: tuple[int, ...], allowed: tuple[int, ...], adv
         raise InputError(f"{name} has shape {tuple(shape)}; allowed: {tuple(allowed)}. {advice}")
 
 
+def describe_change(before: torch.Tensor, after: torch.Tensor) -> str:
+    """Says for a message how the tensor `after` differs from `before`: in its shape, its dtype, or by how much."""
+    if after.shape != before.shape:
+        return f"of shape {tuple(after.shape)} where the step returned {tuple(before.shape)}"
+    if after.dtype != before.dtype:
+        return f"in {after.dtype} where the step returned {before.dtype}"
+    left, right = before.detach().double(), after.detach().double()
+    size = float((right - left).norm() / left.norm().clamp_min(1e-30))
+    return f"by {size:.2g} of their size"
+
+
 def check_floats(name: str, tensor: torch.Tensor) -> None:
     """Raises `InputError` unless `tensor`, called `name`, has real floating-point numbers."""
     import torch  # here, because most uses of this module need none

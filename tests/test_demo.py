@@ -114,7 +114,7 @@ def test_guidance_table_shows_the_report(run):
     assert len(before) == 1  # all start from the same noise
     calls = {name: row["num_denoiser_calls"] for name, row in report["guidance"].items()}
     assert calls["direct"] == calls["endpoint, paper"] == 2 * 3  # only the sampling runs call the denoiser
-    assert calls["one step (default)"] == 2 * 3 + 1
+    assert calls["one step (default)"] == 2 * 3 + 1 + 1  # a product, and a comparison with the run
     assert calls["finite difference"] > calls["one step (default)"]
 
 

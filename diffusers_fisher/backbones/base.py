@@ -26,10 +26,10 @@ from .autoencoder import decode_latents, encode_pixels, images_of, pixels_of
 from .conditions import Condition, Conditions, text_conditions
 from .encoding import encode_apart
 from .inputs import form_of
-from .networks import check_latents_alone, check_weights
+from .networks import check_latents_alone, check_weights, reset_caches
 from .parts import LatentStatistics, checkpoint_moments, checkpoint_parts
 from .stock_calls import shallow_copy
-from .unguided import check_unguided, switched_off
+from .unguided import take_scales
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -181,6 +181,7 @@ class Backbone:
             **arguments: other arguments of the call.
         """
         check_weights(self.network if with_graph else None)
+        reset_caches(self.pipe)
         attributes = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}, **(components or {})}
         # Under model offload a copy would keep a record of its own of the hooks that all copies share.
         if self.is_offloaded:
@@ -413,10 +414,7 @@ class Backbone:
         Raises:
             InputError: the arguments have a scale that guides.
         """
-        values = switched_off(self) | ({} if "guidance_scale" in self.parameters else {"guidance_scale": 1.0})
-        for name, off in values.items():
-            check_unguided(name, call_arguments.pop(name, off), off)
-        return call_arguments.pop("guidance_scale", values.get("guidance_scale"))
+        return take_scales(self, call_arguments)
 
     # Checks
 

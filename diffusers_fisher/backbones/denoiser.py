@@ -11,7 +11,7 @@ import torch
 
 from ..arguments import check_call, check_kinds
 from ..denoiser import Denoiser
-from ..errors import InputError, NumericalError, UnsupportedError, check_floats
+from ..errors import InputError, NumericalError, UnsupportedError, check_floats, describe_change
 from ..features import count_evaluations, record_summaries
 from ..noise import Timestep
 from .any_pipeline import AnyPipelineBackbone
@@ -39,6 +39,12 @@ REPEATS = ("num_images_per_prompt", "num_videos_per_prompt")
 MAX_ENCODED = 16
 """Number of encoded prompts that a denoiser keeps; a call encodes at most a few."""
 
+RUN_WITHOUT_DENOISER = (
+    "Differentiate its runs with an estimator that needs no denoiser, such as DirectFisher(), by a loss of "
+    "`trajectory.final_sample`; or use a text-to-image pipeline over the same components."
+)
+"""What a message advises where a pipeline's call is no function of its latents."""
+
 DEFAULTS = {"strength": 1.0, "use_resolution_binning": False}
 """Call arguments of every evaluation unless the caller passes another value."""
 
@@ -54,9 +60,10 @@ class PipelineDenoiser(Denoiser):
     Conditioning by the step's index (ControlNet's start and end) is refused, because one step has no index. For a
     pipeline without a backbone the first evaluation is compared with a run of three steps, and refused where these
     give the network other inputs, for which the network is not evaluated again. Flux casts the timestep to the
-    latents' dtype. Without guidance the states have `features`, where the network is not compiled. Every evaluation
-    draws anew what the pipeline draws in its call (such as an inpainting pipeline's encoding of its masked image):
-    pass it instead (`masked_image_latents`). PixArt's binning of sizes is off: the latents decide the size.
+    latents' dtype. Caches of the network (`enable_cache`) are empty before each evaluation. Without guidance the
+    states have `features`, where the network is not compiled. Every evaluation draws anew what the pipeline draws in
+    its call (such as an inpainting pipeline's encoding of its masked image): pass it instead
+    (`masked_image_latents`). PixArt's binning of sizes is off: the latents decide the size.
 
     Args:
         pipe: a diffusers pipeline whose call takes `latents`, or one of the families that have a backbone.
@@ -129,7 +136,7 @@ class PipelineDenoiser(Denoiser):
             for name in ("distilled_guidance_scale", "guidance_scale")
             if name in parameters
         }
-        self.guidance_scale: float | None = scales.get("guidance_scale", scale)
+        self.guidance_scale = scales.get("guidance_scale", scale)
         if embeds_guidance(self.backbone):
             self.embedded_guidance_scale = next(iter(scales.values()), None)
 
@@ -279,12 +286,19 @@ class PipelineDenoiser(Denoiser):
                 "shortens or interrupts its run."
             )
         output = scheduler.outputs[0]
+        if output.ndim != latents.ndim:
+            raise UnsupportedError(
+                f"{name} changes the layout of its latents within its call: it was given {tuple(latents.shape)}, and "
+                f"its network's output has {tuple(output.shape)}, so it is no function of samples of one layout. "
+                f"{RUN_WITHOUT_DENOISER}"
+            )
         if isinstance(self.backbone, AnyPipelineBackbone):
             check_sample(self.backbone, scheduler, latents)
         elif result is not output and not _are_equal(result, output):
             raise UnsupportedError(
-                f"{name} changed the latents after its scheduler's step (an inpainting blend, or a callback), so what "
-                "it returned is not the model output. Use the text-to-image pipeline over the same components."
+                f"{name} returned other latents than its scheduler's step, {describe_change(output, result)}: it "
+                "blends, scales or unpacks them after the step, or a callback changed them, so they are not the model "
+                f"output. {RUN_WITHOUT_DENOISER}"
             )
         if not torch.isfinite(output).all():
             low, high = map(float, latents.detach().aminmax())

@@ -81,6 +81,14 @@ def check_unguided(name: str, scale: float, off: float | None = 1.0) -> None:
         )
 
 
+def take_scales(backbone: Backbone, call_arguments: dict[str, Any]) -> float | None:
+    """Removes scales of guidance from a call's arguments; see `Backbone.unguided_scale`."""
+    values = switched_off(backbone) | ({} if "guidance_scale" in backbone.parameters else {"guidance_scale": 1.0})
+    for name, off in values.items():
+        check_unguided(name, call_arguments.pop(name, off), off)
+    return call_arguments.pop("guidance_scale", values.get("guidance_scale"))
+
+
 def check_evaluations(backbone: Backbone, evaluations: list[int], count: int) -> None:
     """Refuses an output that is guided where nothing asked for guidance.
 

@@ -6,7 +6,8 @@ from ..arguments import check_kinds
 from ..denoiser import Denoiser
 from ..errors import InputError
 from ..noise import DenoisingState, expand
-from .estimator import FisherEstimator, ModelFunction, model_function
+from .agreement import ModelFunction, model_function
+from .estimator import FisherEstimator
 from .numerics import dot
 from .operator import ModelFisherOperator
 

@@ -166,7 +166,9 @@ class GuidedRun:
             that are optimised (none without `with_gradient`).
         """
         controls = self._set_variables(variables)
-        with self.scheduler.differentiable(self.estimator, controls=controls) as trajectory:
+        # The runs differ in their noise alone, so the first one shows whether the denoiser is theirs.
+        estimator = self.estimator if step == 0 else self.estimator.without_comparison()
+        with self.scheduler.differentiable(estimator, controls=controls) as trajectory:
             latents = self.sample(variables["noise"])
         _check_end(latents, trajectory, step)
         ascent.num_sampling_calls += len(trajectory.states)

@@ -17,7 +17,7 @@ from ..backbones import Backbone, PipelineDenoiser, backbone_of
 from ..backbones.base import Generators
 from ..backbones.conditions import Condition
 from ..backbones.inputs import check_arguments
-from ..backbones.networks import check_weights
+from ..backbones.networks import check_no_cache, check_weights
 from ..backbones.run import SamplingRun
 from ..backbones.stock_calls import restore_attributes
 from ..backbones.unguided import default_guidance
@@ -90,7 +90,8 @@ def guide(
         patience: number of runs without a new best of any sample after which the guidance stops; None: it never does.
         held_out_reward: a reward that is reported and not optimised. Where it falls, the guidance exploits the reward.
         adjoint_guidance_scale: guidance scale of the denoiser in the backward pass, 1.0 to keep classifier-free
-            guidance out of it; None: as in the runs. It has no effect on estimators without a denoiser.
+            guidance out of it; None: as in the runs, whose first output is compared with a denoiser that the estimator
+            brings. It has no effect on estimators without a denoiser.
         decoder: decodes for the reward in the autoencoder's place, such as an `AutoencoderTiny`; the images that are
             returned are the autoencoder's.
         checkpoint_decoder: recomputes the decoder's activations in its backward pass instead of keeping them.
@@ -249,8 +250,12 @@ class _DenoisersAndEstimator:
         scale = adjoint_guidance_scale
         if scale is not None and scale != arguments.get("guidance_scale", scale):
             self.backward = PipelineDenoiser(backbone, **{**arguments, "guidance_scale": scale})
-            estimator = estimator.without_model_output()
+            estimator = estimator.at_guidance_scale(scale)
         self.estimator = estimator.bind(self.backward)
+        check_weights(backbone.network if self.estimator.needs_graph or optimises_text else None)
+        if self.estimator.denoisers:
+            purpose = "a run is another function than the denoiser of its backward pass"
+            check_no_cache(backbone.name, backbone.network, purpose)
         denoisers = (self.forward, self.backward, *self.estimator.denoisers)
         # By identity, so that each counts once; plain functions don't count their calls.
         counters = {id(each): each for each in denoisers if isinstance(each, Denoiser)}

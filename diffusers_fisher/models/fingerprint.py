@@ -23,7 +23,15 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from ..denoiser import Denoiser
 from ..errors import InputError, UnsupportedError
 from ..noise import noise_schedule
-from .fixed_outputs import NUM_SUMS, OUTPUT_TOLERANCE, fixed_direction, fixed_outputs, output_change, sums_of
+from .fixed_outputs import (
+    NUM_SUMS,
+    OUTPUT_TOLERANCE,
+    fixed_direction,
+    fixed_outputs,
+    is_quantised,
+    output_change,
+    sums_of,
+)
 
 NUM_TENSORS = 16  # parameters that are compared one by one
 NUM_VALUES = 65536  # values that are read of each of these parameters
@@ -61,7 +69,7 @@ def denoiser_fingerprint(denoiser: Denoiser | DiffusionPipeline) -> dict[str, An
     `fixed_outputs`; None where the network can't be evaluated so), `prediction_type`, and `schedule`
     (log(sigma/alpha) at five timesteps). A denoiser without a network has only the last two. `torch.compile` does not
     change the fingerprint. Outputs and weights are compared to within the rounding of the weights' dtypes. Weights in
-    8 bits or fewer, or not in memory, agree with all others.
+    8 bits or fewer, quantised (torchao), or not in memory, agree with all others.
 
     Cost: reads a million numbers at most, and 4,096 of every matrix, and evaluates the network twice on a small input.
     A second call on the same network reads only the numbers of `network_key`, if the key is the same.
@@ -308,7 +316,9 @@ def _spread(names: list[str]) -> list[str]:
 
 def _is_readable(parameter: torch.Tensor) -> bool:
     """Returns whether values are in memory, and fine enough to tell a change from rounding."""
-    return not parameter.is_meta and parameter.is_floating_point() and parameter.element_size() >= 2
+    if parameter.is_meta or is_quantised(parameter):
+        return False
+    return parameter.is_floating_point() and parameter.element_size() >= 2
 
 
 def _values(parameter: torch.Tensor, count: int) -> torch.Tensor:
