@@ -11,8 +11,8 @@ FILES = house.imports(TREES)
 ROOMS = (
     "console", "errors", "arguments", "features", "figures", "files", "image_folders", "images", "seeds", "settings",
     "noise", "denoiser", "distributions", "fisher", "models", "schedulers", "checkpoints", "data", "backbones",
-    "likelihood", "guidance", "pictures", "testing", "pipelines", "demo", "jobs", "studies", "training", "evaluation",
-    "cli",
+    "likelihood", "curvature", "guidance", "pictures", "testing", "pipelines", "demo", "jobs", "studies", "training",
+    "evaluation", "cli",
 )  # fmt: skip
 """From the lowest to the highest: each imports those before it alone."""
 

@@ -19,7 +19,7 @@ from ..denoiser import Denoiser
 from ..errors import CoarseGridWarning, InputError, NumericalError
 from ..fisher.estimate import Generators
 from ..fisher.estimator import FisherEstimator, check_estimator
-from ..noise import expand, log_noise_to_signal_range, timestep_at
+from ..noise import DenoisingState, expand, log_noise_to_signal_range, timestep_at
 from .bins import dequantised, offset_bits
 from .discretisation import estimated_error
 from .draws import ImageDraws
@@ -69,12 +69,9 @@ class OdeProblem:
 
     def evaluate(self, x: torch.Tensor, timestep: torch.Tensor, log_noise: float) -> Node:
         """Evaluates the denoiser and the trace at x~ = `x`, (B, ...) float64, and log s = `log_noise`."""
-        level = self.denoiser.level(timestep)
-        needs_graph = self.estimator.needs_graph
-        with torch.set_grad_enabled(needs_graph):
-            model_input = (expand(level.alpha, x) * x).to(self.dtype).to(self.device).requires_grad_(needs_graph)
-            state = self.denoiser.state(model_input, timestep.to(torch.float32))
-            operator, factor = self.estimator(state), float(level.sigma) ** 2 / x[0].numel()
+        with torch.set_grad_enabled(self.estimator.needs_graph):
+            state = self.state_at(x, timestep)
+            operator, factor = self.estimator(state), float(state.level.sigma) ** 2 / x[0].numel()
             count = self.integration.num_probes
             if count is None:
                 trace = NodeTrace.exact(factor * operator.trace().value.cpu())
@@ -86,6 +83,13 @@ class OdeProblem:
                 trace = NodeTrace.sampled(vectors, factor * products)
         self.integration.on_step()
         return Node(state.epsilon.detach().cpu().double(), trace)
+
+    def state_at(self, x: torch.Tensor, timestep: torch.Tensor) -> DenoisingState:
+        """Evaluates the denoiser at x~ = `x`, (B, ...) float64, with a graph where the estimator differentiates it."""
+        needs_graph, alpha = self.estimator.needs_graph, self.denoiser.level(timestep).alpha
+        with torch.set_grad_enabled(needs_graph):
+            model_input = (expand(alpha, x) * x).to(self.dtype).to(self.device).requires_grad_(needs_graph)
+            return self.denoiser.state(model_input, timestep.to(torch.float32))
 
     def select_samples(self, rows: torch.Tensor) -> OdeProblem:
         """Returns the problem of some of the samples, with the same draws; `rows` (n,) int64 are their places."""
@@ -247,10 +251,7 @@ def prepare_problem(
     denoiser: Denoiser, samples: torch.Tensor, estimator: FisherEstimator, integration: Integration
 ) -> OdeProblem:
     """Checks what is to be integrated, and makes all random draws. Raises as `integrate_log_likelihood`."""
-    samples, bins, generator = check_samples(samples), integration.bins, integration.generator
-    check_generators(generator, len(samples))
-    if integration.keys is not None and len(integration.keys) != len(samples):
-        raise InputError(f"{len(integration.keys)} image keys were given for {len(samples)} images; give as many.")
+    samples, draws = samples_and_draws(samples, integration.generator, integration.keys)
     if integration.num_probes is not None and integration.num_probes > max(samples[0].numel(), MANY_PROBES):
         raise InputError(
             f"`num_probes` is {integration.num_probes} for samples of {samples[0].numel()} dimensions; pass None for "
@@ -264,9 +265,9 @@ def prepare_problem(
         )
     estimator = estimator.bind(denoiser)
     low, high = log_noise_to_signal_range(denoiser.scheduler)
-    draws, start = ImageDraws(samples, generator, integration.keys), samples.cpu().double()
-    if bins is not None:
-        start = dequantised(start, bins, draws.generators("bins"))
+    start = samples.cpu().double()
+    if integration.bins is not None:
+        start = dequantised(start, integration.bins, draws.generators("bins"))
     if integration.noised:
         start = start + math.exp(low) * draws.normal("noise")
     return OdeProblem(
@@ -367,6 +368,17 @@ def standard_noise(like: torch.Tensor, generator: Generators) -> torch.Tensor:
     from diffusers.utils.torch_utils import randn_tensor
 
     return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype).cpu().double()
+
+
+def samples_and_draws(
+    samples: torch.Tensor, generator: Generators, keys: Sequence[str] | None
+) -> tuple[torch.Tensor, ImageDraws]:
+    """Returns the samples, see `check_samples`, and what makes their random draws. Raises `InputError`."""
+    samples = check_samples(samples)
+    check_generators(generator, len(samples))
+    if keys is not None and len(keys) != len(samples):
+        raise InputError(f"{len(keys)} image keys were given for {len(samples)} images; give as many.")
+    return samples, ImageDraws(samples, generator, keys)
 
 
 def check_samples(samples: torch.Tensor) -> torch.Tensor:
