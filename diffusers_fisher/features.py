@@ -1,4 +1,4 @@
-"""Summaries of a denoising network's last hidden layer, as input of a trace model.
+"""Summaries of a denoising network's last hidden layer, as input of a trace model, and its whole output.
 
 The summaries carry information about the network's Jacobian.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -68,3 +68,25 @@ def record_summaries(network: torch.nn.Module | None) -> Iterator[list[torch.Ten
         handle = module.register_forward_pre_hook(record, with_kwargs=True)
     with handle:
         yield summaries
+
+
+@contextlib.contextmanager
+def record_outputs(network: torch.nn.Module | None) -> Iterator[list[torch.Tensor]]:
+    """Yields a list to which every evaluation of the network inside the block appends its whole output.
+
+    The list stays empty without a network, or where it is compiled.
+    """
+    outputs: list[torch.Tensor] = []
+    thread = threading.get_ident()
+
+    def record(module: torch.nn.Module, arguments: tuple, output: Sequence[torch.Tensor]) -> None:
+        if threading.get_ident() == thread:
+            outputs.append(output[0])  # diffusers' outputs and tuples alike
+
+    if network is None:
+        yield outputs
+        return
+    with _REGISTERING:
+        handle = network.register_forward_hook(record)
+    with handle:
+        yield outputs

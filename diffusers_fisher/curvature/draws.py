@@ -45,7 +45,8 @@ def draws_error(terms: torch.Tensor, dims: int) -> torch.Tensor:
 
     Each step's variance is that of the pairs about a line in their stratum's mean squared length, because the strata
     have taken out what the line takes out. With a single pair the variance is that of neighbouring steps. Both err
-    upwards: the first by up to a quarter with four pairs and a tenth with eight, the second by much.
+    upwards: the first by up to a quarter with four pairs and a tenth with eight, the second by much; of fewer than
+    three steps it is infinite.
 
     Args:
         terms: (steps, draws, B), independent between steps.
@@ -53,6 +54,8 @@ def draws_error(terms: torch.Tensor, dims: int) -> torch.Tensor:
     """
     pairs = terms if terms.shape[1] == 1 else terms.unflatten(1, (-1, 2)).mean(2)
     strata = pairs.shape[1]
+    if strata == 1 and len(pairs) < 3:
+        return torch.full_like(pairs[0, 0], torch.inf)
     if strata == 1:
         return level_error(pairs, torch.ones(len(pairs), dtype=pairs.dtype))
     # The mean of a chi-squared number below its quantile q is d times the distribution function of d + 2 at q.

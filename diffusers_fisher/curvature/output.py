@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from ..errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class LikelihoodBound:
@@ -50,6 +52,27 @@ class LikelihoodBound:
     def bits_per_dim(self) -> torch.Tensor:
         """value/(d ln 2) + offset_bits, (B,) bits per dimension of `space`."""
         return self.value / (self.dims * math.log(2)) + self.offset_bits
+
+    def image_maps(self, height: int, width: int) -> torch.Tensor:
+        """Returns the bound's parts by pixel, (B, height, width) nats, which add up to `value`.
+
+        The part of a latent is shared equally by its pixels.
+
+        Args:
+            height, width: size of the images, multiples of that of the samples.
+
+        Raises:
+            InputError: there are no maps (B, C, h, w), or a size that is no multiple of theirs.
+        """
+        shape = None if self.maps is None else tuple(self.maps.shape)
+        if self.maps is None or self.maps.ndim != 4 or height % self.maps.shape[2] or width % self.maps.shape[3]:
+            raise InputError(
+                f"The maps are {shape} for images of {height}x{width} pixels; allowed: maps (B, C, h, w), of whose "
+                "sizes the images' are multiples. Pass `maps=True` to `likelihood_bound`."
+            )
+        rows, columns = height // self.maps.shape[2], width // self.maps.shape[3]
+        parts = self.maps.sum(1) / (rows * columns)
+        return parts.repeat_interleave(rows, 1).repeat_interleave(columns, 2)
 
     def __str__(self) -> str:
         bits, count = self.bits_per_dim, len(self.value)

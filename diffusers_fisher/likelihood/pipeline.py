@@ -115,10 +115,7 @@ def log_likelihood(
     call_arguments = check_arguments(backbone.name, backbone.parameters, log_likelihood, call_arguments)
     samples, keys = keyed_images(backbone, images, latents, data_range)
     denoiser = unguided_denoiser(backbone, samples, guidance_scale, prompt, call_arguments)
-    if estimator is None:
-        estimator = (
-            FiniteDifferenceFisher() if backbone.trace_model is None else TraceMatchingFisher(backbone.trace_model)
-        )
+    estimator = default_estimator(backbone) if estimator is None else estimator
     if num_probes == "auto":
         num_probes = estimator.default_num_probes
     mean, variance = backbone.prior(prior_mean, prior_variance, samples)
@@ -214,6 +211,12 @@ def compare_likelihood(
         num_denoiser_calls=sum(row.num_denoiser_calls for row in rows), space=rows[0].space, method=method,
         trace_weights=weights, fixed_probes=fixed,
     )  # fmt: skip
+
+
+def default_estimator(backbone: Backbone) -> FisherEstimator:
+    """Returns the estimator of the checkpoint's trace model; without a trace model, one that needs no graph."""
+    trace_model = backbone.trace_model
+    return FiniteDifferenceFisher() if trace_model is None else TraceMatchingFisher(trace_model)
 
 
 def keyed_images(
