@@ -20,7 +20,7 @@ class Chain(abc.ABC):
     Attributes:
         denoiser, draws: evaluates the states, and makes their noise.
         noise_to_signal: (steps + 1,) float64, sigma/alpha of the states, increasing; the first is that of the data.
-        space, density, variance, offset_bits: those of `LikelihoodBound`.
+        space, density, prior, variance, offset_bits: those of `LikelihoodBound`.
     """
 
     denoiser: Denoiser
@@ -28,6 +28,7 @@ class Chain(abc.ABC):
     noise_to_signal: torch.Tensor
     space: str
     density: str
+    prior: str
     variance: str
     offset_bits: float = 0.0
 
@@ -79,7 +80,7 @@ def sum_chain(
     return LikelihoodBound(
         value, draws_error(by_draw, total[0].numel()), prior, by_draw, chain.noise_to_signal, chain.clamped_share(),
         dims=total[0].numel(), num_denoiser_calls=chain.denoiser.num_calls - before, space=chain.space,
-        density=chain.density, variance=chain.variance, offset_bits=chain.offset_bits,
+        density=chain.density, prior=chain.prior, variance=chain.variance, offset_bits=chain.offset_bits,
         maps=total if maps else None,
     )  # fmt: skip
 

@@ -35,6 +35,7 @@ class OptimalChain(Chain):
         self._timesteps = timestep_at(problem.denoiser.scheduler, grid)
         probes = "no probes" if options.num_probes is None else f"probes per state: {options.num_probes}"
         self.variance = f"{options.variance}, {problem.estimator.description}, {probes}"
+        self.prior = "standard" if options.prior_mean is None else "moment-matched"
         self.space, self.offset_bits = options.space, offset_bits(options.bins)
         self._outside: list[torch.Tensor] = []
 

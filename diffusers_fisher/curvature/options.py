@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from ..arguments import check_kinds
 from ..errors import InputError
 from ..fisher.estimate import Generators
 from ..likelihood.solver import Moment
+from ..settings import ChainVariance
 from .draws import check_draws
-
-Variance = Literal["optimal", "diagonal", "fixed_small", "fixed_large", "learned"]
 
 SCHEDULE_VARIANCES = ("fixed_small", "fixed_large", "learned")
 
@@ -45,7 +43,7 @@ class BoundOptions:
             have.
     """
 
-    variance: Variance = "optimal"
+    variance: ChainVariance = "optimal"
     num_steps: int | None = None
     num_draws: int | None = None
     num_probes: int | None = None

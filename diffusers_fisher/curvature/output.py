@@ -18,9 +18,9 @@ class LikelihoodBound:
         value: (B,) nats, an estimate of the bound, whose expectation is at least -log p, whatever the variance is.
         standard_error: (B,) nats, from the random draws. With one or two draws per level it comes from the scatter of
             neighbouring levels, and errs upwards.
-        prior: (B,) nats, part of `value` by the noise end.
+        prior_terms: (B,) nats, part of `value` by the noise end.
         terms: (steps, draws, B) nats, part of `value` by each step of the chain, from the step next to the data. The
-            mean over the draws, summed over the steps, and `prior` add up to `value`.
+            mean over the draws, summed over the steps, and `prior_terms` add up to `value`.
         noise_to_signal: (steps + 1,) sigma/alpha of the chain's states, increasing. The first is that of the data.
         clamped: (B,) share of the trace's values (with a diagonal: of its entries) whose unexplained noise fraction
             was outside of 0 to 1, and was moved to the nearer of the two. The bound stays a bound.
@@ -29,6 +29,7 @@ class LikelihoodBound:
         space: "latent" or "pixel".
         density: "smoothed" (of the data with noise of `noise_to_signal[0]`), "data" (of the chain's own last state),
             or "bins" (the probability of the image's bins).
+        prior: "standard" or "moment-matched", as in `LikelihoodOutput`.
         variance: description of the reverse chain's variance.
         offset_bits: bits that `bits_per_dim` adds for data in bins, see `LikelihoodOutput`.
         maps: (B, ...) nats, part of `value` by each element of a sample; they add up to `value`. None: not asked for.
@@ -36,7 +37,7 @@ class LikelihoodBound:
 
     value: torch.Tensor
     standard_error: torch.Tensor
-    prior: torch.Tensor
+    prior_terms: torch.Tensor
     terms: torch.Tensor
     noise_to_signal: torch.Tensor
     clamped: torch.Tensor
@@ -44,6 +45,7 @@ class LikelihoodBound:
     num_denoiser_calls: int
     space: str
     density: str
+    prior: str
     variance: str
     offset_bits: float = 0.0
     maps: torch.Tensor | None = None
@@ -86,7 +88,7 @@ class LikelihoodBound:
             f"Upper bound on -log p of {count} {self.space} sample{'s' * (count > 1)} of {self.dims} dimensions",
             f"  bits/dim  {float(bits.mean()):.4f} on average, {float(bits.min()):.4f} to {float(bits.max()):.4f}",
             f"  error     {error:.4f} bits/dim by the draws, on average",
-            f"  density   {density}",
+            f"  density   {density}; prior {self.prior}",
             f"  variance  {self.variance}",
             f"  chain     {steps} steps, {draws} draw{'s' * (draws > 1)} each; {self.num_denoiser_calls} denoiser "
             "calls in all",

@@ -17,8 +17,9 @@ from ..backbones.inputs import check_arguments
 from ..fisher.estimator import FisherEstimator
 from ..images import UNIT_RANGE, ImageLike
 from ..likelihood.pipeline import default_estimator, keyed_images, unguided_denoiser
+from ..settings import ChainVariance
 from .bound import denoiser_likelihood_bound
-from .options import BoundOptions, Variance
+from .options import BoundOptions
 from .output import LikelihoodBound
 
 
@@ -29,7 +30,7 @@ def likelihood_bound(
     prompt: Condition = None,
     *,
     latents: torch.Tensor | None = None,
-    variance: Variance = "optimal",
+    variance: ChainVariance = "optimal",
     num_inference_steps: int | None = None,
     num_draws: int | None = None,
     estimator: FisherEstimator | None = None,

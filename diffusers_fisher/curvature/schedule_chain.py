@@ -27,6 +27,8 @@ from .options import BoundOptions
 class ScheduleChain(Chain):
     """See the head of this file. The predicted x_0 is clipped where the scheduler's `clip_sample` says so."""
 
+    prior = "standard"
+
     def __init__(self, denoiser: Denoiser, samples: torch.Tensor, options: BoundOptions):
         schedule = noise_schedule(denoiser.scheduler)
         if not isinstance(schedule, TableSchedule):

@@ -61,6 +61,7 @@ class LikelihoodMethod(BaseModel):
     prior: str
     trace: str
     scheme: str
+    evaluations: Positive | None = None
 
 
 class ImageGroup(BaseModel):
@@ -188,11 +189,17 @@ def _summarise(
         },
         "images_on_a_coarse_grid": int((steps > COARSE).sum()),
         "several_sizes": table["dims"].nunique() > 1,
-        "method": results.method, "evaluations_an_image": results.records.settings["num_inference_steps"] + 1,
+        "method": results.method, "evaluations_an_image": _evaluations(results),
         "process_seconds": results.seconds,
         "images_per_process_second": len(results.positions) / max(results.seconds, 1e-9),
         "last_run": {**run, "images_per_second": run["images"] / max(run["seconds"], 1e-9)},
     }  # fmt: skip
+
+
+def _evaluations(results: ImageRecords) -> int:
+    """Returns the number of evaluations of the denoiser per image, those of its trace not counted."""
+    evaluations: int | None = (results.method or {}).get("evaluations")
+    return results.records.settings["num_inference_steps"] + 1 if evaluations is None else evaluations
 
 
 def _by_caption(table: pandas.DataFrame) -> list[dict[str, Any]]:

@@ -152,7 +152,7 @@ def test_terms_and_maps_add_up(samples):
     out = bound(samples, maps=True, variance="diagonal", num_steps=4)
     assert out.maps.shape == samples.shape
     assert torch.allclose(out.maps.flatten(1).sum(1), out.value)
-    assert torch.allclose(out.terms.mean(1).sum(0) + out.prior, out.value)
+    assert torch.allclose(out.terms.mean(1).sum(0) + out.prior_terms, out.value)
     assert out.terms.shape == (4, 8, 6)
     assert bound(samples[:1], num_steps=1).maps is None
     assert torch.allclose(out.bits_per_dim, out.value / BIT)

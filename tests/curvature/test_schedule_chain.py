@@ -206,7 +206,7 @@ def test_zero_terminal_signal_is_finite():
         OracleDenoiser(oracle, scheduler), oracle.sample(4, seeded(1)), None, BoundOptions("fixed_large")
     )
     assert torch.isfinite(out.value).all()
-    assert torch.equal(out.prior, torch.zeros(4, dtype=torch.float64))  # the chain ends in pure noise
+    assert torch.equal(out.prior_terms, torch.zeros(4, dtype=torch.float64))  # the chain ends in pure noise
 
 
 def test_numbers_do_not_depend_on_the_batch():
