@@ -25,6 +25,11 @@ from .curvature import (
 from .curvature.pipeline import (
     likelihood_bound as likelihood_bound,
 )
+from .curvature.pixel_bound import (
+    PixelBound as PixelBound,
+    fit_decoder_variance as fit_decoder_variance,
+    pixel_likelihood_bound as pixel_likelihood_bound,
+)
 from .denoiser import (
     Denoiser as Denoiser,
 )

@@ -231,7 +231,12 @@ def keyed_images(
         samples = backbone.samples_of(images, latents)
         return samples, [content_key(sample) for sample in samples]
     pixels = image_tensor(images, backbone.size_multiple, backbone.image_channels, data_range)
-    return backbone.samples_of(pixels), [content_key(image) for image in (255 * pixels).round()]
+    return backbone.samples_of(pixels), pixel_keys(pixels)
+
+
+def pixel_keys(pixels: torch.Tensor) -> list[str]:
+    """Returns a key of each image (B, C, H, W) in [0, 1], by its values in 8 bits."""
+    return [content_key(image) for image in (255 * pixels).round()]
 
 
 def unguided_denoiser(

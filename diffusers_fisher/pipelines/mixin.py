@@ -18,6 +18,7 @@ from ..backbones.parts import (
     set_checkpoint_parts,
 )
 from ..curvature.pipeline import likelihood_bound
+from ..curvature.pixel_bound import pixel_likelihood_bound
 from ..errors import CheckpointError, InputError
 from ..guidance import pipeline as guidance
 from ..likelihood import pipeline as likelihood
@@ -48,6 +49,7 @@ class FisherPipelineMixin(DiffusionPipeline):
     log_likelihood = likelihood.log_likelihood
     compare_likelihood = likelihood.compare_likelihood
     likelihood_bound = likelihood_bound
+    pixel_likelihood_bound = pixel_likelihood_bound
     guide = guidance.guide
 
     @property
