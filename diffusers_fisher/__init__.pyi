@@ -16,6 +16,20 @@ from .checkpoints import (
     embedded_prompt as embedded_prompt,
     embedded_test_images as embedded_test_images,
 )
+from .curvature import (
+    BoundOptions as BoundOptions,
+    LevelFisher as LevelFisher,
+    LikelihoodBound as LikelihoodBound,
+    denoiser_likelihood_bound as denoiser_likelihood_bound,
+)
+from .curvature.pipeline import (
+    likelihood_bound as likelihood_bound,
+)
+from .curvature.pixel_bound import (
+    PixelBound as PixelBound,
+    fit_decoder_variance as fit_decoder_variance,
+    pixel_likelihood_bound as pixel_likelihood_bound,
+)
 from .denoiser import (
     Denoiser as Denoiser,
 )

@@ -1,4 +1,4 @@
-"""Hooks on denoising networks: summaries of the last hidden layer, and the number of evaluations.
+"""Hooks on denoising networks: summaries of the last hidden layer, whole outputs, and the number of evaluations.
 
 The summaries carry information about the network's Jacobian, and are an input of trace models.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -123,3 +124,18 @@ def count_evaluations(networks: Iterable[torch.nn.Module]) -> Iterator[list[int]
             if not is_compiled(network):
                 stack.enter_context(watch_calls(network, record))
         yield counts
+
+
+@contextlib.contextmanager
+def record_outputs(network: torch.nn.Module | None) -> Iterator[list[torch.Tensor]]:
+    """Yields a list to which every evaluation of the network inside the block appends its whole output.
+
+    The list stays empty without a network, or where it is compiled.
+    """
+    outputs: list[torch.Tensor] = []
+
+    def record(inputs: object, output: Any) -> None:
+        outputs.append(output[0])  # diffusers' outputs and tuples alike
+
+    with contextlib.nullcontext() if network is None else watch_outputs(network, record):
+        yield outputs

@@ -14,6 +14,8 @@ from pydantic import Field
 from tqdm.auto import tqdm
 
 from ..backbones import backbone_of
+from ..curvature import BoundOptions, LikelihoodBound
+from ..curvature.pipeline import likelihood_bound
 from ..data import Caption, Example, ImageData, Images, ImageStream, no_images, open_images
 from ..errors import CoarseGridWarning, InputError, NumericalError, TraceModelWarning
 from ..files import finite_number, read_table, write_json
@@ -25,10 +27,10 @@ from ..jobs.pipelines import DenoiserSettings, load_pipeline
 from ..jobs.processes import process_state
 from ..jobs.records import SETTINGS, Records, shard
 from ..likelihood import DEFAULT_SCHEME, LikelihoodOutput
-from ..likelihood.pipeline import log_likelihood
+from ..likelihood.pipeline import DEFAULT_STEPS, log_likelihood
 from ..likelihood.schemes import scheme_of
 from ..pipelines import FisherPipelineMixin
-from ..settings import NotNegative, TraceEstimator, settings_class
+from ..settings import ChainVariance, LikelihoodMethod, NotNegative, TraceEstimator, settings_class
 from .dataset_likelihood_report import FILE, ImageGroup, ImageRecords, write_results
 
 ESTIMATORS: dict[str, type[FisherEstimator]] = {
@@ -49,7 +51,10 @@ class DatasetSettings:
         denoiser: the pipeline.
         data: the images. Their captions are the prompts, or the class labels for pipelines that take labels.
         prompt: prompt of all images. Without it and without captions, the prompt is empty.
-        num_inference_steps, scheme, bins, sample_latents: arguments of `log_likelihood`.
+        method: "ode" for `log_likelihood`, or "bound" for `likelihood_bound`.
+        num_inference_steps, scheme, bins: arguments of these functions; None: 32 steps, or those of the bound.
+        sample_latents: argument of `log_likelihood`.
+        variance, num_draws: arguments of `likelihood_bound`.
         estimator: estimator of the trace: "trace-model" is the pipeline's own, "autodiff" and "finite-difference" use
             probes, and "auto" is the trace model, or "finite-difference" for pipelines without one.
         seed: seed of probes, dequantisation and sampled latents. The draws of an image depend on its content alone.
@@ -58,16 +63,30 @@ class DatasetSettings:
     denoiser: DenoiserSettings
     data: ImageData
     prompt: str | None = None
-    num_inference_steps: Annotated[int, Field(ge=2)] = 32
+    method: LikelihoodMethod = "ode"
+    num_inference_steps: Annotated[int, Field(ge=2)] | None = None
     scheme: str = DEFAULT_SCHEME
     estimator: TraceEstimator = "auto"
     num_probes: NotNegative = 1
     bins: int | None = None
     seed: int = 0
     sample_latents: bool = False
+    variance: ChainVariance = "optimal"
+    num_draws: int | None = None
 
     def __post_init__(self) -> None:
         scheme_of(self.scheme)
+        bound = BoundOptions(self.variance, self.num_inference_steps, self.num_draws)
+        others = {"variance": self.variance != "optimal", "num_draws": self.num_draws is not None}
+        if self.method == "bound":
+            others = {
+                "scheme": self.scheme != DEFAULT_SCHEME, "estimator": bound.uses_schedule and self.estimator != "auto",
+            }  # fmt: skip
+        names = [name for name, is_set in others.items() if is_set]
+        if names:
+            raise InputError(
+                f"`{names[0]}` has no use with method '{self.method}' and variance '{self.variance}'. Leave it out."
+            )
         if self.prompt is not None and self.data.caption_column is not None:
             raise InputError("`prompt` and `caption_column` are both set; allowed: one of them. Leave the other out.")
 
@@ -127,11 +146,11 @@ def _evaluate(
     if resolution is not None and resolution % multiple:
         raise InputError(f"`resolution` is {resolution}; allowed for this pipeline: multiples of {multiple}.")
     backbone.check_bins(settings.bins)
-    name = chosen_estimator(pipe, settings.estimator)
+    uses_trace = settings.method == "ode" or not BoundOptions(settings.variance).uses_schedule
+    name = chosen_estimator(pipe, settings.estimator) if uses_trace else settings.estimator
     with state.main_process_first():  # the other processes use the files that the main process has downloaded
         images = open_images(settings.data, backbone.image_channels, backbone.takes_text)
-        note = {**flat_settings(dataclasses.asdict(settings)), "estimator": name, "images": images_digest(images)}
-        del note["data.max_pixels"]  # no number depends on it, and --retry-failed may take another limit
+        note = {**_settings_note(settings), "estimator": name, "images": images_digest(images)}
         records = _open_records(output, {**note, **pipeline_digests(pipe)}, images, retry_failed)
         before = ImageRecords(records)
     begin = time.perf_counter()
@@ -146,6 +165,17 @@ def _evaluate(
     seconds = time.perf_counter() - begin
     run = {"processes": state.num_processes, "batch_size": batch_size, "seconds": seconds}
     return write_results(records, images, count, run | {"images": count - len(positions)})
+
+
+def _settings_note(settings: DatasetSettings) -> dict[str, Any]:
+    """Returns the settings on which the numbers depend; those of the ODE as before there were bounds."""
+    note = flat_settings(dataclasses.asdict(settings))
+    del note["data.max_pixels"]  # no number depends on it, and --retry-failed may take another limit
+    if settings.method == "ode":
+        note["num_inference_steps"] = settings.num_inference_steps or DEFAULT_STEPS
+        for name in ("method", "variance", "num_draws"):
+            del note[name]
+    return note
 
 
 def _open_records(output: Path, note: dict[str, Any], images: Images, retry_failed: bool) -> Records:
@@ -307,10 +337,8 @@ class ImageShare:
         settings = self.settings
         captions = [settings.prompt if settings.prompt is not None else example.caption for _, example in group]
         generator = torch.Generator().manual_seed(settings.seed)
-        options: dict[str, Any] = {
-            "scheme": settings.scheme, "bins": settings.bins, "generator": generator,
-            "sample_latents": settings.sample_latents,
-        }  # fmt: skip
+        options: dict[str, Any] = {"bins": settings.bins, "generator": generator}
+        options["num_inference_steps"] = settings.num_inference_steps
         if any(caption is not None for caption in captions):
             options["prompt"] = [self._condition(caption) for caption in captions]
         if settings.estimator in ESTIMATORS:
@@ -323,7 +351,14 @@ class ImageShare:
                     warnings.simplefilter("ignore", category)
                 # The conditions in `options` may be prompts, labels or none.
                 pixels = torch.stack([example.pixels for _, example in group])
-                out = log_likelihood(self.pipe, pixels, num_inference_steps=settings.num_inference_steps, **options)
+                out: LikelihoodOutput | LikelihoodBound
+                if settings.method == "ode":
+                    out = log_likelihood(
+                        self.pipe, pixels, scheme=settings.scheme, sample_latents=settings.sample_latents, **options
+                    )
+                else:
+                    variance, draws = settings.variance, settings.num_draws
+                    out = likelihood_bound(self.pipe, pixels, variance=variance, num_draws=draws, **options)
         # diffusers raises ValueError, of which InputError is a subclass.
         except (ValueError, NumericalError, MemoryError, RuntimeError) as exception:
             if isinstance(exception, RuntimeError) and not is_out_of_memory(exception):
@@ -332,8 +367,7 @@ class ImageShare:
         if error is not None:
             return self._evaluate_singly(group, error)
         if self.method is None:
-            names = ("space", "latents", "density", "prior", "trace", "scheme")
-            self.method = {name: getattr(out, name) for name in names}
+            self.method = _method(out)
         rows = enumerate(zip(group, captions, strict=True))
         return [_record(position, example, caption, out, row) for row, ((position, example), caption) in rows]
 
@@ -388,16 +422,34 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
-def _record(position: int, example: Example, caption: Caption, out: LikelihoodOutput, index: int) -> dict[str, Any]:
-    """Returns the record of one image."""
-    nats = (
-        "bits_per_dim", "log_prob", "prior_log_prob", "trace_log_prob", "discretisation_error", "standard_error",
-        "trace_error", "prior_error", "total_error",
-    )  # fmt: skip
+def _method(out: LikelihoodOutput | LikelihoodBound) -> dict[str, Any]:
+    """Returns the description of the likelihoods for the report."""
+    method: dict[str, Any] = {"space": out.space, "density": out.density, "prior": out.prior}
+    if isinstance(out, LikelihoodOutput):
+        return {**method, "latents": out.latents, "trace": out.trace, "scheme": out.scheme}
+    steps, draws, _ = out.terms.shape
+    scheme = f"upper bound by a chain of {steps} steps with {draws} draws per step"
+    return {**method, "trace": f"variance {out.variance}", "scheme": scheme, "evaluations": steps * draws}
+
+
+def _record(
+    position: int, example: Example, caption: Caption, out: LikelihoodOutput | LikelihoodBound, index: int
+) -> dict[str, Any]:
+    """Returns the record of one image. The numbers are in nats but for the bits."""
+    record: dict[str, Any] = {"position": position, "name": example.name, "caption": caption}
+    numbers = {"bits_per_dim": out.bits_per_dim, "standard_error": out.standard_error}
+    rest: dict[str, Any] = {}
+    if isinstance(out, LikelihoodOutput):
+        numbers |= {
+            "log_prob": out.log_prob, "prior_log_prob": out.prior_log_prob, "trace_log_prob": out.trace_log_prob,
+            "discretisation_error": out.discretisation_error, "trace_error": out.trace_error,
+            "prior_error": out.prior_error, "total_error": out.total_error,
+        }  # fmt: skip
+        if out.trace_check is not None:
+            rest["trace_check"] = out.trace_check[index]
+        rest["r"] = [round(value, 6) for value in out.unexplained_noise_fraction[:, index].tolist()]
+    else:  # a bound holds for every number of steps
+        numbers |= {"bound": out.value, "clamped": out.clamped, "discretisation_error": torch.zeros_like(out.value)}
     # An error that is not known is infinite.
-    numbers: dict[str, Any] = {key: finite_number(float(getattr(out, key)[index])) for key in nats}
-    if out.trace_check is not None:
-        numbers["trace_check"] = out.trace_check[index]
-    fractions = [round(value, 6) for value in out.unexplained_noise_fraction[:, index].tolist()]
-    record = {"position": position, "name": example.name, "caption": caption, **numbers, "dims": out.dims}
-    return {**record, **({"transparent": True} if example.transparent else {}), "r": fractions}
+    record |= {key: finite_number(float(values[index])) for key, values in numbers.items()}
+    return {**record, "dims": out.dims, **({"transparent": True} if example.transparent else {}), **rest}

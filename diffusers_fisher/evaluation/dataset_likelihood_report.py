@@ -65,6 +65,7 @@ class LikelihoodMethod(BaseModel):
     prior: str
     trace: str
     scheme: str
+    evaluations: Positive | None = None
 
 
 class ImageGroup(BaseModel):
@@ -193,11 +194,17 @@ def _summarise(
         "images_on_a_coarse_grid": int((steps > COARSE).sum()),
         "images_with_a_wrong_trace_model": int((table["trace_check"] == DISAGREES).sum()),
         "several_sizes": table["dims"].nunique() > 1,
-        "method": results.method, "levels": results.records.settings["num_inference_steps"] + 1,
+        "method": results.method, "levels": _levels(results),
         "process_seconds": results.seconds,
         "images_per_process_second": len(results.positions) / max(results.seconds, 1e-9),
         "last_run": {**run, "images_per_second": run["images"] / max(run["seconds"], 1e-9)},
     }  # fmt: skip
+
+
+def _levels(results: ImageRecords) -> int:
+    """Returns the number of evaluations of the denoiser per image, those of its trace and of checks not counted."""
+    evaluations: int | None = (results.method or {}).get("evaluations")
+    return results.records.settings["num_inference_steps"] + 1 if evaluations is None else evaluations
 
 
 def _by_caption(table: pandas.DataFrame) -> list[dict[str, Any]]:

@@ -134,10 +134,7 @@ def log_likelihood(
         backbone, images, latents, data_range, sample_latents, generator, image_keys
     )
     denoiser = unguided_denoiser(backbone, samples, guidance_scale, prompt, call_arguments)
-    if estimator is None:
-        estimator = (
-            FiniteDifferenceFisher() if backbone.trace_model is None else TraceMatchingFisher(backbone.trace_model)
-        )
+    estimator = default_estimator(backbone) if estimator is None else estimator
     if num_probes == "auto":
         num_probes = estimator.default_num_probes
     check_standard_error(max_standard_error, num_probes, fixed_probes)
@@ -238,6 +235,12 @@ def compare_likelihood(
     return dataclasses.replace(table, latents=kind)
 
 
+def default_estimator(backbone: Backbone) -> FisherEstimator:
+    """Returns the estimator of the checkpoint's trace model; without a trace model, one that needs no graph."""
+    trace_model = backbone.trace_model
+    return FiniteDifferenceFisher() if trace_model is None else TraceMatchingFisher(trace_model)
+
+
 def likelihood_samples(
     backbone: Backbone, images: ImageLike | None, latents: torch.Tensor | None, data_range: tuple[float, float],
     sample_latents: bool, generator: Generators, keys: Sequence[str] | None,
@@ -255,18 +258,16 @@ def likelihood_samples(
     """
     if images is None or latents is not None:
         samples, deviation, kind = backbone.samples_of(images, latents), None, "given"
-        values, reason = samples, "`latents` were passed"
+        own_keys, reason = [content_key(sample) for sample in samples], "`latents` were passed"
     else:
         _ = backbone.latent_channels  # refuses networks that take more than latents
         pixels = image_tensor(images, backbone.size_multiple, backbone.image_channels, data_range)
         samples, deviation = backbone.posterior_of(pixels)
-        values, kind = (255 * pixels).round(), "encoded" if deviation is None else "mean"
+        own_keys, kind = pixel_keys(pixels), "encoded" if deviation is None else "mean"
         reason = f"{type(backbone.autoencoder).__name__} has no posterior with a variance"
         if backbone.space == "pixel":
             kind, reason = "pixels", f"samples of {backbone.name} are pixels"
-    # Keys are those of the input, because encoders round by batch, in 8 bits, because arrays and PIL images of the
-    # same pixels differ in their last digits.
-    keys = keys or [content_key(value) for value in values]
+    keys = keys or own_keys  # those of the input, because encoders round by batch
     if not sample_latents:
         return samples, kind, keys
     if deviation is None:
@@ -280,6 +281,14 @@ def likelihood_samples(
     with unchanged_states(generator):
         noise = ImageDraws(samples, generator, keys).normal("latents")
     return samples + deviation * noise.to(samples), "sampled", keys
+
+
+def pixel_keys(pixels: torch.Tensor) -> list[str]:
+    """Returns a key of each image (B, C, H, W) in [0, 1], by its values in 8 bits.
+
+    Arrays and PIL images of the same pixels differ in their last digits.
+    """
+    return [content_key(image) for image in (255 * pixels).round()]
 
 
 def unguided_denoiser(

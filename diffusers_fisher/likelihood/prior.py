@@ -35,11 +35,11 @@ class PriorGaussian:
 
     def log_density(self, x: torch.Tensor, s: float) -> torch.Tensor:
         """Returns log N(x; m, S + s^2 I), (B,) nats, for x (B, ...) float64."""
-        return self._log_density(self._squares(x), s)
+        return self._log_density(self.squares(x), s)
 
     def mean_log_density(self, x: torch.Tensor, s: float) -> torch.Tensor:
         """Returns the mean over standard normal eps of `log_density` at x + s eps, (B,) nats."""
-        return self._log_density(self._squares(x) + s**2, s)
+        return self._log_density(self.squares(x) + s**2, s)
 
     def error(self, x: torch.Tensor, s: float, epsilon: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
         """Estimates how far `log_density` is from the log density of the model's data at the noise end, (B,) nats.
@@ -61,14 +61,14 @@ class PriorGaussian:
         dimensions = x[0].numel()
         shrinkage = (s**2 / (self.variance + s**2)).expand(x.shape[1:])
         expected_rest = shrinkage.mean()
-        expected_square = (self._squares(x) * (shrinkage / s).square()).flatten(1).sum(1)
+        expected_square = (self.squares(x) * (shrinkage / s).square()).flatten(1).sum(1)
         # A trace by few probes, or of a poor network, may be 0 or below, where no Gaussian has it.
         rest = rest.clamp_min(1e-3)
         model = _local_estimate(epsilon.square().flatten(1).sum(1), rest, dimensions)
         gap = model - _local_estimate(expected_square, expected_rest, dimensions)
         return 2 * gap.abs() + 0.2 * dimensions * (rest - expected_rest).abs()
 
-    def _squares(self, x: torch.Tensor) -> torch.Tensor:
+    def squares(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the squared distances from the mean along the basis vectors, (B, ...)."""
         offsets = x - self.mean
         if self.basis is not None:

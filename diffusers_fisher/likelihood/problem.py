@@ -18,7 +18,7 @@ from ..fisher.estimate import Generators
 from ..fisher.estimator import FisherEstimator, check_estimator
 from ..fisher.finite_difference import FiniteDifferenceFisher
 from ..fisher.operator import FisherOperator
-from ..noise import expand, log_noise_to_signal_range
+from ..noise import DenoisingState, expand, log_noise_to_signal_range
 from .bins import dequantised
 from .draws import ImageDraws
 from .prior import Moment, PriorGaussian, check_prior
@@ -127,12 +127,9 @@ class OdeProblem:
         Args:
             checks: number of directions by which the trace is also taken by differences, to check a trace model.
         """
-        level = self.denoiser.level(timestep)
-        needs_graph = self.estimator.needs_graph
-        with torch.set_grad_enabled(needs_graph):
-            model_input = (expand(level.alpha, x) * x).to(self.dtype).to(self.device).requires_grad_(needs_graph)
-            state = self.denoiser.state(model_input, timestep.to(torch.float32))
-            operator, factor = self.estimator(state), float(level.sigma) ** 2 / x[0].numel()
+        with torch.set_grad_enabled(self.estimator.needs_graph):
+            state = self.state_at(x, timestep)
+            operator, factor = self.estimator(state), float(state.level.sigma) ** 2 / x[0].numel()
             count = self.integration.num_probes
             # Rounded, because another way to the same grid may differ in the last digits.
             place = f"{log_noise:.9f}"
@@ -147,6 +144,13 @@ class OdeProblem:
                 check = self._sampled(differences, factor, checks, "trace check", place)
         self.integration.on_step()
         return Node(state.epsilon.detach().cpu().double(), trace, check)
+
+    def state_at(self, x: torch.Tensor, timestep: torch.Tensor) -> DenoisingState:
+        """Evaluates the denoiser at x~ = `x`, (B, ...) float64, with a graph where the estimator differentiates it."""
+        needs_graph, alpha = self.estimator.needs_graph, self.denoiser.level(timestep).alpha
+        with torch.set_grad_enabled(needs_graph):
+            model_input = (expand(alpha, x) * x).to(self.dtype).to(self.device).requires_grad_(needs_graph)
+            return self.denoiser.state(model_input, timestep.to(torch.float32))
 
     def _sampled(self, operator: FisherOperator, factor: float, count: int, purpose: str, place: str) -> NodeTrace:
         """Returns the trace by `count` random directions, which belong to a purpose and a place on the grid."""
@@ -198,10 +202,7 @@ def prepare_problem(
     denoiser: Denoiser, samples: torch.Tensor, estimator: FisherEstimator, integration: Integration
 ) -> OdeProblem:
     """Checks what is to be integrated, and makes all random draws. Raises as `integrate_log_likelihood`."""
-    samples, bins, generator = check_samples(samples), integration.bins, integration.generator
-    check_generators(generator, len(samples))
-    if integration.keys is not None and len(integration.keys) != len(samples):
-        raise InputError(f"{len(integration.keys)} image keys were given for {len(samples)} images; give as many.")
+    samples, draws = samples_and_draws(samples, integration.generator, integration.keys)
     if integration.num_probes is not None and integration.num_probes > max(samples[0].numel(), MANY_PROBES):
         raise InputError(
             f"`num_probes` is {integration.num_probes} for samples of {samples[0].numel()} dimensions; pass None for "
@@ -217,9 +218,9 @@ def prepare_problem(
         )
     estimator = estimator.bind(denoiser)
     low, high = log_noise_to_signal_range(denoiser.scheduler)
-    draws, start = ImageDraws(samples, generator, integration.keys), samples.cpu().double()
-    if bins is not None:
-        start = dequantised(start, bins, draws.generators("bins"))
+    start = samples.cpu().double()
+    if integration.bins is not None:
+        start = dequantised(start, integration.bins, draws.generators("bins"))
     if integration.noised:
         start = start + math.exp(low) * draws.normal("noise")
     return OdeProblem(
@@ -260,6 +261,17 @@ def prior_name(mean: Moment, basis: str) -> str:
     if mean is None:
         return "standard"
     return "moment-matched" if basis == "pixel" else "spectral"
+
+
+def samples_and_draws(
+    samples: torch.Tensor, generator: Generators, keys: Sequence[str] | None
+) -> tuple[torch.Tensor, ImageDraws]:
+    """Returns the samples, see `check_samples`, and what makes their random draws. Raises `InputError`."""
+    samples = check_samples(samples)
+    check_generators(generator, len(samples))
+    if keys is not None and len(keys) != len(samples):
+        raise InputError(f"{len(keys)} image keys were given for {len(samples)} images; give as many.")
+    return samples, ImageDraws(samples, generator, keys)
 
 
 def check_samples(samples: torch.Tensor) -> torch.Tensor:
