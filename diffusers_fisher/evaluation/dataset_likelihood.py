@@ -18,7 +18,7 @@ from ..curvature import BoundOptions, LikelihoodBound
 from ..curvature.pipeline import likelihood_bound
 from ..data import Caption, Example, ImageData, Images, ImageStream, no_images, open_images
 from ..errors import CoarseGridWarning, InputError, NumericalError, TraceModelWarning
-from ..files import finite_number, read_table, write_json
+from ..files import read_table, write_json
 from ..fisher import AutodiffFisher, FiniteDifferenceFisher, FisherEstimator
 from ..jobs.config import flat_settings
 from ..jobs.folder_lock import locked_folder
@@ -32,6 +32,7 @@ from ..likelihood.schemes import scheme_of
 from ..pipelines import FisherPipelineMixin
 from ..settings import ChainVariance, LikelihoodMethod, NotNegative, TraceEstimator, settings_class
 from .dataset_likelihood_report import FILE, ImageGroup, ImageRecords, write_results
+from .dataset_records import image_record, method_of
 
 ESTIMATORS: dict[str, type[FisherEstimator]] = {
     "autodiff": AutodiffFisher,
@@ -367,9 +368,9 @@ class ImageShare:
         if error is not None:
             return self._evaluate_singly(group, error)
         if self.method is None:
-            self.method = _method(out)
+            self.method = method_of(out)
         rows = enumerate(zip(group, captions, strict=True))
-        return [_record(position, example, caption, out, row) for row, ((position, example), caption) in rows]
+        return [image_record(position, example, caption, out, row) for row, ((position, example), caption) in rows]
 
     def _condition(self, caption: Caption) -> str | int:
         """Returns the condition for a caption.
@@ -420,36 +421,3 @@ def is_out_of_memory(error: Exception) -> bool:
     """Returns whether there was too little memory. The allocator of the CPU says so by a `RuntimeError`."""
     words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
-
-
-def _method(out: LikelihoodOutput | LikelihoodBound) -> dict[str, Any]:
-    """Returns the description of the likelihoods for the report."""
-    method: dict[str, Any] = {"space": out.space, "density": out.density, "prior": out.prior}
-    if isinstance(out, LikelihoodOutput):
-        return {**method, "latents": out.latents, "trace": out.trace, "scheme": out.scheme}
-    steps, draws, _ = out.terms.shape
-    scheme = f"upper bound by a chain of {steps} steps with {draws} draws per step"
-    return {**method, "trace": f"variance {out.variance}", "scheme": scheme, "evaluations": steps * draws}
-
-
-def _record(
-    position: int, example: Example, caption: Caption, out: LikelihoodOutput | LikelihoodBound, index: int
-) -> dict[str, Any]:
-    """Returns the record of one image. The numbers are in nats but for the bits."""
-    record: dict[str, Any] = {"position": position, "name": example.name, "caption": caption}
-    numbers = {"bits_per_dim": out.bits_per_dim, "standard_error": out.standard_error}
-    rest: dict[str, Any] = {}
-    if isinstance(out, LikelihoodOutput):
-        numbers |= {
-            "log_prob": out.log_prob, "prior_log_prob": out.prior_log_prob, "trace_log_prob": out.trace_log_prob,
-            "discretisation_error": out.discretisation_error, "trace_error": out.trace_error,
-            "prior_error": out.prior_error, "total_error": out.total_error,
-        }  # fmt: skip
-        if out.trace_check is not None:
-            rest["trace_check"] = out.trace_check[index]
-        rest["r"] = [round(value, 6) for value in out.unexplained_noise_fraction[:, index].tolist()]
-    else:  # a bound holds for every number of steps
-        numbers |= {"bound": out.value, "clamped": out.clamped, "discretisation_error": torch.zeros_like(out.value)}
-    # An error that is not known is infinite.
-    record |= {key: finite_number(float(values[index])) for key, values in numbers.items()}
-    return {**record, "dims": out.dims, **({"transparent": True} if example.transparent else {}), **rest}
