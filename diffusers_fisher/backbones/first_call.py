@@ -18,8 +18,11 @@ from .stock_calls import shallow_copy
 if TYPE_CHECKING:
     from .base import Backbone
 
-PROBE_STEPS = 3
-"""Number of steps of the run that is compared with a single step."""
+CALL_STEPS = 3
+"""Number of steps that a call is told, by which some compute a schedule. The scheduler makes one step all the same."""
+
+PROBE_STEPS = 4
+"""Number of steps of the run that is compared with a single step: another one, for calls that depend on it."""
 
 SAME = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Relative difference of two evaluations at one point by rounding, at most; for other dtypes 1e-4."""
