@@ -29,7 +29,7 @@ from .inputs import form_of
 from .networks import check_latents_alone, check_weights
 from .parts import LatentStatistics, checkpoint_parts
 from .stock_calls import shallow_copy
-from .unguided import check_unguided, switched_off
+from .unguided import pop_unguided
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -412,10 +412,7 @@ class Backbone:
         Raises:
             InputError: the arguments have a scale that guides.
         """
-        values = switched_off(self) | ({} if "guidance_scale" in self.parameters else {"guidance_scale": 1.0})
-        for name, off in values.items():
-            check_unguided(name, call_arguments.pop(name, off), off)
-        return call_arguments.pop("guidance_scale", values.get("guidance_scale"))
+        return pop_unguided(type(self.pipe), self.parameters, self.config, call_arguments)
 
     # Checks
 

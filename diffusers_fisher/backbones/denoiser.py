@@ -115,9 +115,12 @@ class PipelineDenoiser(Denoiser):
 
     def _set_guidance(self, scale: float | None, call_arguments: dict[str, Any]) -> None:
         """Sets `call_arguments`, and what they say of the guidance."""
-        parameters, values = self.backbone.parameters, switched_off(self.backbone)
+        parameters, values = (
+            self.backbone.parameters,
+            switched_off(type(self.pipe), self.backbone.parameters, self.backbone.config),
+        )
         self._guiders_scale = scale
-        has_guiders = bool(guiders_of(self.backbone, scale))
+        has_guiders = bool(guiders_of(self.backbone.name, self.pipe.components, scale))
         if scale is not None and "guidance_scale" in parameters:
             call_arguments["guidance_scale"] = scale
         elif scale not in (None, 1) and not has_guiders:
@@ -134,7 +137,7 @@ class PipelineDenoiser(Denoiser):
             if name in parameters
         }
         self.guidance_scale: float | None = scales.get("guidance_scale", scale)
-        if embeds_guidance(self.backbone):
+        if embeds_guidance(self.backbone.config):
             self.embedded_guidance_scale = next(iter(scales.values()), None)
 
     @property
@@ -217,7 +220,7 @@ class PipelineDenoiser(Denoiser):
         self._level_error = scheduler.level_error
         output = self._check_result(result[0], scheduler, latents, timestep)
         if not self.is_guided:
-            check_evaluations(self.backbone, evaluations, len(x))
+            check_evaluations(self.backbone.name, self.backbone.parameters, evaluations, len(x))
         return output
 
     def _checked_call(
@@ -251,7 +254,8 @@ class PipelineDenoiser(Denoiser):
         try:
             return self.backbone.call(
                 scheduler, latents, with_graph=with_graph, encode_prompt=self.encode_prompt,
-                components=components | guiders_of(self.backbone, self._guiders_scale), **arguments,
+                components=components | guiders_of(self.backbone.name, self.pipe.components, self._guiders_scale),
+                **arguments,
             )  # fmt: skip
         except AttributeError as error:
             if not isinstance(error.obj, EchoScheduler):

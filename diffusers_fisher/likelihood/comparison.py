@@ -30,6 +30,7 @@ class LikelihoodComparison(BaseOutput):
         method: "squared error" or "ode".
         trace_weights: (levels,) nats of "ode", see `LikelihoodOutput`; None for "squared error".
         fixed_probes: whether "ode" took the same probes at all levels.
+        guidance_scale: as in `LikelihoodOutput`.
     """
 
     log_prob: torch.Tensor
@@ -41,6 +42,7 @@ class LikelihoodComparison(BaseOutput):
     method: str
     trace_weights: torch.Tensor | None = None
     fixed_probes: bool = False
+    guidance_scale: float | None = None
 
     def __str__(self) -> str:
         prompts, images = self.log_prob.shape

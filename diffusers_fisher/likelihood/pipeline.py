@@ -212,7 +212,7 @@ def compare_likelihood(
         log_prob=torch.stack([row.log_prob for row in rows]), contributions=torch.stack(draws, dim=-2),
         discretisation_error=errors, dims=rows[0].dims,
         num_denoiser_calls=sum(row.num_denoiser_calls for row in rows), space=rows[0].space, method=method,
-        trace_weights=weights, fixed_probes=fixed,
+        trace_weights=weights, fixed_probes=fixed, guidance_scale=rows[0].guidance_scale,
     )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ REFUSED = {
     "network": "step 1 of 4 evaluates its network more often than a single step",
     "output": "step 0 of 4 makes another model output than a single step",
     "table": "reads `scheduler.alphas_cumprod`, which belongs to a whole run",
-    "blend": "changed the latents after its scheduler's step",
+    "blend": "returned other latents than its scheduler's step",
 }
 
 

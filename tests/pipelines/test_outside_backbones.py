@@ -22,10 +22,10 @@ REFUSED = {
     "cogvideox_stock": "Noise levels of CogVideoXDDIMScheduler are not known",
     "cogview4": "timesteps that are not those of its scheduler's sigmas",
     "consistency": "a denoiser returns a tensor",
-    "flux2_dev": "brings `latents` of shape",
-    "flux2_klein": "brings `latents` of shape",
+    "flux2_dev": "changes the layout of its latents",
+    "flux2_klein": "changes the layout of its latents",
     "lumina2_trunc": "cfg_trunc_ratio.* acts by the step's index",
-    "ltx2": "brings `latents` of shape",
+    "ltx2": "changes the layout of its latents",
 }
 """Set-ups whose states a `PipelineDenoiser` refuses, with what its message says."""
 
