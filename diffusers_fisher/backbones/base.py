@@ -29,7 +29,7 @@ from .inputs import form_of
 from .networks import check_latents_alone, check_weights, reset_caches
 from .parts import LatentStatistics, checkpoint_moments, checkpoint_parts
 from .stock_calls import shallow_copy
-from .unguided import take_scales
+from .unguided import pop_unguided
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -414,7 +414,7 @@ class Backbone:
         Raises:
             InputError: the arguments have a scale that guides.
         """
-        return take_scales(self, call_arguments)
+        return pop_unguided(type(self.pipe), self.parameters, self.config, call_arguments)
 
     # Checks
 

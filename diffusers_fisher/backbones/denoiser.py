@@ -13,14 +13,14 @@ from ..arguments import check_call, check_kinds
 from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError, UnsupportedError, check_floats, describe_change
 from ..features import count_evaluations, record_summaries
-from ..noise import Timestep
+from ..noise import NoiseLevel, Timestep
 from .any_pipeline import AnyPipelineBackbone
 from .base import Backbone
 from .conditions import select_conditions
 from .echo import EchoScheduler, echo_scheduler
-from .first_call import ADVICE, PROBE_STEPS, RecordedNetworks, check_sample, random_state
+from .first_call import ADVICE, CALL_STEPS, PROBE_STEPS, RecordedNetworks, check_sample, random_state
 from .networks import denoising_networks
-from .registry import backbone_of
+from .registry import backbone_of, has_tested_call
 from .unguided import asks_for_guidance, check_evaluations, embeds_guidance, guiders_of, switched_off
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ STEP_INDEX_ARGUMENTS = {
 
 REPEATS = ("num_images_per_prompt", "num_videos_per_prompt")
 """Names of the call argument that says how many samples one prompt has."""
+
+SAME_LEVEL = 0.01
+"""Largest difference between the noise levels at a timestep and at its sigma, as rounded timesteps have."""
 
 MAX_ENCODED = 16
 """Number of encoded prompts that a denoiser keeps; a call encodes at most a few."""
@@ -58,9 +61,9 @@ class PipelineDenoiser(Denoiser):
     (B, C, H, W), or packed (B, N, C) with `height` and `width` passed.
 
     Conditioning by the step's index (ControlNet's start and end) is refused, because one step has no index. For a
-    pipeline without a backbone the first evaluation is compared with a run of three steps, and refused where these
-    give the network other inputs, for which the network is not evaluated again. Flux casts the timestep to the
-    latents' dtype. Caches of the network (`enable_cache`) are empty before each evaluation. Without guidance the
+    pipeline without a backbone of the package the first evaluation is compared with a run of four steps, and refused
+    where these give the network other inputs, for which the network is not evaluated again. Flux casts the timestep to
+    the latents' dtype. Caches of the network (`enable_cache`) are empty before each evaluation. Without guidance the
     states have `features`, where the network is not compiled. Every evaluation draws anew what the pipeline draws in
     its call (such as an inpainting pipeline's encoding of its masked image): pass it instead
     (`masked_image_latents`). PixArt's binning of sizes is off: the latents decide the size.
@@ -111,16 +114,20 @@ class PipelineDenoiser(Denoiser):
         self.backbone.check_scheduler()
         super().__init__(self.backbone.scheduler)
         self._set_guidance(guidance_scale, call_arguments)
-        self._is_checked = not isinstance(self.backbone, AnyPipelineBackbone)
+        self._is_checked = has_tested_call(self.backbone)
+        self._level_error = 0.0
         self._encoded: dict[Hashable, tuple[Any, ...]] = {}
         self.outdated: str | None = None
         self.substitute: Callable[[tuple, object, torch.Tensor | None], tuple] | None = None
 
     def _set_guidance(self, scale: float | None, call_arguments: dict[str, Any]) -> None:
         """Sets `call_arguments`, and what they say of the guidance."""
-        parameters, values = self.backbone.parameters, switched_off(self.backbone)
+        parameters, values = (
+            self.backbone.parameters,
+            switched_off(type(self.pipe), self.backbone.parameters, self.backbone.config),
+        )
         self._guiders_scale = scale
-        has_guiders = bool(guiders_of(self.backbone, scale))
+        has_guiders = bool(guiders_of(self.backbone.name, self.pipe.components, scale))
         if scale is not None and "guidance_scale" in parameters:
             call_arguments["guidance_scale"] = scale
         elif scale not in (None, 1) and not has_guiders:
@@ -137,7 +144,7 @@ class PipelineDenoiser(Denoiser):
             if name in parameters
         }
         self.guidance_scale = scales.get("guidance_scale", scale)
-        if embeds_guidance(self.backbone):
+        if embeds_guidance(self.backbone.config):
             self.embedded_guidance_scale = next(iter(scales.values()), None)
 
     @property
@@ -158,6 +165,21 @@ class PipelineDenoiser(Denoiser):
     def network(self) -> torch.nn.Module | None:
         """The pipeline's denoising network."""
         return self.backbone.network
+
+    @check_kinds
+    def level(self, timestep: Timestep) -> NoiseLevel:
+        """Returns the noise level of the model's input at `timestep`.
+
+        Raises:
+            UnsupportedError: the pipeline's timesteps have another meaning.
+        """
+        if self._level_error > SAME_LEVEL:
+            raise UnsupportedError(
+                f"{self.backbone.name} tells its network timesteps that are not those of its scheduler's sigmas (they "
+                f"differ by a noise level of {self._level_error:.2g}), so the level at a timestep is not known. "
+                "Differentiate a run: its states have the run's own levels."
+            )
+        return super().level(timestep)
 
     def select_samples(self, rows: torch.Tensor) -> PipelineDenoiser:
         """Returns a denoiser whose call has the conditions of these samples alone; see `Denoiser.select_samples`.
@@ -202,9 +224,10 @@ class PipelineDenoiser(Denoiser):
         self.num_calls += 1
         # With guidance there are two evaluations, or one of twice the batch: the features belong to no single output.
         self._features = features[0] if len(features) == 1 and len(features[0]) == len(x) else None
+        self._level_error = scheduler.level_error
         output = self._check_result(result[0], scheduler, latents, timestep)
         if not self.is_guided:
-            check_evaluations(self.backbone, evaluations, len(x))
+            check_evaluations(self.backbone.name, self.backbone.parameters, evaluations, len(x))
         return output
 
     def _checked_call(
@@ -230,17 +253,16 @@ class PipelineDenoiser(Denoiser):
         self, scheduler: EchoScheduler, latents: torch.Tensor, with_graph: bool = False, **components: torch.nn.Module
     ) -> tuple:
         """Calls the pipeline on `scheduler`. Raises `UnsupportedError` if the call needs more of a scheduler."""
-        # Some calls compute a schedule that needs two steps. The scheduler has its own number all the same.
-        least = 2 if isinstance(self.backbone, AnyPipelineBackbone) else 1
         arguments = {
-            "num_inference_steps": max(len(scheduler.timesteps), least),
+            "num_inference_steps": max(len(scheduler.timesteps), CALL_STEPS),
             "output_type": "latent", "return_dict": False, **self.backbone.size_arguments_of(latents),
             **self._repeats(len(latents)), **self.call_arguments,
         }  # fmt: skip
         try:
             return self.backbone.call(
                 scheduler, latents, with_graph=with_graph, encode_prompt=self.encode_prompt,
-                components=components | guiders_of(self.backbone, self._guiders_scale), **arguments,
+                components=components | guiders_of(self.backbone.name, self.pipe.components, self._guiders_scale),
+                **arguments,
             )  # fmt: skip
         except AttributeError as error:
             if not isinstance(error.obj, EchoScheduler):

@@ -32,6 +32,8 @@ class EchoScheduler:
         samples: samples that the steps were given.
         outputs: model outputs that the steps were given.
         copies: deep copies that the call has made, as pipelines make for a second kind of samples.
+        level_error: largest difference between the noise level at a timestep and that of its sigma, where the call
+            gives the scheduler both.
     """
 
     order = 1
@@ -47,6 +49,7 @@ class EchoScheduler:
         self.samples: list[torch.Tensor] = []
         self.outputs: list[torch.Tensor] = []
         self.copies: list[EchoScheduler] = []
+        self.level_error = 0.0
 
     @property
     def sigmas(self) -> torch.Tensor:
@@ -59,6 +62,14 @@ class EchoScheduler:
 
     def set_timesteps(self, *args: Any, device: torch.device | str | None = None, **kwargs: Any) -> None:
         self.timesteps = self.timesteps.to(device)
+        if kwargs.get("timesteps") is not None and kwargs.get("sigmas") is not None:
+            scheduler = type(self._scheduler).from_config(self.config)
+            scheduler.set_timesteps(*args, **kwargs)
+            schedule = noise_schedule(scheduler)
+            levels = zip(schedule.level_at(scheduler.timesteps).sigma, scheduler.sigmas.double(), strict=False)
+            self.level_error = max(
+                float((level - schedule.level_of_sigma(sigma).sigma).abs()) for level, sigma in levels
+            )
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         pass
@@ -67,7 +78,8 @@ class EchoScheduler:
         return sample
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: Timestep) -> torch.Tensor:
-        level = noise_level(self._scheduler, timesteps)
+        timesteps = torch.as_tensor(timesteps)
+        level = noise_level(self._scheduler, timesteps.reshape(()) if timesteps.numel() == 1 else timesteps)
         level = level.scaled(input_scale(self._scheduler, level))
         return combine((level.alpha, level.sigma), original_samples, noise, original_samples)
 

@@ -18,13 +18,20 @@ from .stock_calls import shallow_copy
 if TYPE_CHECKING:
     from .base import Backbone
 
-PROBE_STEPS = 3
-"""Number of steps of the run that is compared with a single step."""
+CALL_STEPS = 3
+"""Number of steps that a call is told, by which some compute a schedule. The scheduler makes one step all the same."""
+
+PROBE_STEPS = 4
+"""Number of steps of the run that is compared with a single step: another one, for calls that depend on it."""
 
 SAME = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Relative difference of two evaluations at one point by rounding, at most; for other dtypes 1e-4."""
 
-ADVICE = "Use an estimator that needs no denoiser, such as DirectFisher(), or the text-to-image pipeline."
+ADVICE = (
+    "Differentiate its runs with an estimator that needs no denoiser, such as DirectFisher(), by a loss of "
+    "`trajectory.final_sample`; or use a text-to-image pipeline over the same components."
+)
+"""What a message advises where a pipeline's call is no function of its latents."""
 
 
 def check_sample(backbone: Backbone, scheduler: EchoScheduler, latents: torch.Tensor) -> None:
@@ -36,8 +43,9 @@ def check_sample(backbone: Backbone, scheduler: EchoScheduler, latents: torch.Te
     sample = scheduler.samples[0]
     if sample.shape != latents.shape:
         raise UnsupportedError(
-            f"{backbone.name} brings `latents` of shape {tuple(latents.shape)} into samples of shape "
-            f"{tuple(sample.shape)} for its scheduler, so it can't be evaluated at a run's samples. {ADVICE}"
+            f"{backbone.name} changes the layout of its latents within its call: it was given "
+            f"{tuple(latents.shape)}, and its network's output has {tuple(scheduler.outputs[0].shape)}, so it is no function of samples of one "
+            f"layout. {ADVICE}"
         )
     if not _are_same(sample, latents, latents.dtype):
         raise UnsupportedError(
@@ -109,11 +117,14 @@ class RecordedNetworks:
         }
         with torch.no_grad():
             run(scheduler, **networks)
-        if not all(_are_same(sample, scheduler.samples[0], backbone.dtype) for sample in scheduler.samples):
-            raise UnsupportedError(
-                f"{backbone.name} changed the latents after its scheduler's step (an inpainting blend, or a "
-                f"callback), so a run is more than its steps. {ADVICE}"
-            )
+        first = scheduler.samples[0]
+        for sample in scheduler.samples:
+            if not _are_same(sample, first, backbone.dtype):
+                change = float((sample - first).norm() / first.norm())
+                raise UnsupportedError(
+                    f"{backbone.name} returned other latents than its scheduler's step, by {change:.2g} of their "
+                    f"size: it blends them after the step, or a callback changed them. {ADVICE}"
+                )
         if differences:
             raise differences[0]
         for step, other in enumerate(scheduler.outputs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from ..errors import InputError, UnsupportedError
 if TYPE_CHECKING:
     from diffusers.guiders import BaseGuidance
 
-    from .base import Backbone
+Parameters = Mapping[str, inspect.Parameter]
+"""Parameters of a call by name."""
 
 SWITCHED_OFF: dict[str, float | None] = {
     "guidance_scale": 1.0, "guidance_schedule": None, "true_cfg_scale": 1.0, "pag_scale": 0.0, "sag_scale": 0.0,
@@ -31,30 +33,35 @@ STEADY_GUIDERS = ("ClassifierFreeGuidance", "TangentialClassifierFreeGuidance")
 """Guiders whose result depends on the present evaluation alone, where they start and stop with the run."""
 
 
-def embeds_guidance(backbone: Backbone) -> bool:
-    """Returns whether the network takes the guidance scale as an input."""
-    return backbone.network is not None and any(backbone.config.get(name) for name in EMBEDDED)
+def embeds_guidance(config: Mapping[str, Any]) -> bool:
+    """Returns whether the network of this configuration takes the guidance scale as an input."""
+    return any(config.get(name) for name in EMBEDDED)
 
 
-def switched_off(backbone: Backbone) -> dict[str, float | None]:
-    """Returns the arguments by which the pipeline's call guides, each with the value that switches its guidance off.
+def switched_off(pipeline: type, parameters: Parameters, config: Mapping[str, Any]) -> dict[str, float | None]:
+    """Returns the arguments by which a pipeline's call guides, each with the value that switches its guidance off.
 
     A guidance scale that is an input of the network is left out: the call's default is one of its values.
+
+    Args:
+        pipeline: class of the pipeline.
+        parameters: parameters of its call.
+        config: configuration of its network.
     """
-    values = {name: value for name, value in SWITCHED_OFF.items() if name in backbone.parameters}
+    values = {name: value for name, value in SWITCHED_OFF.items() if name in parameters}
     if "guidance_scale" in values:
         # Calls have no default for a guidance scale that is an input of some of their networks.
-        is_input = backbone.parameters["guidance_scale"].default is None and "guidance_schedule" not in values
-        if is_input or embeds_guidance(backbone):
+        is_input = parameters["guidance_scale"].default is None and "guidance_schedule" not in values
+        if is_input or embeds_guidance(config):
             del values["guidance_scale"]
-        elif any(parent.__name__.startswith(OFF_AT_ZERO) for parent in type(backbone.pipe).__mro__):
+        elif any(parent.__name__.startswith(OFF_AT_ZERO) for parent in pipeline.__mro__):
             values["guidance_scale"] = 0.0
     return values
 
 
-def default_guidance(backbone: Backbone) -> dict[str, Any]:
-    """Returns the arguments by which the pipeline's call guides, each with the call's own default."""
-    return {name: backbone.parameters[name].default for name in SWITCHED_OFF if name in backbone.parameters}
+def default_guidance(parameters: Parameters) -> dict[str, Any]:
+    """Returns the arguments by which a call of these parameters guides, each with the call's own default."""
+    return {name: parameters[name].default for name in SWITCHED_OFF if name in parameters}
 
 
 def asks_for_guidance(values: Mapping[str, float | None], arguments: Mapping[str, Any]) -> bool:
@@ -72,27 +79,36 @@ def asks_for_guidance(values: Mapping[str, float | None], arguments: Mapping[str
     )
 
 
-def check_unguided(name: str, scale: float, off: float | None = 1.0) -> None:
-    """Refuses a likelihood of a guided output: `off` is the value without guidance. Raises `InputError`."""
-    if (scale if off is None else fit(name, scale, {name: float})) != off:
-        raise InputError(
-            f"`{name}` is {scale}; a likelihood is at {off}, because a guided output is the score of no density. "
-            "Leave it out."
-        )
+def pop_unguided(
+    pipeline: type, parameters: Parameters, config: Mapping[str, Any], arguments: dict[str, Any]
+) -> float | None:
+    """Removes the scales of guidance from a call's `arguments`. The other arguments are those of `switched_off`.
 
+    Returns:
+        The guidance scale at which the output is a score; None for the default of a scale that is the network's input.
 
-def take_scales(backbone: Backbone, call_arguments: dict[str, Any]) -> float | None:
-    """Removes scales of guidance from a call's arguments; see `Backbone.unguided_scale`."""
-    values = switched_off(backbone) | ({} if "guidance_scale" in backbone.parameters else {"guidance_scale": 1.0})
+    Raises:
+        InputError: a scale guides.
+    """
+    values = switched_off(pipeline, parameters, config)
+    if "guidance_scale" not in parameters:
+        values["guidance_scale"] = 1.0
     for name, off in values.items():
-        check_unguided(name, call_arguments.pop(name, off), off)
-    return call_arguments.pop("guidance_scale", values.get("guidance_scale"))
+        scale = arguments.pop(name, off)
+        if (scale if off is None else fit(name, scale, {name: float})) != off:
+            raise InputError(
+                f"`{name}` is {scale}; a likelihood is at {off}, because a guided output is the score of no density. "
+                "Leave it out."
+            )
+    return arguments.pop("guidance_scale", values.get("guidance_scale"))
 
 
-def check_evaluations(backbone: Backbone, evaluations: list[int], count: int) -> None:
+def check_evaluations(pipeline: str, parameters: Parameters, evaluations: list[int], count: int) -> None:
     """Refuses an output that is guided where nothing asked for guidance.
 
     Args:
+        pipeline: class of the pipeline.
+        parameters: parameters of its call.
         evaluations: number of samples in every evaluation of the network in one call.
         count: number of samples of the call.
 
@@ -101,18 +117,19 @@ def check_evaluations(backbone: Backbone, evaluations: list[int], count: int) ->
     """
     if sum(evaluations) <= count:
         return
-    names = [name for name in backbone.parameters if "guidance" in name or "cfg" in name or name in SWITCHED_OFF]
+    names = [name for name in parameters if "guidance" in name or "cfg" in name or name in SWITCHED_OFF]
     raise UnsupportedError(
-        f"{backbone.name} evaluated its network on {sum(evaluations)} samples for {count}, although no guidance was "
+        f"{pipeline} evaluated its network on {sum(evaluations)} samples for {count}, although no guidance was "
         f"asked for: its output is guided, and the score of no density. Pass what switches its guidance off (its call "
         f"takes {', '.join(names) or 'no such argument'}), or the guidance scale if you mean a guided output."
     )
 
 
-def guiders_of(backbone: Backbone, scale: float | None) -> dict[str, BaseGuidance]:
-    """Returns copies of the pipeline's guiders for one evaluation, by the names of the components.
+def guiders_of(pipeline: str, components: Mapping[str, object], scale: float | None) -> dict[str, BaseGuidance]:
+    """Returns copies of a pipeline's guiders for one evaluation, by the names of the components.
 
     Args:
+        pipeline: class of the pipeline.
         scale: guidance scale of the copies; None or 1: they are switched off.
 
     Raises:
@@ -121,7 +138,7 @@ def guiders_of(backbone: Backbone, scale: float | None) -> dict[str, BaseGuidanc
     from diffusers.guiders import BaseGuidance
 
     guiders = {}
-    for name, part in backbone.pipe.components.items():
+    for name, part in components.items():
         if not isinstance(part, BaseGuidance):
             continue
         guiders[name] = guider = copy.copy(part)
@@ -130,7 +147,7 @@ def guiders_of(backbone: Backbone, scale: float | None) -> dict[str, BaseGuidanc
             continue
         if type(guider).__name__ not in STEADY_GUIDERS or (guider._start, guider._stop) != (0.0, 1.0):
             raise UnsupportedError(
-                f"The guider {type(guider).__name__} of {backbone.name} (from {guider._start} to {guider._stop} of a "
+                f"The guider {type(guider).__name__} of {pipeline} (from {guider._start} to {guider._stop} of a "
                 "run) acts by the step's index within a run, which a single evaluation does not have. Give the "
                 "pipeline a ClassifierFreeGuidance from 0 to 1, or use an estimator that needs no denoiser, such as "
                 "DirectFisher()."

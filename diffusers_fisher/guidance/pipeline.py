@@ -123,7 +123,12 @@ def guide(
     check_weights(backbone.with_autoencoder(decoder).autoencoder if num_guidance_steps else None)
     check_differentiable(reward, (len(prompts), backbone.image_channels, *pixels), prompts, noise.device)
     # The defaults are named, because a denoiser without them would be unguided.
-    arguments = {**default_guidance(backbone), **call_arguments, **conditions, **backbone.size_arguments(pixels)}
+    arguments = {
+        **default_guidance(backbone.parameters),
+        **call_arguments,
+        **conditions,
+        **backbone.size_arguments(pixels),
+    }
     if "guidance_scale" in arguments and guidance_scale is not None:
         arguments["guidance_scale"] = guidance_scale
     estimator = default_estimator(backbone.scheduler, steps) if estimator is None else estimator

@@ -39,6 +39,7 @@ class PairedLikelihoods(BaseOutput):
         trace_weights: (levels,) nats of "ode", see `LikelihoodOutput`; None for "squared error".
         fixed_probes: whether "ode" took the same probes at all levels.
         latents: what stands for an image, see `LikelihoodOutput`.
+        guidance_scale: as in `LikelihoodOutput`.
     """
 
     log_prob: torch.Tensor
@@ -51,6 +52,7 @@ class PairedLikelihoods(BaseOutput):
     trace_weights: torch.Tensor | None = None
     fixed_probes: bool = False
     latents: str = "given"
+    guidance_scale: float | None = None
 
     @classmethod
     def of_ode(cls, rows: Sequence[LikelihoodOutput]) -> Self:
@@ -60,6 +62,7 @@ class PairedLikelihoods(BaseOutput):
             torch.stack([row.log_prob for row in rows]), torch.stack([row.trace_by_level for row in rows], dim=-2),
             torch.stack([row.discretisation_error for row in rows]), first.dims,
             sum(row.num_denoiser_calls for row in rows), first.space, "ode", first.trace_weights, first.fixed_probes,
+            guidance_scale=first.guidance_scale,
         )  # fmt: skip
 
     @classmethod
@@ -69,6 +72,7 @@ class PairedLikelihoods(BaseOutput):
         return cls(
             log_prob, torch.stack([row.contributions for row in rows], dim=-2), torch.zeros_like(log_prob), first.dims,
             sum(row.num_denoiser_calls for row in rows), first.space, "squared error",
+            guidance_scale=first.guidance_scale,
         )  # fmt: skip
 
     def _difference_from(self, index: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,11 +45,11 @@ class SmallPipeline(diffusers.DiffusionPipeline):
 REFUSED = {
     "scale": "changes the `latents` of its call",
     "sound": "a second kind of samples",
-    "timestep": "step 1 of 3 gives its network other inputs than a single step",
-    "network": "step 1 of 3 evaluates its network more often than a single step",
-    "output": "step 0 of 3 makes another model output than a single step",
+    "timestep": "step 1 of 4 gives its network other inputs than a single step",
+    "network": "step 1 of 4 evaluates its network more often than a single step",
+    "output": "step 0 of 4 makes another model output than a single step",
     "table": "reads `scheduler.alphas_cumprod`, which belongs to a whole run",
-    "blend": "changed the latents after its scheduler's step",
+    "blend": "returned other latents than its scheduler's step",
 }
 
 
@@ -82,6 +82,18 @@ def test_output_is_the_networks_own_and_the_network_is_evaluated_once(change):
     assert torch.equal(function.model_output(x, 500), output)
 
 
+def test_a_changed_call_of_a_known_class_is_compared_too():
+    class Fading(diffusers.DDPMPipeline):
+        @torch.no_grad()
+        def __call__(self, latents=None, num_inference_steps=4, output_type="", return_dict=False):
+            return SmallPipeline.__call__(self, latents, num_inference_steps, "timestep")
+
+    unet = tiny.unconditional_unet(3)
+    tiny.awaken(unet)
+    with pytest.raises(UnsupportedError, match=REFUSED["timestep"]):
+        PipelineDenoiser(Fading(unet, tiny.scheduler())).model_output(noise(), 500)
+
+
 def test_signatures_and_results_are_those_of_the_scheduler():
     real = fisher_scheduler(diffusers.LCMScheduler)()
     echo = echo_scheduler(real, 500)
@@ -95,6 +107,16 @@ def test_signatures_and_results_are_those_of_the_scheduler():
     with pytest.raises(TypeError, match="eta"):
         echo.step(noise(), 500, noise(), eta=0.5)
     assert copy.deepcopy(echo).outputs == [] and len(echo.copies) == 1
+
+
+def test_noise_is_added_at_the_level_of_the_networks_input():
+    scheduler = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    image, added = noise() + 1, noise()
+    noised = echo_scheduler(scheduler, 500).add_noise(image, added, torch.tensor([500]))
+    bar = scheduler.alphas_cumprod[500]
+    torch.testing.assert_close(noised, bar.sqrt() * image + (1 - bar).sqrt() * added)
+    flow = echo_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(), 250.0)
+    torch.testing.assert_close(flow.scale_noise(image, 250.0, added), 0.75 * image + 0.25 * added)
 
 
 @pytest.mark.parametrize(

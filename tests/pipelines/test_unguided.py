@@ -115,6 +115,8 @@ def test_likelihoods_say_of_which_scale_they_are():
     assert out.guidance_scale == 3.5 and "at guidance scale 3.5" in str(out)
     other = log_likelihood(pipe, latents=latents, num_inference_steps=3, guidance_scale=2.0, **tiny.embeds(2))
     assert other.guidance_scale == 2.0 and not torch.equal(out.log_prob, other.log_prob)
+    compared = compare_likelihood(pipe, latents=latents, num_levels=4, **tiny.embeds(2))
+    assert compared.guidance_scale == 3.5
     schnell = log_likelihood(tiny.flux(), latents=latents, num_inference_steps=3, **tiny.embeds(2))
     assert schnell.guidance_scale is None and "guidance" not in str(schnell)
 
