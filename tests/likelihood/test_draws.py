@@ -134,8 +134,8 @@ def test_variance_where_the_trace_changes_much_from_level_to_level():
     traces = diagonals.sum(1, keepdim=True)
     estimate = trace_variance(products.square().sum(1, keepdim=True), neighbours, traces, 1)[:, 0] / factors.square()
     exact = 2 * (matrix.square().sum() - matrix.diagonal().square().sum())
-    # Twelve draws, each of which scatters about as much as the variance itself, and less by the mean of neighbours.
-    assert abs(float(estimate.mean() / exact) - 1) < 0.5
+    # Six seeds are within 0.05. Without the traces the estimate is below 0.
+    assert abs(float(estimate.mean() / exact) - 1) < 0.15
 
 
 @pytest.mark.parametrize("probes", [1, 2])
