@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -77,6 +78,8 @@ class TraceErrors:
     def calibration(self) -> TraceCalibration:
         """Sums up the errors. The noise of the directions is taken away from the scatter over the images.
 
+        The variance over n images is known to a factor 1 +- sqrt(2/(n - 1)); its upper end is taken.
+
         Raises:
             InputError: fewer than 8 images, whose scatter tells little.
         """
@@ -85,7 +88,7 @@ class TraceErrors:
             raise InputError(f"A trace model is calibrated on {LEAST_IMAGES} held-out images or more; got {count}.")
         gaps, noise = self.model - self.probes.mean(1), self.probes.var(1) / self.probes.shape[1]
         totals, total_noise = self.weights @ gaps, self.weights.square() @ noise
-        spread = (totals.var() - total_noise.mean()).clamp_min(0).sqrt()
+        spread = ((1 + math.sqrt(2 / (count - 1))) * totals.var() - total_noise.mean()).clamp_min(0).sqrt()
         single = (self.model[:, None] - self.probes).square()
         return TraceCalibration(
             error=float(totals.mean().abs() + NORMAL_95 * spread), samples=count, log_noise=self.log_noise.tolist(),

@@ -6,6 +6,9 @@ import dataclasses
 
 import torch
 
+MOST_CHANGE = 4.0
+"""Largest ratio of the traces of neighbouring levels by which their diagonals are brought to one size."""
+
 
 @dataclasses.dataclass(frozen=True)
 class NodeTrace:
@@ -84,7 +87,9 @@ class TraceRecord:
 
     def _variance(self) -> torch.Tensor:
         squares, count = torch.stack(self._squares), len(self._by_probe[0])
-        return trace_variance(squares, torch.stack(self._products), count) if count else torch.zeros_like(squares)
+        if count == 0:
+            return torch.zeros_like(squares)
+        return trace_variance(squares, torch.stack(self._products), self.rests, count)
 
     def standard_error(self, weights: torch.Tensor, fixed: bool) -> torch.Tensor:
         """Returns the standard error of the sum of `weights` (levels,) times 1 - r, (B,)."""
@@ -94,20 +99,24 @@ class TraceRecord:
         return torch.einsum("n,nb->b", weights.square(), self.variance(fixed)).clamp_min(0).sqrt()
 
 
-def trace_variance(squares: torch.Tensor, products: torch.Tensor, count: int) -> torch.Tensor:
+def trace_variance(squares: torch.Tensor, products: torch.Tensor, traces: torch.Tensor, count: int) -> torch.Tensor:
     """Returns the variance of 1 - r by the mean over `count` random signs, (levels, B), from a single one per level.
 
     The variance of v . A v over random signs v is 2 (|A|^2 - sum of A_ii^2) for a symmetric A (less for others, as the
     Jacobian of a network). |A v|^2 estimates |A|^2, and v * A v the diagonal of A with an error of the size of a row;
     but the product of two such diagonals by independent signs has no such bias. They come from neighbouring levels,
-    where A is nearly the same: the mean over both sides is right to second order in the distance of the levels.
+    where the diagonal is nearly the same but for its sum: that is brought to the level's own, and the mean over both
+    sides is right to second order in the distance of the levels.
 
     Args:
         squares: (levels, B) |A v|^2, mean over the signs.
         products: (levels - 1, B) inner products of v * A v (mean over the signs) at each level and the next.
+        traces: (levels, B) v . A v, mean over the signs.
     """
-    first, last = products[:1], products[-1:]
-    diagonal = (torch.cat([first, products]) + torch.cat([products, last])) / 2
+    # Far from the data a noisy trace may be near 0 or negative.
+    ratios = (traces[1:] / traces[:-1]).nan_to_num(1.0).clamp(1 / MOST_CHANGE, MOST_CHANGE)
+    before, after = products * ratios, products / ratios  # of a level with the one before it, and with the next
+    diagonal = (torch.cat([after[:1], before]) + torch.cat([after, before[-1:]])) / 2
     return 2 * (squares - diagonal) / count
 
 

@@ -2,8 +2,8 @@
 
     python examples/benchmarks/trace_check.py
 
-64 samples of each kind are scored with the trace model, which is checked on every sample, and by 8 differences along
-random directions at all levels (32 for test images), which stand for whole Jacobians with a known standard error. Both
+64 samples of each kind are scored with the trace model, which is checked on every sample, and by 4 differences along
+random directions at all levels (16 for test images), which stand for whole Jacobians with a known standard error. Both
 follow the same path. The benchmark says how many samples the checks flag, and whether `trace_error` covers the
 difference. --calibrate first calibrates the trace model on 128 other test images, and saves it in the checkpoint's
 folder; that needs Fashion-MNIST (Debian's dataset-fashion-mnist). The benchmark writes trace_check.json. It takes half
@@ -110,12 +110,10 @@ def main() -> None:
         calibrate(pipe)
     _, labels = embedded_test_images()
     prompts = [embedded_prompt(int(label)) for label in labels[:COUNT]]
-    rows = {
-        kind: judge(pipe, samples, prompts, 32 if kind == "test images" else 8)
-        for kind, samples in tqdm(kinds(pipe).items())
-    }
-    calibration = pipe.trace_model.config["calibration"]
-    save(arguments.name, {"calibration": calibration, "kinds": rows})
+    calibration, rows = pipe.trace_model.config["calibration"], {}
+    for kind, samples in tqdm(kinds(pipe).items()):
+        rows[kind] = judge(pipe, samples, prompts, 16 if kind == "test images" else 4)
+        save(arguments.name, {"calibration": calibration, "kinds": rows})
 
 
 if __name__ == "__main__":
