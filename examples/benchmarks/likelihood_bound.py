@@ -47,13 +47,14 @@ class MeanFisher(FisherEstimator):
 class Replay(PipelineDenoiser):
     """Keeps the outputs of its first use, for estimators that see the same states in the same order."""
 
-    def start(self, outputs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def start(self, outputs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]) -> None:
         self.outputs, self.place = outputs, 0
 
     def model_output(self, x, timestep):
         if self.place == len(self.outputs):
-            self.outputs.append((x.clone(), super().model_output(x, timestep)))
-        before, output = self.outputs[self.place]
+            output = super().model_output(x, timestep)
+            self.outputs.append((x.clone(), output, self._features))
+        before, output, self._features = self.outputs[self.place]
         assert torch.equal(before, x)
         self.place += 1
         return output
