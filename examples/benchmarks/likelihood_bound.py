@@ -13,7 +13,6 @@ from common import save
 
 from diffusers_fisher import (
     BoundOptions,
-    FisherEstimator,
     LevelFisher,
     LikelihoodBound,
     PipelineDenoiser,
@@ -28,20 +27,6 @@ from diffusers_fisher import (
 STEPS = (10, 20, 40)
 COUNT, DRAWS = 16, 8
 BIT = 256 * math.log(2)
-
-
-class MeanFisher(FisherEstimator):
-    """Averages two estimators."""
-
-    def __init__(self, first: FisherEstimator, second: FisherEstimator):
-        self.first, self.second = first, second
-
-    @property
-    def components(self):
-        return {"first": self.first, "second": self.second}
-
-    def __call__(self, state, endpoint=None):
-        return 0.5 * (self.first(state, endpoint) + self.second(state, endpoint))
 
 
 class Replay(PipelineDenoiser):
@@ -126,7 +111,6 @@ def main() -> None:
         "trace model (target jacobian)": trace,
         "table of squared errors, mean latents": tables["means"],
         "table of squared errors, drawn latents": tables["drawn"],
-        "mean of trace model and table of mean latents": MeanFisher(trace, tables["means"]),
         "0.5 at every level": LevelFisher(torch.ones(1), torch.full((1,), 0.5)),
     }
     samples = means[:COUNT]
