@@ -49,9 +49,9 @@ class LevelFisher(FisherEstimator):
         For a perfect denoiser they are r. Cost: `num_levels` * 2 `num_pairs` evaluations.
 
         Args:
-            samples: clean samples in the model's coordinates, other ones than those that the table shall serve for.
-                Take latents that are drawn from the encoder's posterior, as in the network's training: around its mean
-                there is less noise to explain.
+            samples: clean samples in the model's coordinates, other ones than those that the table shall serve for,
+                but of the same kind. For `likelihood_bound` these are the means of the encoder's posterior; around
+                latents that are drawn from it there is more noise to explain.
             num_levels: number of levels, at least 2.
             num_pairs: number of pairs of a noise and its negative, per level and sample.
 

@@ -35,7 +35,7 @@ class PixelBound:
         value: (B,) nats, the sum of the three terms.
         standard_error: (B,) nats, from the scatter of the encodings; infinite for one.
         decoder_term: (B,) nats, mean of -log p(x|z).
-        encoder_term: (B,) nats, mean of log q(z|x), which is usually negative.
+        encoder_term: (B,) nats, mean of log q(z|x), minus the entropy of the encoding.
         latent_term: (B,) nats, mean of the bounds on -log p(z).
         decoder_variance: tau^2, variance of a pixel in -1..1 about the decoder's output.
         dims: number of pixels times channels.

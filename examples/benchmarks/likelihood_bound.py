@@ -13,7 +13,6 @@ from common import save
 
 from diffusers_fisher import (
     BoundOptions,
-    FisherEstimator,
     LevelFisher,
     LikelihoodBound,
     PipelineDenoiser,
@@ -30,30 +29,17 @@ COUNT, DRAWS = 16, 8
 BIT = 256 * math.log(2)
 
 
-class MeanFisher(FisherEstimator):
-    """Averages two estimators."""
-
-    def __init__(self, first: FisherEstimator, second: FisherEstimator):
-        self.first, self.second = first, second
-
-    @property
-    def components(self):
-        return {"first": self.first, "second": self.second}
-
-    def __call__(self, state, endpoint=None):
-        return 0.5 * (self.first(state, endpoint) + self.second(state, endpoint))
-
-
 class Replay(PipelineDenoiser):
     """Keeps the outputs of its first use, for estimators that see the same states in the same order."""
 
-    def start(self, outputs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def start(self, outputs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]) -> None:
         self.outputs, self.place = outputs, 0
 
     def model_output(self, x, timestep):
         if self.place == len(self.outputs):
-            self.outputs.append((x.clone(), super().model_output(x, timestep)))
-        before, output = self.outputs[self.place]
+            output = super().model_output(x, timestep)
+            self.outputs.append((x.clone(), output, self._features))
+        before, output, self._features = self.outputs[self.place]
         assert torch.equal(before, x)
         self.place += 1
         return output
@@ -125,7 +111,6 @@ def main() -> None:
         "trace model (target jacobian)": trace,
         "table of squared errors, mean latents": tables["means"],
         "table of squared errors, drawn latents": tables["drawn"],
-        "mean of trace model and table of mean latents": MeanFisher(trace, tables["means"]),
         "0.5 at every level": LevelFisher(torch.ones(1), torch.full((1,), 0.5)),
     }
     samples = means[:COUNT]

@@ -192,6 +192,7 @@ def test_a_bound_says_what_it_is(samples):
     [
         ({"num_steps": 0}, "`num_steps` is 0; allowed: at least 1"),
         ({"num_draws": 4}, "`num_draws` is 4; allowed: 1, 2, or an even number from 6 on"),
+        ({"num_draws": 20_000}, "`num_draws` is 20000"),
         ({"num_draws": 7}, "`num_draws` is 7; allowed: 1, 2, or an even"),
         ({"num_probes": 0}, "`num_probes` is 0; allowed: at least 1, or None"),
         ({"keys": ["a"]}, "1 image keys were given for 6 images"),
