@@ -42,12 +42,6 @@ SAME_LEVEL = 0.01
 MAX_ENCODED = 16
 """Number of encoded prompts that a denoiser keeps; a call encodes at most a few."""
 
-RUN_WITHOUT_DENOISER = (
-    "Differentiate its runs with an estimator that needs no denoiser, such as DirectFisher(), by a loss of "
-    "`trajectory.final_sample`; or use a text-to-image pipeline over the same components."
-)
-"""What a message advises where a pipeline's call is no function of its latents."""
-
 DEFAULTS = {"strength": 1.0, "use_resolution_binning": False}
 """Call arguments of every evaluation unless the caller passes another value."""
 
@@ -308,19 +302,13 @@ class PipelineDenoiser(Denoiser):
                 "shortens or interrupts its run."
             )
         output = scheduler.outputs[0]
-        if output.ndim != latents.ndim:
-            raise UnsupportedError(
-                f"{name} changes the layout of its latents within its call: it was given {tuple(latents.shape)}, and "
-                f"its network's output has {tuple(output.shape)}, so it is no function of samples of one layout. "
-                f"{RUN_WITHOUT_DENOISER}"
-            )
         if isinstance(self.backbone, AnyPipelineBackbone):
             check_sample(self.backbone, scheduler, latents)
         elif result is not output and not _are_equal(result, output):
             raise UnsupportedError(
                 f"{name} returned other latents than its scheduler's step, {describe_change(output, result)}: it "
                 "blends, scales or unpacks them after the step, or a callback changed them, so they are not the model "
-                f"output. {RUN_WITHOUT_DENOISER}"
+                f"output. {ADVICE}"
             )
         if not torch.isfinite(output).all():
             low, high = map(float, latents.detach().aminmax())
