@@ -43,9 +43,9 @@ def check_sample(backbone: Backbone, scheduler: EchoScheduler, latents: torch.Te
     sample = scheduler.samples[0]
     if sample.shape != latents.shape:
         raise UnsupportedError(
-            f"{backbone.name} changes the layout of its latents within its call: it was given {tuple(latents.shape)}, "
-            f"and its network's output has {tuple(scheduler.outputs[0].shape)}, so it is no function of samples of "
-            f"one layout. {ADVICE}"
+            f"{backbone.name} changes the layout of its latents within its call: it was given "
+            f"{tuple(latents.shape)}, and its network's output has {tuple(scheduler.outputs[0].shape)}, so it is no "
+            f"function of samples of one layout. {ADVICE}"
         )
     if not _are_same(sample, latents, latents.dtype):
         raise UnsupportedError(

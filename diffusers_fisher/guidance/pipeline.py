@@ -168,7 +168,7 @@ def default_estimator(scheduler: SchedulerMixin, num_steps: int) -> FisherEstima
     zero, because pure noise tells nothing of the image: only a network that was distilled depends on it.
     """
     schedule = noise_schedule(scheduler)
-    begins_in_pure_noise = bool((schedule.level_at(schedule.spread_timesteps(2)).alpha == 0).any())
+    begins_in_pure_noise = schedule.is_flow or schedule.config.get("rescale_betas_zero_snr", False)
     return AutodiffFisher() if num_steps == 1 and begins_in_pure_noise else OneStepFisher()
 
 
