@@ -59,7 +59,7 @@ def test_a_record_is_the_bound_of_the_image_alone(place, done):
 
 def test_the_report_says_that_it_is_a_bound(done):
     summary = json.loads((done / "summary.json").read_text())
-    assert summary["evaluations_an_image"] == 6
+    assert summary["levels"] == 6
     assert summary["method"]["scheme"] == "upper bound by a chain of 3 steps with 2 draws per step"
     assert summary["method"]["trace"] == "variance optimal, FiniteDifferenceFisher, probes per state: 1"
     assert "upper bound by a chain of 3 steps" in (done / "index.html").read_text(encoding="utf-8")
@@ -89,7 +89,7 @@ def test_the_variances_of_the_papers(place, tmp_path):
     result = CliRunner().invoke(app, ["likelihood", *arguments, *options])
     assert result.exit_code == 0, result.output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["evaluations_an_image"] == 5
+    assert summary["levels"] == 5
     assert summary["method"]["trace"] == "variance fixed_small"
 
 

@@ -310,6 +310,7 @@ def test_output_has_these_fields():
         "dims": 6, "num_denoiser_calls": 21, "space": "pixel", "prior": "standard", "density": "smoothed",
         "trace": "AutodiffFisher, 2 probes per level", "halved": False, "fixed_probes": False,
         "denoiser_calls_per_image": None, "status": None, "latents": "given", "trace_check": None,
+        "guidance_scale": None,
         "trace_difference": None, "trace_difference_error": None,
         "scheme": "adams4", "offset_bits": 0.0,
     }  # fmt: skip

@@ -196,7 +196,7 @@ def test_total_error_is_the_half_width_of_95_percent():
     expected = 1.96 * out.standard_error + out.discretisation_error + out.prior_error
     assert relative(out.total_error, expected) < 1e-12
     assert relative(out.total_error_bits, expected / math.prod(ORACLE_SHAPE) / math.log(2)) < 1e-12
-    out.trace_error = 2 * out.standard_error
+    out.trace_error = 2 * 1.96 * out.standard_error  # a half-width, as the total
     assert relative(out.total_error - expected, (5**0.5 - 1) * 1.96 * out.standard_error) < 1e-9
 
 
