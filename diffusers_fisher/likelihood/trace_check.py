@@ -22,7 +22,7 @@ DISAGREES, REPLACED = "disagrees", "replaced by probes"
 NUM_CHECKS = 12
 """Default number of levels at which a trace model is checked."""
 
-SUSPICIOUS = 2.7
+SUSPICIOUS = 3.0
 """Number of standard errors from which on a difference between the model and the checks counts."""
 
 NORMAL_95 = 1.96

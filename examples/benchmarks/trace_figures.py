@@ -124,13 +124,14 @@ def trace_check() -> str:
         ]
         for name, row in result["kinds"].items()
     ]  # fmt: skip
-    test, calibration = result["kinds"]["test images"], result["calibration"]
+    test, calibration, others = result["kinds"]["test images"], result["calibration"], result["others"]
     return document(
         f"{test['samples']} samples of each kind, bits/dim. The error is the trace model's log-likelihood minus that "
         f"by differences along many directions on the same path, whose own standard error is "
         f"{test['standard_error_of_error']:.3f} for test images and at most "
         f"{max(row['standard_error_of_error'] for row in result['kinds'].values()):.3f}. The calibration, on "
-        f"{calibration['samples']} other test images, states {calibration['error']:.3f}.",
+        f"{calibration['samples']} other test images, states {calibration['error']:.3f}. Of {others['images']} more "
+        f"test images {others['flagged']:.1%} are flagged.",
         table(
             ["samples", "flagged", "error within `trace_error`", "median `trace_error`", "mean error",
              "root mean square", "largest"],
