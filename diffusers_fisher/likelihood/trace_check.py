@@ -25,6 +25,13 @@ NUM_CHECKS = 12
 SUSPICIOUS = 3.0
 """Number of standard errors from which on a difference between the model and the checks counts."""
 
+UNUSUAL = 4.0
+"""Mean square of the checks' differences, in units of those on held-out images, from which on they count.
+
+It sees errors that cancel between levels. It was set on the embedded checkpoint: 256 test images have at most 3.7, and
+192 latents that are shuffled, random or three times too large are all flagged.
+"""
+
 NORMAL_95 = 1.96
 
 UNTRUSTED = ("warn", "probes")
@@ -54,13 +61,15 @@ class TraceCheck:
         self._has_model, self._calibration = estimator.models_trace, estimator.calibration
         self._dimensions, self._trace = dimensions, TraceRecord()
         self._gaps: list[torch.Tensor] = []
-        share = weights.abs()
+        share, usual = weights.abs(), None
         if self._calibration is not None:
-            share = share * self._calibration.scatter_at(log_noise)
+            usual = self._calibration.scatter_at(log_noise)
+            share = share * usual
         middles = (torch.arange(count if self._has_model else 0, dtype=torch.float64) + 0.5) / count
         places = torch.searchsorted((share / share.sum()).cumsum(0), middles).clamp_max(len(weights) - 1).unique()
         if len(places) == 1:  # a grid of few levels; the noise is estimated from two levels or more
             places = torch.arange(len(weights))
+        self._usual_gaps = None if usual is None else usual[places]
         self.counts: list[int] = torch.bincount(places, minlength=len(weights)).tolist()
         if len(places):
             # One row per check: the piecewise linear function that is 1 at its level and 0 at those of the others.
@@ -86,10 +95,13 @@ class TraceCheck:
             usual = torch.full_like(usual, self._calibration.error * self._dimensions * math.log(2))
         if not self._gaps:
             return dataclasses.replace(output, trace_error=usual)
-        difference = torch.einsum("n,nb->b", self._weights, torch.stack(self._gaps))
+        gaps = torch.stack(self._gaps)
+        difference = torch.einsum("n,nb->b", self._weights, gaps)
         error = self._trace.standard_error(self._weights, fixed=False)
         explained = error if self._calibration is None else torch.hypot(error, usual / NORMAL_95)
         disagrees = difference.abs() > SUSPICIOUS * explained
+        if self._usual_gaps is not None:
+            disagrees |= (gaps / self._usual_gaps[:, None].clamp_min(1e-6)).square().mean(0) > UNUSUAL
         possible = difference.abs() + NORMAL_95 * error
         return dataclasses.replace(
             output, trace_error=torch.where(disagrees | usual.isinf(), possible, usual),

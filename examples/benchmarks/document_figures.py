@@ -19,7 +19,7 @@ from likelihood_figures import (
     likelihood_other_laws,
 )
 from study_figures import lml_cells, lml_sweep, transport, transport_learned
-from trace_figures import trace_check, trace_cost, trace_embedded, trace_mixture
+from trace_figures import trace_cost, trace_embedded, trace_mixture
 
 ROOT = FOLDER.parent.parent
 
@@ -55,7 +55,6 @@ DOCUMENTS = {
         likelihood_checkpoint,
         likelihood_comparison,
         likelihood_discretisation,
-        trace_check,
     ),
     ROOT / "docs" / "dataset_likelihood.md": (
         dataset_report,

@@ -28,7 +28,7 @@ def wrong_model(factor=4.0):
     return model
 
 
-RIGHT, WRONG = DATA.model(), wrong_model()
+RIGHT, WRONG, WEAK = DATA.model(), wrong_model(), wrong_model(1 / 6)
 
 
 def likelihood(samples, model=RIGHT, seed=0, denoiser=DENOISER, **options):
@@ -215,3 +215,23 @@ def test_calibrations_that_can_not_be_are_refused():
     few = TraceErrors(torch.zeros(2), torch.ones(2).double(), torch.zeros(2, 7), torch.zeros(2, 2, 7))
     with pytest.raises(InputError, match="8 held-out images or more; got 7"):
         few.calibration()
+
+
+def test_errors_that_cancel_between_levels_are_seen():
+    class Cancelling(TraceMatchingFisher):
+        """Has an r that is too large where the noise is strong, and too small where it is weak."""
+
+        calibration = TraceErrors.measure(
+            DENOISER, images(32).float(), RIGHT, 20, torch.Generator().manual_seed(1)
+        ).calibration()
+
+        def __call__(self, state, endpoint=None):
+            strong = float(state.level.sigma / state.level.alpha) > 0.35
+            return TraceMatchingFisher(WRONG if strong else WEAK)(state)
+
+    options = Integration(num_steps=20, num_probes=None, generator=torch.Generator().manual_seed(0))
+    out = integrate_log_likelihood(DENOISER, images(8).float(), Cancelling(RIGHT), options)
+    small = Cancelling.calibration.error * NATS / 1.96
+    scores = out.trace_difference.abs() / torch.hypot(out.trace_difference_error, torch.tensor(small))
+    assert float(scores.median()) < 3  # the integral alone would say nothing
+    assert out.trace_check == ["disagrees"] * 8
