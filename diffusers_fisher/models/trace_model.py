@@ -291,10 +291,11 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
             return
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        config = self.to_json_string()
-        metadata = {"format": "pt", "config": json.dumps(json.loads(config))}
+        config = json.loads(self.to_json_string())
+        config.pop("_name_or_path", None)  # the folder on this machine that the model was loaded from
+        metadata = {"format": "pt", "config": json.dumps(config)}
         save_tensors(folder / SAFETENSORS_WEIGHTS_NAME, self.state_dict(), metadata)
-        write_text(folder / self.config_name, config)
+        write_text(folder / self.config_name, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -188,6 +188,8 @@ def test_the_calibration_lies_in_the_models_folder(tmp_path):
     model = calibrated(0.05)
     model.save_pretrained(tmp_path)
     loaded = FisherTraceModel.from_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path / "again")
+    assert str(tmp_path) not in (tmp_path / "again" / "config.json").read_text()
     assert TraceMatchingFisher(loaded).calibration == TraceMatchingFisher(model).calibration
     assert json.loads((tmp_path / "config.json").read_text())["calibration"]["error"] == 0.05
     assert TraceMatchingFisher(RIGHT).calibration is None
