@@ -39,6 +39,7 @@ class EchoScheduler:
     order = 1
     init_noise_sigma = 1.0
 
+    # `Any`, because the base class of diffusers' schedulers has no `config`, which all of them have.
     def __init__(self, scheduler: Any, timestep: Timestep, num_steps: int = 1, holds_sample: bool = False):
         self._scheduler, self._timestep, self._holds_sample = scheduler, timestep, holds_sample
         self.config = scheduler.config

@@ -21,8 +21,8 @@ from ..image_folders import printable_name
 from ..jobs.identity import Note
 from ..jobs.pages import Page
 from ..jobs.records import Records
+from ..likelihood.output import DISAGREES
 from ..likelihood.solver import COARSE
-from ..likelihood.trace_check import DISAGREES
 from ..settings import NotNegative, Positive
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers.utils import BaseOutput
 
-AGREES = "agrees"
+AGREES, DISAGREES, REPLACED = "agrees", "disagrees", "replaced by probes"
 
 BY_SAMPLE = (
     "log_prob", "prior_log_prob", "trace_log_prob", "standard_error", "trace_error", "prior_error",

@@ -20,11 +20,11 @@ from ..fisher.estimator import FisherEstimator
 from ..noise import expand, timestep_at
 from .bins import offset_bits
 from .discretisation import estimated_error
-from .output import LikelihoodOutput
+from .output import DISAGREES, LikelihoodOutput
 from .problem import MANY_PROBES, Integration, OdeProblem, check_standard_error, prepare_problem, prior_name
 from .refinement import NOT_CONVERGED, Foresight, check_refinement, refine
 from .schemes import Scheme, Track, noise_grid, quadrature_weights, scheme_of
-from .trace_check import DISAGREES, TraceCheck, added, check_trace_options, replaced
+from .trace_check import TraceCheck, added, check_trace_options, replaced
 from .traces import TraceRecord
 
 COARSE = 0.05

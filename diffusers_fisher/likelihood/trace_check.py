@@ -14,10 +14,8 @@ import torch
 
 from ..errors import InputError
 from ..fisher.estimator import FisherEstimator
-from .output import AGREES, LikelihoodOutput, with_samples
+from .output import AGREES, DISAGREES, REPLACED, LikelihoodOutput, with_samples
 from .traces import NodeTrace, TraceRecord
-
-DISAGREES, REPLACED = "disagrees", "replaced by probes"
 
 NUM_CHECKS = 12
 """Default number of levels at which a trace model is checked."""

@@ -188,6 +188,7 @@ class TraceMatching:
         if accelerator.is_main_process and len(self.held_out.captions) >= LEAST_IMAGES:
             self.model.set_calibration(self._calibration())
             self._save_model()
+        accelerator.wait_for_everyone()  # the others must not end the group meanwhile
         accelerator.end_training()
         return self.model.eval()
 
