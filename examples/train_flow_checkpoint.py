@@ -11,7 +11,6 @@ components as null, but diffusers requires them, for they are not among the `_op
 
 import argparse
 import dataclasses
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -31,17 +30,14 @@ from embedded_training import (
     train,
     whole_folder,
 )
+from empty_tokens import EMPTY_TOKENS, RepeatedLastToken
 from pydantic import Field
-from torch.overrides import TorchFunctionMode
 
 from diffusers_fisher.checkpoints import EMBEDDED_CLASSES, embedded_checkpoint, embedded_prompt
 from diffusers_fisher.files import load_tensors, read_json, save_tensors, write_json
 from diffusers_fisher.jobs.config import load_config
 from diffusers_fisher.settings import Fraction, settings_class
 from diffusers_fisher.training.schedule import Optimisation
-
-EMPTY_TOKENS = 256
-"""Default of the pipeline's `max_sequence_length`: the number of zero tokens that stand for the missing T5 encoder."""
 
 
 @settings_class
@@ -59,27 +55,6 @@ class Config(Run):
     logit_mean: float
     logit_std: Annotated[float, Field(gt=0)]
     diffusion: Optimisation
-
-
-class RepeatedLastToken(TorchFunctionMode):
-    """Makes the last key of every attention count as `count` equal keys.
-
-    Equal context tokens stay equal through all layers, since a context has no positions. So one zero token in this
-    mode gives exactly the function that the network is with `count` of them, many times faster.
-    """
-
-    def __init__(self, count: int):
-        super().__init__()
-        self.logit = math.log(count)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            query, key = args[:2]
-            logits = query.new_zeros(query.shape[-2], key.shape[-2])
-            logits[:, -1] = self.logit
-            kwargs = {**kwargs, "attn_mask": logits}
-        return func(*args, **kwargs)
 
 
 def load_autoencoder() -> AutoencoderKL:

@@ -1,167 +1,211 @@
-"""Scatter of the likelihood by random directions of the trace, on whole Jacobians of the embedded checkpoint.
+"""What random directions of the trace leave in a likelihood: scatter, its stated error, bias, and cost.
 
-python examples/benchmarks/likelihood_probes.py --work outputs/likelihood_probes
+    python examples/benchmarks/likelihood_probes.py [PART ...] [--checkpoint sd3]
 
-Whole Jacobians along the solver's own path are kept in `--work`, so a killed run continues. With them the scatter over
-any number of seeds is linear algebra, by the very directions that a likelihood would draw.
+The parts are scatter, coverage, sizes, bias, half_precision and reference; without names all run. Everything is on
+test images with their own prompts. "scatter" takes 200 directions per level at once: the sum over the levels of one
+direction each is what a likelihood with one direction per level adds up, so it stands for 200 seeds. "coverage" runs
+whole likelihoods with different seeds. "reference" compares with the adaptive integration by whole Jacobians of
+likelihood.json. Writes likelihood_probes.json, half an hour on two cores; with --checkpoint sd3
+likelihood_probes_sd3.json, without "reference".
 """
 
 import argparse
+import json
 import math
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import save
+from common import FOLDER, machine
+from embedded_pipelines import NAMES, embedded_pipeline
 
 from diffusers_fisher import (
     AutodiffFisher,
     FiniteDifferenceFisher,
-    FisherEstimator,
-    StableDiffusionFisherPipeline,
-    embedded_checkpoint,
+    LikelihoodOutput,
     embedded_prompt,
     embedded_test_images,
 )
-from diffusers_fisher.files import load_tensors, save_tensors
-from diffusers_fisher.fisher.autodiff import AutodiffOperator
-from diffusers_fisher.fisher.estimate import Estimate
-from diffusers_fisher.likelihood.draws import ImageDraws
-from diffusers_fisher.likelihood.traces import NodeTrace, node_variance, standard_error
+from diffusers_fisher.backbones import backbone_of
+from diffusers_fisher.files import write_json
 
-IMAGES, SEEDS = 16, 200
-STEPS = (20, 32, 64)
-PAIRED_SEEDS = 4
-BIT = math.log(2)
-
-
-class JacobianRecorder(FisherEstimator):
-    """Takes exact traces by whole matrices, and keeps the matrices sigma^2 F/d, one (B, d, d) per level."""
-
-    default_num_probes = None
-    needs_denoiser = True
-
-    def __init__(self, denoiser=None, matrices=None):
-        self.denoiser = denoiser
-        self.matrices = [] if matrices is None else matrices
-
-    def __call__(self, state, endpoint=None):
-        operator = AutodiffFisher(self.denoiser, chunk_size=64)(state)
-        return RecordingOperator(operator, self.matrices)
+IMAGES, DIRECTIONS, SEEDS, PIECE = 16, 200, 40, 8
+FEW_IMAGES = 4  # where the number of directions matters, and not that of images
+WAYS = {
+    "1 direction per level": {"num_inference_steps": 32},
+    "2 directions per level": {"num_inference_steps": 21, "num_probes": 2},
+    "2 directions per level on average, dealt": {"num_inference_steps": 21, "num_probes": 2, "dealt_probes": True},
+}
+"""Ways to spend 66 evaluations."""
 
 
-class RecordingOperator(AutodiffOperator):
-    def __init__(self, operator: AutodiffOperator, matrices: list[torch.Tensor]):
-        super().__init__(operator.state, operator._function, operator.chunk_size)
-        self._matrices = matrices
+class Problem:
+    """Holds a pipeline, and latents and prompts of test images."""
 
-    def trace(self, probes=None, sketch=None) -> Estimate:
-        matrix = self.dense().detach()
-        scale = float(self.state.level.sigma) ** 2 / matrix.shape[1]
-        self._matrices.append((scale * matrix).float().cpu())
-        return Estimate.exact(matrix.diagonal(dim1=1, dim2=2).double().sum(1), 0)
+    def __init__(self, pipe: Any):
+        self.pipe = pipe
+        images, labels = embedded_test_images()
+        self.latents = backbone_of(self.pipe).samples_of(images[:IMAGES])
+        self.prompts = [embedded_prompt(int(label)) for label in labels[:IMAGES]]
 
-
-def load() -> tuple[StableDiffusionFisherPipeline, torch.Tensor, list[str]]:
-    pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
-    pipe.set_progress_bar_config(disable=True)
-    images, labels = embedded_test_images()
-    return pipe, images[:IMAGES], [embedded_prompt(int(label)) for label in labels[:IMAGES]]
-
-
-def jacobians(work: Path, steps: int) -> dict[str, torch.Tensor]:
-    """Returns matrices (levels, B, d, d), log-likelihoods, weights and levels of a likelihood with exact traces."""
-    path = work / f"jacobians_{steps}.safetensors"
-    if not path.is_file():
-        pipe, images, prompts = load()
-        recorder = JacobianRecorder()
-        out = pipe.log_likelihood(images, prompts, num_inference_steps=steps, estimator=recorder)
-        matrices = torch.stack(recorder.matrices)
-        tensors = {
-            "matrices": matrices, "log_prob": out.log_prob, "weights": out.trace_weights,
-            "log_noise": out.noise_to_signal.log(),
-        }  # fmt: skip
-        save_tensors(path, tensors, {"steps": str(steps)})
-    return load_tensors(path)[0]
-
-
-def scatter(work: Path, steps: int) -> dict[str, Any]:
-    """Returns the scatter over seeds and the calibration of the standard error, in bits/dim."""
-    tensors = jacobians(work, steps)
-    matrices, weights = tensors["matrices"].double(), tensors["weights"]
-    exact = torch.einsum("nbii,n->b", matrices, weights)
-    dimensions = matrices.shape[-1]
-    samples = torch.zeros(len(exact), dimensions)
-    deviations: dict[str, list[torch.Tensor]] = {"1 per level": [], "2 the same at all levels": []}
-    errors = []
-    for seed in range(SEEDS):
-        draws = ImageDraws(samples, torch.Generator().manual_seed(seed), [str(index) for index in range(len(exact))])
-        traces = []
-        for matrix, log_noise in zip(matrices, tensors["log_noise"].tolist(), strict=True):
-            vectors = draws.signs(1, "probes", f"{log_noise:.9f}").double()
-            traces.append(NodeTrace.sampled(vectors, torch.einsum("bij,kbj->kbi", matrix, vectors)))
-        deviations["1 per level"].append(
-            sum(weight * trace.rest for weight, trace in zip(weights, traces, strict=True)) - exact
+    def score(self, rows: slice, seed: int, latents: torch.Tensor | None = None, **options: Any) -> LikelihoodOutput:
+        """Returns likelihoods of some images, by forward differences unless the options say otherwise."""
+        samples = self.latents[rows] if latents is None else latents
+        options = {"estimator": FiniteDifferenceFisher(), **options}
+        generator = torch.Generator().manual_seed(seed)
+        keys = [str(index) for index in range(len(self.latents))][rows]
+        return self.pipe.log_likelihood(
+            prompt=self.prompts[rows], latents=samples, generator=generator, image_keys=keys, **options
         )
-        errors.append(standard_error(traces, node_variance(traces, False), weights, False))
-        fixed = draws.signs(2, "probes", "fixed").double()
-        totals = torch.einsum("n,nbij,kbi,kbj->b", weights, matrices, fixed, fixed) / 2
-        deviations["2 the same at all levels"].append(totals - exact)
-    ratio = torch.stack(deviations["1 per level"]) / torch.stack(errors)
-    nats = dimensions * BIT
-    return {
-        "levels": steps + 1,
-        "scatter": {name: _row(torch.stack(values) / nats) for name, values in deviations.items()},
-        "stated": float(torch.stack(errors).mean() / nats),
-        "coverage_68": float((ratio.abs() < 1).double().mean()),
-        "coverage_95": float((ratio.abs() < 1.96).double().mean()),
-        "variance_by_level": _shares(matrices, weights, tensors["log_noise"]),
-    }
 
 
-def _row(values: torch.Tensor) -> dict[str, float]:
-    """Returns the scatter over seeds (rows), its mean over images and the largest."""
-    spread = values.std(0)
-    return {"mean": float(spread.square().mean().sqrt()), "largest": float(spread.max()), "bias": float(values.mean())}
+def pieces(count: int) -> list[slice]:
+    return [slice(first, min(first + PIECE, count)) for first in range(0, count, PIECE)]
 
 
-def _shares(matrices: torch.Tensor, weights: torch.Tensor, log_noise: torch.Tensor) -> list[list[float]]:
-    """Returns log s and the share of the variance of each level, mean over the images."""
-    symmetric = (matrices + matrices.transpose(2, 3)) / 2
-    off = symmetric.square().sum((2, 3)) - symmetric.diagonal(dim1=2, dim2=3).square().sum(2)
-    variance = weights[:, None].square() * 2 * off
-    share = (variance / variance.sum(0)).mean(1)
-    return [[round(float(u), 4), round(float(each), 5)] for u, each in zip(log_noise, share, strict=True)]
+def spread(by_direction: torch.Tensor) -> dict[str, float]:
+    """Returns the root mean square and the largest of the images' scatter; `by_direction` (n, B) bits/dim."""
+    scatter = by_direction.std(0)
+    return {"scatter": float(scatter.square().mean().sqrt()), "largest": float(scatter.max())}
 
 
-def paired_bias(steps: int = 32) -> dict[str, float]:
-    """Returns the mean paired difference of finite differences from back-propagation, bits/dim, and its error."""
-    pipe, images, prompts = load()
+def directions(problem: Problem, steps: int, count: int, latents: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns the traces' integrals by one direction per level, (directions, B) bits/dim."""
+    total = len(problem.latents[:count]) if latents is None else len(latents)
+    parts = []
+    for rows in pieces(total):
+        samples = None if latents is None else latents[rows]
+        out = problem.score(rows, 0, samples, num_inference_steps=steps, num_probes=DIRECTIONS)
+        parts.append(out.to_bits(out.trace_by_probe))
+    return torch.cat(parts, dim=1)
+
+
+def scatter(problem: Problem) -> dict[str, Any]:
+    """Returns the scatter by the number of levels."""
     rows = []
-    for seed in range(PAIRED_SEEDS):
-        outputs = [
-            pipe.log_likelihood(
-                images,
-                prompts,
-                num_inference_steps=steps,
-                estimator=estimator,
-                generator=torch.Generator().manual_seed(seed),
+    for steps, images in ((32, IMAGES), (20, FEW_IMAGES), (64, FEW_IMAGES)):
+        values = spread(directions(problem, steps, images))
+        rows.append({"levels": steps + 1, "calls": 2 * (steps + 1), "images": images, **values})
+        print(rows[-1], flush=True)
+    return {"directions": DIRECTIONS, "rows": rows}
+
+
+def coverage(problem: Problem) -> dict[str, Any]:
+    """Returns scatter, stated error and coverage of whole likelihoods by seeds, for several ways to spend 66 calls."""
+    rows = {}
+    for name, options in WAYS.items():
+        parts = []
+        for piece in pieces(IMAGES):
+            outputs = [problem.score(piece, seed, **options) for seed in range(SEEDS)]
+            values, errors = (
+                torch.stack([getattr(out, field) for out in outputs]) for field in ("bits_per_dim", "standard_error")
             )
+            parts.append(torch.stack([values, outputs[0].to_bits(errors)]))
+        values, errors = torch.cat(parts, dim=2)
+        # The mean over the seeds stands for the truth; with it a deviation is too small by a factor.
+        ratio = (values - values.mean(0)) / errors * (SEEDS / (SEEDS - 1)) ** 0.5
+        rows[name] = {
+            "calls": outputs[0].num_denoiser_calls, **spread(values),
+            "stated": float(errors.square().mean().sqrt()),
+            "within_1": float((ratio.abs() < 1).double().mean()),
+            "within_1.96": float((ratio.abs() < 1.96).double().mean()),
+            "mean_bits_per_dim": values.mean(0).tolist(),
+        }  # fmt: skip
+        print(name, {key: value for key, value in rows[name].items() if key != "mean_bits_per_dim"}, flush=True)
+    return {"seeds": SEEDS, "images": IMAGES, "rows": rows}
+
+
+def sizes(problem: Problem) -> dict[str, Any]:
+    """Returns the scatter of tiled images by the number of dimensions, and the slope of its logarithm."""
+    rows = []
+    for tiles, images in ((1, FEW_IMAGES), (2, FEW_IMAGES), (4, 2)):
+        latents = problem.latents[:images].tile(1, 1, tiles, tiles)
+        values = spread(directions(problem, 32, images, latents))
+        rows.append({"dimensions": latents[0].numel(), "images": images, **values})
+        print(rows[-1], flush=True)
+    x, y = (torch.tensor([math.log(row[name]) for row in rows]) for name in ("dimensions", "scatter"))
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+    return {"rows": rows, "slope": slope}
+
+
+def paired(differences: list[torch.Tensor]) -> dict[str, float]:
+    """Returns mean and standard error over the images of differences, each (B,) bits/dim of one seed."""
+    by_image = torch.stack(differences).mean(0)
+    return {
+        "mean": float(by_image.mean()), "standard_error": float(by_image.std() / len(by_image) ** 0.5),
+        "largest": float(by_image.abs().max()), "images": len(by_image), "seeds": len(differences),
+    }  # fmt: skip
+
+
+def bias(problem: Problem) -> dict[str, Any]:
+    """Returns paired differences of finite differences from back-propagation along the same directions and path."""
+    rows = []
+    for seed in range(2):
+        outputs = [
+            torch.cat([problem.score(piece, seed, estimator=estimator).bits_per_dim for piece in pieces(IMAGES)])
             for estimator in (FiniteDifferenceFisher(), AutodiffFisher())
         ]
-        rows.append(outputs[0].bits_per_dim - outputs[1].bits_per_dim)
-    by_image = torch.stack(rows).mean(0)
-    return {"mean": float(by_image.mean()), "standard_error": float(by_image.std() / len(by_image) ** 0.5)}
+        rows.append(outputs[0] - outputs[1])
+    return paired(rows)
+
+
+def half_precision(problem: Problem) -> dict[str, Any]:
+    """Returns paired differences of networks in half precision from float32, by the same directions."""
+    pipe, result = problem.pipe, {}
+    before = torch.cat([problem.score(piece, 0).bits_per_dim for piece in pieces(IMAGES)])
+    names = {dtype: str(dtype).removeprefix("torch.") for dtype in (torch.float16, torch.bfloat16)}
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    states = [{name: value.clone() for name, value in part.state_dict().items()} for part in networks]
+    for dtype, name in names.items():
+        pipe.to(dtype)
+        after = torch.cat([problem.score(piece, 0).bits_per_dim for piece in pieces(IMAGES)])
+        result[name] = paired([after - before])
+        print(name, result[name], flush=True)
+        pipe.to(torch.float32)
+        for part, state in zip(networks, states, strict=True):
+            part.load_state_dict(state)  # not the rounded weights
+    return result
+
+
+def reference(problem: Problem) -> dict[str, Any]:
+    """Returns how far whole likelihoods are from the adaptive integration, in their standard errors."""
+    expected = json.loads((FOLDER / "likelihood.json").read_text())["reference"]
+    truth = torch.tensor(expected["bits_per_dim"], dtype=torch.float64)
+    outputs = [problem.score(piece, 0) for piece in pieces(IMAGES)]
+    values = torch.cat([out.bits_per_dim for out in outputs])
+    errors = torch.cat([out.to_bits(out.standard_error) for out in outputs])
+    total = torch.cat([out.to_bits(out.total_error) for out in outputs])
+    gaps = values - truth
+    return {
+        "images": IMAGES, "mean": float(gaps.mean()), "standard_error": float(errors.square().sum().sqrt() / IMAGES),
+        "largest_in_standard_errors": float((gaps / errors).abs().max()),
+        "within_total_error": float((gaps.abs() <= total).double().mean()), "reference_error": expected["error"],
+    }  # fmt: skip
+
+
+PARTS: dict[str, Callable[[Problem], dict[str, Any]]] = {
+    "scatter": scatter, "coverage": coverage, "sizes": sizes, "bias": bias, "half_precision": half_precision,
+    "reference": reference,
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("outputs/likelihood_probes"))
-    work = parser.parse_args().work
-    work.mkdir(parents=True, exist_ok=True)
-    result = {"images": IMAGES, "seeds": SEEDS, "paired_bias": paired_bias()}
-    result["scatter"] = [scatter(work, steps) for steps in STEPS]
-    save("likelihood_probes", result)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="parts to run; none: all")
+    parser.add_argument("--checkpoint", choices=NAMES, default="sd")
+    parser.add_argument("--folder", help="another checkpoint of that kind; no JSON is written")
+    arguments = parser.parse_args()
+    is_first = arguments.checkpoint == "sd"
+    path = FOLDER / ("likelihood_probes.json" if is_first else f"likelihood_probes_{arguments.checkpoint}.json")
+    result = json.loads(path.read_text()) if path.is_file() else {}
+    with embedded_pipeline(arguments.checkpoint, arguments.folder) as pipe:
+        problem = Problem(pipe)
+        for name in arguments.parts or [name for name in PARTS if is_first or name != "reference"]:
+            result[name] = {"machine": machine(), **PARTS[name](problem)}
+            print(name, result[name], flush=True)
+            if arguments.folder is None:
+                write_json(path, result)
 
 
 if __name__ == "__main__":
