@@ -15,6 +15,7 @@ from diffusers_fisher import (
     AutodiffFisher,
     CheckpointError,
     ClassifierReward,
+    InputError,
     StableDiffusionFisherPipeline,
     checkpoints,
     embedded_checkpoint,
@@ -185,6 +186,12 @@ def test_statistics_reach_the_pipeline():
     statistics, _ = load_tensors(FOLDER / "latent_statistics.safetensors")
     assert torch.equal(pipe.latent_statistics[0], statistics["mean"])
     assert torch.equal(pipe.latent_statistics[1], statistics["variance"])
+
+
+def test_unknown_names_are_refused_with_the_allowed_ones():
+    assert embedded_checkpoint("sd") == embedded_checkpoint()
+    with pytest.raises(InputError, match=r"`name` is 'sd2'; allowed: 'sd', 'sd3'\."):
+        embedded_checkpoint("sd2")
 
 
 @pytest.fixture

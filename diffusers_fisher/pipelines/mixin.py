@@ -18,6 +18,7 @@ from ..backbones.parts import (
     set_checkpoint_parts,
 )
 from ..errors import CheckpointError, InputError
+from ..files import read_table
 from ..guidance import pipeline as guidance
 from ..likelihood import pipeline as likelihood
 from ..models import FisherTraceModel
@@ -85,7 +86,7 @@ class FisherPipelineMixin(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """Loads a pipeline as the stock class does, with the Fisher scheduler, the latent statistics and the trace
-        model that were saved with the checkpoint.
+        model that were saved with the checkpoint. Components that were saved as None are None, without being passed.
 
         Raises:
             CheckpointError: a local folder with a missing or truncated file, or one that was saved with a scheduler
@@ -93,7 +94,7 @@ class FisherPipelineMixin(DiffusionPipeline):
         """
         source = pretrained_model_name_or_path
         check_folder(source, kwargs)
-        pipe = super().from_pretrained(source, **kwargs)
+        pipe = super().from_pretrained(source, **{**_missing_components(source), **kwargs})
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         set_checkpoint_parts(pipe, load_parts(source, **hub))
         scheduler_name = load_scheduler_name(source, **hub)
@@ -123,3 +124,11 @@ class FisherPipelineMixin(DiffusionPipeline):
         check_scheduler(self.scheduler)
         stock_pipeline(self).save_pretrained(save_directory, **kwargs)
         save_parts(Path(save_directory), self.scheduler, checkpoint_parts(self))
+
+
+def _missing_components(source: str | os.PathLike) -> dict[str, None]:
+    """Returns the components that a local folder's index has as None: diffusers loads a Stable Diffusion 3 without T5
+    only when they are passed."""
+    index = Path(source) / "model_index.json"
+    table = read_table(index) if index.is_file() else {}
+    return {name: None for name, value in table.items() if value == [None, None]}
