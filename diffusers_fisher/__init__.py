@@ -27,15 +27,15 @@ __all__ = sorted(name for name, home in _HOMES.items() if home.startswith("."))
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
-        if name.startswith("Fisher") and (made := _made_scheduler(name)) is not None:
-            return made
+        if name.startswith("Fisher") and (scheduler_class := _scheduler_by_name(name)) is not None:
+            return scheduler_class
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'; it has: {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOMES[name], __name__), name)
     globals()[name] = value
     return value
 
 
-def _made_scheduler(name: str) -> type | None:
+def _scheduler_by_name(name: str) -> type | None:
     """Fisher schedulers outside of the catalog, by which diffusers loads and pickle restores them."""
     return importlib.import_module(".schedulers.catalog", __name__).fisher_scheduler_named(name)
 

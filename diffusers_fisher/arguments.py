@@ -54,12 +54,12 @@ def check_kinds(function: Checked) -> Checked:
     names = [name for name, each in parameters.items() if each.kind is not each.KEYWORD_ONLY]
 
     @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         hints = hints_of(function)
         values = [fit(name, value, hints) for name, value in zip(names, args, strict=False)]
         return function(*values, *args[len(values) :], **{name: fit(name, kwargs[name], hints) for name in kwargs})
 
-    return typing.cast(Checked, checked)
+    return typing.cast(Checked, wrapper)
 
 
 def fit(name: str, value: object, hints: Mapping[str, object]) -> Any:
@@ -90,14 +90,14 @@ def check_call(parameters: Mapping[str, inspect.Parameter], arguments: Mapping[s
     Raises:
         InputError: the call's annotation does not allow an argument.
     """
-    known = {*SCALARS, torch.Tensor, dict}
+    checkable = {*SCALARS, torch.Tensor, dict}
     hints: dict[str, object] = {}
     for name in set(arguments) & set(parameters):
         hint = parameters[name].annotation
         kinds = [typing.get_origin(each) or each for each in (typing.get_args(hint) if _is_union(hint) else (hint,))]
         # Lists of prompts are allowed where some calls name a string alone; `text_conditions` checks them.
         is_text = str in kinds and "prompt" in name
-        if known.issuperset(kinds) and not is_text:
+        if checkable.issuperset(kinds) and not is_text:
             hints[name] = hint | None if parameters[name].default is None else hint
     return {name: fit(name, value, hints) for name, value in arguments.items()}
 
@@ -176,8 +176,8 @@ def _fit_sequence(value: Any, kind: Any, hint: Any) -> Any:
     if not isinstance(value, kind) or isinstance(value, (str, bytes)):
         raise _Misfit
     entries = [_fit(each, hint) for each in value]
-    changed = any(entry is not each for entry, each in zip(entries, value, strict=True))
-    return entries if changed else value
+    is_changed = any(entry is not each for entry, each in zip(entries, value, strict=True))
+    return entries if is_changed else value
 
 
 def _fit_tuple(value: Any, hints: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -144,7 +144,7 @@ def likelihood(
     num_inference_steps: Annotated[int, Option(help="Steps of the integration.")] = 32,
     scheme: Annotated[str | None, Option(help="euler, trapezoid, adams3 or adams4 (default).")] = None,
     estimator: Annotated[TraceEstimator, Option(help="Estimator of the trace.")] = "auto",
-    num_probes: Annotated[int, Option(help="Probes per image; 0: the exact trace.")] = 2,
+    num_probes: Annotated[int, Option(help="Random directions per level; 0: the exact trace.")] = 1,
     bins: Annotated[int | None, Option(help="Values of a pixel (256 for 8 bits), for pipelines in pixels.")] = None,
     seed: Annotated[int, Option(help="Seed of probes and dequantisation.")] = 0,
 ) -> None:

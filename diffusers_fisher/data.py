@@ -181,31 +181,31 @@ def open_images(data: ImageData, channels: int = 3, text_captions: bool = True) 
         raise InputError(
             "Reading images needs the package `datasets`: pip install 'diffusers_fisher[training]'."
         ) from error
-    listed = _list_folder(data, text_captions)
-    rows = _load(datasets, data) if listed is None else _table_of(datasets, data, listed)
-    columns = (rows.column_names or []) if listed is None else listed.columns  # a stream may not know its columns
-    wanted = {"image_column": data.image_column, "caption_column": data.caption_column}
-    missing = {key: column for key, column in wanted.items() if column is not None and column not in columns}
+    listing = _list_folder(data, text_captions)
+    rows = _load(datasets, data) if listing is None else _table_of(datasets, data, listing)
+    columns = (rows.column_names or []) if listing is None else listing.columns  # a stream may not know its columns
+    named_columns = {"image_column": data.image_column, "caption_column": data.caption_column}
+    missing = {key: column for key, column in named_columns.items() if column is not None and column not in columns}
     if missing and columns:
         raise InputError(f"The data '{data.path}' has no columns {missing}; it has: {', '.join(columns)}.")
     kind = (rows.features or {}).get(data.image_column)
-    if listed is None and kind is not None and not isinstance(kind, datasets.Image):
+    if listing is None and kind is not None and not isinstance(kind, datasets.Image):
         raise InputError(f"Column '{data.image_column}' of '{data.path}' holds no images: {kind}.")
-    if listed is None:
+    if listing is None:
         rows = rows.cast_column(data.image_column, datasets.Image(decode=False))
-    left_out = [] if listed is None else listed.left_out
-    if left_out:
+    skipped_files = [] if listing is None else listing.left_out
+    if skipped_files:
         logger.warning(
             "%d files of '%s' are not among its images, such as '%s': its metadata do not list them, their ending is "
             "not known, they belong to no split, or a link leads to them a second time.",
-            len(left_out), printable_name(data.path), left_out[0],
+            len(skipped_files), printable_name(data.path), skipped_files[0],
         )  # fmt: skip
     if data.limit is not None:
         rows = rows.take(data.limit)
     if not data.streaming and not len(rows):
         raise no_images(data)
     images = (ImageStream if data.streaming else Images)(rows, data, channels, text_captions)
-    images.files_left_out = left_out
+    images.files_left_out = skipped_files
     return images
 
 
@@ -220,8 +220,8 @@ def _load(datasets: ModuleType, data: ImageData) -> Dataset | IterableDataset:
     try:
         with _quiet(datasets):
             if _is_saved(folder):
-                loaded = datasets.load_from_disk(str(folder))
-                rows = loaded[data.split] if isinstance(loaded, dict) else loaded
+                dataset = datasets.load_from_disk(str(folder))
+                rows = dataset[data.split] if isinstance(dataset, dict) else dataset
                 return rows.to_iterable_dataset() if data.streaming else rows
             if set(data.path) & set("*?[]"):
                 raise ValueError("`datasets` reads the characters * ? [ ] as a pattern; rename the folder")
@@ -260,19 +260,19 @@ def _list_folder(data: ImageData, text_captions: bool) -> ImageList | None:
     )
 
 
-def _table_of(datasets: ModuleType, data: ImageData, listed: ImageList) -> Dataset | IterableDataset:
+def _table_of(datasets: ModuleType, data: ImageData, listing: ImageList) -> Dataset | IterableDataset:
     """Returns the listed images as a dataset whose rows have the form of undecoded images of `datasets`."""
     import pyarrow
 
     try:
-        paths = pyarrow.array(listed.paths, pyarrow.string())
+        paths = pyarrow.array(listing.paths, pyarrow.string())
     except UnicodeEncodeError:  # names that are not UTF-8 are no texts
-        paths = pyarrow.array([os.fsencode(path) for path in listed.paths], pyarrow.binary())
-    nothing = pyarrow.nulls(len(paths), pyarrow.binary())
-    table = {data.image_column: pyarrow.StructArray.from_arrays([nothing, paths], ["bytes", "path"])}
-    if listed.captions is not None and data.caption_column is not None:
+        paths = pyarrow.array([os.fsencode(path) for path in listing.paths], pyarrow.binary())
+    empty_bytes = pyarrow.nulls(len(paths), pyarrow.binary())
+    table = {data.image_column: pyarrow.StructArray.from_arrays([empty_bytes, paths], ["bytes", "path"])}
+    if listing.captions is not None and data.caption_column is not None:
         try:
-            table[data.caption_column] = pyarrow.array(listed.captions)
+            table[data.caption_column] = pyarrow.array(listing.captions)
         except (ValueError, OverflowError) as error:
             raise InputError(
                 f"The captions '{data.caption_column}' of '{data.path}' can't be kept: {error}. Write them in UTF-8."
@@ -306,9 +306,9 @@ def _decode(entry: dict[str, Any] | None, name: str, data: ImageData, channels: 
         # Pillow warns of damaged tags, which are not needed, and of many pixels.
         with warnings.catch_warnings(action="ignore"):
             content = entry.get("bytes")
-            with io.BytesIO(content) if content else open(entry["path"], "rb") as file, Image.open(file) as opened:
-                _check_size(*opened.size, data.pixel_limit)
-                pixels, transparent = read_pixels(opened, channels, size)
+            with io.BytesIO(content) if content else open(entry["path"], "rb") as file, Image.open(file) as image:
+                _check_size(*image.size, data.pixel_limit)
+                pixels, transparent = read_pixels(image, channels, size)
                 _, height, width = pixels.shape  # icons state one size and have another
                 _check_size(width, height, data.pixel_limit)
                 return pixels, transparent

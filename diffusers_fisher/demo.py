@@ -98,8 +98,8 @@ def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Returns the versions of the packages on which the figures depend, and the number of threads."""
-    own = {"diffusers_fisher": __version__, "threads": str(torch.get_num_threads())}
-    return own | {name: version(name) for name in ("diffusers", "transformers", "torch")}
+    result = {"diffusers_fisher": __version__, "threads": str(torch.get_num_threads())}
+    return result | {name: version(name) for name in ("diffusers", "transformers", "torch")}
 
 
 def _likelihood(

@@ -57,6 +57,11 @@ class Denoiser(abc.ABC):
         """The network behind the denoiser; None where there is none, as for closed forms."""
         return None
 
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """dtype to which the network's inputs are rounded; None if they are not rounded."""
+        return None
+
     def pooled_condition(self) -> torch.Tensor | None:
         """Returns one vector per sample, (B, width), that stands for the sample's condition; None without one."""
         return None

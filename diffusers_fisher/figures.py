@@ -35,8 +35,8 @@ def write_plain(text: Text, words: str, otherwise: str | None = None) -> None:
     if otherwise is not None and not all(drawable):
         letters, drawable = list(otherwise), [True] * len(otherwise)
     pairs = zip(letters, drawable, strict=True)
-    plain = "".join(letter if is_drawable else ascii(letter)[1:-1] for letter, is_drawable in pairs)
-    text.set(text=plain, parse_math=False, fontfamily=families)
+    content = "".join(letter if is_drawable else ascii(letter)[1:-1] for letter, is_drawable in pairs)
+    text.set(text=content, parse_math=False, fontfamily=families)
 
 
 def _find_family(letter: str, families: list[str]) -> bool:
@@ -57,8 +57,8 @@ def _find_family(letter: str, families: list[str]) -> bool:
 def _system_fonts() -> dict[str, str]:
     """Returns one file per family of the system. Matplotlib's own further fonts have symbols under letters' codes, or
     boxes for all letters."""
-    own = Path(matplotlib.get_data_path())
-    names = {entry.name for entry in font_manager.fontManager.ttflist if not Path(entry.fname).is_relative_to(own)}
+    folder = Path(matplotlib.get_data_path())
+    names = {entry.name for entry in font_manager.fontManager.ttflist if not Path(entry.fname).is_relative_to(folder)}
     names = {name for name in names if "LastResort" not in name.replace(" ", "")}  # boxes again
     return {name: font_manager.findfont(font_manager.FontProperties(family=[name])) for name in sorted(names)}
 

@@ -122,11 +122,11 @@ def _is_left_over(file: Path) -> bool:
     if match is None:
         return False
     try:
-        touched = file.stat().st_mtime
+        last_change = file.stat().st_mtime
         if match["machine"] != _digest(machine_name()):
-            return time.time() - touched > SILENT_SECONDS
+            return time.time() - last_change > SILENT_SECONDS
         # A process that began after the last touch has got the number of the one that wrote the file.
-        return psutil.Process(int(match["process"])).create_time() > touched
+        return psutil.Process(int(match["process"])).create_time() > last_change
     except psutil.NoSuchProcess:
         return True
     except (OSError, psutil.Error):

@@ -59,10 +59,10 @@ def list_images(
     Raises:
         InputError: the folder has no such split, or its metadata can't be read.
     """
-    known = set(endings)
-    files, skipped = _list_files(folder)
+    suffixes = set(endings)
+    files, unreadable = _list_files(folder)
     metadata = [name for name in files if os.path.basename(name) in METADATA]
-    images = [name for name in files if any(end.lower() in known for end in Path(name).suffixes[-2:])]
+    images = [name for name in files if any(end.lower() in suffixes for end in Path(name).suffixes[-2:])]
     containers = [name for name in files if name.endswith(CONTAINERS) and name not in metadata]
     if not metadata and len(images) <= len(containers):
         return None
@@ -71,22 +71,22 @@ def list_images(
     rows = [(name, row) for name, row in rows if split_of(name) == split]
     captions: list[str | int | None] | None = None
     if rows:
-        own = [name for name, _ in rows]
+        image_names = [name for name, _ in rows]
         columns = list(dict.fromkeys(_column(key) for _, row in rows for key in row))
         if caption_column in columns:
-            captions = _captions(folder, own, [row.get(caption_column) for _, row in rows])
+            captions = _captions(folder, image_names, [row.get(caption_column) for _, row in rows])
     else:
-        own, columns = [name for name in images if split_of(name) == split], ["image"]
+        image_names, columns = [name for name in images if split_of(name) == split], ["image"]
         in_splits = [name for name in images if split_of(name)]
         labels = sorted({_folder_name(name) for name in in_splits})
         if len(labels) > 1 and len({name.count("/") for name in in_splits}) == 1:
             columns.append("label")
         if caption_column == "label" and caption_column in columns:
-            names = [_folder_name(name) for name in own]
+            names = [_folder_name(name) for name in image_names]
             captions = [name if text_labels else labels.index(name) for name in names]
-    others = {name for name in files if split_of(name) in (split, None)} - set(own) - set(metadata)
-    left_out = sorted(map(printable_name, [*others, *skipped]))
-    return ImageList([os.path.join(folder, name) for name in own], columns, captions, left_out)
+    others = {name for name in files if split_of(name) in (split, None)} - set(image_names) - set(metadata)
+    left_out = sorted(map(printable_name, [*others, *unreadable]))
+    return ImageList([os.path.join(folder, name) for name in image_names], columns, captions, left_out)
 
 
 def printable_name(name: str) -> str:
@@ -105,16 +105,16 @@ def _list_files(folder: str) -> tuple[list[str], list[str]]:
     """
     files: list[str] = []
     skipped: list[str] = []
-    seen: set[str] = set()
+    visited_folders: set[str] = set()
     starts = [folder]
     for start in starts:  # the list grows in the loop
         for place, folders, names in os.walk(start, onerror=lambda error: skipped.append(str(error.filename))):
-            real = os.path.realpath(place)
-            if real in seen:
+            real_path = os.path.realpath(place)
+            if real_path in visited_folders:
                 skipped.append(place)
                 folders.clear()
                 continue
-            seen.add(real)
+            visited_folders.add(real_path)
             folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
             starts += filter(os.path.islink, (os.path.join(place, name) for name in folders))
             paths = [os.path.join(place, name) for name in names if not name.startswith(".")]
@@ -123,7 +123,7 @@ def _list_files(folder: str) -> tuple[list[str], list[str]]:
     return sorted(os.path.relpath(path, folder) for path in files), [os.path.relpath(path, folder) for path in skipped]
 
 
-def _splits(folder: str, names: Sequence[str], wanted: str) -> Callable[[str], str | None]:
+def _splits(folder: str, names: Sequence[str], choice: str) -> Callable[[str], str | None]:
     """Returns the function from a file's name to its split; None for a file that belongs to no split.
 
     Raises:
@@ -133,20 +133,20 @@ def _splits(folder: str, names: Sequence[str], wanted: str) -> Callable[[str], s
     def split_by_name(name: str) -> str | None:
         for part in name.split("/")[:-1]:
             words = set(re.split(r"[-._ 0-9]+", part))
-            split = wanted if part == wanted else next((name for name, keys in SPLITS.items() if words & keys), None)
+            split = choice if part == choice else next((name for name, keys in SPLITS.items() if words & keys), None)
             if split is not None:
                 return split
         return None
 
-    named = {split_by_name(name) for name in names} - {None}
+    split_names = {split_by_name(name) for name in names} - {None}
     # Images beside one folder "train" may be those of other classes.
     is_flat = any("/" not in name for name in names)
-    default = "train" if "train" not in named or (named == {"train"} and is_flat) else None
-    if wanted not in named and wanted != default:
-        found = ", ".join(sorted(filter(None, {*named, default})))
+    default = "train" if "train" not in split_names or (split_names == {"train"} and is_flat) else None
+    if choice not in split_names and choice != default:
+        available = ", ".join(sorted(filter(None, {*split_names, default})))
         raise InputError(
-            f"The split is '{wanted}', but '{folder}' has only: {found}. A folder whose subfolders name no split has "
-            "only the split 'train'."
+            f"The split is '{choice}', but '{folder}' has only: {available}. A folder whose subfolders name no split "
+            "has only the split 'train'."
         )
     return lambda name: split_by_name(name) or default
 

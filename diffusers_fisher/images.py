@@ -108,16 +108,18 @@ def _scale_to_unit_range(
     Raises:
         InputError: a value is outside the range, the dtype does not fit the range, or a side is no multiple.
     """
-    scaled = (low, high) != UNIT_RANGE
-    inside = (tensor >= low - tolerance) & (tensor <= high + tolerance)
-    if not (tensor.is_floating_point() or scaled) or not bool(inside.all()):
-        allowed = f"numbers in [{low}, {high}]" if scaled else "floating point in [0, 1]"
-        advice = "Declare the range they are in" + ("." if scaled else ", such as `data_range=(0, 255)` or (-1, 1).")
+    has_other_range = (low, high) != UNIT_RANGE
+    in_range = (tensor >= low - tolerance) & (tensor <= high + tolerance)
+    if not (tensor.is_floating_point() or has_other_range) or not bool(in_range.all()):
+        allowed = f"numbers in [{low}, {high}]" if has_other_range else "floating point in [0, 1]"
+        advice = "Declare the range they are in" + (
+            "." if has_other_range else ", such as `data_range=(0, 255)` or (-1, 1)."
+        )
         raise InputError(
             f"Images have dtype {tensor.dtype} and values from {float(tensor.min()):.4g} to "
             f"{float(tensor.max()):.4g}; allowed: {allowed}, without NaN. {advice}"
         )
-    if scaled:
+    if has_other_range:
         tensor = (tensor.double() - low) / (high - low)
     if not tensor.numel():
         raise InputError(f"Images are of shape {tuple(tensor.shape)}; allowed: at least one pixel.")

@@ -19,7 +19,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 """Dtype of a pipeline's weights."""
 
 TraceEstimator = Literal["auto", "trace-model", "autodiff", "finite-difference"]
-"""Estimator of the trace in a likelihood. "auto" is the pipeline's trace model, or "autodiff" if it has none."""
+"""Estimator of the trace in a likelihood. "auto" is the pipeline's trace model, else "finite-difference"."""
 
 GuidanceEstimator = Literal["one-step", "direct", "finite-difference", "autodiff", "endpoint-centred", "endpoint"]
 """Estimator of the Fisher in guidance."""
@@ -57,14 +57,14 @@ def settings_class(kind: type[Kind]) -> type[Kind]:
     return checked_kind
 
 
-def input_error(error: pydantic.ValidationError, kind: type, where: str | None = None) -> InputError:
+def input_error(error: pydantic.ValidationError, kind: type, source: str | None = None) -> InputError:
     """Says in the package's words what pydantic found wrong with the values for the settings class `kind`.
 
     Args:
-        where: the file that the values come from; None: they come from code or from the command line.
+        source: the file that the values come from; None: they come from code or from the command line.
     """
     words = [_describe_mistake(mistake, kind) for mistake in error.errors(include_url=False)]
-    return InputError(" ".join([f"{where}:", *words] if where else words))
+    return InputError(" ".join([f"{source}:", *words] if source else words))
 
 
 def _describe_mistake(mistake: ErrorDetails, kind: type) -> str:

@@ -1,4 +1,4 @@
-"""The architectures of the embedded checkpoints: every size in one place."""
+"""Makes the networks of the embedded checkpoints: every size is in one place."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from diffusers_fisher.files import write_json
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE with just enough merges that each word of the captions is one token."""
+    """Makes CLIP's byte-level BPE with just enough merges that each word of the captions is one token."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     captions = [embedded_prompt(label).replace("-", " - ") for label in range(len(EMBEDDED_CLASSES))]
@@ -54,7 +54,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_pooled_text_encoders(tokenizer: CLIPTokenizer) -> list[CLIPTextModelWithProjection]:
-    """Two encoders of unequal size, as Stable Diffusion 3 has."""
+    """Makes two encoders of unequal size, as Stable Diffusion 3 has."""
     sizes = (64, 96)
     return [CLIPTextModelWithProjection(_text_config(tokenizer, size, projection_dim=size)) for size in sizes]
 
@@ -68,7 +68,7 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def make_transformer() -> SD3Transformer2DModel:
-    """Returns a network whose blocks are the identity and whose output is zero at first, as in DiT (Peebles and Xie,
+    """Makes a network whose blocks are the identity and whose output is zero at first, as in DiT (Peebles and Xie,
     2023), which shortens the training."""
     model = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=5, attention_head_dim=32,
@@ -102,7 +102,7 @@ def make_classifier() -> RegNetForImageClassification:
 
 
 def save_image_processor(folder: Path) -> None:
-    """How pixels in [0, 1] become the classifier's input, in the form every transformers image processor writes."""
+    """Writes how pixels in [0, 1] become the classifier's input, in the form of every transformers image processor."""
     write_json(
         folder / "preprocessor_config.json",
         {

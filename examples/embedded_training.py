@@ -1,4 +1,4 @@
-"""What the trainings of both embedded checkpoints share: the loop, the latents and the statistics."""
+"""Parts that the trainings of both embedded checkpoints share: the loop, the latents and the statistics."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from diffusers_fisher import NumericalError
 from diffusers_fisher.files import load_tensors, save_tensors
-from diffusers_fisher.jobs.seeds import step_generator
+from diffusers_fisher.seeds import step_generator
 from diffusers_fisher.settings import settings_class
 from diffusers_fisher.training.schedule import Optimisation, batch_indices, learning_rates
 from diffusers_fisher.training.state import load_training_state, save_training_state
@@ -24,7 +24,7 @@ from diffusers_fisher.training.state import load_training_state, save_training_s
 
 @settings_class
 class Run:
-    """Settings of every training.
+    """Settings that every training has.
 
     Args:
         seed: seed of every random draw, together with the step.
@@ -43,10 +43,10 @@ class Run:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a new folder that takes the place of `path` when the block succeeds: a killed run leaves it or not."""
+    """Yields a new folder that replaces `path` when the block succeeds. A killed run leaves a whole folder or none."""
     temporary = path.with_name(f".{path.name}")
-    for old in (temporary, path):
-        shutil.rmtree(old, ignore_errors=True)
+    for folder in (temporary, path):
+        shutil.rmtree(folder, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
     temporary.replace(path)
@@ -61,9 +61,9 @@ def train(
     config: Run,
     accelerator: Accelerator,
 ) -> None:
-    """Trains `modules` in place. `loss_of(modules, indices, generator, mine)` gives the mean loss over the slice
-    `mine` of the global batch; whatever it draws, it draws for the whole batch, so that the number of processes
-    changes nothing but batch normalisation's statistics."""
+    """Trains `modules` in place. `loss_of(modules, indices, generator, rows)` gives the mean loss over the slice
+    `rows` of the global batch. It makes all random draws for the whole batch, so that the number of processes
+    changes only the statistics of batch normalisation."""
     path = Path(config.output) / f"{name}_state.safetensors"
     for module in modules.values():
         module.train().to(accelerator.device, memory_format=torch.channels_last)
@@ -74,11 +74,11 @@ def train(
     start = load_training_state(path, modules, optimizer, shadow)
     if average:
         average.optimization_step = start
-    wrapped = {key: accelerator.prepare(module) for key, module in modules.items()}
+    prepared_modules = {key: accelerator.prepare(module) for key, module in modules.items()}
     optimizer = accelerator.prepare(optimizer)
     rates = learning_rates(optimizer.optimizer, stage, start)
     share = stage.batch_size // accelerator.num_processes
-    mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    rows = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
     log = Path(config.output) / f"{name}_loss.jsonl"
     quiet = not accelerator.is_main_process
     progress = tqdm(range(start, stage.steps), name, stage.steps, initial=start, disable=quiet)
@@ -86,7 +86,7 @@ def train(
     for step in progress:
         indices = batch_indices(count, stage, step, config.seed)
         with accelerator.autocast():
-            loss = loss_of(wrapped, indices, step_generator(config.seed, name, step), mine)
+            loss = loss_of(prepared_modules, indices, step_generator(config.seed, name, step), rows)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -98,7 +98,7 @@ def train(
         if not math.isfinite(losses[-1]):
             raise NumericalError(f"{name}: loss is not finite at step {step}; the last good state is '{path}'.")
         if (step + 1) % 100 == 0 and accelerator.is_main_process:
-            mean = sum(losses) / len(losses)  # of fewer than 100 after a resumption
+            mean = sum(losses) / len(losses)  # after a resumption these are fewer than 100
             progress.set_postfix(loss=f"{mean:.4f}")
             with log.open("a") as file:
                 file.write(json.dumps({"step": step + 1, "loss": mean}) + "\n")
@@ -124,7 +124,7 @@ def load_averages(path: Path, modules: dict[str, torch.nn.Module]) -> int:
 
 @torch.no_grad()
 def encode(model: AutoencoderKL, images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Posterior mean and log variance (N, 8, 8, 8) of every image, before scaling."""
+    """Returns the posterior mean and log variance (N, 8, 8, 8) of every image, before scaling."""
     pieces = []
     for piece in tqdm(images.split(500), "encode"):
         pieces.append(model.encode(fashion_mnist.to_rgb(piece).to(device)).latent_dist.parameters.cpu())

@@ -1,8 +1,8 @@
-"""Fashion-MNIST (Xiao et al., 2017; MIT) from the IDX files of Debian's package `dataset-fashion-mnist`.
+"""Reads Fashion-MNIST (Xiao et al., 2017; MIT) from the IDX files of Debian's package `dataset-fashion-mnist`.
 
     python examples/fashion_mnist.py --output outputs/fashion_mnist
 
-writes it as a folder of images with captions, which `datasets` and this package read.
+The command writes the images as a folder with captions, which `datasets` and this package read.
 """
 
 import argparse
@@ -32,12 +32,12 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def load(split: str, folder: str | os.PathLike = DEFAULT_FOLDER) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images padded to 32x32 as (N, 1, 32, 32) uint8 in 0..255, and labels (N,) int64, of `split` train or test."""
+    """Returns the images of `split` (train or test), padded to 32x32, (N, 1, 32, 32) uint8, and labels (N,) int64."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"No folder '{folder}'. On Debian or Ubuntu: apt-get install dataset-fashion-mnist; elsewhere put the "
-            "four IDX files of Fashion-MNIST in a folder and name it."
+            "four IDX files of Fashion-MNIST into a folder and pass its path."
         )
     images = read_idx(folder / f"{PREFIXES[split]}-images-idx3-ubyte.gz")
     labels = read_idx(folder / f"{PREFIXES[split]}-labels-idx1-ubyte.gz")
@@ -46,12 +46,12 @@ def load(split: str, folder: str | os.PathLike = DEFAULT_FOLDER) -> tuple[torch.
 
 
 def to_rgb(images: torch.Tensor) -> torch.Tensor:
-    """(N, 1, H, W) uint8 to (N, 3, H, W) float32 in [-1, 1], as `AutoencoderKL` takes them."""
+    """Converts (N, 1, H, W) uint8 to (N, 3, H, W) float32 in [-1, 1], as `AutoencoderKL` takes images."""
     return (images.float() / 127.5 - 1.0).expand(-1, 3, -1, -1)
 
 
 def write_folder(output: Path, split: str = "train", folder: str | os.PathLike = DEFAULT_FOLDER) -> int:
-    """Writes PNG files and `metadata.jsonl` (file_name, text, label) to `output`; returns how many."""
+    """Writes PNG files and `metadata.jsonl` (file_name, text, label) to `output`; returns the number of images."""
     images, labels = load(split, folder)
     output.mkdir(parents=True, exist_ok=True)
     lines = []

@@ -2,9 +2,9 @@
 
     accelerate launch --cpu examples/train_embedded_checkpoint.py --config configs/embedded_checkpoint.yaml
 
-Three stages (autoencoder, classifier, diffusion), each resumed where it was killed: the state is one safetensors file
-a stage, and every random draw depends only on the seed and the step. The finished folder is read by stock
-`StableDiffusionPipeline.from_pretrained`.
+The training has three stages (autoencoder, classifier, diffusion), and a killed run is resumed within its stage. The
+state is one safetensors file per stage, and every random draw depends only on the seed and the step. The stock
+`StableDiffusionPipeline.from_pretrained` reads the finished folder.
 """
 
 import argparse
@@ -46,22 +46,22 @@ class Config(Run):
 def train_classifier(config: Config, accelerator: Accelerator, folder: Path) -> None:
     images, labels = fashion_mnist.load("train", config.data)
 
-    def loss_of(modules, indices, generator, mine):
+    def loss_of(modules, indices, generator, rows):
         pixels = fashion_mnist.to_rgb(images[indices])
         flip = torch.rand(len(indices), generator=generator) < 0.5
         pixels = torch.where(flip[:, None, None, None], pixels.flip(-1), pixels)
         row, column = torch.randint(-2, 3, (2,), generator=generator).tolist()
-        pixels = pixels.roll((row, column), (-2, -1))[mine]
+        pixels = pixels.roll((row, column), (-2, -1))[rows]
         logits = modules["classifier"](pixel_values=pixels.to(accelerator.device)).logits
-        return F.cross_entropy(logits, labels[indices][mine].to(accelerator.device), label_smoothing=0.05)
+        return F.cross_entropy(logits, labels[indices][rows].to(accelerator.device), label_smoothing=0.05)
 
     torch.manual_seed(config.seed)
     model = make_classifier()
     train("classifier", {"classifier": model}, loss_of, len(images), config.classifier, config, accelerator)
     if accelerator.is_main_process:
-        with whole_folder(folder / "classifier") as new:
-            model.save_pretrained(new)
-            save_image_processor(new)
+        with whole_folder(folder / "classifier") as temporary:
+            model.save_pretrained(temporary)
+            save_image_processor(temporary)
 
 
 class Reconstruction(torch.nn.Module):
@@ -72,7 +72,7 @@ class Reconstruction(torch.nn.Module):
         self.autoencoder = autoencoder
 
     def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decoded pixels and the KL of every image, nats."""
+        """Returns the decoded pixels and the KL of every image in nats."""
         posterior = self.autoencoder.encode(pixels).latent_dist
         return self.autoencoder.decode(posterior.mean + posterior.std * noise).sample, posterior.kl()
 
@@ -80,11 +80,11 @@ class Reconstruction(torch.nn.Module):
 def train_autoencoder(config: Config, accelerator: Accelerator, folder: Path) -> None:
     images, _ = fashion_mnist.load("train", config.data)
 
-    def loss_of(modules, indices, generator, mine):
-        pixels = fashion_mnist.to_rgb(images[indices][mine]).to(accelerator.device)
-        noise = torch.randn(len(indices), 4, 8, 8, generator=generator)[mine].to(accelerator.device)
-        decoded, divergence = modules["autoencoder"](pixels, noise)
-        return F.mse_loss(decoded.float(), pixels) + config.kl_weight * divergence.mean()
+    def loss_of(modules, indices, generator, rows):
+        pixels = fashion_mnist.to_rgb(images[indices][rows]).to(accelerator.device)
+        noise = torch.randn(len(indices), 4, 8, 8, generator=generator)[rows].to(accelerator.device)
+        outputs, divergence = modules["autoencoder"](pixels, noise)
+        return F.mse_loss(outputs.float(), pixels) + config.kl_weight * divergence.mean()
 
     torch.manual_seed(config.seed + 1)
     model = make_autoencoder()
@@ -96,8 +96,8 @@ def train_autoencoder(config: Config, accelerator: Accelerator, folder: Path) ->
     latents = moments.chunk(2, dim=1)[0]
     model.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 6))
     save_tensors(Path(config.output) / "latents.safetensors", {"moments": moments}, {"scaled": "no"})
-    with whole_folder(folder / "vae") as new:
-        model.save_pretrained(new)
+    with whole_folder(folder / "vae") as temporary:
+        model.save_pretrained(temporary)
 
 
 def train_diffusion(config: Config, accelerator: Accelerator, folder: Path) -> None:
@@ -111,21 +111,21 @@ def train_diffusion(config: Config, accelerator: Accelerator, folder: Path) -> N
     scheduler = make_scheduler()
     abar = scheduler.alphas_cumprod
 
-    def loss_of(modules, indices, generator, mine):
+    def loss_of(modules, indices, generator, rows):
         shape = (len(indices), 4, 8, 8)
         posterior_noise, noise = torch.randn(2, *shape, generator=generator)
-        # One stratum of the noise range for each sample: the loss varies mostly with t.
+        # Every sample has its own part of the noise range, because the loss varies mostly with t.
         uniform = torch.randperm(len(indices), generator=generator) + torch.rand(len(indices), generator=generator)
         timesteps = (uniform * len(abar) / len(indices)).long().clamp(max=len(abar) - 1)
-        dropped = torch.rand(len(indices), generator=generator) < config.caption_dropout
-        classes = torch.where(dropped, len(EMBEDDED_CLASSES), labels[indices])
+        is_dropped = torch.rand(len(indices), generator=generator) < config.caption_dropout
+        classes = torch.where(is_dropped, len(EMBEDDED_CLASSES), labels[indices])
         latents = sample_latents(moments[indices], scale, posterior_noise)
         level = abar[timesteps][:, None, None, None]
         noisy = level.sqrt() * latents + (1 - level).sqrt() * noise
         embeds = modules["text_encoder"](tokens.input_ids.to(accelerator.device)).last_hidden_state
-        noisy = noisy[mine].to(accelerator.device, memory_format=torch.channels_last)
-        predicted = modules["unet"](noisy, timesteps[mine].to(noisy.device), embeds[classes[mine]]).sample
-        return F.mse_loss(predicted.float(), noise[mine].to(noisy.device))
+        noisy = noisy[rows].to(accelerator.device, memory_format=torch.channels_last)
+        prediction = modules["unet"](noisy, timesteps[rows].to(noisy.device), embeds[classes[rows]]).sample
+        return F.mse_loss(prediction.float(), noise[rows].to(noisy.device))
 
     torch.manual_seed(config.seed + 2)
     modules = {"unet": make_unet(), "text_encoder": make_text_encoder(tokenizer)}
@@ -135,12 +135,12 @@ def train_diffusion(config: Config, accelerator: Accelerator, folder: Path) -> N
     modules["unet"].save_pretrained(folder / "unet")
     modules["text_encoder"].save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
-    with whole_folder(folder / "scheduler") as new:
-        scheduler.save_pretrained(new)
+    with whole_folder(folder / "scheduler") as temporary:
+        scheduler.save_pretrained(temporary)
 
 
 def make_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's schedule."""
+    """Makes the schedule of Stable Diffusion."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -168,8 +168,8 @@ def assemble(config: Config, folder: Path) -> None:
     moments = load_tensors(Path(config.output) / "latents.safetensors")[0]["moments"]
     save_latent_statistics(folder, moments, pipe.vae.config.scaling_factor)
     images, labels = fashion_mnist.load("test", config.data)
-    chosen = torch.cat([(labels == label).nonzero()[: 7 if label < 4 else 6, 0] for label in range(10)])
-    held_out = {"images": images[chosen], "labels": labels[chosen], "indices": chosen}
+    indices = torch.cat([(labels == label).nonzero()[: 7 if label < 4 else 6, 0] for label in range(10)])
+    held_out = {"images": images[indices], "labels": labels[indices], "indices": indices}
     save_tensors(folder / "test_images.safetensors", held_out, {"description": "Fashion-MNIST test images, uint8"})
     record = {"bytes": folder_size(folder), "config": dataclasses.asdict(config)}
     write_json(Path(config.output) / "assembled.json", record)
@@ -182,12 +182,16 @@ def main() -> None:
 
 
 def run(config: Config) -> None:
-    """Trains what is not finished in the folder `config.output`, and assembles the checkpoint."""
+    """Trains the stages that are not finished in the folder `config.output`, and assembles the checkpoint."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     folder = Path(config.output) / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
-    for done, stage in (("vae", train_autoencoder), ("classifier", train_classifier), ("scheduler", train_diffusion)):
-        if not (folder / done).exists():
+    for folder_name, stage in (
+        ("vae", train_autoencoder),
+        ("classifier", train_classifier),
+        ("scheduler", train_diffusion),
+    ):
+        if not (folder / folder_name).exists():
             stage(config, accelerator, folder)
         accelerator.wait_for_everyone()
         accelerator.free_memory()

@@ -109,7 +109,8 @@ def make_modules(seed: int) -> dict[str, torch.nn.Module]:
 
 
 def noise_levels(count: int, config: Config, generator: torch.Generator) -> torch.Tensor:
-    """Returns levels s (count,) between 0 (data) and 1 (noise): one per stratum, for the loss varies mostly with s."""
+    """Returns levels s (count,) between 0 (data) and 1 (noise). Every uniform and every logit-normal level has its own
+    part of the distribution, because the loss varies mostly with s."""
     uniform = round(config.uniform_share * count)
     levels = []
     for size in (uniform, count - uniform):
@@ -140,19 +141,19 @@ def train_diffusion(config: Config, accelerator: Accelerator, modules: dict[str,
     prompts.append("")  # stands for a dropped caption
     tokens = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
 
-    def loss_of(modules, indices, generator, mine):
+    def loss_of(modules, indices, generator, rows):
         posterior_noise, noise = torch.randn(2, len(indices), 4, 8, 8, generator=generator)
         levels = noise_levels(len(indices), config, generator)
-        dropped = torch.rand(len(indices), generator=generator) < config.caption_dropout
-        classes = torch.where(dropped, len(EMBEDDED_CLASSES), labels[indices])[mine]
+        is_dropped = torch.rand(len(indices), generator=generator) < config.caption_dropout
+        classes = torch.where(is_dropped, len(EMBEDDED_CLASSES), labels[indices])[rows]
         latents = sample_latents(moments[indices], scale, posterior_noise)
         s = levels[:, None, None, None]
-        noisy = ((1 - s) * latents + s * noise)[mine].to(accelerator.device)
+        noisy = ((1 - s) * latents + s * noise)[rows].to(accelerator.device)
         embeds, pooled = encode_prompts(modules, tokens.input_ids.to(accelerator.device), width)
-        timesteps = (1000 * levels[mine]).to(accelerator.device)
+        timesteps = (1000 * levels[rows]).to(accelerator.device)
         with RepeatedLastToken(EMPTY_TOKENS):
-            predicted = modules["transformer"](noisy, embeds[classes], pooled[classes], timesteps).sample
-        return F.mse_loss(predicted.float(), (noise - latents)[mine].to(accelerator.device))
+            prediction = modules["transformer"](noisy, embeds[classes], pooled[classes], timesteps).sample
+        return F.mse_loss(prediction.float(), (noise - latents)[rows].to(accelerator.device))
 
     train("diffusion", modules, loss_of, len(moments), config.diffusion, config, accelerator)
 
@@ -169,13 +170,13 @@ def save_checkpoint(config: Config, modules: dict[str, torch.nn.Module], folder:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
     )
     moments = load_tensors(Path(config.output) / "latents.safetensors")[0]["moments"]
-    with whole_folder(folder) as new:
-        pipe.save_pretrained(new)
-        save_latent_statistics(new, moments, pipe.vae.config.scaling_factor)
+    with whole_folder(folder) as temporary:
+        pipe.save_pretrained(temporary)
+        save_latent_statistics(temporary, moments, pipe.vae.config.scaling_factor)
 
 
 def run(config: Config) -> None:
-    """Trains what is not finished in the folder `config.output`, and writes the checkpoint."""
+    """Trains the networks and writes the checkpoint to the folder `config.output`, unless a checkpoint is there."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     folder = Path(config.output) / "checkpoint"
     if folder.exists():

@@ -95,11 +95,11 @@ class SchedulerCase:
     @property
     def config(self) -> dict[str, Any]:
         """Stable Diffusion's schedule without clipping, where the scheduler has these settings, then the changes."""
-        accepted = inspect.signature(self.parent.__init__).parameters
+        parameters = inspect.signature(self.parent.__init__).parameters
         base = {**STABLE_DIFFUSION, "clip_sample": False}
         if self.name == "DDIMInverseScheduler":
             base["set_alpha_to_one"] = False  # its first sample is at the final level; sigma = 0 there has no epsilon
-        return {**{key: value for key, value in base.items() if key in accepted}, **self.changes}
+        return {**{key: value for key, value in base.items() if key in parameters}, **self.changes}
 
     def __str__(self) -> str:
         words = [f"{key}={value}" for key, value in {**self.changes, **self.step}.items()]
@@ -107,7 +107,7 @@ class SchedulerCase:
 
 
 def scheduler_cases(types: dict[str, tuple], options: dict[str, list]) -> list[SchedulerCase]:
-    """Every prediction type of every scheduler, and each of its options once."""
+    """Returns every prediction type of every scheduler, and each of its options once."""
     table = []
     for name, kinds in types.items():
         for kind in kinds:
@@ -137,12 +137,12 @@ class Network:
 
 
 def latents(dtype: torch.dtype = torch.float64, shape: tuple[int, ...] = (2, 3, 2, 2), seed: int = 1) -> torch.Tensor:
-    """Seeded standard normal noise."""
+    """Returns seeded standard normal noise."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def model_input(scheduler: Any, x: torch.Tensor, t: Any) -> torch.Tensor:
-    """What the model is fed; flow-matching schedulers have no `scale_model_input`."""
+    """Returns the model's input; flow-matching schedulers have no `scale_model_input`."""
     return scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
 
 
@@ -200,6 +200,6 @@ ORACLES = _oracles()
 
 
 def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Norm of the difference relative to the reference's."""
+    """Returns the norm of the difference relative to the reference's norm."""
     value, reference = value.detach().double(), reference.detach().double()
     return float((value - reference).norm() / reference.norm())

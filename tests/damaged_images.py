@@ -32,7 +32,7 @@ def exif(orientation: int = 6) -> Image.Exif:
 
 @functools.cache
 def whole_files(side: int = 16) -> dict[str, bytes]:
-    """One file of each format that this Pillow can write."""
+    """Returns one file of each format that this Pillow can write."""
     pixels = numpy.random.default_rng(0).integers(0, 256, (side, side + 8, 4), dtype=numpy.uint8)
     files = {}
     for name, (kind, mode, options) in FORMATS.items():

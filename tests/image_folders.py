@@ -13,7 +13,7 @@ CAPTIONS = ["a b", "c", "d e", "f"]
 def image_folder(
     folder: Path, count: int = 12, size: tuple[int, int] = (16, 16), corrupt: tuple[int, ...] = ()
 ) -> Path:
-    """`count` random images named train-0.png and so on, captions in metadata.jsonl; `corrupt` ones are cut short."""
+    """Writes `count` random images, train-0.png and so on, with captions; files of `corrupt` are truncated."""
     folder.mkdir(parents=True, exist_ok=True)
     random = numpy.random.default_rng(0)
     lines = []

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def lowest_versions() -> dict[str, str]:
-    """The lower bound of every dependency that has one, by name; torch's is the constrained version."""
+    """Returns the lower bound of every dependency that has one, by name; torch's is the constrained version."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = [line for lines in project["optional-dependencies"].values() for line in lines]
     versions = {}

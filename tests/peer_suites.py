@@ -167,24 +167,24 @@ def reason(difference: Difference) -> str | None:
 
 def main(arguments: list[str]) -> int:
     tests = [Path(argument).resolve() for argument in arguments]
-    absent = [str(path) for path in tests if not path.exists()]
-    if absent or not tests:
-        print(f"There is nothing at {absent}; " if absent else "", end="")
+    missing_paths = [str(path) for path in tests if not path.exists()]
+    if missing_paths or not tests:
+        print(f"There is nothing at {missing_paths}; " if missing_paths else "", end="")
         print("pass files or folders of a checkout's tests: make peer-suites TESTS=../diffusers/tests/schedulers")
         return 2
     stock, ours = (run_suite(tests, ours) for ours in (False, True))
-    passed = sum(not message for message in stock.values())
-    found = differences(stock, ours)
-    unexpected = [difference for difference in found if reason(difference) is None]
-    for difference in found:
+    num_passed = sum(not message for message in stock.values())
+    result = differences(stock, ours)
+    unexpected = [difference for difference in result if reason(difference) is None]
+    for difference in result:
         lines = [line for line in difference.message.splitlines() if line.startswith("E ")] or [difference.message]
         print(f"{difference.test}\n    {lines[0].removeprefix('E').strip()}")
         print(f"    {'expected: ' + str(reason(difference)) if difference not in unexpected else 'NOT EXPECTED'}")
     print(
-        f"{passed} of {len(stock)} tests pass with diffusers' classes; {len(found)} of them do not pass with ours, "
-        f"{len(found) - len(unexpected)} as expected"
+        f"{num_passed} of {len(stock)} tests pass with diffusers' classes; {len(result)} of them do not pass "
+        f"with ours, {len(result) - len(unexpected)} as expected"
     )
-    return int(bool(unexpected) or passed == 0)
+    return int(bool(unexpected) or num_passed == 0)
 
 
 if __name__ == "__main__":

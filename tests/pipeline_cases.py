@@ -21,7 +21,7 @@ class PipelineCase:
         return torch.randn(self.shape, generator=torch.Generator().manual_seed(0))
 
     def sample(self, pipe: Any, latents: torch.Tensor, num_inference_steps: int = 4, call=None, **options: Any) -> Any:
-        """What the pipeline gives for `latents`; `call` in place of its own (a call without its no_grad, say)."""
+        """Returns the pipeline's result for `latents`; `call` stands for its own (one without no_grad, say)."""
         arguments = {**self.arguments(), "guidance_scale": self.guidance_scale, **options}
         call = call or type(pipe).__call__
         return call(

@@ -39,11 +39,11 @@ def test_every_room_of_the_package_is_in_the_table():
 @pytest.mark.parametrize("room", allowed_imports())
 def test_rooms_import_only_what_the_table_allows(room):
     allowed = allowed_imports()
-    above = list(allowed)[: list(allowed).index(room)]
+    earlier_rooms = list(allowed)[: list(allowed).index(room)]
     assert MEASURED[room] <= allowed[room] | {"errors", "arguments"}, (
         f"name the new imports of {room} in docs/architecture.md"
     )
-    assert allowed[room] <= set(above)
+    assert allowed[room] <= set(earlier_rooms)
     assert allowed[room] <= MEASURED[room], f"docs/architecture.md names rooms that {room} does not import"
 
 
@@ -71,9 +71,9 @@ def test_every_class_and_method_in_the_text_exists():
         for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef)
     }
-    named = set(re.findall(r"\b([A-Z][a-z]+[A-Z]\w+|Trajectory|Backbone|Denoiser)(?:\.(\w+))?\b", TEXT))
-    assert len(named) > 15
-    for name, method in named:
+    names = set(re.findall(r"\b([A-Z][a-z]+[A-Z]\w+|Trajectory|Backbone|Denoiser)(?:\.(\w+))?\b", TEXT))
+    assert len(names) > 15
+    for name, method in names:
         assert name in classes, name
         assert not method or method in classes[name], f"{name}.{method}"
 

@@ -229,10 +229,12 @@ def test_operators_refuse_vectors_that_are_no_floats(estimator, product, dtype, 
 
 def test_one_prompt_serves_several_samples(pipe):
     x = noise(3, 4, 8, 8)
-    one = PipelineDenoiser(pipe, prompt="a")(x, 500)
-    assert torch.equal(one, PipelineDenoiser(pipe, prompt=["a"] * 3)(x, 500))
-    guided = PipelineDenoiser(pipe, 3.0, prompt="a", negative_prompt="b")(x, 500)
-    assert torch.allclose(guided, PipelineDenoiser(pipe, 3.0, prompt=["a"] * 3, negative_prompt=["b"] * 3)(x, 500))
+    prediction = PipelineDenoiser(pipe, prompt="a")(x, 500)
+    assert torch.equal(prediction, PipelineDenoiser(pipe, prompt=["a"] * 3)(x, 500))
+    guided_prediction = PipelineDenoiser(pipe, 3.0, prompt="a", negative_prompt="b")(x, 500)
+    assert torch.allclose(
+        guided_prediction, PipelineDenoiser(pipe, 3.0, prompt=["a"] * 3, negative_prompt=["b"] * 3)(x, 500)
+    )
 
 
 def test_prompts_of_another_number_than_samples_are_refused(pipe):
@@ -255,15 +257,15 @@ def test_a_denoiser_refuses_forms_of_the_pipelines_output(pipe):
 
 
 def test_a_reward_that_edits_its_prompts_changes_those_of_no_other_run(pipe):
-    seen = []
+    reward_prompts = []
 
     def reward(images, prompts):
-        seen.append(list(prompts))
+        reward_prompts.append(list(prompts))
         prompts.append("edited")
         return images.mean((1, 2, 3))
 
     pipe.guide(["a", "b"], reward, num_guidance_steps=2, num_inference_steps=2)
-    assert seen == [["a", "b"]] * 4
+    assert reward_prompts == [["a", "b"]] * 4
 
 
 def test_a_held_out_reward_that_edits_its_images_changes_no_result(pipe):
@@ -272,8 +274,8 @@ def test_a_held_out_reward_that_edits_its_images_changes_no_result(pipe):
         return images.mean((1, 2, 3))
 
     options = {"num_guidance_steps": 1, "num_inference_steps": 2, "output_type": "pt"}
-    plain = pipe.guide("a", bright, generator=seeded(), **options).images
-    assert torch.equal(pipe.guide("a", bright, held_out_reward=darken, generator=seeded(), **options).images, plain)
+    expected = pipe.guide("a", bright, generator=seeded(), **options).images
+    assert torch.equal(pipe.guide("a", bright, held_out_reward=darken, generator=seeded(), **options).images, expected)
 
 
 def test_embeddings_that_somebody_changes_in_place_are_encoded_anew(pipe):
@@ -288,8 +290,8 @@ def test_embeddings_that_somebody_changes_in_place_are_encoded_anew(pipe):
 def test_encoded_prompts_that_somebody_changes_in_place_are_encoded_anew(pipe):
     x, denoiser = noise(1, 4, 8, 8), PipelineDenoiser(pipe, prompt="a")
     before = denoiser(x, 500)
-    (encoded, *_), *_ = next(iter(denoiser._encoded.values()))
-    encoded.zero_()
+    (embeddings, *_), *_ = next(iter(denoiser._encoded.values()))
+    embeddings.zero_()
     assert torch.equal(denoiser(x, 500), before)
 
 
@@ -305,13 +307,13 @@ def test_the_encoded_prompts_of_a_kept_denoiser_have_a_limit(pipe):
 
 
 def test_a_run_whose_network_is_finite_blames_the_scheduler(pipe):
-    broken = tiny.stable_diffusion(StableDiffusionFisherPipeline)
-    broken.scheduler = broken.scheduler.from_config(broken.scheduler.config, trained_betas=[2.0] * 10)
+    nan_pipe = tiny.stable_diffusion(StableDiffusionFisherPipeline)
+    nan_pipe.scheduler = nan_pipe.scheduler.from_config(nan_pipe.scheduler.config, trained_betas=[2.0] * 10)
     message = (
         r"The latents at the end of run 0 are not finite, .* network are finite, so check the settings of the sch"
     )
     with pytest.raises(NumericalError, match=message):
-        broken.guide("a", bright, num_inference_steps=1, num_guidance_steps=0)
+        nan_pipe.guide("a", bright, num_inference_steps=1, num_guidance_steps=0)
 
 
 def test_a_single_evaluation_that_is_not_finite_names_dtype_and_input(pipe):
@@ -333,8 +335,8 @@ def test_the_best_image_is_drawn_again_as_the_docs_say_under_samplers_that_draw_
     )
     generator = seeded()
     torch.randn(best.latents.shape, generator=generator)
-    again = pipe("a", latents=best.latents, generator=generator, **options).images
-    assert torch.allclose(again, best.images, atol=1e-6)  # the guided run's chain is in float32 too
+    images = pipe("a", latents=best.latents, generator=generator, **options).images
+    assert torch.allclose(images, best.images, atol=1e-6)  # the guided run's chain is in float32 too
 
 
 def test_objects_that_are_no_pipelines_are_refused():

@@ -66,9 +66,9 @@ def test_samples_show_the_class_of_their_prompt(pipe, classifier):
     images = pipe(prompts, num_inference_steps=15, guidance_scale=2.0, generator=generator, output_type="pt").images
     assert images.shape == (10, 3, 32, 32)
     with torch.no_grad():
-        predicted = classifier.logits(images).argmax(1)
+        classes = classifier.logits(images).argmax(1)
     # 97% of a thousand samples of 25 steps show the class of their prompt; by chance one in ten would.
-    assert int((predicted == torch.arange(10)).sum()) >= 8
+    assert int((classes == torch.arange(10)).sum()) >= 8
 
 
 def test_the_trace_model_is_the_default_of_likelihoods_and_agrees_with_probes():
@@ -155,10 +155,10 @@ def test_classifier_is_a_stock_model_and_mostly_right(classifier):
 @torch.no_grad()
 def test_autoencoder_keeps_the_held_out_images(pipe, classifier):
     images, labels = embedded_test_images()
-    decoded = pipe.vae.decode(pipe.vae.encode(2 * images - 1).latent_dist.mode()).sample.clamp(-1, 1) / 2 + 0.5
-    error = (decoded - images)[:, :, 2:-2, 2:-2].square().mean()
+    outputs = pipe.vae.decode(pipe.vae.encode(2 * images - 1).latent_dist.mode()).sample.clamp(-1, 1) / 2 + 0.5
+    error = (outputs - images)[:, :, 2:-2, 2:-2].square().mean()
     assert float(-10 * error.log10()) > 26  # dB; what the checkpoint must reach on all test images
-    assert int((classifier.logits(decoded).argmax(1) == labels).sum()) >= 51  # 91%, likewise
+    assert int((classifier.logits(outputs).argmax(1) == labels).sum()) >= 51  # 91%, likewise
 
 
 @torch.no_grad()
@@ -176,9 +176,9 @@ def test_latent_statistics_are_those_of_scaled_latents(pipe):
     assert 0.85 < float((latents.var(0) / variance).mean()) < 1.15
     # The scaling factor gives the posterior's means unit variance, to which its own is added (0.1). Images differ
     # from the training set's by less than the tolerance.
-    own = (pipe.vae.config.scaling_factor * posterior.std).square().mean()
+    posterior_variance = (pipe.vae.config.scaling_factor * posterior.std).square().mean()
     total = (variance + mean.square()).mean() - mean.mean().square()
-    assert float(total - own) == pytest.approx(1, abs=0.02)
+    assert float(total - posterior_variance) == pytest.approx(1, abs=0.02)
 
 
 def test_statistics_reach_the_pipeline():
@@ -195,7 +195,7 @@ def test_unknown_names_are_refused_with_the_allowed_ones():
 
 
 @pytest.fixture
-def damaged(tmp_path, monkeypatch):
+def checkpoint_copy(tmp_path, monkeypatch):
     """Puts a copy of the checkpoint in the place of the embedded one, and returns it."""
     copy = tmp_path / "fashion_mnist"
     shutil.copytree(FOLDER, copy, copy_function=os.symlink)
@@ -211,29 +211,29 @@ def truncate(path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_missing_file_is_named(damaged, name):
-    (damaged / name).unlink()
+def test_missing_file_is_named(checkpoint_copy, name):
+    (checkpoint_copy / name).unlink()
     with pytest.raises(CheckpointError, match=rf"embedded checkpoint '.*' lacks \['{name}'\]; install the package"):
         embedded_checkpoint()
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_truncated_file_is_named(damaged, name):
-    truncate(damaged / name)
+def test_truncated_file_is_named(checkpoint_copy, name):
+    truncate(checkpoint_copy / name)
     with pytest.raises(CheckpointError, match=rf"Checkpoint file '.*{name}'.* It may be truncated; write or download"):
         embedded_checkpoint()
 
 
-@pytest.mark.parametrize("read", [embedded_test_images, embedded_checkpoint])
-def test_damage_raises_before_anything_is_loaded(damaged, read):
-    truncate(damaged / "unet" / "diffusion_pytorch_model.safetensors")
+@pytest.mark.parametrize("function", [embedded_test_images, embedded_checkpoint])
+def test_damage_raises_before_anything_is_loaded(checkpoint_copy, function):
+    truncate(checkpoint_copy / "unet" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model.safetensors' \(\d+ bytes\) can't be read"):
-        read()
+        function()
 
 
 @pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "unet/config.json", "model_index.json"])
-@pytest.mark.parametrize("harm", [Path.unlink, truncate], ids=["missing", "truncated"])
-def test_damaged_folder_is_refused_by_the_pipeline(damaged, name, harm):
-    harm(damaged / name)
-    with pytest.raises(CheckpointError, match=str(damaged)):
-        StableDiffusionFisherPipeline.from_pretrained(damaged)
+@pytest.mark.parametrize("damage", [Path.unlink, truncate], ids=["missing", "truncated"])
+def test_damaged_folder_is_refused_by_the_pipeline(checkpoint_copy, name, damage):
+    damage(checkpoint_copy / name)
+    with pytest.raises(CheckpointError, match=str(checkpoint_copy)):
+        StableDiffusionFisherPipeline.from_pretrained(checkpoint_copy)

@@ -60,25 +60,25 @@ def test_demo_gets_its_options(tmp_path, monkeypatch):
     assert calls == [{"output": tmp_path, "seed": 3}]
 
 
-@pytest.mark.parametrize("below", ["", "inside", "inside/further"])
-def test_unwritable_folder_is_an_error_before_any_work(tmp_path, monkeypatch, below):
+@pytest.mark.parametrize("subfolder", ["", "inside", "inside/further"])
+def test_unwritable_folder_is_an_error_before_any_work(tmp_path, monkeypatch, subfolder):
     """The folder lies below a regular file, where not even root can write."""
     monkeypatch.setattr(demo, "embedded_checkpoint", lambda: pytest.fail("the work began"))
     blocked = tmp_path / "file"
     blocked.write_text("content")
-    result = RUNNER.invoke(app, ["demo", "--output", str(blocked / below)])
+    result = RUNNER.invoke(app, ["demo", "--output", str(blocked / subfolder)])
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert result.stderr.startswith(f"Error: The folder '{blocked / below}' can't be written: ")
+    assert result.stderr.startswith(f"Error: The folder '{blocked / subfolder}' can't be written: ")
     assert result.stderr.endswith("Name another folder.\n")
     assert blocked.read_text() == "content"
 
 
 def test_errors_of_the_package_are_messages_without_a_traceback(tmp_path, monkeypatch):
-    def damaged():
+    def raise_error():
         raise CheckpointError("A file is truncated; install the package again.")
 
-    monkeypatch.setattr(demo, "embedded_checkpoint", damaged)
+    monkeypatch.setattr(demo, "embedded_checkpoint", raise_error)
     result = RUNNER.invoke(app, ["demo", "--output", str(tmp_path)])
     assert (result.exit_code, result.stderr) == (1, "Error: A file is truncated; install the package again.\n")
 
@@ -98,8 +98,8 @@ def test_guide_gets_its_options(tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     result = RUNNER.invoke(app, ["guide", "--prompts", str(prompts), "--output", str(tmp_path), *words, *flags])
     assert (result.exit_code, result.output) == (0, "")
-    renamed = {"guidance_steps": "num_guidance_steps", "steps": "num_inference_steps"}
-    settings = {renamed.get(name, name): value for name, value in options.items() if name != "batch_size"}
+    parameter_names = {"guidance_steps": "num_guidance_steps", "steps": "num_inference_steps"}
+    settings = {parameter_names.get(name, name): value for name, value in options.items() if name != "batch_size"}
     expected = guidance_gallery.GallerySettings(**settings, likelihood=True)
     memory = guidance_gallery.Memory(8, True, True)
     names = ("output", "prompts_file", "settings", "memory", "retry_failed")
@@ -109,9 +109,9 @@ def test_guide_gets_its_options(tmp_path, monkeypatch):
     assert [calls[1][name] for name in names[1:]] == [prompts, *defaults, True]
 
 
-@pytest.mark.parametrize(("failed", "code"), [(1, 0), (2, 1)])
-def test_guide_fails_if_every_prompt_failed(tmp_path, monkeypatch, failed, code):
-    monkeypatch.setattr(guidance_gallery, "run_gallery", lambda **_: {"failed": failed, "prompts": 2})
+@pytest.mark.parametrize(("num_failed", "code"), [(1, 0), (2, 1)])
+def test_guide_fails_if_every_prompt_failed(tmp_path, monkeypatch, num_failed, code):
+    monkeypatch.setattr(guidance_gallery, "run_gallery", lambda **_: {"failed": num_failed, "prompts": 2})
     result = RUNNER.invoke(app, ["guide", "--prompts", str(tmp_path / "prompts.txt")])
     assert result.exit_code == code
 

@@ -30,7 +30,7 @@ BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 def section(title):
-    """The text under one heading."""
+    """Returns the text under one heading."""
     (text,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE)
     return text
 
@@ -63,20 +63,21 @@ def test_paths_and_links_of_the_page_exist():
 
 
 @pytest.mark.parametrize(
-    ("title", "base", "known"), [("Adding a noise schedule", NoiseSchedule, 10), ("Adding a backbone", Backbone, 15)]
+    ("title", "base", "least_count"),
+    [("Adding a noise schedule", NoiseSchedule, 10), ("Adding a backbone", Backbone, 15)],
 )
-def test_members_in_the_tables_are_those_of_the_base_class(title, base, known):
+def test_members_in_the_tables_are_those_of_the_base_class(title, base, least_count):
     rows = re.findall(r"^\| .*\? \| (.*?) \|", section(title), re.MULTILINE)
-    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
-    assert len(named) >= known
-    for name in named:
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert len(names) >= least_count
+    for name in names:
         assert hasattr(base, name), name
 
 
 def test_every_block_belongs_to_a_recipe_that_is_tested_here():
-    tested = ["Adding a reward", "Adding a noise schedule", "Adding a backbone"]
-    assert re.findall(r"^## (.*)", TEXT, re.MULTILINE) == ["Adding an estimator", *tested]
-    assert len(BLOCK.findall(TEXT)) == len(tested)
+    recipes = ["Adding a reward", "Adding a noise schedule", "Adding a backbone"]
+    assert re.findall(r"^## (.*)", TEXT, re.MULTILINE) == ["Adding an estimator", *recipes]
+    assert len(BLOCK.findall(TEXT)) == len(recipes)
 
 
 def test_reward():
@@ -150,8 +151,8 @@ def test_likelihood_of_gaussian_data_is_the_closed_form(aura_flow):
         pipe, latents=x, num_inference_steps=160, num_probes=1, prior_mean=0.3, prior_variance=0.5,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    smoothed = torch.distributions.Normal(0.3, math.sqrt(0.5 + 999.0**-2))
-    exact = smoothed.log_prob(x.double()).flatten(1).sum(1)
+    density = torch.distributions.Normal(0.3, math.sqrt(0.5 + 999.0**-2))
+    exact = density.log_prob(x.double()).flatten(1).sum(1)
     assert float((out.log_prob - exact).abs().max()) < 1e-3  # nats of 300: what the steps leave
 
 

@@ -83,9 +83,9 @@ def test_a_stream_gives_the_same_from_any_position(tmp_path):
 def test_resolution_scales_the_shorter_side_and_crops_the_centre(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
-    left, middle = Image.new("RGB", (40, 20), "red"), Image.new("RGB", (20, 20), "blue")
-    left.paste(middle, (10, 0))
-    left.save(folder / "a.png")
+    picture, centre = Image.new("RGB", (40, 20), "red"), Image.new("RGB", (20, 20), "blue")
+    picture.paste(centre, (10, 0))
+    picture.save(folder / "a.png")
     example = open_images(ImageData(str(folder), resolution=8))[0]
     assert example.pixels.shape == (3, 8, 8)
     # The centre square is blue. The filter reaches two pixels, so only the outer columns have some of the red.
@@ -107,8 +107,8 @@ def test_datasets_saved_to_disk_have_images_in_their_table(tmp_path):
     assert [images[index].name for index in range(3)] == ["0", "1", "2"]
     assert torch.equal(images[2].pixels, torch.from_numpy(array[2]).permute(2, 0, 1) / 255)
     assert open_images(data, text_captions=False)[0].caption == 1
-    streamed = open_images(ImageData(**{**vars(data), "streaming": True}))
-    assert [streamed.example(row, 0).caption for row in streamed.undecoded()] == ["dog", "cat", None]
+    stream = open_images(ImageData(**{**vars(data), "streaming": True}))
+    assert [stream.example(row, 0).caption for row in stream.undecoded()] == ["dog", "cat", None]
 
 
 def test_images_that_cannot_be_read_are_named(tmp_path):

@@ -164,6 +164,6 @@ def test_numbers_depend_on_the_seed_alone(small_demo, run, tmp_path, monkeypatch
         run[0]["guidance"]["one step (default)"]["rewards"],
     )
     assert bits(0) == first
-    other = bits(1)
-    assert other[0] != first[0]
-    assert other[1] != first[1]
+    other_bits = bits(1)
+    assert other_bits[0] != first[0]
+    assert other_bits[1] != first[1]

@@ -13,18 +13,18 @@ from diffusers_fisher import InputError, NumericalError, PipelineDenoiser, Unsup
 
 def evaluations(case, pipe):
     """Returns (model input, timestep, model output) of each step of the pipeline's own run."""
-    recorded, scheduler = [], pipe.scheduler
+    records, scheduler = [], pipe.scheduler
     step = type(scheduler).step
 
     def recording(model_output, t, sample, *args, **kwargs):
-        scaled = scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
-        recorded.append((scaled, t, model_output))
+        model_input = scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
+        records.append((model_input, t, model_output))
         return step(scheduler, model_output, t, sample, *args, **kwargs)
 
     scheduler.step = recording
     case.sample(pipe, case.noise())
     del scheduler.step
-    return recorded
+    return records
 
 
 def denoiser_of(case, pipe, **changes):
@@ -35,10 +35,10 @@ def denoiser_of(case, pipe, **changes):
 def test_output_is_the_pipelines_own_evaluation_bit_for_bit(name):
     case = PIPELINES[name]
     pipe = case.make()
-    recorded = evaluations(case, pipe)
+    records = evaluations(case, pipe)
     denoiser = denoiser_of(case, pipe)
-    assert len(recorded) == 4
-    for x, t, output in recorded:
+    assert len(records) == 4
+    for x, t, output in records:
         assert torch.equal(denoiser.model_output(x, t), output)
     assert denoiser.num_calls == 4
 
@@ -52,8 +52,8 @@ def test_output_is_the_networks_own_with_classifier_free_guidance(guidance_scale
     with torch.no_grad():
         embeds, negative = pipe.encode_prompt(["a b", "c"], "cpu", 1, guidance_scale > 1, negative_prompt=["", "d"])
         if guidance_scale > 1:
-            both = pipe.unet(torch.cat([x, x]), 500, torch.cat([negative, embeds])).sample
-            unconditional, conditional = both.chunk(2)
+            predictions = pipe.unet(torch.cat([x, x]), 500, torch.cat([negative, embeds])).sample
+            unconditional, conditional = predictions.chunk(2)
             expected = unconditional + guidance_scale * (conditional - unconditional)
         else:
             expected = pipe.unet(x, 500, embeds).sample
@@ -69,12 +69,12 @@ def snapshot(pipe):
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+@pytest.mark.parametrize("after_a_run", [False, True], ids=["fresh", "used"])
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "enable_grad"])
-def test_pipeline_does_not_change(name, used, grad):
+def test_pipeline_does_not_change(name, after_a_run, grad):
     case = PIPELINES[name]
     pipe = case.make()
-    if used:
+    if after_a_run:
         case.sample(pipe, case.noise())
     denoiser, before = denoiser_of(case, pipe), snapshot(pipe)
     with torch.set_grad_enabled(grad):
@@ -88,18 +88,18 @@ def test_pipeline_does_not_change(name, used, grad):
     assert before[4] == after[4]
 
 
-@pytest.mark.parametrize("wrong", ["channels", "prompts", "embeddings"])
-def test_pipeline_does_not_change_when_the_call_raises(wrong):
+@pytest.mark.parametrize("misfit", ["channels", "prompts", "embeddings"])
+def test_pipeline_does_not_change_when_the_call_raises(misfit):
     pipe = tiny.stable_diffusion()
     prompts, x = ["a b", "c"], PIPELINES["SD"].noise()
-    if wrong == "channels":
+    if misfit == "channels":
         x = x[:, :3]
-    elif wrong == "prompts":
+    elif misfit == "prompts":
         prompts = ["a", "b", "c"]
     # Embeddings of another width raise in the network.
-    condition = {"prompt_embeds": torch.zeros(2, 8, 15)} if wrong == "embeddings" else {"prompt": prompts}
+    condition = {"prompt_embeds": torch.zeros(2, 8, 15)} if misfit == "embeddings" else {"prompt": prompts}
     denoiser, before = PipelineDenoiser(pipe, **condition), snapshot(pipe)
-    with pytest.raises(RuntimeError if wrong == "embeddings" else InputError):
+    with pytest.raises(RuntimeError if misfit == "embeddings" else InputError):
         denoiser(x, 500)
     assert snapshot(pipe)[:3] == before[:3]
     assert torch.is_grad_enabled()
@@ -165,8 +165,8 @@ def test_graph_is_built_only_where_the_sample_requires_one(name):
     assert torch.equal(output.detach(), denoiser.model_output(x, 500))
     (gradient,) = torch.autograd.grad((weight * output).sum(), leaf)
     direction, step = case.noise().roll(1, 1), 1e-2
-    ahead, behind = (denoiser.model_output(x + sign * step * direction, 500) for sign in (1, -1))
-    slope = float((weight * (ahead - behind)).double().sum()) / (2 * step)
+    forward, backward = (denoiser.model_output(x + sign * step * direction, 500) for sign in (1, -1))
+    slope = float((weight * (forward - backward)).double().sum()) / (2 * step)
     # Central differences in float32: step^2 of truncation, 1e-7/step of rounding.
     assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-2)
 
@@ -175,11 +175,11 @@ def test_graph_is_built_only_where_the_sample_requires_one(name):
 def test_result_is_in_the_samples_dtype_and_the_network_in_its_own(dtype):
     pipe, x = tiny.stable_diffusion(), PIPELINES["SD"].noise()
     pipe.to(dtype=dtype)
-    denoiser, seen = PipelineDenoiser(pipe, prompt=["a", "b"]), []
-    pipe.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    denoiser, dtypes = PipelineDenoiser(pipe, prompt=["a", "b"]), []
+    pipe.unet.register_forward_pre_hook(lambda module, inputs: dtypes.append(inputs[0].dtype))
     for kind in (torch.float32, torch.float64):
         assert denoiser(x.to(kind), 500).dtype is kind
-    assert seen == [dtype, dtype]
+    assert dtypes == [dtype, dtype]
 
 
 def test_height_and_width_follow_the_latents():
@@ -235,10 +235,10 @@ def test_one_timestep_per_sample(name):
     pipe = case.make()
     x, timesteps = case.noise(), torch.tensor([700.0, 30.0])
     denoiser = PipelineDenoiser(pipe, guidance_scale=1.0, **case.arguments())
-    together = denoiser.model_output(x, timesteps)
+    batch = denoiser.model_output(x, timesteps)
     for row, timestep in enumerate(timesteps):
-        assert torch.allclose(together[row], denoiser.model_output(x, timestep)[row], rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(together[0], denoiser.model_output(x, timesteps[1])[0], atol=1e-4)
+        assert torch.allclose(batch[row], denoiser.model_output(x, timestep)[row], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(batch[0], denoiser.model_output(x, timesteps[1])[0], atol=1e-4)
     state = denoiser.state(x, timesteps)
     assert state.level.sigma.shape == (2,) and state.level.sigma[0] > state.level.sigma[1]
 
@@ -248,9 +248,9 @@ def test_timesteps_that_do_not_fit_the_samples_are_refused():
     x = PIPELINES["SD"].noise()
     with pytest.raises(InputError, match="3 timesteps were given for 2 samples"):
         denoiser(x, torch.tensor([1, 2, 3]))
-    guided = PipelineDenoiser(tiny.stable_diffusion(), guidance_scale=4.0, prompt=["a b", "c"])
+    guided_denoiser = PipelineDenoiser(tiny.stable_diffusion(), guidance_scale=4.0, prompt=["a b", "c"])
     with pytest.raises(UnsupportedError, match="twice the batch"):
-        guided(x, torch.tensor([1, 2]))
+        guided_denoiser(x, torch.tensor([1, 2]))
 
 
 def test_denoiser_can_be_copied_deeply():

@@ -15,8 +15,8 @@ BUILTINS = {
 
 def test_table_covers_the_package():
     classes = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
-    own = {name for name, value in classes.items() if not issubclass(value, Warning)}
-    assert own == {"FisherError", *BUILTINS}
+    names = {name for name, value in classes.items() if not issubclass(value, Warning)}
+    assert names == {"FisherError", *BUILTINS}
 
 
 @pytest.mark.parametrize("name", BUILTINS)

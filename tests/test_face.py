@@ -65,7 +65,7 @@ WRONG = {
 
 
 def check(folder, name, code):
-    """What mypy says of a file with `code`, with the project's settings and cache."""
+    """Runs mypy on a file with `code`, with the project's settings and cache."""
     file = folder / f"{name}.py"
     file.write_text(code + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(file)]
@@ -73,15 +73,15 @@ def check(folder, name, code):
 
 
 def test_type_checker_accepts_right_code_and_refuses_misspelt_names(tmp_path):
-    right = check(tmp_path, "right", RIGHT)
-    assert right.returncode == 0, right.stdout + right.stderr
-    wrong = check(
+    right_check = check(tmp_path, "right", RIGHT)
+    assert right_check.returncode == 0, right_check.stdout + right_check.stderr
+    misspelt_check = check(
         tmp_path, "wrong", "\n".join(f"def wrong_{i}() -> None:\n    {code}" for i, code in enumerate(WRONG))
     )
-    assert wrong.returncode == 1, wrong.stdout + wrong.stderr
+    assert misspelt_check.returncode == 1, misspelt_check.stdout + misspelt_check.stderr
     for line, (code, message) in zip(range(2, 2 + 2 * len(WRONG), 2), WRONG.items(), strict=True):
-        said = [each for each in wrong.stdout.splitlines() if f"wrong.py:{line}:" in each]
-        assert any(message in each for each in said), (code, wrong.stdout)
+        messages = [each for each in misspelt_check.stdout.splitlines() if f"wrong.py:{line}:" in each]
+        assert any(message in each for each in messages), (code, misspelt_check.stdout)
 
 
 def test_names_of_the_stub_are_those_of_the_package():

@@ -129,15 +129,15 @@ def test_temporary_files_of_killed_runs_are_removed_and_those_of_others_stay(tmp
 
 
 def test_a_process_with_the_number_of_a_dead_one_owns_nothing_of_it(tmp_path):
-    with atomic_path(tmp_path / "a.json") as own:
-        own.write_text("half")
+    with atomic_path(tmp_path / "a.json") as temporary:
+        temporary.write_text("half")
         check_writable(tmp_path)
-        assert own.exists()
+        assert temporary.exists()
         before = psutil.Process().create_time() - 60
-        os.utime(own, (before, before))
+        os.utime(temporary, (before, before))
         check_writable(tmp_path)
-        assert not own.exists()
-        own.write_text("whole")
+        assert not temporary.exists()
+        temporary.write_text("whole")
 
 
 def test_temporary_files_of_other_machines_are_removed_when_they_are_old(tmp_path):
@@ -145,8 +145,8 @@ def test_temporary_files_of_other_machines_are_removed_when_they_are_old(tmp_pat
     file.write_text("half")
     check_writable(tmp_path)
     assert file.exists()
-    old = time.time() - SILENT_SECONDS - 60
-    os.utime(file, (old, old))
+    timestamp = time.time() - SILENT_SECONDS - 60
+    os.utime(file, (timestamp, timestamp))
     check_writable(tmp_path)
     assert not file.exists()
 
@@ -266,15 +266,15 @@ def test_damaged_lines_of_a_curve_are_cut(tmp_path):
     assert (tmp_path / "loss.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-@pytest.mark.parametrize("read", [Paths.load, GaussianFisher.load], ids=["paths", "Gaussian"])
+@pytest.mark.parametrize("load", [Paths.load, GaussianFisher.load], ids=["paths", "Gaussian"])
 @pytest.mark.parametrize(
     "metadata", [{}, {"captions": "[", "covariance": "3"}, {"captions": "[]", "covariance": "{}"}]
 )
-def test_tensors_of_another_program_are_named(tmp_path, read, metadata):
+def test_tensors_of_another_program_are_named(tmp_path, load, metadata):
     tensors = {"mean": torch.zeros(2), "variances": torch.ones(2)}
     save_tensors(tmp_path / "a.safetensors", tensors, {"format": "diffusers_fisher.GaussianFisher", **metadata})
     with pytest.raises(CheckpointError, match=r"a\.safetensors'.* hold"):
-        read(tmp_path / "a.safetensors")
+        load(tmp_path / "a.safetensors")
 
 
 def test_every_damage_of_a_header_is_a_checkpoint_error(tmp_path):
@@ -282,15 +282,15 @@ def test_every_damage_of_a_header_is_a_checkpoint_error(tmp_path):
     save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2, 2), "b": torch.zeros(3)}, {"step": "1"})
     numpy.save(tmp_path / "a.npy", numpy.ones((5, 3), "float32"))
     draw = numpy.random.default_rng(0)
-    for name, read in (("a.safetensors", load_tensors), ("a.npy", banks.as_bank)):
-        whole = (tmp_path / name).read_bytes()
+    for name, load in (("a.safetensors", load_tensors), ("a.npy", banks.as_bank)):
+        original = (tmp_path / name).read_bytes()
         for _ in range(300):
-            content = bytearray(whole)
+            content = bytearray(original)
             for position in draw.integers(0, 100, 2):
                 content[position] = draw.integers(32, 127)
             (tmp_path / name).write_bytes(content)
             try:
-                read(tmp_path / name)
+                load(tmp_path / name)
             except (CheckpointError, InputError) as error:
                 assert name in str(error)
 
@@ -328,7 +328,7 @@ def test_damaged_configurations_are_named(tmp_path, name):
 
 def test_a_change_that_is_no_value_is_named(tmp_path):
     (tmp_path / "a.yaml").write_text("a: 1")
-    with pytest.raises(InputError, match="change 'a=!!int x' has a value that is no YAML: ValueError"):
+    with pytest.raises(InputError, match="change 'a=!!int x' has a value that is not YAML: ValueError"):
         load_config(tmp_path / "a.yaml", TraceMatchingConfig, ["a=!!int x"])
 
 
@@ -371,7 +371,7 @@ def redness(images, prompts):
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """A new module of the current folder, which the path of modules does not have; returns its file."""
+    """Returns the file of a new module of the current folder, which `sys.path` does not have."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry and Path(entry) != tmp_path])
     (tmp_path / "my_helper_of_faults.py").write_text("weight = 2.0\n")

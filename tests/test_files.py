@@ -35,17 +35,17 @@ def test_atomic_path_replaces_the_file_when_the_block_succeeds(tmp_path):
     assert names(tmp_path) == ["result.json"]
 
 
-@pytest.mark.parametrize("existed", [True, False], ids=["existed", "new"])
+@pytest.mark.parametrize("with_old_file", [True, False], ids=["existed", "new"])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_atomic_path_leaves_nothing_half_written_when_the_block_raises(tmp_path, existed, error):
+def test_atomic_path_leaves_nothing_half_written_when_the_block_raises(tmp_path, with_old_file, error):
     target = tmp_path / "result.json"
-    if existed:
+    if with_old_file:
         target.write_text("old")
     with pytest.raises(error), atomic_path(str(target)) as temporary:
         temporary.write_text("half")
         raise error
-    assert names(tmp_path) == (["result.json"] if existed else [])
-    assert not existed or target.read_text() == "old"
+    assert names(tmp_path) == (["result.json"] if with_old_file else [])
+    assert not with_old_file or target.read_text() == "old"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="modes are POSIX's")
@@ -120,16 +120,16 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("read", [load_tensors, check_safetensors], ids=["load_tensors", "check_safetensors"])
+@pytest.mark.parametrize("load", [load_tensors, check_safetensors], ids=["load_tensors", "check_safetensors"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_file_is_a_checkpoint_error_with_its_name_and_size(tmp_path, read, damage):
+def test_damaged_file_is_a_checkpoint_error_with_its_name_and_size(tmp_path, load, damage):
     path = tmp_path / "state.safetensors"
     save_tensors(path, TENSORS, {})
     content = DAMAGES[damage](path.read_bytes())
     path.write_bytes(content)
     message = rf"'.*state.safetensors' \({len(content)} bytes\) can't be read as safetensors: .* It may be truncated"
     with pytest.raises(CheckpointError, match=message):
-        read(path)
+        load(path)
 
 
 def test_missing_file_is_a_checkpoint_error(tmp_path):

@@ -9,9 +9,10 @@ TREES = house.parse()
 FILES = house.imports(TREES)
 
 ROOMS = (
-    "console", "errors", "arguments", "features", "figures", "files", "image_folders", "images", "settings", "noise",
-    "denoiser", "distributions", "fisher", "models", "schedulers", "checkpoints", "data", "backbones", "likelihood",
-    "guidance", "pictures", "testing", "pipelines", "demo", "jobs", "studies", "training", "evaluation", "cli",
+    "console", "errors", "arguments", "features", "figures", "files", "image_folders", "images", "seeds", "settings",
+    "noise", "denoiser", "distributions", "fisher", "models", "schedulers", "checkpoints", "data", "backbones",
+    "likelihood", "guidance", "pictures", "testing", "pipelines", "demo", "jobs", "studies", "training", "evaluation",
+    "cli",
 )  # fmt: skip
 """From the lowest to the highest: each imports those before it alone."""
 
@@ -29,10 +30,10 @@ MANY_PARAMETERS = {
 def test_rooms_import_lower_rooms_alone():
     rooms = house.room_imports(FILES)
     assert set(rooms) == set(ROOMS) - {"__init__"}
-    upwards = {
+    wrong_imports = {
         (room, other) for room, others in rooms.items() for other in others if ROOMS.index(other) > ROOMS.index(room)
     }
-    assert not upwards
+    assert not wrong_imports
     assert not any(rooms[room] & SIBLINGS for room in SIBLINGS)
 
 
@@ -69,8 +70,8 @@ def test_upward_imports_are_found(tmp_path):
 @pytest.mark.parametrize("file", TREES, ids=lambda file: str(file.relative_to(house.ROOT)))
 def test_files_and_functions_are_short(file):
     assert len(file.read_text(encoding="utf-8").splitlines()) <= 450
-    long = {name: house.body_length(function) for name, function in house.functions(TREES[file])}
-    assert not {name: length for name, length in long.items() if length >= 60}
+    lengths = {name: house.body_length(function) for name, function in house.functions(TREES[file])}
+    assert not {name: length for name, length in lengths.items() if length >= 60}
 
 
 def test_functions_take_at_most_ten_parameters():

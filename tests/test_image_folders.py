@@ -1,4 +1,4 @@
-"""A folder's images are those that its names say: no name is a pattern, no split has another's images."""
+"""The names of files decide which images a folder has: no name is a pattern, and splits share no image."""
 
 import os
 import sys
@@ -30,8 +30,8 @@ def make_folder(root, tree):
     return str(root)
 
 
-def read(folder, text_captions=True, **options):
-    """Names and captions of all images, which can be decoded, and the names of what is left out."""
+def read_images(folder, text_captions=True, **options):
+    """Returns names and captions of all images, which can be decoded, and the names of the other files."""
     images = open_images(ImageData(folder, **options), text_captions=text_captions)
     rows = list(enumerate(images.undecoded()))
     assert all(images.example(row, position).pixels.shape == (3, 8, 8) for position, row in rows)
@@ -44,7 +44,7 @@ def test_no_folder_is_a_pattern(tmp_path, name, streaming):
     for other in ("run1", "aXb", "whatX", "a", "**x"):
         make_folder(tmp_path / other, {"other.png": None})
     folder = make_folder(tmp_path / name, {"mine.png": None, "sub[2]/mine*.png": None})
-    assert list(read(folder, streaming=streaming)[0]) == ["mine.png", "sub[2]/mine*.png"]
+    assert list(read_images(folder, streaming=streaming)[0]) == ["mine.png", "sub[2]/mine*.png"]
 
 
 @pytest.mark.parametrize("name", ["dat*", "dat[a]", "????"])
@@ -59,7 +59,7 @@ def test_a_pattern_names_nothing(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_names_that_are_not_utf_8(tmp_path, streaming):
     tree = {b"a\xff.png": None, b"b\xe9/c.png": None, b"no\xfe.txt": "x", "d.png": None, "back\\slash\n.png": None}
-    names, left_out = read(make_folder(tmp_path, tree), streaming=streaming)
+    names, left_out = read_images(make_folder(tmp_path, tree), streaming=streaming)
     assert list(names) == ["a\\xff.png", "back\\slash\n.png", "b\\xe9/c.png", "d.png"]
     assert left_out == ["no\\xfe.txt"]
 
@@ -79,7 +79,7 @@ def test_links_and_relative_paths_to_the_folder(tmp_path, monkeypatch, place):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     make_folder(tmp_path / "other", {"x.png": None})
     monkeypatch.chdir(tmp_path / "other")
-    assert read(f"../{place}") == ({"a.png": None, "sub/b.png": None}, ["README.txt"])
+    assert read_images(f"../{place}") == ({"a.png": None, "sub/b.png": None}, ["README.txt"])
 
 
 def test_linked_subfolders_are_followed_and_each_file_is_read_once(tmp_path):
@@ -88,14 +88,14 @@ def test_linked_subfolders_are_followed_and_each_file_is_read_once(tmp_path):
         "a/1.png": None, "b": Path("a"), "c/loop": Path("."), "c/pool": Path("../pool"), "dead.png": Path("nothing"),
         "one.png": Path("a/1.png"), ".hidden": Path("../pool"),
     }  # fmt: skip
-    names, left_out = read(make_folder(tmp_path / "data", tree))
+    names, left_out = read_images(make_folder(tmp_path / "data", tree))
     assert list(names) == ["a/1.png", "c/pool/p.png", "one.png"]
     assert {"b", "c/loop", "dead.png"} <= set(left_out)
 
 
 def test_a_pipe_is_left_out(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    assert read(make_folder(tmp_path, {"a.png": None})) == ({"a.png": None}, ["pipe.png"])
+    assert read_images(make_folder(tmp_path, {"a.png": None})) == ({"a.png": None}, ["pipe.png"])
 
 
 SPLITS = {"train/a.png": None, "test/b.png": None, "cover.png": None, "notes/c.png": None}
@@ -117,14 +117,14 @@ SPLITS = {"train/a.png": None, "test/b.png": None, "cover.png": None, "notes/c.p
     ],
 )
 def test_a_split_has_its_own_images(tmp_path, tree, split, names, left_out):
-    found = read(make_folder(tmp_path, tree), split=split)
-    assert (list(found[0]), found[1]) == (names, left_out)
+    result = read_images(make_folder(tmp_path, tree), split=split)
+    assert (list(result[0]), result[1]) == (names, left_out)
 
 
 def test_metadata_above_the_splits_are_divided(tmp_path):
     lines = '{"file_name": "train/a.png", "text": "x"}\n{"file_name": "test/b.png", "text": "y"}\n'
     folder = make_folder(tmp_path, {"train/a.png": None, "test/b.png": None, "metadata.jsonl": lines})
-    assert read(folder, split="test", caption_column="text") == ({"test/b.png": "y"}, [])
+    assert read_images(folder, split="test", caption_column="text") == ({"test/b.png": "y"}, [])
 
 
 @pytest.mark.parametrize("tree", [{"a.png": None}, {"train-a.png": None, "test-b.png": None}, {"train/a.png": None}])
@@ -164,24 +164,24 @@ JSONL = "metadata.jsonl"
 def test_captions_stay_as_they_were_written(tmp_path, file, text, captions, labels):
     folder = make_folder(tmp_path, {"a.png": None, "b.png": None, file: text})
     for streaming in (False, True):
-        found, _ = read(folder, caption_column="text", streaming=streaming)
-        assert found == dict(zip(["a.png", "b.png"], captions, strict=True))
+        result, _ = read_images(folder, caption_column="text", streaming=streaming)
+        assert result == dict(zip(["a.png", "b.png"], captions, strict=True))
     if labels is not None:
-        assert list(read(folder, text_captions=False, caption_column="text")[0].values()) == labels
+        assert list(read_images(folder, text_captions=False, caption_column="text")[0].values()) == labels
 
 
 @pytest.mark.parametrize(("text_captions", "captions"), [(True, ["10", "9"]), (False, [0, 1])])
 def test_subfolders_are_labels(tmp_path, text_captions, captions):
     folder = make_folder(tmp_path, {"10/a.png": None, "9/b.png": None})
-    found, _ = read(folder, text_captions, caption_column="label")
-    assert found == dict(zip(["10/a.png", "9/b.png"], captions, strict=True))
+    labels, _ = read_images(folder, text_captions, caption_column="label")
+    assert labels == dict(zip(["10/a.png", "9/b.png"], captions, strict=True))
 
 
 def test_names_in_the_metadata(tmp_path):
     lines = '{"file_name": "s\\\\a.png", "map_file_name": "s/../b.png"}\n'
     folder = make_folder(tmp_path, {"d/s/a.png": None, "d/b.png": None, "d/metadata.jsonl": lines})
-    assert read(folder) == ({"d/s/a.png": None}, ["d/b.png"])
-    assert read(folder, image_column="map") == ({"d/b.png": None}, ["d/s/a.png"])
+    assert read_images(folder) == ({"d/s/a.png": None}, ["d/b.png"])
+    assert read_images(folder, image_column="map") == ({"d/b.png": None}, ["d/s/a.png"])
 
 
 @pytest.mark.parametrize(

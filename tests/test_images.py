@@ -28,12 +28,12 @@ def write(folder, name, content):
 
 
 def from_folder(folder, **options):
-    """The first image of a folder, with the batch of an image."""
+    """Returns the first image of a folder as a batch of one."""
     return open_images(ImageData(str(folder), **options))[0].pixels[None]
 
 
-def shown(image, background="black"):
-    """What a viewer shows, (1, 3, H, W)."""
+def viewer_pixels(image, background="black"):
+    """Returns the pixels that a viewer shows, (1, 3, H, W)."""
     canvas = Image.new("RGBA", image.size, background)
     canvas.alpha_composite(image.convert("RGBA"))
     return torch.from_numpy(numpy.asarray(canvas.convert("RGB")).copy()).permute(2, 0, 1)[None] / 255
@@ -45,7 +45,7 @@ def test_files_and_opened_images_are_turned_alike(tmp_path, kind, orientation):
     picture().save(tmp_path / "a.png", kind, exif=exif(orientation))
     before = (tmp_path / "a.png").read_bytes()
     with Image.open(tmp_path / "a.png") as image:
-        expected = shown(ImageOps.exif_transpose(image))
+        expected = viewer_pixels(ImageOps.exif_transpose(image))
     assert torch.equal(from_folder(tmp_path), expected)
     with Image.open(tmp_path / "a.png") as image:
         assert torch.equal(image_tensor(image, 1), expected)
@@ -54,7 +54,7 @@ def test_files_and_opened_images_are_turned_alike(tmp_path, kind, orientation):
 
 
 def odd_tags(*entries, orientation=6):
-    """EXIF data in TIFF's form, with the orientation and entries (tag, type, count, four bytes)."""
+    """Returns EXIF data in TIFF's form, with the orientation and entries (tag, type, count, four bytes)."""
     rows = [struct.pack("<HHIHH", 274, 3, 1, orientation, 0)]
     rows += [struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in entries]
     head = struct.pack("<2sHIH", b"II", 42, 8, len(rows))
@@ -83,11 +83,11 @@ def test_odd_tags_cost_neither_the_picture_nor_its_orientation(tmp_path, tags):
     data = b"Exif\0\0" + tags
     content = file.getvalue()[:2] + b"\xff\xe1" + struct.pack(">H", len(data) + 2) + data + file.getvalue()[2:]
     path = write(tmp_path / "photos", "a.jpg", content)
-    with Image.open(file) as plain:
-        expected = shown(plain.transpose(Image.Transpose.ROTATE_270))
+    with Image.open(file) as original:
+        expected = viewer_pixels(original.transpose(Image.Transpose.ROTATE_270))
     assert torch.equal(from_folder(path.parent), expected)
-    with warnings.catch_warnings(action="ignore"), Image.open(path) as opened:  # Pillow warns of damaged tags
-        assert torch.equal(image_tensor(opened, 1), expected)
+    with warnings.catch_warnings(action="ignore"), Image.open(path) as tagged_image:  # Pillow warns of damaged tags
+        assert torch.equal(image_tensor(tagged_image, 1), expected)
 
 
 def test_a_tiff_whose_tags_can_not_be_rewritten_is_read(tmp_path):
@@ -102,20 +102,23 @@ def test_a_tiff_whose_tags_can_not_be_rewritten_is_read(tmp_path):
     assert from_folder(path.parent).shape == (1, 3, 16, 8)
 
 
-@pytest.mark.parametrize("broken", [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0nothing at all"])
-def test_without_a_readable_orientation_the_picture_stays(tmp_path, broken):
+@pytest.mark.parametrize("exif_data", [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0nothing at all"])
+def test_without_a_readable_orientation_the_picture_stays(tmp_path, exif_data):
     file = io.BytesIO()
-    picture().save(file, "JPEG", exif=broken)
+    picture().save(file, "JPEG", exif=exif_data)
     write(tmp_path / "photos", "a.jpg", file.getvalue())
     assert from_folder(tmp_path / "photos").shape == (1, 3, 8, 16)
 
 
 def check_damaged(folder, count, seed):
-    """Every file gives pixels or an error that names it, and the same pixels when Pillow opens it."""
+    """Checks that every file gives pixels, the same as Pillow's, or an error that names it; counts the former."""
     folder.mkdir()
     for number, (_, content) in enumerate(damaged_files(count, seed)):
         write(folder, f"{number:04d}.png", content)
-    images, read = open_images(ImageData(str(folder), max_pixels=2**28)), 0  # opened images have no limit but Pillow's
+    images, num_readable = (
+        open_images(ImageData(str(folder), max_pixels=2**28)),
+        0,
+    )  # opened images have no limit but Pillow's
     assert len(images) == count
     for position in range(count):
         name, pixels = images.name(position), None
@@ -125,18 +128,18 @@ def check_damaged(folder, count, seed):
             assert f"Image '{name}' of '{folder}' can't be read: " in str(error)
         else:
             assert pixels.ndim == 3 and pixels.numel() and bool(((pixels >= 0) & (pixels <= 1)).all())
-            read += 1
+            num_readable += 1
         with warnings.catch_warnings(action="ignore"):
             try:
-                opened = Image.open(io.BytesIO((folder / name).read_bytes()))
+                pillow_image = Image.open(io.BytesIO((folder / name).read_bytes()))
             except Exception:  # the error of Pillow reaches its user, not this package
                 assert pixels is None
                 continue
             try:
-                assert torch.equal(image_tensor(opened, 1)[0], pixels if pixels is not None else torch.empty(0))
+                assert torch.equal(image_tensor(pillow_image, 1)[0], pixels if pixels is not None else torch.empty(0))
             except InputError:
                 assert pixels is None
-    return read
+    return num_readable
 
 
 def test_damaged_files_give_pixels_or_errors_that_name_them(tmp_path):
@@ -152,13 +155,13 @@ def test_3000_damaged_files_give_pixels_or_errors_that_name_them(tmp_path):
 def test_an_opened_image_that_can_not_be_read_is_refused():
     file = io.BytesIO()
     picture(64, 64).save(file, "PNG")
-    cut = Image.open(io.BytesIO(file.getvalue()[:-2000]))
+    truncated_image = Image.open(io.BytesIO(file.getvalue()[:-2000]))
     with pytest.raises(InputError, match=r"Image 1 of the call can't be read: OSError: .*truncated.* Leave it out"):
-        image_tensor([picture(64, 64), cut], 1)
+        image_tensor([picture(64, 64), truncated_image], 1)
 
 
 def cutout(mode):
-    """A picture whose left half, of random colours, is transparent."""
+    """Returns a picture of random colours whose left half is transparent."""
     image = picture(16, 16, 4)
     alpha = numpy.repeat([[0, 255]], 16, 0).repeat(8, 1) if mode != "half" else numpy.full((16, 16), 128)
     image.putalpha(Image.fromarray(alpha.astype(numpy.uint8)))
@@ -170,7 +173,7 @@ def test_transparent_pixels_are_composed_on_black_and_said(mode):
     image = cutout(mode)
     with pytest.warns(UserWarning, match="1 of 2 images have transparent pixels, which were composed on black"):
         pixels = image_tensor([image, picture(16, 16)], 1)
-    assert torch.equal(pixels[:1], shown(image))
+    assert torch.equal(pixels[:1], viewer_pixels(image))
     if mode == "RGBA":
         assert float(pixels[0, :, :, :8].max()) == 0
 
@@ -191,8 +194,8 @@ def test_transparency_of_files(tmp_path, caplog, kind, mode):
     images = open_images(ImageData(str(tmp_path)))
     example, _ = images[0], images[0]
     assert caplog.text.count("'a.png' has transparent pixels, which are composed on black") == 1
-    with Image.open(tmp_path / "a.png") as opened:
-        assert example.transparent and torch.equal(example.pixels[None], shown(opened))
+    with Image.open(tmp_path / "a.png") as file_image:
+        assert example.transparent and torch.equal(example.pixels[None], viewer_pixels(file_image))
 
 
 def test_opaque_images_are_not_called_transparent(tmp_path):

@@ -1,4 +1,4 @@
-"""What the documents claim, held against the benchmarks' JSON files that they are written from."""
+"""The claims of the documents agree with the benchmarks' JSON files."""
 
 import json
 from pathlib import Path
@@ -10,47 +10,47 @@ from diffusers_fisher.likelihood import DEFAULT_SCHEME, SCHEMES
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 
 
-def kept(name):
+def load_figures(name):
     return json.loads((BENCHMARKS / f"{name}.json").read_text())
 
 
 @pytest.mark.parametrize(("mixture", "limit"), [("one variance", 0.03), ("variance a class", 0.15)])
 def test_trace_matching_is_right_at_every_noise_level_after_minutes(mixture, limit):
     """The data's own r is learned in five minutes of a core; the paper's target at the same cost is far off."""
-    found = kept("trace_matching_mixture")
-    rows = {row["recipe"]: row for row in found["rows"] if row["mixture"] == mixture}
-    assert len(found["timesteps"]) == len(rows["residual"]["relative_error"]) == 9
+    figures = load_figures("trace_matching_mixture")
+    rows = {row["recipe"]: row for row in figures["rows"] if row["mixture"] == mixture}
+    assert len(figures["timesteps"]) == len(rows["residual"]["relative_error"]) == 9
     assert max(rows["residual"]["relative_error"]) < limit
     assert rows["residual"]["processor_seconds"] < 300
     assert max(rows["norm (paper's target)"]["relative_error"]) > 10 * max(rows["residual"]["relative_error"])
 
 
 def test_trace_models_cost_next_to_nothing():
-    found = kept("trace_cost")
-    assert found["trace_model_over_denoiser"]["median"] < 0.03
-    assert found["trace_model_over_inversion"]["median"] < 1.05
-    assert found["probe_over_trace_model"]["median"] > 2.5
-    assert found["memory_over_inversion"]["trace model"] < 1.1
+    figures = load_figures("trace_cost")
+    assert figures["trace_model_over_denoiser"]["median"] < 0.03
+    assert figures["trace_model_over_inversion"]["median"] < 1.05
+    assert figures["probe_over_trace_model"]["median"] > 2.5
+    assert figures["memory_over_inversion"]["trace model"] < 1.1
 
 
 def test_trace_models_of_the_embedded_checkpoint_know_what_they_were_trained_on():
-    found = kept("trace_embedded")
-    errors, jacobians = found["squared_errors"], found["full_jacobians"]
+    figures = load_figures("trace_embedded")
+    errors, jacobians = figures["squared_errors"], figures["full_jacobians"]
     assert errors["mean_absolute_difference"]["residual"] < 0.005
     assert jacobians["mean_absolute_difference"]["jacobian"] < 0.005
-    integrated = found["likelihoods"]["bits_per_dim"]
-    assert min(integrated[target]["correlation"] for target in ("residual", "jacobian")) > 0.95
-    own = integrated["jacobian"]
-    assert abs(own["mean_difference"]) < 0.02
-    assert own["mean_absolute_difference"] < 0.05
-    assert own["mean_absolute_difference"] < 0.5 * integrated["Hutchinson, 1 probe"]["mean_absolute_difference"]
+    likelihoods = figures["likelihoods"]["bits_per_dim"]
+    assert min(likelihoods[target]["correlation"] for target in ("residual", "jacobian")) > 0.95
+    jacobian = likelihoods["jacobian"]
+    assert abs(jacobian["mean_difference"]) < 0.02
+    assert jacobian["mean_absolute_difference"] < 0.05
+    assert jacobian["mean_absolute_difference"] < 0.5 * likelihoods["Hutchinson, 1 probe"]["mean_absolute_difference"]
 
 
 @pytest.mark.parametrize("schedule", ["Stable Diffusion", "flow matching"])
 def test_likelihoods_are_those_of_closed_forms(schedule):
     rows = {
         row["calls"]: row
-        for row in kept("likelihood")["closed_forms"]["summary"]
+        for row in load_figures("likelihood")["closed_forms"]["summary"]
         if (row["schedule"], row["scheme"]) == (schedule, DEFAULT_SCHEME)
     }
     assert rows[20]["mean"] < 0.01 and rows[20]["worst"] < 0.02
@@ -58,7 +58,7 @@ def test_likelihoods_are_those_of_closed_forms(schedule):
 
 
 def test_estimates_of_every_scheme_cover_their_errors():
-    rows = [row for row in kept("likelihood")["closed_forms"]["summary"] if row["scheme"] != "practice"]
+    rows = [row for row in load_figures("likelihood")["closed_forms"]["summary"] if row["scheme"] != "practice"]
     assert {row["scheme"] for row in rows} == set(SCHEMES)
     for row in rows:
         assert row["covered"] >= 0.95
@@ -67,7 +67,7 @@ def test_estimates_of_every_scheme_cover_their_errors():
 
 def test_other_laws_than_those_the_grid_was_chosen_on():
     """One law of seven, modes as far apart as none of the others', is beyond 20 calls of flow matching."""
-    rows = [row for row in kept("likelihood")["other_laws"]["summary"] if row["scheme"] == DEFAULT_SCHEME]
+    rows = [row for row in load_figures("likelihood")["other_laws"]["summary"] if row["scheme"] == DEFAULT_SCHEME]
     assert {row["calls"] for row in rows} >= {20, 41, 100}
     for row in rows:
         if row["calls"] >= 20:
@@ -76,47 +76,47 @@ def test_other_laws_than_those_the_grid_was_chosen_on():
 
 
 def test_likelihoods_of_the_embedded_checkpoint_are_the_references():
-    found = kept("likelihood")
-    rows = {(row["what"], row["calls"]): row for row in found["checkpoint"]["rows"]}
+    figures = load_figures("likelihood")
+    rows = {(row["what"], row["calls"]): row for row in figures["checkpoint"]["rows"]}
     assert rows[f"{DEFAULT_SCHEME}, Jacobian trace", 40]["worst"] < 0.02
-    (trace_model,) = (row for (what, _), row in rows.items() if "DF-TM" in what)
-    assert found["checkpoint"]["images"] >= 16 and trace_model["worst"] < 0.05
-    assert found["trace_model"]["images"] >= 32 and found["trace_model"]["worst"] < 0.05
+    (trace_model,) = (row for (method, _), row in rows.items() if "DF-TM" in method)
+    assert figures["checkpoint"]["images"] >= 16 and trace_model["worst"] < 0.05
+    assert figures["trace_model"]["images"] >= 32 and figures["trace_model"]["worst"] < 0.05
 
 
 def test_likelihoods_of_a_dataset_do_not_depend_on_how_it_is_shared():
-    found = kept("dataset_likelihood")
+    figures = load_figures("dataset_likelihood")
     for name in ("trace-model", "autodiff"):
-        assert max(found["sharing"][name]["largest_difference_bits_per_dim"].values()) < 1e-5
-    killed = found["killed"]
-    assert 0 < killed["records_before"] < killed["images"] == killed["records_before"] + killed["computed_after"]
-    assert killed["records_changed"] == 0
-    assert killed["largest_difference_from_unbroken_bits_per_dim"] < 1e-5
-    report = found["report"]
+        assert max(figures["sharing"][name]["largest_difference_bits_per_dim"].values()) < 1e-5
+    kill = figures["killed"]
+    assert 0 < kill["records_before"] < kill["images"] == kill["records_before"] + kill["computed_after"]
+    assert kill["records_changed"] == 0
+    assert kill["largest_difference_from_unbroken_bits_per_dim"] < 1e-5
+    report = figures["report"]
     assert report["evaluated"] == report["images"] == 10000
 
 
 def test_guidance_by_the_default_outpaces_the_exact_gradients():
-    found = kept("guidance")
-    assert found["setting"]["prompts"] == 64 and found["setting"]["steps"] == 25
-    for rows in found["time_to_exact"].values():
+    figures = load_figures("guidance")
+    assert figures["setting"]["prompts"] == 64 and figures["setting"]["steps"] == 25
+    for rows in figures["time_to_exact"].values():
         row = rows["one step"]
         assert row["share_of_exact"] <= 0.5
         assert row["held_out_difference"] > -2 * row["held_out_difference_standard_error"]
         assert rows["direct"]["share_of_exact"] <= 0.5
-    assert max(rows["per-step recomputation"]["relative_error"] for rows in found["gradients"].values()) < 1e-5
+    assert max(rows["per-step recomputation"]["relative_error"] for rows in figures["gradients"].values()) < 1e-5
 
 
 def test_guidance_at_stable_diffusions_size_costs_little_more_than_no_gradient():
-    found = kept("guidance_sd15_size_cpu_float32")
-    assert found["setting"]["steps"] == 25 and found["setting"]["pixels"] == 512
-    assert found["worst_autodiff_free_over_floor"] <= 1.05
-    assert found["exact_over_default"] >= 2.5
+    figures = load_figures("guidance_sd15_size_cpu_float32")
+    assert figures["setting"]["steps"] == 25 and figures["setting"]["pixels"] == 512
+    assert figures["worst_autodiff_free_over_floor"] <= 1.05
+    assert figures["exact_over_default"] >= 2.5
 
 
 @pytest.mark.parametrize("name", ["guide", "log_likelihood"])
 def test_memory_stays_flat_over_many_runs(name):
-    run = kept("memory")[name]
+    run = load_figures("memory")[name]
     assert run["tensors_left"] == 0
     first, second = run["megabytes"][10 : len(run["megabytes"]) // 2], run["megabytes"][len(run["megabytes"]) // 2 :]
     assert max(second) < 1.01 * max(first)

@@ -39,9 +39,9 @@ def gallery(place, output):
 
 def gallery_results(output):
     records = sorted((output / "records").glob("*.json"))
-    kept = [json.loads(file.read_text(encoding="utf-8")) for file in records]
+    contents = [json.loads(file.read_text(encoding="utf-8")) for file in records]
     pictures = [file.read_bytes() for file in sorted((output / "pictures").glob("*.png"))]
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in kept], pictures
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in contents], pictures
 
 
 def training(place, output):
@@ -63,7 +63,9 @@ def place(tmp_path_factory):
     image_folder(folder / "images", count=40)
     (folder / "prompts.txt").write_text("a photo of a coat\n" * 8)
     (folder / "training").mkdir()
-    trace_runs.written(folder, trace_runs.settings(folder / "training", optimisation={"steps": 60, "save_every": 2}))
+    trace_runs.write_config(
+        folder, trace_runs.settings(folder / "training", optimisation={"steps": 60, "save_every": 2})
+    )
     return folder
 
 
@@ -93,8 +95,8 @@ def test_kills_at_any_moment_lose_nothing(place, tmp_path, command, results):
             assert process.returncode == 0, errors.decode()
             break
         assert results(output) == results(tmp_path / "unbroken")
-        left = [file.name for file in output.rglob(".*")]  # temporary files and the lock of killed processes
-        assert not left
+        leftovers = [file.name for file in output.rglob(".*")]  # temporary files and the lock of killed processes
+        assert not leftovers
         if kills >= KILLS:
             break
     assert kills == KILLS

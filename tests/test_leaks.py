@@ -25,7 +25,7 @@ IMAGES = torch.full((2, 3, 16, 16), 0.4)
 
 
 def live_tensors():
-    """The number of tensors that Python knows, after a collection."""
+    """Returns the number of tensors that Python knows, after a collection."""
     gc.collect()
     return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
 
@@ -130,7 +130,7 @@ def test_the_memory_of_runs_stays_flat():
     assert process.memory_info().rss - before < 40 * 2**20  # half of what one run of fifty left; the allocator's own
 
 
-def guided(pipe):
+def run_guidance(pipe):
     guide(pipe, "a", brightness, num_guidance_steps=1, num_inference_steps=2)
 
 
@@ -166,7 +166,7 @@ def likelihood_with_an_error(pipe):
 
 
 @pytest.mark.parametrize(
-    "run", [guided, guided_with_everything, guided_with_an_interrupt, guided_per_step,
+    "run", [run_guidance, guided_with_everything, guided_with_an_interrupt, guided_per_step,
             guided_per_step_with_an_interrupt, likelihood_with_probes, likelihood_with_an_error],
     ids=lambda run: run.__name__,
 )  # fmt: skip

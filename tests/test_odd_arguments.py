@@ -63,15 +63,15 @@ def run(scheduler, estimator, **arguments):
     trajectory.gradient(x.sum())
 
 
-def doors():
-    """Functions by name, with valid arguments of each: one argument at a time is replaced by an odd value."""
+def public_functions():
+    """Returns functions by name with valid arguments, of which the test replaces one at a time by an odd value."""
     pipe = tiny.stable_diffusion(df.StableDiffusionFisherPipeline)
     images, x = torch.rand(1, 3, 16, 16, generator=seeded()), torch.randn(1, 4, 8, 8, generator=seeded())
     denoiser = df.PipelineDenoiser(pipe, prompt="a")
     state = denoiser.state(x, 500)
     operator = df.DirectFisher()(state)
     points = torch.randn(3, 4, 8, 8, generator=seeded())
-    guide_by_labels, other = tiny.dit(df.DiTFisherPipeline).guide, tiny.stable_diffusion()
+    guide_by_labels, stock_pipe = tiny.dit(df.DiTFisherPipeline).guide, tiny.stable_diffusion()
     bank, level = df.DiracMixture(points), df.NoiseLevel.from_alpha_bar(0.5)
     gauss = df.GaussianMixture(points, df.Covariance.isotropic(0.5, (4, 8, 8)))
     integration = {
@@ -114,7 +114,7 @@ def doors():
             "output_type": "pt", "optimise": ["noise"], "optimizer": None, "patience": None, "held_out_reward": None,
             "adjoint_guidance_scale": None, "decoder": None, "checkpoint_decoder": False,
         }),
-        "posterior_guidance": (lambda pipe=other, **arguments: guide_step_by_step(pipe, **arguments), {
+        "posterior_guidance": (lambda pipe=stock_pipe, **arguments: guide_step_by_step(pipe, **arguments), {
             "reward": bright, "prompts": "a", "strength": 0.1, "estimator": df.DirectFisher(), "decode": None,
             "denoiser": None}),
         "PipelineDenoiser": (call, {"scale": 1.0, "x": x, "timestep": 500, "prompt": "a", **call_arguments}),
@@ -181,43 +181,43 @@ def doors():
     return pipe, table
 
 
-def chosen():
-    """Door, argument and odd value of every input, the same in every run of the suite."""
+def draw_inputs():
+    """Returns function, argument and odd value of every input, the same in every run of the suite."""
     pick = random.Random(SEED)
-    table = doors()[1]
+    table = public_functions()[1]
     return [
-        (door, name, value)
-        for door, (_, arguments) in table.items()
+        (function_name, name, value)
+        for function_name, (_, arguments) in table.items()
         for name in arguments
         for value in pick.sample(sorted(ODD), VALUES_PER_ARGUMENT)
     ]
 
 
 def test_odd_arguments_are_used_or_refused_in_the_packages_words():
-    pipe, table = doors()
+    pipe, table = public_functions()
     with contextlib.suppress(AttributeError):  # the first call with `clip_skip` adds hooks of transformers
         pipe.encode_prompt("a", "cpu", 1, False, clip_skip=0)
     before = state_of(pipe)
-    raw, inputs = [], chosen()
-    for door, name, value in inputs:
-        function, arguments = table[door]
+    raw, inputs = [], draw_inputs()
+    for function_name, name, value in inputs:
+        function, arguments = table[function_name]
         try:
             with warnings.catch_warnings(), contextlib.suppress(df.FisherError):
                 warnings.simplefilter("ignore")
                 function(**{**arguments, name: ODD[value]})
         except Exception as error:
-            if value == "a function" and f"{door}({name})" in OWN_ERRORS:
+            if value == "a function" and f"{function_name}({name})" in OWN_ERRORS:
                 continue
-            raw.append(f"{door}({name}={value}): {type(error).__name__}: {str(error)[:90]}")
+            raw.append(f"{function_name}({name}={value}): {type(error).__name__}: {str(error)[:90]}")
         if state_of(pipe) != before:
-            raw.append(f"{door}({name}={value}) changed the pipeline")
+            raw.append(f"{function_name}({name}={value}) changed the pipeline")
             before = state_of(pipe)
     assert len(inputs) >= 1000
     assert not raw, "\n".join(raw)
 
 
 def state_of(pipe):
-    """The pipeline's snapshot without the state of random numbers, which a call without a generator moves on."""
+    """Returns the pipeline's snapshot without the state of random numbers, which calls change."""
     snapshot = tiny.snapshot(pipe)
     del snapshot["random numbers"]
     return snapshot

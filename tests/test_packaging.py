@@ -87,8 +87,8 @@ def test_imports_are_light():
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     lines = result.stdout.splitlines()
     assert len(lines) == len(statements)
-    for line, (statement, without) in zip(lines, statements.items(), strict=True):
-        assert not set(line.split(",")) & (never | without), statement
+    for line, (statement, modules) in zip(lines, statements.items(), strict=True):
+        assert not set(line.split(",")) & (never | modules), statement
     assert "torch" in lines[-1]  # the list is read from the process that imported
 
 
@@ -117,10 +117,10 @@ def test_constraints_fit_the_requirements():
 
 @pytest.mark.slow
 def test_wheel_has_everything_and_works_by_itself(tmp_path):
-    """Built from a copy, installed beside nothing of the source tree."""
+    """The wheel is built from a copy and installed without the source tree."""
     source = tmp_path / "source"
-    unwanted = shutil.ignore_patterns(".*", "outputs", "build", "dist", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, source, ignore=unwanted)
+    ignore = shutil.ignore_patterns(".*", "outputs", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=ignore)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
     build = [*pip, "wheel", str(source), "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
     subprocess.run(build, check=True, capture_output=True, timeout=300)

@@ -107,7 +107,7 @@ def test_anything():
 
 @pytest.fixture
 def suite(tmp_path):
-    """A folder of tests like that of a checkout."""
+    """Writes a folder of tests like that of a checkout."""
     files = {
         "schedulers/test_schedulers.py": COMMON, "schedulers/test_scheduler_ddim.py": SCHEDULERS,
         "schedulers/test_import.py": FAILING_IMPORT, "schedulers/test_other.py": UNEXPECTED,
@@ -157,8 +157,8 @@ def test_a_path_without_tests_is_refused_in_words(tmp_path):
 def test_skipped_missing_and_failed_tests_differ_from_passed_ones():
     stock = {"a": "", "b": "", "c": "", "d": "", "e": "fails"}
     ours = {"a": "", "b": "E   KeyError: 'FisherDDIMScheduler'", "c": "Skipped: no", "e": "fails"}
-    found = peer_suites.differences(stock, ours)
-    assert found == [
+    result = peer_suites.differences(stock, ours)
+    assert result == [
         Difference("b", ours["b"]), Difference("c", "Skipped: no"), Difference("d", "The test was not found."),
     ]  # fmt: skip
-    assert [peer_suites.reason(each) is None for each in found] == [False, True, True]
+    assert [peer_suites.reason(each) is None for each in result] == [False, True, True]

@@ -65,14 +65,14 @@ def test_pictures_show_the_mean_the_diagonal_and_the_moves(pipe):
     assert "x_0|x_t" in mean_title
     assert "diagonal" in diagonal_title
     mean = operator.state.pred_original_sample
-    decoded = decode_latents(pipe, mean).permute(0, 2, 3, 1).numpy()
+    pixels = decode_latents(pipe, mean).permute(0, 2, 3, 1).numpy()
     diagonal = (0.36 * operator.diagonal().value).mean(1).numpy()
     offset = endpoint - mean
     sizes, lengths = (tensor.flatten(1).norm(dim=1) for tensor in (mean, offset))
     move = 0.5 * (sizes / lengths).view(2, 1, 1, 1) * offset
     (_, minus, _), (_, plus, notes), (_, differences, _) = pictures_of(figure.subfigs[3])
     for row in range(2):
-        numpy.testing.assert_allclose(means[row], decoded[row], atol=1e-6)
+        numpy.testing.assert_allclose(means[row], pixels[row], atol=1e-6)
         numpy.testing.assert_allclose(diagonals[row], diagonal[row], rtol=1e-6)
         ends = [decode_latents(pipe, mean + sign * move)[row].permute(1, 2, 0).numpy() for sign in (-1, 1)]
         moves = [minus[row], plus[row]]
@@ -81,7 +81,7 @@ def test_pictures_show_the_mean_the_diagonal_and_the_moves(pipe):
         numpy.testing.assert_allclose(moves, ends, atol=2e-3)  # eigenvectors in float32, to 1e-4 of the eigenvalue
         numpy.testing.assert_allclose(differences[row], (moves[1] - moves[0]).mean(-1), atol=1e-6)
         assert numpy.abs(differences[row]).max() > 0.01
-        least = 1 - (0.8 / 0.6) ** 2 * float(lengths[row]) ** 2  # of sigma^2 F
+        least = 1 - (0.8 / 0.6) ** 2 * float(lengths[row]) ** 2  # eigenvalues of sigma^2 F
         assert float(notes[row].split("=")[1]) == pytest.approx(least, rel=5e-3)
     _, (_, _, notes), _ = pictures_of(figure.subfigs[1])
     assert [float(note.split("=")[1]) for note in notes] == pytest.approx([1, 1], abs=1e-2)

@@ -20,14 +20,14 @@ from diffusers_fisher.jobs.pipelines import DenoiserSettings, load_pipeline
 
 PACKAGE = Path(diffusers_fisher.__file__).parent
 DANGEROUS = {
-    r"trust_remote_code\W+True": {"pipelines/__init__.py", "pipelines/custom_pipeline.py"},  # of documentation
+    r"trust_remote_code\W+True": {"pipelines/__init__.py", "pipelines/custom_pipeline.py"},  # in docstrings alone
     r"weights_only=False": set(),
     r"allow_pickle=True": set(),
     r"(?<!safe_)\byaml\.(unsafe_|full_)?load\b": set(),
     r"^\s*(import|from) (pickle|dill|joblib|marshal|shelve|subprocess)": set(),
     r"(?<![\w.])(eval|exec|compile|__import__)\(": set(),
     r"\bos\.(system|popen)\b": set(),
-    r"import_module\(": {  # by names of the package, but for the reward's
+    r"import_module\(": {  # with names of the package; the reward takes a name of the user
         "__init__.py",
         "backbones/registry.py",
         "studies/transport.py",
@@ -53,8 +53,8 @@ class Harm:
 
 
 @pytest.fixture
-def harm(tmp_path):
-    """A file that code from another file would make."""
+def marker(tmp_path):
+    """Yields the path of a file that code from another file would make."""
     file = tmp_path / "harm"
     yield file
     assert not file.exists()
@@ -71,29 +71,29 @@ def test_the_harm_works(tmp_path):
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_a_head_that_is_a_pickle_is_refused(tmp_path, harm, write):
-    write({"weight": Harm(harm)}, tmp_path / "head.pth")
+def test_a_head_that_is_a_pickle_is_refused(tmp_path, marker, write):
+    write({"weight": Harm(marker)}, tmp_path / "head.pth")
     with pytest.raises(CheckpointError, match="can't be read as a file of weights alone"):
         aesthetic_head(tmp_path / "head.pth")
 
 
-def test_weights_that_are_a_pickle_are_refused(checkpoint, harm):
+def test_weights_that_are_a_pickle_are_refused(checkpoint, marker):
     (checkpoint / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    torch.save({"weight": Harm(harm)}, checkpoint / "vae" / "diffusion_pytorch_model.bin")
+    torch.save({"weight": Harm(marker)}, checkpoint / "vae" / "diffusion_pytorch_model.bin")
     with pytest.raises(InputError, match="can't be loaded as a pipeline, because of its component 'vae'"):
         load_pipeline(DenoiserSettings(str(checkpoint)))
 
 
-def write_code(path, harm):
-    path.write_text(f"import pathlib\npathlib.Path({str(harm)!r}).touch()\n")
+def write_code(path, marker):
+    path.write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n")
 
 
-def test_code_beside_a_pipeline_is_not_run(checkpoint, harm, monkeypatch):
+def test_code_beside_a_pipeline_is_not_run(checkpoint, marker, monkeypatch):
     """Neither a file of code of the pipeline nor a module that the index names is imported."""
     monkeypatch.chdir(checkpoint)
     index = json.loads((checkpoint / "model_index.json").read_text())
     for name in ("pipeline", "harmful_module"):
-        write_code(checkpoint / f"{name}.py", harm)
+        write_code(checkpoint / f"{name}.py", marker)
     for change in ({"_class_name": ["pipeline", "Mine"]}, {"scheduler": ["harmful_module", "Mine"]}):
         write_json(checkpoint / "model_index.json", index | change)
         with pytest.raises(FisherError):
@@ -101,22 +101,22 @@ def test_code_beside_a_pipeline_is_not_run(checkpoint, harm, monkeypatch):
     assert "harmful_module" not in sys.modules
 
 
-def test_code_beside_a_reward_model_is_not_run_and_nobody_is_asked(checkpoint, harm, monkeypatch):
+def test_code_beside_a_reward_model_is_not_run_and_nobody_is_asked(checkpoint, marker, monkeypatch):
     classifier = checkpoint / "classifier"
     config = json.loads((classifier / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine"}}
     config["auto_map"]["AutoModelForImageClassification"] = "code.Mine"
     write_json(classifier / "config.json", config)
-    write_code(classifier / "code.py", harm)
+    write_code(classifier / "code.py", marker)
     monkeypatch.setattr("builtins.input", lambda *words: pytest.fail("The console was asked."))
     with pytest.raises(InputError, match=r"The reward 'classifier:.*' can't be loaded: "):
         named_reward(f"classifier:{classifier}:coat")
 
 
-def test_code_beside_images_is_not_run(tmp_path, harm):
+def test_code_beside_images_is_not_run(tmp_path, marker):
     folder = tmp_path / "images"
     folder.mkdir()
-    write_code(folder / "images.py", harm)
+    write_code(folder / "images.py", marker)
     with pytest.raises(InputError):
         open_images(ImageData(str(folder)))
 

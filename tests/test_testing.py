@@ -39,9 +39,9 @@ class TestEveryOracleAtEveryLevel:
 
     def test_fisher_is_minus_the_hessian_of_the_log_density(self, oracle, level):
         x = noisy(oracle, level)
-        for one, fisher in zip(x, oracle.fisher(x, level), strict=True):
+        for point, fisher in zip(x, oracle.fisher(x, level), strict=True):
             hessian = torch.func.hessian(lambda flat: oracle.log_density(flat.view(1, *ORACLE_SHAPE), level)[0])
-            assert relative(fisher, -hessian(one.flatten())) < TOLERANCE
+            assert relative(fisher, -hessian(point.flatten())) < TOLERANCE
 
     def test_fisher_is_symmetric_and_trace_is_its_diagonals_sum(self, oracle, level):
         x = noisy(oracle, level)
@@ -86,8 +86,8 @@ def test_gaussian_in_closed_form(level):
     assert relative(oracle.fisher(x, level), total.inverse().expand(4, 6, 6)) < TOLERANCE
     gain = alpha * covariance @ total.inverse()
     assert relative(oracle.posterior_mean(x, level).flatten(1), mean + centred @ gain.mT) < TOLERANCE
-    within = covariance - alpha * gain @ covariance
-    assert relative(oracle.posterior_covariance(x, level), within.expand(4, 6, 6)) < TOLERANCE
+    posterior_covariance = covariance - alpha * gain @ covariance
+    assert relative(oracle.posterior_covariance(x, level), posterior_covariance.expand(4, 6, 6)) < TOLERANCE
 
 
 @pytest.mark.parametrize("level", LEVELS.values(), ids=list(LEVELS))
@@ -95,8 +95,8 @@ def test_points_in_closed_form(level):
     """The reference is the outer-product form, computed for one sample and one point at a time."""
     oracle = ORACLES["points"]
     x, alpha, sigma = noisy(oracle, level), level.alpha, level.sigma
-    for index, one in enumerate(x.flatten(1)):
-        exponents = [-float((one - alpha * y).square().sum()) / (2 * float(sigma) ** 2) for y in oracle.means]
+    for index, point in enumerate(x.flatten(1)):
+        exponents = [-float((point - alpha * y).square().sum()) / (2 * float(sigma) ** 2) for y in oracle.means]
         weights = torch.softmax(oracle.weights.log() + torch.tensor(exponents, dtype=torch.float64), 0)
         mean = sum(w * y for w, y in zip(weights, oracle.means, strict=True))
         spread = sum(w * torch.outer(y - mean, y - mean) for w, y in zip(weights, oracle.means, strict=True))
@@ -159,8 +159,8 @@ def test_draws_of_points_are_the_points_at_their_weights():
 
 def test_draws_depend_on_the_generator_alone():
     oracle = ORACLES["mixture"]
-    first, again, other = (oracle.sample(5, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert torch.equal(first, again)
+    first, repeat, other = (oracle.sample(5, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, repeat)
     assert not torch.equal(first, other)
 
 

@@ -83,21 +83,23 @@ def in_threads(*runs):
 
 
 def without_scheduler(snapshot):
-    """What a stock call leaves as it was: it sets its scheduler's timesteps, and notes its progress bar's settings."""
-    left = {"attributes", "progress bar", "random numbers"}
+    """Returns the parts of a snapshot that a stock call does not change."""
+    changes = {"attributes", "progress bar", "random numbers"}
     modules = {name: [sizes for sizes, _ in [module]] for name, module in snapshot["modules"].items()}
-    return {name: value for name, value in snapshot.items() if name not in {"scheduler", *left}} | {"modules": modules}
+    return {name: value for name, value in snapshot.items() if name not in {"scheduler", *changes}} | {
+        "modules": modules
+    }
 
 
 def check(pipes, runs, repeats, may_refuse):
-    """Runs both functions in two threads again and again: the numbers are those of a run alone."""
+    """Runs both functions in two threads, `repeats` times: the numbers are those of a run alone."""
     expected = [run(pipe) for pipe, run in zip(pipes, runs, strict=True)]
     before = [without_scheduler(tiny.snapshot(pipe)) for pipe in pipes]
     for _ in range(repeats):
         results = in_threads(*(lambda run=run, pipe=pipe: run(pipe) for pipe, run in zip(pipes, runs, strict=True)))
-        refused = [isinstance(result, FisherError) for result in results]
-        assert not all(refused)
-        for result, number, was_refused in zip(results, expected, refused, strict=True):
+        refusals = [isinstance(result, FisherError) for result in results]
+        assert not all(refusals)
+        for result, number, was_refused in zip(results, expected, refusals, strict=True):
             if was_refused and may_refuse:
                 assert isinstance(result, TrajectoryError)
                 continue

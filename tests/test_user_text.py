@@ -109,8 +109,8 @@ def test_the_gallery_shows_any_prompt(tmp_path):
         guidance_gallery_report.write_gallery(tmp_path, records, settings)
     page = (tmp_path / "index.html").read_bytes().decode()
     for text in TEXTS.values():
-        escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        assert f"<p>{escaped}</p>".encode("utf-8", "backslashreplace").decode() in page
+        page_text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        assert f"<p>{page_text}</p>".encode("utf-8", "backslashreplace").decode() in page
     with Image.open(tmp_path / "gallery.png") as picture:
         assert picture.height > 1000
 
@@ -184,8 +184,8 @@ def test_any_console_shows_any_text(encoding, text, monkeypatch):
         print(text)
     assert stream.errors == "strict"
     stream.flush()
-    printed = f"{text}\n{text}\n".encode(encoding, "backslashreplace")
-    assert stream.buffer.getvalue() == printed
+    expected = f"{text}\n{text}\n".encode(encoding, "backslashreplace")
+    assert stream.buffer.getvalue() == expected
 
 
 def test_a_program_without_a_console_says_nothing(monkeypatch):

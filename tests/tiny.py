@@ -99,7 +99,7 @@ def one_channel(cls=StableDiffusionPipeline, **components):
 
 
 def safety_checker(threshold):
-    """A safety checker that objects to images whose similarity to one concept is above `threshold`, in [-1, 1]."""
+    """Makes a safety checker that refuses images whose similarity to one concept is above `threshold`, in [-1, 1]."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {**sizes, "image_size": 16, "patch_size": 8, "projection_dim": 8}
@@ -115,7 +115,7 @@ def feature_extractor():
 
 
 def similarities(pipe, images):
-    """(B,) what the safety checker compares with its threshold, for every image."""
+    """Returns the number (B,) of every image that the safety checker compares with its threshold."""
     pictures = pipe.image_processor.postprocess(2 * images - 1, output_type="pil")
     pixels = pipe.feature_extractor(pictures, return_tensors="pt").pixel_values
     with torch.no_grad():
@@ -124,7 +124,7 @@ def similarities(pipe, images):
 
 
 def snapshot(pipe):
-    """Everything that a caller could see of a pipeline, its parts and the process, comparable with `==`."""
+    """Returns all that a caller could see of a pipeline, its parts and the process, comparable with `==`."""
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     return {
         "attributes": {name: id(value) for name, value in vars(pipe).items()},
@@ -154,7 +154,7 @@ def _module(module):
 
 
 def t5(width=16):
-    """A T5 tokenizer of single letters, and its encoder."""
+    """Makes a T5 tokenizer of single letters, and its encoder."""
     letters = [chr(code) for code in range(97, 123)]
     vocabulary = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
     vocabulary += [(token, -1.0 - index / 100) for index, token in enumerate(["▁", *letters])]
@@ -181,7 +181,7 @@ def stable_diffusion_xl(cls=StableDiffusionXLPipeline):
 
 
 def stable_diffusion_3(cls=StableDiffusion3Pipeline, texts=False, **changes):
-    """Stable Diffusion 3, with its three text encoders where `texts`."""
+    """Makes Stable Diffusion 3; with `texts`, it has its three text encoders."""
     torch.manual_seed(0)
     words = tokenizer()
     parts = dict.fromkeys(
@@ -205,7 +205,7 @@ def stable_diffusion_3(cls=StableDiffusion3Pipeline, texts=False, **changes):
 
 
 def aura_flow(cls=AuraFlowPipeline):
-    """AuraFlow, for which the package has no backbone; its transformer cuts latents into patches of 2x2."""
+    """Makes AuraFlow, for which the package has no backbone; its transformer cuts latents into patches of 2x2."""
     torch.manual_seed(0)
     words, encoder = t5()
     net = AuraFlowTransformer2DModel(
@@ -219,7 +219,7 @@ def aura_flow(cls=AuraFlowPipeline):
 
 
 def flux(cls=FluxPipeline, texts=False, guidance_embeds=False):
-    """Flux, with its two text encoders where `texts`; as Flux-dev where `guidance_embeds`."""
+    """Makes Flux; with `texts`, it has its two text encoders; with `guidance_embeds`, it is as Flux-dev."""
     torch.manual_seed(0)
     parts = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
     if texts:
@@ -235,7 +235,7 @@ def flux(cls=FluxPipeline, texts=False, guidance_embeds=False):
 
 
 def pixart(cls=PixArtAlphaPipeline, sample_size=8):
-    """PixArt, with learned variance; of `sample_size` 128 it is told the image's size and shape."""
+    """Makes PixArt with learned variance; for `sample_size` 128 it takes the image's size and shape."""
     torch.manual_seed(0)
     words, encoder = t5()
     net = PixArtTransformer2DModel(
@@ -247,7 +247,7 @@ def pixart(cls=PixArtAlphaPipeline, sample_size=8):
 
 
 def dit(cls=DiTPipeline, **changes):
-    """Class-conditional DiT, with learned variance."""
+    """Makes a class-conditional DiT with learned variance."""
     torch.manual_seed(0)
     net = DiTTransformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=1, attention_head_dim=8,
@@ -267,7 +267,7 @@ def unconditional_unet(channels):
 
 
 def unconditional(cls=DDPMPipeline, **components):
-    """A model of pixels."""
+    """Makes a model of pixels."""
     torch.manual_seed(0)
     parts = {"unet": unconditional_unet(3), "scheduler": scheduler(beta_schedule="linear")}
     return quiet(cls(**{**parts, **components}))
@@ -275,23 +275,23 @@ def unconditional(cls=DDPMPipeline, **components):
 
 def latent_unconditional(cls=LDMPipeline):
     torch.manual_seed(0)
-    quantised = VQModel(
+    vqvae = VQModel(
         in_channels=3, out_channels=3, block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=4, latent_channels=3,
         num_vq_embeddings=32, scaling_factor=0.5,
     )  # fmt: skip
-    return quiet(cls(vqvae=quantised, unet=unconditional_unet(3), scheduler=scheduler()))
+    return quiet(cls(vqvae=vqvae, unet=unconditional_unet(3), scheduler=scheduler()))
 
 
 def awaken(network):
-    """Random numbers for weights that begin at zero, without which a network does not look at its input."""
+    """Sets weights that begin at zero to random numbers; a network with such zeros ignores its input."""
     for parameter in network.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
 
 
 def embeds(batch, pooled=True, length=8):
-    """Call arguments that stand for prompts in pipelines without text encoders."""
+    """Returns the call's arguments that stand for prompts in pipelines without text encoders."""
     generator = torch.Generator().manual_seed(7)
     result = {"prompt_embeds": torch.randn(batch, length, 16, generator=generator)}
     if pooled:

@@ -28,7 +28,7 @@ class GaussianData:
         return GaussianMixture(self.mean[None], Covariance.diagonal(self.variance[None], self.transform))
 
     def gain(self, v: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-        """Q diag(factors) Q^T v, factors (B, *shape) or (1, *shape)."""
+        """Returns Q diag(factors) Q^T v, for factors (B, *shape) or (1, *shape)."""
         if self.transform is None:
             return factors * v
         z = self.transform.analyse(v.double().flatten(1)) * factors.flatten(1)
@@ -40,11 +40,11 @@ class GaussianData:
         return alpha**2 * self.variance + sigma**2
 
     def r(self, level, count: int) -> torch.Tensor:
-        """tr Cov[eps|x]/d, (count,)."""
+        """Returns tr Cov[eps|x]/d, (count,)."""
         return (1 - self.shares(level)).flatten(1).mean(1).expand(count)
 
     def shares(self, level) -> torch.Tensor:
-        """sigma^2 times the eigenvalues of F, (1 or B, *shape)."""
+        """Returns sigma^2 times the eigenvalues of F, (1 or B, *shape)."""
         return level.sigma.reshape(-1, *[1] * len(self.shape)) ** 2 / self.noised(level)
 
     def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -52,7 +52,7 @@ class GaussianData:
         return self.mean + self.gain(z, self.variance.sqrt()[None])
 
     def model(self, **settings: Any) -> FisherTraceModel:
-        """An untrained trace model with this data's statistics."""
+        """Makes an untrained trace model with this data's statistics."""
         layout = "image" if len(self.shape) == 3 else "tokens"
         channels = self.shape[0] if layout == "image" else self.shape[-1]
         torch.manual_seed(0)
@@ -76,9 +76,9 @@ class GaussianDenoiser(Denoiser):
         level, data = self.level(timestep), self.data
         centred = x - expand(level.alpha, x) * data.mean.to(x)
         inverse = data.gain(centred, (1 / data.noised(level)).to(x))
-        shrunk = data.gain(centred, (data.variance / data.noised(level)).to(x))
+        deviation = data.gain(centred, (data.variance / data.noised(level)).to(x))
         epsilon = expand(level.sigma, x) * inverse
-        original = data.mean.to(x) + expand(level.alpha, x) * shrunk
+        original = data.mean.to(x) + expand(level.alpha, x) * deviation
         noise, clean, identity = (expand(c, x) for c in self.prediction.output_coefficients(level))
         return noise * epsilon + clean * original + identity * x
 
@@ -87,8 +87,8 @@ def dimensions(shape: tuple[int, ...]) -> int:
     return math.prod(shape)
 
 
-def disturbed(model: FisherTraceModel, size: float = 0.3) -> FisherTraceModel:
-    """The model with noise on all parameters, as though trained."""
+def disturb(model: FisherTraceModel, size: float = 0.3) -> FisherTraceModel:
+    """Adds noise to all parameters, as though the model were trained, and returns the model."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -12,8 +12,8 @@ from diffusers_fisher.training.trace_config import TraceMatchingConfig
 
 
 def settings(folder: Path, make=tiny.stable_diffusion, corrupt=(), **changes: Any) -> dict[str, Any]:
-    """Nested settings; `changes` replace whole keys, and of sections the entries that they have."""
-    found = {
+    """Returns nested settings; `changes` replace whole keys, and in sections only the entries that they name."""
+    values = {
         "seed": 0, "output": str(folder / "run"), "target": "residual",
         "denoiser": {"path": saved_pipeline(folder / "pipeline", make)},
         "data": {"path": str(image_folder(folder / "images", corrupt=corrupt)), "caption_column": "text"},
@@ -26,16 +26,16 @@ def settings(folder: Path, make=tiny.stable_diffusion, corrupt=(), **changes: An
         "path_images": 8,
     }  # fmt: skip
     for key, value in changes.items():
-        found[key] = {**found[key], **value} if isinstance(value, dict) and key in found else value
-    return found
+        values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
+    return values
 
 
-def written(folder: Path, found: dict[str, Any]) -> Path:
-    """The settings as a YAML file."""
+def write_config(folder: Path, values: dict[str, Any]) -> Path:
+    """Writes the settings to a YAML file."""
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(found), encoding="utf-8")
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path
 
 
 def config_of(folder: Path, **changes: Any) -> TraceMatchingConfig:
-    return load_config(written(folder, settings(folder, **changes)), TraceMatchingConfig)
+    return load_config(write_config(folder, settings(folder, **changes)), TraceMatchingConfig)

@@ -428,10 +428,10 @@ class Backbone:
         name = f"{self.name} was given {type(self.scheduler).__name__}"
         if schedule.is_flow != self.predicts_flow:
             kinds = ("flow matching", "variance-preserving noise")
-            mine, other = kinds if self.predicts_flow else kinds[::-1]
-            instead = "FlowMatchEulerDiscreteScheduler" if self.predicts_flow else "DDIMScheduler"
+            expected, other = kinds if self.predicts_flow else kinds[::-1]
+            hint = "FlowMatchEulerDiscreteScheduler" if self.predicts_flow else "DDIMScheduler"
             raise UnsupportedError(
-                f"{name}, a scheduler of {other}, but its network was trained with {mine}. Use {instead} or another "
+                f"{name}, a scheduler of {other}, but its network was trained with {expected}. Use {hint} or another "
                 "of that family, with the checkpoint's own scheduler config."
             )
         if not self.scales_samples and schedule.scales_samples:

@@ -139,6 +139,10 @@ class PipelineDenoiser(Denoiser):
         return self.backbone.device
 
     @property
+    def input_dtype(self) -> torch.dtype:
+        return self.backbone.dtype
+
+    @property
     def network(self) -> torch.nn.Module | None:
         """The pipeline's denoising network."""
         return self.backbone.network
@@ -261,8 +265,8 @@ class PipelineDenoiser(Denoiser):
         """
         key = _key((args, kwargs))
         # Results that somebody has changed in place, such as a callback of a run, are encoded anew.
-        encoders, kept = self._encoders_key(), self._encoded.get(key)
-        if kept is None or kept[1] != (encoders, _key(kept[0])):
+        encoders, entry = self._encoders_key(), self._encoded.get(key)
+        if entry is None or entry[1] != (encoders, _key(entry[0])):
             try:
                 with torch.no_grad():
                     result = encode(*args, **kwargs)

@@ -38,16 +38,16 @@ def encode_apart(pipe: DiffusionPipeline, *args: Any, **kwargs: Any) -> tuple:
     from transformers import PreTrainedTokenizerFast
 
     components = pipe.components.items()
-    own = {name: _own(part) for name, part in components if isinstance(part, PreTrainedTokenizerFast)}
-    return shallow_copy(pipe, **own).encode_prompt(*args, **kwargs)
+    tokenizers = {name: _thread_copy(part) for name, part in components if isinstance(part, PreTrainedTokenizerFast)}
+    return shallow_copy(pipe, **tokenizers).encode_prompt(*args, **kwargs)
 
 
-def _own(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+def _thread_copy(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """Returns this thread's copy of a tokenizer; the copy is made anew when tokens were added."""
     count, backend = _BACKENDS.by_tokenizer.get(tokenizer, (None, None))
     if count != len(tokenizer):
         backend = copy.deepcopy(tokenizer.backend_tokenizer)
         _BACKENDS.by_tokenizer[tokenizer] = len(tokenizer), backend
-    own = copy.copy(tokenizer)
-    own._tokenizer = backend
-    return own
+    result = copy.copy(tokenizer)
+    result._tokenizer = backend
+    return result

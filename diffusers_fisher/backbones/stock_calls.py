@@ -137,10 +137,10 @@ class _SchedulerWithMemory:
         self.last = result[0] if isinstance(result, tuple) else result.prev_sample
         if copies == 1:
             return result
-        repeated = torch.cat([self.last] * copies)
+        copied_sample = torch.cat([self.last] * copies)
         if isinstance(result, tuple):
-            return (repeated, *result[1:])
-        result.prev_sample = repeated
+            return (copied_sample, *result[1:])
+        result.prev_sample = copied_sample
         return result
 
 

@@ -24,7 +24,6 @@ from ..jobs.identity import images_digest, pipeline_digests, row_digest
 from ..jobs.pipelines import DenoiserSettings, load_pipeline
 from ..jobs.processes import process_state
 from ..jobs.records import SETTINGS, Records, shard
-from ..jobs.seeds import step_generator
 from ..likelihood import DEFAULT_SCHEME, LikelihoodOutput
 from ..likelihood.pipeline import log_likelihood
 from ..likelihood.schemes import scheme_of
@@ -36,9 +35,9 @@ ESTIMATORS: dict[str, type[FisherEstimator]] = {
     "autodiff": AutodiffFisher,
     "finite-difference": FiniteDifferenceFisher,
 }
-ATTEMPTS = 64  # a run stops after so many refused images, if no image could be evaluated
+ATTEMPTS = 64  # number of refused images after which a run stops, if no image could be evaluated
 WRITE_SECONDS = (1.0, 60.0)  # shortest and longest time between two files of records
-WRITE_FRACTION = 0.01  # of the time so far, between two files: a kill loses little, and there are few files
+WRITE_FRACTION = 0.01  # time between two files as a fraction of the time so far: a kill loses little
 RETRY = "retry-"  # beginning of the names of later attempts' records, which sort after those of the first attempt
 
 
@@ -52,9 +51,9 @@ class DatasetSettings:
         prompt: prompt of all images. Without it and without captions, the prompt is empty.
         num_inference_steps, scheme, bins: arguments of `log_likelihood`.
         estimator: estimator of the trace: "trace-model" is the pipeline's own, "autodiff" and "finite-difference" use
-            probes, and "auto" is the trace model, or "autodiff" for pipelines without one.
-        num_probes: number of Hutchinson probes of "autodiff" and "finite-difference"; 0 means the exact trace.
-        seed: seed of probes and dequantisation. The draws of an image depend on its position in the data.
+            probes, and "auto" is the trace model, or "finite-difference" for pipelines without one.
+            probes, and "auto" is the trace model, or "finite-difference" for pipelines without one.
+        seed: seed of probes and dequantisation. The draws of an image depend on its content alone.
     """
 
     denoiser: DenoiserSettings
@@ -63,14 +62,14 @@ class DatasetSettings:
     num_inference_steps: Annotated[int, Field(ge=2)] = 32
     scheme: str = DEFAULT_SCHEME
     estimator: TraceEstimator = "auto"
-    num_probes: NotNegative = 2
+    num_probes: NotNegative = 1
     bins: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         scheme_of(self.scheme)
         if self.prompt is not None and self.data.caption_column is not None:
-            raise InputError("Give either `prompt`, one for all images, or `caption_column`: not both.")
+            raise InputError("`prompt` and `caption_column` are both set; allowed: one of them. Leave the other out.")
 
 
 def evaluate_dataset(
@@ -81,8 +80,9 @@ def evaluate_dataset(
     With `accelerate launch`, each of n processes evaluates every n-th image, on the same grid. Records are written
     from time to time, so that the next run continues a killed one. A kill loses at most a hundredth of the run's time,
     a minute or one batch. In float32 the number of an image is the same to 1e-5 bits/dim for every batch size and
-    every number of processes. An image that can't be read, does not fit the pipeline or has no finite likelihood gets
-    a record with the error.
+    every number of processes; with finite differences, which divide the rounding by their step, to 1e-3 in samples of
+    256 dimensions, and the closer the more dimensions there are. An image that can't be read, does not fit the
+    pipeline or has no finite likelihood gets a record with the error.
 
     Args:
         output: folder of `likelihoods.jsonl` (one line per image, in the order of the data), `summary.json`,
@@ -110,7 +110,7 @@ def evaluate_dataset(
     folder = settings.data.path
     if Path(folder).is_dir() and output.resolve().is_relative_to(Path(folder).resolve()):
         raise InputError(
-            f"The output '{output}' lies in the data's folder '{folder}', whose images its pictures would become; "
+            f"The output '{output}' lies in the folder of the data, '{folder}', so its pictures would become data; "
             "name another folder."
         )
     state = process_state()
@@ -137,16 +137,16 @@ def _evaluate(
         before = ImageRecords(records)
     begin = time.perf_counter()
     share = ImageShare(pipe, images, dataclasses.replace(settings, estimator=name), records, batch_size, state)
-    done = before.positions
-    if retry_failed and before.failed:
-        done -= before.failed
+    positions = before.positions
+    if retry_failed and before.failed_positions:
+        positions -= before.failed_positions
         share.attempt = 1 + sum(key.startswith(RETRY) for key in records.done())
-    count = share.run(done, before.method)
+    count = share.run(positions, before.method)
     if not state.is_main_process:
         return None
     seconds = time.perf_counter() - begin
-    run = {"processes": state.num_processes, "batch_size": batch_size, "seconds": seconds, "images": count - len(done)}
-    return write_results(records, images, count, run)
+    run = {"processes": state.num_processes, "batch_size": batch_size, "seconds": seconds}
+    return write_results(records, images, count, run | {"images": count - len(positions)})
 
 
 def _open_records(output: Path, note: dict[str, Any], images: Images, retry_failed: bool) -> Records:
@@ -185,7 +185,7 @@ def _refuse_changed_images(records: Records, images: Images) -> None:
 def chosen_estimator(pipe: FisherPipelineMixin, name: TraceEstimator) -> TraceEstimator:
     """Returns the estimator, with "auto" resolved. Raises `InputError` if a trace model is wanted and missing."""
     if name == "auto":
-        return "autodiff" if pipe.trace_model is None else "trace-model"
+        return "finite-difference" if pipe.trace_model is None else "trace-model"
     if name == "trace-model" and pipe.trace_model is None:
         raise InputError(
             "The estimator is 'trace-model', but the pipeline has none; allowed: 'autodiff' or 'finite-difference'. "
@@ -215,15 +215,15 @@ class ImageShare:
 
     def __post_init__(self) -> None:
         self.backbone = backbone_of(self.pipe)
-        self.refused: list[str] = []  # errors of images before the first likelihood
-        self.written: list[dict[str, Any]] = []  # records that are in no file yet
+        self.early_errors: list[str] = []  # errors of images before the first likelihood
+        self.pending: list[dict[str, Any]] = []  # records that are in no file yet
         self.total = 0 if isinstance(self.images, ImageStream) else len(self.images)
 
-    def run(self, done: frozenset[int], method: dict[str, Any] | None) -> int:
+    def run(self, positions: frozenset[int], method: dict[str, Any] | None) -> int:
         """Evaluates the images of this process that have no record, and waits for the other processes.
 
         Args:
-            done: positions of the images that have a record.
+            positions: positions of the images that have a record.
             method: method in these records; None without records.
 
         Returns:
@@ -235,39 +235,41 @@ class ImageShare:
         self.method = method  # description of the likelihoods; None before the first one
         begin = self.last = time.perf_counter()
         index, number = self.state.process_index, self.state.num_processes
-        rows = self._read_rows(done)
+        rows = self._read_rows(positions)
         expected = len(shard(range(self.total), index, number)) or None  # a stream has no known length
-        mine = sum(position % number == index for position in done)
-        with tqdm(total=expected, initial=mine, desc="images", disable=not self.state.is_main_process) as progress:
+        num_done = sum(position % number == index for position in positions)
+        with tqdm(total=expected, initial=num_done, desc="images", disable=not self.state.is_main_process) as progress:
             for batch in iter(lambda: list(itertools.islice(rows, self.batch_size)), []):
-                self.written += self._evaluate(batch)
+                self.pending += self._evaluate(batch)
                 progress.update(len(batch))
-                since, low, high = time.perf_counter() - self.last, *WRITE_SECONDS
-                if since >= min(high, max(low, WRITE_FRACTION * (self.last - begin))):
+                duration, low, high = time.perf_counter() - self.last, *WRITE_SECONDS
+                if duration >= min(high, max(low, WRITE_FRACTION * (self.last - begin))):
                     self._write()
             self._write()
         self.state.wait_for_everyone()
         if not self.total:
             raise no_images(self.settings.data)
-        if self.written:  # this process has evaluated no image, but another process may have
+        if self.pending:  # this process has evaluated no image, but another process may have
             if not self.records.done():
-                first = [*self.refused, self.written[0]["error"]][0]  # an error of the pipeline, if there is one
+                first = [*self.early_errors, self.pending[0]["error"]][0]  # an error of the pipeline, if there is one
                 raise InputError(f"Not one image could be evaluated. The first: {first}")
             self._write(failed_only=True)
         self.state.wait_for_everyone()
         return self.total
 
-    def _read_rows(self, done: frozenset[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _read_rows(self, known_positions: frozenset[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yields positions and undecoded rows of this process that have no record."""
         index, number = self.state.process_index, self.state.num_processes
         if isinstance(self.images, ImageStream):
             for position, row in enumerate(self.images.undecoded()):
                 self.total = position + 1
-                if position % number == index and position not in done:
+                if position % number == index and position not in known_positions:
                     yield position, row
         else:
             positions = shard(range(self.total), index, number)
-            yield from ((position, self.images.rows[position]) for position in positions if position not in done)
+            yield from (
+                (position, self.images.rows[position]) for position in positions if position not in known_positions
+            )
 
     def _evaluate(self, batch: Sequence[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
         """Returns the records of a batch. Images of the same size are evaluated together."""
@@ -305,8 +307,8 @@ class ImageShare:
     def _evaluate_group(self, group: Sequence[tuple[int, Example]]) -> list[dict[str, Any]]:
         settings = self.settings
         captions = [settings.prompt if settings.prompt is not None else example.caption for _, example in group]
-        generators = [step_generator(settings.seed, "likelihood", position) for position, _ in group]
-        options: dict[str, Any] = {"scheme": settings.scheme, "bins": settings.bins, "generator": generators}
+        generator = torch.Generator().manual_seed(settings.seed)
+        options: dict[str, Any] = {"scheme": settings.scheme, "bins": settings.bins, "generator": generator}
         if any(caption is not None for caption in captions):
             options["prompt"] = [self._condition(caption) for caption in captions]
         if settings.estimator in ESTIMATORS:
@@ -349,12 +351,13 @@ class ImageShare:
             return [record for entry in group for record in self._evaluate_group([entry])]
         ((position, example),) = group
         text = f"Image '{example.name}': {error}"
-        if is_out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError):  # which says more itself
+        # The message of `torch.OutOfMemoryError` says more itself.
+        if is_out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError):
             size = "x".join(map(str, example.pixels.shape[:0:-1]))
             text = f"Image '{example.name}' of {size} pixels: there is not enough memory for it. Set `resolution`."
         if self.method is None and not isinstance(error, NumericalError):
-            self.refused.append(text)
-            if len(self.refused) == ATTEMPTS and not self.records.done():  # the settings are the likely cause
+            self.early_errors.append(text)
+            if len(self.early_errors) == ATTEMPTS and not self.records.done():  # the settings are the likely cause
                 raise InputError(f"Not one of {ATTEMPTS} images could be evaluated. The last: {text}") from error
         return [{"position": position, "name": example.name, "error": text}]
 
@@ -364,14 +367,14 @@ class ImageShare:
         Errors are written after the first likelihood only, so that a folder without a likelihood takes other settings.
         With `failed_only` they are written without a likelihood too.
         """
-        now = time.perf_counter()
-        if self.written and (self.method is not None or failed_only):
-            rows = sorted(self.written, key=lambda row: row["position"])
-            content = {"method": self.method, "seconds": now - self.last, "records": rows}
+        end = time.perf_counter()
+        if self.pending and (self.method is not None or failed_only):
+            rows = sorted(self.pending, key=lambda row: row["position"])
+            content = {"method": self.method, "seconds": end - self.last, "records": rows}
             attempt = f"{RETRY}{self.attempt:06d}-" if self.attempt else ""
             self.records.write(f"{attempt}{rows[0]['position']:09d}", content)
-            self.written = []
-        self.last = now
+            self.pending = []
+        self.last = end
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -26,8 +26,8 @@ from ..settings import NotNegative, Positive
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 IMAGES_PER_END = 24  # images of each end on the page
-MAX_NAMES = 100  # summary and page name at most so many images left out; likelihoods.jsonl names them all
-CAPTIONS = 50  # the summary has means by caption for at most so many different captions
+MAX_NAMES = 100  # the summary and the page name this many left-out images at most; likelihoods.jsonl names all
+CAPTIONS = 50  # the summary has means by caption if there are at most this many different captions
 NUMBERS = ["bits_per_dim", "discretisation_error", "standard_error", "dims"]  # numbers of a record in the table
 FILE = "file"  # key of a record's hash, which identifies the image
 PICTURE = 256  # pixels of a picture's longer side on the page
@@ -90,7 +90,7 @@ class ImageRecords:
     def __init__(self, records: Records):
         self.records, self.seconds = records, 0.0
         self.method: dict[str, Any] | None = None
-        self.failed: set[int] = set()
+        self.failed_positions: set[int] = set()
         self._places: dict[int, tuple[str, int]] = {}
         for key in sorted(records.done()):  # records of later attempts come last
             group = records.read(key)
@@ -98,7 +98,7 @@ class ImageRecords:
             self.method = self.method or group["method"]
             for number, row in enumerate(group["records"]):
                 self._places[row["position"]] = (key, number)
-                (self.failed.add if "error" in row else self.failed.discard)(row["position"])
+                (self.failed_positions.add if "error" in row else self.failed_positions.discard)(row["position"])
         self.positions = frozenset(self._places)
 
     def check(self, total: int) -> None:
@@ -112,7 +112,7 @@ class ImageRecords:
             )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        left = Counter(key for key, _ in self._places.values())
+        counts = Counter(key for key, _ in self._places.values())
         # Neighbours lie in as many files as there were processes, so several files are open at a time.
         files: dict[str, list[dict[str, Any]]] = {}
         for position in sorted(self._places):
@@ -120,8 +120,8 @@ class ImageRecords:
             if key not in files:
                 files[key] = self.records.read(key)["records"]
             yield files[key][number]
-            left[key] -= 1
-            if not left[key]:
+            counts[key] -= 1
+            if not counts[key]:
                 del files[key]
 
 
@@ -135,8 +135,8 @@ def write_results(records: Records, images: Images, total: int, run: Note) -> di
     """
     results, folder = ImageRecords(records), records.folder
     results.check(total)
-    table, failed = _write_table(results, folder / "likelihoods.jsonl")
-    summary = _summarise(results, table, failed, run)
+    table, failures = _write_table(results, folder / "likelihoods.jsonl")
+    summary = _summarise(results, table, failures, run)
     summary["without_caption"] = int(table["caption"].isna().sum()) if records.settings["data.caption_column"] else 0
     summary["transparent"] = int(table["transparent"].sum())
     summary["by_caption"] = _by_caption(table)
@@ -154,29 +154,29 @@ def write_results(records: Records, images: Images, total: int, run: Note) -> di
 def _write_table(results: ImageRecords, path: Path) -> tuple[pandas.DataFrame, list[dict[str, Any]]]:
     """Writes the file of all records. Returns a table with one row per image that has a likelihood, and the records of
     the images that have none."""
-    rows, failed, columns = [], [], ["position", "name", "caption", *NUMBERS, "transparent"]
+    rows, failures, columns = [], [], ["position", "name", "caption", *NUMBERS, "transparent"]
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         for record in results:
             line = {name: value for name, value in record.items() if name != FILE}
             file.write(json_line(line))
             if "error" in record:
-                failed.append(record)
+                failures.append(record)
             else:
                 rows.append([record[name] for name in columns[:-1]] + [record.get("transparent", False)])
     # As objects first, because captions that are labels or None must not become floating-point numbers.
     table = pandas.DataFrame(rows, columns=columns, dtype=object)
     table[NUMBERS] = table[NUMBERS].astype(float).fillna(math.inf)  # null: an error that is not known
-    return table, failed
+    return table, failures
 
 
 def _summarise(
-    results: ImageRecords, table: pandas.DataFrame, failed: Sequence[dict[str, Any]], run: Note
+    results: ImageRecords, table: pandas.DataFrame, failures: Sequence[dict[str, Any]], run: Note
 ) -> dict[str, Any]:
     bits, nats = table["bits_per_dim"], table["dims"] * math.log(2)  # nats of one bit/dim
     steps, probes = table["discretisation_error"] / nats, table["standard_error"] / nats
     return {
-        "images": len(results.positions), "evaluated": len(bits), "left_out": len(failed),
-        "left_out_images": [{"name": row["name"], "error": row["error"]} for row in failed[:MAX_NAMES]],
+        "images": len(results.positions), "evaluated": len(bits), "left_out": len(failures),
+        "left_out_images": [{"name": row["name"], "error": row["error"]} for row in failures[:MAX_NAMES]],
         "bits_per_dim": {
             "mean": float(bits.mean()), "standard_deviation": finite_number(bits.std()),
             "standard_error": finite_number(bits.sem()), "least": float(bits.min()), "greatest": float(bits.max()),
@@ -235,8 +235,8 @@ def _page(summary: Note, settings: Note, figure: Figure, ends: Mapping[str, pand
     rows = [("mean", bits["mean"]), ("standard deviation", bits["standard_deviation"])]
     rows += [("standard error of the mean", bits["standard_error"]), ("least", bits["least"])]
     rows += [(f"quantile {name}", value) for name, value in bits["quantiles"].items()]
-    rows += [("greatest", bits["greatest"]), ("error by the steps, mean", errors["discretisation_mean"])]
-    rows += [("error by the steps, greatest", errors["discretisation_greatest"])]
+    rows += [("greatest", bits["greatest"]), ("discretisation error, mean", errors["discretisation_mean"])]
+    rows += [("discretisation error, greatest", errors["discretisation_greatest"])]
     rows += [("error by the probes, mean", errors["probes_mean"])]
     page.table(("bits/dim (lower is likelier)", ""), rows)
     page.figure(figure, "Images by bits/dim.")
@@ -295,20 +295,20 @@ def _outline(summary: Note, folder: Path) -> str:
 
 def _warnings(summary: Note) -> list[str]:
     """Returns the sentences that warn a reader of the numbers."""
-    sentences, coarse, unread = [], summary["images_on_a_coarse_grid"], summary["files_not_read"]
+    sentences, coarse, files = [], summary["images_on_a_coarse_grid"], summary["files_not_read"]
     if coarse:
         worst = summary["errors_in_bits_per_dim"]["discretisation_greatest"]
         sentences.append(
-            f"The grid is coarse for {coarse} images: their error by the steps is estimated at up to {worst:.3f} "
+            f"The grid is coarse for {coarse} images: their discretisation error is estimated at up to {worst:.3f} "
             "bits/dim. Take more steps."
         )
     if summary["several_sizes"]:
         sentences.append("The images are of several sizes, whose likelihoods can't be compared; set a resolution.")
-    if unread["count"]:
+    if files["count"]:
         sentences.append(
-            f"{unread['count']} files of the folder are not among the images, because its metadata do not list them, "
+            f"{files['count']} files of the folder are not among the images, because its metadata do not list them, "
             "their ending is not known, they belong to no split, or a link leads to them a second time; the first: "
-            f"{', '.join(unread['names'][:5])}."
+            f"{', '.join(files['names'][:5])}."
         )
     if summary["transparent"]:
         sentences.append(f"{summary['transparent']} images have transparent pixels, which were composed on black.")

@@ -136,15 +136,15 @@ def _guide_all(
     note = {**dataclasses.asdict(settings), "prompts": f"{len(prompts)}, sha256 {digest[:16]}"}
     records = Records(output, note, GuidedPrompt | FailedPrompt)
     check_writable(records.folder / PICTURES)
-    mine = shard(list(zip(item_keys(len(prompts)), prompts, strict=True)), state.process_index, state.num_processes)
+    items = shard(list(zip(item_keys(len(prompts)), prompts, strict=True)), state.process_index, state.num_processes)
     done = records.done()
-    todo = [item for item in mine if item[0] not in done or (retry_failed and "failed" in records.read(item[0]))]
+    rest = [item for item in items if item[0] not in done or (retry_failed and "failed" in records.read(item[0]))]
     if state.is_main_process:
-        say(f"{len(prompts)} prompts, {len(mine) - len(todo)} of this process's {len(mine)} done")
-    if todo:
+        say(f"{len(prompts)} prompts, {len(items) - len(rest)} of this process's {len(items)} done")
+    if rest:
         guidance = _Guidance(records, settings, memory, state)
-        for begin in range(0, len(todo), memory.batch_size):
-            guidance.run(todo[begin : begin + memory.batch_size])
+        for begin in range(0, len(rest), memory.batch_size):
+            guidance.run(rest[begin : begin + memory.batch_size])
     state.wait_for_everyone()
     collected = records.collected(item_keys(len(prompts)))
     summary = gallery_summary(collected)
@@ -221,29 +221,29 @@ class _Guidance:
         If a number is not finite, the prompts are guided one by one, and the record of the prompt at fault says that
         it failed.
         """
-        settings, stopped = self.settings, None
+        settings, failure = self.settings, None
         generators = [torch.Generator().manual_seed(settings.seed + int(key)) for key, _ in batch]
         call: dict[str, Any] = (
             {} if settings.negative_prompt is None else {"negative_prompt": settings.negative_prompt}
         )
         try:
-            guided = self.pipe.guide(
+            output = self.pipe.guide(
                 [prompt for _, prompt in batch], self.reward, held_out_reward=self.held_out, generator=generators,
                 num_guidance_steps=settings.num_guidance_steps, step_size=settings.step_size,
                 num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
                 estimator=ESTIMATORS[settings.estimator](), optimizer=settings.optimizer, patience=settings.patience,
                 checkpoint_decoder=self.memory.checkpoint_decoder, output_type="pt", **call,
             )  # fmt: skip
-            out = cast(GuidanceOutput, guided)
+            out = cast(GuidanceOutput, output)
         except NumericalError as error:
-            stopped = str(error)
-        if len(batch) > 1 and (stopped is not None or out.status != COMPLETED):
+            failure = str(error)
+        if len(batch) > 1 and (failure is not None or out.status != COMPLETED):
             for item in batch:
                 self.run([item])
             return
         for index, (key, prompt) in enumerate(batch):
             seed = settings.seed + int(key)
-            result = {"failed": stopped} if stopped is not None else self._write_result(key, prompt, seed, out, index)
+            result = {"failed": failure} if failure is not None else self._write_result(key, prompt, seed, out, index)
             self.records.write(key, {"prompt": prompt, "seed": seed, **result})
 
     def _write_result(self, key: str, prompt: str, seed: int, out: GuidanceOutput, index: int) -> dict[str, Any]:
@@ -257,16 +257,16 @@ class _Guidance:
             "gradient_norms": out.gradient_norms,
         }  # fmt: skip
         # A safety checker replaces an image by a black one.
-        flagged = [name for name, image in images.items() if out.nsfw_content_detected and not bool(image.any())]
+        black_images = [name for name, image in images.items() if out.nsfw_content_detected and not bool(image.any())]
         return {
             "best_run": int(out.rewards[:, index].argmax()),
             **{name: [finite_number(value) for value in rows[:, index].tolist()] for name, rows in histories.items()},
             **(self._likelihoods(prompt, images, seed) if self.settings.likelihood else {}),
-            "seconds": out.seconds.tolist(), "status": out.status, "flagged": flagged, **files,
+            "seconds": out.seconds.tolist(), "status": out.status, "flagged": black_images, **files,
         }  # fmt: skip
 
     def _likelihoods(self, prompt: str, images: dict[str, torch.Tensor], seed: int) -> dict[str, Any]:
-        """Returns bits/dim of the images under their prompt, and the sum of the errors by steps and by probes."""
+        """Returns bits/dim of the images under their prompt, and the sum of their two estimated errors."""
         generator = torch.Generator().manual_seed(seed)
         out = self.pipe.log_likelihood(torch.stack(list(images.values())), prompt, generator=generator)
         errors = (out.standard_error + out.discretisation_error.abs()) / (out.dims * math.log(2))

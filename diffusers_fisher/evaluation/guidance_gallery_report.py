@@ -19,7 +19,7 @@ from ..jobs.pages import Page
 from ..settings import NotNegative
 
 PICTURES = "pictures"  # folder of the pictures
-LIMIT = 100  # the page shows at most so many prompts with their pictures
+LIMIT = 100  # largest number of prompts that the page shows with their pictures
 GALLERY_ROWS = 12  # prompts on gallery.png
 ROW_WIDTH = 28  # letters of a prompt on gallery.png
 QUANTITIES = {
@@ -62,8 +62,8 @@ def write_gallery(folder: Path, records: Sequence[dict[str, Any]], settings: Map
         records: records of all prompts.
         settings: the gallery's settings by name.
     """
-    page, failed = Page("Guidance by a reward"), [record for record in records if "failed" in record]
-    for record in failed:
+    page, failures = Page("Guidance by a reward"), [record for record in records if "failed" in record]
+    for record in failures:
         page.paragraph(f"Without a result: {record['prompt']}. {record['failed']}")
     records = [record for record in records if "failed" not in record]
     if not records:
@@ -78,7 +78,7 @@ def write_gallery(folder: Path, records: Sequence[dict[str, Any]], settings: Map
     means = gallery_summary(records)["means"]
     page.table(("mean over prompts", "before", "after"), [(name, *row) for name, row in means.items()])
     page.figure(curves(records), "Reward by run: every prompt, and the mean. A held-out reward that falls while the "
-                "reward rises says that the reward is being gamed.")  # fmt: skip
+                "reward rises is a sign of reward hacking.")  # fmt: skip
     page.figure(by_seconds(records), "The best reward so far, and the held-out reward of its image, by seconds of "
                 "guidance: means over the prompts.")  # fmt: skip
     page.heading("Prompts")
@@ -167,11 +167,11 @@ def _add_prompt(page: Page, folder: Path, record: dict[str, Any]) -> None:
     """Adds one prompt to the page: its pictures with their numbers, and remarks."""
     page.paragraph(record["prompt"])
     captions = []
-    for when, run in (("before", 0), ("after", record["best_run"])):
+    for moment, run in (("before", 0), ("after", record["best_run"])):
         numbers = [f"reward {record['rewards'][run]:.4g}"]
         if record["held_out"]:
             numbers.append(f"held out {_number_text(record['held_out'][run])}")
-        captions.append(f"{when}: {', '.join([*numbers, *_bits(record, when)])}")
+        captions.append(f"{moment}: {', '.join([*numbers, *_bits(record, moment)])}")
     page.pictures([(folder / record[name], text) for name, text in zip(("before", "after"), captions, strict=True)])
     if record["flagged"]:
         page.paragraph(f"Black, because the safety checker flagged it: the image {' and '.join(record['flagged'])}.")
@@ -183,11 +183,11 @@ def _number_text(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
 
 
-def _bits(record: Mapping[str, Any], when: str) -> list[str]:
+def _bits(record: Mapping[str, Any], moment: str) -> list[str]:
     """Returns bits/dim of one image with their error, in words; an empty list without likelihoods."""
     if "bits_per_dim" not in record:
         return []
-    value, error = (record[name][when] for name in ("bits_per_dim", "bits_per_dim_error"))
+    value, error = (record[name][moment] for name in ("bits_per_dim", "bits_per_dim_error"))
     return [f"{_number_text(value)} ± {_number_text(error)} bits/dim"]
 
 

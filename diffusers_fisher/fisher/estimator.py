@@ -86,9 +86,9 @@ class FisherEstimator(abc.ABC):
 
     @property
     def default_num_probes(self) -> int | None:
-        """Default number of probes for the trace of a likelihood; None: the exact trace, without probes."""
+        """Default number of probes per level for the trace of a likelihood; None: the exact trace, without probes."""
         numbers = {component.default_num_probes for component in self.components.values()}
-        return None if numbers == {None} else 2
+        return None if numbers == {None} else 1
 
     @property
     def description(self) -> str:
@@ -98,14 +98,14 @@ class FisherEstimator(abc.ABC):
     @property
     def denoisers(self) -> list[Denoiser | ModelFunction]:
         """The denoisers that the estimator and its components evaluate."""
-        own = [] if self.denoiser is None else [self.denoiser]
-        return own + [denoiser for component in self.components.values() for denoiser in component.denoisers]
+        result = [] if self.denoiser is None else [self.denoiser]
+        return result + [denoiser for component in self.components.values() for denoiser in component.denoisers]
 
     @property
     def lacks_denoiser(self) -> bool:
         """Whether the estimator or a component needs a denoiser and has none: products raise an error until `bind`."""
-        own = self.needs_denoiser and self.denoiser is None
-        return own or any(component.lacks_denoiser for component in self.components.values())
+        lacks_own = self.needs_denoiser and self.denoiser is None
+        return lacks_own or any(component.lacks_denoiser for component in self.components.values())
 
     def bind(self, denoiser: Denoiser) -> FisherEstimator:
         """Returns a copy with `denoiser` wherever one is missing, or the same object if none is missing.
@@ -145,21 +145,21 @@ class FisherEstimator(abc.ABC):
         """Returns a copy with `change(component)` for each component, or the same object if no component changes."""
         components = self.components
         changes = {name: change(component) for name, component in components.items()}
-        unchanged = all(changes[name] is component for name, component in components.items())
-        return self if unchanged else self.replace(**changes)
+        is_same = all(changes[name] is component for name, component in components.items())
+        return self if is_same else self.replace(**changes)
 
     def replace(self, **attributes: object) -> Self:
         """Returns a shallow copy with other `attributes`. The object itself does not change."""
-        copied = copy.copy(self)
+        result = copy.copy(self)
         for name, value in attributes.items():
-            object.__setattr__(copied, name, value)  # a frozen dataclass refuses setattr
-        return copied
+            object.__setattr__(result, name, value)  # a frozen dataclass refuses setattr
+        return result
 
     def __repr__(self) -> str:
         parameters = inspect.signature(type(self)).parameters.values()
-        named = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-        shown = [f"{name}={_short(getattr(self, name))}" for name in named if hasattr(self, name)]
-        return f"{type(self).__name__}({', '.join(shown)})"
+        names = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+        arguments = [f"{name}={_short_text(getattr(self, name))}" for name in names if hasattr(self, name)]
+        return f"{type(self).__name__}({', '.join(arguments)})"
 
 
 def check_estimator(estimator: object) -> FisherEstimator:
@@ -190,7 +190,7 @@ def model_function(denoiser: Denoiser | ModelFunction | None) -> ModelFunction:
     return denoiser.model_output if isinstance(denoiser, Denoiser) else denoiser
 
 
-def _short(value: object) -> str:
+def _short_text(value: object) -> str:
     """Returns the `repr` of short values, the name of functions, and the class of other objects."""
     if value is None or isinstance(value, (bool, int, float, str, FisherEstimator)):
         return repr(value)

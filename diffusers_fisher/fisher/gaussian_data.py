@@ -95,8 +95,8 @@ class GaussianFisher(FisherEstimator):
         mean, matrix = _moments(rows, lambda offsets: offsets.mT @ offsets)
         values, vectors = torch.linalg.eigh(matrix)
         factor = vectors[:, -rank:] * values[-rank:].clamp_min(0).sqrt()
-        rest = _positive(matrix.diagonal() - factor.square().sum(1))
-        return cls(Covariance.low_rank(rest.view(1, *shape), factor.view(1, *shape, rank)), mean.view(shape))
+        remainder = _positive(matrix.diagonal() - factor.square().sum(1))
+        return cls(Covariance.low_rank(remainder.view(1, *shape), factor.view(1, *shape, rank)), mean.view(shape))
 
     @check_kinds
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> GaussianOperator:
@@ -202,8 +202,8 @@ class TraceCorrectedFisher(FisherEstimator):
         variance = state.level.sigma.cpu() ** 2
         # With M = I - sigma^2 F: M = ratio * M_prior, so F = ratio * F_prior + (1 - ratio)/sigma^2 I.
         dimensions = state.sample[0].numel()
-        target, own = (dimensions - variance * operator.trace().value.cpu() for operator in (trace, prior))
-        ratio = target / own
+        target, prior_target = (dimensions - variance * operator.trace().value.cpu() for operator in (trace, prior))
+        ratio = target / prior_target
         return CombinedOperator([(ratio, prior)], (1 - ratio) / variance)
 
 

@@ -56,9 +56,9 @@ def conjugate_gradients(
         size = torch.where(active, following, size)
     if bool((size <= target).all()):
         return x
-    left = float((size / dot(b, b))[size > target].max().sqrt())
+    error = float((size / dot(b, b))[size > target].max().sqrt())
     raise NumericalError(
-        f"Conjugate gradients left a relative residual of {left:.2g} after {limit} products; allowed: {tolerance}. "
+        f"Conjugate gradients left a relative residual of {error:.2g} after {limit} products; allowed: {tolerance}. "
         "Raise `max_iterations` or `tolerance`, or add damping."
     )
 

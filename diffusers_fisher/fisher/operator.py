@@ -125,8 +125,8 @@ class FisherOperator(abc.ABC):
         self._check_noise()
         solution = self.inverse_product(v, self._numbers(0.0))
         if solution is not None:
-            left = self.matvec(solution) - v
-            if not bool((dot(left, left) <= 1e-4 * dot(v, v)).all()):  # also true for NaN
+            residual = self.matvec(solution) - v
+            if not bool((dot(residual, residual) <= 1e-4 * dot(v, v)).all()):  # also true for NaN
                 raise NumericalError("The operator is singular, or nearly; add damping: operator.damped(value).")
             return solution
         self._check_symmetric("solve")
@@ -172,7 +172,7 @@ class FisherOperator(abc.ABC):
             value, products = self.exact_diagonal()
             return Estimate.exact(value, self._calls(products))
         probes = self._probes(probes)
-        return self._estimate(probes, probes.vectors.double() * self._chunked(probes.vectors).double())
+        return self._estimate(probes, probes.vectors.double() * self.products(probes.vectors).double())
 
     @check_kinds
     def trace(
@@ -203,7 +203,7 @@ class FisherOperator(abc.ABC):
             if vectors is probes.vectors:
                 raise InputError("The sketch is the probes themselves, which biases the trace; draw it separately.")
             return self._sketched_trace(probes, vectors)
-        pairs = zip(probes.vectors, self._chunked(probes.vectors), strict=True)
+        pairs = zip(probes.vectors, self.products(probes.vectors), strict=True)
         return self._estimate(probes, torch.stack([dot(v, product) for v, product in pairs]))
 
     def exact_trace(self) -> tuple[torch.Tensor, int]:
@@ -227,7 +227,8 @@ class FisherOperator(abc.ABC):
             basis.diagonal(offset=start, dim1=0, dim2=2).fill_(1)
             yield start, self.matmat(basis.view(size, *sample.shape)).flatten(2)
 
-    def _chunked(self, vectors: torch.Tensor) -> torch.Tensor:
+    def products(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Returns F v for many vectors per sample, (k, B, ...), `chunk_size` at once."""
         return torch.cat([self.matmat(piece) for piece in vectors.split(self.chunk_size)])
 
     def _sketched_trace(self, probes: Probes, sketch: torch.Tensor) -> Estimate:
@@ -238,15 +239,15 @@ class FisherOperator(abc.ABC):
         noise = self.state.level.sigma.to(sketch.device) ** 2
 
         def shrink(vectors: torch.Tensor) -> torch.Tensor:  # returns M v, (k, B, d) float64
-            products = self._chunked(vectors.to(sketch.dtype).view(-1, *sketch.shape[1:])).double()
+            products = self.products(vectors.to(sketch.dtype).view(-1, *sketch.shape[1:])).double()
             return vectors.double() - noise.expand(sketch.shape[1])[:, None] * products.flatten(2)
 
         basis = torch.linalg.qr(shrink(sketch.flatten(2)).permute(1, 2, 0))[0].permute(2, 0, 1)  # (m, B, d)
-        inside = (basis * shrink(basis)).sum((0, 2))
+        sketch_trace = (basis * shrink(basis)).sum((0, 2))
         vectors = probes.vectors.double().flatten(2)
-        outside = vectors - torch.einsum("mbd,kbm->kbd", basis, torch.einsum("mbd,kbd->kbm", basis, vectors))
-        rest = (outside * shrink(outside)).sum(2)
-        values = probes.group_means((dimensions - inside - rest) / noise)
+        complement = vectors - torch.einsum("mbd,kbm->kbd", basis, torch.einsum("mbd,kbd->kbm", basis, vectors))
+        complement_trace = (complement * shrink(complement)).sum(2)
+        values = probes.group_means((dimensions - sketch_trace - complement_trace) / noise)
         return Estimate.mean(values, len(probes) + size, self._calls(len(probes) + 2 * size))
 
     def _estimate(self, probes: Probes, values: torch.Tensor) -> Estimate:
@@ -404,6 +405,6 @@ class CombinedOperator(FisherMatrixOperator):
     def _sum(self, parts: list[tuple[torch.Tensor, int]], identity: int) -> tuple[torch.Tensor, int]:
         """Returns the sum of the terms' values (B, ...) and the number of products; `identity` is the value of I."""
         values, products = zip(*parts, strict=True)
-        scaled = [expand(factor, value) * value for (factor, _), value in zip(self._terms, values, strict=True)]
-        total = torch.stack(scaled).sum(0)
+        terms = [expand(factor, value) * value for (factor, _), value in zip(self._terms, values, strict=True)]
+        total = torch.stack(terms).sum(0)
         return total + identity * expand(self._shift, total), max(products)

@@ -134,12 +134,12 @@ class TraceMatchingOperator(FisherOperator):
     @functools.cached_property
     def _shares(self) -> tuple[torch.Tensor, torch.Tensor]:
         """m and 1 - m, each (B, 1, ...) or (B, ...) in the model's basis, float64."""
-        m, rest = noise_shares(self._model.evaluate(self.state, self._pooled), self.state)
+        m, one_minus_m = noise_shares(self._model.evaluate(self.state, self._pooled), self.state)
         if not bool(torch.isfinite(m).all()):
             raise InputError("The trace model's output is not finite; its weights or the state's output are damaged.")
         sample = self.state.sample
         shape = (len(m), *[1] * (sample.ndim - 1)) if m.ndim == 1 else m.shape
-        return m.to(sample.device).view(shape), rest.to(sample.device).view(shape)
+        return m.to(sample.device).view(shape), one_minus_m.to(sample.device).view(shape)
 
     def covariance(self, v: torch.Tensor) -> torch.Tensor:
         variance = (self.state.level.sigma / self._alpha).square()
@@ -157,20 +157,20 @@ class TraceMatchingOperator(FisherOperator):
         return self._apply(self._shares[1], vectors) / expand(self.state.level.sigma**2, vectors[0])
 
     def exact_diagonal(self) -> tuple[torch.Tensor, int]:
-        sample, rest = self.state.sample, self._shares[1]
+        sample, one_minus_m = self.state.sample, self._shares[1]
         if self._transform is not None:
-            rest = self._transform.diagonal(rest.flatten(1)).view(sample.shape)
-        diagonal = rest.expand(sample.shape)
+            one_minus_m = self._transform.diagonal(one_minus_m.flatten(1)).view(sample.shape)
+        diagonal = one_minus_m.expand(sample.shape)
         return diagonal / expand(self.state.level.sigma**2, diagonal), 0
 
     def exact_trace(self) -> tuple[torch.Tensor, int]:
-        rest = self._shares[1].flatten(1).mean(1)  # the trace is the same in every basis
-        variance = self._numbers(self.state.level.sigma**2).to(rest.device)
-        return self.state.sample[0].numel() * rest / variance, 0
+        one_minus_m = self._shares[1].flatten(1).mean(1)  # the trace is the same in every basis
+        variance = self._numbers(self.state.level.sigma**2).to(one_minus_m.device)
+        return self.state.sample[0].numel() * one_minus_m / variance, 0
 
     def inverse_product(self, v: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        rest = self._shares[1]
-        eigenvalues = rest / expand(self.state.level.sigma**2, rest) + expand(shift, rest)
+        one_minus_m = self._shares[1]
+        eigenvalues = one_minus_m / expand(self.state.level.sigma**2, one_minus_m) + expand(shift, one_minus_m)
         return self._apply(1 / eigenvalues, v)
 
     @property

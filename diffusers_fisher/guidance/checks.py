@@ -40,15 +40,15 @@ def check_guidance(
 def check_num_steps(backbone: Backbone, num_inference_steps: int) -> None:
     """Refuses more steps than the pipeline's scheduler makes. Raises `InputError`, before a run begins."""
     scheduler = backbone.differentiable_scheduler()
-    trained = scheduler.config.get("num_train_timesteps")
-    if backbone.predicts_flow or trained is None or num_inference_steps <= trained:
+    num_train_timesteps = scheduler.config.get("num_train_timesteps")
+    if backbone.predicts_flow or num_train_timesteps is None or num_inference_steps <= num_train_timesteps:
         return
     try:
         scheduler.set_timesteps(num_inference_steps)
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise InputError(
             f"`num_inference_steps` is {num_inference_steps}; {type(backbone.scheduler).__name__} allows at most "
-            f"{trained}, its number of training timesteps. It said: {error}"
+            f"{num_train_timesteps}, its number of training timesteps. It said: {error}"
         ) from error
 
 
@@ -137,12 +137,12 @@ def gradient_error(reward: Reward) -> InputError:
 
 
 def reward_in_run(
-    reward: Reward, images: torch.Tensor, prompts: Prompts, where: str, latents: torch.Tensor
+    reward: Reward, images: torch.Tensor, prompts: Prompts, part: str, latents: torch.Tensor
 ) -> torch.Tensor:
     """Calls the reward on images of a run, and checks the images, the rewards and, in a backward pass, the gradient.
 
     Args:
-        where: name of the part of the run, for messages.
+        part: name of the part of the run, for messages.
         latents: what the images were decoded from.
 
     Raises:
@@ -153,7 +153,7 @@ def reward_in_run(
     if not torch.isfinite(images).all():
         size, dtype = float(latents.detach().abs().max()), latents.dtype
         raise NumericalError(
-            f"The images of {where} are not finite; their latents "
+            f"The images of {part} are not finite; their latents "
             + (
                 f"are, up to {size:.3g} in {dtype}. Check the weights and the dtype of the decoder."
                 if math.isfinite(size)
@@ -165,7 +165,7 @@ def reward_in_run(
     def check(gradient: torch.Tensor) -> None:
         if not torch.isfinite(gradient).all():
             raise NumericalError(
-                f"The gradient of the reward {name_of(reward)} with respect to the images of {where} is not finite. A "
+                f"The gradient of the reward {name_of(reward)} with respect to the images of {part} is not finite. A "
                 "root or a logarithm at 0, or a division by 0, is the usual cause."
             )
 

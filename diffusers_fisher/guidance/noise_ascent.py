@@ -33,7 +33,7 @@ class GuidanceOutput(BaseOutput):
             are guidance steps + 1 runs, fewer where the guidance stopped early.
         best_rewards: (B,) float64, the largest reward of each column.
         latents: (B, ...) float32 initial noise of the best images; pass it as `latents` to get them again. Samplers
-            that draw noise at every step need the same noise: see "The same images again" in docs/guidance.md.
+            that draw noise at every step need the same noise: see "Reproducing the images" in docs/guidance.md.
         gradient_norms: (steps, B) float64, norm of the reward's gradient with respect to what is optimised.
         seconds: (runs,) float64, wall time of each sampling run with its gradient.
         num_denoiser_calls: evaluations of the denoiser by the sampling runs and the estimator together.
@@ -114,16 +114,16 @@ class NoiseAscent:
         if held_out is not None:
             self.held_out_rewards.append(held_out)
         self.shell_distances.append(shell_distance(tensors["noise"]))
-        better = rewards > self.best_rewards
-        self.best_rewards = torch.where(better, rewards, self.best_rewards)
-        self.runs_without_gain = 0 if bool(better.any()) else self.runs_without_gain + 1
+        is_best = rewards > self.best_rewards
+        self.best_rewards = torch.where(is_best, rewards, self.best_rewards)
+        self.runs_without_gain = 0 if bool(is_best.any()) else self.runs_without_gain + 1
         if not self.best:
             self.best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
             self.initial = {name: self.best[name].clone() for name in ("images", "latents")}
         for name, tensor in tensors.items():
-            mask = better.to(tensor.device)
+            mask = is_best.to(tensor.device)
             self.best[name][mask] = tensor.detach()[mask]
-        return better
+        return is_best
 
 
 @dataclasses.dataclass

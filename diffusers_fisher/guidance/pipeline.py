@@ -22,7 +22,6 @@ from ..backbones.stock_calls import restore_attributes
 from ..denoiser import Denoiser
 from ..errors import InputError
 from ..fisher.estimator import FisherEstimator
-from ..fisher.finite_difference import FiniteDifferenceFisher
 from ..fisher.one_step import OneStepFisher
 from ..images import ImageLike
 from .checks import Reward, check_differentiable, check_guidance, check_num_steps
@@ -30,7 +29,6 @@ from .movers import OptimizerFactory, optimizer_factory
 from .noise_ascent import VARIABLES, AscentSettings, GuidanceOutput, GuidedRun, NoiseAscent, ascend_noise
 from .text import TextEmbedding, TextGradientEstimator
 
-HALF_PRECISION_STEPS = {torch.float16: 0.05, torch.bfloat16: 0.1}
 """Relative lengths of the default estimator's differences. On the embedded checkpoint in bfloat16 a gradient's cosine
 with the exact product is 0.85 by 0.1, 0.82 by 0.05, and 0.43 by the 0.01 that float32 has (there 0.90)."""
 
@@ -202,7 +200,7 @@ def _output(
 ) -> GuidanceOutput:
     """Finishes the images as the stock call does, and makes the output."""
     processor = vars(backbone.pipe).get("image_processor") or VaeImageProcessor()
-    (images, unsafe), (initial, _) = (backbone.finish(each["images"]) for each in (ascent.best, ascent.initial))
+    (images, nsfw_flags), (initial, _) = (backbone.finish(each["images"]) for each in (ascent.best, ascent.initial))
     count = len(ascent.best_rewards)
 
     def postprocess(tensor: torch.Tensor) -> ImageLike:
@@ -215,7 +213,7 @@ def _output(
         images=postprocess(images), rewards=rows(ascent.rewards), best_rewards=ascent.best_rewards,
         latents=ascent.best["noise"], gradient_norms=rows(ascent.gradient_norms),
         seconds=torch.tensor(ascent.seconds, dtype=torch.float64),
-        num_denoiser_calls=ascent.num_sampling_calls + denoisers.calls(), nsfw_content_detected=unsafe,
+        num_denoiser_calls=ascent.num_sampling_calls + denoisers.calls(), nsfw_content_detected=nsfw_flags,
         initial_images=postprocess(initial), held_out_rewards=rows(ascent.held_out_rewards),
         shell_distances=rows(ascent.shell_distances), status=ascent.status,
         prompt_embeds=ascent.best.get("text"), controls=ascent.best.get("control"),
@@ -231,7 +229,7 @@ class _DenoisersAndEstimator:
     ):  # fmt: skip
         arguments = {name: value for name, value in arguments.items() if not name.startswith("callback")}
         self.forward = self.backward = PipelineDenoiser(backbone, **arguments)
-        estimator = default_estimator(backbone.dtype) if estimator is None else estimator
+        estimator = OneStepFisher() if estimator is None else estimator
         scale = adjoint_guidance_scale
         if scale is not None and scale != arguments.get("guidance_scale", scale):
             self.backward = PipelineDenoiser(backbone, **{**arguments, "guidance_scale": scale})
@@ -239,8 +237,8 @@ class _DenoisersAndEstimator:
         self.estimator = estimator.bind(self.backward)
         denoisers = (self.forward, self.backward, *self.estimator.denoisers)
         # By identity, so that each counts once; plain functions don't count their calls.
-        counted = {id(each): each for each in denoisers if isinstance(each, Denoiser)}
-        self._calls_before = [(each, each.num_calls) for each in counted.values()]
+        counters = {id(each): each for each in denoisers if isinstance(each, Denoiser)}
+        self._calls_before = [(each, each.num_calls) for each in counters.values()]
         self.text = TextEmbedding() if optimises_text else None
         if self.text is not None:
             for denoiser in (self.forward, self.backward):
@@ -250,9 +248,3 @@ class _DenoisersAndEstimator:
     def calls(self) -> int:
         """Returns the evaluations since this object was made, without those of the sampling runs."""
         return sum(each.num_calls - before for each, before in self._calls_before)
-
-
-def default_estimator(dtype: torch.dtype) -> OneStepFisher:
-    """Makes a `OneStepFisher` whose differences exceed the rounding errors of a network of `dtype`."""
-    step = HALF_PRECISION_STEPS.get(dtype)
-    return OneStepFisher(None if step is None else FiniteDifferenceFisher(relative_step=step))

@@ -53,7 +53,7 @@ class TextEmbedding:
             )
         denoiser.substitute = self._substitute
 
-    def _substitute(self, encoded: tuple, prompt: object, prompt_embeds: torch.Tensor | None) -> tuple:
+    def _substitute(self, encoding: tuple, prompt: object, prompt_embeds: torch.Tensor | None) -> tuple:
         """Returns the result of `encode_prompt` with the variable in the place of the embedding.
 
         The first call sets the variable to the embedding.
@@ -61,10 +61,10 @@ class TextEmbedding:
         source = prompt, id(prompt_embeds)
         if self._value is None:
             self._prompt = source
-            self._value = encoded[0].detach().to(torch.promote_types(encoded[0].dtype, torch.float32), copy=True)
+            self._value = encoding[0].detach().to(torch.promote_types(encoding[0].dtype, torch.float32), copy=True)
         elif source != self._prompt:
-            return encoded  # of negative prompts, where a call encodes them by themselves (Flux)
-        return (self._value.to(encoded[0].dtype), *encoded[1:])
+            return encoding  # of negative prompts, where a call encodes them by themselves (Flux)
+        return (self._value.to(encoding[0].dtype), *encoding[1:])
 
 
 class TextGradientEstimator(FisherEstimator):

@@ -1,4 +1,4 @@
-"""Shares between commands what all of them do: errors in words, and the reading of configuration files."""
+"""Shows errors as messages and parses the options of configuration files, for all commands."""
 
 import argparse
 import contextlib

@@ -15,12 +15,12 @@ from ..settings import input_error
 Config = TypeVar("Config")
 
 
-def build_config(kind: type[Config], values: object, where: str = "config") -> Config:
+def build_config(kind: type[Config], values: object, source: str = "config") -> Config:
     """Builds the settings class `kind` from nested mappings.
 
     Args:
-        values: what YAML can say: mappings, lists, numbers, texts, truth values and nulls.
-        where: the file that the values come from, for messages.
+        values: values that YAML has: mappings, lists, numbers, texts, truth values and nulls.
+        source: the file that the values come from, for messages.
 
     Raises:
         InputError: an unknown key, a missing key, or a value that its field does not allow.
@@ -31,9 +31,12 @@ def build_config(kind: type[Config], values: object, where: str = "config") -> C
         )  # in JSON a mapping may stand for a settings class; in Python it may not
         return pydantic.TypeAdapter(kind).validate_json(text)
     except pydantic.ValidationError as error:
-        raise input_error(error, kind, where) from error
-    except (TypeError, ValueError, RecursionError) as error:  # keys that are no texts, sections that hold themselves
-        raise InputError(f"{where}: the settings are no tree of keys and values: {error}. See configs/.") from error
+        raise input_error(error, kind, source) from error
+    # Keys may be no texts, and a section may contain itself.
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{source}: the settings are not a tree of keys and values: {error}. See configs/."
+        ) from error
 
 
 def load_config(path: str | os.PathLike, kind: type[Config], changes: Sequence[str] = ()) -> Config:
@@ -52,7 +55,7 @@ def load_config(path: str | os.PathLike, kind: type[Config], changes: Sequence[s
         raise InputError(f"Config file '{path}' can't be read: {error}. Write it as YAML in UTF-8.") from error
     for change in changes:
         _change(values, change)
-    return build_config(kind, values, where=str(path))
+    return build_config(kind, values, source=str(path))
 
 
 def _change(values: object, change: str) -> None:
@@ -70,7 +73,7 @@ def _change(values: object, change: str) -> None:
     try:
         values[key] = _parse_yaml(text)
     except yaml.YAMLError as error:
-        raise InputError(f"The change '{change}' has a value that is no YAML: {error}") from error
+        raise InputError(f"The change '{change}' has a value that is not YAML: {error}") from error
 
 
 def _parse_yaml(text: str) -> object:

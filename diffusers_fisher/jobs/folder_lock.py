@@ -1,4 +1,4 @@
-"""Keeps a folder for one run: a second run that would write into it is refused in words."""
+"""Reserves a folder for one run: a second run that would write into it is refused with a message."""
 
 import contextlib
 import datetime
@@ -21,10 +21,10 @@ from ..files import SILENT_SECONDS, check_writable, machine_name
 
 LOCK = ".lock.json"
 PATIENCE_SECONDS = 3.0
-"""A process that was killed needs a moment to end, and a run that is started again at once waits so long for it."""
+"""A process that was killed needs a moment to end. A run that starts again at once waits this long for it."""
 TURN = ".lock-turn"
 TURN_SECONDS = 10.0
-"""Age of the file `TURN`, which lives for milliseconds, from which on its process must be dead."""
+"""The file `TURN` exists for milliseconds. If it is older than this, the process that made it must be dead."""
 BEAT_SECONDS = 30.0
 """Time between two touches of the lock, by which its owner shows processes of other machines that it is alive."""
 
@@ -73,7 +73,7 @@ class FolderLock:
         threading.Thread(target=self._beat, daemon=True, name="folder lock").start()
         return self
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._end.set()
         if _read(self.path) == self._owner:
             self.path.unlink(missing_ok=True)
@@ -96,13 +96,13 @@ class FolderLock:
         if owner.get("machine") == machine_name() and isinstance(owner.get("process"), int):
             try:
                 process = psutil.Process(owner["process"])
-                started, is_zombie = process.create_time(), process.status() == psutil.STATUS_ZOMBIE
+                start_time, is_zombie = process.create_time(), process.status() == psutil.STATUS_ZOMBIE
             except psutil.NoSuchProcess:
                 return False
             except psutil.Error:
                 return True
-            # A zombie was killed, and its parent has not noticed. Of another start, a process has got its number.
-            return not is_zombie and abs(started - owner.get("started", started)) < 2
+            # A zombie's parent has not noticed its end yet. If the start differs, a new process has got the number.
+            return not is_zombie and abs(start_time - owner.get("started", start_time)) < 2
         return self._age(self.path) < SILENT_SECONDS
 
     def _age(self, path: Path) -> float:
@@ -115,14 +115,14 @@ class FolderLock:
         """Replaces the lock of a dead owner; returns whether this run has it now.
 
         Of several runs that found the same dead owner, the one that makes a second file replaces the lock, in one
-        operation and after another look at it. There is no moment without a lock.
+        operation and after it has read the lock again. The folder has a lock at every moment.
         """
-        turn = self.path.with_name(TURN)
+        turn_file = self.path.with_name(TURN)
         try:
-            os.close(os.open(turn, os.O_CREAT | os.O_EXCL))
+            os.close(os.open(turn_file, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
-            if self._age(turn) > TURN_SECONDS:  # of a run that was killed at this point
-                turn.unlink(missing_ok=True)
+            if self._age(turn_file) > TURN_SECONDS:  # its run was killed at this point
+                turn_file.unlink(missing_ok=True)
             time.sleep(0.05)
             return False
         try:
@@ -132,7 +132,7 @@ class FolderLock:
                 os.replace(file, self.path)
             return True
         finally:
-            turn.unlink(missing_ok=True)
+            turn_file.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._end.wait(BEAT_SECONDS):
@@ -153,7 +153,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path, state: PartialState | Accelerator) -> Iterator[None]:
-    """Keeps a folder for the processes of one launch in the block.
+    """Reserves a folder for the processes of one launch during the block.
 
     Args:
         state: accelerate's state of this process. The main process takes the lock, and the others wait until then.
@@ -170,7 +170,7 @@ def locked_folder(folder: Path, state: PartialState | Accelerator) -> Iterator[N
 
 @contextlib.contextmanager
 def _temporary(path: Path, content: dict[str, Any]) -> Iterator[Path]:
-    """Yields a file of its own beside `path`, with `content`."""
+    """Yields a temporary file beside `path`, with `content`."""
     file = path.with_name(f".lock-{secrets.token_hex(8)}.json")
     try:
         file.write_text(json.dumps(content), encoding="utf-8")

@@ -104,8 +104,8 @@ def data_note(source: Images | CachedLatents) -> dict[str, Any] | None:
 
     The content of files is not in it: images that can't be read may be repaired while a run lasts.
 
-    Of cached latents it returns the note of the images that they were made of, and the number of latents. A stream
-    has no known length, so the note is None.
+    For cached latents the result is the note of the images from which they were made, with the number of latents. A
+    stream has no known length, so the note is None.
     """
     if isinstance(source, ImageStream):
         return None
@@ -119,7 +119,7 @@ def data_note(source: Images | CachedLatents) -> dict[str, Any] | None:
 def images_digest(images: Images, with_files: bool = True) -> str:
     """Returns the number of images, and a hash of names, captions, and sizes and ends of files.
 
-    The hash is of about a thousand rows, evenly spaced. Of a stream, whose length is unknown, it is of the first
+    The hash covers about a thousand rows, evenly spaced. For a stream, whose length is unknown, it covers the first
     hundred rows.
 
     Args:

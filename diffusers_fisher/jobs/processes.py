@@ -18,7 +18,7 @@ def uses_cpu() -> bool:
 def process_state() -> PartialState:
     """Returns accelerate's state of this process.
 
-    Unlike a plain `PartialState()` it also works for several processes on CPUs, each of which would otherwise take
-    itself for the only one.
+    Unlike `PartialState()` without arguments it also works for several processes on CPUs. Each of them would otherwise
+    assume that it is the only one.
     """
     return PartialState(cpu=uses_cpu(), timeout=WAIT)

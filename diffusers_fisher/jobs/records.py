@@ -23,7 +23,7 @@ _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 class Records:
     """Records of a run over many items, in `FOLDER/records/KEY.json`, and its settings in `FOLDER/settings.json`.
 
-    A run that begins again over the same folder goes on with it: `missing` says which items are left. Several
+    A run that starts again in the same folder continues it: `missing` says which items are left. Several
     processes may share the folder; each writes its own items. Other files of an item (a picture, tensors) are written
     before its record, so that a record says that the whole item is there.
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 from diffusers.utils import BaseOutput
 
 from .squared_error import stratified_error
+from .traces import level_error, scatter_error
 
 METHODS = ("squared error", "ode")
 MAX_IMAGES = 10  # in print
@@ -20,13 +20,16 @@ class LikelihoodComparison(BaseOutput):
 
     Args:
         log_prob: (P, B) nats.
-        contributions: (n, P, B) nats, `log_prob` by each random draw alone (a level with its noise, or a probe); n = 0
-            where nothing was random. Draws are paired over prompts, and with "squared error" over images too.
+        contributions: nats by each random draw, paired over prompts. "squared error": (n, P, B), `log_prob` by each
+            level with its noise, paired over images too. "ode": (levels, k, P, B), parts of `log_prob` by each level
+            and probe; k = 0 where nothing was random.
         discretisation_error: (P, B) nats, error of the ODE, mostly equal for all prompts; zero with "squared error".
         dims: dimensions of one sample.
         num_denoiser_calls: evaluations of the denoiser for the whole table.
         space: "latent" or "pixel".
         method: "squared error" or "ode".
+        trace_weights: (levels,) nats of "ode", see `LikelihoodOutput`; None for "squared error".
+        fixed_probes: whether "ode" took the same probes at all levels.
     """
 
     log_prob: torch.Tensor
@@ -36,6 +39,8 @@ class LikelihoodComparison(BaseOutput):
     num_denoiser_calls: int
     space: str
     method: str
+    trace_weights: torch.Tensor | None = None
+    fixed_probes: bool = False
 
     def __str__(self) -> str:
         prompts, images = self.log_prob.shape
@@ -46,8 +51,8 @@ class LikelihoodComparison(BaseOutput):
         if prompts > 1:
             differences, errors = (each.gather(0, self.prompt_order[1:2])[0] for each in self.behind_best_prompt())
             lines += [
-                f"  image {index}: prompt {best} is likeliest, the next by {-behind:.4g} +- {error:.2g} nats less"
-                for index, (best, behind, error) in enumerate(
+                f"  image {index}: prompt {best} is likeliest, the next by {-difference:.4g} +- {error:.2g} nats less"
+                for index, (best, difference, error) in enumerate(
                     zip(self.best_prompt.tolist()[:MAX_IMAGES], differences.tolist(), errors.tolist(), strict=False)
                 )
             ]
@@ -84,15 +89,13 @@ class LikelihoodComparison(BaseOutput):
         best = self.log_prob.argmax(axis, keepdim=True)
         difference = self.log_prob - self.log_prob.gather(axis, best)
         draws = self.contributions
-        index = best.expand(len(draws), *best.shape)
-        return difference, self._error(draws - draws.gather(axis + 1, index))
+        index = best.expand(*draws.shape[:-2], *best.shape)
+        return difference, self._error(draws - draws.gather(axis - 2, index))
 
     def _error(self, differences: torch.Tensor) -> torch.Tensor:
-        """Returns the standard error of the mean over the first axis; zero for a best entry against itself."""
-        if len(differences) == 0:
-            return torch.zeros_like(self.log_prob)
-        if self.method == "squared error":
+        """Returns the standard error of differences (P, B); zero for a best entry against itself."""
+        if self.trace_weights is None:
             return stratified_error(differences)
-        if len(differences) == 1:
-            return torch.where(differences[0] == 0, 0.0, math.inf)
-        return differences.std(0) / len(differences) ** 0.5
+        if differences.shape[1] == 0:
+            return torch.zeros_like(self.log_prob)
+        return scatter_error(differences.sum(0)) if self.fixed_probes else level_error(differences, self.trace_weights)

@@ -36,8 +36,8 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
             the coordinates of `space`, at the sample (or, where `density` is "noised", at the noised sample).
         prior_log_prob: (B,) nats, the part of the noise end.
         trace_log_prob: (B,) nats, the part of the integrated trace; the two parts add up to `log_prob`.
-        standard_error: (B,) nats, from the trace's probes; infinite for one probe, zero without probes. It does not
-            include the error of a trace model.
+        standard_error: (B,) nats, from the trace's random probes; zero without probes, infinite for a single one that
+            is the same at all levels. It does not include the error of a trace model.
         discretisation_error: (B,) nats, size of the error by the finite number of steps: an estimate from the same
             evaluations, or where `halved` is true the difference from half as many steps.
         unexplained_noise_fraction: (levels, B) mean posterior variance of the noise, tr Cov[eps|x]/d; "r" in formulas.
@@ -53,7 +53,10 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         scheme: name of the integration scheme, of `diffusers_fisher.likelihood.SCHEMES`.
         offset_bits: bits that `bits_per_dim` adds for data in bins: log2 of the bins in a unit of the model's
             coordinates.
-        trace_by_probe: (k, B) nats, `trace_log_prob` by each probe alone, for paired comparisons; k = 0 without.
+        fixed_probes: whether the probes are the same at all levels.
+        trace_by_level: (levels, k, B) nats, contributions to `trace_log_prob` by each level and each of its k probes,
+            for paired comparisons; k = 0 without.
+        trace_weights: (levels,) nats, weights of 1 - r in the trace's integral.
     """
 
     log_prob: torch.Tensor
@@ -73,7 +76,14 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
     halved: bool
     scheme: str
     offset_bits: float
-    trace_by_probe: torch.Tensor
+    fixed_probes: bool
+    trace_by_level: torch.Tensor
+    trace_weights: torch.Tensor
+
+    @property
+    def trace_by_probe(self) -> torch.Tensor:
+        """`trace_log_prob` by each probe alone, (k, B) nats; k = 0 without probes."""
+        return self.trace_by_level.sum(0)
 
     def __str__(self) -> str:
         bits, count = self.bits_per_dim, len(self.log_prob)
@@ -82,7 +92,7 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         )
         offset = f", {self.offset_bits:.4f} of them for the bins" if self.offset_bits else ""
         how = "against half as many" if self.halved else "estimated"
-        by_probes = f"{probes:.4f} by the probes" if len(self.trace_by_probe) else "no probes"
+        by_probes = f"{probes:.4f} by the probes" if self.trace_by_level.shape[1] else "no probes"
         lines = [
             f"Log-likelihood of {count} {self.space} sample{'s' * (count > 1)} of {self.dims} dimensions",
             f"  bits/dim  {float(bits.mean()):.4f} on average, {float(bits.min()):.4f} to {float(bits.max()):.4f}"

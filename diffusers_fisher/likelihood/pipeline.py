@@ -15,10 +15,11 @@ from ..backbones.base import Generators, Moment
 from ..backbones.conditions import NEGATIVE_PROMPTS, Condition
 from ..backbones.inputs import check_arguments
 from ..errors import InputError
-from ..fisher.autodiff import AutodiffFisher
 from ..fisher.estimator import FisherEstimator
+from ..fisher.finite_difference import FiniteDifferenceFisher
 from ..fisher.trace_matching import TraceMatchingFisher
-from ..images import UNIT_RANGE, ImageLike
+from ..images import UNIT_RANGE, ImageLike, image_tensor
+from ..seeds import content_key
 from .comparison import METHODS, LikelihoodComparison
 from .output import LikelihoodOutput, SquaredErrorOutput
 from .schemes import DEFAULT_SCHEME
@@ -39,6 +40,7 @@ def log_likelihood(
     num_inference_steps: int = 32,
     estimator: FisherEstimator | None = None,
     num_probes: int | Literal["auto"] | None = "auto",
+    fixed_probes: bool = False,
     noised: bool = False,
     step_halving: bool = False,
     prior_mean: Moment = None,
@@ -47,6 +49,7 @@ def log_likelihood(
     scheme: str = DEFAULT_SCHEME,
     data_range: tuple[float, float] = UNIT_RANGE,
     bins: int | None = None,
+    image_keys: Sequence[str] | None = None,
     **call_arguments: Any,
 ) -> LikelihoodOutput:
     """Scores images by their log-likelihood under a checkpoint, without classifier-free guidance.
@@ -63,21 +66,24 @@ def log_likelihood(
         latents: (B, C, h, w) scaled latents, instead of `images`.
         num_inference_steps: steps of the integration.
         estimator: gives the trace of the diffusion Fisher; None: `TraceMatchingFisher` with the checkpoint's trace
-            model, or without a trace model the network's own trace, `AutodiffFisher()`.
-        num_probes: Hutchinson probes; None: the exact trace, with `AutodiffFisher` by C*h*w backward passes per step;
-            "auto": None for trace models, else 2.
-        noised, step_halving, generator, scheme: see `diffusers_fisher.likelihood.Integration`.
+            model, or without a trace model `FiniteDifferenceFisher()`, which needs no graph.
+        num_probes: number of random directions of the trace per level; None: the exact trace, for which
+            `AutodiffFisher` takes C*h*w backward passes per level; "auto": None for trace models, else 1.
+        fixed_probes, noised, step_halving, generator, scheme: see `diffusers_fisher.likelihood.Integration`.
         prior_mean, prior_variance: moments of the training data's latents; None: the checkpoint's `latent_statistics`,
             or 0 and 1 where it has none. The output's `prior` names the choice.
         data_range: lowest and highest value of arrays and tensors of images, such as (0, 255).
         bins: for pipelines in pixels, the number of values an image can have, 256 for 8 bits: each pixel is moved to a
             random point of its bin, and `bits_per_dim` is that of the discrete image. None: that of the density.
+        image_keys: one key per image, which stands for it in its random draws: images of equal keys have equal draws.
+            None: a key of the image's values, so that an image has the same number in every batch and every order.
         **call_arguments: arguments of the pipeline's call, such as `prompt_embeds` with the tensors that belong to
             them. Negative prompts have no effect without guidance, and are refused.
 
     Returns:
-        `LikelihoodOutput`. Cost: `num_inference_steps` + 1 evaluations, half as many again with `step_halving`, each
-        with one backward pass per probe, or with one evaluation of the trace model. Warns where the discretisation
+        `LikelihoodOutput`. Cost: `num_inference_steps` + 1 levels, half as many again with `step_halving`, each with
+        one evaluation of the denoiser and one of the trace model; without a trace model one more of the denoiser per
+        probe instead (`AutodiffFisher`: a backward pass). Warns where the discretisation
         error exceeds 0.05 bits/dim (`CoarseGridWarning`).
 
     Raises:
@@ -92,18 +98,21 @@ def log_likelihood(
     backbone.check_scheduler()
     guidance_scale = backbone.unguided_scale(call_arguments)
     call_arguments = check_arguments(backbone.name, backbone.parameters, log_likelihood, call_arguments)
-    samples = backbone.samples_of(images, latents, data_range)
+    samples, keys = keyed_images(backbone, images, latents, data_range)
     denoiser = unguided_denoiser(backbone, samples, guidance_scale, prompt, call_arguments)
     if estimator is None:
-        estimator = AutodiffFisher() if backbone.trace_model is None else TraceMatchingFisher(backbone.trace_model)
+        estimator = (
+            FiniteDifferenceFisher() if backbone.trace_model is None else TraceMatchingFisher(backbone.trace_model)
+        )
     if num_probes == "auto":
         num_probes = estimator.default_num_probes
     mean, variance = backbone.prior(prior_mean, prior_variance, samples)
     nodes = num_inference_steps + 1 + (num_inference_steps // 2 + 1 if step_halving else 0)
     with backbone.loaded(), backbone.progress_bar(nodes) as progress:
         integration = Integration(
-            num_inference_steps, num_probes, mean, variance, noised, step_halving, generator, scheme, bins,
-            backbone.space, progress.update,
+            num_inference_steps, num_probes, fixed_probes, mean, variance, noised, step_halving, generator,
+            image_keys or keys,
+            scheme, bins, backbone.space, progress.update,
         )  # fmt: skip
         return integrate_log_likelihood(denoiser, backbone.pack(samples), estimator, integration)
 
@@ -151,15 +160,17 @@ def compare_likelihood(
         raise InputError(f"`prompts` is {prompts!r}; allowed: a list of at least one, each for all images.")
     if generator is None:  # for None, noise on a GPU would come from the GPU's generator, which is not replayed
         generator = torch.default_generator
-    samples = backbone.samples_of(images, latents, options.pop("data_range", UNIT_RANGE))
+    samples, keys = keyed_images(backbone, images, latents, options.pop("data_range", UNIT_RANGE))
     rows: list[LikelihoodOutput] | list[SquaredErrorOutput]
     if method == "ode":
+        options.setdefault("image_keys", keys)
         rows = scores = [
             log_likelihood(pipe, None, prompt, latents=samples, generator=generator, **options)
             for prompt in _replay(candidates, generator)
         ]
         errors = torch.stack([row.discretisation_error for row in scores])
-        draws = [row.prior_log_prob + row.trace_by_probe for row in scores]
+        draws = [row.trace_by_level for row in scores]
+        weights, fixed = scores[0].trace_weights, scores[0].fixed_probes
     else:
         backbone.check_scheduler()
         bins = options.pop("bins", None)
@@ -178,11 +189,28 @@ def compare_likelihood(
             ]  # fmt: skip
         errors = torch.zeros(len(squares), len(samples), dtype=torch.float64)
         draws = [row.contributions for row in squares]
+        weights, fixed = None, False
     return LikelihoodComparison(
-        log_prob=torch.stack([row.log_prob for row in rows]), contributions=torch.stack(draws, dim=1),
+        log_prob=torch.stack([row.log_prob for row in rows]), contributions=torch.stack(draws, dim=-2),
         discretisation_error=errors, dims=rows[0].dims,
         num_denoiser_calls=sum(row.num_denoiser_calls for row in rows), space=rows[0].space, method=method,
+        trace_weights=weights, fixed_probes=fixed,
     )  # fmt: skip
+
+
+def keyed_images(
+    backbone: Backbone, images: ImageLike | None, latents: torch.Tensor | None, data_range: tuple[float, float]
+) -> tuple[torch.Tensor, list[str]]:
+    """Returns the samples of images or latents, see `Backbone.samples_of`, and a key of each image's values.
+
+    Keys are those of the input, because encoders round by batch, in 8 bits, because arrays and PIL images of the same
+    pixels differ in their last digits.
+    """
+    if images is None or latents is not None:
+        samples = backbone.samples_of(images, latents)
+        return samples, [content_key(sample) for sample in samples]
+    pixels = image_tensor(images, backbone.size_multiple, backbone.image_channels, data_range)
+    return backbone.samples_of(pixels), [content_key(image) for image in (255 * pixels).round()]
 
 
 def unguided_denoiser(
@@ -218,17 +246,17 @@ def _check_options(backbone: Backbone, method: str, num_levels: int | None, opti
         if num_levels is not None:
             raise InputError("`num_levels` belongs to method 'squared error'; 'ode' takes `num_inference_steps`.")
         return options
-    others = {field.name for field in dataclasses.fields(Integration)} | {"num_inference_steps", "estimator"}
-    for name in sorted((others - set(SQUARED_ERROR_OPTIONS)) & set(options)):
+    ode_options = {field.name for field in dataclasses.fields(Integration)} | {"num_inference_steps", "estimator"}
+    for name in sorted((ode_options - set(SQUARED_ERROR_OPTIONS)) & set(options)):
         raise InputError(
             f"`{name}` belongs to method='ode'; 'squared error' takes num_levels, "
             f"{', '.join(SQUARED_ERROR_OPTIONS)} and arguments of the pipeline's call."
         )
-    own = {
+    result = {
         name: fit(name, options[name], hints_of(log_likelihood)) for name in SQUARED_ERROR_OPTIONS if name in options
     }
-    arguments = {name: value for name, value in options.items() if name not in own}
-    return own | check_arguments(backbone.name, backbone.parameters, compare_likelihood, arguments)
+    arguments = {name: value for name, value in options.items() if name not in result}
+    return result | check_arguments(backbone.name, backbone.parameters, compare_likelihood, arguments)
 
 
 def _replay(entries: Sequence[Any], generator: torch.Generator) -> Iterator[Any]:

@@ -61,7 +61,7 @@ def reference_log_likelihood(
         raise InputError(
             f"`tolerance` is {tolerance}, `num_levels` {num_levels}; allowed: between 0 and 0.1, at least 2."
         )
-    integration = Integration(num_levels - 1, None, prior_mean, prior_variance, space=space)
+    integration = Integration(num_levels - 1, None, prior_mean=prior_mean, prior_variance=prior_variance, space=space)
     estimator = AutodiffFisher(chunk_size=64) if estimator is None else estimator
     problem = prepare_problem(denoiser, samples, estimator, integration)
     grid = noise_grid(problem.low, problem.high, num_levels - 1)
@@ -73,7 +73,8 @@ def reference_log_likelihood(
         raise NumericalError(f"Reference log-likelihoods are not finite: {(prior + trace).tolist()}.")
     return make_output(
         problem, f"dopri5, tolerance {tolerance:g}", final_latents=end, prior_log_prob=prior, trace_log_prob=trace,
-        trace_by_probe=trace.new_empty(0, len(trace)), unexplained_noise_fraction=r, noise_to_signal=grid.exp(),
+        standard_error=torch.zeros_like(trace), trace_by_level=trace.new_empty(num_levels, 0, len(trace)),
+        trace_weights=trace.new_zeros(num_levels), unexplained_noise_fraction=r, noise_to_signal=grid.exp(),
         discretisation_error=error,
     )  # fmt: skip
 
@@ -90,10 +91,10 @@ def _solve(
         x = (norm * state[:, :-1]).view(shape)
         # An adaptive solver may ask for levels that rounding puts beyond the ends.
         timestep = timestep_at(problem.denoiser.scheduler, u.detach().cpu().clamp(problem.low, problem.high))
-        epsilon, rest, _ = problem.evaluate(x, timestep)
+        node = problem.evaluate(x, timestep, float(u))
         # d/du of x~/norm, with d(norm)/du = s^2/norm
-        slope = s / norm * epsilon.flatten(1) - (s / norm) ** 2 * state[:, :-1]
-        return torch.cat([slope, rest[:, None].to(slope)], dim=1)
+        slope = s / norm * node.epsilon.flatten(1) - (s / norm) ** 2 * state[:, :-1]
+        return torch.cat([slope, node.trace.rest[:, None].to(slope)], dim=1)
 
     def largest_norm(error: torch.Tensor) -> torch.Tensor:
         return error.view(shape[0], -1).square().mean(1).sqrt().max()

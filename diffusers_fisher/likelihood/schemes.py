@@ -72,8 +72,8 @@ THINNING = (0.2, 0.5)
 def noise_grid(low: float, high: float, num_steps: int) -> torch.Tensor:
     """Makes a grid of log s from `low` to `high`, (num_steps + 1,) float64, dense where Gaussian mixtures need it."""
     u = numpy.linspace(low, high, 4001)
-    outside = THINNING[0] * numpy.maximum(CORE[0] - u, 0) + THINNING[1] * numpy.maximum(u - CORE[1], 0)
-    density = (1 + numpy.exp(-(((u - TRANSITION) / WIDTH) ** 2) / 2)) * numpy.exp(-outside)
+    fall = THINNING[0] * numpy.maximum(CORE[0] - u, 0) + THINNING[1] * numpy.maximum(u - CORE[1], 0)
+    density = (1 + numpy.exp(-(((u - TRANSITION) / WIDTH) ** 2) / 2)) * numpy.exp(-fall)
     # The nodes are at equal steps of the density's integral (by the trapezoidal rule), so a grid of half as many steps
     # has every other node.
     share = numpy.concatenate([[0.0], numpy.cumsum(density[1:] + density[:-1])])

@@ -10,19 +10,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ..arguments import check_generators, check_kinds
 from ..denoiser import Denoiser
 from ..errors import CoarseGridWarning, InputError, NumericalError
-from ..fisher.estimate import Generators, Probes, rademacher
+from ..fisher.estimate import Generators
 from ..fisher.estimator import FisherEstimator, check_estimator
 from ..noise import expand, log_noise_to_signal_range, timestep_at
 from .bins import dequantised, offset_bits
+from .discretisation import estimated_error
+from .draws import ImageDraws
 from .output import LikelihoodOutput
 from .schemes import DEFAULT_SCHEME, Scheme, Track, noise_grid, quadrature_weights, scheme_of
+from .traces import NodeTrace, node_variance, standard_error
 
 Moment = torch.Tensor | float | None
 
@@ -42,7 +45,7 @@ class OdeProblem:
         start: (B, ...) float64, the points whose density is computed.
         dtype: dtype of the denoiser's inputs.
         estimator: gives the trace at every node, with its denoiser.
-        probes: probes of the trace; None where the trace is exact.
+        draws: makes the directions of the trace.
         low, high: log(sigma/alpha) at the ends.
         mean, variance: float64 moments of the data, for the prior.
         calls_before: the denoiser's `num_calls` before the integration.
@@ -53,7 +56,7 @@ class OdeProblem:
     start: torch.Tensor
     dtype: torch.dtype
     estimator: FisherEstimator
-    probes: Probes | None
+    draws: ImageDraws
     low: float
     high: float
     mean: torch.Tensor
@@ -61,17 +64,24 @@ class OdeProblem:
     calls_before: int
     integration: Integration
 
-    def evaluate(self, x: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns eps (B, ...), 1 - r (B,) and its value by each probe (k, B) at x~ = `x`, all float64."""
+    def evaluate(self, x: torch.Tensor, timestep: torch.Tensor, log_noise: float) -> Node:
+        """Evaluates the denoiser and the trace at x~ = `x`, (B, ...) float64, and log s = `log_noise`."""
         level = self.denoiser.level(timestep)
         needs_graph = self.estimator.needs_graph
         with torch.set_grad_enabled(needs_graph):
             model_input = (expand(level.alpha, x) * x).to(self.dtype).requires_grad_(needs_graph)
             state = self.denoiser.state(model_input, timestep.to(torch.float32))
-            estimate = self.estimator(state).trace(self.probes)
+            operator, factor = self.estimator(state), float(level.sigma) ** 2 / x[0].numel()
+            count = self.integration.num_probes
+            if count is None:
+                trace = NodeTrace.exact(factor * operator.trace().value.to(x.device))
+            else:
+                # Rounded, because another way to the same grid may differ in the last digits.
+                place = "fixed" if self.integration.fixed_probes else f"{log_noise:.9f}"
+                vectors = self.draws.signs(count, "probes", place).to(model_input)
+                trace = NodeTrace.sampled(vectors, factor * operator.products(vectors).detach().double())
         self.integration.on_step()
-        factor = (level.sigma**2 / x[0].numel()).to(x.device)
-        return state.epsilon.detach().double(), factor * estimate.value, factor * estimate.values
+        return Node(state.epsilon.detach().double(), trace)
 
     def prior(self, x: torch.Tensor) -> torch.Tensor:
         """Returns log N(x; mean, variance + s^2) at the noise end, (B,) nats."""
@@ -81,6 +91,14 @@ class OdeProblem:
         return prior.log_prob(x).flatten(1).sum(1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """Holds eps (B, ...) float64 and the trace at one node of the grid."""
+
+    epsilon: torch.Tensor
+    trace: NodeTrace
+
+
 @check_kinds
 @dataclasses.dataclass(frozen=True)
 class Integration:
@@ -88,13 +106,18 @@ class Integration:
 
     Args:
         num_steps: number of steps of the grid in log(sigma/alpha), see `noise_grid`; at least 2.
-        num_probes: number of Rademacher probes for Hutchinson's trace; None: the operator's exact trace (d products).
+        num_probes: number of directions of random signs at every node (Hutchinson, 1990); None: the operator's exact
+            trace, in closed form or by d products.
+        fixed_probes: take the same directions at all nodes. Their errors then add up over the nodes instead of
+            cancelling, and the standard error comes from the scatter of the probes, so it needs two or more.
         prior_mean, prior_variance: moments of the data, which broadcast to one sample; None for both: 0 and 1
             ("standard").
         noised: whether to evaluate at `samples + s_0 * noise` instead of at `samples`.
         step_halving: whether to measure the discretisation error by half as many steps, for half as many evaluations
             again.
-        generator: draws the probes, the place in the bins, and the noise of `noised`, in this order.
+        generator: gives the seed of the probes, of the place in the bins and of the noise of `noised`. All of them
+            are functions of this seed and of the image alone.
+        keys: one key per image, which stands for it in its random draws; None: a key of the sample's values.
         scheme: "euler", "trapezoid", "adams3" or "adams4", of order 1 to 4.
         bins: number of equally spaced values from -1 to 1 on which the samples lie: each is moved to a random point of
             its bin, and `bits_per_dim` is that of the bins. None: that of the density.
@@ -103,12 +126,14 @@ class Integration:
     """
 
     num_steps: int = 20
-    num_probes: int | None = 2
+    num_probes: int | None = 1
+    fixed_probes: bool = False
     prior_mean: Moment = None
     prior_variance: Moment = None
     noised: bool = False
     step_halving: bool = False
     generator: Generators = None
+    keys: Sequence[str] | None = None
     scheme: str = DEFAULT_SCHEME
     bins: int | None = None
     space: str = "latent"
@@ -121,8 +146,9 @@ def integrate_log_likelihood(
 ) -> LikelihoodOutput:
     """Integrates the log-likelihood of clean `samples` (B, ...) under the model behind `denoiser`.
 
-    The probes are the same at every node. Cost: `num_steps + 1` evaluations with the estimator's trace at each; the
-    error estimate needs no more. Where the estimate exceeds 0.05 bits/dim, a `CoarseGridWarning` says so.
+    Every node has directions of its own, so that their errors cancel over the nodes. Cost: `num_steps + 1` evaluations
+    with the estimator's trace at each; the error estimates need no more. Where the discretisation error's estimate
+    exceeds 0.05 bits/dim, a `CoarseGridWarning` says so.
 
     Args:
         denoiser: denoiser at guidance scale 1; a guided output is the score of no density.
@@ -180,6 +206,8 @@ def prepare_problem(
     """Checks what is to be integrated, and makes all random draws. Raises as `integrate_log_likelihood`."""
     samples, bins, generator = check_samples(samples), integration.bins, integration.generator
     check_generators(generator, len(samples))
+    if integration.keys is not None and len(integration.keys) != len(samples):
+        raise InputError(f"{len(integration.keys)} image keys were given for {len(samples)} images; give as many.")
     if integration.num_probes is not None and integration.num_probes > max(samples[0].numel(), MANY_PROBES):
         raise InputError(
             f"`num_probes` is {integration.num_probes} for samples of {samples[0].numel()} dimensions; pass None for "
@@ -193,13 +221,12 @@ def prepare_problem(
         )
     estimator = estimator.bind(denoiser)
     low, high = log_noise_to_signal_range(denoiser.scheduler)
-    count = integration.num_probes
-    probes = None if count is None else rademacher(count, samples, generator)
-    start = samples.double() if bins is None else dequantised(samples, bins, generator)
+    draws = ImageDraws(samples, generator, integration.keys)
+    start = samples.double() if bins is None else dequantised(samples, bins, draws.generators("bins"))
     if integration.noised:
-        start = start + math.exp(low) * standard_noise(samples, generator)
+        start = start + math.exp(low) * draws.normal("noise").to(start.device)
     return OdeProblem(
-        denoiser, start, samples.dtype, estimator, probes, low, high, *moments, denoiser.num_calls, integration
+        denoiser, start, samples.dtype, estimator, draws, low, high, *moments, denoiser.num_calls, integration
     )
 
 
@@ -213,70 +240,36 @@ def integrate(problem: OdeProblem, num_steps: int, scheme: Scheme) -> Likelihood
     grid = noise_grid(problem.low, problem.high, num_steps)
     timesteps, nodes = timestep_at(problem.denoiser.scheduler, grid), grid.tolist()
     x = problem.start
-    epsilon, rest, by_probe = problem.evaluate(x, timesteps[0])
-    path = Track(x, epsilon, scheme.order)
-    solution, companion = (Track(x, epsilon, order, linearised=True) for order in (scheme.order, scheme.companion))
+    node = problem.evaluate(x, timesteps[0], nodes[0])
+    path = Track(x, node.epsilon, scheme.order)
+    solution, companion = (
+        Track(x, node.epsilon, order, linearised=True) for order in (scheme.order, scheme.companion)
+    )
     # The solution of higher order is the nearest to the true one: the trace's points are measured against it.
     best = solution if scheme.order > scheme.companion else companion
-    rests, rests_by_probe, shifts = [rest], [by_probe], []
+    traces, shifts = [node.trace], []
     for index in range(1, len(nodes)):
         point, previous = path.predict(nodes, index), path.x
-        epsilon, rest, by_probe = problem.evaluate(point, timesteps[index])
-        slope = expand(rest.clamp(0, 1) / math.exp(nodes[index]), x)
+        node = problem.evaluate(point, timesteps[index], nodes[index])
+        slope = expand(node.trace.rest.clamp(0, 1) / math.exp(nodes[index]), x)
         for track in (path, solution, companion):
-            track.correct(nodes, index, point, epsilon, slope)
+            track.correct(nodes, index, point, node.epsilon, slope)
         shifts.append(_norm(best.x - point) / _norm(point - previous).clamp_min(torch.finfo(torch.float64).tiny))
-        rests.append(rest)
-        rests_by_probe.append(by_probe)
-    values, dimensions = torch.stack(rests), x[0].numel()
-    weights = quadrature_weights(grid, scheme.quadrature).to(x.device)
+        traces.append(node.trace)
+    values, dimensions = torch.stack([trace.rest for trace in traces]), x[0].numel()
+    weights = dimensions * quadrature_weights(grid, scheme.quadrature).to(x.device)
+    fixed = problem.integration.fixed_probes
+    variance = node_variance(traces, fixed)
     prior = problem.prior(solution.x)
-    prior_error = (problem.prior(companion.x) - prior).abs()
+    prior_error = (problem.prior(companion.x) - prior).abs() / dimensions
+    error = estimated_error(prior_error, values, variance, torch.stack(shifts), grid.to(x.device), scheme)
     return make_output(
         problem, problem.integration.scheme, final_latents=solution.x, prior_log_prob=prior,
-        trace_log_prob=dimensions * torch.einsum("n,nb->b", weights, values),
-        trace_by_probe=dimensions * torch.einsum("n,nkb->kb", weights, torch.stack(rests_by_probe)),
-        unexplained_noise_fraction=1 - values, noise_to_signal=grid.exp(),
-        discretisation_error=_error(prior_error, values, torch.stack(shifts), grid.to(x.device), scheme, dimensions),
+        trace_log_prob=torch.einsum("n,nb->b", weights, values),
+        trace_by_level=weights[:, None, None] * torch.stack([trace.by_probe for trace in traces]),
+        trace_weights=weights, unexplained_noise_fraction=1 - values, noise_to_signal=grid.exp(),
+        standard_error=standard_error(traces, variance, weights, fixed), discretisation_error=dimensions * error,
     )  # fmt: skip
-
-
-def _error(
-    prior_error: torch.Tensor, rests: torch.Tensor, shifts: torch.Tensor, grid: torch.Tensor, scheme: Scheme,
-    dimensions: int,
-) -> torch.Tensor:  # fmt: skip
-    """Estimates the size of the discretisation error, (B,) nats, from one run.
-
-    The fractions below were set on Gaussians and mixtures: docs/likelihood.md tells the cases that the sum covers, and
-    its size.
-
-    Args:
-        prior_error: (B,) nats, difference of the prior between the two solutions' ends: the error of the path.
-        rests: (levels, B) 1 - r at the nodes.
-        shifts: (levels - 1, B) distance of each point where the trace was taken from the solution, in steps.
-        grid: (levels,) log s.
-    """
-    # The error of the trace's integral if r were exact: the difference from another quadrature of the same values.
-    others = [quadrature_weights(grid.cpu(), points) for points in (scheme.quadrature, scheme.companion_quadrature)]
-    quadrature = torch.einsum("n,nb->b", (others[0] - others[1]).to(rests.device), rests)
-    # The error of r itself, which was taken beside the solution. How much r varies there is not known, but how much it
-    # varies along the path is: a point that is off by a fraction of a step counts that fraction of the step's change
-    # in r. The local variance v = s^2 r/(1 - r) tells a smooth change from a surprise: where log v (logit r + 2 log s)
-    # grows or falls over a step as over the step before, the change of r was foreseeable.
-    r = (1 - rests).clamp(1e-9, 1 - 1e-9)
-    growth = (r.logit() + 2 * grid[:, None]).diff(dim=0)
-    before = torch.nn.functional.pad(growth[:-1], (0, 0, 1, 0))
-    steps = grid.diff()[:, None]
-    surprise = (r[1:] - torch.sigmoid(r[:-1].logit() - 2 * steps + before)).abs()
-    offsets = shifts * steps
-    # On the cases that the fractions were set on, a twentieth of the whole change covers the error where r changes
-    # smoothly; a surprise needs twice its size.
-    smooth = (offsets * rests.diff(dim=0).abs()).sum(0) / 20
-    # Where the companions are of lower order than the result, all but the surprise overstate the error, and the more
-    # the finer the grid: on grids of steps below 3 in log s they count less (`Scheme.fine`).
-    share = scheme.fine + (scheme.coarse - scheme.fine) * min(1.0, float(steps.max()) / 3)
-    foreseeable = prior_error + dimensions * (quadrature.abs() + smooth)
-    return share * foreseeable + 2 * dimensions * (offsets * surprise).sum(0)
 
 
 def make_output(problem: OdeProblem, scheme: str, **tensors: torch.Tensor) -> LikelihoodOutput:
@@ -284,22 +277,26 @@ def make_output(problem: OdeProblem, scheme: str, **tensors: torch.Tensor) -> Li
 
     Args:
         scheme: name of the way in which the problem was integrated.
-        **tensors: the tensors of `LikelihoodOutput` by name, without `log_prob` and `standard_error`.
+        **tensors: the tensors of `LikelihoodOutput` by name, without `log_prob`.
     """
-    options, count = problem.integration, problem.integration.num_probes
-    error = torch.zeros_like(tensors["trace_log_prob"])
-    if count is not None:
-        # A single probe has no spread to tell its error from.
-        error = error + torch.inf if count == 1 else tensors["trace_by_probe"].std(0) / count**0.5
-    tensors |= {"log_prob": tensors["prior_log_prob"] + tensors["trace_log_prob"], "standard_error": error}
+    options = problem.integration
+    tensors |= {"log_prob": tensors["prior_log_prob"] + tensors["trace_log_prob"]}
     return LikelihoodOutput(
         **{name: tensor.cpu() for name, tensor in tensors.items()}, dims=problem.start[0].numel(),
         num_denoiser_calls=problem.denoiser.num_calls - problem.calls_before, space=options.space,
         prior="standard" if options.prior_mean is None else "moment-matched",
         density="noised" if options.noised else "smoothed", halved=options.step_halving, scheme=scheme,
-        trace=f"{problem.estimator.description}, {'no' if count is None else count} probes",
+        trace=f"{problem.estimator.description}, {_probes(options)}", fixed_probes=options.fixed_probes,
         offset_bits=offset_bits(options.bins),
     )  # fmt: skip
+
+
+def _probes(options: Integration) -> str:
+    """Describes the probes of the trace."""
+    count = options.num_probes
+    if count is None:
+        return "no probes"
+    return f"{count} probe{'s' * (count > 1)} " + ("for all levels" if options.fixed_probes else "per level")
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:

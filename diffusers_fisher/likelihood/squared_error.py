@@ -70,8 +70,8 @@ def squared_error_log_likelihood(
     for log_s, timestep, noise in zip(levels, timesteps, noises, strict=True):
         with torch.no_grad():
             level = denoiser.level(timestep)
-            noised = (expand(level.alpha, start) * start + expand(level.sigma, start) * noise).to(samples.dtype)
-            epsilon = denoiser.state(noised, timestep.to(torch.float32)).epsilon
+            sample = (expand(level.alpha, start) * start + expand(level.sigma, start) * noise).to(samples.dtype)
+            epsilon = denoiser.state(sample, timestep.to(torch.float32)).epsilon
         error = (noise - epsilon.double()).square().flatten(1).sum(1)
         # A control variate: |eps|^2 - d has mean zero, and r^2 of it is in the squared error.
         rows.append(dimensions - error + _share(log_s).square().to(error.device) * (noise.square().sum() - dimensions))
@@ -102,14 +102,14 @@ def _levels(
     count: int, low: float, high: float, generator: torch.Generator | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws log s (n,), one from each of n parts of equal probability, and returns the inverse density there too."""
-    fine = torch.linspace(low, high, 4097, dtype=torch.float64)
-    cumulative = torch.nn.functional.pad(torch.cumulative_trapezoid(0.25 + _share(fine), fine), (1, 0))
+    grid = torch.linspace(low, high, 4097, dtype=torch.float64)
+    cumulative = torch.nn.functional.pad(torch.cumulative_trapezoid(0.25 + _share(grid), grid), (1, 0))
     device = "cpu" if generator is None else generator.device
     uniform = torch.rand(count, generator=generator, dtype=torch.float64, device=device).cpu()
     quantiles = (torch.arange(count) + uniform) / count * cumulative[-1]
-    upper = torch.searchsorted(cumulative, quantiles).clamp(1, len(fine) - 1)
+    upper = torch.searchsorted(cumulative, quantiles).clamp(1, len(grid) - 1)
     share = (quantiles - cumulative[upper - 1]) / (cumulative[upper] - cumulative[upper - 1])
-    levels = fine[upper - 1] + share * (fine[upper] - fine[upper - 1])
+    levels = grid[upper - 1] + share * (grid[upper] - grid[upper - 1])
     return levels, cumulative[-1] / (0.25 + _share(levels))
 
 

@@ -112,9 +112,9 @@ class TokenBlock(nn.Module):
 
     def forward(self, h: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         active = F.silu(h)
-        mixed = active + self.neighbours(active.mT).mT
+        mixture = active + self.neighbours(active.mT).mT
         scale, shift = self.modulation(embedding)[:, None].chunk(2, dim=2)
-        hidden = self.first(mixed) + self.mean(active.mean(1, keepdim=True))
+        hidden = self.first(mixture) + self.mean(active.mean(1, keepdim=True))
         return h + self.second(F.silu((1 + scale) * hidden + shift))
 
 
@@ -232,8 +232,8 @@ class FeatureEncoder(nn.Module):
             standard = self.statistics.standardised(features, log_noise)
             return self.head(standard.to(embedding.dtype), embedding) + 0 * self.none
         # All parameters take part in both cases: processes that train together wait for the gradient of each.
-        absent = torch.zeros(len(log_noise), self.features, device=embedding.device, dtype=embedding.dtype)
-        return self.none + 0 * self.head(absent, embedding)
+        zeros = torch.zeros(len(log_noise), self.features, device=embedding.device, dtype=embedding.dtype)
+        return self.none + 0 * self.head(zeros, embedding)
 
 
 class PixelHead(nn.Module):

@@ -122,67 +122,67 @@ def component_key(component: object) -> Hashable:
 
 def _network_fingerprint(network: torch.nn.Module) -> dict[str, Any]:
     parameters = dict(sorted((name.replace(COMPILED, ""), value) for name, value in network.named_parameters()))
-    sampled = [parameters[name] for name in _spread(list(parameters))]
+    samples = [parameters[name] for name in _spread(list(parameters))]
     shapes = [(name, list(parameter.shape)) for name, parameter in parameters.items()]
     return {
         "denoiser": type(network).__name__, "config": _hash(_settings(network)), "parameters": _hash(shapes),
-        "weights": [_projection(parameter) for parameter in sampled],
-        "counts": [min(parameter.numel(), NUM_VALUES) for parameter in sampled],
+        "weights": [_projection(parameter) for parameter in samples],
+        "counts": [min(parameter.numel(), NUM_VALUES) for parameter in samples],
         "matrices": _sums_of_matrices(parameters.values()), "outputs": fixed_outputs(network),
     }  # fmt: skip
 
 
-def fingerprint_differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """Says in words how fingerprint `found` differs from `expected`; keys that one of them lacks are not compared.
+def fingerprint_differences(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
+    """Says in words how fingerprint `actual` differs from `expected`; keys that one of them lacks are not compared.
 
     Networks whose outputs agree are the same denoiser, whatever their classes, settings and weights are. Fingerprints
     of earlier releases lack `outputs`, and those of the first one `counts` and `matrices`, too: then their weights are
     compared by 16 parameters alone.
     """
     words = []
-    if _differ(expected, found, "prediction_type"):
-        words.append(f"prediction type: trained for {expected['prediction_type']}, got {found['prediction_type']}")
-    words += _network_differences(expected, found)
-    schedule = _largest_gap(expected.get("schedule"), found.get("schedule"))
+    if _differ(expected, actual, "prediction_type"):
+        words.append(f"prediction type: trained for {expected['prediction_type']}, got {actual['prediction_type']}")
+    words += _network_differences(expected, actual)
+    schedule = _largest_gap(expected.get("schedule"), actual.get("schedule"))
     if schedule > SCHEDULE_TOLERANCE:
-        levels = [", ".join(f"{value:.3f}" for value in each["schedule"]) for each in (expected, found)]
+        levels = [", ".join(f"{value:.3f}" for value in each["schedule"]) for each in (expected, actual)]
         words.append(f"schedule: trained for log(sigma/alpha) {levels[0]} at five timesteps, got {levels[1]}")
     return words
 
 
-def _differ(expected: Mapping[str, Any], found: Mapping[str, Any], key: str) -> bool:
-    return key in expected and key in found and expected[key] != found[key]
+def _differ(expected: Mapping[str, Any], actual: Mapping[str, Any], key: str) -> bool:
+    return key in expected and key in actual and expected[key] != actual[key]
 
 
-def _network_differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+def _network_differences(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
     """Says in words how two networks differ; nothing if their outputs agree."""
-    left, right = expected.get("outputs"), found.get("outputs")
+    left, right = expected.get("outputs"), actual.get("outputs")
     if not left or not right:
-        return _differences_of_parts(expected, found)
+        return _differences_of_parts(expected, actual)
     change, tolerance = output_change(left, right)
     # Rounding to 16 bits hides small changes of the outputs, which the weights show where their names are the same.
-    is_fine = tolerance <= OUTPUT_TOLERANCE or _differ(expected, found, "parameters")
+    is_fine = tolerance <= OUTPUT_TOLERANCE or _differ(expected, actual, "parameters")
     if change <= tolerance and is_fine:
         return []
-    words = _differences_of_parts(expected, found)
+    words = _differences_of_parts(expected, actual)
     if change > tolerance and not words:
         words = [f"outputs of the denoiser on a fixed input (by about {change:.2g} of their size)"]
     return words
 
 
-def _differences_of_parts(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+def _differences_of_parts(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
     """Says in words how the class, the settings and the weights of two networks differ."""
     words = []
-    if _differ(expected, found, "denoiser"):
-        words.append(f"class of the denoiser: trained for {expected['denoiser']}, got {found['denoiser']}")
+    if _differ(expected, actual, "denoiser"):
+        words.append(f"class of the denoiser: trained for {expected['denoiser']}, got {actual['denoiser']}")
     for key, label in (("config", "configuration of the denoiser"), ("parameters", "names or shapes of parameters")):
-        if _differ(expected, found, key):
-            words.append(f"{label} (hash {found[key]}, trained for {expected[key]})")
-    one, all_matrices = _changes_of_weights(expected, found)
-    if one > WEIGHT_TOLERANCE or all_matrices > MATRIX_TOLERANCE:
+        if _differ(expected, actual, key):
+            words.append(f"{label} (hash {actual[key]}, trained for {expected[key]})")
+    largest, all_matrices = _changes_of_weights(expected, actual)
+    if largest > WEIGHT_TOLERANCE or all_matrices > MATRIX_TOLERANCE:
         words.append(
-            f"weights of the denoiser (by about {max(one, all_matrices):.2g} of their size): another checkpoint, a "
-            "fine-tune or a fused LoRA"
+            f"weights of the denoiser (by about {max(largest, all_matrices):.2g} of their size): another checkpoint, "
+            "a fine-tune or a fused LoRA"
         )
     return words
 
@@ -258,8 +258,8 @@ def _settings(network: torch.nn.Module) -> dict[str, Any]:
     """Returns settings that differ from the class's defaults: a newer diffusers may add keys, not change the model."""
     defaults = inspect.signature(type(network).__init__).parameters
     config = getattr(network, "config", {})
-    own = {key: value for key, value in dict(config).items() if not key.startswith("_")}
-    return {k: v for k, v in sorted(own.items()) if k not in defaults or not _equal(v, defaults[k].default)}
+    settings = {key: value for key, value in dict(config).items() if not key.startswith("_")}
+    return {k: v for k, v in sorted(settings.items()) if k not in defaults or not _equal(v, defaults[k].default)}
 
 
 def _equal(value: object, default: object) -> bool:
@@ -321,13 +321,13 @@ def _sums_of_matrices(parameters: Iterable[torch.Tensor]) -> list[float] | None:
     return [round(value, 6) for value in (scale * sums).tolist()]
 
 
-def _changes_of_weights(expected: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[float, float]:
+def _changes_of_weights(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> tuple[float, float]:
     """Returns about how much the most changed parameter differs, relative to its norm, and all matrices together."""
-    counts = found.get("counts") or expected.get("counts") or ()
+    counts = actual.get("counts") or expected.get("counts") or ()
     scales = [math.sqrt(count) for count in counts]
-    one = _largest_gap(expected.get("weights"), found.get("weights"), scales) if scales else 0.0
-    left, right = expected.get("matrices"), found.get("matrices")
-    return one, 0.0 if left is None or right is None else math.dist(left, right) / math.sqrt(NUM_SUMS)
+    largest = _largest_gap(expected.get("weights"), actual.get("weights"), scales) if scales else 0.0
+    left, right = expected.get("matrices"), actual.get("matrices")
+    return largest, 0.0 if left is None or right is None else math.dist(left, right) / math.sqrt(NUM_SUMS)
 
 
 def _largest_gap(

@@ -57,14 +57,14 @@ def fixed_outputs(network: torch.nn.Module) -> dict[str, Any] | None:
     return {"tolerance": tolerance, "sums": [sums_of(output.flatten().cpu().double()).tolist() for output in outputs]}
 
 
-def output_change(expected: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[float, float]:
+def output_change(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> tuple[float, float]:
     """Returns by which part of their size outputs differ, and the part that rounding explains.
 
     The first number is that of the timestep at which they differ most.
     """
-    pairs = zip(expected["sums"], found["sums"], strict=True)
+    pairs = zip(expected["sums"], actual["sums"], strict=True)
     change = max(math.dist(left, right) / max(math.hypot(*left), 1e-30) for left, right in pairs)
-    return change, max(expected["tolerance"], found["tolerance"])
+    return change, max(expected["tolerance"], actual["tolerance"])
 
 
 def sums_of(values: torch.Tensor) -> torch.Tensor:
@@ -89,8 +89,8 @@ def _inputs(network: Any, timestep: float, device: torch.device) -> dict[str, An
         return (math.sqrt(2) * fixed_direction(math.prod(shape))).view(shape).to(device, network.dtype)
 
     image: tuple[int, ...] = (config["in_channels"], _side(config), _side(config))
-    packed = "img_ids" in names  # Flux
-    if packed:
+    is_packed = "img_ids" in names  # Flux
+    if is_packed:
         image, timestep = (NUM_PATCHES**2, config["in_channels"]), timestep / 1000
     arguments: dict[str, Any] = {"timestep": torch.tensor([timestep], device=device)}
     arguments["sample" if "sample" in names else "hidden_states"] = values(1, *image)
@@ -99,7 +99,7 @@ def _inputs(network: Any, timestep: float, device: torch.device) -> dict[str, An
         arguments["encoder_hidden_states"] = values(1, NUM_TOKENS, width)
     if "pooled_projections" in names:
         arguments["pooled_projections"] = values(1, config["pooled_projection_dim"])
-    if packed:
+    if is_packed:
         places = torch.cartesian_prod(torch.zeros(1), *[torch.arange(float(NUM_PATCHES))] * 2)
         arguments |= {"img_ids": places.to(device), "txt_ids": torch.zeros(NUM_TOKENS, 3, device=device)}
         arguments |= {"guidance": torch.ones(1, device=device)} if config["guidance_embeds"] else {}

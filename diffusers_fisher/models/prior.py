@@ -82,11 +82,11 @@ class GaussianPrior(nn.Module):
     def _resize(self, statistic: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """Returns a statistic for samples of `shape`. Raises `InputError` if it does not fit them."""
         sizes = tuple(statistic.shape)
-        if len(sizes) == len(shape) and all(have in (1, want) for have, want in zip(sizes, shape, strict=True)):
+        if len(sizes) == len(shape) and all(size in (1, target) for size, target in zip(sizes, shape, strict=True)):
             return statistic.expand(shape)
         if len(sizes) == 3 and len(shape) == 3 and sizes[0] in (1, shape[0]):
-            resized = F.interpolate(statistic[None], shape[-2:], mode="bilinear", align_corners=False)[0]
-            return resized.expand(shape)
+            result = F.interpolate(statistic[None], shape[-2:], mode="bilinear", align_corners=False)[0]
+            return result.expand(shape)
         if len(sizes) == len(shape) == 2:
             raise InputError(
                 f"The trace model's prior has statistics of {sizes[0]} tokens of {sizes[1]} channels, samples have "

@@ -208,8 +208,8 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         vectors = [vector, energies]
         if self.summaries is not None:
             if features is not None:
-                wanted = (len(sample), self.config["feature_channels"])
-                check_shape("`features`", features.shape, wanted, "Use the denoiser that the model was trained for.")
+                sizes = (len(sample), self.config["feature_channels"])
+                check_shape("`features`", features.shape, sizes, "Use the denoiser that the model was trained for.")
             vectors.append(self.summaries(features, log_noise, embedding))
         numbers = self.head(torch.cat(vectors, dim=1), embedding)
         shape = sample.shape[1:]
@@ -220,8 +220,8 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         if self.map is None:
             return FisherTraceOutput(logits=self.prior.mean_logit(log_noise, shape) + _limit(numbers[:, 0]))
         common = numbers[:, 0].view(-1, *[1] * len(shape))
-        own = self.map(numbers[:, 1:], shape) if isinstance(self.map, SpectralHead) else self.map(stem, h)
-        return FisherTraceOutput(logits=self.prior.logits(log_noise, shape) + _limit(common + own))
+        deviations = self.map(numbers[:, 1:], shape) if isinstance(self.map, SpectralHead) else self.map(stem, h)
+        return FisherTraceOutput(logits=self.prior.logits(log_noise, shape) + _limit(common + deviations))
 
     def evaluate(self, state: DenoisingState, pooled: torch.Tensor | None = None) -> FisherTraceOutput:
         """Returns the output at a denoising state, without a graph.
@@ -273,10 +273,10 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
             InputError: an option differs from diffusers' `safe_serialization=True` and `variant=None`.
         """
         defaults = {"safe_serialization": True, "variant": None, "save_function": None, "push_to_hub": False}
-        changed = sorted(key for key, value in kwargs.items() if key not in defaults or value != defaults[key])
-        if changed:
+        options = sorted(key for key, value in kwargs.items() if key not in defaults or value != defaults[key])
+        if options:
             raise InputError(
-                f"Trace models are saved as one safetensors file; got {changed}. Leave these out, and use push_to_hub "
+                f"Trace models are saved as one safetensors file; got {options}. Leave these out, and use push_to_hub "
                 "to publish."
             )
         if not is_main_process:
@@ -367,18 +367,18 @@ def trace_inputs(state: DenoisingState) -> dict[str, torch.Tensor]:
     sample = state.sample.detach()
     level = state.level
     norm = level.norm
-    safe = dataclasses.replace(
+    safe_state = dataclasses.replace(
         state, sample=sample, model_output=state.model_output.detach(),
         level=NoiseLevel(level.alpha.clamp_min(LEAST_ALPHA * norm), level.sigma),
     )  # fmt: skip
-    fading = 1 / torch.hypot(torch.ones_like(norm), safe.level.noise_to_signal / FADING_NOISE)
+    fading = 1 / torch.hypot(torch.ones_like(norm), safe_state.level.noise_to_signal / FADING_NOISE)
     log_noise = level.log_noise_to_signal.clamp(-LOG_NOISE_RANGE, LOG_NOISE_RANGE)
     features = {} if state.features is None else {"features": state.features}
     return features | {
         "sample": sample / expand(norm, sample),
         "log_noise": log_noise.to(sample.device, torch.float32).expand(len(sample)),
-        "original": safe.pred_original_sample * expand(fading, sample),
-        "epsilon": safe.epsilon,
+        "original": safe_state.pred_original_sample * expand(fading, sample),
+        "epsilon": safe_state.epsilon,
     }
 
 

@@ -32,8 +32,8 @@ class TableSchedule(NoiseSchedule):
         timestep = as_float64(timestep)
         check_timestep(timestep, self.config["num_train_timesteps"] - 1)
         table, low, fraction = self.table(), timestep.floor().long(), timestep.frac()
-        between = (1 - fraction) * table[low] + fraction * table[timestep.ceil().long()]
-        return torch.where(fraction == 0, table[low], between)  # 0 * inf would be NaN at zero terminal SNR
+        interpolation = (1 - fraction) * table[low] + fraction * table[timestep.ceil().long()]
+        return torch.where(fraction == 0, table[low], interpolation)  # 0 * inf would be NaN at zero terminal SNR
 
     def timestep_at(self, log_s: torch.Tensor) -> torch.Tensor:
         table, log_s = self.table(), torch.as_tensor(log_s, dtype=torch.float64)
@@ -49,8 +49,8 @@ class TableSchedule(NoiseSchedule):
     def log_noise_to_signal_range(self) -> tuple[float, float]:
         table = self.table()
         # With zero terminal SNR the schedule ends in pure noise, and the range ends at the last level below the limit.
-        below = torch.isfinite(table[-1]) and table[-1] < PURE_NOISE_LIMIT
-        return float(table[0]), float(table[-1] if below else table[table < PURE_NOISE_LIMIT][-1])
+        ends_below_limit = torch.isfinite(table[-1]) and table[-1] < PURE_NOISE_LIMIT
+        return float(table[0]), float(table[-1] if ends_below_limit else table[table < PURE_NOISE_LIMIT][-1])
 
     def final_level(self) -> NoiseLevel:
         # Some runs end at the first training timestep (set_alpha_to_one=False). DDPM has no such number.

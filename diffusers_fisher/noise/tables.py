@@ -19,8 +19,8 @@ def log_noise_to_signal_of(config: Mapping[str, Any], alphas_cumprod: torch.Tens
         config: the scheduler's config.
         alphas_cumprod: the scheduler's own table of alpha^2, (T,).
     """
-    own = alphas_cumprod.detach().double().cpu()
-    own_log = 0.5 * (torch.log1p(-own) - own.log())
+    stored = alphas_cumprod.detach().double().cpu()
+    own_log = 0.5 * (torch.log1p(-stored) - stored.log())
     computed = _computed_table(
         config.get("beta_schedule"),
         float(config.get("beta_start", 0.0)),
@@ -30,8 +30,8 @@ def log_noise_to_signal_of(config: Mapping[str, Any], alphas_cumprod: torch.Tens
     )
     if computed is None or config.get("trained_betas") is not None:
         return own_log
-    close = ((computed - own_log).abs() < 1e-3) | (computed == own_log)
-    return torch.where(close, computed, own_log)
+    is_close = ((computed - own_log).abs() < 1e-3) | (computed == own_log)
+    return torch.where(is_close, computed, own_log)
 
 
 @functools.lru_cache(maxsize=32)

@@ -63,27 +63,27 @@ def fisher_pipeline(
         return _fisher_class(pipe)
     if isinstance(pipe, FisherPipelineMixin):
         return pipe
-    ours = make_pipeline(pipe, _fisher_class(type(pipe)))
-    settings = {name: value for name, value in pipe.config.items() if name not in {*ours.config, "_class_name"}}
-    ours.register_to_config(**{"_name_or_path": None, **settings})
+    result = make_pipeline(pipe, _fisher_class(type(pipe)))
+    settings = {name: value for name, value in pipe.config.items() if name not in {*result.config, "_class_name"}}
+    result.register_to_config(**{"_name_or_path": None, **settings})
     # Whatever else was set on the pipeline: its progress bar, offload hooks, the names of DiT's classes.
     attributes = {name: value for name, value in vars(pipe).items() if name != "_internal_dict"}
-    own = {name: copy.copy(value) for name, value in attributes.items() if isinstance(value, (dict, list))}
-    vars(ours).update(attributes | own)
-    set_checkpoint_parts(ours, checkpoint_parts(pipe))  # so that copies and pickles have them
-    return ours
+    containers = {name: copy.copy(value) for name, value in attributes.items() if isinstance(value, (dict, list))}
+    vars(result).update(attributes | containers)
+    set_checkpoint_parts(result, checkpoint_parts(pipe))  # so that copies and pickles have them
+    return result
 
 
 def _fisher_class(cls: type[DiffusionPipeline]) -> type[FisherPipelineMixin]:
     if issubclass(cls, FisherPipelineMixin):
         return cls
-    ours = PIPELINES.get(cls.__name__.removesuffix("Pipeline") + "FisherPipeline")
-    if ours is None or not issubclass(ours, cls):
-        supported = ", ".join(name.replace("Fisher", "") for name in PIPELINES)
+    fisher_class = PIPELINES.get(cls.__name__.removesuffix("Pipeline") + "FisherPipeline")
+    if fisher_class is None or not issubclass(fisher_class, cls):
+        names = ", ".join(name.replace("Fisher", "") for name in PIPELINES)
         raise UnsupportedError(
-            f"There is no Fisher version of {cls.__name__}; supported: {supported}. {DIFFERENTIATE_RUNS}"
+            f"There is no Fisher version of {cls.__name__}; supported: {names}. {DIFFERENTIATE_RUNS}"
         )
-    return ours
+    return fisher_class
 
 
 def custom_pipeline_file(pipeline: str = "StableDiffusionFisherPipeline") -> str:

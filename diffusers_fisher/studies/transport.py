@@ -349,9 +349,9 @@ def off_diagonal_asymmetry(matrices: torch.Tensor) -> torch.Tensor:
 
     It depends on the basis. It is 0 where A is diagonal.
     """
-    rest = matrices - torch.diag_embed(matrices.diagonal(dim1=-2, dim2=-1))
-    size = torch.linalg.matrix_norm(rest)
-    index = torch.linalg.matrix_norm(rest - rest.mT) / (math.sqrt(2) * size)
+    off_diagonal = matrices - torch.diag_embed(matrices.diagonal(dim1=-2, dim2=-1))
+    size = torch.linalg.matrix_norm(off_diagonal)
+    index = torch.linalg.matrix_norm(off_diagonal - off_diagonal.mT) / (math.sqrt(2) * size)
     # Off-diagonal entries of a diagonal map are integration errors, whose index would be a random number.
     is_diagonal = size <= 1e-12 * torch.linalg.matrix_norm(matrices)
     return torch.where(is_diagonal, 0.0, index)

@@ -67,17 +67,17 @@ def _gaussian(mean: torch.Tensor, covariance: torch.Tensor) -> GaussianMixture:
 def two_dimensional_cases() -> list[Case]:
     """Returns the paper's two point sets, and controls whose maps are known to be optimal or known not to be."""
     cosine, sine = math.cos(0.4), math.sin(0.4)
-    turn = torch.tensor([[cosine, -sine], [sine, cosine]], dtype=torch.float64)
+    rotation = torch.tensor([[cosine, -sine], [sine, cosine]], dtype=torch.float64)
     corners = torch.tensor([[x, y] for x in (-0.5, 0.5) for y in (-0.3, 0.3)], dtype=torch.float64)
     line = torch.tensor([[0.1], [0.6], [-0.5]], dtype=torch.float64) * torch.tensor([[0.6, 0.8]], dtype=torch.float64)
     mean = torch.tensor([0.3, -0.2], dtype=torch.float64)
-    covariance = turn @ torch.diag(torch.tensor([0.4, 0.05], dtype=torch.float64)) @ turn.mT
+    covariance = rotation @ torch.diag(torch.tensor([0.4, 0.05], dtype=torch.float64)) @ rotation.mT
     triangle = torch.tensor(TRIANGLE, dtype=torch.float64)
     return [
         Case("triangle", few_points(triangle), False),
         Case("line along an axis", few_points(torch.tensor(AXIS_LINE, dtype=torch.float64)), True),
         Case("line in general position", few_points(line + 0.2), True),
-        Case("rotated rectangle", few_points(corners @ turn.mT), True),
+        Case("rotated rectangle", few_points(corners @ rotation.mT), True),
         Case("Gaussian", _gaussian(mean, covariance), True),
         Case("three Gaussians", GaussianMixture(triangle, Covariance.isotropic(0.01, (2,))), False),
     ]
@@ -143,9 +143,9 @@ def study(
     flow = transport_map(exact_field(case.distribution), start, schedule, num_points=num_points)
     row: dict[str, Any] = {"case": case.name, "schedule": schedule.name, "optimal": case.optimal, "runs": runs}
     row |= indices(flow.jacobian) | {"integration_error": flow.error}
-    closed = gaussian_map(case.distribution, start, schedule)
-    if closed is not None:
-        row["distance_to_closed_form"] = float((closed - flow.end).abs().max())
+    closed_form = gaussian_map(case.distribution, start, schedule)
+    if closed_form is not None:
+        row["distance_to_closed_form"] = float((closed_form - flow.end).abs().max())
     return row, flow
 
 
@@ -226,12 +226,12 @@ def learned_map(
 
     with tqdm(total=evaluations, desc="Jacobians of the checkpoint") as progress:
 
-        def own(state: DenoisingState) -> torch.Tensor:
+        def jacobian_matrix(state: DenoisingState) -> torch.Tensor:
             matrices.append(AutodiffFisher(denoiser, chunk_size=64)(state).dense().mT)
             progress.update()
             return matrices[-1]
 
-        flow = transport_map(denoiser_field(denoiser, MatrixFisher(own)), start, schedule, integration)
+        flow = transport_map(denoiser_field(denoiser, MatrixFisher(jacobian_matrix)), start, schedule, integration)
     symmetrised = ((matrix + matrix.mT) / 2 for matrix in matrices)
     in_order = MatrixFisher(lambda state: next(symmetrised))
     symmetric_flow = transport_map(denoiser_field(denoiser, in_order), start, schedule, integration)
@@ -369,15 +369,15 @@ def _draw_plots(output: Path, report: dict[str, Any], paths: dict[str, torch.Ten
 
 def report_learned(output: Path, report: dict[str, Any]) -> None:
     """Prints the report of `learned_map`, and draws it by noise level in the file learned.png of `output`."""
-    own = report["fisher_asymmetry_by_level"]
+    values = report["fisher_asymmetry_by_level"]
     say(
         f"embedded checkpoint, {report['samples']} samples: asymmetry of the map {report['map']['asymmetry']:.4f}, of "
-        f"the network's own Fisher {min(own):.4f} to {max(own):.4f}; of the map with symmetrised Jacobians "
+        f"the network's own Fisher {min(values):.4f} to {max(values):.4f}; of the map with symmetrised Jacobians "
         f"{report['map_of_symmetrised_jacobians']['asymmetry']:.4f}"
     )
     figure, (axes,) = make_figure(7, 4)
     levels = report["noise_to_signal"]
-    axes.plot(levels[:-1], own, label="the network's own Fisher at this level")
+    axes.plot(levels[:-1], values, label="the network's own Fisher at this level")
     axes.plot(levels[1:], report["map_asymmetry_by_level"][1:], label="the map from noise to this level")
     axes.plot(levels[1:], report["symmetrised_asymmetry_by_level"][1:], "--", label="the same, Jacobians symmetrised")
     axes.set(xscale="log", yscale="log", xlabel="noise to signal", ylabel="asymmetry")

@@ -96,8 +96,8 @@ class _Contract:
         self._compare("zero", operator.matvec(torch.zeros_like(v)), torch.zeros_like(v), v)
         self._compare("linearity", operator.matvec(2 * v - 3 * w), 2 * product - 3 * other, 2 * v.abs() + 3 * w.abs())
         if len(v) > 1:
-            mixed, expected = torch.cat([v[:1], w[1:]]), torch.cat([product[:1], other[1:]])
-            self._compare("independence", operator.matvec(mixed), expected, v.abs() + w.abs())
+            mixed_vectors, expected = torch.cat([v[:1], w[1:]]), torch.cat([product[:1], other[1:]])
+            self._compare("independence", operator.matvec(mixed_vectors), expected, v.abs() + w.abs())
         pair = operator.matmat(torch.stack([v, w]))
         self._form("matmat", pair, (2, *v.shape), v.dtype)
         self._compare("matmat", pair[0], product, v)
@@ -147,7 +147,7 @@ class _Contract:
             raise InputError(f"`exact` has shape {tuple(matrix.shape)}; allowed: {tuple(self.dense.shape)}.")
         unit = _unit(matrix, self.operator.state.level)
         allowed = _raise_to_rounding(tolerance, self.v.dtype) * unit * matrix.shape[-1] ** 0.5
-        self._within("exact matrix", _norms(self.dense.double() - matrix.double()), allowed)
+        self._check_limit("exact matrix", _norms(self.dense.double() - matrix.double()), allowed)
 
     def batch_invariance(self, estimator: FisherEstimator, endpoint: torch.Tensor | None) -> None:
         """Checks that the product of every sample equals the product of the sample alone."""
@@ -192,12 +192,12 @@ class _Contract:
         if draws[0].num_probes != num_probes:
             raise self._error(f"{name} probes", f"{draws[0].num_probes}", f"{num_probes}")
         values = torch.stack([estimate.value for estimate in draws]).cpu()
-        reported = torch.stack([estimate.standard_error for estimate in draws]).square().mean(0).sqrt().cpu()
+        standard_error = torch.stack([estimate.standard_error for estimate in draws]).square().mean(0).sqrt().cpu()
         exact = self.dense.diagonal(dim1=1, dim2=2).double().sum(1).cpu()
         spread = values.std(0)
         floor = self.rounding * self.dense.shape[-1] * self.unit  # rounding is the only error of an exact estimate
-        self._within(f"{name} mean", (values.mean(0) - exact).abs(), 4 * spread / len(draws) ** 0.5 + floor)
-        self._within(f"{name} standard error", (reported - spread).abs(), spread / 2 + floor)
+        self._check_limit(f"{name} mean", (values.mean(0) - exact).abs(), 4 * spread / len(draws) ** 0.5 + floor)
+        self._check_limit(f"{name} standard error", (standard_error - spread).abs(), spread / 2 + floor)
 
     def _form(self, name: str, value: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         if value.shape != shape:
@@ -212,9 +212,9 @@ class _Contract:
     ) -> None:
         """Checks every sample's norm of the difference: at most `rounding` units times `size` or |`like`|."""
         allowed = self.rounding * self.unit * (size if like is None else _norms(like))
-        self._within(name, _norms(got.double() - expected.double()), allowed)
+        self._check_limit(name, _norms(got.double() - expected.double()), allowed)
 
-    def _within(self, name: str, error: torch.Tensor, allowed: torch.Tensor) -> None:
+    def _check_limit(self, name: str, error: torch.Tensor, allowed: torch.Tensor) -> None:
         for index, (got, limit) in enumerate(zip(error.tolist(), allowed.tolist(), strict=True)):
             if not got <= limit:  # also true for NaN
                 raise self._error(name, f"a difference of {got:.3g} at sample {index}", f"{limit:.3g}")
@@ -251,10 +251,10 @@ def _unless_unsupported(make: Callable[[], FisherOperator]) -> FisherOperator | 
 def _part(state: DenoisingState, part: slice) -> DenoisingState:
     """Returns the state of some of the samples."""
 
-    def cut(value):
+    def select(value):
         return value[part] if isinstance(value, torch.Tensor) and value.ndim else value
 
     return DenoisingState(
-        state.sample[part], state.model_output[part], NoiseLevel(cut(state.level.alpha), cut(state.level.sigma)),
-        state.prediction, cut(state.timestep), cut(state.input_scale),
+        state.sample[part], state.model_output[part], NoiseLevel(select(state.level.alpha), select(state.level.sigma)),
+        state.prediction, select(state.timestep), select(state.input_scale),
     )  # fmt: skip

@@ -69,8 +69,8 @@ class MixtureOracle:
 
     def posterior_covariance(self, x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
         """Returns Cov[x_0|x_t], (B, d, d), computed as a centred sum."""
-        responsibilities, means, within = self._posterior(x, level)
-        return _spread(responsibilities, means) + torch.einsum("bk,kde->bde", responsibilities, within)
+        responsibilities, means, covariances = self._posterior(x, level)
+        return _spread(responsibilities, means) + torch.einsum("bk,kde->bde", responsibilities, covariances)
 
     def fisher(self, x: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
         """Returns the diffusion Fisher F = -grad^2 log q_t(x), (B, d, d)."""

@@ -3,8 +3,8 @@
     accelerate launch -m diffusers_fisher.training.cache_latents --config configs/trace_embedded.yaml
 
 The command encodes `data` with the autoencoder of `denoiser` and writes the folder `latents`; all three are entries of
-a trace matching config. A killed run goes on where it was, shard by shard. Images that can't be read are left out,
-counted and named in the cache's index.
+a trace matching config. A killed run is resumed shard by shard. Images that can't be read are left out, counted and
+named in the cache's index.
 """
 
 import contextlib
@@ -122,7 +122,7 @@ def _write_shard(
             if example.pixels.shape != first.shape:
                 raise InputError(
                     f"Image '{example.name}' has size {tuple(example.pixels.shape)}, the first {tuple(first.shape)}; "
-                    "set `data.resolution`, which makes them one, and name a new folder for `latents`."
+                    "set `data.resolution`, which gives all images one size, and name a new folder for `latents`."
                 )
             captions.append(example.caption)
             yield example.pixels

@@ -10,9 +10,9 @@ def change_images(pixels: torch.Tensor, generator: torch.Generator) -> torch.Ten
     An image is inverted, noised, turned, blurred, mixed with another image, shuffled in blocks, made paler or darker,
     or replaced by one colour.
     """
-    ways = (_invert, _add_noise, _add_noise, _rotate, _blur, _mix, _shuffle, _fade, _fill)
-    order = torch.randint(len(ways), (len(pixels),), generator=generator).tolist()
-    rows = [ways[way](pixels, row, generator) for row, way in enumerate(order)]
+    functions = (_invert, _add_noise, _add_noise, _rotate, _blur, _mix, _shuffle, _fade, _fill)
+    order = torch.randint(len(functions), (len(pixels),), generator=generator).tolist()
+    rows = [functions[index](pixels, row, generator) for row, index in enumerate(order)]
     return torch.stack(rows).clamp(0, 1)
 
 
@@ -37,8 +37,8 @@ def _rotate(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch
 
 def _blur(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:
     factor = int(torch.randint(2, 5, (), generator=generator))
-    small = F.interpolate(pixels[row : row + 1], scale_factor=1 / factor, mode="area")
-    return F.interpolate(small, pixels.shape[-2:], mode="bilinear")[0]
+    small_image = F.interpolate(pixels[row : row + 1], scale_factor=1 / factor, mode="area")
+    return F.interpolate(small_image, pixels.shape[-2:], mode="bilinear")[0]
 
 
 def _mix(pixels: torch.Tensor, row: int, generator: torch.Generator) -> torch.Tensor:

@@ -70,7 +70,7 @@ class TrainingFolder:
             write_json(self.path / "skipped.json", names)
 
     def writing(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Encloses what writes file `name` of the folder; see `diffusers_fisher.files.writing`."""
+        """Encloses code that writes the file `name` of the folder; see `diffusers_fisher.files.writing`."""
         return writing(self.path / name, self.last_good)
 
     def check_settings(self) -> list[str]:
@@ -95,8 +95,8 @@ class TrainingFolder:
             InputError: data have changed, and the run has written some of its work.
         """
         before, now = self._note(DATA_NOTE), data or {}
-        both = before.keys() & now.keys()
-        differences = note_differences({key: before[key] for key in both}, {key: now[key] for key in both})
+        keys = before.keys() & now.keys()
+        differences = note_differences({key: before[key] for key in keys}, {key: now[key] for key in keys})
         advice = (
             "Images were added, removed or renamed since, or captions changed: put them back, or name another folder."
         )
@@ -108,8 +108,8 @@ class TrainingFolder:
         If another run wrote none of its work here, its other files are removed.
 
         Raises:
-            InputError: as `check_settings` and `check_data`, or the folder's run has another denoiser; says what
-                differs.
+            InputError: for the reasons of `check_settings` and `check_data`, or because the folder's run has another
+                denoiser; the message says what differs.
         """
         differences = self.check_settings() + self.check_data(data)
         with expecting("a fingerprint", self.path / DENOISER_NOTE, "delete the file"):
@@ -138,7 +138,7 @@ class TrainingFolder:
     def save(
         self, modules: Modules, optimizer: torch.optim.Optimizer, averages: list[torch.Tensor], step: int
     ) -> None:
-        """Writes the state after `step` steps, then removes the oldest checkpoints but for `keep` of them.
+        """Writes the state after `step` steps, then removes all checkpoints but the newest `keep`.
 
         Raises:
             CheckpointError: the file can't be written (the disk is full, for example). Older files are kept.
@@ -147,8 +147,8 @@ class TrainingFolder:
         with self.writing(name):
             (self.path / "checkpoints").mkdir(exist_ok=True)
             save_training_state(self.path / name, modules, optimizer, averages, step)
-            for old in self._states[: -self.keep]:
-                old.unlink(missing_ok=True)
+            for path in self._states[: -self.keep]:
+                path.unlink(missing_ok=True)
 
     def resume(self, modules: Modules, optimizer: torch.optim.Optimizer, averages: list[torch.Tensor]) -> int:
         """Restores the newest checkpoint that can be read; returns its number of steps, or 0 without a checkpoint."""
@@ -159,7 +159,7 @@ class TrainingFolder:
             except CheckpointError as error:
                 if path == states[0]:
                     raise
-                logger.warning("%s Going on with the one before.", error)
+                logger.warning("%s The checkpoint before it is used.", error)
         return 0
 
     def append(self, curve: str, record: Note) -> None:

@@ -17,12 +17,12 @@ from ..data import Caption
 from ..errors import CoarseGridWarning
 from ..files import expecting, load_tensors, save_tensors
 from ..fisher import DirectFisher, FisherEstimator, FisherOperator
-from ..jobs.seeds import step_generator
 from ..likelihood import Integration, integrate_log_likelihood
 from ..noise import DenoisingState, expand
+from ..seeds import step_generator
 from .changes import change_images
 from .pieces import Piece
-from .samples import SampleSpace, without
+from .samples import SampleSpace, drop_captions
 from .trace_losses import TraceDraw
 
 STEPS = (8, 10, 12)  # numbers of steps of the integrations: different ones, so that many noise levels are met
@@ -58,7 +58,7 @@ class Paths:
         with expecting("paths", path, "delete the file, and the next run makes it again"):
             return cls(**tensors, captions=[*json.loads(metadata["captions"])])
 
-    def mixed(
+    def mix(
         self,
         draw: TraceDraw,
         samples: torch.Tensor,
@@ -75,15 +75,15 @@ class Paths:
         rows = (torch.rand(batch_size, generator=generator) < fraction)[part]
         points = torch.randint(len(self.image), (batch_size,), generator=generator)[part]
         images = self.image[points]
-        replaced = rows.view(-1, *[1] * (samples.ndim - 1))
-        mixed = dataclasses.replace(
+        mask = rows.view(-1, *[1] * (samples.ndim - 1))
+        mixture = dataclasses.replace(
             draw,
-            noise=torch.where(replaced, self.noise[points], draw.noise),
+            noise=torch.where(mask, self.noise[points], draw.noise),
             log_noise=torch.where(rows, self.log_noise[points], draw.log_noise),
         )
-        clean = torch.where(replaced.to(samples.device), self.clean[images].to(samples), samples)
+        clean = torch.where(mask.to(samples.device), self.clean[images].to(samples), samples)
         choices = zip(rows.tolist(), images.tolist(), captions, strict=True)
-        return mixed, clean, [self.captions[image] if row else caption for row, image, caption in choices]
+        return mixture, clean, [self.captions[image] if row else caption for row, image, caption in choices]
 
 
 class _Recorder(FisherEstimator):
@@ -114,11 +114,11 @@ def follow_paths(
     for number, piece in enumerate(pieces):
         generator = step_generator(seed, "paths", number)
         clean, texts = _vary(space, piece, change, generator)
-        texts = without(texts, torch.rand(len(clean), generator=generator) < caption_dropout)
+        texts = drop_captions(texts, torch.rand(len(clean), generator=generator) < caption_dropout)
         parts = [slice(first, first + space.piece_size) for first in range(0, len(clean), space.piece_size)]
         num_steps = STEPS[number % len(STEPS)]
-        visited = [_visit_states(space, texts[part], piece.samples[part], clean[part], num_steps) for part in parts]
-        for states in zip(*visited, strict=True):  # level by level: the order is the same for parts of any size
+        groups = [_visit_states(space, texts[part], piece.samples[part], clean[part], num_steps) for part in parts]
+        for states in zip(*groups, strict=True):  # level by level: the order is the same for parts of any size
             x, level = torch.cat([state.sample for state in states]), states[0].level
             z = (x - expand(level.alpha, x) * clean) / expand(level.sigma, x)
             noises.append(z.float().cpu())
@@ -150,10 +150,10 @@ def _vary(
 
     A fraction of the images is changed, and a fraction of the captions is exchanged.
     """
-    pixels, clean = space.pixels(piece.samples), space.packed(piece.samples)
+    pixels, clean = space.pixels(piece.samples), space.pack(piece.samples)
     changes, exchanges = torch.rand(2, len(clean), generator=generator) < fraction
-    other = space.encoded(change_images(pixels.cpu(), generator))
-    clean = torch.where(changes.to(clean.device).view(-1, *[1] * (clean.ndim - 1)), other, clean)
+    changed_samples = space.encode(change_images(pixels.cpu(), generator))
+    clean = torch.where(changes.to(clean.device).view(-1, *[1] * (clean.ndim - 1)), changed_samples, clean)
     order = torch.randint(len(clean), (len(clean),), generator=generator).tolist()
     rows = zip(piece.captions, order, exchanges.tolist(), strict=True)
     return clean, [piece.captions[index] if exchange else caption for caption, index, exchange in rows]

@@ -102,7 +102,7 @@ class TrainingData:
     def some(self, count: int, size: int) -> Iterator[Piece]:
         """Yields about `count` training samples, `size` at a time.
 
-        The samples are spread over the data. Of a stream, the first samples that can be read are taken.
+        The samples are spread over the data. For a stream they are the first samples that can be read.
         """
         if isinstance(self.source, ImageStream):
             rows = itertools.islice(self.source.undecoded(self.num_held_out), count)
@@ -127,7 +127,7 @@ class TrainingData:
 
         return torch.utils.data.DataLoader(
             _Readable(self.source, range(count)), batch_sampler=indices(), collate_fn=Piece.of, num_workers=workers,
-            generator=torch.Generator(),  # it seeds the workers, which would otherwise draw from the global one
+            generator=torch.Generator(),  # else the workers' seeds come from torch's own
         )  # fmt: skip
 
 
@@ -185,7 +185,7 @@ class _StreamPieces(torch.utils.data.IterableDataset):
         self.stream, self.share, self.skip, self.start, self.steps, self.seed = stream, share, skip, start, steps, seed
 
     def __iter__(self) -> Iterator[Piece]:
-        (rows,) = itertools.tee(enumerate(self._endless()), 1)  # its copies read ahead without moving it
+        (rows,) = itertools.tee(enumerate(self._endless()), 1)  # its copies read ahead, and its own position stays
         position = 0
         for step in range(self.start, self.steps):
             for part in self.share.slices:
@@ -193,10 +193,10 @@ class _StreamPieces(torch.utils.data.IterableDataset):
                 for _ in range(first - position):
                     next(rows)
                 position = first
-                ahead = [
+                candidates_by_row = [
                     itertools.islice(copy.copy(rows), i, i + SHUFFLE_BUFFER) for i in range(part.stop - part.start)
                 ]
-                yield Piece.of([next(_readable_rows(self.stream, candidates)) for candidates in ahead])
+                yield Piece.of([next(_readable_rows(self.stream, candidates)) for candidates in candidates_by_row])
 
     def _endless(self) -> Iterator[dict[str, Any]]:
         """Yields undecoded rows, shuffled within a buffer, epoch after epoch."""

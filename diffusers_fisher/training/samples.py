@@ -64,13 +64,13 @@ class SampleSpace:
         if not self.latents:
             return data
         sides = (data.shape[-2] * self.backbone.factor, data.shape[-1] * self.backbone.factor)
-        return torch.cat([self.backbone.decode(piece, sides) for piece in self.packed(data).split(self.piece_size)])
+        return torch.cat([self.backbone.decode(piece, sides) for piece in self.pack(data).split(self.piece_size)])
 
-    def encoded(self, pixels: torch.Tensor) -> torch.Tensor:
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Returns scaled latents (n, C, h, w) of images in [0, 1], in the pipeline's layout."""
-        return dataclasses.replace(self, latents=False).packed(pixels)
+        return dataclasses.replace(self, latents=False).pack(pixels)
 
-    def packed(self, data: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+    def pack(self, data: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Returns samples in the layout of the pipeline's latents.
 
         Args:
@@ -86,7 +86,7 @@ class SampleSpace:
         Args:
             generator: a generator on the CPU, or one per sample.
         """
-        return self.packed(data, randn_tensor((len(data), *self.unpacked_shape(data)), generator))
+        return self.pack(data, randn_tensor((len(data), *self.unpacked_shape(data)), generator))
 
     def unpacked_shape(self, data: torch.Tensor) -> tuple[int, ...]:
         """Returns the shape (C, h, w) of samples made of `data`."""
@@ -113,6 +113,6 @@ class SampleSpace:
         return unguided_denoiser(self.backbone, like, self.backbone.unguided_scale({}), prompts, {})
 
 
-def without(captions: Sequence[Caption], dropped: torch.Tensor) -> list[Caption]:
-    """Replaces the `dropped` captions by the empty prompt, as denoisers are trained. Labels and None stay."""
-    return ["" if drop and isinstance(text, str) else text for text, drop in zip(captions, dropped, strict=True)]
+def drop_captions(captions: Sequence[Caption], mask: torch.Tensor) -> list[Caption]:
+    """Replaces the captions of `mask` by the empty prompt, as denoisers are trained. Labels and None stay."""
+    return ["" if drop and isinstance(text, str) else text for text, drop in zip(captions, mask, strict=True)]

@@ -7,7 +7,7 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from pydantic import Field
 
 from ..errors import InputError
-from ..jobs.seeds import step_generator
+from ..seeds import step_generator
 from ..settings import NotNegative, Positive, settings_class
 
 

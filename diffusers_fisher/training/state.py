@@ -1,6 +1,6 @@
 """Resumable training state in safetensors: parameters, optimizer moments, moving averages and the step.
 
-Randomness needs no saving: training code draws from `jobs.seeds.step_generator`, which depends only on the
+Randomness needs no saving: training code draws from `seeds.step_generator`, which depends only on the
 seed and the step.
 """
 

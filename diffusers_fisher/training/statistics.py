@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ..fisher.gaussian_data import GaussianFisher
-from ..jobs.seeds import step_generator
 from ..models import FisherTraceModel
 from ..models.encoders import FEATURE_LEVELS
 from ..noise import log_noise_to_signal_range
+from ..seeds import step_generator
 from .pieces import Piece
 from .samples import SampleSpace
 from .trace_config import TraceMatchingConfig

@@ -95,7 +95,7 @@ class ValidationSettings:
 
 @settings_class
 class TraceMatchingConfig:
-    """Everything that a run depends on.
+    """All settings of a run.
 
     Args:
         seed: seed of every random draw.
@@ -144,10 +144,10 @@ class TraceMatchingConfig:
             raise InputError(
                 "A compiled denoiser shows no features; leave out `denoiser.compile` or `model.features`."
             )
-        most = LARGEST_WEIGHT[self.target]
-        if not 0 <= self.squared_weight <= most:
+        limit = LARGEST_WEIGHT[self.target]
+        if not 0 <= self.squared_weight <= limit:
             raise InputError(
-                f"`squared_weight` is {self.squared_weight}; allowed with target {self.target!r}: from 0 to {most:g}."
+                f"`squared_weight` is {self.squared_weight}; allowed with target {self.target!r}: from 0 to {limit:g}."
             )
 
     def piece_size(self, num_processes: int) -> int:
@@ -155,7 +155,7 @@ class TraceMatchingConfig:
         return max(1, self.optimisation.batch_size // (num_processes * self.optimisation.gradient_accumulation))
 
     def check(self, num_processes: int) -> None:
-        """Checks what a run needs beside values in range: data, and batches that the processes can share.
+        """Checks that there are data, and that the processes can share the batches equally.
 
         Raises:
             InputError: names the key.
@@ -177,11 +177,11 @@ def check_trackers(names: list[str]) -> None:
     Raises:
         InputError: names the trackers.
     """
-    installed = [str(tracker) for tracker in get_available_trackers()]
-    wrong = [name for name in names if name not in (*installed, "all")]
-    if wrong:
+    available = [str(tracker) for tracker in get_available_trackers()]
+    unknown = [name for name in names if name not in (*available, "all")]
+    if unknown:
         raise InputError(
-            f"trackers has {', '.join(map(repr, wrong))}; installed here: {', '.join(installed) or 'none'}. Install "
+            f"trackers has {', '.join(map(repr, unknown))}; installed here: {', '.join(available) or 'none'}. Install "
             "the tracker's package, or leave it out."
         )
 

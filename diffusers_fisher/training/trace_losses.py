@@ -32,9 +32,9 @@ from ..distributions.covariance import DCTBasis
 from ..errors import InputError, NumericalError
 from ..fisher import FisherEstimator, FisherOperator
 from ..fisher.numerics import dot
-from ..jobs.seeds import step_generator
 from ..models import FisherTraceOutput, trace_inputs
 from ..noise import DenoisingState, expand, log_noise_to_signal_at, log_noise_to_signal_range, timestep_at
+from ..seeds import step_generator
 
 FLOORS = {"residual": 1e-3, "jacobian": 1e-2}
 """These numbers are added to both sides of the scale-free loss, so that smaller r and 1 - r count by their absolute
@@ -70,17 +70,17 @@ def draw_trace_batch(
     batch_size: int,
     step: int,
     seed: int,
-    mine: slice = slice(None),
+    part: slice = slice(None),
     mirrored: bool = True,
     with_probes: bool = False,
 ) -> TraceDraw:
-    """Draws random numbers for the samples `mine` of the global batch of `step`, on the CPU.
+    """Draws random numbers for the samples `part` of the global batch of `step`, on the CPU.
 
     Args:
         scheduler: the scheduler whose range of noise levels is used.
         shape: shape of one sample.
         batch_size: samples of the global batch, over all processes and accumulated pieces.
-        mine: this process's (or piece's) part of the global batch.
+        part: this process's (or piece's) part of the global batch.
         mirrored: whether to make two rows per sample, with noise and `mirrored_noise`. Use them for "residual": at
             small noise 1 - r is small, but the fluctuation of |eps|^2/d is not. It cancels in the mean of the two.
         with_probes: whether to draw probes too, for "jacobian".
@@ -88,11 +88,11 @@ def draw_trace_batch(
     Raises:
         InputError: the batch is empty.
     """
-    positions = range(batch_size)[mine]
+    positions = range(batch_size)[part]
     if not positions:
         raise InputError(f"The batch has {batch_size} samples, {len(positions)} of them here; allowed: 1 or more.")
     copies = 2 if mirrored else 1
-    levels = draw_log_noise(scheduler, batch_size, step_generator(seed, "levels", step))[mine]
+    levels = draw_log_noise(scheduler, batch_size, step_generator(seed, "levels", step))[part]
     generators = [step_generator(seed, "noise", step * batch_size + position) for position in positions]
     noise = randn_tensor((len(generators), *shape), generators)
     draw = TraceDraw(levels.repeat(copies), torch.cat([noise, mirrored_noise(noise)]) if mirrored else noise, copies)

@@ -36,13 +36,13 @@ from ..jobs.folder_lock import locked_folder
 from ..jobs.identity import autoencoder_note, data_note, note_differences, refuse_differences
 from ..jobs.pipelines import load_pipeline
 from ..jobs.processes import WAIT, uses_cpu
-from ..jobs.seeds import step_generator
 from ..models import FisherTraceModel
 from ..noise import log_noise_to_signal_range, timestep_at
+from ..seeds import step_generator
 from .checkpoints import TrainingFolder
 from .paths import Paths, follow_paths
 from .pieces import BatchShare, Piece, TrainingData
-from .samples import SampleSpace, without
+from .samples import SampleSpace, drop_captions
 from .schedule import learning_rates
 from .statistics import fit_features, fit_prior
 from .trace_config import TraceMatchingConfig, check_trackers, make_trace_model
@@ -59,7 +59,6 @@ CHANGEABLE_SETTINGS = (
 
 FEATURELESS_EVERY = 8  # every 8th step is without the denoiser's features, which the states of samplers lack
 FEATURE_SAMPLES, FEATURE_PIECE = 64, 8  # samples for the features' statistics, and samples per denoiser call
-HALF_PRECISION_STEP = 0.05  # step of finite differences: rounding of such networks hides shorter ones
 AUTOENCODER_TOLERANCE = 1e-2  # half precision moves the autoencoder's weights
 
 
@@ -78,8 +77,8 @@ class TraceMatching:
     def __init__(self, config: TraceMatchingConfig, accelerator: Accelerator):
         config.check(accelerator.num_processes)
         self.config, self.accelerator = config, accelerator
-        settings, keep = dataclasses.asdict(config), config.optimisation.keep_checkpoints
-        self.folder = TrainingFolder(Path(config.output), settings, CHANGEABLE_SETTINGS, keep)
+        settings, num_checkpoints = dataclasses.asdict(config), config.optimisation.keep_checkpoints
+        self.folder = TrainingFolder(Path(config.output), settings, CHANGEABLE_SETTINGS, num_checkpoints)
         if accelerator.is_main_process:
             check_writable(self.folder.path)
             self.folder.check_settings()
@@ -100,11 +99,11 @@ class TraceMatching:
     def _make_model(self) -> FisherTraceModel:
         """Makes an untrained trace model and tries it on a sample of the data. Sets `shape`, the shape of a sample."""
         data = self.held_out.samples[:1]
-        sample = self.space.packed(data).cpu()
+        sample = self.space.pack(data).cpu()
         self.shape = tuple(sample.shape[1:])
         denoiser = self.space.denoiser(self.held_out.captions[:1], data)
         pooled = denoiser.pooled_condition() if self.config.model.pooled else None
-        features = features_of(denoiser, self.space.packed(data)).cpu() if self.config.model.features else None
+        features = features_of(denoiser, self.space.pack(data)).cpu() if self.config.model.features else None
         model = make_trace_model(self.config, self.pipe, self.shape, _width(pooled), _width(features))
         with torch.no_grad():
             model.forward(
@@ -117,19 +116,20 @@ class TraceMatching:
         """Logs the names of images of a piece that could not be read, each of them once. Returns the piece."""
         for name in piece.skipped:
             if name not in self.skipped:
-                logger.warning(f"Image '{name}' can't be read; another stands in its place.", main_process_only=False)
+                logger.warning(f"Image '{name}' can't be read; another image replaces it.", main_process_only=False)
                 self.skipped.add(name)
         return piece
 
     def _source(self) -> Images | CachedLatents:
         config = self.config
         if config.latents is not None:
-            cached = CachedLatents(config.latents)
-            check_cache(cached, self.pipe)
-            return cached
+            cache = CachedLatents(config.latents)
+            check_cache(cache, self.pipe)
+            return cache
         assert config.data is not None  # checked
         backbone = backbone_of(self.pipe)
-        with self.accelerator.main_process_first():  # the others find what the first has downloaded
+        # The other processes use the files that the main process has downloaded.
+        with self.accelerator.main_process_first():
             return open_images(config.data, backbone.image_channels, backbone.takes_text)
 
     def run(self) -> FisherTraceModel:
@@ -162,25 +162,25 @@ class TraceMatching:
             for curve in ("loss", "validation"):
                 self.folder.cut(curve, start)
         model, optimizer = accelerator.prepare(self.model.train(), optimizer)
-        accelerator.init_trackers("trace_matching", config=_tracked(config))
+        accelerator.init_trackers("trace_matching", config=_tracker_settings(config))
         try:
             for step in self._steps(model, optimizer, start):
                 if average:
                     average.step(parameters)
-                done = step + 1
-                if done % config.validation.every == 0 and done < settings.steps:
-                    self._validate(average, parameters, done)
-                if done % settings.save_every == 0 or done == settings.steps:
+                num_steps = step + 1
+                if num_steps % config.validation.every == 0 and num_steps < settings.steps:
+                    self._validate(average, parameters, num_steps)
+                if num_steps % settings.save_every == 0 or num_steps == settings.steps:
                     self.skipped.update(gather_object(sorted(self.skipped)))
-                    # A curve ahead of the newest checkpoint is cut, one behind it would miss an entry: save last.
+                    # Save last: a curve ahead of the checkpoint is cut, but a curve behind it would miss an entry.
                     if accelerator.is_main_process:
                         self.folder.skipped = sorted(self.skipped)
-                        self.folder.save(modules, optimizer.optimizer, shadow, done)
+                        self.folder.save(modules, optimizer.optimizer, shadow, num_steps)
         except NumericalError as error:
             raise NumericalError(f"{error} Training stopped; {self.folder.last_good}.") from error
         if average:
             average.copy_to(parameters)
-        if accelerator.is_main_process:  # before the validation, which may fail
+        if accelerator.is_main_process:  # before the validation, because that may fail
             with self.folder.writing("trace_model"):
                 self.model.save_pretrained(self.folder.path / "trace_model")
         self._report(self._validate(None, parameters, settings.steps))
@@ -242,11 +242,11 @@ class TraceMatching:
             mirrored=config.target == "residual", with_probes=jacobian,
         )  # fmt: skip
         dropout = torch.rand(config.optimisation.batch_size, generator=step_generator(config.seed, "captions", step))
-        captions = without(piece.captions, dropout[part] < config.caption_dropout)
+        captions = drop_captions(piece.captions, dropout[part] < config.caption_dropout)
         rows = range(step * config.optimisation.batch_size, (step + 1) * config.optimisation.batch_size)[part]
         samples = self.space.draw(piece.samples, [step_generator(config.seed, "posterior", row) for row in rows])
         if self.paths is not None:
-            draw, samples, captions = self.paths.mixed(
+            draw, samples, captions = self.paths.mix(
                 draw, samples, captions, config.on_path, step_generator(config.seed, "paths", step),
                 config.optimisation.batch_size, part,
             )  # fmt: skip
@@ -295,9 +295,7 @@ def jacobian_estimator(config: TraceMatchingConfig, denoiser: Denoiser) -> Fishe
     """Returns the estimator of the products for target "jacobian", according to the config's `product`."""
     if config.product != "finite_difference":
         return AutodiffFisher(denoiser, forward_mode=config.product == "forward")
-    if config.denoiser.dtype == "float32":
-        return FiniteDifferenceFisher(denoiser)
-    return FiniteDifferenceFisher(denoiser, relative_step=HALF_PRECISION_STEP)
+    return FiniteDifferenceFisher(denoiser)
 
 
 def features_of(denoiser: Denoiser, sample: torch.Tensor) -> torch.Tensor:
@@ -308,8 +306,8 @@ def features_of(denoiser: Denoiser, sample: torch.Tensor) -> torch.Tensor:
         features = denoiser.state(sample, middle.to(torch.float32)).features
     if features is None:
         raise InputError(
-            "`model.features` asks for the denoiser's last hidden layer, and this network has none that is known. "
-            "Leave it out."
+            "`model.features` needs the denoiser's last hidden layer, but for this network the layer is not known. "
+            "Leave `model.features` out."
         )
     return features
 
@@ -318,15 +316,15 @@ def _width(values: torch.Tensor | None) -> int | None:
     return None if values is None else values.shape[1]
 
 
-def check_cache(cached: CachedLatents, pipe: DiffusionPipeline) -> None:
+def check_cache(cache: CachedLatents, pipe: DiffusionPipeline) -> None:
     """Refuses latents of another autoencoder. Raises `InputError` that says what differs."""
-    before, now = cached.space, autoencoder_note(pipe)
+    before, now = cache.space, autoencoder_note(pipe)
     differences = note_differences(before, now, tolerance=AUTOENCODER_TOLERANCE, absent_is_null=True)
     advice = "Make the cache of latents again."
-    refuse_differences(cached.folder, "was made with another autoencoder", differences, advice)
+    refuse_differences(cache.folder, "was made with another autoencoder", differences, advice)
 
 
-def _tracked(config: TraceMatchingConfig) -> dict[str, Any]:
+def _tracker_settings(config: TraceMatchingConfig) -> dict[str, Any]:
     """Returns the settings as trackers take them: flat, with numbers and strings."""
     flat = flat_settings(dataclasses.asdict(config))
     return {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in flat.items()}
@@ -341,13 +339,13 @@ def train(config: TraceMatchingConfig) -> FisherTraceModel:
 
 
 def make_accelerator(config: TraceMatchingConfig) -> Accelerator:
-    """Makes an accelerator whose processes wait as long as the main process validates and follows paths."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Makes an accelerator whose processes wait while the main process validates and follows paths."""
+    is_parallel = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return Accelerator(
         mixed_precision=config.optimisation.mixed_precision or "no",
         log_with=config.trackers or None,
         project_dir=config.output,
-        cpu=several and uses_cpu(),  # otherwise each process would take itself for the only one
+        cpu=is_parallel and uses_cpu(),  # otherwise each process would assume that it is the only one
         kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
     )
 

@@ -11,9 +11,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..figures import make_figure
 from ..files import save_figure
 from ..fisher import AutodiffFisher, rademacher
-from ..jobs.seeds import step_generator
 from ..models import FisherTraceModel
 from ..noise import log_noise_to_signal_range
+from ..seeds import step_generator
 from .pieces import Piece
 from .samples import SampleSpace
 from .trace_config import TraceMatchingConfig
@@ -83,8 +83,8 @@ def validate(model: FisherTraceModel, space: SampleSpace, held_out: Piece, confi
         jacobian = 1 - (state.level.sigma**2).to(trace.device) * trace / clean[0].numel()
         pooled = denoiser.pooled_condition() if model.config["pooled_channels"] else None
         fraction = model.unexplained_noise_fraction(state, pooled)
-        ways = (fraction, jacobian, residual_target(state, noise.to(clean.device)))
-        return torch.stack([values.detach().double().cpu() for values in ways])
+        fractions = (fraction, jacobian, residual_target(state, noise.to(clean.device)))
+        return torch.stack([values.detach().double().cpu() for values in fractions])
 
     rows = [torch.cat([compare(number, level, part) for part in parts], dim=1) for number, level in enumerate(levels)]
     return Validation(levels, *torch.stack(rows, dim=1))

@@ -1,4 +1,4 @@
-"""Any backbone: samples, steers them by a reward, and scores the best.
+"""Samples from any backbone, guides the samples by a reward, and computes likelihoods of the best ones.
 
     python examples/backbones/steer_and_score.py StableDiffusionXL CHECKPOINT --condition "a red house"
 
@@ -16,7 +16,7 @@ import diffusers_fisher
 
 
 def left_minus_right(images, conditions):
-    """A reward that needs no model: brightness of the left half above that of the right."""
+    """Returns the brightness of the left half minus that of the right half: a reward that needs no model."""
     left, right = images.chunk(2, dim=-1)
     return left.mean((1, 2, 3)) - right.mean((1, 2, 3))
 
@@ -26,14 +26,14 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline")
     parser.add_argument("checkpoint")
-    parser.add_argument("--condition", nargs="*", default=[], help="prompts or class labels, one for each image")
-    parser.add_argument("--steps", type=int, default=20, help="of sampling and of the likelihood's integration")
+    parser.add_argument("--condition", nargs="*", default=[], help="prompts or class labels, one per image")
+    parser.add_argument("--steps", type=int, default=20, help="steps of sampling and of the likelihood's integration")
     parser.add_argument("--guidance-steps", type=int, default=5)
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), default=(None, None))
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--options", type=json.loads, default={}, help="JSON: more arguments of the pipeline's call")
+    parser.add_argument("--options", type=json.loads, default={}, help="further arguments of the call, in JSON")
     options = parser.parse_args(arguments)
 
     cls = getattr(diffusers_fisher, f"{options.pipeline}FisherPipeline")

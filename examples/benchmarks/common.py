@@ -1,4 +1,4 @@
-"""What every benchmark shares: where it ran, how it times pairs, where its JSON goes."""
+"""Describes the machine, times tasks and writes the JSON, for every benchmark."""
 
 import platform
 import statistics
@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent
 
 
 def machine() -> dict[str, Any]:
-    """Device, processor, versions and threads that figures depend on."""
+    """Returns the device, processor, versions and threads that figures depend on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {"device": device, "processor": _processor(), "python": platform.python_version(), **versions()}
 
@@ -31,7 +31,7 @@ def _processor() -> str:
 
 
 def paired_seconds(tasks: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every task in every round, the tasks in turn within a round, after one uncounted round."""
+    """Returns the seconds of every task in every round. All tasks run in turn; a first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for round_index in range(rounds + 1):
         for name, task in tasks.items():
@@ -43,7 +43,7 @@ def paired_seconds(tasks: dict[str, Callable[[], Any]], rounds: int) -> dict[str
 
 
 def ratio(seconds: dict[str, list[float]], over: str, under: str) -> dict[str, float]:
-    """Median, smallest and largest of the ratios `over`/`under` round by round."""
+    """Returns median, smallest and largest of the ratios `over`/`under` of all rounds."""
     ratios = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 

@@ -1,12 +1,13 @@
-"""Does an image's likelihood depend on how a dataset is shared out, and what is won by two processes?
+"""Does an image's likelihood depend on batches and processes, and how much faster are two processes?
 
-python examples/benchmarks/dataset_likelihood.py [sharing] [killed] [report]   # parts to run anew; none: all
+python examples/benchmarks/dataset_likelihood.py [sharing] [killed] [report]   # parts to run; without parts all
 
-Runs `diffusers-fisher likelihood` on test images under the embedded checkpoint: with batches of 1 and 16 and with 1
-and 2 processes ("sharing": the per-image numbers compared, and times); killed with SIGKILL and taken up again
-("killed"); and the README's own commands over all 10,000 test images ("report", half an hour on two cores), whose
-summary it keeps, with the report and a picture of the likeliest and least likely in docs. Needs Fashion-MNIST (see
-examples/fashion_mnist.py) and, for the times, two cores with nothing else on them. Writes dataset_likelihood.json.
+The benchmark runs `diffusers-fisher likelihood` on test images under the embedded checkpoint, in three parts.
+"sharing" uses batches of 1 and 16 and 1 and 2 processes, and compares the numbers of every image and the times.
+"killed" kills a run with SIGKILL and resumes it. "report" runs the commands of the README over all 10,000 test images
+(half an hour on two cores). It keeps the summary, and writes the report and a picture of the most and least likely
+images into docs. The benchmark needs Fashion-MNIST (see examples/fashion_mnist.py) and, for the times, two cores
+without other work. It writes dataset_likelihood.json.
 """
 
 import argparse
@@ -37,7 +38,7 @@ PICTURE = ROOT / "docs" / "images" / "dataset_likelihood.png"
 PAGE = ROOT / "docs" / "dataset_likelihood_report.html"
 RUNS = {"1 process, batches of 1": (1, 1), "1 process, batches of 16": (1, 16), "2 processes, batches of 16": (2, 16)}
 ONE, TWO = "1 process, batches of 16", "2 processes, batches of 16"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # a core a process
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # one core per process
 
 
 def command(folder: Path, name: str, processes: int, batch_size: int, *options: str) -> list[str]:
@@ -54,8 +55,8 @@ def bits(folder: Path) -> list[float]:
     return [json.loads(line)["bits_per_dim"] for line in lines]
 
 
-def shared_out(folder: Path, estimator: str, count: int) -> dict[str, Any]:
-    """Runs every way; the largest difference from the first, and images per second."""
+def share_images(folder: Path, estimator: str, count: int) -> dict[str, Any]:
+    """Runs every way; returns the largest difference from the first way, and images per second."""
     numbers, rates = {}, {}
     for name, (processes, batch_size) in RUNS.items():
         target = folder / f"{estimator} {name}"
@@ -74,43 +75,43 @@ def shared_out(folder: Path, estimator: str, count: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def killed_and_taken_up(folder: Path, estimator: str, count: int) -> dict[str, Any]:
-    """Two processes killed after a third of their records, and the run taken up by the same command."""
+def resume_after_kill(folder: Path, estimator: str, count: int) -> dict[str, Any]:
+    """Kills two processes after a third of their records, and resumes the run with the same command."""
     name = f"{estimator} killed"
     shutil.rmtree(folder / name, ignore_errors=True)
     line = command(folder, name, 2, 4, "--estimator", estimator, "--limit", str(count))
     files = folder / name / "records"
 
-    def known() -> dict[int, dict[str, Any]]:
+    def read_rows() -> dict[int, dict[str, Any]]:
         groups = [json.loads(path.read_text()) for path in files.glob("0*.json")]
         return {row["position"]: row for group in groups for row in group["records"]}
 
     process = subprocess.Popen(line, env=ENVIRONMENT)
-    while len(known()) < count // 3:
+    while len(read_rows()) < count // 3:
         if process.poll() is not None:
             raise RuntimeError("The run ended before it could be killed.")
         time.sleep(0.2)
-    for each in (*psutil.Process(process.pid).children(recursive=True), process):  # workers have their own groups
+    for each in (*psutil.Process(process.pid).children(recursive=True), process):  # workers are in other groups
         each.kill()
     process.wait()
-    before = known()
+    before = read_rows()
     subprocess.run(line, check=True, env=ENVIRONMENT)
-    after = known()
+    after = read_rows()
     summary = json.loads((folder / name / "summary.json").read_text())
-    whole = f"{estimator} {ONE}"
-    subprocess.run(command(folder, whole, 1, 16, "--estimator", estimator, "--limit", str(count)), check=True)
-    unbroken = bits(folder / whole)
+    single_name = f"{estimator} {ONE}"
+    subprocess.run(command(folder, single_name, 1, 16, "--estimator", estimator, "--limit", str(count)), check=True)
+    single_bits = bits(folder / single_name)
     return {
         "images": count, "records_before": len(before), "computed_after": summary["last_run"]["images"],
         "records_changed": sum(after[position] != row for position, row in before.items()),
         "largest_difference_from_unbroken_bits_per_dim": max(
-            abs(a - b) for a, b in zip(bits(folder / name), unbroken, strict=True)
+            abs(a - b) for a, b in zip(bits(folder / name), single_bits, strict=True)
         ),
     }  # fmt: skip
 
 
 def report() -> dict[str, Any]:
-    """The summary of all test images, by the README's commands as they stand; a run that was killed goes on."""
+    """Returns the summary of all test images by the README's commands; a killed run is resumed."""
     lines = [line.strip() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
     make, evaluate = (
         shlex.split(next(line for line in lines if line.startswith(begin)))
@@ -123,12 +124,12 @@ def report() -> dict[str, Any]:
     rows = [json.loads(line) for line in (output / "likelihoods.jsonl").read_text(encoding="utf-8").splitlines()]
     PICTURE.parent.mkdir(exist_ok=True)
     shutil.copy(output / "index.html", PAGE)
-    save_figure(_drawn(images, sorted(rows, key=lambda row: row["bits_per_dim"])), PICTURE)
+    save_figure(_make_figure(images, sorted(rows, key=lambda row: row["bits_per_dim"])), PICTURE)
     return json.loads((output / "summary.json").read_text())
 
 
-def _drawn(images: Path, rows: list[dict[str, Any]]) -> Any:
-    """The histogram, and a row of images from each end: a matplotlib figure."""
+def _make_figure(images: Path, rows: list[dict[str, Any]]) -> Any:
+    """Draws the histogram, and one row each of the most and least likely images."""
     import numpy
     from matplotlib.figure import Figure
     from PIL import Image
@@ -138,9 +139,11 @@ def _drawn(images: Path, rows: list[dict[str, Any]]) -> Any:
     axes = top.subplots()
     axes.hist([row["bits_per_dim"] for row in rows], bins=80)
     axes.set(xlabel="bits/dim of the latent (lower is likelier)", ylabel="images")
-    for part, title, chosen in zip(strips, ("Most likely", "Least likely"), (rows[:12], rows[:-13:-1]), strict=True):
+    for part, title, part_rows in zip(
+        strips, ("Most likely", "Least likely"), (rows[:12], rows[:-13:-1]), strict=True
+    ):
         part.suptitle(title, fontsize=10)
-        for place, row in zip(part.subplots(1, len(chosen)), chosen, strict=True):
+        for place, row in zip(part.subplots(1, len(part_rows)), part_rows, strict=True):
             with Image.open(images / row["name"]) as picture:
                 place.imshow(numpy.asarray(picture), cmap="gray", vmin=0, vmax=255)
             place.set(xticks=[], yticks=[])
@@ -150,8 +153,8 @@ def _drawn(images: Path, rows: list[dict[str, Any]]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=f"to run anew, of {', '.join(PARTS)}; none: all")
-    parser.add_argument("--images", type=int, default=IMAGES, help='of "sharing" and "killed"')
+    parser.add_argument("parts", nargs="*", help=f"parts to run, of {', '.join(PARTS)}; without parts all of them")
+    parser.add_argument("--images", type=int, default=IMAGES, help='number of images of "sharing" and "killed"')
     parser.add_argument("--output", type=Path, default=Path("outputs/dataset_likelihood"))
     arguments = parser.parse_args()
     if not set(arguments.parts) <= set(PARTS):
@@ -163,14 +166,14 @@ def main() -> None:
     if StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint()).trace_model is not None:
         estimators.insert(0, "trace-model")
     tasks: dict[str, Callable[[], dict[str, Any]]] = {
-        "sharing": lambda: {name: shared_out(folder, name, count) for name in estimators},
-        "killed": lambda: killed_and_taken_up(folder, estimators[0], count),
+        "sharing": lambda: {name: share_images(folder, name, count) for name in estimators},
+        "killed": lambda: resume_after_kill(folder, estimators[0], count),
         "report": report,
     }
-    found = json.loads(path.read_text()) if path.is_file() else {}
+    result = json.loads(path.read_text()) if path.is_file() else {}
     for part in arguments.parts or PARTS:
-        found[part] = {"machine": machine(), **tasks[part]()}
-        write_json(path, found)
+        result[part] = {"machine": machine(), **tasks[part]()}
+        write_json(path, result)
 
 
 if __name__ == "__main__":

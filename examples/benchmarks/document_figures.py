@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dataset_figures import dataset_report, dataset_sharing, out_of_distribution, prompt_matching, sample_ranking
-from figure_tables import FOLDER, document, kept, table
+from figure_tables import FOLDER, document, read_result, table
 from fisher_figures import fisher_ascents, fisher_gradients, fisher_levels
 from guidance_figures import guidance, guidance_curves, guidance_gradients, guidance_per_step, guidance_sd15_size
 from likelihood_figures import (
@@ -23,8 +23,8 @@ ROOT = FOLDER.parent.parent
 
 
 def embedded_checkpoint() -> str:
-    result = kept("embedded_checkpoint")
-    rebuilt, generation = result["reconstruction"], result["generation"]
+    result = read_result("embedded_checkpoint")
+    reconstruction, generation = result["reconstruction"], result["generation"]
     rows = [
         [scale, f"{row['classified_as_prompted']:.1%}", f"{row['spread_relative_to_real']:.2f}"]
         for scale, row in generation.items()
@@ -33,9 +33,9 @@ def embedded_checkpoint() -> str:
     return document(
         f"A Stable Diffusion in small: 32x32 images, 4x8x8 latents, a UNet of {result['unet_parameters'] / 1e6:.1f} M "
         f"parameters, {result['bytes'] / 1e6:.1f} MB in all. Reconstructions of the 10,000 test images reach "
-        f"{rebuilt['psnr_of_mean_error_db']:.1f} dB on the central 28x28, and "
-        f"{rebuilt['reconstructions_classified_right']:.1%} of them are classified right "
-        f"({rebuilt['images_classified_right']:.1%} of the images themselves).",
+        f"{reconstruction['psnr_of_mean_error_db']:.1f} dB on the central 28x28, and "
+        f"{reconstruction['reconstructions_classified_right']:.1%} of them are classified right "
+        f"({reconstruction['images_classified_right']:.1%} of the images themselves).",
         table(columns, rows),
         f"{next(iter(generation.values()))['count']} samples each, DDIM, 25 steps.",
     )
@@ -64,22 +64,22 @@ DOCUMENTS = {
 }
 
 
-def filled(text: str, makers: Sequence[Callable[[], str]]) -> str:
-    """The document with every block of figures made anew."""
+def fill(text: str, makers: Sequence[Callable[[], str]]) -> str:
+    """Returns the document with every block of figures made again."""
     for make in makers:
         start, end = f"<!-- figures: {make.__name__} -->\n", "<!-- end of figures -->"
-        before, rest = text.split(start, 1)
-        text = f"{before}{start}\n{make()}\n\n{end}{rest.split(end, 1)[1]}"
+        before, after = text.split(start, 1)
+        text = f"{before}{start}\n{make()}\n\n{end}{after.split(end, 1)[1]}"
     return text
 
 
 def main() -> None:
     for path, makers in DOCUMENTS.items():
         current = path.read_text(encoding="utf-8")
-        new = filled(current, makers)
+        text = fill(current, makers)
         if "--check" not in sys.argv[1:]:
-            path.write_text(new, encoding="utf-8")
-        elif new != current:
+            path.write_text(text, encoding="utf-8")
+        elif text != current:
             sys.exit(f"{path.name} differs from the benchmarks' JSON; run this script")
 
 

@@ -29,13 +29,13 @@ CENTRE = (slice(None), slice(None), slice(2, -2), slice(2, -2))
 
 @torch.no_grad()
 def reconstruction(pipe: Pipeline, classifier: ClassifierReward, images, labels) -> dict[str, float]:
-    """PSNR on the central 28x28 (data range 1) and how often reconstructions are classified right."""
+    """Returns the PSNR on the central 28x28 (data range 1) and how often reconstructions are classified right."""
     errors, right, right_real = [], 0, 0
     for batch, truth in tqdm(list(zip(images.split(250), labels.split(250), strict=True)), "reconstruct"):
         pixels = fashion_mnist.to_rgb(batch)
-        decoded = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
-        errors.append((((decoded - pixels) / 2)[CENTRE] ** 2).mean((1, 2, 3)))
-        right += int((classifier.logits(decoded / 2 + 0.5).argmax(1) == truth).sum())
+        outputs = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+        errors.append((((outputs - pixels) / 2)[CENTRE] ** 2).mean((1, 2, 3)))
+        right += int((classifier.logits(outputs / 2 + 0.5).argmax(1) == truth).sum())
         right_real += int((classifier.logits(pixels / 2 + 0.5).argmax(1) == truth).sum())
     error = torch.cat(errors)
     return {
@@ -47,9 +47,9 @@ def reconstruction(pipe: Pipeline, classifier: ClassifierReward, images, labels)
 
 
 def load_pipeline(folder: Path) -> Pipeline:
-    """The pipeline that the folder's index names."""
+    """Loads the pipeline that the folder's index names."""
     name = read_json(folder / "model_index.json")["_class_name"]
-    # diffusers wants the parts that a Stable Diffusion 3 lacks to be named.
+    # diffusers wants the parts that a Stable Diffusion 3 lacks to be passed.
     missing = {"text_encoder_3": None, "tokenizer_3": None} if name == StableDiffusion3Pipeline.__name__ else {}
     pipe = DiffusionPipeline.from_pretrained(folder, **missing)
     pipe.set_progress_bar_config(disable=True)
@@ -57,7 +57,7 @@ def load_pipeline(folder: Path) -> Pipeline:
 
 
 def sample(pipe: Pipeline, guidance_scale: float, count: int) -> torch.Tensor:
-    """`count` images (10, count / 10, 3, 32, 32) in [0, 1], equally many of each class: 25 steps."""
+    """Returns `count` images (10, count / 10, 3, 32, 32) in [0, 1], equally many of each class, by 25 steps."""
     generator = torch.Generator().manual_seed(0)
     classes = []
     for label in tqdm(range(10), f"guidance scale {guidance_scale}"):
@@ -69,10 +69,10 @@ def sample(pipe: Pipeline, guidance_scale: float, count: int) -> torch.Tensor:
 
 @torch.no_grad()
 def generation(pipe, classifier: ClassifierReward, guidance_scale: float, count: int, real_spread) -> dict:
-    """How often samples are classified as prompted, and their spread within a class relative to real images."""
+    """Returns how often samples are classified as prompted, and their spread per class relative to real images."""
     images = sample(pipe, guidance_scale, count)
-    predicted = torch.stack([classifier.logits(group).argmax(1) for group in images])
-    right = (predicted == torch.arange(10)[:, None]).float().mean(1)
+    predictions = torch.stack([classifier.logits(group).argmax(1) for group in images])
+    right = (predictions == torch.arange(10)[:, None]).float().mean(1)
     spread = torch.stack([group[CENTRE].mean(1).std(0).mean() for group in images])
     return {
         "count": count,
@@ -85,7 +85,7 @@ def generation(pipe, classifier: ClassifierReward, guidance_scale: float, count:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=None, help="another folder than the embedded one")
+    parser.add_argument("--checkpoint", default=None, help="folder of another checkpoint than the embedded one")
     parser.add_argument("--data", default=fashion_mnist.DEFAULT_FOLDER)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--samples-only", action="store_true", help="leave the reconstructions out")

@@ -1,9 +1,9 @@
-"""Exact distributions: what points cost beside their matrix products, float32's accuracy, memory of banks in files.
+"""Measures exact distributions: time beside the matrix products, accuracy of float32, memory of banks in files.
 
     python examples/benchmarks/exact_fisher.py
 
 Writes exact_fisher.json. The points are drawn from a seeded mixture of ten Gaussians with the spectrum of images, so
-nothing needs to be downloaded. Run it when nothing else does: the products use every thread that torch has.
+nothing needs to be downloaded. Run it alone on the machine, because the products use all threads of torch.
 """
 
 import multiprocessing
@@ -21,18 +21,18 @@ from diffusers_fisher import Covariance, DCTBasis, DiracMixture, GaussianMixture
 
 SHAPE, POINTS, BATCH, ROUNDS = (1, 16, 16), 60_000, 32, 15
 TIMESTEPS = (0, 50, 100, 150, 200, 300, 500, 700, 999)  # of Stable Diffusion's 1,000
-BANK_POINTS, BANK_SHARE = 600_000, 10  # the bank is that many times the memory given
+BANK_POINTS, BANK_SHARE = 600_000, 10  # size of the bank, relative to the memory that it may use
 BANK_TIMESTEPS = (50, 100, 200, 500)
 
 
 def level_at(timestep: int) -> NoiseLevel:
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
-    kept = (1 - betas).cumprod(0)[timestep]
-    return NoiseLevel(kept.sqrt(), (1 - kept).sqrt())
+    alpha_bar = (1 - betas).cumprod(0)[timestep]
+    return NoiseLevel(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
 
 def images(count: int, seed: int = 0) -> torch.Tensor:
-    """(count, 1, 16, 16) float32: ten classes, variances falling with the square of the spatial frequency."""
+    """Draws (count, 1, 16, 16) float32: ten classes, with variances that fall with the square of the frequency."""
     rows, columns = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
     spectrum = 4 / (1 + rows**2 + columns**2).double().view(1, *SHAPE)
     generator = torch.Generator().manual_seed(seed)
@@ -42,12 +42,12 @@ def images(count: int, seed: int = 0) -> torch.Tensor:
 
 
 def near_copies(count: int) -> torch.Tensor:
-    """Clusters of twenty points nearer to each other than the smallest sigma: the hardest case for float32."""
+    """Draws clusters of twenty points, nearer to each other than the smallest sigma: the hardest case for float32."""
     noise = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(1))
     return images(count // 20, seed=2).repeat_interleave(20, 0) + 0.005 * noise
 
 
-def noised(points: torch.Tensor, level: NoiseLevel, seed: int = 3) -> torch.Tensor:
+def add_noise(points: torch.Tensor, level: NoiseLevel, seed: int = 3) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     clean = points[torch.randint(len(points), (BATCH,), generator=generator)].double()
     noise = torch.randn(clean.shape, generator=generator, dtype=torch.float64)
@@ -55,16 +55,16 @@ def noised(points: torch.Tensor, level: NoiseLevel, seed: int = 3) -> torch.Tens
 
 
 def timings(points: torch.Tensor) -> dict[str, Any]:
-    """Seconds and ratios by timestep; the four products of a covariance are those of the posterior and two more."""
+    """Returns seconds and ratios by timestep. A covariance has four products: two of the posterior, two more."""
     distribution, rows = DiracMixture(points), points.flatten(1)
     weights = torch.rand(BATCH, len(points), generator=torch.Generator().manual_seed(4))
     table = {}
     for timestep in TIMESTEPS:
         level = level_at(timestep)
-        x = noised(points, level)
+        x = add_noise(points, level)
         v, flat = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)), x.flatten(1)
-        kept = distribution.posterior(x, level)
-        kept.covariance(v)
+        first_posterior = distribution.posterior(x, level)
+        first_posterior.covariance(v)
 
         def products(count: int, flat=flat) -> None:
             for _ in range(count // 2):
@@ -81,7 +81,7 @@ def timings(points: torch.Tensor) -> dict[str, Any]:
                 "score and mean": score_and_mean,
                 "four products": lambda run=products: run(4),
                 "covariance product": lambda x=x, v=v, at=level: distribution.posterior(x, at).covariance(v),
-                "later covariance product": lambda posterior=kept, v=v: posterior.covariance(v),
+                "later covariance product": lambda posterior=first_posterior, v=v: posterior.covariance(v),
             },
             ROUNDS,
         )
@@ -98,10 +98,10 @@ def timings(points: torch.Tensor) -> dict[str, Any]:
 
 
 def results(distribution: DiracMixture, x: torch.Tensor, level: NoiseLevel) -> dict[str, torch.Tensor]:
-    """Everything that is compared, float64."""
+    """Returns all quantities that are compared, in float64."""
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).to(x.dtype)
     posterior = distribution.posterior(x, level)
-    found = {
+    values = {
         "log_density": posterior.log_density[:, None],
         "score": posterior.score,
         "posterior_mean": posterior.mean,
@@ -109,11 +109,11 @@ def results(distribution: DiracMixture, x: torch.Tensor, level: NoiseLevel) -> d
         "covariance_product": posterior.covariance(v) / level.noise_to_signal**2,
         "trace": posterior.fisher_trace()[:, None],
     }
-    return {name: value.double() for name, value in found.items()}
+    return {name: value.double() for name, value in values.items()}
 
 
 def errors(values: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The largest error over the samples: relative, for C v relative to (sigma/alpha)^2 |v|."""
+    """Returns the largest relative error over the samples; for C v it is relative to (sigma/alpha)^2 |v|."""
     table = {}
     for name, value in values.items():
         size = reference["matvec"] * 0 + 1 if name == "covariance_product" else reference[name]
@@ -123,43 +123,43 @@ def errors(values: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) 
 
 
 def accuracy(points: torch.Tensor) -> dict[str, Any]:
-    """Errors of float32 against float64 by timestep."""
-    narrow, wide, table = DiracMixture(points), DiracMixture(points.double()), {}
+    """Returns the errors of float32 against float64 by timestep."""
+    single, double, table = DiracMixture(points), DiracMixture(points.double()), {}
     for timestep in TIMESTEPS:
         level = level_at(timestep)
-        x = noised(points, level)
-        table[str(timestep)] = errors(results(narrow, x, level), results(wide, x.double(), level))
+        x = add_noise(points, level)
+        table[str(timestep)] = errors(results(single, x, level), results(double, x.double(), level))
     return table
 
 
 def bank_results(distribution: DiracMixture) -> dict[str, dict[str, torch.Tensor]]:
-    """By timestep: few points have weight at the first, many at the last."""
+    """Returns the results by timestep: few points have weight at the first timesteps, and many at the last."""
     clean = images(BATCH, seed=6)
     return {
-        str(timestep): results(distribution, noised(clean, level_at(timestep)), level_at(timestep))
+        str(timestep): results(distribution, add_noise(clean, level_at(timestep)), level_at(timestep))
         for timestep in BANK_TIMESTEPS
     }
 
 
 def bank_in_a_process(folder: str, name: str, memory: int) -> None:
-    """In a process of its own: what a bank gives, and by how much the process grew at its peak (Linux)."""
-    # Libraries and their buffers are not the bank's: every path is taken once before.
+    """Returns the results of a bank, and how much this process of its own grew at its peak (Linux)."""
+    # Every path runs once before, so that libraries and their buffers do not count.
     bank_results(DiracMixture(f"{folder}/small-{name}", memory=memory // 30))
     bank_results(DiracMixture(images(2000)))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident_bytes("VmRSS")
     values = bank_results(DiracMixture(f"{folder}/{name}", memory=memory))
     torch.save({"grown": resident_bytes("VmHWM") - before, "values": values}, f"{folder}/answer.pt")
 
 
 def resident_bytes(name: str) -> int:
-    """Resident memory of this process, mapped files included: VmRSS now, VmHWM at its peak."""
+    """Returns the resident memory of this process with mapped files: VmRSS is that of now, VmHWM that of the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def banks() -> dict[str, Any]:
-    """A bank in files ten times the memory given, against the same points in memory."""
+    """Compares a bank in files, ten times as large as its memory, with the same points in memory."""
     points = images(BANK_POINTS)
     size = points.numel() * points.element_size()
     memory = size // BANK_SHARE
@@ -179,7 +179,7 @@ def banks() -> dict[str, Any]:
             table[name] = {
                 "peak_growth_bytes": result["grown"],
                 "errors": {
-                    timestep: errors(found, reference[timestep]) for timestep, found in result["values"].items()
+                    timestep: errors(values, reference[timestep]) for timestep, values in result["values"].items()
                 },
             }
             print(name, table[name])

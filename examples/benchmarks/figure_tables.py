@@ -11,23 +11,23 @@ from tabulate import tabulate
 FOLDER = Path(__file__).parent
 
 
-def kept(name: str) -> dict[str, Any]:
-    """The content of a benchmark's JSON file."""
+def read_result(name: str) -> dict[str, Any]:
+    """Returns the content of a benchmark's JSON file."""
     return json.loads((FOLDER / f"{name}.json").read_text())
 
 
 def table(columns: Iterable[object], rows: Iterable[Sequence[object]]) -> str:
-    """A markdown table. None is an empty cell."""
+    """Returns a markdown table. None is an empty cell."""
     return tabulate(rows, [str(column) for column in columns], tablefmt="github", disable_numparse=True)
 
 
 def document(*parts: str) -> str:
-    """Paragraphs and tables with empty lines between them."""
+    """Joins paragraphs and tables with empty lines."""
     return "\n\n".join(parts)
 
 
 def nearest(noise_to_signal: Sequence[float]) -> list[int]:
-    """Indices of the levels nearest to a noise to signal of 10, 1 and 0.1."""
+    """Returns the indices of the levels nearest to a noise to signal of 10, 1 and 0.1."""
     return [
         min(range(len(noise_to_signal)), key=lambda index: abs(math.log(noise_to_signal[index] / ratio)))
         for ratio in (10, 1, 0.1)

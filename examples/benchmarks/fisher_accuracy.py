@@ -1,4 +1,4 @@
-"""Every estimator of the diffusion Fisher against the truth: trace, products, gradients through runs, reward a second.
+"""Compares every estimator of the diffusion Fisher with exact values: trace, products, gradients, reward per second.
 
     python examples/benchmarks/fisher_accuracy.py
 
@@ -46,7 +46,7 @@ SCHEDULE = {
 
 
 def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Mean over samples of the relative error."""
+    """Returns the mean of the relative error over samples."""
     difference, size = (value - reference).flatten(1).norm(dim=1), reference.flatten(1).norm(dim=1)
     return float((difference / size).mean())
 
@@ -57,14 +57,14 @@ def cosine(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def run(scheduler: Any, output: Callable, noise: torch.Tensor, steps: int, estimator: Any) -> tuple[Any, torch.Tensor]:
-    """One tracked sampling run over `output(x, t)`."""
+    """Runs one sampling run over `output(x, t)` and records it."""
     with scheduler.differentiable(estimator) as trajectory:
-        end = sampled(scheduler, output, noise, steps)
+        end = run_sampler(scheduler, output, noise, steps)
     return trajectory, end
 
 
 @torch.no_grad()
-def sampled(scheduler: Any, output: Callable, x: torch.Tensor, steps: int) -> torch.Tensor:
+def run_sampler(scheduler: Any, output: Callable, x: torch.Tensor, steps: int) -> torch.Tensor:
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
         x = scheduler.step(output(x, t), t, x).prev_sample
@@ -72,7 +72,7 @@ def sampled(scheduler: Any, output: Callable, x: torch.Tensor, steps: int) -> to
 
 
 def accuracy_by_level(states: list[DenoisingState], endpoint: torch.Tensor, estimators: dict, truth: Callable) -> dict:
-    """Relative errors of trace and product, and the product's cosine, at every state."""
+    """Returns relative errors of trace and product, and the product's cosine, at every state."""
     generator = torch.Generator().manual_seed(2)
     rows: dict[str, Any] = {name: {"trace": [], "matvec": [], "cosine": []} for name in estimators}
     for state in tqdm(states, "levels"):
@@ -80,11 +80,11 @@ def accuracy_by_level(states: list[DenoisingState], endpoint: torch.Tensor, esti
         trace, product = truth(state, v)
         for name, (estimator, tracer) in estimators.items():
             operator = estimator(state, endpoint)
-            found, value = operator.matvec(v), tracer(operator, generator)
+            estimate, value = operator.matvec(v), tracer(operator, generator)
             variance = float(state.level.sigma**2)
             rows[name]["trace"].append(relative(variance * value[:, None], variance * trace[:, None].double()))
-            rows[name]["matvec"].append(relative(found, product))
-            rows[name]["cosine"].append(cosine(found, product))
+            rows[name]["matvec"].append(relative(estimate, product))
+            rows[name]["cosine"].append(cosine(estimate, product))
     return rows
 
 
@@ -93,7 +93,7 @@ def noise_to_signal(states: list[DenoisingState]) -> list[float]:
 
 
 def gradient_cosines(runs: Callable, reference: Any, estimators: dict[str, Any], loss: Callable) -> dict:
-    """Cosine and norm ratio of the gradient at the noise with each estimator against `reference`, per setting."""
+    """Compares each estimator's gradient at the noise with `reference`: cosine and ratio of norms, per setting."""
     result: dict[str, Any] = {}
     for name, estimator in {"reference": reference, **estimators}.items():
         trajectory, end = runs(estimator)
@@ -132,7 +132,7 @@ def on_the_mixture(batch: int) -> dict[str, Any]:
         return operator.trace().value, operator.matvec(v)
 
     tracers = {name: (estimator, family.exact_trace) for name, estimator in estimators.items()}
-    tracers |= family.probed(exact)
+    tracers |= family.probe_estimators(exact)
     target = mixture.sample(batch, torch.Generator().manual_seed(5))
     gradients = {}
     for steps in STEPS:
@@ -152,24 +152,24 @@ def on_the_checkpoint(batch: int) -> dict[str, Any]:
     pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
     pipe.set_progress_bar_config(disable=True)
     images, _ = fashion_mnist.load("train")
-    latents = family.encoded(pipe, images[:10000])
+    latents = family.encode_images(pipe, images[:10000])
     priors = family.priors(latents)
     labels = [index % 10 for index in range(batch)]
     embeds = family.prompt_embeds(pipe, [embedded_prompt(label) for label in labels])
     noise = torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     scheduler = FisherDDIMScheduler.from_config(pipe.scheduler.config)
-    plain = PipelineDenoiser(pipe, guidance_scale=1.0, **embeds)
-    trajectory, end = run(scheduler, plain.model_output, noise, 48, AutodiffFisher(plain))
+    unguided = PipelineDenoiser(pipe, guidance_scale=1.0, **embeds)
+    trajectory, end = run(scheduler, unguided.model_output, noise, 48, AutodiffFisher(unguided))
     states = trajectory.states[3::4][:LEVELS]
     jacobians: dict[int, torch.Tensor] = {}
 
     def truth(state: DenoisingState, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        dense = jacobians.setdefault(id(state), AutodiffFisher(plain, chunk_size=64)(state).dense())
+        dense = jacobians.setdefault(id(state), AutodiffFisher(unguided, chunk_size=64)(state).dense())
         return dense.diagonal(dim1=1, dim2=2).sum(1), (dense @ v.flatten(1)[..., None])[..., 0].view_as(v)
 
-    cheap = family.estimators(plain, priors, autodiff=True)
-    tracers = {name: (estimator, family.trace_or_probes) for name, estimator in cheap.items()}
-    tracers |= family.probed(AutodiffFisher(plain))
+    closed_forms = family.estimators(unguided, priors, autodiff=True)
+    tracers = {name: (estimator, family.trace_or_probes) for name, estimator in closed_forms.items()}
+    tracers |= family.probe_estimators(AutodiffFisher(unguided))
     levels = accuracy_by_level(states, end.detach(), tracers, truth)
     asymmetry = [float((m - m.mT).norm() / (2 * m.norm())) for m in jacobians.values()]
     rewards = {
@@ -206,21 +206,21 @@ def on_the_checkpoint(batch: int) -> dict[str, Any]:
 
 
 def ascent(pipe: Any, denoiser: Any, steps: int, noise: torch.Tensor, estimator: Any, reward: Any) -> dict[str, Any]:
-    """Normalised ascent on the noise's sphere: reward gained, and gained per second."""
+    """Runs normalised ascent on the sphere of the noise; returns the gain of the reward, and the gain per second."""
     scheduler = FisherDDIMScheduler.from_config(pipe.scheduler.config)
 
     def sample(x: torch.Tensor) -> torch.Tensor:
-        return sampled(scheduler, denoiser.model_output, x, steps)
+        return run_sampler(scheduler, denoiser.model_output, x, steps)
 
     prompts, begin = [""] * len(noise), time.perf_counter()
     try:
-        run = GuidedRun(sample, backbone_of(pipe).decode, reward, prompts, scheduler, family.fresh(estimator))
-        found = ascend_noise(run, noise, AscentSettings(ITERATIONS, STEP_SIZE))
+        run = GuidedRun(sample, backbone_of(pipe).decode, reward, prompts, scheduler, family.without_memory(estimator))
+        result = ascend_noise(run, noise, AscentSettings(ITERATIONS, STEP_SIZE))
     except ArithmeticError as error:
         return {"failed": str(error).split(".")[0]}
     seconds = time.perf_counter() - begin
-    gained = float((found.best_rewards - found.rewards[0]).mean())
-    return {"gained": gained, "seconds": seconds, "gained_per_second": gained / seconds}
+    gain = float((result.best_rewards - result.rewards[0]).mean())
+    return {"gained": gain, "seconds": seconds, "gained_per_second": gain / seconds}
 
 
 def plot(result: dict[str, Any]) -> None:
@@ -233,7 +233,7 @@ def plot(result: dict[str, Any]) -> None:
     ):
         for axes, quantity in zip(row, ("trace", "matvec"), strict=True):
             for index, (name, values) in enumerate(result[part]["levels"].items()):
-                style = "-" if index < 10 else "--"  # there are ten colours
+                style = "-" if index < 10 else "--"  # matplotlib has ten colours
                 axes.plot(result[part]["noise_to_signal"], values[quantity], style, marker=".", label=name)
             axes.set(xscale="log", yscale="log", ylabel=f"relative error of {quantity}", title=title, ylim=(1e-6, 1e4))
         row[1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))

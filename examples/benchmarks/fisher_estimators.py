@@ -1,4 +1,4 @@
-"""The estimators that `fisher_accuracy.py` compares, by name, and one that was tried and not taken in."""
+"""Makes the estimators that `fisher_accuracy.py` compares. One of them did not help and is not in the package."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ from diffusers_fisher.fisher import ModelFisherOperator, rademacher
 
 
 def priors(samples: torch.Tensor) -> dict[str, GaussianFisher]:
-    """Gaussians fitted to clean samples."""
+    """Returns Gaussians that are fitted to clean samples."""
     return {
         "Gaussian, isotropic": GaussianFisher.fit_isotropic(samples),
         "Gaussian, diagonal": GaussianFisher.fit_diagonal(samples),
@@ -30,7 +30,7 @@ def priors(samples: torch.Tensor) -> dict[str, GaussianFisher]:
 
 
 def estimators(denoiser: Any, gaussians: dict[str, GaussianFisher], autodiff: bool) -> dict[str, Any]:
-    """Everything that can stand in a backward pass, but for the reference itself."""
+    """Returns all estimators that a backward pass can use, except the reference."""
     table: dict[str, Any] = (
         {"autodiff, forward (JVP)": AutodiffFisher(denoiser, forward_mode=True)} if autodiff else {}
     )
@@ -51,37 +51,37 @@ def trace_corrected(prior: Any, trace: Any) -> TraceCorrectedFisher:
 
 
 def exact_trace(operator: FisherOperator, generator: torch.Generator) -> torch.Tensor:
-    """The operator's own trace, whatever it costs."""
+    """Returns the exact trace of an operator at any cost."""
     return operator.trace().value
 
 
 def trace_or_probes(operator: FisherOperator, generator: torch.Generator) -> torch.Tensor:
-    """The operator's trace where it is a closed form, else 16 Hutchinson probes."""
+    """Returns the trace of an operator in closed form, or by 16 Hutchinson probes if it has none."""
     if operator.calls_per_state or operator.calls_per_product:
         return operator.trace(rademacher(16, operator.state.sample, generator)).value
     return operator.trace().value
 
 
-def probed(estimator: Any) -> dict[str, tuple[Any, Callable]]:
-    """Hutchinson and Hutch++ on the exact products."""
+def probe_estimators(estimator: Any) -> dict[str, tuple[Any, Callable]]:
+    """Returns the trace by Hutchinson and Hutch++ with exact products."""
 
     def hutchinson(count: int) -> Callable:
         return lambda operator, generator: operator.trace(rademacher(count, operator.state.sample, generator)).value
 
-    def sketched(operator: FisherOperator, generator: torch.Generator) -> torch.Tensor:
+    def hutch_plus_plus(operator: FisherOperator, generator: torch.Generator) -> torch.Tensor:
         probes = rademacher(11, operator.state.sample, generator).vectors
         return operator.trace(Probes(probes[:5]), sketch=Probes(probes[5:])).value  # 5 + 2 * 6 = 17 products
 
     return {
         "exact products, 1 probe": (estimator, hutchinson(1)),
         "exact products, 16 probes": (estimator, hutchinson(16)),
-        "exact products, Hutch++ (17)": (estimator, sketched),
+        "exact products, Hutch++ (17)": (estimator, hutch_plus_plus),
     }
 
 
 @torch.no_grad()
-def encoded(pipe: Any, images: torch.Tensor) -> torch.Tensor:
-    """Scaled latents of uint8 images (N, 1, 32, 32), drawn from the autoencoder's posterior."""
+def encode_images(pipe: Any, images: torch.Tensor) -> torch.Tensor:
+    """Returns scaled latents of uint8 images (N, 1, 32, 32), drawn from the autoencoder's posterior."""
     generator, pieces = torch.Generator().manual_seed(1), []
     for batch in images.split(250):
         pixels = (batch.float() / 127.5 - 1).expand(-1, 3, -1, -1)
@@ -94,13 +94,13 @@ def prompt_embeds(pipe: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
     return {"prompt_embeds": positive.detach(), "negative_prompt_embeds": negative.detach()}
 
 
-def fresh(estimator: Any) -> Any:
+def without_memory(estimator: Any) -> Any:
     """Without memory of other runs."""
     return Secants(estimator.memory) if isinstance(estimator, Secants) else estimator
 
 
 class Mean(FisherEstimator):
-    """The mean of two operators."""
+    """An estimator that is the mean of two estimators."""
 
     def __init__(self, left: Any, right: Any):
         self.left, self.right = left, right
@@ -110,9 +110,12 @@ class Mean(FisherEstimator):
 
 
 class Secants(FisherEstimator):
-    """Tried: differences of model outputs between guidance iterations at the same level, as products with the
-    Jacobian that cost nothing; the least symmetric change of the direct operator that agrees with them (Powell's
-    symmetric Broyden formula for several secants)."""
+    """An estimator by secants, which was tried and did not help.
+
+    Differences of model outputs between guidance iterations at the same level are products with the Jacobian that cost
+    nothing. The operator is the smallest symmetric change of the direct operator that agrees with them (Powell's
+    symmetric Broyden formula for several secants).
+    """
 
     def __init__(self, memory: int = 8):
         self.memory = memory
@@ -120,9 +123,9 @@ class Secants(FisherEstimator):
 
     def __call__(self, state: Any, endpoint: Any = None) -> FisherOperator:
         key = float(torch.as_tensor(state.timestep)), float(state.level.sigma)
-        past = self._states.get(key, [])
-        self._states[key] = [*past, state][-self.memory :]
-        return SecantsOperator(state, DirectFisher()(state), past)
+        states = self._states.get(key, [])
+        self._states[key] = [*states, state][-self.memory :]
+        return SecantsOperator(state, DirectFisher()(state), states)
 
 
 class SecantsOperator(ModelFisherOperator):
@@ -130,26 +133,30 @@ class SecantsOperator(ModelFisherOperator):
 
     symmetric = True
 
-    def __init__(self, state: Any, prior: FisherOperator, past: list):
+    def __init__(self, state: Any, prior: FisherOperator, states: list):
         super().__init__(state)
         self._prior, self._basis = prior, None
-        if not past:
+        if not states:
             return
-        steps = torch.stack([(state.sample - other.sample).flatten(1) for other in past], 2).double()
-        changes = torch.stack([(state.model_output - other.model_output).flatten(1) for other in past], 2).double()
-        known = [prior.output_jacobian(state.sample - other.sample).flatten(1) for other in past]
+        steps = torch.stack([(state.sample - other.sample).flatten(1) for other in states], 2).double()
+        changes = torch.stack([(state.model_output - other.model_output).flatten(1) for other in states], 2).double()
+        predictions = [prior.output_jacobian(state.sample - other.sample).flatten(1) for other in states]
         left, sizes, right = torch.linalg.svd(steps, full_matrices=False)
         inverse = torch.where(sizes > 0.1 * sizes[:, :1], 1 / sizes, 0.0)
         basis = left * (inverse > 0)[:, None, :]
-        rest = (changes - torch.stack(known, 2)) @ right.mT * inverse[:, None, :]
-        inner = basis.mT @ rest
-        self._basis, self._rest, self._inner = basis, rest, (inner + inner.mT) / 2
+        residual = (changes - torch.stack(predictions, 2)) @ right.mT * inverse[:, None, :]
+        inner = basis.mT @ residual
+        self._basis, self._residual, self._inner = basis, residual, (inner + inner.mT) / 2
 
     def output_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         product = self._prior.output_jacobian(v)
         if self._basis is None:
             return product
-        wide = v.double().flatten(1)[..., None]
-        inside = self._basis.mT @ wide
-        change = self._rest @ inside + self._basis @ (self._rest.mT @ wide) - self._basis @ (self._inner @ inside)
+        columns = v.double().flatten(1)[..., None]
+        coefficients = self._basis.mT @ columns
+        change = (
+            self._residual @ coefficients
+            + self._basis @ (self._residual.mT @ columns)
+            - self._basis @ (self._inner @ coefficients)
+        )
         return product + change[..., 0].view_as(v).to(v.dtype)

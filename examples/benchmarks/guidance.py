@@ -1,11 +1,12 @@
-"""Guidance on the embedded checkpoint: cost of an iteration, memory, gradients, reward and held-out reward by time.
+"""Measures guidance on the embedded checkpoint: cost of an iteration, memory, gradients, rewards by time.
 
     python examples/benchmarks/guidance.py                        # most of an hour on two cores
     python examples/benchmarks/guidance.py --tiny --picture P.png # only to see that it runs; writes no JSON
 
-Writes guidance.json and guidance.png. Classifier-free guidance left out of the backward pass is followed with the
-first reward alone. Every cell (a part, or a method with a reward) is kept in the folder `--records` when it is done,
-and a second run goes on from there. All seconds of one table should come from one quiet machine.
+The benchmark writes guidance.json and guidance.png. Methods that leave classifier-free guidance out of the backward
+pass are run with the first reward alone. Every cell (a part, or a method with a reward) is kept in the folder
+`--records` when it is done, and a second run continues from there. All times of one table should come from one machine
+without other work.
 """
 
 import argparse
@@ -41,14 +42,17 @@ from diffusers_fisher.guidance.checks import checked_reward
 from diffusers_fisher.jobs.records import Records
 
 EXACT = ("stored graph", "per-step recomputation")
-LEFT_OUT = "guidance left out"  # ends the names of methods that are followed with the first reward alone
-STRENGTHS = (0.2, 0.4)  # the default, and its double
+LEFT_OUT = "guidance left out"  # end of the names of methods that are run with the first reward alone
+STRENGTHS = (0.2, 0.4)  # the default, and twice the default
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Sizes of the benchmark. Prompts go through every method in batches, and `compared_prompts` in all through those
-    whose time to the exact reward is told."""
+    """Sizes of the benchmark.
+
+    Every method guides `prompts` prompts in batches. Methods whose time to the exact reward is measured guide
+    `compared_prompts` prompts.
+    """
 
     prompts: int = 64
     compared_prompts: int = 256
@@ -70,7 +74,7 @@ TINY = Setting(
 
 
 class Problem:
-    """The checkpoint, and the prompts, noise and rewards of every batch."""
+    """Holds the checkpoint, and the prompts, noise and rewards of every batch."""
 
     def __init__(self, setting: Setting):
         self.setting = setting
@@ -88,42 +92,45 @@ class Problem:
         return [index % 10 for index in range(begin, begin + len(self.noises[batch]))]
 
     def methods(self, batch: int, steps: int | None = None) -> Methods:
-        """All methods for one batch's prompts."""
+        """Returns all methods for the prompts of one batch."""
         prompts = [embedded_prompt(label) for label in self.batch_labels(batch)]
         embeds = embeddings(self.pipe, prompts)
         return Methods(self.pipe, embeds, steps or self.setting.steps, self.setting.guidance_scale, self.latents)
 
     def rewards(self, batch: int) -> dict[str, tuple[Any, Any]]:
-        """Reward and held-out reward: another class (held out: nearness to real images of it), left minus right
-        and inpainting of a real image's upper half (both: the prompted class's log-probability)."""
+        """Returns by name the reward and the held-out reward.
+
+        The held-out reward of "another class" is nearness to real images of that class. That of "left minus right" and
+        of "inpainting" (of a real image's upper half) is the log-probability of the prompted class.
+        """
         labels = self.batch_labels(batch)
         target = [(label + 1) % 10 for label in labels]
-        other, prompted = (
+        other_class, own_class = (
             ClassifierReward(self.classifier.model, classes, self.classifier.image_input)
             for classes in (target, labels)
         )
-        known = torch.stack([self.images[self.labels == label][0] for label in labels])
+        targets = torch.stack([self.images[self.labels == label][0] for label in labels])
         mask = torch.zeros(32, 32)
         mask[:16] = 1
         return {
-            "another class": (other, self._nearness(target)),
-            "left minus right": (LinearReward.left_minus_right(32, 32), prompted),
-            "inpainting": (MeasurementReward(known, mask), prompted),
+            "another class": (other_class, self._nearness(target)),
+            "left minus right": (LinearReward.left_minus_right(32, 32), own_class),
+            "inpainting": (MeasurementReward(targets, mask), own_class),
         }
 
     def _nearness(self, target: list[int]) -> Callable:
-        """Minus the mean squared distance to the nearest test image of the target class."""
-        real = [self.images[self.labels == label].flatten(1) for label in target]
+        """A reward: minus the mean squared distance to the nearest test image of the target class."""
+        class_images = [self.images[self.labels == label].flatten(1) for label in target]
 
         def nearness(images: torch.Tensor, prompts: Any) -> torch.Tensor:
-            pairs = zip(images.flatten(1), real, strict=True)
-            return torch.stack([-((image - others) ** 2).mean(1).min() for image, others in pairs])
+            pairs = zip(images.flatten(1), class_images, strict=True)
+            return torch.stack([-((image - neighbours) ** 2).mean(1).min() for image, neighbours in pairs])
 
         return nearness
 
 
 def one_iteration(problem: Problem, method: tuple, reward: Any, noise: torch.Tensor) -> torch.Tensor:
-    """Sampling, decoding, reward and gradient, as each guidance step does."""
+    """Runs sampling, decoding, reward and gradient, as in each guidance step."""
     sample, scheduler, estimator = method
     with scheduler.differentiable(estimator) as trajectory:
         latents = sample(noise)
@@ -131,7 +138,7 @@ def one_iteration(problem: Problem, method: tuple, reward: Any, noise: torch.Ten
 
 
 def floor(problem: Problem, method: tuple, reward: Any, noise: torch.Tensor) -> torch.Tensor:
-    """What no method can do without: an untracked run, decoding, and the reward's gradient at the latents."""
+    """Runs what every method needs: a run without a record, decoding, and the reward's gradient at the latents."""
     latents = method[0](noise).detach().requires_grad_()
     return torch.autograd.grad(checked_reward(reward, backbone_of(problem.pipe).decode(latents), []).sum(), latents)[0]
 
@@ -157,14 +164,14 @@ def iteration_cost(problem: Problem) -> dict[str, Any]:
 
 
 def graph_bytes(noise: torch.Tensor, sample: Any, scheduler: Any, estimator: Any) -> int:
-    """Bytes that autograd keeps for the backward pass of one sampling run, counted once a storage."""
+    """Returns the bytes that autograd keeps for the backward pass of one sampling run. Every storage counts once."""
     storages: dict[int, int] = {}
-    kept = []  # so that no address is used twice while counting
+    references = []  # so that no address is used twice during the count
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-        kept.append(storage)
+        references.append(storage)
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
@@ -176,7 +183,7 @@ def graph_bytes(noise: torch.Tensor, sample: Any, scheduler: Any, estimator: Any
 
 
 def memory(problem: Problem) -> dict[str, Any]:
-    """Bytes kept by the graph by number of steps, and their slope in units of one latent batch."""
+    """Returns the bytes that the graph keeps by number of steps, and their slope in units of one latent batch."""
     result: dict = {}
     noise, counts = problem.noises[0], problem.setting.memory_steps
     tables = {steps: problem.methods(0, steps).table for steps in counts}
@@ -191,23 +198,23 @@ def memory(problem: Problem) -> dict[str, Any]:
 
 
 def gradients(problem: Problem, name: str) -> dict[str, Any]:
-    """Cosine with the stored graph's gradient, and the ratio of norms: means over the first batch."""
+    """Returns the cosine with the stored graph's gradient, and the ratio of norms: means over the first batch."""
     reward, noise, table = problem.rewards(0)[name][0], problem.noises[0], problem.methods(0).table
     exact = one_iteration(problem, table["stored graph"], reward, noise).double().flatten(1)
     rows = {}
     for method in table:
-        found = one_iteration(problem, table[method], reward, noise).double().flatten(1)
-        cosine = torch.nn.functional.cosine_similarity(found, exact)
+        gradient = one_iteration(problem, table[method], reward, noise).double().flatten(1)
+        cosine = torch.nn.functional.cosine_similarity(gradient, exact)
         rows[method] = {
             "cosine": float(cosine.mean()),
-            "norm_ratio": float((found.norm(dim=1) / exact.norm(dim=1)).log().mean().exp()),
-            "relative_error": float(((found - exact).norm(dim=1) / exact.norm(dim=1)).mean()),
+            "norm_ratio": float((gradient.norm(dim=1) / exact.norm(dim=1)).log().mean().exp()),
+            "relative_error": float(((gradient - exact).norm(dim=1) / exact.norm(dim=1)).mean()),
         }
     return rows
 
 
 def curve(problem: Problem, name: str, method: str, batch: int) -> dict[str, Any]:
-    """Normalised ascent of one batch with one method: the same noise and step size for all."""
+    """Runs normalised ascent of one batch with one method. Noise and step size are the same for all methods."""
     setting, noise = problem.setting, problem.noises[batch]
     reward, held_out = problem.rewards(batch)[name]
     sample, scheduler, estimator = problem.methods(batch).table[method]
@@ -220,7 +227,7 @@ def curve(problem: Problem, name: str, method: str, batch: int) -> dict[str, Any
 
 
 def per_step(problem: Problem, name: str, estimator: str, strength: float, batch: int) -> dict[str, Any]:
-    """One run of per-step guidance for one batch."""
+    """Runs per-step guidance once for one batch."""
     methods, noise = problem.methods(batch), problem.noises[batch]
     reward, held_out = problem.rewards(batch)[name]
     pipe = methods.stock()
@@ -234,19 +241,19 @@ def per_step(problem: Problem, name: str, estimator: str, strength: float, batch
 
 
 def best_so_far(cells: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Reward of every prompt's best run so far and what is held out at it, (runs, prompts), and seconds, (runs,)."""
+    """Returns reward and held-out reward of every prompt's best run so far, (runs, prompts), and seconds, (runs,)."""
     length = min(len(cell["rewards"]) for cell in cells)
     rewards, held_out = (
         torch.cat([torch.tensor(cell[name][:length], dtype=torch.float64) for cell in cells], dim=1)
         for name in ("rewards", "held_out")
     )
-    best, where = rewards.cummax(0)
+    best, indices = rewards.cummax(0)
     seconds = torch.tensor([cell["seconds"][:length] for cell in cells], dtype=torch.float64).sum(0).cumsum(0)
-    return best, held_out.gather(0, where), seconds
+    return best, held_out.gather(0, indices), seconds
 
 
-def summarised(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """All prompts of one method and reward: means by run, of the best so far and of what is held out at it."""
+def summarise(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns by run the means over all prompts of the best reward so far and of the held-out reward of its image."""
     best, held_out, seconds = best_so_far(cells)
     prompts = best.shape[1]
     return {
@@ -261,31 +268,32 @@ def summarised(cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def time_to_exact(
-    cells: dict[str, list[dict[str, Any]]], exact: str, followed: Sequence[str] = (DEFAULT, "direct")
+    cells: dict[str, list[dict[str, Any]]], exact: str, methods: Sequence[str] = (DEFAULT, "direct")
 ) -> dict[str, Any]:
-    """By method of `followed`: seconds in which it first reaches the exact method's last reward, relative to those in
-    which that one does, and how much higher the held-out reward then is, prompt by prompt.
+    """Returns by method of `methods` the time until it reaches the exact method's last reward.
 
-    The first run, whose reward is nobody's merit, counts for all."""
-    wanted = float(best_so_far(cells[exact])[0][-1].mean())
+    The time is relative to that of the exact method. The result also says how much higher the held-out reward then is,
+    prompt by prompt. The time of the first run, which is without guidance, counts for all methods.
+    """
+    target = float(best_so_far(cells[exact])[0][-1].mean())
 
-    def reached(method: str) -> tuple[Any, Any]:
+    def time_to_target(method: str) -> tuple[Any, Any]:
         best, held_out, seconds = best_so_far(cells[method])
-        places = (best.mean(1) >= wanted).nonzero().flatten().tolist()
+        places = (best.mean(1) >= target).nonzero().flatten().tolist()
         return (float(seconds[places[0]]), held_out[places[0]]) if places else (None, None)
 
-    slow, at_exact = reached(exact)
+    exact_seconds, at_exact = time_to_target(exact)
     rows: dict[str, Any] = {
-        "exact_method": exact, "exact_seconds": slow, "exact_reward": wanted, "prompts": len(at_exact),
+        "exact_method": exact, "exact_seconds": exact_seconds, "exact_reward": target, "prompts": len(at_exact),
         "held_out_exact": float(at_exact.mean()),
     }  # fmt: skip
-    for method in followed:
-        fast, there = reached(method)
-        rows[method] = {"seconds": fast}
-        if fast is not None:
-            difference = there - at_exact
+    for method in methods:
+        method_seconds, at_target = time_to_target(method)
+        rows[method] = {"seconds": method_seconds}
+        if method_seconds is not None:
+            difference = at_target - at_exact
             rows[method] |= {
-                "share_of_exact": fast / slow, "held_out": float(there.mean()),
+                "share_of_exact": method_seconds / exact_seconds, "held_out": float(at_target.mean()),
                 "held_out_difference": float(difference.mean()),
                 "held_out_median_difference": float(difference.median()),
                 "held_out_difference_standard_error": float(difference.std() / len(difference) ** 0.5),
@@ -294,7 +302,7 @@ def time_to_exact(
 
 
 def import_time(rounds: int) -> dict[str, Any]:
-    """Whole-process time of `import diffusers_fisher` against `import diffusers`."""
+    """Compares the time of processes that run `import diffusers_fisher` and `import diffusers`."""
 
     def task(name: str) -> Callable:
         return lambda: subprocess.run([sys.executable, "-c", f"import {name}"], check=True)
@@ -305,25 +313,25 @@ def import_time(rounds: int) -> dict[str, Any]:
 
 
 class Cells:
-    """Parts of the benchmark by name, each computed once."""
+    """Computes parts of the benchmark, each once, and keeps them by name."""
 
     def __init__(self, folder: Path, setting: Setting):
         self.records = Records(folder, dataclasses.asdict(setting) | {"threads": torch.get_num_threads()})
 
-    def __call__(self, make: Callable[..., dict[str, Any]], *arguments: Any, given: tuple = ()) -> dict[str, Any]:
-        """`make(*given, *arguments)`, from its record where there is one."""
+    def __call__(self, make: Callable[..., dict[str, Any]], *arguments: Any, context: tuple = ()) -> dict[str, Any]:
+        """Returns `make(*context, *arguments)`, from its record if there is one."""
         words = [make.__name__, *map(str, arguments)]
         key = "_".join(re.sub(r"[^A-Za-z0-9.]+", "-", word).strip("-") for word in words)
         if self.records.missing([key]):
             begin = time.perf_counter()
-            self.records.write(key, make(*given, *arguments))
+            self.records.write(key, make(*context, *arguments))
             print(f"{key:<70}{time.perf_counter() - begin:>8.1f} s", flush=True)
         return self.records.read(key)
 
 
 def run(setting: Setting, folder: Path) -> dict[str, Any]:
     cells, problem = Cells(folder, setting), Problem(setting)
-    iteration = cells(iteration_cost, given=(problem,))
+    iteration = cells(iteration_cost, context=(problem,))
     exact = iteration["faster_exact_method"]
     names, methods = list(problem.rewards(0)), list(problem.methods(0).table)
     batches = range(setting.prompts // setting.batch)
@@ -332,31 +340,34 @@ def run(setting: Setting, folder: Path) -> dict[str, Any]:
         for method in methods:
             if place and method.endswith(LEFT_OUT):
                 continue
-            curves[name][method] = [cells(curve, name, method, b, given=(problem,)) for b in batches]
-    compared: dict[str, Any] = {name: {} for name in names}
+            curves[name][method] = [cells(curve, name, method, b, context=(problem,)) for b in batches]
+    comparisons: dict[str, Any] = {name: {} for name in names}
     for name in names:
         for method in (exact, DEFAULT, "direct"):
-            more = [cells(curve, name, method, b, given=(problem,)) for b in range(len(batches), len(problem.noises))]
-            compared[name][method] = curves[name][method] + more
+            extra_cells = [
+                cells(curve, name, method, b, context=(problem,)) for b in range(len(batches), len(problem.noises))
+            ]
+            comparisons[name][method] = curves[name][method] + extra_cells
     steps: dict[str, Any] = {name: {} for name in names}
     for name in names:
         for estimator in ("direct", "gaussian", "finite difference", "per-step recomputation"):
             for strength in STRENGTHS:
-                rows = [cells(per_step, name, estimator, strength, b, given=(problem,)) for b in batches]
+                rows = [cells(per_step, name, estimator, strength, b, context=(problem,)) for b in batches]
                 steps[name].setdefault(estimator, {})[str(strength)] = {
                     "reward": _mean(rows, "rewards"), "held_out": _mean(rows, "held_out"),
                     "seconds": sum(row["seconds"] for row in rows),
                 }  # fmt: skip
     return {
         "setting": dataclasses.asdict(setting),
-        "import": cells(import_time, given=(setting.import_rounds,)),
+        "import": cells(import_time, context=(setting.import_rounds,)),
         "iteration": iteration,
-        "memory": cells(memory, given=(problem,)),
-        "gradients": {name: cells(gradients, name, given=(problem,)) for name in names},
+        "memory": cells(memory, context=(problem,)),
+        "gradients": {name: cells(gradients, name, context=(problem,)) for name in names},
         "reward_after_ten_iterations": {
-            name: {method: summarised(found) for method, found in rows.items()} for name, rows in curves.items()
+            name: {method: summarise(cells_of_method) for method, cells_of_method in rows.items()}
+            for name, rows in curves.items()
         },
-        "time_to_exact": {name: time_to_exact(rows, exact) for name, rows in compared.items()},
+        "time_to_exact": {name: time_to_exact(rows, exact) for name, rows in comparisons.items()},
         "per_step": steps,
     }
 
@@ -366,8 +377,10 @@ def _mean(rows: list[dict[str, Any]], name: str) -> float:
 
 
 def picture(result: dict[str, Any]) -> Figure:
-    """Mean best reward by the seconds that all prompts took: a panel a reward, a line a method, and per-step guidance
-    of every strength as points."""
+    """Draws the mean best reward against the seconds for all prompts.
+
+    There is one panel per reward and one line per method. Per-step guidance has one point per strength.
+    """
     table = result["reward_after_ten_iterations"]
     figure = Figure(figsize=(4.4 * len(table), 4.6), layout="constrained")
     panels = figure.subplots(1, len(table), squeeze=False)[0]
@@ -385,7 +398,7 @@ def picture(result: dict[str, Any]) -> Figure:
                 label=f"step by step, {estimator}",
             )  # fmt: skip
         axes.set(title=name, xlabel="seconds", ylabel="reward", xscale="log")
-    handles, labels = panels[0].get_legend_handles_labels()  # the first has every method
+    handles, labels = panels[0].get_legend_handles_labels()  # the first panel has every method
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
@@ -393,17 +406,17 @@ def picture(result: dict[str, Any]) -> Figure:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, default=Path("outputs/benchmarks/guidance"))
-    parser.add_argument("--picture", type=Path, help="the plot's file; guidance.png, and none with --tiny")
+    parser.add_argument("--picture", type=Path, help="file of the plot; default: guidance.png, or none with --tiny")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args(arguments)
-    drawn = options.picture or (None if options.tiny else FOLDER / "guidance.png")
-    if drawn is not None:
-        check_writable(drawn.parent)
+    picture_file = options.picture or (None if options.tiny else FOLDER / "guidance.png")
+    if picture_file is not None:
+        check_writable(picture_file.parent)
     result = run(TINY if options.tiny else Setting(), options.records)
     if not options.tiny:
         save("guidance", result)
-    if drawn is not None:
-        save_figure(picture(result), drawn)
+    if picture_file is not None:
+        save_figure(picture(result), picture_file)
 
 
 if __name__ == "__main__":

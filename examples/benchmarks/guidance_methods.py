@@ -1,4 +1,4 @@
-"""The methods that guidance is compared between: exact gradients by two ways, and every estimator."""
+"""Makes the guidance methods that are compared: exact gradients in two ways, and every estimator."""
 
 import contextlib
 import inspect
@@ -19,7 +19,7 @@ from diffusers_fisher import (
     fisher_scheduler,
 )
 
-DEFAULT = "one step"  # what `guide` takes
+DEFAULT = "one step"  # the default of `guide`
 
 
 class StoredGraph:
@@ -45,13 +45,13 @@ class StoredGraph:
 
 
 def embeddings(pipe: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """The call arguments that stand for `prompts`."""
+    """Returns the call arguments that replace `prompts`."""
     positive, negative = pipe.encode_prompt(prompts, pipe.device, 1, True)
     return {"prompt_embeds": positive.detach(), "negative_prompt_embeds": negative.detach()}
 
 
 class Methods:
-    """`table`: (sample, scheduler, estimator) by name; the first two give the exact gradient.
+    """Holds in `table` (sample, scheduler, estimator) by name of the method; the first two give the exact gradient.
 
     Args:
         pipe: Stable Diffusion, run on DDIM.
@@ -71,37 +71,37 @@ class Methods:
         config = DDIMScheduler.from_config(pipe.scheduler.config).config
         self._config = config
         scheduler = fisher_scheduler(DDIMScheduler).from_config(config)
-        guided = self.stock(scheduler)
-        stored = StoredGraph(self.stock(), self.arguments)
+        pipeline = self.stock(scheduler)
+        stored_graph = StoredGraph(self.stock(), self.arguments)
 
         def sample(noise: torch.Tensor) -> torch.Tensor:
-            return guided(latents=noise, **self.arguments)[0]
+            return pipeline(latents=noise, **self.arguments)[0]
 
-        self.table: dict[str, tuple] = {"stored graph": (stored.sample, stored, None)}
+        self.table: dict[str, tuple] = {"stored graph": (stored_graph.sample, stored_graph, None)}
         self.table |= {name: (sample, scheduler, estimator) for name, estimator in self.estimators().items()}
 
     def stock(self, scheduler: Any = None) -> StableDiffusionPipeline:
-        """The stock pipeline over the same networks, with a scheduler of its own."""
+        """Returns the stock pipeline over the same networks, with a scheduler of its own."""
         pipe, components = self._pipe, dict(self._pipe.components)
         components["scheduler"] = DDIMScheduler.from_config(self._config) if scheduler is None else scheduler
-        made = StableDiffusionPipeline(**components, requires_safety_checker=False)
-        made.set_progress_bar_config(**pipe._progress_bar_config)
-        return made
+        pipeline = StableDiffusionPipeline(**components, requires_safety_checker=False)
+        pipeline.set_progress_bar_config(**pipe._progress_bar_config)
+        return pipeline
 
     def estimators(self) -> dict[str, Any]:
-        """Estimators by name, ready for any run on these prompts."""
-        guided = PipelineDenoiser(self.stock(), guidance_scale=self._scale, **self._embeds)
-        found: dict[str, Any] = {
-            "per-step recomputation": AutodiffFisher(guided),
+        """Returns estimators by name, for any run with these prompts."""
+        denoiser = PipelineDenoiser(self.stock(), guidance_scale=self._scale, **self._embeds)
+        result: dict[str, Any] = {
+            "per-step recomputation": AutodiffFisher(denoiser),
             "direct": DirectFisher(),
-            DEFAULT: OneStepFisher(FiniteDifferenceFisher(guided)),
-            "finite difference": FiniteDifferenceFisher(guided),
+            DEFAULT: OneStepFisher(FiniteDifferenceFisher(denoiser)),
+            "finite difference": FiniteDifferenceFisher(denoiser),
             "endpoint, centred": EndpointFisher(centred=True),
             "endpoint, paper": EndpointFisher(),
             "gaussian": GaussianFisher.fit_diagonal(self._latents, dct=True),
         }
-        if self._scale != 1:  # classifier-free guidance kept out of the adjoint
-            plain = PipelineDenoiser(self.stock(), guidance_scale=1.0, prompt_embeds=self._embeds["prompt_embeds"])
-            found["recomputation, guidance left out"] = AutodiffFisher(plain)
-            found["finite difference, guidance left out"] = FiniteDifferenceFisher(plain, central=True)
-        return found
+        if self._scale != 1:  # without classifier-free guidance in the backward pass
+            unguided = PipelineDenoiser(self.stock(), guidance_scale=1.0, prompt_embeds=self._embeds["prompt_embeds"])
+            result["recomputation, guidance left out"] = AutodiffFisher(unguided)
+            result["finite difference, guidance left out"] = FiniteDifferenceFisher(unguided, central=True)
+        return result

@@ -1,16 +1,17 @@
-"""Time and memory of one guidance iteration at Stable Diffusion 1.5's size, with random weights.
+"""Measures time and memory of one guidance iteration at Stable Diffusion 1.5's size, with random weights.
 
     python examples/benchmarks/guidance_sd15_size.py                                # CPU, float32: hours
     python examples/benchmarks/guidance_sd15_size.py --device cuda --dtype float16
     python examples/benchmarks/guidance_sd15_size.py --methods direct "endpoint, centred" --retry-failed
     python examples/benchmarks/guidance_sd15_size.py --tiny                         # only to see that it runs
 
-Writes guidance_sd15_size_DEVICE_DTYPE.json. A UNet of 860 M parameters, its autoencoder, 512x512 images, 25 steps of
-DDIM. Every method has a process of its own, for its peak of memory, in which the floor (the plain run, a decode, and
-its and the reward's backward pass) is timed beside it. Finished methods are kept in `--records`, and a second run goes
-on from there; so are those that failed (killed for memory, say), which `--retry-failed` tries again. `--methods` runs
-some alone; the JSON has all that are in the records. Full back-propagation with a stored graph takes hundreds of GB
-here and is run only if asked for.
+The benchmark writes guidance_sd15_size_DEVICE_DTYPE.json. It has a UNet of 860 M parameters, its autoencoder, 512x512
+images and 25 steps of DDIM. Every method has a process of its own, so that its peak memory is its own. In this process
+the floor (a plain run, a decoding, and the backward pass of the decoding and the reward) is timed in turn with the
+method. Finished methods are kept in `--records`, and a second run continues from there. Methods that failed (killed
+for memory, for example) are kept too, and `--retry-failed` tries them again. `--methods` runs only some methods; the
+JSON has all methods in the records. Full back-propagation with a stored graph takes hundreds of GB, so it runs only
+with `--stored-graph`.
 """
 
 import argparse
@@ -44,7 +45,7 @@ EXACT = (STORED, "per-step recomputation")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is run; the defaults are Stable Diffusion 1.5's."""
+    """Settings of the run; the defaults are those of Stable Diffusion 1.5."""
 
     device: str = "cpu"
     dtype: str = "float32"
@@ -56,7 +57,7 @@ class Setting:
 
 
 def pipeline(setting: Setting) -> Any:
-    """Stable Diffusion 1.5 without its text encoder, or the same in small."""
+    """Makes Stable Diffusion 1.5 without its text encoder, or a small version of it."""
     torch.manual_seed(0)
     widths, ends = ((320, 640, 1280, 1280), (128, 256, 512, 512)) if not setting.tiny else ((32, 64), (32, 64, 64, 64))
     cross = len(widths) - 1
@@ -85,7 +86,7 @@ def pipeline(setting: Setting) -> Any:
 
 
 class Iteration:
-    """One guidance iteration by any method."""
+    """Runs one guidance iteration by any method."""
 
     def __init__(self, setting: Setting, pipe: Any):
         self.pipe = pipe
@@ -110,15 +111,15 @@ class Iteration:
         latents = self.methods.table["direct"][0](self.noise).detach().requires_grad_()
         return torch.autograd.grad(self.reward(self.decode(latents), []).sum(), latents)[0]
 
-    def guided(self, method: str) -> torch.Tensor:
+    def gradient(self, method: str) -> torch.Tensor:
         sample, scheduler, estimator = self.methods.table[method]
         with scheduler.differentiable(estimator) as trajectory:
             latents = sample(self.noise)
         return trajectory.gradient(self.reward(self.decode(latents), []).sum())
 
 
-def measured(setting: Setting, method: str) -> dict[str, Any]:
-    """Seconds of the floor and of the method in turn, and the process's peak of memory."""
+def measure(setting: Setting, method: str) -> dict[str, Any]:
+    """Returns the seconds of the floor and of the method, timed in turn, and the peak memory of the process."""
     pipe, cuda = pipeline(setting), setting.device.startswith("cuda")
     Iteration(dataclasses.replace(setting, steps=2), pipe).floor()  # the first calls of a process are slower
     iteration, before = Iteration(setting, pipe), _memory(cuda)
@@ -132,15 +133,15 @@ def measured(setting: Setting, method: str) -> dict[str, Any]:
             torch.cuda.synchronize()
         return time.perf_counter() - begin
 
-    floors, guided = [], []
+    floors, durations = [], []
     for _ in range(setting.rounds):
         floors.append(seconds(iteration.floor))
         if method != "floor":
-            guided.append(seconds(lambda: iteration.guided(method)))
-    ratios = [one / other for one, other in zip(guided, floors, strict=False)]
+            durations.append(seconds(lambda: iteration.gradient(method)))
+    ratios = [duration / floor for duration, floor in zip(durations, floors, strict=False)]
     return {
         "floor_seconds": statistics.median(floors),
-        "seconds": statistics.median(guided or floors),
+        "seconds": statistics.median(durations or floors),
         "over_floor": statistics.median(ratios) if ratios else 1.0,
         "memory_before": before,
         "peak_memory": _memory(cuda),
@@ -149,18 +150,18 @@ def measured(setting: Setting, method: str) -> dict[str, Any]:
 
 
 def _memory(cuda: bool) -> int:
-    """Bytes at the peak so far."""
+    """Returns the peak memory so far in bytes."""
     return torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def run(setting: Setting, methods: Sequence[str], folder: Path, retry_failed: bool = False) -> dict[str, Any]:
-    """Each of `methods` in its own process, unless it has a record.
+    """Runs each of `methods` in its own process, unless it has a record.
 
     Args:
-        retry_failed: whether the record of a failure counts for none.
+        retry_failed: whether to run a method again whose record is a failure.
 
     Returns:
-        The rows of all methods in the records, these and those of earlier runs.
+        The rows of all methods in the records, also those of earlier runs.
     """
     records = Records(folder, dataclasses.asdict(setting) | {"threads": torch.get_num_threads()})
     for method in methods:
@@ -168,8 +169,8 @@ def run(setting: Setting, methods: Sequence[str], folder: Path, retry_failed: bo
         if records.missing([key]) or (retry_failed and "failed" in records.read(key)):
             records.write(key, _in_own_process(setting, method))
         print(f"{method:<40}{json.dumps(records.read(key))}", flush=True)
-    known = dict.fromkeys((*METHODS, STORED, *methods))
-    rows = {method: records.read(_key(method)) for method in known if not records.missing([_key(method)])}
+    all_methods = dict.fromkeys((*METHODS, STORED, *methods))
+    rows = {method: records.read(_key(method)) for method in all_methods if not records.missing([_key(method)])}
     return {"setting": dataclasses.asdict(setting), "methods": rows, **_ratios(rows)}
 
 
@@ -178,25 +179,25 @@ def _key(method: str) -> str:
 
 
 def _in_own_process(setting: Setting, method: str) -> dict[str, Any]:
-    """What `measured` gives, or how the process "failed"."""
-    given = json.dumps(dataclasses.asdict(setting))
-    command = [sys.executable, __file__, "--cell", method, "--setting", given]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    print(f"{method}: {done.stderr.strip().splitlines()[-1:] or done.returncode}", flush=True)
-    return {"failed": f"exit status {done.returncode}"}  # killed for memory, say
+    """Returns the result of `measure`, or under the key "failed" how the process ended."""
+    text = json.dumps(dataclasses.asdict(setting))
+    command = [sys.executable, __file__, "--cell", method, "--setting", text]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode == 0:
+        return json.loads(process.stdout.splitlines()[-1])
+    print(f"{method}: {process.stderr.strip().splitlines()[-1:] or process.returncode}", flush=True)
+    return {"failed": f"exit status {process.returncode}"}  # killed for memory, for example
 
 
 def _ratios(rows: dict[str, Any]) -> dict[str, Any]:
-    """What the default is against the floor and the faster exact method that fitted."""
-    fitted = {name: rows[name]["over_floor"] for name in EXACT if "over_floor" in rows.get(name, {})}
-    if not fitted or "over_floor" not in rows.get(DEFAULT, {}):
+    """Compares the default with the floor and with the faster exact method that fitted into the memory."""
+    over_floor = {name: rows[name]["over_floor"] for name in EXACT if "over_floor" in rows.get(name, {})}
+    if not over_floor or "over_floor" not in rows.get(DEFAULT, {}):
         return {}
-    exact = min(fitted, key=lambda name: fitted[name])
+    exact = min(over_floor, key=lambda name: over_floor[name])
     return {
         "faster_exact_method": exact,
-        "exact_over_default": fitted[exact] / rows[DEFAULT]["over_floor"],
+        "exact_over_default": over_floor[exact] / rows[DEFAULT]["over_floor"],
         "worst_autodiff_free_over_floor": max(
             rows[name]["over_floor"] for name in AUTODIFF_FREE if "over_floor" in rows.get(name, {})
         ),
@@ -211,17 +212,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--guidance-scale", type=float, default=7.5)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument(
-        "--methods", nargs="+", choices=(*METHODS, STORED), help="only these; all but the stored graph"
+        "--methods",
+        nargs="+",
+        choices=(*METHODS, STORED),
+        help="methods to run; the default is all but the stored graph",
     )
-    parser.add_argument("--stored-graph", action="store_true", help="also full back-propagation, all in memory")
-    parser.add_argument("--retry-failed", action="store_true", help="try again what failed in an earlier run")
+    parser.add_argument("--stored-graph", action="store_true", help="also run full back-propagation, all in memory")
+    parser.add_argument("--retry-failed", action="store_true", help="try methods again that failed in an earlier run")
     parser.add_argument("--records", type=Path, default=None)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     parser.add_argument("--setting", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.cell:
-        print(json.dumps(measured(Setting(**json.loads(options.setting)), options.cell)))
+        print(json.dumps(measure(Setting(**json.loads(options.setting)), options.cell)))
         return
     setting = Setting(options.device, options.dtype, options.steps, options.guidance_scale, rounds=options.rounds)
     if options.tiny:

@@ -1,11 +1,11 @@
-"""Likelihoods against closed forms, against the adaptive reference, and each other: likelihood.json.
+"""Compares likelihoods with closed forms, with the adaptive reference, and with each other; writes likelihood.json.
 
 python examples/benchmarks/likelihood.py [PART ...]
 
-Parts: closed_forms, other_laws, reference, checkpoint, jacobian, trace_model, comparison. Those that are named are run
-anew, all without names; "checkpoint" takes the last "reference" and "trace_model" the last "jacobian", which no trace
-model is part of. Two hours.
-The closed forms need Fashion-MNIST (see examples/fashion_mnist.py).
+The parts are closed_forms, other_laws, reference, checkpoint, jacobian, trace_model and comparison. The benchmark runs
+the parts that are named, or all without names. "checkpoint" uses the last results of "reference", and "trace_model"
+those of "jacobian", because neither of these depends on the trace model. All parts take two hours. The closed forms
+need Fashion-MNIST (see examples/fashion_mnist.py).
 """
 
 import json
@@ -54,8 +54,8 @@ BIT = math.prod(SHAPE) * math.log(2)  # nats of one bit/dim
 DRAWS = 32
 CALLS = (11, 20, 41, 100)
 NUM_IMAGES = 16
-MORE_IMAGES = 32  # of which the trace model is held against whole Jacobians alone
-GROUP = 4  # images that share the reference's steps, which the worst of them decides
+MORE_IMAGES = 32  # images for the comparison of the trace model with whole Jacobians
+GROUP = 4  # images per reference; they share its steps, which the most difficult image determines
 SCHEDULERS: dict[str, Callable[[], Any]] = {
     "Stable Diffusion": lambda: diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False
@@ -65,7 +65,7 @@ SCHEDULERS: dict[str, Callable[[], Any]] = {
 
 
 def distributions() -> dict[str, GaussianMixture]:
-    """Laws of 4x8x8 samples whose noised densities are known, in float64."""
+    """Returns distributions of 4x8x8 samples whose noised densities are known, in float64."""
     generator = torch.Generator().manual_seed(0)
     images = torch.nn.functional.pixel_unshuffle(small_images()[:20000], 2)
     labels = fashion_mnist.load("train")[1][:20000]
@@ -95,7 +95,7 @@ def distributions() -> dict[str, GaussianMixture]:
 
 
 def other_distributions() -> dict[str, GaussianMixture]:
-    """Laws on which nothing of the grid and of the error estimate was chosen."""
+    """Returns distributions that played no part in the choice of the grid and of the error estimate."""
     generator = torch.Generator().manual_seed(77)
 
     def modes(count: int, scale: float, low: float, high: float) -> GaussianMixture:
@@ -117,18 +117,18 @@ def other_distributions() -> dict[str, GaussianMixture]:
 
 
 def moments(law: GaussianMixture) -> dict[str, torch.Tensor]:
-    """Mean and variance of every element."""
+    """Returns the mean and the variance of every element."""
     mean = torch.einsum("k,kchw->chw", law.weights, law.means)
     modes = torch.arange(len(law.covariance))
-    own = torch.stack([law.covariance.select(modes[k : k + 1]).dense()[0].diagonal() for k in modes.tolist()])
-    spread = own.view(-1, *SHAPE) + (law.means - mean).square()
+    variances = torch.stack([law.covariance.select(modes[k : k + 1]).dense()[0].diagonal() for k in modes.tolist()])
+    spread = variances.view(-1, *SHAPE) + (law.means - mean).square()
     return {"prior_mean": mean, "prior_variance": torch.einsum("k,kchw->chw", law.weights, spread)}
 
 
 def practice(law: GaussianMixture, samples: torch.Tensor, scheduler: Any, calls: int) -> torch.Tensor:
-    """Log-likelihood by what is in use: Euler on equally spaced timesteps, the trace by the left rule, standard prior.
+    """Returns the log-likelihood by common practice: Euler on equally spaced timesteps, standard prior.
 
-    The sample is stepped as DDIM inversion steps it.
+    The trace is integrated by the left rule, and the steps of the sample are those of DDIM inversion.
     """
     low, high = log_noise_to_signal_range(scheduler)
     ends = timestep_at(scheduler, torch.tensor([low, high], dtype=torch.float64))
@@ -136,34 +136,34 @@ def practice(law: GaussianMixture, samples: torch.Tensor, scheduler: Any, calls:
     timesteps = torch.linspace(float(ends[0]), float(ends[1]), calls + 1, dtype=torch.float64)
     x, integral = samples, torch.zeros(len(samples), dtype=torch.float64)
     for index in range(calls):
-        here, there = (denoiser.level(timesteps[i]).noise_to_signal for i in (index, index + 1))
+        ratio, next_ratio = (denoiser.level(timesteps[i]).noise_to_signal for i in (index, index + 1))
         level = denoiser.level(timesteps[index])
         state = denoiser.state(level.alpha * x, timesteps[index])
-        integral = integral + (there / here).log() * level.sigma**2 * estimator(state).trace().value
-        x = x + (there - here) * state.epsilon
-    normal = torch.distributions.Normal(0.0, float((1 + there**2).sqrt()))
+        integral = integral + (next_ratio / ratio).log() * level.sigma**2 * estimator(state).trace().value
+        x = x + (next_ratio - ratio) * state.epsilon
+    normal = torch.distributions.Normal(0.0, float((1 + next_ratio**2).sqrt()))
     return normal.log_prob(x).flatten(1).sum(1) + integral
 
 
 def closed_forms(laws: dict[str, GaussianMixture], draws: int, schemes: Sequence[str]) -> dict[str, Any]:
-    """Errors against exact densities, by scheme and calls, with the coverage of the error estimates."""
+    """Returns errors against exact densities by scheme and calls, with the coverage of the error estimates."""
     rows = []
     for schedule, make in SCHEDULERS.items():
         scheduler = make()
         for name, law in laws.items():
             samples = law.sample(draws, torch.Generator().manual_seed(1))
-            given = moments(law)
+            prior = moments(law)
 
-            def run(calls: int, scheme: str, law=law, given=given, samples=samples, scheduler=scheduler):
+            def run(calls: int, scheme: str, law=law, prior=prior, samples=samples, scheduler=scheduler):
                 denoiser = OracleDenoiser(law, scheduler)
                 return integrate_log_likelihood(
-                    denoiser, samples, ExactFisher(law), Integration(calls - 1, None, **given, scheme=scheme)
+                    denoiser, samples, ExactFisher(law), Integration(calls - 1, None, **prior, scheme=scheme)
                 )
 
-            fine = run(401, "adams4")
-            smoothing = NoiseLevel(torch.ones((), dtype=torch.float64), fine.noise_to_signal[0])
+            reference_run = run(401, "adams4")
+            smoothing = NoiseLevel(torch.ones((), dtype=torch.float64), reference_run.noise_to_signal[0])
             exact = law.log_density(samples, smoothing)
-            floor = ((fine.log_prob - exact) / BIT).abs()
+            floor = ((reference_run.log_prob - exact) / BIT).abs()
             for calls in CALLS:
                 row = {"schedule": schedule, "law": name, "calls": calls, "prior_floor": float(floor.mean())}
                 peers = ((practice(law, samples, scheduler, calls) - exact) / BIT).abs()
@@ -173,7 +173,7 @@ def closed_forms(laws: dict[str, GaussianMixture], draws: int, schemes: Sequence
                     rows.append({
                         **row, "scheme": scheme,
                         "errors": ((out.log_prob - exact) / BIT).abs().tolist(),
-                        "discretisation_errors": ((out.log_prob - fine.log_prob) / BIT).abs().tolist(),
+                        "discretisation_errors": ((out.log_prob - reference_run.log_prob) / BIT).abs().tolist(),
                         "estimates": (out.discretisation_error / BIT).tolist(),
                     })  # fmt: skip
             print(schedule, name, flush=True)
@@ -181,21 +181,21 @@ def closed_forms(laws: dict[str, GaussianMixture], draws: int, schemes: Sequence
 
 
 def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Over all laws together, by schedule, scheme and calls."""
+    """Returns the errors over all distributions together, by schedule, scheme and calls."""
     result = []
     for schedule in SCHEDULERS:
         for scheme in dict.fromkeys(row["scheme"] for row in rows):
             for calls in CALLS:
-                chosen = [
+                group = [
                     row for row in rows if (row["schedule"], row["scheme"], row["calls"]) == (schedule, scheme, calls)
                 ]
-                errors = _joined(chosen, "errors")
+                errors = _concatenate(group, "errors")
                 summary = {
                     "schedule": schedule, "scheme": scheme, "calls": calls, "mean": float(errors.mean()),
                     "worst": float(errors.max()),
                 }  # fmt: skip
                 if scheme != "practice":
-                    true, estimates = _joined(chosen, "discretisation_errors"), _joined(chosen, "estimates")
+                    true, estimates = _concatenate(group, "discretisation_errors"), _concatenate(group, "estimates")
                     summary |= {
                         "mean_discretisation_error": float(true.mean()),
                         "covered": float((estimates >= true).double().mean()),
@@ -205,17 +205,20 @@ def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return result
 
 
-def _joined(rows: list[dict[str, Any]], key: str) -> torch.Tensor:
+def _concatenate(rows: list[dict[str, Any]], key: str) -> torch.Tensor:
     return torch.tensor([value for row in rows for value in row[key]], dtype=torch.float64)
 
 
 def _by_law(row: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: row[key] for key in ("schedule", "law", "scheme", "calls", "prior_floor")}
+    summary = {key: row[key] for key in ("schedule", "law", "scheme", "calls", "prior_floor")}
     if row["scheme"] != "practice":
-        kept["covered"] = float(
-            (_joined([row], "estimates") >= _joined([row], "discretisation_errors")).double().mean()
+        summary["covered"] = float(
+            (_concatenate([row], "estimates") >= _concatenate([row], "discretisation_errors")).double().mean()
         )
-    return kept | {"mean": float(_joined([row], "errors").mean()), "worst": float(_joined([row], "errors").max())}
+    return summary | {
+        "mean": float(_concatenate([row], "errors").mean()),
+        "worst": float(_concatenate([row], "errors").max()),
+    }
 
 
 def _pipe() -> tuple[Any, torch.Tensor, torch.Tensor]:
@@ -226,33 +229,33 @@ def _pipe() -> tuple[Any, torch.Tensor, torch.Tensor]:
 
 
 def _problem(count: int = NUM_IMAGES) -> tuple[Any, torch.Tensor, list[str]]:
-    """The pipeline, latents of the first test images, and their prompts."""
+    """Returns the pipeline, latents of the first test images, and their prompts."""
     pipe, images, labels = _pipe()
     prompts = [embedded_prompt(int(label)) for label in labels[:count]]
     return pipe, backbone_of(pipe).samples_of(images[:count]), prompts
 
 
 def reference() -> dict[str, Any]:
-    """The embedded checkpoint's likelihood by adaptive steps with whole Jacobians."""
+    """Computes likelihoods of the embedded checkpoint by adaptive steps with whole Jacobians."""
     pipe, latents, prompts = _problem()
-    found = []
+    results = []
     for first in range(0, NUM_IMAGES, GROUP):
         group = slice(first, first + GROUP)
         denoiser = unguided_denoiser(backbone_of(pipe), latents[group], 1.0, prompts[group], {})
-        found.append(reference_log_likelihood(denoiser, latents[group], None, 1e-4, 9, *pipe.latent_statistics))
+        results.append(reference_log_likelihood(denoiser, latents[group], None, 1e-4, 9, *pipe.latent_statistics))
         print(f"reference of {first + GROUP} images", flush=True)
     return {
-        "log_prob": torch.cat([out.log_prob for out in found]).tolist(),
-        "bits_per_dim": torch.cat([out.bits_per_dim for out in found]).tolist(),
-        "calls": max(out.num_denoiser_calls for out in found),
-        "error": float(max(out.discretisation_error.max() for out in found) / BIT),
+        "log_prob": torch.cat([out.log_prob for out in results]).tolist(),
+        "bits_per_dim": torch.cat([out.bits_per_dim for out in results]).tolist(),
+        "calls": max(out.num_denoiser_calls for out in results),
+        "error": float(max(out.discretisation_error.max() for out in results) / BIT),
     }  # fmt: skip
 
 
-def checkpoint(known: dict[str, Any]) -> dict[str, Any]:
-    """The embedded checkpoint: every way to its likelihood, against the reference that is `known`."""
+def checkpoint(reference_values: dict[str, Any]) -> dict[str, Any]:
+    """Compares every way to a likelihood of the embedded checkpoint with the reference (`reference_values`)."""
     pipe, latents, prompts = _problem()
-    expected = torch.tensor(known["log_prob"], dtype=torch.float64)
+    expected = torch.tensor(reference_values["log_prob"], dtype=torch.float64)
     result: dict[str, Any] = {"images": NUM_IMAGES, "rows": []}
 
     def note(name: str, out: LikelihoodOutput) -> None:
@@ -289,28 +292,28 @@ def checkpoint(known: dict[str, Any]) -> dict[str, Any]:
 
 
 def _at_40_calls(estimator: Any) -> torch.Tensor:
-    """Log-probabilities of the first `MORE_IMAGES` test images, in nats."""
+    """Returns log-probabilities of the first `MORE_IMAGES` test images in nats."""
     pipe, latents, prompts = _problem(MORE_IMAGES)
-    found = []
+    results = []
     for first in range(0, MORE_IMAGES, GROUP):
         group = slice(first, first + GROUP)
         out = pipe.log_likelihood(
             latents=latents[group], prompt=prompts[group], num_inference_steps=39, num_probes=None, estimator=estimator
         )
-        found.append(out.log_prob)
+        results.append(out.log_prob)
         print(f"{out.trace}: {first + GROUP} images", flush=True)
-    return torch.cat(found)
+    return torch.cat(results)
 
 
 def jacobian() -> dict[str, Any]:
-    """The embedded checkpoint's likelihood by whole Jacobians at 40 calls."""
+    """Computes likelihoods of the embedded checkpoint by whole Jacobians at 40 calls."""
     return {"images": MORE_IMAGES, "calls": 40, "log_prob": _at_40_calls(AutodiffFisher(chunk_size=64)).tolist()}
 
 
-def trace_model(known: dict[str, Any]) -> dict[str, Any]:
-    """DF-TM against the whole Jacobian, which is `known`, at the same 40 calls, image by image."""
-    found = _at_40_calls(None)  # the checkpoint's default is its trace model
-    errors = (found - torch.tensor(known["log_prob"], dtype=torch.float64)) / BIT
+def trace_model(jacobian_values: dict[str, Any]) -> dict[str, Any]:
+    """Compares DF-TM with the whole Jacobian, `jacobian_values`, at the same 40 calls, image by image."""
+    log_prob = _at_40_calls(None)  # the checkpoint's default is its trace model
+    errors = (log_prob - torch.tensor(jacobian_values["log_prob"], dtype=torch.float64)) / BIT
     return {
         "images": MORE_IMAGES, "calls": 40, "errors": errors.tolist(), "mean": float(errors.abs().mean()),
         "worst": float(errors.abs().max()), "within_0.05": int((errors.abs() < 0.05).sum()),
@@ -318,27 +321,30 @@ def trace_model(known: dict[str, Any]) -> dict[str, Any]:
 
 
 def comparison() -> dict[str, Any]:
-    """Prompts ranked for test images by squared errors with shared draws, and what sharing is worth."""
+    """Ranks prompts for test images by squared errors with shared draws, and compares with separate draws."""
     pipe, images, labels = _pipe()
     images, labels = images[:16], labels[:16]
     prompts = [embedded_prompt(label) for label in range(len(EMBEDDED_CLASSES))]
     out = pipe.compare_likelihood(images, prompts, num_levels=32, generator=torch.Generator().manual_seed(0))
-    _, paired = out.behind_best_prompt()
-    alone = (out.contributions.unflatten(0, (-1, 2)).diff(dim=1)[:, 0].square().sum(0).sqrt() / 32).square()
-    unpaired = (alone + alone.gather(0, out.best_prompt[None])).sqrt()
-    others = paired > 0
-    noised = squared_error_likelihood_against_ode(pipe, images[:8], [prompts[int(label)] for label in labels[:8]])
+    _, paired_error = out.behind_best_prompt()
+    single_variance = (out.contributions.unflatten(0, (-1, 2)).diff(dim=1)[:, 0].square().sum(0).sqrt() / 32).square()
+    unpaired_error = (single_variance + single_variance.gather(0, out.best_prompt[None])).sqrt()
+    is_other = paired_error > 0
+    against_ode = squared_error_likelihood_against_ode(pipe, images[:8], [prompts[int(label)] for label in labels[:8]])
     return {
         "images": len(images), "prompts": len(prompts), "levels": 32, "denoiser_calls": out.num_denoiser_calls,
         "own_prompt_is_likeliest": float((out.best_prompt == labels).double().mean()),
-        "standard_error_nats": float(paired[others].mean()),
-        "standard_error_nats_without_shared_draws": float(unpaired[others].mean()),
-        "squared_error_against_ode": noised,
+        "standard_error_nats": float(paired_error[is_other].mean()),
+        "standard_error_nats_without_shared_draws": float(unpaired_error[is_other].mean()),
+        "squared_error_against_ode": against_ode,
     }  # fmt: skip
 
 
 def squared_error_likelihood_against_ode(pipe: Any, images: torch.Tensor, prompts: list[str]) -> dict[str, float]:
-    """Both estimate the noised density; the network's squared error is above its Jacobian's r."""
+    """Compares squared errors with the ODE, which estimate the same density.
+
+    The network's squared error is above its Jacobian's r.
+    """
     latents = backbone_of(pipe).samples_of(images)
     denoiser = unguided_denoiser(backbone_of(pipe), latents, 1.0, prompts, {})
     mean, variance = pipe.latent_statistics
@@ -350,32 +356,32 @@ def squared_error_likelihood_against_ode(pipe: Any, images: torch.Tensor, prompt
         ).log_prob
         for seed in range(4)
     ]  # fmt: skip
-    more = (torch.stack(draws).mean(0) - squared.log_prob) / BIT
+    difference = (torch.stack(draws).mean(0) - squared.log_prob) / BIT
     return {
-        "squared_error_minus_ode_bits": float(more.mean()),
-        "standard_error_bits": float(more.std() / len(more) ** 0.5),
+        "squared_error_minus_ode_bits": float(difference.mean()),
+        "standard_error_bits": float(difference.std() / len(difference) ** 0.5),
         "squared_error_bits_per_dim": float(squared.bits_per_dim.mean()),
     }
 
 
 PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "closed_forms": lambda found: closed_forms(distributions(), DRAWS, tuple(SCHEMES)),
-    "other_laws": lambda found: closed_forms(other_distributions(), DRAWS // 2, (DEFAULT_SCHEME,)),
-    "reference": lambda found: reference(),
-    "checkpoint": lambda found: checkpoint(found["reference"]),
-    "jacobian": lambda found: jacobian(),
-    "trace_model": lambda found: trace_model(found["jacobian"]),
-    "comparison": lambda found: comparison(),
+    "closed_forms": lambda result: closed_forms(distributions(), DRAWS, tuple(SCHEMES)),
+    "other_laws": lambda result: closed_forms(other_distributions(), DRAWS // 2, (DEFAULT_SCHEME,)),
+    "reference": lambda result: reference(),
+    "checkpoint": lambda result: checkpoint(result["reference"]),
+    "jacobian": lambda result: jacobian(),
+    "trace_model": lambda result: trace_model(result["jacobian"]),
+    "comparison": lambda result: comparison(),
 }
 
 
 def main() -> None:
-    chosen = sys.argv[1:] or list(PARTS)
+    names = sys.argv[1:] or list(PARTS)
     path = FOLDER / "likelihood.json"
     result = json.loads(path.read_text()) if path.is_file() else {}
-    for name in chosen:
+    for name in names:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CoarseGridWarning)  # few calls are the point here
+            warnings.simplefilter("ignore", CoarseGridWarning)  # few calls are intended here
             result[name] = {"machine": machine(), **PARTS[name](result)}
         write_json(path, result)
         print(f"wrote {name} to {path}", flush=True)

@@ -1,8 +1,8 @@
-"""Results of examples/likelihood on the embedded checkpoint: likelihood_examples.json and .png.
+"""Runs examples/likelihood on the embedded checkpoint; writes likelihood_examples.json and .png.
 
 python examples/benchmarks/likelihood_examples.py
 
-Needs Fashion-MNIST (see examples/fashion_mnist.py). Ten minutes on one core; taken up where it was stopped.
+Needs Fashion-MNIST (see examples/fashion_mnist.py). It takes ten minutes on one core, and a killed run is resumed.
 """
 
 import shutil
@@ -21,12 +21,12 @@ SAMPLES = 500
 
 def main() -> None:
     folder = Path("outputs/likelihood_examples")
-    found = {
+    result = {
         "out_of_distribution": out_of_distribution.run(IMAGES, folder / "out_of_distribution"),
         "sample_ranking": sample_ranking.run(SAMPLES, folder / "sample_ranking"),
     }
     shutil.copy(folder / "out_of_distribution" / "out_of_distribution.png", FOLDER / "likelihood_examples.png")
-    save("likelihood_examples", found)
+    save("likelihood_examples", result)
 
 
 if __name__ == "__main__":

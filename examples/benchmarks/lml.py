@@ -1,11 +1,11 @@
-"""Does Levenberg-Marquardt-Langevin help on the embedded checkpoint? Against its parents and UniPC at equal calls.
+"""Does Levenberg-Marquardt-Langevin help on the embedded checkpoint? A comparison of samplers at equal calls.
 
     python examples/benchmarks/lml.py
-    python examples/benchmarks/lml.py --report    # of the cells that are done so far
+    python examples/benchmarks/lml.py --report    # reports the cells that are done so far
 
-Needs Fashion-MNIST (Debian's dataset-fashion-mnist). Writes lml.json and lml.png. Two hours of one core
-(half of it with `--compile`): every cell is kept in the output folder when it is done, and a second run goes on from
-there.
+The benchmark needs Fashion-MNIST (Debian's dataset-fashion-mnist), and writes lml.json and lml.png. It takes two hours
+on one core (one hour with `--compile`). Every cell is kept in the output folder when it is done, and a second run
+continues from there.
 
 Samples of one seed start from the same noise under every sampler. The Frechet distance is that of Gaussians fitted to
 the last features of the checkpoint's own classifier, with the 10,000 test images as reference; lambda and kappa are
@@ -49,7 +49,7 @@ SAMPLERS: dict[str, Any] = {
 COMMON = {"timestep_spacing": "trailing"}
 ENDS = {"DDIM": {"set_alpha_to_one": True}, "LML-DDIM": {"set_alpha_to_one": True}}
 LAMBDAS, KAPPAS = (0.1, 1.0, 10.0), (0.1, 0.5, 0.9)
-BATCH, BLOCKS = 50, 10  # samples at once; blocks of the jackknife
+BATCH, BLOCKS = 50, 10  # samples per batch; blocks of the jackknife
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +71,13 @@ class Cell:
         return f"{self.sampler}{options}_{self.calls}_scale{self.guidance_scale}_{self.count}_seed{self.seed}"
 
     def scheduler(self, config: Any) -> Any:
-        """The sampler with the checkpoint's noise levels."""
-        own = {} if self.lml_lambda is None else {"lml_lambda": self.lml_lambda, "lml_kappa": self.lml_kappa}
-        return SAMPLERS[self.sampler].from_config(config, **COMMON, **ENDS.get(self.sampler, {}), **own)
+        """Returns the sampler with the checkpoint's noise levels."""
+        options = {} if self.lml_lambda is None else {"lml_lambda": self.lml_lambda, "lml_kappa": self.lml_kappa}
+        return SAMPLERS[self.sampler].from_config(config, **COMMON, **ENDS.get(self.sampler, {}), **options)
 
 
 class Models:
-    """The checkpoint and its classifier."""
+    """Holds the checkpoint and its classifier."""
 
     def __init__(self, compiled: bool = False):
         self.pipe = StableDiffusionPipeline.from_pretrained(embedded_checkpoint())
@@ -89,71 +89,75 @@ class Models:
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Last features (B, 160) float64 and predicted classes (B,) of images (B, 3, 32, 32) in [0, 1]."""
-        kept: list[torch.Tensor] = []
-        hook = self.classifier.model.classifier.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+        """Returns the last features (B, 160) float64 and predicted classes (B,) of images (B, 3, 32, 32) in [0, 1]."""
+        features: list[torch.Tensor] = []
+        hook = self.classifier.model.classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
         try:
-            predicted = self.classifier.logits(images).argmax(1)
+            labels = self.classifier.logits(images).argmax(1)
         finally:
             hook.remove()
-        return kept[0].flatten(1).double(), predicted
+        return features[0].flatten(1).double(), labels
 
-    def sampled(self, cell: Cell) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (count, 160) of a cell's samples, and whether each is classified as prompted."""
+    def sample_features(self, cell: Cell) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns features (count, 160) of a cell's samples, and whether each is classified as prompted."""
         self.pipe.scheduler = cell.scheduler(self.config)
         noise = torch.randn(cell.count, 4, 8, 8, generator=torch.Generator().manual_seed(cell.seed))
         labels = torch.arange(cell.count) % len(EMBEDDED_CLASSES)
-        batch = BATCH if cell.guidance_scale > 1 else 2 * BATCH  # equal to the network: guidance doubles it
+        batch = (
+            BATCH if cell.guidance_scale > 1 else 2 * BATCH
+        )  # the same batch size for the network: guidance doubles it
         features, right = [], []
         for latents, truth in zip(tqdm(noise.split(batch), cell.name), labels.split(batch), strict=True):
             images = self.pipe(
                 [embedded_prompt(int(label)) for label in truth], latents=latents, num_inference_steps=cell.calls,
                 guidance_scale=cell.guidance_scale, output_type="pt",
             ).images  # fmt: skip
-            found, predicted = self.features(images)
-            features.append(found)
-            right.append(predicted == truth)
+            batch_features, predictions = self.features(images)
+            features.append(batch_features)
+            right.append(predictions == truth)
         return torch.cat(features), torch.cat(right)
 
-    def real(self, data: str) -> torch.Tensor:
-        """Features (10000, 160) of the test images."""
+    def real_features(self, data: str) -> torch.Tensor:
+        """Returns features (10000, 160) of the test images."""
         images, _ = fashion_mnist.load("test", data)
         batches = tqdm(images.split(BATCH), "real images")
         return torch.cat([self.features(fashion_mnist.to_rgb(batch) / 2 + 0.5)[0] for batch in batches])
 
     @torch.no_grad()
-    def reconstructed(self, data: str, indices: torch.Tensor) -> torch.Tensor:
-        """Features of some test images after the autoencoder: what no sampler can improve on."""
+    def reconstruct_features(self, data: str, indices: torch.Tensor) -> torch.Tensor:
+        """Returns features of some test images after the autoencoder, which limits every sampler."""
         images, _ = fashion_mnist.load("test", data)
-        found = []
+        features = []
         for batch in tqdm(images[indices].split(BATCH), "reconstructions"):
             latents = self.pipe.vae.encode(fashion_mnist.to_rgb(batch)).latent_dist.mode()
-            found.append(self.features((self.pipe.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1))[0])
-        return torch.cat(found)
+            features.append(self.features((self.pipe.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1))[0])
+        return torch.cat(features)
 
 
 def moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean (d,) and covariance (d, d) of features (N, d)."""
+    """Returns mean (d,) and covariance (d, d) of features (N, d)."""
     return features.mean(0), features.T.cov()
 
 
 def root(matrix: torch.Tensor) -> torch.Tensor:
-    """Symmetric root of a positive semi-definite matrix; rounding below zero is taken for zero."""
+    """Returns the symmetric root of a positive semi-definite matrix; rounding below zero becomes zero."""
     values, vectors = torch.linalg.eigh(matrix)
     return vectors * values.clamp(min=0).sqrt() @ vectors.mT
 
 
 def frechet_distance(first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """|m - n|^2 + tr(S + T - 2 (S^1/2 T S^1/2)^1/2) of Gaussians (m, S), (n, T): the squared Wasserstein distance
-    (Dowson and Landau, 1982), as in Heusel et al., NeurIPS 2017."""
-    (mean, covariance), (other, target) = first, second
+    """Returns |m - n|^2 + tr(S + T - 2 (S^1/2 T S^1/2)^1/2) of Gaussians (m, S), (n, T).
+
+    This is the squared Wasserstein distance (Dowson and Landau, 1982), as in Heusel et al., NeurIPS 2017.
+    """
+    (mean, covariance), (other_mean, target) = first, second
     half = root(covariance)
     cross = root(half @ target @ half)
-    return float((mean - other).square().sum() + (covariance + target - 2 * cross).trace())
+    return float((mean - other_mean).square().sum() + (covariance + target - 2 * cross).trace())
 
 
 def jackknife(features: torch.Tensor, reference: tuple[torch.Tensor, torch.Tensor]) -> list[float]:
-    """Distances with each of `BLOCKS` blocks of samples left out in turn."""
+    """Returns the distances with each of `BLOCKS` blocks of samples left out in turn."""
     parts = features.tensor_split(BLOCKS)
     return [
         frechet_distance(moments(torch.cat([*parts[:index], *parts[index + 1 :]])), reference)
@@ -162,18 +166,18 @@ def jackknife(features: torch.Tensor, reference: tuple[torch.Tensor, torch.Tenso
 
 
 def jackknife_error(values: torch.Tensor) -> float:
-    """Standard error of a statistic from its values with one block left out."""
+    """Returns the standard error of a statistic from its values with one block left out."""
     count = len(values)
     return float(((count - 1) / count * (values - values.mean()).square().sum()).sqrt())
 
 
-def measured(cell: Cell, models: Models, reference: tuple[torch.Tensor, torch.Tensor], folder: Path) -> dict[str, Any]:
-    """The cell's record: read where there is one, else made and kept."""
+def measure(cell: Cell, models: Models, reference: tuple[torch.Tensor, torch.Tensor], folder: Path) -> dict[str, Any]:
+    """Returns the record of a cell. A record that does not exist yet is made and kept."""
     path = folder / f"{cell.name}.json"
     if path.is_file():
         return json.loads(path.read_text())
     begin = time.perf_counter()
-    features, right = models.sampled(cell)
+    features, right = models.sample_features(cell)
     replicates = jackknife(features, reference)
     record = {
         **dataclasses.asdict(cell),
@@ -190,41 +194,41 @@ def measured(cell: Cell, models: Models, reference: tuple[torch.Tensor, torch.Te
 
 
 def differences(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each LML cell's distance minus its parent's from the same noise, with the jackknife's error of that."""
+    """Returns each LML cell's distance minus its parent's from the same noise, with the error by the jackknife."""
     setting = ("calls", "guidance_scale", "seed")
     parents = {(row["sampler"], *(row[key] for key in setting)): row for row in cells}
-    found = []
+    result = []
     for row in cells:
         parent = parents.get((row["sampler"].removeprefix("LML-"), *(row[key] for key in setting)))
         if parent not in (None, row):
             change = torch.tensor(row["frechet_jackknife"]) - torch.tensor(parent["frechet_jackknife"])
             difference = row["frechet_distance"] - parent["frechet_distance"]
-            kept = {key: row[key] for key in ("sampler", *setting)}
-            found.append({**kept, "difference": difference, "standard_error": jackknife_error(change)})
-    return found
+            settings = {key: row[key] for key in ("sampler", *setting)}
+            result.append({**settings, "difference": difference, "standard_error": jackknife_error(change)})
+    return result
 
 
 def floors(models: Models, data: str, features: torch.Tensor) -> dict[str, Any]:
-    """Distances that no sampler gets below: between halves of the real images, and with one half reconstructed."""
+    """Returns the distances between halves of the real images, and with one half reconstructed: limits of samplers."""
     halves = []
     for seed in range(5):
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
         left, right = (moments(features[half]) for half in order.tensor_split(2))
         halves.append(frechet_distance(left, right))
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-    rebuilt, rest = (order[: len(order) // 2], order[len(order) // 2 :])
+    reconstruction_indices, other_indices = (order[: len(order) // 2], order[len(order) // 2 :])
     values = torch.tensor(halves)
     return {
         "real_halves": float(values.mean()),
         "real_halves_standard_deviation": float(values.std()),
         "reconstructed_half": frechet_distance(
-            moments(models.reconstructed(data, rebuilt)), moments(features[rest])
+            moments(models.reconstruct_features(data, reconstruction_indices)), moments(features[other_indices])
         ),
     }  # fmt: skip
 
 
 def sweep_cells() -> list[Cell]:
-    """Ten calls, 1,000 samples, noise of its own: the parents, and their LML versions by lambda and kappa."""
+    """Returns cells of ten calls and 1,000 samples with other noise: the parents, and LML by lambda and kappa."""
     cells = [Cell(name, 10, count=1000, seed=1) for name in ("DDIM", "DPM-Solver++")]
     for name in ("LML-DDIM", "LML-DPM-Solver++"):
         cells += [
@@ -236,7 +240,7 @@ def sweep_cells() -> list[Cell]:
 
 
 def chosen_options(sweep: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Lambda and kappa of the least Frechet distance, by sampler."""
+    """Returns lambda and kappa of the least Frechet distance by sampler."""
     best = {}
     for name in ("LML-DDIM", "LML-DPM-Solver++"):
         row = min((row for row in sweep if row["sampler"] == name), key=lambda row: row["frechet_distance"])
@@ -245,17 +249,17 @@ def chosen_options(sweep: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def study_cells(options: dict[str, dict[str, float]]) -> list[Cell]:
-    """What is reported; what matters most comes first."""
+    """Returns the cells of the report; the most important ones come first."""
     settings: list[tuple[str, int, dict[str, Any]]] = [(name, calls, {}) for calls in (10, 5) for name in SAMPLERS]
     settings += [(name, 5, {"guidance_scale": 2.0}) for name in SAMPLERS]
     settings += [(name, 20, {}) for name in SAMPLERS]
     settings += [(name, 5, {"seed": 2}) for name in ("DDIM", "LML-DDIM", "DPM-Solver++")]
     settings += [(name, 50, {}) for name in SAMPLERS]
-    return [Cell(name, calls, **own, **options.get(name, {})) for name, calls, own in settings]
+    return [Cell(name, calls, **changes, **options.get(name, {})) for name, calls, changes in settings]
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Distance and accuracy by calls, and the sweep."""
+    """Draws distance and accuracy by calls, and the sweep."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 4), layout="constrained")
@@ -291,19 +295,19 @@ def main() -> None:
     parser.add_argument("--data", default=fashion_mnist.DEFAULT_FOLDER)
     parser.add_argument("--output", type=Path, default=Path("outputs/lml"), help="folder of the cells' records")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet; needs a C++ compiler")
-    parser.add_argument("--report", action="store_true", help="of the cells that are done so far, after the sweep")
+    parser.add_argument("--report", action="store_true", help="report the cells that are done so far, after the sweep")
     arguments = parser.parse_args()
     check_writable(arguments.output)
     models = Models(arguments.compile)
-    features = models.real(arguments.data)
+    features = models.real_features(arguments.data)
     reference = moments(features)
-    sweep = [measured(cell, models, reference, arguments.output) for cell in sweep_cells()]
+    sweep = [measure(cell, models, reference, arguments.output) for cell in sweep_cells()]
     options = chosen_options(sweep)
     print(f"chosen: {options}")
-    planned = study_cells(options)
+    study = study_cells(options)
     if arguments.report:
-        planned = [cell for cell in planned if (arguments.output / f"{cell.name}.json").is_file()]
-    cells = [measured(cell, models, reference, arguments.output) for cell in planned]
+        study = [cell for cell in study if (arguments.output / f"{cell.name}.json").is_file()]
+    cells = [measure(cell, models, reference, arguments.output) for cell in study]
     report = {
         "floors": floors(models, arguments.data, features), "chosen": options, "cells": cells,
         "differences": differences(cells), "sweep": sweep,

@@ -1,4 +1,4 @@
-"""Memory over many runs in one process: 200 guided images and 1,000 likelihoods on the embedded checkpoint.
+"""Measures memory over many runs in one process: 200 guided images and 1,000 likelihoods on the embedded checkpoint.
 
 python examples/benchmarks/memory.py
 """
@@ -28,13 +28,13 @@ def resident_megabytes() -> float:
 
 
 def live_tensors() -> int:
-    """Tensors that Python knows, after a collection."""
+    """Returns the number of tensors that Python knows, after a garbage collection."""
     gc.collect()
     return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
 
 
 def record(run: Callable[[int], object], count: int) -> dict[str, list[float] | int]:
-    """Memory after every run, and the tensors that all runs but the first two left."""
+    """Returns the memory after every run, and the number of tensors that all runs but the first two left behind."""
     memory = []
     for index in range(count):
         run(index)

@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians fitted to real images: distributions with a closed form that look like data."""
+"""Fits mixtures of Gaussians to real images: distributions with a closed form that look like data."""
 
 import sys
 from pathlib import Path
@@ -12,13 +12,13 @@ import fashion_mnist
 
 
 def small_images(split: str = "train", folder: str = fashion_mnist.DEFAULT_FOLDER) -> torch.Tensor:
-    """Fashion-MNIST as (N, 1, 16, 16) float64 in [-1, 1]: 32x32, averaged over 2x2 pixels."""
+    """Returns Fashion-MNIST as (N, 1, 16, 16) float64 in [-1, 1]: 32x32, averaged over 2x2 pixels."""
     images, _ = fashion_mnist.load(split, folder)
     return torch.nn.functional.avg_pool2d(images.float() / 127.5 - 1, 2).double()
 
 
 def fitted_mixture(images: torch.Tensor, modes: int, iterations: int = 10, floor: float = 1e-3) -> GaussianMixture:
-    """K-means centres of `images` (N, *shape), the variance of each pixel within each cluster, at least `floor`."""
+    """Returns K-means centres of `images` (N, *shape), and each pixel's variance per cluster, at least `floor`."""
     generator = torch.Generator().manual_seed(0)
     flat = images.flatten(1)
     centres = flat[torch.randperm(len(flat), generator=generator)[:modes]]
@@ -28,8 +28,8 @@ def fitted_mixture(images: torch.Tensor, modes: int, iterations: int = 10, floor
         centres = torch.zeros_like(centres).index_add_(0, nearest, flat) / counts
     squares = torch.zeros_like(centres).index_add_(0, nearest, (flat - centres[nearest]).square())
     variances = (squares / counts).clamp_min(floor)
-    keep = torch.bincount(nearest, minlength=modes) > 1
-    weights = counts[keep, 0].double() / counts[keep].sum()
+    is_large = torch.bincount(nearest, minlength=modes) > 1
+    weights = counts[is_large, 0].double() / counts[is_large].sum()
     shape = images.shape[1:]
-    covariance = Covariance.diagonal(variances[keep].reshape(-1, *shape))
-    return GaussianMixture(centres[keep].reshape(-1, *shape), covariance, weights)
+    covariance = Covariance.diagonal(variances[is_large].reshape(-1, *shape))
+    return GaussianMixture(centres[is_large].reshape(-1, *shape), covariance, weights)

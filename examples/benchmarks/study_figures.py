@@ -1,10 +1,10 @@
 """The tables of docs/transport.md and docs/lml.md, for document_figures.py."""
 
-from figure_tables import document, kept, nearest, table
+from figure_tables import document, nearest, read_result, table
 
 
 def transport() -> str:
-    result = kept("transport")
+    result = read_result("transport")
     rows = [
         [row["case"], row["schedule"], f"{row['asymmetry']:.2g} ± {row['asymmetry_standard_error']:.1g}",
          *_map_cells(row, row["integration_error"])]
@@ -18,26 +18,28 @@ def transport() -> str:
     ]
     machine = result["machine"]
     items.append(
-        f"- All of this: {result['seconds']:.0f} s on {machine['threads']} thread(s) of {machine['processor']}."
+        f"- The study took {result['seconds']:.0f} s on {machine['threads']} thread(s) of {machine['processor']}."
     )
     return document(table(columns, rows), "\n".join(items))
 
 
 def transport_learned() -> str:
-    learned = kept("transport")["learned"]
-    own, levels = learned["fisher_asymmetry_by_level"], learned["noise_to_signal"]
+    study = read_result("transport")["learned"]
+    asymmetries, levels = study["fisher_asymmetry_by_level"], study["noise_to_signal"]
     rows = []
     for title, key, error in (
         ("the checkpoint's map", "map", "integration_error"),
         ("the same with every Jacobian symmetrised", "map_of_symmetrised_jacobians", "integration_error_symmetrised"),
     ):
-        row = learned[key]
+        row = study[key]
         asymmetry = f"{row['asymmetry']:.4f} ± {row['asymmetry_standard_error']:.4f}"
-        rows.append([title, asymmetry, *_map_cells(row, learned[error])])
-    values = ", ".join(f"{own[index]:.4f} at {levels[index]:.2g}" for index in nearest(levels[: len(own)]))
+        rows.append([title, asymmetry, *_map_cells(row, study[error])])
+    values = ", ".join(
+        f"{asymmetries[index]:.4f} at {levels[index]:.2g}" for index in nearest(levels[: len(asymmetries)])
+    )
     return document(
-        f"{learned['samples']} samples, noise to signal {levels[0]:.3g} to {levels[-1]:.2g}, {learned['steps']} steps "
-        f"of a Runge-Kutta rule of order {learned['order']}.",
+        f"{study['samples']} samples, noise to signal {levels[0]:.3g} to {levels[-1]:.2g}, {study['steps']} steps "
+        f"of a Runge-Kutta rule of order {study['order']}.",
         table(["", "asymmetry", "off-diagonal index", "least eigenvalue", "integration error"], rows),
         f"Asymmetry of the network's own Fisher by noise to signal: {values}.",
     )
@@ -49,14 +51,14 @@ def _map_cells(row: dict, integration_error: float) -> list[str]:
 
 
 def lml_cells() -> str:
-    result = kept("lml")
+    result = read_result("lml")
     floors, cells = result["floors"], result["cells"]
-    chosen = ", ".join(
+    options = ", ".join(
         f"{name} lambda {row['lml_lambda']:g}, kappa {row['lml_kappa']:g}" for name, row in result["chosen"].items()
     )
     parts = [
-        f"{cells[0]['count']:,} samples a cell, equally many of each class. Chosen: {chosen}. For scale: two halves "
-        f"of the real images are {floors['real_halves']:.3f} apart (standard deviation over splits "
+        f"{cells[0]['count']:,} samples per cell, equally many of each class. Chosen: {options}. For scale: two "
+        f"halves of the real images are {floors['real_halves']:.3f} apart (standard deviation over splits "
         f"{floors['real_halves_standard_deviation']:.3f}), and {floors['reconstructed_half']:.3f} when one half has "
         "been through the autoencoder.",
     ]
@@ -77,7 +79,7 @@ def lml_cells() -> str:
         f"{row['difference']:+.4f} ± {row['standard_error']:.4f}"
         for row in result["differences"]
     ]
-    return document(*parts, "Distance minus that of the parent from the same noise:", "\n".join(items))
+    return document(*parts, "Distance minus the distance of the parent from the same noise:", "\n".join(items))
 
 
 def _lml_cell(row: dict | None) -> str:
@@ -87,7 +89,7 @@ def _lml_cell(row: dict | None) -> str:
 
 
 def lml_sweep() -> str:
-    sweep = kept("lml")["sweep"]
+    sweep = read_result("lml")["sweep"]
     names = ("DDIM", "DPM-Solver++")
     cells = {(row["sampler"], row["lml_lambda"], row["lml_kappa"]): _lml_cell(row) for row in sweep}
     options = sorted({key[1:] for key in cells if key[1] is not None}, key=lambda pair: pair[1] / pair[0])

@@ -1,12 +1,13 @@
-"""Trace models of the embedded checkpoint against what they were trained to know, on test images.
+"""Compares trace models of the embedded checkpoint with the quantities that they were trained on, on test images.
 
     python examples/benchmarks/trace_embedded.py --runs outputs/trace_embedded_*
 
-For every run of `diffusers_fisher.training.trace_matching`, by its target: r against the mean squared error of the
-denoiser over many draws ("residual", "norm") or against full Jacobians ("jacobian"), of all images and of single ones;
-and the integrated trace of whole likelihoods against full Jacobians on the same path, beside 1 and 16 Hutchinson
-probes, with the time that each takes. A target without a run here keeps its figures: all draws are the same.
-Needs Fashion-MNIST (Debian's dataset-fashion-mnist). Writes trace_embedded.json. A quarter of an hour on two cores.
+The benchmark takes one run of `diffusers_fisher.training.trace_matching` per target. It compares r with the mean
+squared error of the denoiser over many draws ("residual", "norm") or with full Jacobians ("jacobian"), for all images
+and for single images. It also compares the integrated trace of whole likelihoods, and that of 1 and 16 Hutchinson
+probes, with full Jacobians on the same path, and measures the times. A target without a run keeps its earlier figures,
+because all draws are the same. The benchmark needs Fashion-MNIST (Debian's dataset-fashion-mnist), and writes
+trace_embedded.json. It takes a quarter of an hour on two cores.
 """
 
 import argparse
@@ -31,8 +32,8 @@ from diffusers_fisher import (
     embedded_prompt,
 )
 from diffusers_fisher.backbones import backbone_of
-from diffusers_fisher.jobs.seeds import step_generator
 from diffusers_fisher.noise import expand, log_noise_to_signal_range
+from diffusers_fisher.seeds import step_generator
 from diffusers_fisher.training.trace_losses import TraceDraw, mirrored_noise, noised_state, residual_target
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -43,7 +44,7 @@ STEPS = 20
 
 
 def test_data(pipe: Any, count: int) -> tuple[torch.Tensor, list[str]]:
-    """Mean and deviation (count, 2, 4, 8, 8) of the latents of the first test images, and their captions."""
+    """Returns mean and deviation (count, 2, 4, 8, 8) of the latents of the first test images, and their captions."""
     images, labels = fashion_mnist.load("test")
     with torch.no_grad():
         pieces = [
@@ -54,7 +55,7 @@ def test_data(pipe: Any, count: int) -> tuple[torch.Tensor, list[str]]:
 
 
 def states(pipe: Any, moments: torch.Tensor, captions: list[str], seed: int, with_graph: bool = False) -> Any:
-    """(state, noise, denoiser) of noised samples of the posterior at every level."""
+    """Yields (state, noise, denoiser) of noised samples of the posterior at every level."""
     low, high = log_noise_to_signal_range(pipe.scheduler)
     for number, level in enumerate(torch.linspace(low, high, LEVELS, dtype=torch.float64)):
         generator = step_generator(seed, "noise", number)
@@ -66,7 +67,7 @@ def states(pipe: Any, moments: torch.Tensor, captions: list[str], seed: int, wit
 
 
 def squared_errors(pipe: Any, models: dict[str, FisherTraceModel], count: int) -> dict[str, Any]:
-    """Mean r of every model, and of the squared errors, at every level."""
+    """Returns the mean r of every model and of the squared errors at every level."""
     moments, captions = test_data(pipe, count)
     pieces, size = [], 250
     for number in tqdm(range(0, count, size), "squared errors"):
@@ -80,10 +81,10 @@ def squared_errors(pipe: Any, models: dict[str, FisherTraceModel], count: int) -
 
 
 def norm_estimate(pipe: Any, count: int) -> dict[str, Any]:
-    """What target "norm" estimates: r = (|x_0|^2 - |predicted x_0|^2)/(d s^2), the mean over images at every level.
+    """Returns the r that target "norm" estimates: the mean of (|x_0|^2 - |predicted x_0|^2)/(d s^2) at every level.
 
-    Each has two mirrored draws of the noise, by which the fluctuation at small noise cancels. An error of the
-    denoiser enters by 2 <predicted x_0, error>/(d s^2).
+    The mean is over images. Each image has two mirrored draws of the noise, so that the fluctuation at small noise
+    cancels. An error of the denoiser contributes 2 <predicted x_0, error>/(d s^2).
     """
     moments, captions = test_data(pipe, count)
     rows = []
@@ -94,35 +95,37 @@ def norm_estimate(pipe: Any, count: int) -> dict[str, Any]:
             level, x = state.level, state.sample.double()
             clean = (x - expand(level.sigma, x) * noise.double()) / expand(level.alpha, x)
             draw = TraceDraw(level.log_noise_to_signal, mirrored_noise(noise))
-            other = noised_state(denoiser, clean.to(state.sample.dtype), draw)
-            both = [(clean.square() - each.pred_original_sample.double().square()) for each in (state, other)]
-            rows[-1].append(sum(both).flatten(1).mean(1) / (2 * level.noise_to_signal**2))
+            mirrored_state = noised_state(denoiser, clean.to(state.sample.dtype), draw)
+            differences = [
+                (clean.square() - each.pred_original_sample.double().square()) for each in (state, mirrored_state)
+            ]
+            rows[-1].append(sum(differences).flatten(1).mean(1) / (2 * level.noise_to_signal**2))
     values = torch.cat([torch.stack(row) for row in rows], dim=1)  # (levels, images)
     return {
         "images": count, "mean": values.mean(1).tolist(), "standard_error": (values.std(1) / count**0.5).tolist()
     }  # fmt: skip
 
 
-def with_earlier(found: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
-    """`found` with what only `earlier` has, such as the rows of other targets."""
-    both = {key: with_earlier(found[key], earlier[key]) for key in found if isinstance(earlier.get(key), dict)}
-    return {**earlier, **found, **both}
+def with_earlier(result: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Adds to `result` the entries that only `earlier` has, such as the rows of other targets."""
+    common = {key: with_earlier(result[key], earlier[key]) for key in result if isinstance(earlier.get(key), dict)}
+    return {**earlier, **result, **common}
 
 
-def errors_and_r(pipe: Any, models: dict[str, FisherTraceModel], *drawn: Any) -> torch.Tensor:
-    """(levels, 1 + models, images): squared errors of a draw, and r by every model there; `drawn` as for `states`."""
+def errors_and_r(pipe: Any, models: dict[str, FisherTraceModel], *draw: Any) -> torch.Tensor:
+    """Returns squared errors of a draw and r by every model, (levels, 1 + models, images); `draw` as in `states`."""
     rows = [
         [residual_target(state, noise), *(model.unexplained_noise_fraction(state) for model in models.values())]
-        for state, noise, _ in states(pipe, *drawn)
+        for state, noise, _ in states(pipe, *draw)
     ]
     return torch.stack([torch.stack([value.double() for value in row]) for row in rows])
 
 
 def squared_errors_of_images(pipe: Any, models: dict[str, FisherTraceModel], count: int, draws: int) -> dict[str, Any]:
-    """Of single images: the integral over log(sigma/alpha) of r by every model, against that of the squared errors.
+    """Compares the integral of r over log(sigma/alpha) by every model with that by squared errors, image by image.
 
-    Averages over the same draws of both. A model is trained on the mean of all images that may be behind a noised one,
-    so that even a perfect one's correlation with an image's own errors is below 1.
+    Both are averages over the same draws. A model learns the mean over all images that may belong to a noised image,
+    so even a perfect model has a correlation below 1 with the errors of one image.
     """
     moments, captions = test_data(pipe, count)
     total = torch.zeros(LEVELS, 1 + len(models), count, dtype=torch.float64)
@@ -131,23 +134,23 @@ def squared_errors_of_images(pipe: Any, models: dict[str, FisherTraceModel], cou
     integrals = integral(pipe, total)
     rows = {
         name: {
-            "correlation": float(torch.corrcoef(torch.stack([found, integrals[0]]))[0, 1]),
-            "mean_difference": float((found - integrals[0]).mean()),
-            "mean_absolute_difference": float((found - integrals[0]).abs().mean()),
+            "correlation": float(torch.corrcoef(torch.stack([estimate, integrals[0]]))[0, 1]),
+            "mean_difference": float((estimate - integrals[0]).mean()),
+            "mean_absolute_difference": float((estimate - integrals[0]).abs().mean()),
         }
-        for name, found in zip(models, integrals[1:], strict=True)
+        for name, estimate in zip(models, integrals[1:], strict=True)
     }
     return {"images": count, "draws": draws, "bits_per_dim": rows}
 
 
 def integral(pipe: Any, r: torch.Tensor) -> torch.Tensor:
-    """Of r by level (levels, ...) over log(sigma/alpha), in bits/dim."""
+    """Returns the integral of r by level (levels, ...) over log(sigma/alpha) in bits/dim."""
     log_noise = torch.linspace(*log_noise_to_signal_range(pipe.scheduler), LEVELS, dtype=torch.float64)
     return torch.trapezoid(r, log_noise, dim=0) / math.log(2)
 
 
 def gap_bits_per_dim(pipe: Any, means: dict[str, list[float]]) -> float:
-    """What the residual model's r adds to a likelihood's bits/dim over the jacobian model's, at noised images."""
+    """Returns the integral of r by the residual model minus that by the jacobian model on noised images, bits/dim."""
     r = {name: torch.tensor(means[name], dtype=torch.float64) for name in ("residual", "jacobian")}
     return float(integral(pipe, r["residual"] - r["jacobian"]))
 
@@ -157,7 +160,7 @@ def averaged_difference(left: list[float], right: list[float]) -> float:
 
 
 def full_jacobians(pipe: Any, models: dict[str, FisherTraceModel], count: int) -> dict[str, Any]:
-    """r of every model and of the full Jacobian, at noised images, every level."""
+    """Returns r of every model and of the full Jacobian at noised images of every level."""
     moments, captions = test_data(pipe, count)
     rows = []
     for state, _, denoiser in tqdm(states(pipe, moments, captions, 0, with_graph=True), "Jacobians", LEVELS):
@@ -180,14 +183,14 @@ def full_jacobians(pipe: Any, models: dict[str, FisherTraceModel], count: int) -
 
 
 class Featureless(TraceMatchingFisher):
-    """A trace model that is not told of the denoiser's last hidden layer, as in a sampler's run."""
+    """Wraps a trace model so that it gets no features of the denoiser's last hidden layer, as in a sampler's run."""
 
     def __call__(self, state: Any, endpoint: Any = None) -> Any:
         return super().__call__(dataclasses.replace(state, features=None), endpoint)
 
 
 def likelihoods(pipe: Any, models: dict[str, FisherTraceModel], count: int) -> dict[str, Any]:
-    """Integrated traces on the same paths, in bits a dimension."""
+    """Returns integrated traces on the same paths in bits/dim."""
     moments, captions = test_data(pipe, count)
     latents = moments[:, 0]
     estimators: dict[str, tuple[Any, int | None]] = {
@@ -210,10 +213,10 @@ def likelihoods(pipe: Any, models: dict[str, FisherTraceModel], count: int) -> d
     exact = bits(AutodiffFisher(), None)
     rows = {}
     for name, (estimator, probes) in tqdm(estimators.items(), "likelihoods"):
-        found = bits(estimator, probes)
-        difference = found - exact
+        values = bits(estimator, probes)
+        difference = values - exact
         rows[name] = {
-            "correlation": float(torch.corrcoef(torch.stack([found, exact]))[0, 1]),
+            "correlation": float(torch.corrcoef(torch.stack([values, exact]))[0, 1]),
             "mean_difference": float(difference.mean()), "mean_absolute_difference": float(difference.abs().mean()),
             "largest_difference": float(difference.abs().max()),
         }  # fmt: skip
@@ -221,7 +224,7 @@ def likelihoods(pipe: Any, models: dict[str, FisherTraceModel], count: int) -> d
 
 
 def times(pipe: Any, model: FisherTraceModel, count: int, rounds: int) -> dict[str, Any]:
-    """Seconds of one likelihood of `count` images by every estimator, in turn."""
+    """Returns the seconds of one likelihood of `count` images by every estimator, timed in turn."""
     moments, captions = test_data(pipe, count)
     latents = moments[:, 0]
 
@@ -247,12 +250,12 @@ def times(pipe: Any, model: FisherTraceModel, count: int, rounds: int) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True, help="output folders of trace matching, one a target")
-    parser.add_argument("--images", type=int, default=32, help="with full Jacobians")
-    parser.add_argument("--error-images", type=int, default=4000, help="for the squared errors")
-    parser.add_argument("--draws", type=int, default=64, help="of the squared errors of single images")
+    parser.add_argument("--runs", nargs="+", required=True, help="output folders of trace matching, one per target")
+    parser.add_argument("--images", type=int, default=32, help="images for full Jacobians")
+    parser.add_argument("--error-images", type=int, default=4000, help="images for the squared errors")
+    parser.add_argument("--draws", type=int, default=64, help="draws for the squared errors of single images")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--name", default="trace_embedded", help="of the JSON file")
+    parser.add_argument("--name", default="trace_embedded", help="name of the JSON file")
     arguments = parser.parse_args()
     pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
     pipe.set_progress_bar_config(disable=True)
@@ -263,7 +266,7 @@ def main() -> None:
         models[model.target] = model
         config = json.loads((folder / "config.json").read_text())
         runs[model.target] = {**config["optimisation"], "parameters": model.num_parameters()}
-    found = {
+    result = {
         "levels": LEVELS, "training": runs, "threads": torch.get_num_threads(),
         "squared_errors": squared_errors(pipe, models, arguments.error_images),
         "norm_estimate": norm_estimate(pipe, arguments.error_images),
@@ -275,9 +278,9 @@ def main() -> None:
     file = FOLDER / f"{arguments.name}.json"
     if file.exists():
         earlier = json.loads(file.read_text())
-        found = with_earlier(found, {key: value for key, value in earlier.items() if key != "machine"})
-    found["residual_less_jacobian_bits_per_dim"] = gap_bits_per_dim(pipe, found["squared_errors"]["mean"])
-    save(arguments.name, found)
+        result = with_earlier(result, {key: value for key, value in earlier.items() if key != "machine"})
+    result["residual_less_jacobian_bits_per_dim"] = gap_bits_per_dim(pipe, result["squared_errors"]["mean"])
+    save(arguments.name, result)
 
 
 if __name__ == "__main__":

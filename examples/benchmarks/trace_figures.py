@@ -2,15 +2,15 @@
 
 import math
 
-from figure_tables import document, kept, table
+from figure_tables import document, read_result, table
 
 
 def trace_mixture() -> str:
-    result = kept("trace_matching_mixture")
+    result = read_result("trace_matching_mixture")
     parts = []
     for kind, title in (
         ("one variance", f"One variance for all modes ({result['fitted_variance']:.3f}, fitted to the images)."),
-        ("variance a class", "The harder case: a variance for each of the ten classes, 0.01 to 0.1."),
+        ("variance a class", "The harder case: each of the ten classes has its own variance, from 0.01 to 0.1."),
     ):
         rows = [
             [row["recipe"], f"{row['processor_seconds']:.0f}", *(f"{value:.2g}" for value in row["relative_error"])]
@@ -23,19 +23,20 @@ def trace_mixture() -> str:
         ]
     return document(
         *parts,
-        f"\\* of processor time, one thread: {result['steps']} steps of {result['denoiser_calls_a_step']} denoiser "
-        f"evaluations, {result['parameters']:,} parameters, the same for every recipe; "
+        f"\\* of processor time on one thread, for {result['steps']} steps of {result['denoiser_calls_a_step']} "
+        f"denoiser evaluations and {result['parameters']:,} parameters, the same for every recipe. Errors are over "
         f"{result['evaluation_samples']} fresh samples at every timestep.",
     )
 
 
 def trace_embedded() -> str:
-    result = kept("trace_embedded")
+    result = read_result("trace_embedded")
     errors, jacobians = result["squared_errors"], result["full_jacobians"]
-    norm, least, own = result["norm_estimate"], errors["mean"]["squared error"], result["squared_errors_of_images"]
-    off, clipped = (
-        sum(abs(min(estimate, most) - truth) for estimate, truth in zip(norm["mean"], least, strict=True)) / len(least)
-        for most in (math.inf, 1.0)
+    norm, least, images = result["norm_estimate"], errors["mean"]["squared error"], result["squared_errors_of_images"]
+    offset, clipped_offset = (
+        sum(abs(min(estimate, maximum) - truth) for estimate, truth in zip(norm["mean"], least, strict=True))
+        / len(least)
+        for maximum in (math.inf, 1.0)
     )
     likelihoods, gap = result["likelihoods"], result["residual_less_jacobian_bits_per_dim"]
     ratios = result["times"]["ratio"]
@@ -43,35 +44,44 @@ def trace_embedded() -> str:
         [name, training["parameters"], *(part["mean_absolute_difference"][name] for part in (errors, jacobians))]
         for name, training in result["training"].items()
     ]
-    single = ["target", "correlation over images", "mean difference", "mean absolute"]
-    integrated = ["trace by", "correlation over images", "mean difference", "mean absolute", "largest"]
+    columns = ["target", "correlation over images", "mean difference", "mean absolute difference"]
+    likelihood_columns = [
+        "trace by",
+        "correlation over images",
+        "mean difference",
+        "mean absolute difference",
+        "largest",
+    ]
     return document(
-        f"Mean absolute difference of r, the means of test images, over {result['levels']} noise levels equal in "
-        f"log(sigma/alpha): from squared errors ({errors['images']} images) and from full Jacobians "
-        f"({jacobians['images']} images).",
+        f"Mean absolute difference of r over {result['levels']} noise levels, equally spaced in log(sigma/alpha). The "
+        f"mean r of test images is compared with that by squared errors ({errors['images']} images) and by full "
+        f"Jacobians ({jacobians['images']} images).",
         table(
             ["target", "parameters", "from squared errors", "from full Jacobians"],
             [[name, f"{count:,}", *(f"{value:.4f}" for value in values)] for name, count, *values in differences],
         ),
-        "What target norm estimates, by the same images with mirrored noise: at the three smallest noise levels "
+        "The estimate of target norm, on the same images with mirrored noise, is at the three smallest noise levels "
         + ", ".join(f"{m:.2f} +- {e:.2f}" for m, e in zip(norm["mean"][:3], norm["standard_error"][:3], strict=True))
-        + ", where squared errors give " + ", ".join(f"{value:.2f}" for value in least[:3]) + ". The denoiser's own "
-        "error in |x_0|^2 is divided by s^2 there, so no model of that target can be right: over all levels its mean "
-        f"is off by {off:.3f}, and by {clipped:.4f} where values above 1 are taken for 1.",
-        f"Single images ({own['images']}): the integral of r over log(sigma/alpha) against that of the image's "
-        f"own squared errors, means over the same {own['draws']} draws of the noise, in bits/dim (a model sees the "
-        "noised image alone, so that even a perfect one's correlation is below 1):",
-        table(single, [[name, *_agreement(row)] for name, row in own["bits_per_dim"].items()]),
-        f"At noised images the residual model adds {gap:+.3f} bits/dim to what the jacobian model gives.",
+        + "; squared errors give " + ", ".join(f"{value:.2f}" for value in least[:3]) + ". The denoiser's own "
+        "error in |x_0|^2 is divided by s^2 there, so no model with this target can be right. On average over all "
+        f"levels the mean is off by {offset:.3f}, and by {clipped_offset:.4f} if values above 1 are replaced by 1.",
+        f"Single images ({images['images']}): the integral of r over log(sigma/alpha), compared with the integral of "
+        f"the image's own squared errors. Both are means over the same "
+        f"{images['draws']} draws of the noise, in bits/dim. "
+        "A model sees only the noised image, so even a perfect model has a correlation below 1:",
+        table(columns, [[name, *_agreement(row)] for name, row in images["bits_per_dim"].items()]),
+        "On noised images the integral of the residual model minus that of the jacobian model is "
+        f"{gap:+.3f} bits/dim.",
         f"Integrated trace of a likelihood ({likelihoods['images']} test images, {likelihoods['steps']} steps), "
-        "against the full Jacobian on the same path, in bits/dim:",
+        "compared with the full Jacobian on the same path, in bits/dim:",
         table(
-            integrated,
+            likelihood_columns,
             [[name, *_agreement(row), f"{row['largest_difference']:.4f}"]
              for name, row in likelihoods["bits_per_dim"].items()],
         ),
-        f"Time of a likelihood over that by the trace model ({result['times']['images']} images, {result['threads']} "
-        f"threads): {ratios['1 probe']['median']:.2f} with 1 probe, {ratios['16 probes']['median']:.1f} with 16.",
+        f"Time of a likelihood relative to its time with the trace model ({result['times']['images']} images, "
+        f"{result['threads']} threads): {ratios['1 probe']['median']:.2f} with 1 probe, "
+        f"{ratios['16 probes']['median']:.1f} with 16.",
     )  # fmt: skip
 
 
@@ -80,23 +90,32 @@ def _agreement(row: dict) -> list[str]:
 
 
 def trace_cost() -> str:
-    result = kept("trace_cost")
+    result = read_result("trace_cost")
     memory = result["memory_over_inversion"]
     rows = [
-        ["trace model's call over the denoiser's", _ratio(result["trace_model_over_denoiser"])],
-        ["likelihood by the trace model over plain inversion", _ratio(result["trace_model_over_inversion"])],
+        ["time of a call: trace model over denoiser", _ratio(result["trace_model_over_denoiser"])],
+        ["time: likelihood by the trace model over plain inversion", _ratio(result["trace_model_over_inversion"])],
         [
-            "likelihood by one Hutchinson probe over that by the trace model",
+            "time: likelihood by one difference per level over plain inversion",
+            _ratio(result["difference_over_inversion"]),
+        ],
+        [
+            "time: likelihood by one product per level (back-propagation) over likelihood by the trace model",
             _ratio(result["probe_over_trace_model"]),
         ],
-        ["peak memory over inversion's: trace model", f"{memory['trace model']:.3f}"],
-        ["peak memory over inversion's: one probe", f"{memory['1 probe']:.3f}"],
+        [
+            "time: likelihood by one difference per level over that by back-propagation",
+            _ratio(result["difference_over_probe"]),
+        ],
+        ["peak memory: likelihood by the trace model over plain inversion", f"{memory['trace model']:.3f}"],
+        ["peak memory: likelihood by one difference per level over plain inversion", f"{memory['1 difference']:.3f}"],
+        ["peak memory: likelihood by back-propagation over plain inversion", f"{memory['1 probe']:.3f}"],
     ]
     return document(
         f"Stable Diffusion 1.5's shapes with random weights ({result['denoiser_parameters'] / 1e6:.0f} M "
         f"parameters, latents {result['shape']}, {result['machine']['device']}, {result['threads']} threads), a "
-        f"trace model of {result['trace_parameters'] / 1e6:.1f} M parameters; medians of paired runs, smallest to "
-        "largest in brackets.",
+        f"trace model of {result['trace_parameters'] / 1e6:.1f} M parameters. Ratios of times are medians of paired "
+        "runs, with the smallest and the largest in brackets.",
         table(["", "ratio"], rows),
     )
 

@@ -1,12 +1,12 @@
-"""Trace matching against the truth: a mixture of 4,000 modes in 256 dimensions, fitted to real images, exact denoiser.
+"""Compares trace matching with the exact trace of a mixture of 4,000 modes in 256 dimensions, fitted to real images.
 
     python examples/benchmarks/trace_matching_mixture.py
 
 The modes are 4,000 training images of Fashion-MNIST at 16x16. "one variance": isotropic, fitted to other images by
 expectation maximisation. "variance a class": 0.01 to 0.1, one for each of the ten classes, so that the trace at small
-noise depends on what is seen. Every model has the same network, steps and samples; the error is
+noise depends on the image. The denoiser is exact. Every model has the same network, steps and samples; the error is
 mean |tr F_model - tr F|/|tr F| over fresh samples at timesteps of Stable Diffusion's schedule. Training runs on one
-thread, so its processor time is what it takes on one free core.
+thread, so its processor time is the time that it takes on one free core.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from diffusers.training_utils import EMAModel
 
 from diffusers_fisher import DenoisingState, FisherTraceModel, GaussianFisher, NoiseLevel, TraceMatchingFisher
 from diffusers_fisher.denoiser import Denoiser
-from diffusers_fisher.jobs.seeds import step_generator
+from diffusers_fisher.seeds import step_generator
 from diffusers_fisher.training.trace_losses import TraceObjective, draw_trace_batch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -34,7 +34,7 @@ TIMESTEPS = [1, 10, 50, 150, 300, 500, 700, 900, 999]
 SHAPE = (1, 16, 16)
 DIMENSIONS = math.prod(SHAPE)
 MODES = 4000
-SAMPLES = 64  # a step, each with two draws of noise
+SAMPLES = 64  # samples per step, each with two draws of noise
 NETWORK = {"in_channels": 1, "patch_size": 2, "block_out_channels": (64, 128), "basis": "dct", "prior_shape": SHAPE}
 RECIPES: dict[str, dict[str, Any]] = {
     "residual": {},
@@ -64,7 +64,7 @@ class IsotropicMixture(Denoiser):
     def epsilon_and_r(
         self, x: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """E[eps|x] (B, 256) and tr Cov[eps|x]/d (B,), in the dtype of `x` (B, 256); levels () or (B,)."""
+        """Returns E[eps|x] (B, 256) and tr Cov[eps|x]/d (B,), in the dtype of `x` (B, 256); levels are () or (B,)."""
         means, variances = self.means.to(x.dtype), self.variances.to(x.dtype)
         alpha, sigma = (value.to(x.dtype).expand(len(x))[:, None] for value in (alpha, sigma))
         total = alpha**2 * variances + sigma**2  # (B, K), variance of the noised mode
@@ -72,12 +72,12 @@ class IsotropicMixture(Denoiser):
         weights = (-0.5 * squared / total - 0.5 * DIMENSIONS * total.log()).softmax(1)
         shares = weights / total
         epsilon = sigma * (x * shares.sum(1, keepdim=True) - alpha * (shares @ means))
-        within = (shares * alpha**2 * variances).sum(1)
-        between = (shares / total * sigma**2 * squared).sum(1) - epsilon.square().sum(1)
-        return epsilon, within + between / DIMENSIONS
+        mode_variance = (shares * alpha**2 * variances).sum(1)
+        mean_variance = (shares / total * sigma**2 * squared).sum(1) - epsilon.square().sum(1)
+        return epsilon, mode_variance + mean_variance / DIMENSIONS
 
     def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """(count, 1, 16, 16) clean samples."""
+        """Draws clean samples (count, 1, 16, 16)."""
         modes = torch.randint(len(self.means), (count,), generator=generator)
         noise = torch.randn(count, DIMENSIONS, generator=generator)
         return (self.means[modes] + self.variances[modes].sqrt()[:, None] * noise).view(count, *SHAPE)
@@ -86,9 +86,9 @@ class IsotropicMixture(Denoiser):
 def mixtures(scheduler: Any) -> dict[str, IsotropicMixture]:
     images, labels = fashion_mnist.load("train")
     pixels = F.avg_pool2d(images[:10000].float() / 127.5 - 1, 2).flatten(1)
-    means, others = pixels[:MODES], pixels[MODES:]
+    means, points = pixels[:MODES], pixels[MODES:]
     variance = torch.tensor(0.03)
-    distances = torch.cdist(others, means).square()
+    distances = torch.cdist(points, means).square()
     for _ in range(30):
         responsibilities = (-0.5 * distances / variance).softmax(1)
         variance = (responsibilities * distances).sum(1).mean() / DIMENSIONS
@@ -102,8 +102,8 @@ def mixtures(scheduler: Any) -> dict[str, IsotropicMixture]:
 def train(
     mixture: IsotropicMixture, steps: int, seed: int, mirrored: bool = True, rate: float = 3e-3, **settings: Any
 ) -> FisherTraceModel:
-    """A trace model of `mixture` after `steps` steps, with averaged parameters."""
-    torch.manual_seed(seed)  # of the parameters
+    """Trains a trace model of `mixture` for `steps` steps; returns it with averaged parameters."""
+    torch.manual_seed(seed)  # moving average of the parameters
     model = FisherTraceModel(**{**NETWORK, **settings})
     prior = GaussianFisher.fit_diagonal(mixture.sample(20000, step_generator(seed, "prior")), dct=True)
     model.set_prior(prior.mean, prior.covariance.variances.view(SHAPE))
@@ -127,7 +127,7 @@ def train(
 
 
 def errors(model: FisherTraceModel, mixture: IsotropicMixture, count: int) -> list[float]:
-    """Mean relative error of tr F over `count` fresh samples at each of `TIMESTEPS`."""
+    """Returns the mean relative error of tr F over `count` fresh samples at each of `TIMESTEPS`."""
     result = []
     for timestep in TIMESTEPS:
         generator = step_generator(0, "evaluation", timestep)
@@ -139,16 +139,16 @@ def errors(model: FisherTraceModel, mixture: IsotropicMixture, count: int) -> li
             x.float(), epsilon.float().view(x.shape), NoiseLevel(level.alpha, level.sigma), mixture.prediction
         )
         exact = DIMENSIONS * (1 - r) / level.sigma**2
-        found = TraceMatchingFisher(model)(state).trace().value
-        result.append(float(((found - exact) / exact).abs().mean()))
+        trace = TraceMatchingFisher(model)(state).trace().value
+        result.append(float(((trace - exact) / exact).abs().mean()))
     return result
 
 
 def run(steps: int, seeds: int, count: int) -> dict[str, Any]:
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     rows: list[dict[str, Any]] = []
-    found = mixtures(scheduler)
-    for kind, mixture in found.items():
+    all_mixtures = mixtures(scheduler)
+    for kind, mixture in all_mixtures.items():
         for name, recipe in RECIPES.items():
             for seed in range(seeds if name == "residual" else 1):
                 begin = time.process_time()
@@ -159,16 +159,16 @@ def run(steps: int, seeds: int, count: int) -> dict[str, Any]:
                     "relative_error": errors(model, mixture, count),
                 }  # fmt: skip
                 rows.append(row)
-                shown = " ".join(f"{value:.4f}" for value in row["relative_error"])
-                print(f"{kind}, {name}, seed {seed}, {row['processor_seconds']} s: {shown}", flush=True)
+                numbers = " ".join(f"{value:.4f}" for value in row["relative_error"])
+                print(f"{kind}, {name}, seed {seed}, {row['processor_seconds']} s: {numbers}", flush=True)
     worst = {
         kind: max(max(row["relative_error"]) for row in rows if row["mixture"] == kind and row["recipe"] == "residual")
-        for kind in found
+        for kind in all_mixtures
     }
     return {
         "timesteps": TIMESTEPS, "steps": steps, "denoiser_calls_a_step": 2 * SAMPLES,
         "threads": torch.get_num_threads(), "parameters": FisherTraceModel(**NETWORK).num_parameters(),
-        "evaluation_samples": count, "fitted_variance": float(found["one variance"].variances[0]),
+        "evaluation_samples": count, "fitted_variance": float(all_mixtures["one variance"].variances[0]),
         "worst_residual": worst, "rows": rows,
     }  # fmt: skip
 
@@ -177,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=1000, help="evaluated at every timestep")
+    parser.add_argument("--samples", type=int, default=1000, help="samples that are evaluated at every timestep")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     common.save("trace_matching_mixture", run(arguments.steps, arguments.seeds, arguments.samples))

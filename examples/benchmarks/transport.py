@@ -1,4 +1,4 @@
-"""The transport study, as `diffusers-fisher transport --learned` runs it; keeps table and plots.
+"""Runs the transport study, as `diffusers-fisher transport --learned` does, and keeps its table and plots.
 
     python examples/benchmarks/transport.py
 

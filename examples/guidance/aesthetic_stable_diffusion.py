@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 guided by the LAION aesthetic predictor, with CLIP similarity to the prompt held out.
+"""Guides Stable Diffusion 1.5 by the LAION aesthetic predictor; the held-out reward is CLIP similarity to the prompt.
 
     python examples/guidance/aesthetic_stable_diffusion.py --head sac+logos+ava1-l14-linearMSE.pth \\
         --prompt "a cabin by a lake" --output outputs/aesthetic
@@ -20,26 +20,30 @@ from diffusers_fisher.jobs.pages import Page, save_picture
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--head", type=Path, required=True, help="aesthetic head, .pth or .safetensors")
-    made.add_argument("--prompt", nargs="+", default=["a cabin by a lake, oil painting"])
-    made.add_argument("--checkpoint", default="stable-diffusion-v1-5/stable-diffusion-v1-5")
-    made.add_argument("--clip", default="openai/clip-vit-large-patch14", help="the CLIP that the head was trained on")
-    made.add_argument("--tiny-autoencoder", help="decodes for the reward: faster, and a fraction of the memory")
-    made.add_argument("--steps", type=int, default=25)
-    made.add_argument("--guidance-steps", type=int, default=15)
-    made.add_argument("--guidance-scale", type=float, default=7.5)
-    made.add_argument("--step-size", type=float, default=0.1)
-    made.add_argument("--size", type=int, help="height and width; the checkpoint's own by default")
-    made.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--output", type=Path, default=Path("outputs/aesthetic"))
-    return made
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--head", type=Path, required=True, help="aesthetic head, .pth or .safetensors")
+    result.add_argument("--prompt", nargs="+", default=["a cabin by a lake, oil painting"])
+    result.add_argument("--checkpoint", default="stable-diffusion-v1-5/stable-diffusion-v1-5")
+    result.add_argument(
+        "--clip", default="openai/clip-vit-large-patch14", help="the CLIP that the head was trained on"
+    )
+    result.add_argument(
+        "--tiny-autoencoder", help="an autoencoder that decodes for the reward, faster and with less memory"
+    )
+    result.add_argument("--steps", type=int, default=25)
+    result.add_argument("--guidance-steps", type=int, default=15)
+    result.add_argument("--guidance-scale", type=float, default=7.5)
+    result.add_argument("--step-size", type=float, default=0.1)
+    result.add_argument("--size", type=int, help="height and width; the default is the checkpoint's own size")
+    result.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--output", type=Path, default=Path("outputs/aesthetic"))
+    return result
 
 
 def guide(options: argparse.Namespace) -> Any:
-    """Loads everything and guides; `GuidanceOutput` with tensors."""
+    """Loads all networks and guides; returns a `GuidanceOutput` with tensors."""
     dtype = getattr(torch, options.dtype)
     reward = AestheticReward.from_pretrained(options.head, options.clip)
     similarity = TextImageReward.clip(path=options.clip)
@@ -59,7 +63,7 @@ def guide(options: argparse.Namespace) -> Any:
 
 
 def write(options: argparse.Namespace, out: Any) -> None:
-    """Pictures before and after, and a page with the curves."""
+    """Writes pictures before and after guidance, and a page with the curves."""
     from matplotlib.figure import Figure
 
     page = Page("Aesthetic guidance")
@@ -76,7 +80,7 @@ def write(options: argparse.Namespace, out: Any) -> None:
     ):  # fmt: skip
         axes.plot(rows.numpy(), marker=".")
         axes.set(xlabel="run", ylabel=label)
-    page.figure(figure, "By run. A falling held-out curve says that the score is being gamed: stop there.")
+    page.figure(figure, "Both by run. Where the held-out curve falls, the images exploit the score: stop there.")
     page.write(options.output / "index.html")
 
 

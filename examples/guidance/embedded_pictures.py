@@ -1,4 +1,4 @@
-"""Class morphing and inpainting on the embedded checkpoint: the pictures of docs/guidance.md.
+"""Draws class morphing and inpainting on the embedded checkpoint: the pictures of docs/guidance.md.
 
 python examples/guidance/embedded_pictures.py            # writes docs/guidance_morphing.png and _inpainting.png
 """
@@ -23,7 +23,7 @@ from diffusers_fisher.files import check_writable, save_figure
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 SAMPLING: dict[str, Any] = {"guidance_scale": 2.0}
-PAIRS = ((7, 9), (3, 0), (8, 5), (1, 6))  # from a class to another: sneaker to ankle boot, ...
+PAIRS = ((7, 9), (3, 0), (8, 5), (1, 6))  # from one class to another: sneaker to ankle boot, ...
 
 
 def pipeline() -> Any:
@@ -33,7 +33,7 @@ def pipeline() -> Any:
 
 
 def morphing(pipe: Any, steps: int, iterations: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """The best images after so many guidance steps toward another class: (4, 3, 32, 32) each."""
+    """Returns the best images (4, 3, 32, 32) after each number of guidance steps toward another class."""
     prompts = [embedded_prompt(begin) for begin, _ in PAIRS]
     reward = ClassifierReward.from_pretrained(
         Path(embedded_checkpoint()) / "classifier", target=[end for _, end in PAIRS]
@@ -49,14 +49,14 @@ def morphing(pipe: Any, steps: int, iterations: tuple[int, ...]) -> dict[str, to
 
 
 def inpainting(pipe: Any, steps: int, iterations: int) -> dict[str, torch.Tensor]:
-    """The upper half of real images completed: through the whole run, and step by step."""
+    """Returns real images whose lower half was filled in, through the whole run and step by step."""
     images, labels = embedded_test_images()
     classes = [7, 3, 8, 4]
-    known = torch.stack([images[labels == label][0] for label in classes])
+    targets = torch.stack([images[labels == label][0] for label in classes])
     prompts = [embedded_prompt(label) for label in classes]
     mask = torch.zeros(32, 32)
     mask[:16] = 1
-    reward = MeasurementReward(known, mask)
+    reward = MeasurementReward(targets, mask)
     seeded = torch.Generator().manual_seed(3)
     out = pipe.guide(
         prompts, reward, num_guidance_steps=iterations, num_inference_steps=steps, output_type="pt", generator=seeded,
@@ -68,16 +68,16 @@ def inpainting(pipe: Any, steps: int, iterations: int) -> dict[str, torch.Tensor
             generator=torch.Generator().manual_seed(3), **SAMPLING,
         ).images  # fmt: skip
     return {
-        "known": torch.where(mask > 0, known, 0.5),
+        "known": torch.where(mask > 0, targets, 0.5),
         "without guidance": out.initial_images,
         f"initial noise, {iterations} guidance steps": out.images,
         "step by step, one run": stepwise,
-        "the whole image": known,
+        "the whole image": targets,
     }
 
 
 def picture(rows: dict[str, torch.Tensor]) -> Figure:
-    """A row of images for every entry."""
+    """Draws one row of images per entry."""
     figure = Figure(figsize=(5, 1.5 * len(rows)), layout="constrained")
     for axes, (name, images) in zip(figure.subplots(len(rows), 1), rows.items(), strict=True):
         axes.imshow(torch.cat(list(images), dim=-1).permute(1, 2, 0).clamp(0, 1))
@@ -93,10 +93,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--guidance-steps", type=int, default=12)
     options = parser.parse_args(arguments)
     check_writable(options.output)
-    pipe, most = pipeline(), options.guidance_steps
-    counts = tuple(sorted({0, most // 4, most // 2, most}))
+    pipe, max_steps = pipeline(), options.guidance_steps
+    counts = tuple(sorted({0, max_steps // 4, max_steps // 2, max_steps}))
     save_figure(picture(morphing(pipe, options.steps, counts)), options.output / "guidance_morphing.png")
-    save_figure(picture(inpainting(pipe, options.steps, most)), options.output / "guidance_inpainting.png")
+    save_figure(picture(inpainting(pipe, options.steps, max_steps)), options.output / "guidance_inpainting.png")
 
 
 if __name__ == "__main__":

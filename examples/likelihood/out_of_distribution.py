@@ -2,10 +2,11 @@
 
     python examples/likelihood/out_of_distribution.py --images 500
 
-Test images with their prompts against the same images turned, inverted, noised, and with another class's prompt, by:
-likelihood (bits/dim, lower is likelier), typicality (distance of the bits/dim from the training images' mean), and
-trace features (how far the trace by noise level and the prior's part lie from the training images', as a Gaussian fits
-them). Needs Fashion-MNIST (see examples/fashion_mnist.py). What was computed is kept in --output and taken up again.
+The example compares test images and their prompts with the same images turned, inverted or noised, and with the prompt
+of another class. The scores are likelihood (bits/dim, lower is likelier), typicality (distance of the bits/dim from
+the mean of the training images), and trace features (distance of the trace by noise level and of the prior's part from
+a Gaussian that is fitted to the training images). It needs Fashion-MNIST (see examples/fashion_mnist.py). Results are
+kept in --output, and a second run continues from them.
 """
 
 import argparse
@@ -33,7 +34,7 @@ NORMAL, TRAINING = "test images", "training images"
 
 
 def image_sets(count: int) -> dict[str, tuple[torch.Tensor, list[str]]]:
-    """Images (count, 3, 32, 32) in [0, 1] and their prompts, by name."""
+    """Returns by name the images (count, 3, 32, 32) in [0, 1] of every set and their prompts."""
     sets = {}
     for name, split in ((TRAINING, "train"), (NORMAL, "test")):
         images, labels = fashion_mnist.load(split)
@@ -41,20 +42,20 @@ def image_sets(count: int) -> dict[str, tuple[torch.Tensor, list[str]]]:
     images, labels = sets[NORMAL]
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(images.shape[0], 1, *images.shape[2:], generator=generator)
-    others = (torch.tensor(labels) + torch.randint(1, 10, (len(labels),), generator=generator)) % 10
+    other_labels = (torch.tensor(labels) + torch.randint(1, 10, (len(labels),), generator=generator)) % 10
     sets |= {
         "turned by 90 degrees": (images.rot90(1, (-2, -1)), labels),
         "inverted": (1 - images, labels),
         "noised": ((images + NOISE * noise).clamp(0, 1), labels),
-        "another class's prompt": (images, others.tolist()),
+        "another class's prompt": (images, other_labels.tolist()),
     }
     return {name: (images, [embedded_prompt(label) for label in labels]) for name, (images, labels) in sets.items()}
 
 
-def evaluated(pipe: Any, count: int, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict]:
-    """bits/dim (count,) and features (count, levels + 1) of every set, and how they were computed."""
-    about = {"images": count, "steps": STEPS, "noise": NOISE, "trace_model": pipe.trace_model is not None}
-    records = Records(folder, {**about, **pipeline_digests(pipe)})
+def evaluate(pipe: Any, count: int, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict]:
+    """Returns bits/dim (count,) and features (count, levels + 1) of every set, and how they were computed."""
+    setting = {"images": count, "steps": STEPS, "noise": NOISE, "trace_model": pipe.trace_model is not None}
+    records = Records(folder, {**setting, **pipeline_digests(pipe)})
     bits: dict[str, list[float]] = {}
     features: dict[str, list[list[float]]] = {}
     for key, name, images, prompts in _batches(count):
@@ -68,11 +69,11 @@ def evaluated(pipe: Any, count: int, folder: Path) -> tuple[dict[str, torch.Tens
         row = records.read(key)
         bits.setdefault(name, []).extend(row["bits_per_dim"])
         features.setdefault(name, []).extend(row["features"])
-        about["trace"] = row["trace"]
+        setting["trace"] = row["trace"]
     tables = [
         {name: torch.tensor(rows, dtype=torch.float64) for name, rows in each.items()} for each in (bits, features)
     ]
-    return tables[0], tables[1], about
+    return tables[0], tables[1], setting
 
 
 def _batches(count: int) -> Iterator[tuple[str, str, torch.Tensor, list[str]]]:
@@ -83,23 +84,28 @@ def _batches(count: int) -> Iterator[tuple[str, str, torch.Tensor, list[str]]]:
 
 
 def scores(bits: dict[str, torch.Tensor], features: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """By score and set: (count,), higher is further from the training data."""
+    """Returns by score and set the values (count,); higher is further from the training data."""
     mean = bits[TRAINING].mean()
-    known = features[TRAINING]
-    centre = known.mean(0)
-    covariance = torch.cov(known.T)
-    scale = covariance.diagonal().sqrt()  # r at the noise end hardly varies: in units of its own
+    training_features = features[TRAINING]
+    centre = training_features.mean(0)
+    covariance = torch.cov(training_features.T)
+    scale = covariance.diagonal().sqrt()  # r at the noise end hardly varies, so every feature is scaled
     correlation = covariance / scale.outer(scale) + 1e-3 * torch.eye(len(scale), dtype=torch.float64)
     inverse = torch.linalg.inv(correlation)
-    found: dict[str, dict[str, torch.Tensor]] = {"likelihood": bits}
-    found["typicality"] = {name: (values - mean).abs() for name, values in bits.items()}
-    moved = {name: (rows - centre) / scale for name, rows in features.items()}
-    found["trace features"] = {name: torch.einsum("bi,ij,bj->b", x, inverse, x) for name, x in moved.items()}
-    return found
+    result: dict[str, dict[str, torch.Tensor]] = {"likelihood": bits}
+    result["typicality"] = {name: (values - mean).abs() for name, values in bits.items()}
+    scaled_features = {name: (rows - centre) / scale for name, rows in features.items()}
+    result["trace features"] = {
+        name: torch.einsum("bi,ij,bj->b", x, inverse, x) for name, x in scaled_features.items()
+    }
+    return result
 
 
 def auroc(normal: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
-    """Chance that one of `other` scores above one of `normal`, and its standard error (Hanley and McNeil, 1982)."""
+    """Returns the probability that one of `other` scores above one of `normal`, and its standard error.
+
+    The standard error is that of Hanley and McNeil (1982).
+    """
     n, m = len(normal), len(other)
     ranks = rankdata(torch.cat([normal, other]).numpy())
     area = float((ranks[n:].sum() - m * (m + 1) / 2) / (n * m))
@@ -108,10 +114,10 @@ def auroc(normal: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
 
 
 def run(count: int, folder: Path) -> dict[str, Any]:
-    """The example's results, and its figure in `folder`."""
+    """Returns the results of the example, and writes its figure into `folder`."""
     pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
     pipe.set_progress_bar_config(disable=True)
-    bits, features, about = evaluated(pipe, count, folder)
+    bits, features, setting = evaluate(pipe, count, folder)
     table: dict[str, Any] = {}
     for score, by_set in scores(bits, features).items():
         table[score] = {}
@@ -124,7 +130,7 @@ def run(count: int, folder: Path) -> dict[str, Any]:
         name: {"mean": float(values.mean()), "standard_deviation": float(values.std())}
         for name, values in bits.items()
     }
-    return {**about, "bits_per_dim": means, "auroc": table}
+    return {**setting, "bits_per_dim": means, "auroc": table}
 
 
 def _draw(bits: dict[str, torch.Tensor], path: Path) -> None:
@@ -143,7 +149,7 @@ def _draw(bits: dict[str, torch.Tensor], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=500, help="of every set")
+    parser.add_argument("--images", type=int, default=500, help="number of images of every set")
     parser.add_argument("--output", type=Path, default=Path("outputs/out_of_distribution"))
     arguments = parser.parse_args()
     result = run(arguments.images, arguments.output)

@@ -2,9 +2,9 @@
 
     python examples/likelihood/which_prompt.py --images 1000
 
-An image's prompts are compared with the same noise for all, or on the same path's grid with `--method likelihood`. The
-network is in bfloat16, which is faster and changes few choices. Needs Fashion-MNIST (see examples/fashion_mnist.py).
-What was computed is kept in --output and taken up again.
+All prompts of an image see the same noise, or with `--method likelihood` the same grid of noise levels. The network is
+in bfloat16, which is faster and changes few choices. The example needs Fashion-MNIST (see examples/fashion_mnist.py).
+Results are kept in --output, and a second run continues from them.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from diffusers_fisher.backbones import backbone_of
 from diffusers_fisher.guidance import ImageInput
 from diffusers_fisher.jobs.identity import pipeline_digests
 from diffusers_fisher.jobs.records import Records
-from diffusers_fisher.jobs.seeds import step_generator
+from diffusers_fisher.seeds import step_generator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fashion_mnist
@@ -32,22 +32,24 @@ BATCH = 250
 PROMPTS = [embedded_prompt(label) for label in range(10)]
 
 Score = Callable[[Any, torch.Tensor, int, torch.Generator], torch.Tensor]
-"""`score(pipe, latents, calls, generator)` -> (10, B), higher for the prompt that fits; `calls` of it each."""
+"""`score(pipe, latents, calls, generator)` -> (10, B), higher for the prompt that fits; `calls` per prompt."""
 
 
 def likelihood(pipe: Any, latents: torch.Tensor, calls: int, generator: torch.Generator) -> torch.Tensor:
-    """Scores (10, B), higher for the prompt that fits."""
+    """Returns scores (10, B), higher for the prompt that fits."""
     options = {"num_inference_steps": calls - 1, "generator": generator}
-    return _counted(pipe.compare_likelihood(None, PROMPTS, latents=latents, method="ode", **options), calls)
+    return _checked_log_prob(pipe.compare_likelihood(None, PROMPTS, latents=latents, method="ode", **options), calls)
 
 
 def weighted_squared_error(pipe: Any, latents: torch.Tensor, calls: int, generator: torch.Generator) -> torch.Tensor:
-    """Scores (10, B), higher for the prompt that fits."""
+    """Returns scores (10, B), higher for the prompt that fits."""
     options = {"num_levels": calls, "generator": generator}
-    return _counted(pipe.compare_likelihood(None, PROMPTS, latents=latents, method="squared error", **options), calls)
+    return _checked_log_prob(
+        pipe.compare_likelihood(None, PROMPTS, latents=latents, method="squared error", **options), calls
+    )
 
 
-def _counted(table: Any, calls: int) -> torch.Tensor:
+def _checked_log_prob(table: Any, calls: int) -> torch.Tensor:
     if table.num_denoiser_calls != calls * len(PROMPTS):
         raise RuntimeError(f"{table.num_denoiser_calls} denoiser calls for {len(PROMPTS)} prompts, not {calls} each.")
     return table.log_prob
@@ -56,8 +58,8 @@ def _counted(table: Any, calls: int) -> torch.Tensor:
 METHODS: dict[str, Score] = {"weighted squared error": weighted_squared_error, "likelihood": likelihood}
 
 
-def chosen(pipe: Any, name: str, score: Score, count: int, calls: int, folder: Path) -> list[int]:
-    """The prompt that a method, `score` by its `name`, chooses for every image."""
+def choose_prompts(pipe: Any, name: str, score: Score, count: int, calls: int, folder: Path) -> list[int]:
+    """Returns the label of the prompt that the method `score`, called `name`, chooses for every image."""
     images, _ = fashion_mnist.load("test")
     records = Records(folder / name.replace(" ", "_") / str(calls), {"batch": BATCH, **pipeline_digests(pipe)})
     labels: list[int] = []
@@ -77,30 +79,30 @@ def chosen(pipe: Any, name: str, score: Score, count: int, calls: int, folder: P
 
 
 def accuracy(labels: list[int]) -> dict[str, Any]:
-    """Share of the images whose own prompt was chosen."""
+    """Returns the fraction of the images whose own prompt was chosen, with its standard error."""
     right = float((torch.tensor(labels) == fashion_mnist.load("test")[1][: len(labels)]).double().mean())
     return {
         "images": len(labels), "accuracy": right, "standard_error": (right * (1 - right) / len(labels)) ** 0.5,
-        "image_classifier": classified(len(labels)),
+        "image_classifier": classifier_accuracy(len(labels)),
     }  # fmt: skip
 
 
 @torch.no_grad()
-def classified(count: int) -> float:
-    """Accuracy of the image classifier that comes with the checkpoint."""
+def classifier_accuracy(count: int) -> float:
+    """Returns the accuracy of the image classifier that comes with the checkpoint."""
     path = Path(embedded_checkpoint()) / "classifier"
     model, image_input = AutoModelForImageClassification.from_pretrained(path).eval(), ImageInput.from_pretrained(path)
     images, labels = fashion_mnist.load("test")
     pixels = fashion_mnist.to_rgb(images[:count]) / 2 + 0.5
-    found = torch.cat([model(pixel_values=image_input(piece)).logits.argmax(1) for piece in pixels.split(500)])
-    return float((found == labels[:count]).double().mean())
+    predictions = torch.cat([model(pixel_values=image_input(piece)).logits.argmax(1) for piece in pixels.split(500)])
+    return float((predictions == labels[:count]).double().mean())
 
 
 def pipeline(name: str) -> Any:
-    """The embedded checkpoint for a method; only the ODE asks for a trace."""
+    """Loads the embedded checkpoint for a method; only the ODE needs a trace."""
     pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
     if name != "likelihood":
-        pipe.trace_model = None  # another one does not make the records stale
+        pipe.trace_model = None  # so the records stay valid when the trace model changes
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(torch.bfloat16)
 
@@ -109,16 +111,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=list(METHODS), default=next(iter(METHODS)))
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--calls", type=int, default=6, help="of the denoiser, a prompt")
+    parser.add_argument("--calls", type=int, default=6, help="denoiser calls per prompt")
     parser.add_argument("--output", type=Path, default=Path("outputs/which_prompt"))
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore", CoarseGridWarning)  # few calls are the point
+    warnings.simplefilter("ignore", CoarseGridWarning)  # few calls are intended
     name = arguments.method
-    found = chosen(pipeline(name), name, METHODS[name], arguments.images, arguments.calls, arguments.output)
-    row = accuracy(found)
+    labels = choose_prompts(pipeline(name), name, METHODS[name], arguments.images, arguments.calls, arguments.output)
+    row = accuracy(labels)
     print(
-        f"{row['accuracy']:.1%} ± {row['standard_error']:.1%} of {row['images']} images have their own prompt chosen; "
-        f"an image classifier gets {row['image_classifier']:.1%}"
+        f"The method chooses the own prompt of {row['accuracy']:.1%} ± {row['standard_error']:.1%} of {row['images']} "
+        f"images; the accuracy of an image classifier is {row['image_classifier']:.1%}"
     )
 
 

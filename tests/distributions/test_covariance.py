@@ -30,14 +30,14 @@ def structures():
     variances, factor = normal(3, *SHAPE, seed=1).exp() * 0.1, normal(3, *SHAPE, 2, seed=2) * 0.4
     root = normal(3, D, D, seed=3) * 0.2
     full = root @ root.mT + 0.02 * torch.eye(D, dtype=torch.float64)
-    plain = torch.diag_embed(variances.flatten(1))
-    low = plain + factor.flatten(1, 3) @ factor.flatten(1, 3).mT
+    full_matrices = torch.diag_embed(variances.flatten(1))
+    low = full_matrices + factor.flatten(1, 3) @ factor.flatten(1, 3).mT
     q, basis = dct_matrix(), DCTBasis(SHAPE)
     sizes = torch.tensor([0.1, 0.5, 0.02], dtype=torch.float64)
     return {
         "isotropic": (Covariance.isotropic(sizes, SHAPE), sizes[:, None, None] * torch.eye(D, dtype=torch.float64)),
-        "diagonal": (Covariance.diagonal(variances), plain),
-        "DCT": (Covariance.diagonal(variances, basis), q @ plain @ q.mT),
+        "diagonal": (Covariance.diagonal(variances), full_matrices),
+        "DCT": (Covariance.diagonal(variances, basis), q @ full_matrices @ q.mT),
         "low rank": (Covariance.low_rank(variances, factor), low),
         "low rank in DCT": (Covariance.low_rank(variances, factor, basis), q @ low @ q.mT),
         "full": (Covariance.full(full, SHAPE), full),
@@ -86,22 +86,22 @@ class TestAtALevel:
 
     def test_many_vectors_at_once(self, name, level):
         noised, v = STRUCTURES[name][0].at(level), normal(4, 2, 1, D, seed=5)
-        together = noised.solve(v)
-        assert together.shape == (4, 2, 3, D)
-        for one, row in zip(together, v, strict=True):
-            assert relative(one, noised.solve(row)) < TOLERANCE
+        products = noised.solve(v)
+        assert products.shape == (4, 2, 3, D)
+        for product, row in zip(products, v, strict=True):
+            assert relative(product, noised.solve(row)) < TOLERANCE
 
     def test_determinant_trace_and_diagonals(self, name, level):
         covariance, dense = STRUCTURES[name]
         noised, total = covariance.at(level), self.total(name, level)
         inverse = torch.linalg.inv(total)
         expected = inverse.diagonal(dim1=-2, dim2=-1)
-        shrunk = (dense @ inverse).diagonal(dim1=-2, dim2=-1)
+        diagonal = (dense @ inverse).diagonal(dim1=-2, dim2=-1)
         difference = noised.log_determinant - torch.logdet(total)
         assert float(difference.abs().max()) < TOLERANCE * D * 10  # nats, each of d terms below ten
         assert relative(noised.inverse_trace.expand(2, 3), expected.sum(-1)) < TOLERANCE
         assert relative(noised.inverse_diagonal.expand(2, 3, D), expected) < TOLERANCE
-        assert relative(noised.shrink_diagonal.expand(2, 3, D), shrunk) < TOLERANCE
+        assert relative(noised.shrink_diagonal.expand(2, 3, D), diagonal) < TOLERANCE
 
     @pytest.mark.parametrize("shift", [0.0, 3.0, (0.5, 20.0)])
     def test_inverse_of_a_shifted_inverse(self, name, level, shift):
@@ -112,9 +112,9 @@ class TestAtALevel:
 
     def test_select_returns_the_covariances_of_the_modes(self, name, level):
         covariance, v = STRUCTURES[name][0], normal(2, 1, D, seed=5)
-        chosen = torch.tensor([2, 0])
-        part = covariance.select(chosen).at(level).solve(v)
-        assert relative(part, covariance.at(level).solve(v)[:, chosen]) < TOLERANCE
+        indices = torch.tensor([2, 0])
+        part = covariance.select(indices).at(level).solve(v)
+        assert relative(part, covariance.at(level).solve(v)[:, indices]) < TOLERANCE
 
 
 def test_one_mode_serves_any_number_of_means():
@@ -152,8 +152,8 @@ def test_draws_have_the_covariance(name):
 
 def test_draws_come_from_the_generator_alone():
     covariance, modes = STRUCTURES["low rank"][0], torch.tensor([0, 2, 1])
-    first, again, other = (covariance.draw(modes, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert torch.equal(first, again)
+    first, repeat, other = (covariance.draw(modes, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, repeat)
     assert not torch.equal(first, other)
 
 

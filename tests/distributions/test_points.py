@@ -115,8 +115,8 @@ def test_a_bank_is_never_read_whole(tmp_path, monkeypatch):
     data = normal(4030, 3, 2, 2, seed=7)
     memory, reads = data.numel() * 8 // 10, []
     distribution = DiracMixture(**write_npy(tmp_path, data), memory=memory)
-    read = distribution.bank.read
-    monkeypatch.setattr(distribution.bank, "read", lambda *rows: reads.append(rows[1] - rows[0]) or read(*rows))
+    read_rows = distribution.bank.read
+    monkeypatch.setattr(distribution.bank, "read", lambda *rows: reads.append(rows[1] - rows[0]) or read_rows(*rows))
     x = noisy(MixtureOracle.points(data[:10]), LEVELS["middle"])
     posterior = distribution.posterior(x, LEVELS["middle"])
     posterior.covariance(x)
@@ -128,7 +128,7 @@ def test_a_bank_is_never_read_whole(tmp_path, monkeypatch):
 # Precision
 
 
-def clustered(count=6000, dimensions=64):
+def cluster_points(count=6000, dimensions=64):
     """Returns far clusters of 20 points that are nearer to each other than the smallest sigma: all 20 have weight."""
     centres = 1.5 * normal(count // 20, dimensions, seed=3).repeat_interleave(20, 0)
     return (centres + 0.01 * normal(count, dimensions, seed=4)).float()
@@ -136,43 +136,43 @@ def clustered(count=6000, dimensions=64):
 
 def stable_diffusion_level(timestep):
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
-    kept = (1 - betas).cumprod(0)[timestep]
-    return NoiseLevel(kept.sqrt(), (1 - kept).sqrt())
+    alpha_bar = (1 - betas).cumprod(0)[timestep]
+    return NoiseLevel(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 @pytest.mark.parametrize("timestep", [0, 10, 50, 150, 400, 700, 999])
 def test_float32_is_as_good_as_float64_at_every_level(timestep, offset):
-    level, data = stable_diffusion_level(timestep), clustered() + offset
-    chosen = data[::401].double()
-    x = (level.alpha * chosen + level.sigma * normal(*chosen.shape, seed=5)).float()
+    level, data = stable_diffusion_level(timestep), cluster_points() + offset
+    centres = data[::401].double()
+    x = (level.alpha * centres + level.sigma * normal(*centres.shape, seed=5)).float()
     v = normal(*x.shape, seed=9).float()
-    narrow, wide = DiracMixture(data).posterior(x, level), DiracMixture(data.double()).posterior(x.double(), level)
+    single, double = DiracMixture(data).posterior(x, level), DiracMixture(data.double()).posterior(x.double(), level)
     # Rounding of the centred rows, 6e-8 times their norm of 12, is measured against sigma sqrt(d) = 0.2 in the score.
     tolerance = 1e-5
-    assert narrow.mean.dtype is narrow.covariance(v).dtype is torch.float32
-    assert narrow.log_density.dtype is torch.float64
-    assert relative(narrow.mean, wide.mean) < 1e-6
-    assert relative(narrow.score, wide.score) < tolerance
-    assert float((narrow.log_density - wide.log_density).abs().max()) < 1e-4
+    assert single.mean.dtype is single.covariance(v).dtype is torch.float32
+    assert single.log_density.dtype is torch.float64
+    assert relative(single.mean, double.mean) < 1e-6
+    assert relative(single.score, double.score) < tolerance
+    assert float((single.log_density - double.log_density).abs().max()) < 1e-4
     unit = float(level.noise_to_signal) ** 2
-    difference = narrow.covariance(v).double() - wide.covariance(v.double())
+    difference = single.covariance(v).double() - double.covariance(v.double())
     assert float(difference.norm()) < tolerance * unit * float(v.norm())
-    assert relative(narrow.fisher_trace(), wide.fisher_trace()) < tolerance
+    assert relative(single.fisher_trace(), double.fisher_trace()) < tolerance
 
 
 def test_logits_of_near_points_are_computed_again(monkeypatch):
     """Without the second computation of near points' logits, float32 loses what the test above measures."""
-    level, data = stable_diffusion_level(0), clustered()
-    chosen = data[::401].double()
-    x = (level.alpha * chosen + level.sigma * normal(*chosen.shape, seed=5)).float()
+    level, data = stable_diffusion_level(0), cluster_points()
+    centres = data[::401].double()
+    x = (level.alpha * centres + level.sigma * normal(*centres.shape, seed=5)).float()
     exact = DiracMixture(data.double()).score(x.double(), level)
     monkeypatch.setattr(points_module, "LOGIT_ERROR", torch.inf)
     assert relative(DiracMixture(data).score(x, level), exact) > 1e-4
 
 
 def test_reduced_precision_products_and_autocast_change_nothing():
-    level, data = stable_diffusion_level(400), clustered()
+    level, data = stable_diffusion_level(400), cluster_points()
     x = (level.alpha * data[::401].double() + level.sigma * normal(15, 64, seed=5)).float()
     mixture = GaussianMixture(data[:3], Covariance.isotropic(0.1, (64,)))
     before = [DiracMixture(data).posterior(x, level), mixture.posterior(x, level)]

@@ -57,18 +57,18 @@ def records(folder):
 
 def test_every_prompt_has_its_record_and_pictures(finished_run):
     folder, summary = finished_run
-    written = records(folder / "out")
-    assert [record["prompt"] for record in written.values()] == PROMPTS
-    assert [record["seed"] for record in written.values()] == [5, 6, 7]
-    for record in written.values():
+    run_records = records(folder / "out")
+    assert [record["prompt"] for record in run_records.values()] == PROMPTS
+    assert [record["seed"] for record in run_records.values()] == [5, 6, 7]
+    for record in run_records.values():
         assert len(record["rewards"]) == len(record["held_out"]) == len(record["shell_distances"]) == 3
         assert record["rewards"][record["best_run"]] == max(record["rewards"])
         for name in ("before", "after"):
             assert size(folder / "out" / record[name]) == (32, 32)
     assert summary["prompts"] == 3
     before, after = summary["means"]["reward"]
-    assert before == pytest.approx(sum(record["rewards"][0] for record in written.values()) / 3)
-    assert after == pytest.approx(sum(max(record["rewards"]) for record in written.values()) / 3)
+    assert before == pytest.approx(sum(record["rewards"][0] for record in run_records.values()) / 3)
+    assert after == pytest.approx(sum(max(record["rewards"]) for record in run_records.values()) / 3)
     assert after > before
 
 
@@ -90,33 +90,33 @@ def test_result_does_not_depend_on_the_batches(finished_run):
         output_type="pt",
     ).images[0]  # fmt: skip
     with Image.open(folder / "out" / "pictures" / "00001_before.png") as picture:
-        written = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1)
-    assert int(((255 * image).round() - written).abs().max()) <= 1  # float32 may round the other way
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1)
+    assert int(((255 * image).round() - pixels).abs().max()) <= 1  # float32 may round the other way
 
 
 def test_finished_run_recomputes_nothing(finished_run, monkeypatch):
     folder, summary = finished_run
     monkeypatch.setattr(guidance_gallery, "load_pipeline", lambda *_: pytest.fail("the pipeline was loaded again"))
-    other = Memory(3, checkpoint_decoder=True)  # the run may continue with it, because it changes no result
-    assert run_gallery(folder / "out", folder / "prompts.txt", SETTINGS, other) == summary
+    memory = Memory(3, checkpoint_decoder=True)  # the run may continue with it, because it changes no result
+    assert run_gallery(folder / "out", folder / "prompts.txt", SETTINGS, memory) == summary
 
 
 def test_a_prompt_whose_numbers_are_not_finite_changes_no_other_record(finished_run, tmp_path, monkeypatch, caplog):
     make = guidance_gallery.named_reward
 
-    def blind(name):
+    def nan_reward(name):
         """Returns a reward that is NaN for bags."""
         reward = make(name)
         return lambda images, prompts: torch.where(
             torch.tensor([prompt == PROMPTS[1] for prompt in prompts]), torch.nan, reward(images, prompts)
         )
 
-    monkeypatch.setattr(guidance_gallery, "named_reward", blind)
+    monkeypatch.setattr(guidance_gallery, "named_reward", nan_reward)
     summary = run_gallery(tmp_path / "out", finished_run[0] / "prompts.txt", SETTINGS, Memory(3))
-    written, expected = records(tmp_path / "out"), records(finished_run[0] / "out")
+    results, expected = records(tmp_path / "out"), records(finished_run[0] / "out")
     for key in ("00000", "00002"):  # float32, in other batches
-        assert written[key]["rewards"] == pytest.approx(expected[key]["rewards"], rel=1e-4)
-    assert written["00001"]["prompt"] == PROMPTS[1] and "is not finite" in written["00001"]["failed"]
+        assert results[key]["rewards"] == pytest.approx(expected[key]["rewards"], rel=1e-4)
+    assert results["00001"]["prompt"] == PROMPTS[1] and "is not finite" in results["00001"]["failed"]
     assert (summary["prompts"], summary["failed"]) == (3, 1)
     assert "1 of 3 prompts failed: the gallery says why, and --retry-failed" in caplog.text
     assert "Without a result: a photo of a bag. The reward" in (tmp_path / "out" / "index.html").read_text()
@@ -190,7 +190,7 @@ def test_held_out_rewards_that_are_not_finite_are_null_and_no_prompt_fails(tmp_p
     make = guidance_gallery.named_reward
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
 
-    def blind(name):
+    def nan_reward(name):
         """Returns a held-out reward that is NaN for bags."""
         reward = make(name)
         if name != SETTINGS.held_out:
@@ -199,7 +199,7 @@ def test_held_out_rewards_that_are_not_finite_are_null_and_no_prompt_fails(tmp_p
             torch.tensor([prompt == PROMPTS[1] for prompt in prompts]), torch.nan, reward(images, prompts)
         )
 
-    monkeypatch.setattr(guidance_gallery, "named_reward", blind)
+    monkeypatch.setattr(guidance_gallery, "named_reward", nan_reward)
     summary = run_gallery(tmp_path / "out", tmp_path / "prompts.txt", SETTINGS, Memory(2))
     sneaker, bag = records(tmp_path / "out").values()
     assert bag["held_out"] == [None] * 3 and bag["status"] == "completed"
@@ -219,8 +219,8 @@ def test_likelihoods_are_those_of_the_pipeline_and_are_on_the_page(tmp_path):
     assert list(record["bits_per_dim_error"].values()) == pytest.approx(errors.tolist(), abs=1e-4)
     page = (tmp_path / "out" / "index.html").read_text()
     assert "<td>bits/dim</td>" in page
-    for when, bits in record["bits_per_dim"].items():
-        assert f"{bits:.4g} ± {record['bits_per_dim_error'][when]:.4g} bits/dim" in page
+    for moment, bits in record["bits_per_dim"].items():
+        assert f"{bits:.4g} ± {record['bits_per_dim_error'][moment]:.4g} bits/dim" in page
     titles = [axes.get_title() for axes in guidance_gallery_report.gallery(tmp_path / "out", [record]).axes]
     assert (
         titles[1]
@@ -330,11 +330,16 @@ def test_a_kill_loses_no_finished_prompt(finished_run, tmp_path):
 
 def test_processes_share_the_prompts(finished_run, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    workers = [command(tmp_path, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    with socket.socket() as probe_socket:
+        probe_socket.bind(("127.0.0.1", 0))
+        port = probe_socket.getsockname()[1]
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    workers = [command(tmp_path, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
     outputs = [worker.communicate(timeout=300)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
     assert "0 of this process's 2 done" in outputs[0]

@@ -21,20 +21,20 @@ import sample_ranking
 import which_prompt
 
 
-def matched(pipe, count, folder):
-    return which_prompt.chosen(pipe, "likelihood", which_prompt.likelihood, count, 4, folder)
+def match_prompts(pipe, count, folder):
+    return which_prompt.choose_prompts(pipe, "likelihood", which_prompt.likelihood, count, 4, folder)
 
 
 @pytest.mark.filterwarnings(f"ignore::{CoarseGridWarning.__module__}.CoarseGridWarning")
 @pytest.mark.parametrize(
     "study",
-    [out_of_distribution.evaluated, sample_ranking.evaluated, matched],
+    [out_of_distribution.evaluate, sample_ranking.evaluate, match_prompts],
     ids=["out_of_distribution", "sample_ranking", "which_prompt"],
 )
 def test_records_of_another_trace_model_are_refused(monkeypatch, tmp_path, study):
     images, labels = embedded_test_images()
-    found = (images[:1, :1] * 255).round().to(torch.uint8), labels[:1]
-    monkeypatch.setattr(fashion_mnist, "load", lambda split: found)
+    dataset = (images[:1, :1] * 255).round().to(torch.uint8), labels[:1]
+    monkeypatch.setattr(fashion_mnist, "load", lambda split: dataset)
     for module in (out_of_distribution, sample_ranking):
         monkeypatch.setattr(module, "STEPS", 2)
     monkeypatch.setitem(sample_ranking.SAMPLING, "num_inference_steps", 2)

@@ -36,7 +36,7 @@ def config_for(data, output, **changes):
 
 
 @pytest.fixture(scope="module")
-def unbroken(data, tmp_path_factory):
+def reference_run(data, tmp_path_factory):
     """The output folder of an unbroken run."""
     output = tmp_path_factory.mktemp("unbroken")
     AcceleratorState._reset_state(True)
@@ -63,22 +63,22 @@ def assert_same(output, reference):
         assert all(torch.equal(value, expected_states[name][0][key]) for key, value in tensors.items())
 
 
-def test_stock_diffusers_loads_and_runs_the_result(unbroken):
-    pipe = StableDiffusionPipeline.from_pretrained(unbroken / "checkpoint")
+def test_stock_diffusers_loads_and_runs_the_result(reference_run):
+    pipe = StableDiffusionPipeline.from_pretrained(reference_run / "checkpoint")
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     images = pipe("a photo of a bag", num_inference_steps=2, generator=generator, output_type="np").images
     assert images.shape == (1, 32, 32, 3)
     assert images.std() > 0
-    reward = ClassifierReward.from_pretrained(unbroken / "checkpoint" / "classifier", target=EMBEDDED_CLASSES[0])
+    reward = ClassifierReward.from_pretrained(reference_run / "checkpoint" / "classifier", target=EMBEDDED_CLASSES[0])
     assert reward(torch.zeros(1, 3, 32, 32), [""]).shape == (1,)
 
 
-def test_result_has_the_files_that_the_package_ships(unbroken):
-    folder = unbroken / "checkpoint"
+def test_result_has_the_files_that_the_package_ships(reference_run):
+    folder = reference_run / "checkpoint"
     statistics, metadata = load_tensors(folder / "latent_statistics.safetensors")
     assert "over the 40 training images" in metadata["description"]
-    moments = load_tensors(unbroken / "latents.safetensors")[0]["moments"].double()
+    moments = load_tensors(reference_run / "latents.safetensors")[0]["moments"].double()
     assert moments.shape == (40, 8, 8, 8)
     scale = json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"]
     mean, log_variance = moments.chunk(2, dim=1)
@@ -89,21 +89,21 @@ def test_result_has_the_files_that_the_package_ships(unbroken):
     held_out, _ = load_tensors(folder / "test_images.safetensors")
     assert held_out["labels"].bincount().tolist() == [7, 7, 7, 7, 6, 6, 6, 6, 6, 6]
     images, labels = fashion_mnist.load(
-        "test", json.loads((unbroken / "assembled.json").read_text())["config"]["data"]
+        "test", json.loads((reference_run / "assembled.json").read_text())["config"]["data"]
     )
     assert torch.equal(held_out["images"], images[held_out["indices"]])
     assert torch.equal(held_out["labels"], labels[held_out["indices"]])
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    assert json.loads((unbroken / "assembled.json").read_text())["bytes"] == size
+    assert json.loads((reference_run / "assembled.json").read_text())["bytes"] == size
 
 
-def test_every_part_was_trained(unbroken):
+def test_every_part_was_trained(reference_run):
     torch.manual_seed(2)
-    fresh = example.make_unet().state_dict()
-    trained, _ = load_tensors(unbroken / "checkpoint" / "unet" / "diffusion_pytorch_model.safetensors")
-    moved = [name for name, value in trained.items() if not torch.equal(value, fresh[name])]
+    initial = example.make_unet().state_dict()
+    trained, _ = load_tensors(reference_run / "checkpoint" / "unet" / "diffusion_pytorch_model.safetensors")
+    changes = [name for name, value in trained.items() if not torch.equal(value, initial[name])]
     # All but biases whose gradient is zero (a key's bias drops out of the softmax); weight decay leaves zeros alone.
-    assert len(moved) > 0.9 * len(trained)
+    assert len(changes) > 0.9 * len(trained)
 
 
 @pytest.mark.parametrize(
@@ -113,13 +113,13 @@ def test_every_part_was_trained(unbroken):
         ("diffusion", "unet", "unet/diffusion_pytorch_model", example.make_unet),
     ],
 )
-def test_the_result_has_the_moving_averages(unbroken, stage, module, file, make):
-    state, _ = load_tensors(unbroken / f"{stage}_state.safetensors")
-    kept, _ = load_tensors(unbroken / "checkpoint" / f"{file}.safetensors")
+def test_the_result_has_the_moving_averages(reference_run, stage, module, file, make):
+    state, _ = load_tensors(reference_run / f"{stage}_state.safetensors")
+    weights, _ = load_tensors(reference_run / "checkpoint" / f"{file}.safetensors")
     names = [name for name, _ in make().named_parameters()]
-    assert sorted(kept) == sorted(names)
-    assert all(torch.equal(kept[name], state[f"average.{index}"]) for index, name in enumerate(names))
-    assert any(not torch.equal(kept[name], state[f"module.{module}.{name}"]) for name in names)
+    assert sorted(weights) == sorted(names)
+    assert all(torch.equal(weights[name], state[f"average.{index}"]) for index, name in enumerate(names))
+    assert any(not torch.equal(weights[name], state[f"module.{module}.{name}"]) for name in names)
 
 
 class Killed(BaseException):
@@ -143,22 +143,22 @@ def killing(monkeypatch, deaths):
     monkeypatch.setattr(embedded_training, "batch_indices", batch_indices)
 
 
-def test_killed_and_resumed_training_equals_an_unbroken_run_bit_for_bit(data, unbroken, tmp_path, monkeypatch):
+def test_killed_and_resumed_training_equals_an_unbroken_run_bit_for_bit(data, reference_run, tmp_path, monkeypatch):
     # Before the first state was saved, between two, and after the last but one; in all stages.
     deaths = [(6, 1), (6, 3), (6, 5), (5, 3), (7, 3)]
     killing(monkeypatch, deaths)
     config = config_for(data, tmp_path)
-    for remaining in range(5, 0, -1):
-        assert len(deaths) == remaining
-        torch.manual_seed(remaining)  # nothing may depend on the global generator
+    for count in range(5, 0, -1):
+        assert len(deaths) == count
+        torch.manual_seed(count)  # nothing may depend on the global generator
         with pytest.raises(Killed):
             example.run(config)
         AcceleratorState._reset_state(True)
     example.run(config)
-    assert_same(tmp_path, unbroken)
+    assert_same(tmp_path, reference_run)
 
 
-def test_a_run_killed_between_training_and_writing_the_result_resumes(data, unbroken, tmp_path, monkeypatch):
+def test_a_run_killed_between_training_and_writing_the_result_resumes(data, reference_run, tmp_path, monkeypatch):
     """A folder with half of its files does not count as a finished stage."""
     config = config_for(data, tmp_path)
     for owner, name in (
@@ -173,16 +173,16 @@ def test_a_run_killed_between_training_and_writing_the_result_resumes(data, unbr
                 example.run(config)
         AcceleratorState._reset_state(True)
     example.run(config)
-    assert_same(tmp_path, unbroken)
+    assert_same(tmp_path, reference_run)
 
 
-def test_a_finished_run_is_not_changed(data, unbroken, monkeypatch):
-    before = contents(unbroken)[0]
-    stamps = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*model.safetensors")}
+def test_a_finished_run_is_not_changed(data, reference_run, monkeypatch):
+    before = contents(reference_run)[0]
+    stamps = {path: path.stat().st_mtime_ns for path in reference_run.rglob("*model.safetensors")}
     for stage in ("train_autoencoder", "train_classifier", "train_diffusion"):
         monkeypatch.setattr(example, stage, lambda *_: pytest.fail("a finished stage ran again"))
-    example.run(config_for(data, unbroken))
-    assert contents(unbroken)[0] == before
+    example.run(config_for(data, reference_run))
+    assert contents(reference_run)[0] == before
     assert len(stamps) == 4
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
@@ -203,22 +203,22 @@ example.main()
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
-def test_the_command_line_resumes_after_sigkill(data, unbroken, tmp_path, monkeypatch):
+def test_the_command_line_resumes_after_sigkill(data, reference_run, tmp_path, monkeypatch):
     path, config = tmp_path / "config.yaml", config_for(data, tmp_path / "output")
     path.write_text(yaml.safe_dump(dataclasses.asdict(config)))
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES)}
     command = [sys.executable, "-c", SUICIDE, "--config", str(path)]
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == -signal.SIGKILL, process.stderr
     assert (tmp_path / "output" / "checkpoint" / "classifier").exists()
     assert not (tmp_path / "output" / "checkpoint" / "scheduler").exists()
     monkeypatch.setattr(sys, "argv", ["train_embedded_checkpoint.py", "--config", str(path)])
     example.main()
-    assert_same(tmp_path / "output", unbroken)
+    assert_same(tmp_path / "output", reference_run)
 
 
 @pytest.mark.slow
-def test_two_processes_train_to_the_result_of_one(data, unbroken, tmp_path):
+def test_two_processes_train_to_the_result_of_one(data, reference_run, tmp_path):
     path, config = tmp_path / "config.yaml", config_for(data, tmp_path / "output")
     path.write_text(yaml.safe_dump(dataclasses.asdict(config)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -228,7 +228,7 @@ def test_two_processes_train_to_the_result_of_one(data, unbroken, tmp_path):
     torch.manual_seed(1)
     initial = example.Reconstruction(example.make_autoencoder()).state_dict()
     one, two = (
-        load_tensors(folder / "autoencoder_state.safetensors")[0] for folder in (unbroken, tmp_path / "output")
+        load_tensors(folder / "autoencoder_state.safetensors")[0] for folder in (reference_run, tmp_path / "output")
     )
     prefix = "module.autoencoder."
     steps = [
@@ -250,8 +250,8 @@ def test_mixed_precision_trains(data, tmp_path):
 
 
 def test_the_loss_log_has_means_of_the_losses(data, tmp_path, monkeypatch):
-    def loss_of(modules, indices, generator, mine):
-        assert mine == slice(0, 4)
+    def loss_of(modules, indices, generator, rows):
+        assert rows == slice(0, 4)
         return (modules["network"](torch.ones(1, 1)) - 3.0).square().mean()
 
     stage = dataclasses.replace(config_for(data, tmp_path).classifier, steps=200, save_every=50, learning_rate=1e-9)
@@ -273,7 +273,7 @@ def test_the_loss_log_has_means_of_the_losses(data, tmp_path, monkeypatch):
 
 
 def test_loss_that_is_not_finite_stops_the_run(data, tmp_path):
-    def loss_of(modules, indices, generator, mine):
+    def loss_of(modules, indices, generator, rows):
         return modules["network"](torch.full((1, 1), torch.nan)).sum()
 
     accelerator = example.Accelerator(mixed_precision="no")

@@ -29,7 +29,7 @@ def arguments_for(data, output, path):
 
 
 @pytest.fixture(scope="module")
-def unbroken(data, tmp_path_factory):
+def reference_run(data, tmp_path_factory):
     """The output folder of an unbroken run."""
     folder = tmp_path_factory.mktemp("unbroken")
     AcceleratorState._reset_state(True)
@@ -40,8 +40,10 @@ def unbroken(data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pipe(unbroken):
-    loaded = StableDiffusion3Pipeline.from_pretrained(unbroken / "checkpoint", text_encoder_3=None, tokenizer_3=None)
+def pipe(reference_run):
+    loaded = StableDiffusion3Pipeline.from_pretrained(
+        reference_run / "checkpoint", text_encoder_3=None, tokenizer_3=None
+    )
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
@@ -50,7 +52,7 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
 
 
-def test_stock_diffusers_loads_and_runs_the_result(pipe, unbroken):
+def test_stock_diffusers_loads_and_runs_the_result(pipe, reference_run):
     generator = torch.Generator().manual_seed(0)
     arguments = {"num_inference_steps": 2, "guidance_scale": 2.0, "generator": generator, "output_type": "np"}
     images = pipe("a photo of a bag", **arguments).images
@@ -58,15 +60,17 @@ def test_stock_diffusers_loads_and_runs_the_result(pipe, unbroken):
     assert images.std() > 0
     assert sum(parameter.numel() for parameter in pipe.transformer.parameters()) <= 3_000_000
     assert {parameter.dtype for parameter in pipe.transformer.parameters()} == {torch.float32}
-    assert json.loads((unbroken / "assembled.json").read_text())["bytes"] < 20_000_000
-    statistics, metadata = load_tensors(unbroken / "checkpoint" / "latent_statistics.safetensors")
+    assert json.loads((reference_run / "assembled.json").read_text())["bytes"] < 20_000_000
+    statistics, metadata = load_tensors(reference_run / "checkpoint" / "latent_statistics.safetensors")
     assert "over the 40 training images" in metadata["description"]
     assert {name: value.shape for name, value in statistics.items()} == dict.fromkeys(("mean", "variance"), (4, 8, 8))
 
 
-def test_no_file_names_the_folder_of_the_training(unbroken):
-    text = b"".join(content for name, content in contents(unbroken / "checkpoint").items() if name.endswith(".json"))
-    assert str(unbroken).encode() not in text
+def test_no_file_names_the_folder_of_the_training(reference_run):
+    text = b"".join(
+        content for name, content in contents(reference_run / "checkpoint").items() if name.endswith(".json")
+    )
+    assert str(reference_run).encode() not in text
     assert str(example.embedded_checkpoint()).encode() not in text
 
 
@@ -105,24 +109,26 @@ def test_levels_are_half_uniform_and_half_logit_normal(data, tmp_path):
     assert not torch.equal(levels, levels.sort().values)
 
 
-def test_the_moving_averages_are_the_result_and_snapshot_writes_them(data, unbroken, tmp_path, monkeypatch, capsys):
-    arguments = arguments_for(data, unbroken, tmp_path / "config.yaml")
+def test_the_moving_averages_are_the_result_and_snapshot_writes_them(
+    data, reference_run, tmp_path, monkeypatch, capsys
+):
+    arguments = arguments_for(data, reference_run, tmp_path / "config.yaml")
     monkeypatch.setattr(sys, "argv", [*arguments, "--snapshot", str(tmp_path / "snapshot")])
     example.main()
     assert f"{tmp_path / 'snapshot'}: step 2 of 2" in capsys.readouterr().out
-    assert contents(tmp_path / "snapshot") == contents(unbroken / "checkpoint")
-    state, _ = load_tensors(unbroken / "diffusion_state.safetensors")
-    kept, _ = load_tensors(unbroken / "checkpoint" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert contents(tmp_path / "snapshot") == contents(reference_run / "checkpoint")
+    state, _ = load_tensors(reference_run / "diffusion_state.safetensors")
+    weights, _ = load_tensors(reference_run / "checkpoint" / "transformer" / "diffusion_pytorch_model.safetensors")
     names = [name for name, _ in example.make_transformer().named_parameters()]
-    assert all(torch.equal(kept[name], state[f"average.{index}"]) for index, name in enumerate(names))
-    assert any(not torch.equal(kept[name], state[f"module.transformer.{name}"]) for name in names)
+    assert all(torch.equal(weights[name], state[f"average.{index}"]) for index, name in enumerate(names))
+    assert any(not torch.equal(weights[name], state[f"module.transformer.{name}"]) for name in names)
 
 
 class Killed(BaseException):
     """An exception that the example never catches."""
 
 
-def test_killed_and_resumed_training_equals_an_unbroken_run_bit_for_bit(data, unbroken, tmp_path, monkeypatch):
+def test_killed_and_resumed_training_equals_an_unbroken_run_bit_for_bit(data, reference_run, tmp_path, monkeypatch):
     arguments = arguments_for(data, tmp_path / "output", tmp_path / "config.yaml")
     monkeypatch.setattr(sys, "argv", arguments)
     indices = embedded_training.batch_indices
@@ -141,7 +147,7 @@ def test_killed_and_resumed_training_equals_an_unbroken_run_bit_for_bit(data, un
     AcceleratorState._reset_state(True)
     torch.manual_seed(5)  # nothing may depend on the global generator
     example.main()
-    assert contents(tmp_path / "output" / "checkpoint") == contents(unbroken / "checkpoint")
+    assert contents(tmp_path / "output" / "checkpoint") == contents(reference_run / "checkpoint")
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*model.safetensors")}
     AcceleratorState._reset_state(True)
     example.main()  # a finished run is not changed

@@ -71,15 +71,15 @@ def test_traces_of_combinations_are_those_of_their_closed_forms():
 
 def test_symmetrised_is_the_mean_of_both_sides():
     operator = AutodiffFisher(Network())(state_of_network())
-    both = operator.symmetrised()
+    symmetrised_operator = operator.symmetrised()
     matrix = operator.dense()
     assert float((matrix - matrix.mT).norm() / matrix.norm()) > 0.5
-    assert both.symmetric
-    assert relative(both.dense(), (matrix + matrix.mT) / 2) < 1e-14
-    assert both.symmetrised() is both
-    assert both.transposed() is both
-    summed = (operator + 2.0 * operator).transposed()
-    assert relative(summed.dense(), 3 * matrix.mT) < 1e-14
+    assert symmetrised_operator.symmetric
+    assert relative(symmetrised_operator.dense(), (matrix + matrix.mT) / 2) < 1e-14
+    assert symmetrised_operator.symmetrised() is symmetrised_operator
+    assert symmetrised_operator.transposed() is symmetrised_operator
+    transposed_sum = (operator + 2.0 * operator).transposed()
+    assert relative(transposed_sum.dense(), 3 * matrix.mT) < 1e-14
 
 
 def test_operator_of_one_side_has_no_transposed():
@@ -171,9 +171,9 @@ def test_inverse_of_an_operator_that_is_not_symmetric_is_refused():
         operator.solve(latents(seed=2))
     with pytest.raises(UnsupportedError, match=r"`eigenpairs` needs a symmetric operator, .*symmetrised\(\).eigenpa"):
         operator.eigenpairs(1)
-    both = operator.symmetrised().damped(3.0)
+    operator_sum = operator.symmetrised().damped(3.0)
     v = latents(seed=2)
-    assert relative(both.matvec(both.solve(v, 1e-12)), v) < 1e-11
+    assert relative(operator_sum.matvec(operator_sum.solve(v, 1e-12)), v) < 1e-11
 
 
 CLOSED = {
@@ -295,8 +295,8 @@ def test_eigenpairs_of_the_exact_fisher():
     smallest, bottom = operator.eigenpairs(1, largest=False)
     assert relative(largest[0], values[:, -1]) < 1e-11
     assert relative(smallest[0], values[:, 0]) < 1e-11
-    for found, expected in ((top, vectors[:, :, -1]), (bottom, vectors[:, :, 0])):
-        cosine = (found[0].flatten(1) * expected).sum(1).abs()
+    for eigenpair, expected in ((top, vectors[:, :, -1]), (bottom, vectors[:, :, 0])):
+        cosine = (eigenpair[0].flatten(1) * expected).sum(1).abs()
         assert bool((cosine > 1 - 1e-10).all())
 
 
@@ -328,10 +328,10 @@ def test_impossible_numbers_of_eigenpairs_are_refused(count):
 def test_eigenpairs_that_do_not_converge_are_refused(monkeypatch):
     import scipy.sparse.linalg
 
-    def stopped(*arguments, **keywords):
+    def fail_to_converge(*arguments, **keywords):
         raise scipy.sparse.linalg.ArpackNoConvergence("no convergence (30 iterations)", [], [])
 
-    monkeypatch.setattr(scipy.sparse.linalg, "eigsh", stopped)
+    monkeypatch.setattr(scipy.sparse.linalg, "eigsh", fail_to_converge)
     with pytest.raises(
         NumericalError, match=r"Eigenpairs of sample 0 did not converge: .*30 iter.* Raise `tolerance`"
     ):

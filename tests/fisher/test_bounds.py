@@ -58,8 +58,8 @@ def second_moment(oracle, x, level):
 
 def norm_trace_error(oracle, level, x, bias, target_error):
     moment = second_moment(oracle, x, level).diagonal(dim1=1, dim2=2).sum(1)  # E[|x_0|^2 | x_t]
-    predicted = norms(state_of(oracle, level, x, bias).pred_original_sample) ** 2
-    bracket = moment + DIMENSIONS * target_error - predicted
+    prediction_norm = norms(state_of(oracle, level, x, bias).pred_original_sample) ** 2
+    bracket = moment + DIMENSIONS * target_error - prediction_norm
     return DIMENSIONS / level.sigma**2 - level.alpha**2 / level.sigma**4 * bracket - oracle.trace(x, level)
 
 
@@ -99,8 +99,8 @@ def test_norm_trace_bound_holds(points):
             mean = norms(oracle.posterior_mean(x, level))
             bound = norm_trace_error_bound(level, DIMENSIONS, target.abs(), norms(bias), mean)
             yield norm_trace_error(oracle, level, x, bias, target), bound
-            own = norms(state_of(oracle, level, x, bias).pred_original_sample)
-            bound = norm_trace_error_bound(level, DIMENSIONS, target.abs(), norms(bias), own)
+            prediction_norm = norms(state_of(oracle, level, x, bias).pred_original_sample)
+            bound = norm_trace_error_bound(level, DIMENSIONS, target.abs(), norms(bias), prediction_norm)
             yield norm_trace_error(oracle, level, x, bias, target), bound
 
     assert largest_ratio(ratios()) > 0.95
@@ -124,8 +124,8 @@ def test_endpoint_bound_holds(moment):
             radius = float(norms(oracle.means).max())
             gap = None
             if moment:
-                between = endpoint[:, :, None] * endpoint[:, None] - second_moment(oracle, x, level)
-                gap = torch.linalg.matrix_norm(between, ord=2)
+                difference = endpoint[:, :, None] * endpoint[:, None] - second_moment(oracle, x, level)
+                gap = torch.linalg.matrix_norm(difference, ord=2)
             bound = endpoint_error_bound(level, radius, norms(bias), gap)
             yield endpoint_error(oracle, level, x, bias, endpoint, False), bound
 
@@ -182,9 +182,9 @@ def test_endpoint_bound_is_reached():
     endpoint = oracle.means
     bound = endpoint_error_bound(level, 2.0, 0.3, moment_error=0.0)
     assert relative(endpoint_error(oracle, level, x, bias, endpoint, False), bound[None]) < ROUNDING
-    aside = torch.linalg.qr(oracle.means.mT, mode="complete")[0][:, 1:2].mT * 2
+    direction = torch.linalg.qr(oracle.means.mT, mode="complete")[0][:, 1:2].mT * 2
     bound = endpoint_error_bound(level, 2.0, 0.0)
-    assert relative(endpoint_error(oracle, level, x, 0 * bias, aside, False), bound[None]) < ROUNDING
+    assert relative(endpoint_error(oracle, level, x, 0 * bias, direction, False), bound[None]) < ROUNDING
 
 
 def test_centred_endpoint_bound_is_reached():
@@ -215,8 +215,8 @@ class TestEveryBound:
         assert bound(LEVEL).dtype is torch.float64
         assert bound(LEVEL, values).shape == bound(levels).shape == bound(levels, values, values).shape == (3,)
         for index, (alpha, sigma) in enumerate(zip(levels.alpha, levels.sigma, strict=True)):
-            alone = bound(NoiseLevel(alpha, sigma), float(values[index]))
-            assert relative(bound(levels, values)[index], alone) < 1e-6  # float32 values
+            single_bound = bound(NoiseLevel(alpha, sigma), float(values[index]))
+            assert relative(bound(levels, values)[index], single_bound) < 1e-6  # float32 values
 
     def test_exists_at_pure_noise(self, name):
         one = torch.ones((), dtype=torch.float64)

@@ -83,8 +83,10 @@ def prior_matrix(problem, corrected=False):
     matrix = matrix.expand(len(problem.sample), -1, -1)
     if not corrected:
         return matrix
-    wanted, had = (6 - variance * each.diagonal(dim1=1, dim2=2).sum(1) for each in (problem.fisher, matrix))
-    return (identity - (wanted / had)[:, None, None] * (identity - variance * matrix)) / variance
+    exact_noise, prior_noise = (
+        6 - variance * each.diagonal(dim1=1, dim2=2).sum(1) for each in (problem.fisher, matrix)
+    )
+    return (identity - (exact_noise / prior_noise)[:, None, None] * (identity - variance * matrix)) / variance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,14 +201,14 @@ def test_one_sample_of_one_dimension_has_a_contract_too():
     check_fisher(estimator(state), (1 - torch.tanh(x) ** 2)[..., None] / 0.6, estimator=estimator)
 
 
-@pytest.mark.parametrize("wrong", ["exact", "endpoint"])
-def test_arguments_of_another_shape_are_refused(wrong):
+@pytest.mark.parametrize("argument", ["exact", "endpoint"])
+def test_arguments_of_another_shape_are_refused(argument):
     problem = Problem("mixture", "epsilon")
     estimator = EndpointFisher()
     operator = estimator(problem.state, problem.endpoint)
     arguments = {"exact": problem.fisher, "tolerance": None, "estimator": estimator, "endpoint": problem.endpoint}
-    arguments |= {"tolerance": 1e9, wrong: arguments[wrong][:1]}
-    with pytest.raises(InputError, match=rf"`{wrong}` has shape \(1, .*; allowed: \(2, "):
+    arguments |= {"tolerance": 1e9, argument: arguments[argument][:1]}
+    with pytest.raises(InputError, match=rf"`{argument}` has shape \(1, .*; allowed: \(2, "):
         check_fisher(operator, num_estimates=0, **arguments)
 
 
@@ -249,24 +251,26 @@ class Mirrored(Right):
         return self
 
 
-def broken(method, change, base=Right):
+def break_method(method, change, base=Right):
     """Returns `base` with a `method` that returns `change(result, operator, *arguments)`."""
 
-    def changed(self, *arguments, **keywords):
+    def changed_method(self, *arguments, **keywords):
         return change(getattr(base, method)(self, *arguments, **keywords), self, *arguments)
 
-    return type(f"Broken{base.__name__}", (base,), {method: changed})
+    return type(f"Broken{base.__name__}", (base,), {method: changed_method})
 
 
-def estimate(sketched, **changes):
+def estimate(with_sketch, **changes):
     """Returns a trace that changes its estimates, with or without a sketch."""
 
     def change(result, operator, probes=None, sketch=None):
-        if probes is None or (sketch is not None) is not sketched:
+        if probes is None or (sketch is not None) is not with_sketch:
             return result
-        return dataclasses.replace(result, **{name: new(getattr(result, name)) for name, new in changes.items()})
+        return dataclasses.replace(
+            result, **{name: make_value(getattr(result, name)) for name, make_value in changes.items()}
+        )
 
-    return broken("trace", change)
+    return break_method("trace", change)
 
 
 def double(value):
@@ -274,41 +278,43 @@ def double(value):
 
 
 BROKEN = {
-    "exact matrix": broken("product", lambda r, *_: -r),
-    "zero": broken("matvec", lambda r, *_: r + 1e-3),
-    "linearity": broken("matvec", lambda r, o, v: r + 1e-3 * v**3),
-    "independence": broken("product", lambda r, o, v: r + 1e-3 * v.flip(0)),
-    "matmat": broken("matmat", lambda r, *_: r * 1.001),
-    "dense": broken("dense", lambda r, *_: r * 1.001),
-    "symmetry": broken("product", lambda r, o, v: r + 1e-3 * v.flatten(1).cumsum(1).view_as(v)),
+    "exact matrix": break_method("product", lambda r, *_: -r),
+    "zero": break_method("matvec", lambda r, *_: r + 1e-3),
+    "linearity": break_method("matvec", lambda r, o, v: r + 1e-3 * v**3),
+    "independence": break_method("product", lambda r, o, v: r + 1e-3 * v.flip(0)),
+    "matmat": break_method("matmat", lambda r, *_: r * 1.001),
+    "dense": break_method("dense", lambda r, *_: r * 1.001),
+    "symmetry": break_method("product", lambda r, o, v: r + 1e-3 * v.flatten(1).cumsum(1).view_as(v)),
     "transpose": Mirrored,
-    "diagonal": broken("exact_diagonal", lambda r, *_: (r[0] * 1.001, r[1])),
-    "diagonal standard error": broken(
+    "diagonal": break_method("exact_diagonal", lambda r, *_: (r[0] * 1.001, r[1])),
+    "diagonal standard error": break_method(
         "diagonal", lambda r, *_: dataclasses.replace(r, standard_error=r.standard_error + 1e-9)
     ),
-    "trace": broken("exact_trace", lambda r, *_: (r[0] * 1.001, r[1])),
-    "trace standard error": broken(
+    "trace": break_method("exact_trace", lambda r, *_: (r[0] * 1.001, r[1])),
+    "trace standard error": break_method(
         "trace", lambda r, *_: dataclasses.replace(r, standard_error=r.standard_error + 1e-9)
     ),
-    "epsilon jacobian": broken("epsilon_jacobian", lambda r, *_: -r),
-    "covariance": broken("covariance", lambda r, *_: r * 1.001),
-    "original jacobian": broken("original_jacobian", lambda r, *_: r * 1.001),
-    "output jacobian": broken("output_jacobian", lambda r, *_: r * 1.001),
-    "solve": broken("solve", lambda r, *_: r * 1.001),
+    "epsilon jacobian": break_method("epsilon_jacobian", lambda r, *_: -r),
+    "covariance": break_method("covariance", lambda r, *_: r * 1.001),
+    "original jacobian": break_method("original_jacobian", lambda r, *_: r * 1.001),
+    "output jacobian": break_method("output_jacobian", lambda r, *_: r * 1.001),
+    "solve": break_method("solve", lambda r, *_: r * 1.001),
     "Hutchinson mean": estimate(False, value=double),
     "Hutchinson standard error": estimate(False, standard_error=double),
     "Hutchinson probes": estimate(False, num_probes=double),
     "Hutch++ mean": estimate(True, value=double),
     "Hutch++ standard error": estimate(True, standard_error=double),
     "Hutch++ probes": estimate(True, num_probes=double),
-    "shape of matvec": broken("matvec", lambda r, *_: r.flatten(1)),
-    "shape of matmat": broken("matmat", lambda r, *_: r.flatten(2)),
-    "shape of dense": broken("dense", lambda r, *_: r[0]),
-    "shape of trace": broken("exact_trace", lambda r, *_: (r[0].sum(), r[1])),
-    "dtype of dense": broken("dense", lambda r, *_: r.float()),
-    "dtype of matvec": broken("matvec", lambda r, *_: r.float(), base=broken("matmat", lambda r, *_: r.double())),
-    "dtype of diagonal": broken("exact_diagonal", lambda r, *_: (r[0].float(), r[1])),
-    "finite dense": broken("dense", lambda r, *_: r / 0),
+    "shape of matvec": break_method("matvec", lambda r, *_: r.flatten(1)),
+    "shape of matmat": break_method("matmat", lambda r, *_: r.flatten(2)),
+    "shape of dense": break_method("dense", lambda r, *_: r[0]),
+    "shape of trace": break_method("exact_trace", lambda r, *_: (r[0].sum(), r[1])),
+    "dtype of dense": break_method("dense", lambda r, *_: r.float()),
+    "dtype of matvec": break_method(
+        "matvec", lambda r, *_: r.float(), base=break_method("matmat", lambda r, *_: r.double())
+    ),
+    "dtype of diagonal": break_method("exact_diagonal", lambda r, *_: (r[0].float(), r[1])),
+    "finite dense": break_method("dense", lambda r, *_: r / 0),
 }
 
 
@@ -322,10 +328,10 @@ def test_broken_operator_is_caught_by_name(name):
     problem = Problem("gaussian", "v_prediction")
     operator = BROKEN[name](problem)
     message = rf"^{type(operator).__name__} breaks '{re.escape(name)}': got .+; allowed: .+\.$"
-    with pytest.raises(ContractError, match=message) as caught:
+    with pytest.raises(ContractError, match=message) as error:
         check_fisher(operator, problem.fisher, num_estimates=100 if name.startswith("Hutch") else 0)
-    assert isinstance(caught.value, FisherError)
-    assert isinstance(caught.value, AssertionError)
+    assert isinstance(error.value, FisherError)
+    assert isinstance(error.value, AssertionError)
 
 
 def test_dependence_on_the_batch_is_caught():

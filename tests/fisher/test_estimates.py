@@ -24,7 +24,7 @@ def test_hutchinson_is_unbiased_with_the_right_standard_error(count):
     probes = rademacher(count, operator.state.sample, torch.Generator().manual_seed(0))
     estimate = operator.trace(probes)
     off_diagonal = operator.matrix.square().sum((1, 2)) - operator.matrix.diagonal(dim1=1, dim2=2).square().sum(1)
-    true_error = (2 * off_diagonal / count).sqrt()  # of random signs and a symmetric matrix, exactly
+    true_error = (2 * off_diagonal / count).sqrt()  # exact for random signs and a symmetric matrix
     exact = operator.matrix.diagonal(dim1=1, dim2=2).sum(1)
     assert bool(((estimate.value - exact).abs() < 4 * true_error).all())
     assert bool(((estimate.value - exact).abs() > 0).all())
@@ -59,24 +59,24 @@ def test_single_probe_has_no_finite_standard_error():
     ("estimator", "calls"), [(AutodiffFisher, 1), (FiniteDifferenceFisher, 5)], ids=["autodiff", "finite differences"]
 )
 def test_probes_cost_the_calls_that_are_reported(estimator, calls):
-    network, counted = Network(), []
+    network, timesteps = Network(), []
 
     def counting(x, t):
-        counted.append(t)
+        timesteps.append(t)
         return network(x, t)
 
     operator = estimator(counting)(state_of_network(network))
     estimate = operator.trace(rademacher(5, operator.state.sample, torch.Generator().manual_seed(0)))
-    assert estimate.num_denoiser_calls == len(counted) == calls
+    assert estimate.num_denoiser_calls == len(timesteps) == calls
 
 
 def test_autodiff_uses_the_graph_of_the_state():
     network, x = Network(), latents().requires_grad_()
-    plain = state_of_network(network)
-    with_graph = DenoisingState(x, network(x, 300), plain.level, plain.prediction, 300)
+    state = state_of_network(network)
+    with_graph = DenoisingState(x, network(x, 300), state.level, state.prediction, 300)
     v = latents(seed=2)
     operator = AutodiffFisher()(with_graph)  # The estimator needs no denoiser.
-    assert torch.equal(operator.matvec(v), AutodiffFisher(network)(plain).matvec(v))
+    assert torch.equal(operator.matvec(v), AutodiffFisher(network)(state).matvec(v))
     assert operator.trace().num_denoiser_calls == 0
 
 
@@ -85,11 +85,11 @@ def test_finite_differences_evaluate_the_denoiser_without_a_graph(central):
     network, modes = Network(), []
     state = state_of_network(network)
 
-    def watched(x, t):
+    def record_mode(x, t):
         modes.append(torch.is_grad_enabled())
         return network(x, t)
 
-    FiniteDifferenceFisher(watched, central=central)(state).matvec(latents(seed=2))
+    FiniteDifferenceFisher(record_mode, central=central)(state).matvec(latents(seed=2))
     assert modes == [False] * (2 if central else 1)
 
 
@@ -116,21 +116,21 @@ def test_half_precision_networks_give_products_in_the_samples_dtype(make, tolera
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rademacher_draws_signs_of_mean_zero_from_its_generator_alone(dtype):
     like = latents(dtype)
-    probes, again, other = (rademacher(500, like, torch.Generator().manual_seed(seed)).vectors for seed in (1, 1, 2))
+    probes, repeat, other = (rademacher(500, like, torch.Generator().manual_seed(seed)).vectors for seed in (1, 1, 2))
     assert probes.shape == (500, *like.shape)
     assert probes.dtype is dtype
     assert bool((probes.abs() == 1).all())
     assert 0 < abs(float(probes.mean())) < 4 / probes.numel() ** 0.5  # four standard errors
-    assert torch.equal(probes, again)
+    assert torch.equal(probes, repeat)
     assert not torch.equal(probes, other)
 
 
 def test_one_generator_per_sample_makes_probes_independent_of_the_batch():
     like = latents()
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    both = rademacher(3, like, generators)
-    alone = rademacher(3, like[1:], [torch.Generator().manual_seed(2)])
-    assert torch.equal(both.vectors[:, 1:], alone.vectors)
+    batch = rademacher(3, like, generators)
+    single = rademacher(3, like[1:], [torch.Generator().manual_seed(2)])
+    assert torch.equal(batch.vectors[:, 1:], single.vectors)
 
 
 def test_no_probe_is_refused():
@@ -168,14 +168,14 @@ def test_missing_denoiser_is_refused_until_bind_sets_one(estimator):
     with pytest.raises(InputError, match=r"has no denoiser; give it one, such as AutodiffFisher\(PipelineDenoiser"):
         estimator(state_of_network())
     network, state, v = Network(), state_of_network(), latents(seed=2)
-    bound = estimator.bind(network)
-    assert torch.equal(bound(state).matvec(v), type(estimator)(network)(state).matvec(v))
-    assert bound.bind(None) is bound  # An estimator keeps its own denoiser.
+    bound_estimator = estimator.bind(network)
+    assert torch.equal(bound_estimator(state).matvec(v), type(estimator)(network)(state).matvec(v))
+    assert bound_estimator.bind(None) is bound_estimator  # An estimator keeps its own denoiser.
 
 
 def test_binding_keeps_the_step():
-    bound = FiniteDifferenceFisher(relative_step=0.03, central=True).bind(Network())
-    assert (bound.relative_step, bound.central) == (0.03, True)
+    bound_estimator = FiniteDifferenceFisher(relative_step=0.03, central=True).bind(Network())
+    assert (bound_estimator.relative_step, bound_estimator.central) == (0.03, True)
 
 
 def test_missing_endpoint_is_refused():
@@ -196,7 +196,7 @@ def test_endpoint_forms_of_predicted_noise_at_alpha_zero_are_refused(centred):
         EndpointFisher(centred)(DenoisingState(sample, output, level, Prediction("epsilon")), endpoint)
     velocity = DenoisingState(sample, output, level, Prediction("v_prediction"))
     trace = EndpointFisher(centred)(velocity, endpoint).trace().value
-    assert torch.equal(trace, torch.full((2,), 12.0, dtype=torch.float64))  # of the identity
+    assert torch.equal(trace, torch.full((2,), 12.0, dtype=torch.float64))  # the trace of the identity
 
 
 def test_denoiser_without_a_graph_is_refused():

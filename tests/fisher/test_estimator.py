@@ -83,10 +83,10 @@ def seeded():
 
 def test_a_users_composite_gets_the_denoiser_of_guide(pipe):
     options = {"num_guidance_steps": 1, "num_inference_steps": 3, "guidance_scale": 3.0}
-    given = PipelineDenoiser(pipe, 3.0, prompt=PROMPTS)
+    denoiser = PipelineDenoiser(pipe, 3.0, prompt=PROMPTS)
     out, expected = (
         pipe.guide(PROMPTS, reward, estimator=estimator, generator=seeded(), **options)
-        for estimator in (composite(), composite(given))
+        for estimator in (composite(), composite(denoiser))
     )
     assert torch.equal(out.gradient_norms, expected.gradient_norms)
     assert out.num_denoiser_calls == expected.num_denoiser_calls == 2 * 3 + 3
@@ -100,7 +100,7 @@ def test_a_users_composite_gets_the_denoiser_of_a_likelihood(pipe):
         for each in (estimator, composite(PipelineDenoiser(pipe, prompt=PROMPTS)))
     )
     assert torch.equal(out.log_prob, expected.log_prob)
-    assert out.trace == "AverageFisher, 2 probes"
+    assert out.trace == "AverageFisher, 1 probe per level"
     assert estimator.lacks_denoiser  # The user's object has not changed.
 
 
@@ -114,9 +114,9 @@ def test_a_users_composite_gets_the_denoiser_of_a_guided_run():
                 callback_on_step_end=guidance,
             ).images  # fmt: skip
 
-    own = PipelineDenoiser(pipe, 3.0, prompt=PROMPTS)
-    expected = images(composite(own), None)
-    assert torch.equal(images(composite(), None, denoiser=own), expected)
+    denoiser = PipelineDenoiser(pipe, 3.0, prompt=PROMPTS)
+    expected = images(composite(denoiser), None)
+    assert torch.equal(images(composite(), None, denoiser=denoiser), expected)
     assert torch.equal(images(composite(), PROMPTS), expected)
     assert not torch.equal(images(DirectFisher(), PROMPTS), expected)
     with pytest.raises(
@@ -142,27 +142,31 @@ def test_every_run_of_a_block_has_a_denoiser_of_its_own_guidance_scale():
 
 def test_binding_copies_composites_and_keeps_estimators_that_need_nothing():
     estimator, network = composite(), Network()
-    other = estimator.bind(network)
-    assert type(other) is AverageFisher and type(other.first) is FrozenFisher
-    assert other.first.inner.denoiser is network
-    assert other.second is estimator.second
+    bound_estimator = estimator.bind(network)
+    assert type(bound_estimator) is AverageFisher and type(bound_estimator.first) is FrozenFisher
+    assert bound_estimator.first.inner.denoiser is network
+    assert bound_estimator.second is estimator.second
     assert estimator.first.inner.denoiser is None
-    assert other.bind(Network()) is other
-    for one in (DirectFisher(), EndpointFisher(), AverageFisher(DirectFisher(), DirectFisher())):
-        assert one.bind(network) is one
+    assert bound_estimator.bind(Network()) is bound_estimator
+    for independent in (DirectFisher(), EndpointFisher(), AverageFisher(DirectFisher(), DirectFisher())):
+        assert independent.bind(network) is independent
 
 
 def test_needs_of_a_composite_are_those_of_its_components():
-    plain = AverageFisher(DirectFisher(), DirectFisher())
-    assert (plain.needs_graph, plain.lacks_denoiser, plain.denoisers) == (False, False, [])
+    independent = AverageFisher(DirectFisher(), DirectFisher())
+    assert (independent.needs_graph, independent.lacks_denoiser, independent.denoisers) == (False, False, [])
     network = Network()
-    mixed = AverageFisher(AutodiffFisher(network), FiniteDifferenceFisher(central=True))
-    assert (mixed.needs_graph, mixed.lacks_denoiser, mixed.denoisers) == (True, True, [network])
-    assert (mixed.calls_per_state, mixed.calls_per_product) == (1, 2)
+    composite_estimator = AverageFisher(AutodiffFisher(network), FiniteDifferenceFisher(central=True))
+    assert (composite_estimator.needs_graph, composite_estimator.lacks_denoiser, composite_estimator.denoisers) == (
+        True,
+        True,
+        [network],
+    )
+    assert (composite_estimator.calls_per_state, composite_estimator.calls_per_product) == (1, 2)
     assert not OneStepFisher(AutodiffFisher()).needs_graph  # Its operators take the output as a constant.
-    assert OneStepFisher().uses_whole_run and not mixed.uses_whole_run
+    assert OneStepFisher().uses_whole_run and not composite_estimator.uses_whole_run
     gradient = latents()
-    assert mixed.through_run(gradient, [state_of_network()]) is gradient
+    assert composite_estimator.through_run(gradient, [state_of_network()]) is gradient
 
 
 def test_differences_of_a_composite_need_no_output_of_the_run():
@@ -176,11 +180,11 @@ def test_differences_of_a_composite_need_no_output_of_the_run():
 
 def test_trace_is_exact_by_default_where_every_component_knows_it():
     matching, direct = TraceMatchingFisher(GaussianData().model()), DirectFisher()
-    assert direct.default_num_probes == AverageFisher(matching, direct).default_num_probes == 2
+    assert direct.default_num_probes == AverageFisher(matching, direct).default_num_probes == 1
     assert matching.default_num_probes is None
     assert AverageFisher(matching, matching).default_num_probes is None
     assert TraceCorrectedFisher(direct, matching).default_num_probes is None
-    assert TraceCorrectedFisher(matching, direct).default_num_probes == 2
+    assert TraceCorrectedFisher(matching, direct).default_num_probes == 1
     assert OneStepFisher(matching).default_num_probes is None
 
 
@@ -244,7 +248,7 @@ def enter(block):
         pass
 
 
-DOORS = {
+FUNCTIONS = {
     "log_likelihood": lambda pipe, x, estimator: pipe.log_likelihood(None, "a", latents=x, estimator=estimator),
     "guide": lambda pipe, x, estimator: pipe.guide("a", reward, estimator=estimator),
     "posterior_guidance": lambda pipe, x, estimator: enter(posterior_guidance(pipe, reward, estimator=estimator)),
@@ -260,11 +264,11 @@ DOORS = {
 
 
 @pytest.mark.parametrize("kind", NO_ESTIMATORS)
-@pytest.mark.parametrize("door", DOORS)
-def test_objects_that_are_no_estimators_are_refused_by_every_function(door, kind, pipe):
+@pytest.mark.parametrize("function_name", FUNCTIONS)
+def test_objects_that_are_no_estimators_are_refused_by_every_function(function_name, kind, pipe):
     message = r"is .*; (allowed: |pass )a Fisher estimator such as DirectFisher\(\)"
     with pytest.raises(InputError, match=message):
-        DOORS[door](pipe, torch.zeros(1, 4, 8, 8), NO_ESTIMATORS[kind])
+        FUNCTIONS[function_name](pipe, torch.zeros(1, 4, 8, 8), NO_ESTIMATORS[kind])
 
 
 def test_estimators_are_returned_as_they_are():

@@ -58,17 +58,17 @@ def test_every_sample_may_have_its_own_level(law):
     distribution, oracle = LAWS[law]
     x = noisy(oracle, OWN_LEVELS)
     v = normal(*x.shape, seed=9)
-    together = distribution.posterior(x, OWN_LEVELS)
+    batch = distribution.posterior(x, OWN_LEVELS)
     for index in range(4):
-        one = slice(index, index + 1)
-        alone = distribution.posterior(x[one], NoiseLevel(OWN_LEVELS.alpha[index], OWN_LEVELS.sigma[index]))
-        assert relative(together.score[one], alone.score) < TOLERANCE
-        assert relative(together.mean[one], alone.mean) < TOLERANCE
-        assert relative(together.log_density[one], alone.log_density) < TOLERANCE
-        size = float(alone.fisher_matrix().norm())
-        assert float((together.fisher(v)[one] - alone.fisher(v[one])).norm()) < TOLERANCE * size * float(v.norm())
-        assert float((together.covariance(v)[one] - alone.covariance(v[one])).norm()) < TOLERANCE * float(v.norm())
-        assert relative(together.fisher_diagonal()[one], alone.fisher_diagonal()) < TOLERANCE
+        row = slice(index, index + 1)
+        single = distribution.posterior(x[row], NoiseLevel(OWN_LEVELS.alpha[index], OWN_LEVELS.sigma[index]))
+        assert relative(batch.score[row], single.score) < TOLERANCE
+        assert relative(batch.mean[row], single.mean) < TOLERANCE
+        assert relative(batch.log_density[row], single.log_density) < TOLERANCE
+        size = float(single.fisher_matrix().norm())
+        assert float((batch.fisher(v)[row] - single.fisher(v[row])).norm()) < TOLERANCE * size * float(v.norm())
+        assert float((batch.covariance(v)[row] - single.covariance(v[row])).norm()) < TOLERANCE * float(v.norm())
+        assert relative(batch.fisher_diagonal()[row], single.fisher_diagonal()) < TOLERANCE
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -77,9 +77,9 @@ def test_many_vectors_give_the_products_of_single_vectors(law):
     x = noisy(oracle, LEVELS["middle"])
     posterior, vectors = distribution.posterior(x, LEVELS["middle"]), normal(70, *x.shape, seed=9)
     for product in (posterior.fisher, posterior.covariance):
-        together = product(vectors)
-        assert together.shape == vectors.shape
-        assert relative(together, torch.stack([product(v) for v in vectors])) < TOLERANCE
+        products = product(vectors)
+        assert products.shape == vectors.shape
+        assert relative(products, torch.stack([product(v) for v in vectors])) < TOLERANCE
 
 
 # The operator at states, in every scheduler's coordinates
@@ -141,9 +141,9 @@ def test_one_gaussian_is_solved_in_closed_form(shift):
     operator = ExactFisher(distribution)(DenoisingState(x, x, OWN_LEVELS, Prediction("epsilon")))
     shifts = torch.full((4,), shift, dtype=torch.float64)
     damped = operator.dense() + shift * torch.eye(D, dtype=torch.float64)
-    closed = operator.inverse_product(v, shifts)
-    assert relative(closed, apply(torch.linalg.inv(damped), v)) < TOLERANCE
-    assert torch.equal(operator.damped(shift).solve(v), closed)
+    solution = operator.inverse_product(v, shifts)
+    assert relative(solution, apply(torch.linalg.inv(damped), v)) < TOLERANCE
+    assert torch.equal(operator.damped(shift).solve(v), solution)
 
 
 def test_mixtures_are_solved_by_conjugate_gradients():
@@ -192,10 +192,10 @@ def test_draws_have_the_laws_mean_and_covariance(law):
     error = (covariance.diagonal() / count).sqrt()
     assert 0 < float(((draws.mean(0) - mean) / error).abs().max()) < 5
     assert 0 < float((torch.cov(draws.T) - covariance).abs().max()) < 0.1 * float(covariance.diagonal().max())
-    again = distribution.sample(5, torch.Generator().manual_seed(0))
-    assert again.shape == (5, *distribution.shape)
-    assert torch.equal(again, distribution.sample(5, torch.Generator().manual_seed(0)))
-    assert not torch.equal(again, distribution.sample(5, torch.Generator().manual_seed(1)))
+    repeat = distribution.sample(5, torch.Generator().manual_seed(0))
+    assert repeat.shape == (5, *distribution.shape)
+    assert torch.equal(repeat, distribution.sample(5, torch.Generator().manual_seed(0)))
+    assert not torch.equal(repeat, distribution.sample(5, torch.Generator().manual_seed(1)))
 
 
 # Errors

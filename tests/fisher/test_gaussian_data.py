@@ -92,10 +92,10 @@ def test_pure_noise_is_an_ordinary_level():
 
 def test_packed_samples_and_float32():
     covariance = Covariance.diagonal(normal(1, 4, 6).exp())
-    wide, at = latents(shape=(2, 4, 6)), state(shape=(2, 4, 6))
-    product = GaussianFisher(covariance)(at).matvec(wide)
-    narrow = DenoisingState(at.sample.float(), at.model_output.float(), at.level, at.prediction, 300)
-    result = GaussianFisher(covariance)(narrow).matvec(wide.float())
+    v, at = latents(shape=(2, 4, 6)), state(shape=(2, 4, 6))
+    product = GaussianFisher(covariance)(at).matvec(v)
+    float32_state = DenoisingState(at.sample.float(), at.model_output.float(), at.level, at.prediction, 300)
+    result = GaussianFisher(covariance)(float32_state).matvec(v.float())
     assert result.dtype is torch.float32
     assert relative(result, product) < 1e-6  # Inputs and result are rounded to float32; all else is float64.
 
@@ -118,16 +118,16 @@ TRUE = {
 
 @pytest.mark.parametrize("name", TRUE)
 def test_fits_return_the_covariance_of_the_distribution(name):
-    covariance, fit = TRUE[name]
+    covariance, fit_estimator = TRUE[name]
     count, mean = 40000, normal(*SHAPE, seed=7)
     draws = covariance.draw(torch.zeros(count, dtype=torch.long), torch.Generator().manual_seed(3))
     samples = draws.view(count, *SHAPE) + mean
-    fitted = fit(samples)
+    estimator = fit_estimator(samples)
     # Variances from n draws scatter by sqrt(2/n) = 0.7%; five of these, more for the split into rank and rest.
-    assert relative(fitted.covariance.dense(), covariance.dense()) < 0.05
-    assert relative(fitted.mean, mean) < 0.05
-    batches = fit(batch for batch in samples.split(999))
-    assert relative(batches.covariance.dense(), fitted.covariance.dense()) < 1e-9  # sums in another order
+    assert relative(estimator.covariance.dense(), covariance.dense()) < 0.05
+    assert relative(estimator.mean, mean) < 0.05
+    batches = fit_estimator(batch for batch in samples.split(999))
+    assert relative(batches.covariance.dense(), estimator.covariance.dense()) < 1e-9  # sums in another order
 
 
 def test_folder_of_latents_is_the_same_as_the_tensor(tmp_path):
@@ -135,12 +135,13 @@ def test_folder_of_latents_is_the_same_as_the_tensor(tmp_path):
     for index, piece in enumerate(samples.split(3000)):
         save_tensors(tmp_path / f"latents-{index}.safetensors", {"latents": piece}, {})
     (tmp_path / "notes.txt").write_text("not a bank")
-    fitted = GaussianFisher.fit_diagonal(tmp_path, dct=True)
+    estimator = GaussianFisher.fit_diagonal(tmp_path, dct=True)
     assert (
-        relative(fitted.covariance.dense(), GaussianFisher.fit_diagonal(samples, dct=True).covariance.dense()) < 1e-9
+        relative(estimator.covariance.dense(), GaussianFisher.fit_diagonal(samples, dct=True).covariance.dense())
+        < 1e-9
     )
-    one = GaussianFisher.fit_isotropic(tmp_path / "latents-0.safetensors")
-    assert relative(one.mean, samples[:3000].mean(0)) < 1e-9  # sums in another order
+    isotropic = GaussianFisher.fit_isotropic(tmp_path / "latents-0.safetensors")
+    assert relative(isotropic.mean, samples[:3000].mean(0)) < 1e-9  # sums in another order
 
 
 def test_folder_without_latents_is_refused(tmp_path):
@@ -153,18 +154,22 @@ def test_folder_without_latents_is_refused(tmp_path):
 def test_constant_coordinates_do_not_make_the_covariance_singular():
     samples = normal(100, *SHAPE)
     samples[:, 0] = 2.5
-    fitted = GaussianFisher.fit_diagonal(samples)
-    assert bool((fitted.covariance.variances > 0).all())
-    assert float(fitted.covariance.variances[0, 0]) < 1e-5
+    estimator = GaussianFisher.fit_diagonal(samples)
+    assert bool((estimator.covariance.variances > 0).all())
+    assert float(estimator.covariance.variances[0, 0]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["isotropic", "diagonal", "DCT", "low rank", "low rank in DCT"])
 def test_saved_files_give_the_same_operator(name, tmp_path):
-    saved = GaussianFisher(covariances()[name], normal(*SHAPE))
-    saved.save(tmp_path / "gaussian.safetensors")
-    loaded, at, v = GaussianFisher.load(tmp_path / "gaussian.safetensors"), state(), latents(shape=(2, *SHAPE))
-    assert torch.equal(loaded(at).matvec(v), saved(at).matvec(v))
-    assert torch.equal(loaded.mean, saved.mean)
+    estimator = GaussianFisher(covariances()[name], normal(*SHAPE))
+    estimator.save(tmp_path / "gaussian.safetensors")
+    loaded_estimator, at, v = (
+        GaussianFisher.load(tmp_path / "gaussian.safetensors"),
+        state(),
+        latents(shape=(2, *SHAPE)),
+    )
+    assert torch.equal(loaded_estimator(at).matvec(v), estimator(at).matvec(v))
+    assert torch.equal(loaded_estimator.mean, estimator.mean)
 
 
 # Combination with a trace

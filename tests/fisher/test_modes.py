@@ -38,21 +38,21 @@ def test_modes_multiply_by_the_jacobian_or_its_transposed():
 def test_chunks_give_the_same_matrix(size):
     network = Network()
     state = state_of_network(network)
-    plain, chunked = AutodiffFisher(network)(state), AutodiffFisher(network, chunk_size=size)(state)
-    assert relative(chunked.dense(), plain.dense()) < 1e-14
-    assert relative(chunked.trace().value, plain.trace().value) < 1e-14
-    assert relative(chunked.diagonal().value, plain.diagonal().value) < 1e-14
+    reference, chunked = AutodiffFisher(network)(state), AutodiffFisher(network, chunk_size=size)(state)
+    assert relative(chunked.dense(), reference.dense()) < 1e-14
+    assert relative(chunked.trace().value, reference.trace().value) < 1e-14
+    assert relative(chunked.diagonal().value, reference.diagonal().value) < 1e-14
 
 
 def test_samples_in_channels_last_give_the_same_products():
     torch.manual_seed(0)
     layers = [torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.GroupNorm(2, 8), torch.nn.Conv2d(8, 3, 3, padding=1)]
     model = torch.nn.Sequential(*layers).double().requires_grad_(False)
-    plain, v = state_of_network(lambda x, t: model(x)), latents(seed=2)
-    last = state_of_network(lambda x, t: model(x), x=plain.sample.to(memory_format=torch.channels_last))
+    state, v = state_of_network(lambda x, t: model(x)), latents(seed=2)
+    last = state_of_network(lambda x, t: model(x), x=state.sample.to(memory_format=torch.channels_last))
     for forward_mode in (False, True):
         estimator = AutodiffFisher(lambda x, t: model(x), forward_mode=forward_mode, chunk_size=4)
-        expected = estimator(plain)
+        expected = estimator(state)
         assert relative(estimator(last).matvec(v.to(memory_format=torch.channels_last)), expected.matvec(v)) < 1e-12
         assert relative(estimator(last).dense(), expected.dense()) < 1e-12
         assert relative(estimator(last).diagonal().value, expected.diagonal().value) < 1e-12
@@ -63,10 +63,10 @@ def test_networks_without_a_batched_backward_take_vectors_one_at_a_time():
     layers = [torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.GroupNorm(2, 8), torch.nn.Conv2d(8, 3, 3, padding=1)]
     model = torch.nn.Sequential(*layers).double().requires_grad_(False)
     state = state_of_network(lambda x, t: model(x))
-    plain = AutodiffFisher(lambda x, t: model(x))(state).dense()
+    expected = AutodiffFisher(lambda x, t: model(x))(state).dense()
     model.to(memory_format=torch.channels_last)
     chunked = AutodiffFisher(lambda x, t: model(x), chunk_size=5)(state)
-    assert relative(chunked.dense(), plain) < 1e-12
+    assert relative(chunked.dense(), expected) < 1e-12
     assert not chunked._batched  # Otherwise this torch has the batched backward pass, and the test tests nothing.
 
 
@@ -109,8 +109,8 @@ def test_chunk_size_zero_is_refused():
 
 
 def test_binding_keeps_the_mode():
-    bound = AutodiffFisher(forward_mode=True, chunk_size=3).bind(Network())
-    assert (bound.forward_mode, bound.chunk_size, bound.needs_graph) == (True, 3, False)
+    bound_estimator = AutodiffFisher(forward_mode=True, chunk_size=3).bind(Network())
+    assert (bound_estimator.forward_mode, bound_estimator.chunk_size, bound_estimator.needs_graph) == (True, 3, False)
 
 
 def test_forward_mode_builds_no_graph():

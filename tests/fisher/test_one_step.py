@@ -42,7 +42,7 @@ def run(name, estimator):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_gradient_is_the_direct_one_times_the_jacobian_of_the_clean_sample(name, at):
     states, direct = run(name, DirectFisher())
-    _, found = run(name, OneStepFisher(AutodiffFisher(Network()), at))
+    _, gradient = run(name, OneStepFisher(AutodiffFisher(Network()), at))
     ratios = torch.stack([state.level.noise_to_signal for state in states])
     distances = (ratios.log() - math.log(at)).abs()
     state = states[int(distances.argmin())]
@@ -51,26 +51,26 @@ def test_gradient_is_the_direct_one_times_the_jacobian_of_the_clean_sample(name,
     output = Network()(state.input_scale * sample, state.timestep)
     clean = dataclasses.replace(state, sample=sample, model_output=output).pred_original_sample
     (expected,) = torch.autograd.grad(clean, sample, direct)
-    assert relative(found, state.level.alpha * expected) < 1e-10  # float64
-    assert relative(found, direct) > 1e-3
+    assert relative(gradient, state.level.alpha * expected) < 1e-10  # float64
+    assert relative(gradient, direct) > 1e-3
 
 
 def test_directions_in_which_the_data_do_not_vary_are_left_out():
     variances = torch.linspace(0.01, 2, 12, dtype=torch.float64).view(1, 3, 2, 2)
     law = GaussianMixture(torch.zeros(1, 3, 2, 2, dtype=torch.float64), Covariance.diagonal(variances))
     states, direct = run("DDIM", DirectFisher())
-    _, found = run("DDIM", OneStepFisher(ExactFisher(law)))
+    _, gradient = run("DDIM", OneStepFisher(ExactFisher(law)))
     ratios = torch.tensor([float(state.level.noise_to_signal) for state in states])
     ratio = float(ratios[(ratios.log()).abs().argmin()])
-    torch.testing.assert_close(found / direct, (variances / (variances + ratio**2)).expand_as(direct))
+    torch.testing.assert_close(gradient / direct, (variances / (variances + ratio**2)).expand_as(direct))
 
 
 def test_component_is_the_estimator_of_the_jacobian():
     estimator = OneStepFisher(noise_to_signal=0.7)
     assert estimator.components == {"jacobian": estimator.jacobian}
-    changed = estimator.map_components(lambda component: DirectFisher())
-    assert isinstance(changed.jacobian, DirectFisher)
-    assert changed.noise_to_signal == 0.7
+    copy = estimator.map_components(lambda component: DirectFisher())
+    assert isinstance(copy.jacobian, DirectFisher)
+    assert copy.noise_to_signal == 0.7
 
 
 @pytest.mark.parametrize("at", [0.0, -1.0, math.inf, math.nan])

@@ -120,9 +120,9 @@ def test_endpoint_forms_are_their_dense_formulas(oracle, coordinates):
     alpha, sigma, end = problem.level.alpha, problem.level.sigma, problem.endpoint.flatten(1)
     mean = problem.oracle.posterior_mean(problem.sample, problem.level).flatten(1)
     identity = torch.eye(6, dtype=torch.float64)
-    plain = identity / sigma**2 - alpha**2 / sigma**4 * (outer(end, end) - outer(mean, mean))
-    centred = identity / sigma**2 - alpha**2 / sigma**4 * outer(end - mean, end - mean)
-    for form, dense in ((False, plain), (True, centred)):
+    paper_form = identity / sigma**2 - alpha**2 / sigma**4 * (outer(end, end) - outer(mean, mean))
+    centred_form = identity / sigma**2 - alpha**2 / sigma**4 * outer(end - mean, end - mean)
+    for form, dense in ((False, paper_form), (True, centred_form)):
         operator = EndpointFisher(centred=form)(problem.state, endpoint=problem.endpoint)
         assert relative(operator.dense(), dense) < EXACT
         assert relative(operator.matvec(problem.vector()), apply(dense, problem.vector())) < EXACT
@@ -169,18 +169,18 @@ def test_direct_never_has_a_zero_covariance(coordinates):
     factor = operator.original_jacobian(v) / v
     assert float(factor.std()) < EXACT  # a multiple of the identity
     assert float(factor.mean()) > 0.01
-    combined = problem.level.alpha * operator.original_jacobian(v) + problem.level.sigma * operator.epsilon_jacobian(v)
-    assert relative(combined, v) < EXACT  # x = alpha x_0 + sigma epsilon, differentiated
+    expected = problem.level.alpha * operator.original_jacobian(v) + problem.level.sigma * operator.epsilon_jacobian(v)
+    assert relative(expected, v) < EXACT  # x = alpha x_0 + sigma epsilon, differentiated
 
 
-def velocity_factor(now, following):
+def velocity_factor(level, next_level):
     """Returns d x_next / d x of a deterministic variance-preserving step with a constant velocity."""
-    return now.alpha * following.alpha + now.sigma * following.sigma
+    return level.alpha * next_level.alpha + level.sigma * next_level.sigma
 
 
-def epsilon_factor(now, following):
+def epsilon_factor(level, next_level):
     """Returns d x_next / d x of the same step with a constant epsilon."""
-    return following.alpha / now.alpha
+    return next_level.alpha / level.alpha
 
 
 @pytest.mark.parametrize(
@@ -249,10 +249,10 @@ class TestEveryEstimator:
     def test_a_sample_does_not_depend_on_its_batch(self, name, coordinates):
         two, v = Problem("mixture", coordinates), None
         v = two.vector()
-        alone = Problem("mixture", coordinates)
-        alone.sample, alone.endpoint = two.sample[1:], two.endpoint[1:]
-        alone.state = alone.state_at(alone.sample)
-        difference = ESTIMATORS[name](two).matvec(v)[1:] - ESTIMATORS[name](alone).matvec(v[1:])
+        single_problem = Problem("mixture", coordinates)
+        single_problem.sample, single_problem.endpoint = two.sample[1:], two.endpoint[1:]
+        single_problem.state = single_problem.state_at(single_problem.sample)
+        difference = ESTIMATORS[name](two).matvec(v)[1:] - ESTIMATORS[name](single_problem).matvec(v[1:])
         assert float(difference.norm()) < self.tolerance(name, two) * float(v.norm())
 
     def test_zero_vector_gives_zero(self, name, coordinates):
@@ -277,11 +277,11 @@ def test_every_sample_may_have_its_own_level(name, kind):
         yield EndpointFisher(centred=True)(state, endpoint)
 
     timesteps, endpoint = torch.tensor([200, 800]), latents(seed=3)
-    together = [operator.matvec(v) for operator in operators(x, timesteps, endpoint)]
+    batch = [operator.matvec(v) for operator in operators(x, timesteps, endpoint)]
     for index, t in enumerate(timesteps):
-        one = slice(index, index + 1)
-        for both, operator in zip(together, operators(x[one], t, endpoint[one]), strict=True):
-            assert float((both[one] - operator.matvec(v[one])).norm()) < EXACT * float(both.norm() + v.norm())
+        row = slice(index, index + 1)
+        for product, operator in zip(batch, operators(x[row], t, endpoint[row]), strict=True):
+            assert float((product[row] - operator.matvec(v[row])).norm()) < EXACT * float(product.norm() + v.norm())
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from cases import STABLE_DIFFUSION, relative
-from trace_cases import IMAGE, TOKENS, GaussianData, GaussianDenoiser, disturbed
+from trace_cases import IMAGE, TOKENS, GaussianData, GaussianDenoiser, disturb
 
 from diffusers_fisher import (
     AutodiffFisher,
@@ -81,7 +81,7 @@ def test_contract_and_agreement_with_the_exact_fisher(kind, prediction, timestep
 
 def test_products_and_traces_need_no_denoiser_call():
     for shape, basis, settings in KINDS.values():
-        operator = TraceMatchingFisher(disturbed(GaussianData(shape, basis).model(**settings), 0.1))(
+        operator = TraceMatchingFisher(disturb(GaussianData(shape, basis).model(**settings), 0.1))(
             state_of(GaussianData(shape, basis))
         )
         for estimate in (operator.trace(), operator.diagonal()):
@@ -94,14 +94,14 @@ def test_products_and_traces_need_no_denoiser_call():
 def test_trace_is_that_of_r():
     data = GaussianData()
     state = state_of(data)
-    model = disturbed(data.model())
+    model = disturb(data.model())
     expected = 32 * (1 - model.unexplained_noise_fraction(state)) / state.level.sigma**2
     assert relative(TraceMatchingFisher(model)(state).trace().value, expected) < 1e-12
 
 
 def test_norm_target_gives_the_trace_by_the_paper_s_formula():
     data = GaussianData()
-    state, model = state_of(data), disturbed(data.model(target="norm"))
+    state, model = state_of(data), disturb(data.model(target="norm"))
     alpha, sigma, d = state.level.alpha, state.level.sigma, 32
     moment = model.evaluate(state).second_moment.double()
     clean = state.pred_original_sample.square().flatten(1).sum(1)
@@ -162,12 +162,14 @@ def test_products_have_the_vector_s_dtype(dtype, basis):
 def test_likelihood_is_the_exact_one_at_the_cost_of_the_ode_alone():
     data = GaussianData()
     samples = data.sample(3, seeded(2))
-    found, exact = (GaussianDenoiser(data, vp()) for _ in range(2))
+    denoiser, exact_denoiser = (GaussianDenoiser(data, vp()) for _ in range(2))
     options = {"num_steps": 10, "num_probes": None}
-    out = integrate_log_likelihood(found, samples, TraceMatchingFisher(data.model()), Integration(**options))
-    reference = integrate_log_likelihood(exact, samples, AutodiffFisher(exact), Integration(**options))
+    out = integrate_log_likelihood(denoiser, samples, TraceMatchingFisher(data.model()), Integration(**options))
+    reference = integrate_log_likelihood(
+        exact_denoiser, samples, AutodiffFisher(exact_denoiser), Integration(**options)
+    )
     assert torch.allclose(out.log_prob, reference.log_prob, atol=1e-3)  # nats; float32 logits in 32 dimensions
-    assert out.num_denoiser_calls == found.num_calls == 11
+    assert out.num_denoiser_calls == denoiser.num_calls == 11
     assert bool((out.standard_error == 0).all())
     assert out.trace == "TraceMatchingFisher (target residual), no probes"
 
@@ -204,9 +206,9 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def model(pipe):
-    made = FisherTraceModel(in_channels=1, block_out_channels=(4, 8))
-    made.set_fingerprint(pipe)
-    return made
+    trace_model = FisherTraceModel(in_channels=1, block_out_channels=(4, 8))
+    trace_model.set_fingerprint(pipe)
+    return trace_model
 
 
 def test_pipeline_s_likelihood_takes_it(pipe, model):
@@ -220,11 +222,11 @@ def test_pipeline_s_likelihood_takes_it(pipe, model):
 
 
 def test_pipeline_s_guidance_takes_it(pipe, model):
-    best = pipe.guide(
+    out = pipe.guide(
         "a", lambda images, prompts: images.mean((1, 2, 3)), estimator=TraceMatchingFisher(model), height=16, width=16,
         num_inference_steps=3, num_guidance_steps=1, guidance_scale=1.0, generator=seeded(), output_type="pt",
     )  # fmt: skip
-    assert float(best.gradient_norms.min()) > 0
+    assert float(out.gradient_norms.min()) > 0
 
 
 def test_pipeline_of_another_checkpoint_is_refused(model):
@@ -249,20 +251,20 @@ CORE = {
 }
 
 
-def combined(estimator):
+def combine(estimator):
     return TraceCorrectedFisher(GaussianFisher(Covariance.isotropic(0.5, (1, 4, 4))), estimator)
 
 
-@pytest.mark.parametrize("wrapped", [lambda estimator: estimator, combined], ids=["plain", "combined"])
+@pytest.mark.parametrize("wrap", [lambda estimator: estimator, combine], ids=["plain", "combined"])
 @pytest.mark.parametrize("name", CORE)
-def test_denoisers_of_another_checkpoint_are_refused_without_a_pipeline_of_ours(name, wrapped, pipe, model):
+def test_denoisers_of_another_checkpoint_are_refused_without_a_pipeline_of_ours(name, wrap, pipe, model):
     x = torch.randn(1, 1, 4, 4, generator=seeded())
     stock = tiny.one_channel()
     other = tiny.one_channel()
     with torch.no_grad():
         for parameter in other.unet.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=seeded(1))
-    estimator = wrapped(TraceMatchingFisher(model))
+    estimator = wrap(TraceMatchingFisher(model))
     CORE[name](PipelineDenoiser(stock, prompt="a"), x, estimator)
     foreign = PipelineDenoiser(other, prompt="a")
     with pytest.raises(InputError, match=r"trained for another denoiser\. What differs: weights of the denoiser"):
@@ -270,7 +272,7 @@ def test_denoisers_of_another_checkpoint_are_refused_without_a_pipeline_of_ours(
     assert foreign.num_calls == 0
     with pytest.raises(InputError, match="trained for another denoiser"):
         reference_log_likelihood(foreign, x, estimator)
-    CORE[name](foreign, x, wrapped(TraceMatchingFisher(model, check=False)))
+    CORE[name](foreign, x, wrap(TraceMatchingFisher(model, check=False)))
 
 
 def test_denoisers_without_a_network_are_known_by_their_schedule():
@@ -299,24 +301,24 @@ def test_estimators_get_the_denoiser_of_a_likelihood_and_of_a_field():
     data = GaussianData()
     denoiser, samples = GaussianDenoiser(data, vp()), data.sample(2, seeded(2))
     outs = [
-        integrate_log_likelihood(denoiser, samples, AutodiffFisher(given, forward_mode=True), Integration(4, None))
-        for given in (None, denoiser)
+        integrate_log_likelihood(denoiser, samples, AutodiffFisher(argument, forward_mode=True), Integration(4, None))
+        for argument in (None, denoiser)
     ]
     assert torch.equal(outs[0].log_prob, outs[1].log_prob)
     level, v = denoiser.level(500.0), torch.ones(1, 2, *IMAGE, dtype=torch.float64)
-    fields = [denoiser_field(denoiser, AutodiffFisher(given, forward_mode=True)) for given in (None, denoiser)]
+    fields = [denoiser_field(denoiser, AutodiffFisher(argument, forward_mode=True)) for argument in (None, denoiser)]
     products = [field(samples, level)[1](v) for field in fields]
     assert torch.equal(*products)
 
 
 def test_pooled_vectors_are_those_of_our_pipeline_s_conditions(pipe):
     pooled_model = FisherTraceModel(in_channels=1, block_out_channels=(4, 8), pooled_channels=16)
-    disturbed(pooled_model)
+    disturb(pooled_model)
     x = torch.randn(1, 1, 4, 4, generator=seeded())
     denoiser = PipelineDenoiser(pipe, prompt="a")
     out = integrate_log_likelihood(denoiser, x, TraceMatchingFisher(pooled_model), Integration(2, None))
-    given = TraceMatchingFisher(pooled_model, pooled=backbone_of(pipe).pooled({"prompt": ["a"]}))
-    assert torch.equal(out.log_prob, integrate_log_likelihood(denoiser, x, given, Integration(2, None)).log_prob)
+    estimator = TraceMatchingFisher(pooled_model, pooled=backbone_of(pipe).pooled({"prompt": ["a"]}))
+    assert torch.equal(out.log_prob, integrate_log_likelihood(denoiser, x, estimator, Integration(2, None)).log_prob)
     stock = PipelineDenoiser(diffusers.StableDiffusionPipeline(**pipe.components), prompt="a")
     stock_out = integrate_log_likelihood(stock, x, TraceMatchingFisher(pooled_model), Integration(2, None))
     assert torch.equal(stock_out.log_prob, out.log_prob)
@@ -324,13 +326,13 @@ def test_pooled_vectors_are_those_of_our_pipeline_s_conditions(pipe):
 
 def test_pooled_vectors_reach_the_model():
     data = GaussianData()
-    model = disturbed(data.model(pooled_channels=3))
+    model = disturb(data.model(pooled_channels=3))
     state = state_of(data)
     pooled = torch.randn(2, 3, generator=seeded())
     traces = [TraceMatchingFisher(model, pooled=value)(state).trace().value for value in (pooled, pooled.flip(0))]
     assert not torch.equal(*traces)
-    one = TraceMatchingFisher(model, pooled=pooled[:1])(state).trace().value
-    assert one[0] == pytest.approx(float(traces[0][0]))
+    single_trace = TraceMatchingFisher(model, pooled=pooled[:1])(state).trace().value
+    assert single_trace[0] == pytest.approx(float(traces[0][0]))
 
 
 def test_description_names_the_target_of_the_model():

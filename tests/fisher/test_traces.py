@@ -55,8 +55,8 @@ def test_probes_have_mean_zero_and_identity_covariance(kind):
     assert float(error.abs().max()) < 5 * scatter
     if "whole basis" not in kind:  # A whole basis has the identity as its covariance.
         assert float(error.abs().max()) > 0.01 * scatter
-    between = torch.einsum("kd,ke->de", vectors[:, 0], vectors[:, 1]) / count  # There is one set per sample.
-    assert 0.01 * scatter < float(between.abs().max()) < 5 * scatter
+    cross = torch.einsum("kd,ke->de", vectors[:, 0], vectors[:, 1]) / count  # There is one set per sample.
+    assert 0.01 * scatter < float(cross.abs().max()) < 5 * scatter
 
 
 def test_orthogonal_probes_are_orthogonal_within_their_groups_alone():
@@ -80,18 +80,18 @@ def test_orthogonal_probes_make_two_groups_or_more(count, group):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_probes_depend_on_their_generator_alone_and_take_the_samples_dtype(kind, dtype):
     like = latents(dtype)
-    first, again, other = (KINDS[kind](60, like, seeded(seed)).vectors for seed in (1, 1, 2))
+    first, repeat, other = (KINDS[kind](60, like, seeded(seed)).vectors for seed in (1, 1, 2))
     assert first.dtype is dtype
-    assert torch.equal(first, again)
+    assert torch.equal(first, repeat)
     assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_generator_per_sample_makes_probes_independent_of_the_batch(kind):
-    both = KINDS[kind](60, latents(), [seeded(1), seeded(2)])
-    alone = KINDS[kind](60, latents()[1:], [seeded(2)])
+    batch = KINDS[kind](60, latents(), [seeded(1), seeded(2)])
+    single = KINDS[kind](60, latents()[1:], [seeded(2)])
     # One float64 QR for another: LAPACK may block differently.
-    assert relative(both.vectors[:, 1:], alone.vectors) < 1e-13
+    assert relative(batch.vectors[:, 1:], single.vectors) < 1e-13
 
 
 def test_antithetic_probes_are_pairs_inside_their_groups():
@@ -191,11 +191,15 @@ def test_antithetic_probes_cancel_the_first_order_of_forward_differences():
             value = FiniteDifferenceFisher(network, step, central)(state).trace(probes).value
             yield float((value - exact).abs().sum())
 
-    plain, paired, central = list(errors(probes)), list(errors(antithetic(probes))), list(errors(probes, central=True))
-    assert plain[0] / plain[1] == pytest.approx(2, abs=0.2)  # first order
-    assert paired[0] / paired[1] == pytest.approx(4, abs=0.4)  # second
-    assert paired[1] < 0.2 * plain[1]
-    assert paired == pytest.approx(central, rel=1e-9)  # Both make the same two evaluations.
+    forward_errors, antithetic_errors, central_errors = (
+        list(errors(probes)),
+        list(errors(antithetic(probes))),
+        list(errors(probes, central=True)),
+    )
+    assert forward_errors[0] / forward_errors[1] == pytest.approx(2, abs=0.2)  # first order
+    assert antithetic_errors[0] / antithetic_errors[1] == pytest.approx(4, abs=0.4)  # second
+    assert antithetic_errors[1] < 0.2 * forward_errors[1]
+    assert antithetic_errors == pytest.approx(central_errors, rel=1e-9)  # Both make the same two evaluations.
 
 
 # Hutch++
@@ -213,9 +217,9 @@ def test_sketched_trace_is_unbiased_with_the_right_standard_error(kind):
     sigma, vectors = operator.state.level.sigma, sketch.vectors.flatten(2).permute(1, 2, 0)
     m = torch.eye(12, dtype=torch.float64) - sigma**2 * operator.matrix
     basis = torch.linalg.qr(m @ vectors)[0]
-    outside = torch.eye(12, dtype=torch.float64) - basis @ basis.mT
+    complement = torch.eye(12, dtype=torch.float64) - basis @ basis.mT
     if kind == "rademacher":
-        error = (rademacher_variance(outside @ m @ outside) / count).sqrt() / sigma**2
+        error = (rademacher_variance(complement @ m @ complement) / count).sqrt() / sigma**2
         assert relative(estimate.standard_error, error) < 0.15  # scatters by 3 to 4%
 
 
@@ -245,15 +249,17 @@ def test_a_sketch_of_the_rank_gives_the_exact_trace(make):
 def test_a_sketch_has_less_variance_at_equal_products_where_eigenvalues_decay_fast():
     operator, generator = noise_covariance([0.5**index for index in range(64)]), seeded()
     like, exact = operator.state.sample, exact_trace(operator)
-    plain, sketched, reported = [], [], []
+    probe_errors, sketch_errors, standard_errors = [], [], []
     for _ in range(100):  # 12 products each
-        plain.append(operator.trace(rademacher(12, like, generator)).value - exact)
+        probe_errors.append(operator.trace(rademacher(12, like, generator)).value - exact)
         estimate = operator.trace(rademacher(4, like, generator), gaussian(4, like, generator))
-        sketched.append(estimate.value - exact)
-        reported.append(estimate.standard_error)
-    plain, sketched, reported = (torch.stack(values).square().mean().sqrt() for values in (plain, sketched, reported))
-    assert float(sketched / plain) < 0.5  # measured 0.21 to 0.35 over seeds
-    assert float(reported / sketched) == pytest.approx(1, abs=0.5)
+        sketch_errors.append(estimate.value - exact)
+        standard_errors.append(estimate.standard_error)
+    probe_errors, sketch_errors, standard_errors = (
+        torch.stack(values).square().mean().sqrt() for values in (probe_errors, sketch_errors, standard_errors)
+    )
+    assert float(sketch_errors / probe_errors) < 0.5  # measured 0.21 to 0.35 over seeds
+    assert float(standard_errors / sketch_errors) == pytest.approx(1, abs=0.5)
 
 
 def test_sketches_that_can_not_be_used_are_refused():
@@ -323,28 +329,28 @@ CALLS = {  # calls per state and per product
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("kind", ESTIMATES)
 def test_estimates_cost_the_calls_that_they_report(kind, name):
-    network, counted = Network(), []
+    network, timesteps = Network(), []
 
     def counting(x, t):
-        counted.append(t)
+        timesteps.append(t)
         return network(x, t)
 
-    make, once, each = CALLS[name]
+    make, calls_per_state, calls_per_product = CALLS[name]
     ask, products = ESTIMATES[kind]
     operator = make(counting)(state_of_network(network))
     probes, sketch = (gaussian(count, operator.state.sample, seeded(count)) for count in (5, 3))
     estimate = ask(operator, probes, sketch)
-    assert estimate.num_denoiser_calls == len(counted) == once + products * each
+    assert estimate.num_denoiser_calls == len(timesteps) == calls_per_state + products * calls_per_product
 
 
 def test_calls_of_combinations_add_up():
-    network, counted = Network(), []
+    network, timesteps = Network(), []
 
     def counting(x, t):
-        counted.append(t)
+        timesteps.append(t)
         return network(x, t)
 
     state = state_of_network(network)
     operator = AutodiffFisher(counting)(state) + 2.0 * FiniteDifferenceFisher(counting, central=True)(state)
     estimate = operator.damped(0.1).trace(rademacher(3, state.sample, seeded()))
-    assert estimate.num_denoiser_calls == len(counted) == 1 + 3 * 2
+    assert estimate.num_denoiser_calls == len(timesteps) == 1 + 3 * 2

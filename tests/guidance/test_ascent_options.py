@@ -13,14 +13,14 @@ from .ascent_cases import PROMPTS, SHAPE, STEPS, Problem, norms, projection, scr
 
 
 def test_held_out_reward_is_recorded_and_never_optimised():
-    problem, seen = Problem(), []
+    problem, calls = Problem(), []
 
     def held_out(images, prompts):
-        seen.append((images.requires_grad, torch.is_grad_enabled(), tuple(images.shape), list(prompts)))
+        calls.append((images.requires_grad, torch.is_grad_enabled(), tuple(images.shape), list(prompts)))
         return images.mean((1, 2, 3))
 
     ascent = problem.ascend(held_out_reward=held_out, num_guidance_steps=3)
-    assert seen == [(False, False, SHAPE, PROMPTS)] * 5  # one is the trial
+    assert calls == [(False, False, SHAPE, PROMPTS)] * 5  # one is the trial
     for row, noise in zip(ascent.held_out_rewards, problem.noises, strict=True):
         assert torch.equal(row, torch.sigmoid(problem.run(noise)).mean((1, 2, 3)).double())
     assert torch.equal(torch.stack(ascent.rewards), torch.stack(Problem().ascend(num_guidance_steps=3).rewards))
@@ -36,10 +36,10 @@ def test_guidance_goes_on_when_the_held_out_reward_is_not_finite(value, first, c
         values = images.mean((1, 2, 3))
         return values if len(calls) <= first else torch.where(torch.tensor([False, True]), value, values)
 
-    ascent, plain = problem.ascend(held_out_reward=held_out), Problem().ascend()
+    ascent, reference = problem.ascend(held_out_reward=held_out), Problem().ascend()
     assert ascent.status == "completed"
-    assert torch.equal(torch.stack(ascent.rewards), torch.stack(plain.rewards))
-    assert torch.equal(ascent.best["images"], plain.best["images"])
+    assert torch.equal(torch.stack(ascent.rewards), torch.stack(reference.rewards))
+    assert torch.equal(ascent.best["images"], reference.best["images"])
     rows = torch.stack(ascent.held_out_rewards)
     assert bool(torch.isfinite(rows[:, 0]).all())
     assert torch.isnan(rows[:, 1]).tolist() == [run >= first - 1 for run in range(5)]
@@ -57,9 +57,9 @@ def test_held_out_reward_of_the_wrong_shape_is_refused_before_sampling():
     with pytest.raises(InputError, match=r"The reward 'scalar' returned shape \(\) for 2 images"):
         problem.ascend(held_out_reward=scalar)
     assert problem.num_calls == 0 and problem.noises == []
-    blind = problem.ascend(held_out_reward=lambda images, prompts: images.mean((1, 2, 3)) * torch.nan)
+    nan_ascent = problem.ascend(held_out_reward=lambda images, prompts: images.mean((1, 2, 3)) * torch.nan)
     assert bool(
-        torch.isnan(torch.stack(blind.held_out_rewards)).all()
+        torch.isnan(torch.stack(nan_ascent.held_out_rewards)).all()
     )  # the shape is right, though no value is finite
 
 
@@ -105,12 +105,14 @@ def test_optimisers_follow_the_exact_gradient(name):
 
 
 def test_samples_do_not_influence_each_other_under_an_optimiser():
-    both = Problem().ascend(optimizer=optimizer_factory("Adam", 0.05))
-    alone, sample = Problem(), latents(torch.float32, SHAPE)
+    ascent = Problem().ascend(optimizer=optimizer_factory("Adam", 0.05))
+    other_problem, sample = Problem(), latents(torch.float32, SHAPE)
     sample[1] = 3.0
-    other = alone.ascend(noise=sample, optimizer=optimizer_factory("Adam", 0.05))
+    other_ascent = other_problem.ascend(noise=sample, optimizer=optimizer_factory("Adam", 0.05))
     # the same operations on row 0, in float32
-    torch.testing.assert_close(torch.stack(both.rewards)[:, 0], torch.stack(other.rewards)[:, 0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.stack(ascent.rewards)[:, 0], torch.stack(other_ascent.rewards)[:, 0], rtol=1e-5, atol=1e-6
+    )
 
 
 BAD_OPTIMIZERS = {
@@ -144,8 +146,8 @@ def test_gradient_of_the_controls_is_that_of_automatic_differentiation(name):
     leaves = [torch.zeros(SHAPE).requires_grad_() for _ in controls]
     calls = iter(leaves)
     scheduler = SchedulerCase(name, {})
-    plain = scheduler.parent(**scheduler.config)
-    end = sampling_run(plain, lambda x, t: problem._network(x, t) + next(calls), noise, STEPS)[-1]
+    stock_scheduler = scheduler.parent(**scheduler.config)
+    end = sampling_run(stock_scheduler, lambda x, t: problem._network(x, t) + next(calls), noise, STEPS)[-1]
     expected = torch.autograd.grad(projection(torch.sigmoid(end), PROMPTS).sum(), leaves)
     # float32, the same products in another order
     assert relative(torch.stack(of_controls), torch.stack(expected)) < 1e-5
@@ -157,12 +159,14 @@ def test_controls_are_added_to_the_models_output():
     controls = [0.1 * latents(torch.float32, SHAPE, seed).requires_grad_() for seed in range(STEPS)]
     with problem.scheduler.differentiable(DirectFisher(), controls=controls) as trajectory, torch.no_grad():
         result = problem.run(noise)
-    case, given = SchedulerCase("DDIMScheduler", {}), iter(controls)
-    plain = case.parent(**case.config)
-    expected = sampling_run(plain, lambda x, t: problem._network(x, t) + next(given), noise, STEPS)[-1]
+    case, control_iterator = SchedulerCase("DDIMScheduler", {}), iter(controls)
+    stock_scheduler = case.parent(**case.config)
+    expected = sampling_run(
+        stock_scheduler, lambda x, t: problem._network(x, t) + next(control_iterator), noise, STEPS
+    )[-1]
     assert torch.equal(result, expected)
     # What the estimators see is the network's own output, without the control.
-    assert torch.equal(trajectory.states[0].model_output, problem._network(noise, plain.timesteps[0]))
+    assert torch.equal(trajectory.states[0].model_output, problem._network(noise, stock_scheduler.timesteps[0]))
 
 
 def test_control_alone_leaves_the_noise_where_it_is():
@@ -172,8 +176,8 @@ def test_control_alone_leaves_the_noise_where_it_is():
     assert bool((ascent.rewards[-1] > ascent.rewards[0]).all())
     assert ascent.best["control"].shape == (2, STEPS, *SHAPE[1:])
     first = ascent.gradient_norms[0]
-    both = Problem().ascend(optimise=["noise", "control"], num_guidance_steps=4)
+    joint_ascent = Problem().ascend(optimise=["noise", "control"], num_guidance_steps=4)
     of_noise = norms(problem.exact_gradient(problem.noises[0])).double()
     # the joint norm; float32
-    assert relative(both.gradient_norms[0], torch.hypot(first, of_noise)) < 1e-5
-    assert not torch.equal(both.best["noise"], problem.noises[0])
+    assert relative(joint_ascent.gradient_norms[0], torch.hypot(first, of_noise)) < 1e-5
+    assert not torch.equal(joint_ascent.best["noise"], problem.noises[0])

@@ -110,17 +110,17 @@ def test_time_to_exact_compares_prompt_by_prompt_where_the_rewards_meet():
     direct = {"rewards": [[0, 4], [3, 1], [4, 5]], "held_out": [[0, 7], [4, 9], [6, 6]], "seconds": [1, 1, 1]}
     slow = {**direct, "rewards": [[0, 0], [0, 1], [1, 1]]}
     cells = {"stored graph": [exact], "direct": [direct], "one step": [slow]}
-    found = guidance.time_to_exact(cells, "stored graph")
-    assert (found["exact_seconds"], found["exact_reward"], found["held_out_exact"]) == (10, 3, 1.5)
-    row = found["direct"]
+    result = guidance.time_to_exact(cells, "stored graph")
+    assert (result["exact_seconds"], result["exact_reward"], result["held_out_exact"]) == (10, 3, 1.5)
+    row = result["direct"]
     assert (row["seconds"], row["share_of_exact"]) == (2, 0.2)
     assert (row["held_out"], row["held_out_difference"]) == (5.5, 4)
     assert row["held_out_difference_standard_error"] == pytest.approx(1)  # differences 3 and 5
-    assert found["one step"] == {"seconds": None}
+    assert result["one step"] == {"seconds": None}
 
 
 def check_plot(figure, result):
-    """Every curve and every per-step run is where its numbers are."""
+    """Checks that every curve and every per-step run lies where its numbers are."""
     table = result["reward_after_ten_iterations"]
     for axes, (name, rows) in zip(figure.axes, table.items(), strict=True):
         assert axes.get_title() == name
@@ -142,38 +142,38 @@ def test_tiny_form_of_the_large_benchmark(tmp_path, capsys):
     result = benchmark.run(setting, ("floor", "direct", "one step", "per-step recomputation"), tmp_path)
     assert result["faster_exact_method"] == "per-step recomputation"
     assert result["exact_over_default"] > 0
-    free = [result["methods"][name]["over_floor"] for name in ("direct", "one step")]
-    assert result["worst_autodiff_free_over_floor"] == max(free)
+    ratios = [result["methods"][name]["over_floor"] for name in ("direct", "one step")]
+    assert result["worst_autodiff_free_over_floor"] == max(ratios)
     for row in result["methods"].values():
         assert row["peak_memory"] >= row["memory_before"] > 1e6
         assert row["seconds"] > 0
-    broken = benchmark.run(setting, ("no such method",), tmp_path)
-    assert broken["methods"]["no such method"] == {"failed": "exit status 1"}
+    failure = benchmark.run(setting, ("no such method",), tmp_path)
+    assert failure["methods"]["no such method"] == {"failed": "exit status 1"}
     assert "no such method" in capsys.readouterr().out
-    assert set(broken["methods"]) == {*result["methods"], "no such method"}  # with all that was done before
+    assert set(failure["methods"]) == {*result["methods"], "no such method"}  # the earlier results too
 
 
 def test_failures_of_the_large_benchmark_are_kept_or_tried_again(tmp_path, monkeypatch, capsys):
     import guidance_sd15_size as benchmark
 
-    ran = []
+    runs = []
 
-    def measured(setting, method):
-        """In place of its process."""
-        ran.append(method)
-        killed = method == "direct" and ran.count("direct") == 1
-        return {"failed": "exit status -9"} if killed else {"over_floor": 1.0, "seconds": 1.0}
+    def record_run(setting, method):
+        """Stands for the process of one method."""
+        runs.append(method)
+        fails = method == "direct" and runs.count("direct") == 1
+        return {"failed": "exit status -9"} if fails else {"over_floor": 1.0, "seconds": 1.0}
 
-    monkeypatch.setattr(benchmark, "_in_own_process", measured)
+    monkeypatch.setattr(benchmark, "_in_own_process", record_run)
     arguments = ["--tiny", "--records", str(tmp_path), "--methods"]
     benchmark.main([*arguments, "direct", "endpoint, centred"])
-    assert ran == ["direct", "endpoint, centred"]
+    assert runs == ["direct", "endpoint, centred"]
     benchmark.main([*arguments, "direct", "gaussian"])
-    assert ran[2:] == ["gaussian"]  # the failure stands
+    assert runs[2:] == ["gaussian"]  # the failure stands
     capsys.readouterr()
     benchmark.main([*arguments, "direct", "gaussian", "--retry-failed"])
-    assert ran[3:] == ["direct"]  # what was well is not done twice
-    shown = capsys.readouterr().out
-    assert "direct" in shown and "gaussian" in shown and "failed" not in shown
+    assert runs[3:] == ["direct"]  # successful methods do not run twice
+    output = capsys.readouterr().out
+    assert "direct" in output and "gaussian" in output and "failed" not in output
     with pytest.raises(SystemExit):
         benchmark.main([*arguments, "no such method"])

@@ -58,17 +58,19 @@ def guide(pipe, reward=reward, prompts=PROMPTS, **options):
 
 def test_first_images_and_held_out_rewards_belong_to_the_runs(pipe):
     out = guide(pipe, held_out_reward=brightness)
-    plain = pipe(
+    stock_images = pipe(
         PROMPTS, latents=noise(), num_inference_steps=3, guidance_scale=3.0, output_type="pt",
         generator=torch.Generator().manual_seed(1),
     ).images  # fmt: skip
-    assert torch.equal(out.initial_images, plain)
+    assert torch.equal(out.initial_images, stock_images)
     assert out.held_out_rewards.shape == out.rewards.shape == out.shell_distances.shape == (3, 2)
-    torch.testing.assert_close(out.held_out_rewards[0], brightness(plain, []).double(), rtol=1e-6, atol=0)  # float32
+    torch.testing.assert_close(
+        out.held_out_rewards[0], brightness(stock_images, []).double(), rtol=1e-6, atol=0
+    )  # float32
     assert (out.status, out.prompt_embeds, out.controls) == ("completed", None, None)
-    without = guide(pipe)
-    assert without.held_out_rewards.shape == (0, 2)
-    assert torch.equal(without.rewards, out.rewards)
+    other_out = guide(pipe)
+    assert other_out.held_out_rewards.shape == (0, 2)
+    assert torch.equal(other_out.rewards, out.rewards)
 
 
 def test_text_of_the_output(pipe):
@@ -121,8 +123,8 @@ def test_patience_and_optimiser_are_passed_on(pipe):
     by_hand = guide(pipe, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.05), num_guidance_steps=1)
     assert torch.equal(adam.rewards, by_hand.rewards)
     assert bool((adam.rewards[1] > adam.rewards[0]).all())
-    moved = adam.latents - noise()
-    torch.testing.assert_close(moved.abs(), torch.full_like(moved, 0.05), rtol=1e-3, atol=0)  # Adam's first step
+    change = adam.latents - noise()
+    torch.testing.assert_close(change.abs(), torch.full_like(change, 0.05), rtol=1e-3, atol=0)  # Adam's first step
 
 
 def test_safety_checker_sees_the_guided_images_and_is_reported():
@@ -136,23 +138,27 @@ def test_safety_checker_sees_the_guided_images_and_is_reported():
     def run():
         return guide(pipe, prompts=["a", "b", "c", "d"], **options)
 
-    clean = run()
-    assert clean.nsfw_content_detected == [False] * 4
-    assert bool((clean.best_rewards > clean.rewards[0]).all())
-    after, before = tiny.similarities(pipe, clean.images), tiny.similarities(pipe, clean.initial_images)
-    ordered = after.sort().values
-    place = int(ordered.diff().argmax())
-    threshold = float(ordered[place : place + 2].mean())
+    reference = run()
+    assert reference.nsfw_content_detected == [False] * 4
+    assert bool((reference.best_rewards > reference.rewards[0]).all())
+    after, before = (
+        tiny.similarities(pipe, reference.images),
+        tiny.similarities(pipe, reference.initial_images),
+    )
+    similarities = after.sort().values
+    place = int(similarities.diff().argmax())
+    threshold = float(similarities[place : place + 2].mean())
     assert float((torch.cat([after, before]) - threshold).abs().min()) > 1e-3  # the checker rounds to three digits
     pipe.safety_checker.concept_embeds_weights.data.fill_(threshold)
     out = run()
     assert out.nsfw_content_detected == (after > threshold).tolist()
     assert 0 < sum(out.nsfw_content_detected) < 4
-    for images, unchecked, flagged in (
-        (out.images, clean.images, after > threshold), (out.initial_images, clean.initial_images, before > threshold)
+    for images, original, is_unsafe in (
+        (out.images, reference.images, after > threshold),
+        (out.initial_images, reference.initial_images, before > threshold),
     ):  # fmt: skip
-        assert torch.equal(images, torch.where(flagged[:, None, None, None], 0, unchecked))
-    assert torch.equal(out.rewards, clean.rewards)
+        assert torch.equal(images, torch.where(is_unsafe[:, None, None, None], 0, original))
+    assert torch.equal(out.rewards, reference.rewards)
     stock = pipe(
         ["a", "b", "c", "d"], latents=out.latents, num_inference_steps=3, guidance_scale=3.0, output_type="pt"
     )  # fmt: skip
@@ -188,11 +194,11 @@ def test_gradient_of_the_text_is_that_of_full_back_propagation(pipe, estimator):
     length = torch.linalg.vector_norm(gradient.flatten(1), dim=1)[:, None, None]
     size = torch.linalg.vector_norm(positive.detach().flatten(1), dim=1)[:, None, None]
     expected = 0.1 * size * gradient / length
-    better = out.rewards[1] > out.rewards[0]
-    assert bool(better.any())  # the text of the best is the moved one there
-    moved = (out.prompt_embeds - positive.detach())[better]
+    has_gain = out.rewards[1] > out.rewards[0]
+    assert bool(has_gain.any())  # the text of the best is the moved one there
+    change = (out.prompt_embeds - positive.detach())[has_gain]
     # float32, products in another order
-    assert relative(moved, expected[better]) < 1e-4
+    assert relative(change, expected[has_gain]) < 1e-4
     assert relative(out.gradient_norms[0], length.flatten()) < 1e-4
     assert torch.equal(out.latents, noise())
 
@@ -201,11 +207,11 @@ def test_text_of_the_best_images_reproduces_them(pipe):
     out = guide(pipe, optimise=["noise", "text"])
     assert bool((out.best_rewards > out.rewards[0]).all())
     _, negative = pipe.encode_prompt(PROMPTS, pipe.device, 1, True)
-    again = pipe(
+    images = pipe(
         prompt_embeds=out.prompt_embeds, negative_prompt_embeds=negative, latents=out.latents, num_inference_steps=3,
         guidance_scale=3.0, output_type="pt",
     ).images  # fmt: skip
-    torch.testing.assert_close(again, out.images, rtol=0, atol=1e-6)  # float32
+    torch.testing.assert_close(images, out.images, rtol=0, atol=1e-6)  # float32
     assert torch.equal(pipe.encode_prompt(PROMPTS, pipe.device, 1, True)[1], negative)  # the pipeline has not changed
 
 
@@ -214,16 +220,16 @@ def test_negative_prompts_that_have_their_own_encoding_do_not_change():
     flux = tiny.flux(FluxFisherPipeline, texts=True)
     options = {"height": 8, "width": 8, "max_sequence_length": 8, "true_cfg_scale": 3.0}
     denoiser, text = PipelineDenoiser(flux, prompt="a b", negative_prompt="c", **options), TextEmbedding()
-    given, x = [], torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0))
+    hidden_states, x = [], torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0))
     flux.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: given.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+        lambda module, args, kwargs: hidden_states.append(kwargs["encoder_hidden_states"]), with_kwargs=True
     )
     denoiser(x, 500.0)
     text.attach(denoiser)
     denoiser(x, 500.0)
     text.value = 2 * text.value
     denoiser(x, 500.0)
-    positive, negative = given[0::2], given[1::2]
+    positive, negative = hidden_states[0::2], hidden_states[1::2]
     assert torch.equal(positive[1], positive[0]) and torch.equal(positive[2], 2 * positive[0])
     assert len(negative) == 3 and all(torch.equal(value, negative[0]) for value in negative)
     assert not torch.equal(negative[0], positive[0])
@@ -258,27 +264,27 @@ def test_control_of_every_step_raises_the_reward_and_replays(pipe):
 
 def test_tiny_autoencoder_decodes_for_the_reward_alone(pipe):
     torch.manual_seed(2)
-    little = AutoencoderTiny(
+    tiny_autoencoder = AutoencoderTiny(
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1), upsampling_scaling_factor=2, latent_channels=4,
     )  # fmt: skip
     before = pipe.vae
-    seen = []
+    reward_images = []
 
-    def watched(images, prompts):
-        seen.append(images.detach())
+    def record_images(images, prompts):
+        reward_images.append(images.detach())
         return reward(images, prompts)
 
-    out = guide(pipe, watched, decoder=little)
+    out = guide(pipe, record_images, decoder=tiny_autoencoder)
     assert pipe.vae is before
     end = pipe(PROMPTS, latents=out.latents, num_inference_steps=3, guidance_scale=3.0, output_type="latent").images
     # float32; the images are the autoencoder's, those of the reward the tiny one's
     torch.testing.assert_close(out.images, backbone_of(pipe).decode(end).detach(), rtol=0, atol=1e-6)
     with torch.no_grad():
-        expected = (little.decode(pipe(
+        expected = (tiny_autoencoder.decode(pipe(
             PROMPTS, latents=noise(), num_inference_steps=3, guidance_scale=3.0, output_type="latent"
         ).images).sample / 2 + 0.5).clamp(0, 1)  # fmt: skip
-    torch.testing.assert_close(seen[1], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(reward_images[1], expected, rtol=0, atol=1e-6)
     assert bool((out.best_rewards > out.rewards[0]).any())
 
 
@@ -298,21 +304,21 @@ def test_decoder_of_another_size_is_refused(pipe):
 
 
 def test_decoder_with_checkpoints_keeps_less_memory_and_changes_no_result(pipe):
-    kept = []
+    sizes = []
 
-    def stored(tensor):
-        kept.append(tensor.numel())
+    def record_size(tensor):
+        sizes.append(tensor.numel())
         return tensor
 
     results = []
     before = {name: dict(vars(part)) for name, part in pipe.vae.named_modules()}
     for checkpointed in (False, True):
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(stored, lambda tensor: tensor):
-            results.append((guide(pipe, checkpoint_decoder=checkpointed, num_guidance_steps=1), sum(kept)))
-    (plain, all_kept), (thrifty, few_kept) = results
-    torch.testing.assert_close(thrifty.rewards, plain.rewards, rtol=1e-5, atol=1e-5)  # float32
-    assert few_kept < 0.9 * all_kept  # what is recomputed in the backward pass counts, too, block by block
+        sizes.clear()
+        with torch.autograd.graph.saved_tensors_hooks(record_size, lambda tensor: tensor):
+            results.append((guide(pipe, checkpoint_decoder=checkpointed, num_guidance_steps=1), sum(sizes)))
+    (reference, full_size), (out, size) = results
+    torch.testing.assert_close(out.rewards, reference.rewards, rtol=1e-5, atol=1e-5)  # float32
+    assert size < 0.9 * full_size  # tensors of the recomputation in the backward pass count too, block by block
     after = {name: dict(vars(part)) for name, part in pipe.vae.named_modules()}
     assert {name: values.keys() for name, values in after.items()} == {k: v.keys() for k, v in before.items()}
     assert not pipe.vae.is_gradient_checkpointing
@@ -325,26 +331,26 @@ def test_backward_pass_at_another_guidance_scale_uses_the_denoiser_of_that_scale
     def gradient_norms(estimator, **options):
         return guide(pipe, estimator=estimator, num_guidance_steps=1, **options).gradient_norms
 
-    own = PipelineDenoiser(pipe, 1.0, prompt=PROMPTS)
-    expected = gradient_norms(AutodiffFisher(own))
+    denoiser = PipelineDenoiser(pipe, 1.0, prompt=PROMPTS)
+    expected = gradient_norms(AutodiffFisher(denoiser))
     assert torch.equal(gradient_norms(AutodiffFisher(), adjoint_guidance_scale=1.0), expected)
-    guided = gradient_norms(AutodiffFisher())
-    assert relative(guided, expected) > 1e-3
-    assert torch.equal(gradient_norms(AutodiffFisher(), adjoint_guidance_scale=3.0), guided)
+    guided_norms = gradient_norms(AutodiffFisher())
+    assert relative(guided_norms, expected) > 1e-3
+    assert torch.equal(gradient_norms(AutodiffFisher(), adjoint_guidance_scale=3.0), guided_norms)
     # Differences in place of the transposed product: central, because the run's own output is the guided one.
     differences = gradient_norms(FiniteDifferenceFisher(), adjoint_guidance_scale=1.0)
-    central = gradient_norms(FiniteDifferenceFisher(own, central=True))
+    central = gradient_norms(FiniteDifferenceFisher(denoiser, central=True))
     assert torch.equal(differences, central)
     assert torch.equal(gradient_norms(DirectFisher(), adjoint_guidance_scale=1.0), gradient_norms(DirectFisher()))
     default = gradient_norms(None, adjoint_guidance_scale=1.0)
-    assert torch.equal(default, gradient_norms(OneStepFisher(FiniteDifferenceFisher(own, central=True))))
+    assert torch.equal(default, gradient_norms(OneStepFisher(FiniteDifferenceFisher(denoiser, central=True))))
 
 
 @pytest.mark.parametrize(("dtype", "step"), [(torch.float32, 0.01), (torch.float16, 0.05), (torch.bfloat16, 0.1)])
 def test_default_differences_suit_the_networks_precision(dtype, step):
     pipe = tiny.stable_diffusion(StableDiffusionFisherPipeline).to(dtype)
-    given = OneStepFisher(FiniteDifferenceFisher(relative_step=step))
-    default, expected = (guide(pipe, estimator=entry, num_guidance_steps=2) for entry in (None, given))
+    estimator = OneStepFisher(FiniteDifferenceFisher(relative_step=step))
+    default, expected = (guide(pipe, estimator=entry, num_guidance_steps=2) for entry in (None, estimator))
     assert torch.equal(default.rewards, expected.rewards)
     assert torch.equal(default.gradient_norms, expected.gradient_norms)
 

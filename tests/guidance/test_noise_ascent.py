@@ -28,8 +28,8 @@ def test_first_step_follows_the_exact_gradient_on_the_noises_sphere(name):
     # float32, the same products in another order through five steps: measured 3e-7.
     assert relative(ascent.gradient_norms[0], norms(gradient)) < 1e-5
     length = norms(start)[:, None, None, None]
-    moved = start + 0.3 * length * gradient / norms(gradient)[:, None, None, None]
-    expected = moved * length / norms(moved)[:, None, None, None]
+    target = start + 0.3 * length * gradient / norms(gradient)[:, None, None, None]
+    expected = target * length / norms(target)[:, None, None, None]
     assert relative(problem.noises[1] - start, expected - start) < 1e-5
     assert torch.equal(problem.noises[0], start)
 
@@ -51,12 +51,12 @@ def test_step_is_halved_for_each_sample_without_a_new_best_reward():
     problem.ascend(reward=scripted(table), num_guidance_steps=4, step_size=0.2)
     lengths = [[0.2, 0.2], [0.2, 0.1], [0.2, 0.1], [0.2, 0.05]]  # the best of sample 1 are runs 0, 2 and 4
     size = norms(problem.noises[0])[:, None, None, None]
-    for length, noise, following in zip(lengths, problem.noises, problem.noises[1:], strict=False):
+    for length, noise, next_noise in zip(lengths, problem.noises, problem.noises[1:], strict=False):
         gradient = problem.exact_gradient(noise)
         step = torch.tensor(length)[:, None, None, None] * size
-        moved = noise + step * gradient / norms(gradient)[:, None, None, None]
-        expected = moved * size / norms(moved)[:, None, None, None]
-        assert relative(following - noise, expected - noise) < 1e-4  # float32, and the direction of a tiny gradient
+        target = noise + step * gradient / norms(gradient)[:, None, None, None]
+        expected = target * size / norms(target)[:, None, None, None]
+        assert relative(next_noise - noise, expected - noise) < 1e-4  # float32, and the direction of a tiny gradient
 
 
 def test_best_is_kept_sample_by_sample():
@@ -81,22 +81,22 @@ def test_first_of_equal_rewards_is_kept():
 
 
 def test_history_and_call_counts():
-    problem, seen, calls = Problem(), [], []
+    problem, reports, calls = Problem(), [], []
 
     def reward(images, prompts):
         calls.append((tuple(images.shape), list(prompts), images.requires_grad))
         return projection(images, prompts)
 
-    ascent = problem.ascend(reward, num_guidance_steps=3, on_step=seen.append)
+    ascent = problem.ascend(reward, num_guidance_steps=3, on_step=reports.append)
     assert [tuple(row.shape) for row in ascent.rewards] == [(2,)] * 4
     assert [tuple(row.shape) for row in ascent.gradient_norms] == [(2,)] * 3
     assert {row.dtype for row in [*ascent.rewards, *ascent.gradient_norms, ascent.best_rewards]} == {torch.float64}
     assert len(ascent.seconds) == 4
     assert min(ascent.seconds) > 0
-    assert all(torch.equal(row, shown) for row, shown in zip(ascent.rewards, seen, strict=True))
+    assert all(torch.equal(row, report) for row, report in zip(ascent.rewards, reports, strict=True))
     assert calls == [(SHAPE, PROMPTS, True)] * 3 + [(SHAPE, PROMPTS, False)]  # no gradient of the last run
     assert ascent.num_sampling_calls == 4 * STEPS
-    assert problem.num_calls == 4 * STEPS + 3 * STEPS  # and one of the estimator per step of each backward pass
+    assert problem.num_calls == 4 * STEPS + 3 * STEPS  # the estimator makes one call per step of each backward pass
     for row, noise in zip(ascent.rewards, problem.noises, strict=True):
         assert torch.equal(row, projection(torch.sigmoid(problem.run(noise)), PROMPTS).double())
 
@@ -136,10 +136,10 @@ def test_sample_with_zero_gradient_does_not_move(caplog):
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 def test_size_of_the_gradient_does_not_matter(scale):
     """The squares of such gradients are zero or infinite in float32."""
-    plain, scaled = Problem(), Problem()
-    reference = plain.ascend(num_guidance_steps=1)
-    ascent = scaled.ascend(lambda images, prompts: scale * projection(images, prompts), num_guidance_steps=1)
-    assert relative(scaled.noises[1], plain.noises[1]) < 1e-6  # float32 rounding
+    reference_problem, problem = Problem(), Problem()
+    reference = reference_problem.ascend(num_guidance_steps=1)
+    ascent = problem.ascend(lambda images, prompts: scale * projection(images, prompts), num_guidance_steps=1)
+    assert relative(problem.noises[1], reference_problem.noises[1]) < 1e-6  # float32 rounding
     assert relative(ascent.gradient_norms[0] / scale, reference.gradient_norms[0]) < 1e-5
 
 
@@ -149,8 +149,8 @@ def test_noise_and_grad_mode_of_the_caller_do_not_change():
         ascent = Problem().ascend(noise=noise)
         assert not torch.is_grad_enabled()
     assert torch.equal(noise, latents(torch.float32, SHAPE))
-    held = [ascent.best["images"], ascent.best["noise"], *ascent.rewards, *ascent.gradient_norms]
-    assert not any(tensor.requires_grad for tensor in held)
+    tensors = [ascent.best["images"], ascent.best["noise"], *ascent.rewards, *ascent.gradient_norms]
+    assert not any(tensor.requires_grad for tensor in tensors)
 
 
 # What is refused
@@ -166,17 +166,17 @@ BAD_VALUES = {
 
 
 @pytest.mark.parametrize("kind", BAD_VALUES)
-@pytest.mark.parametrize("where", ["checked_reward", "check_differentiable", "ascend_noise"])
-def test_reward_of_the_wrong_kind(kind, where):
+@pytest.mark.parametrize("entry", ["checked_reward", "check_differentiable", "ascend_noise"])
+def test_reward_of_the_wrong_kind(kind, entry):
     value, message = BAD_VALUES[kind]
 
     def score(images, prompts):
         return value(images)
 
     with pytest.raises(InputError, match=f"The reward 'score' {message}; it must return a tensor of shape .2,."):
-        if where == "checked_reward":
+        if entry == "checked_reward":
             checked_reward(score, torch.rand(SHAPE), PROMPTS)
-        elif where == "check_differentiable":
+        elif entry == "check_differentiable":
             check_differentiable(score, SHAPE, PROMPTS, torch.device("cpu"))
         else:
             Problem().ascend(score)
@@ -212,8 +212,8 @@ def test_gradient_that_is_not_finite_later_stops_with_that_runs_reward():
 
     def reward(images, prompts):
         values = projection(images, prompts)
-        broken = (images - images.detach()).sum((1, 2, 3)).abs().sqrt()  # 0, with an infinite slope
-        return values + (broken if len(problem.noises) == 3 else 0)
+        infinite_slope = (images - images.detach()).sum((1, 2, 3)).abs().sqrt()  # 0, with an infinite slope
+        return values + (infinite_slope if len(problem.noises) == 3 else 0)
 
     ascent = problem.ascend(reward)
     assert (len(ascent.rewards), len(ascent.gradient_norms), len(ascent.seconds)) == (3, 2, 3)
@@ -236,9 +236,9 @@ class Judge:
 @pytest.mark.parametrize("error", [ZeroDivisionError("no judge"), KeyboardInterrupt()], ids=type)
 def test_rewards_own_exception_comes_through_and_the_scheduler_can_be_used_again(error):
     problem = Problem()
-    with pytest.raises(type(error)) as caught:
+    with pytest.raises(type(error)) as raised_error:
         problem.ascend(Judge(error))
-    assert caught.value is error
+    assert raised_error.value is error
     assert len(problem.noises) == 3
     assert torch.equal(problem.ascend().best_rewards, Problem().ascend().best_rewards)
 
@@ -307,20 +307,20 @@ def test_trial_passes_differentiable_rewards(reward, grad):
 
 
 def test_trial_gives_the_reward_images_in_range_and_all_prompts():
-    seen = []
+    calls = []
 
     def reward(images, prompts):
-        seen.append((images.detach(), prompts))
+        calls.append((images.detach(), prompts))
         return projection(images, prompts)
 
     check_differentiable(reward, SHAPE, PROMPTS, torch.device("cpu"))
-    ((images, prompts),) = seen
+    ((images, prompts),) = calls
     assert (images.shape, images.dtype, prompts) == (SHAPE, torch.float32, PROMPTS)
     assert 0 < float(images.min()) < float(images.max()) < 1
 
 
 SCALE = torch.nn.Parameter(torch.ones(2))
-CUT = {
+DETACHED_REWARDS = {
     "detach": lambda images: images.detach().mean((1, 2, 3)),
     "numpy": lambda images: torch.from_numpy(images.detach().numpy().mean((1, 2, 3))),
     "item": lambda images: torch.tensor([image.mean().item() for image in images]),
@@ -331,10 +331,10 @@ CUT = {
 }
 
 
-@pytest.mark.parametrize("kind", CUT)
+@pytest.mark.parametrize("kind", DETACHED_REWARDS)
 def test_trial_refuses_rewards_whose_graph_is_cut(kind):
     def score(images, prompts):
-        return CUT[kind](images)
+        return DETACHED_REWARDS[kind](images)
 
     message = (
         r"The reward 'score' is not differentiable .* go through PIL or numpy, `.item\(\)`, `.detach\(\)`, argmax"

@@ -100,13 +100,13 @@ def test_callback_is_the_step_with_a_tilted_score(name):
     scheduler, changes = FIRST_ORDER[name]
     pipe = stable_diffusion(scheduler, **changes)
     with posterior_guidance(pipe, reward, strength=0.3, decode=decode) as guidance:
-        guided = sample(pipe, guidance)
+        guided_sample = sample(pipe, guidance)
     cls = tilted(getattr(diffusers, scheduler), 0.3, direct)
     pipe.scheduler = cls.from_config(dict(pipe.scheduler.config))
-    expected, plain = sample(pipe), sample(stable_diffusion(scheduler, **changes))
-    assert relative(expected, plain) > 0.01
+    expected, stock_sample = sample(pipe), sample(stable_diffusion(scheduler, **changes))
+    assert relative(expected, stock_sample) > 0.01
     # float64; the schedulers' own tables are float32 where ours are not.
-    assert relative(guided - plain, expected - plain) < 1e-4
+    assert relative(guided_sample - stock_sample, expected - stock_sample) < 1e-4
 
 
 def test_callback_tilts_the_score_of_flow_models_from_pure_noise():
@@ -119,16 +119,16 @@ def test_callback_tilts_the_score_of_flow_models_from_pure_noise():
     def run(callback=None):
         return pipe(latents=start, output_type="latent", callback_on_step_end=callback, **embeds, **options).images
 
-    plain = run()
+    stock_sample = run()
     with posterior_guidance(pipe, reward, strength=0.3, decode=decode) as guidance:
-        guided = run(guidance)
+        guided_sample = run(guidance)
     assert len(guidance.rewards) == 4
 
     cls = tilted(diffusers.FlowMatchEulerDiscreteScheduler, 0.3, direct)
     pipe.scheduler = cls.from_config(dict(pipe.scheduler.config))
     expected = run()
-    assert relative(expected, plain) > 0.01
-    assert relative(guided - plain, expected - plain) < 1e-4  # the scheduler's sigmas are float32
+    assert relative(expected, stock_sample) > 0.01
+    assert relative(guided_sample - stock_sample, expected - stock_sample) < 1e-4  # the scheduler's sigmas are float32
 
 
 @pytest.mark.parametrize(
@@ -142,11 +142,13 @@ def test_callback_tilts_the_score_of_flow_models_from_pure_noise():
 def test_every_samples_reward_goes_up_on_any_scheduler(name):
     changes = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
     pipe = stable_diffusion(name, torch.float32, **changes)
-    plain = reward(decode(sample(pipe)), PROMPTS)
+    stock_rewards = reward(decode(sample(pipe)), PROMPTS)
     with posterior_guidance(pipe, reward, strength=0.2, decode=decode) as guidance:
-        guided = reward(decode(sample(pipe, guidance)), PROMPTS)
-    assert bool((guided > plain + 0.5).all())  # rewards are of order 4; stochastic schedulers saw the same noise
-    assert torch.equal(reward(decode(sample(pipe)), PROMPTS), plain)  # and the pipeline has not changed
+        guided_rewards = reward(decode(sample(pipe, guidance)), PROMPTS)
+    assert bool(
+        (guided_rewards > stock_rewards + 0.5).all()
+    )  # rewards are of order 4; stochastic schedulers saw the same noise
+    assert torch.equal(reward(decode(sample(pipe)), PROMPTS), stock_rewards)  # the pipeline has not changed
 
 
 @pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])
@@ -156,9 +158,9 @@ def test_steps_of_two_evaluations_are_tilted_once(name):
     rises = {}
     for scheduler in (name, "EulerDiscreteScheduler"):
         pipe = stable_diffusion(scheduler)
-        plain = reward(decode(sample(pipe, steps=20)), PROMPTS)
+        stock_rewards = reward(decode(sample(pipe, steps=20)), PROMPTS)
         with posterior_guidance(pipe, reward, strength=0.05, decode=decode) as guidance:
-            rises[scheduler] = reward(decode(sample(pipe, guidance, steps=20)), PROMPTS) - plain
+            rises[scheduler] = reward(decode(sample(pipe, guidance, steps=20)), PROMPTS) - stock_rewards
         assert len(guidance.rewards) == 20
     # The same tilt of the same ODE, discretised otherwise: 20 steps agree to some percent.
     assert relative(rises[name], rises["EulerDiscreteScheduler"]) < 0.15
@@ -179,13 +181,13 @@ def test_guidance_by_the_networks_own_product_is_that_of_dps():
             (gradient,) = torch.autograd.grad(reward(decode(clean), PROMPTS).sum(), leaf)
         return gradient / torch.linalg.vector_norm(gradient.flatten(1), dim=1)[:, None, None, None]
 
-    plain = sample(pipe)
+    stock_sample = sample(pipe)
     with posterior_guidance(pipe, reward, strength=0.3, decode=decode, estimator=AutodiffFisher(denoiser)) as guidance:
-        guided = sample(pipe, guidance)
+        guided_sample = sample(pipe, guidance)
     pipe.scheduler = tilted(diffusers.DDIMScheduler, 0.3, dps).from_config(dict(pipe.scheduler.config))
     expected = sample(pipe)
-    assert relative(guided - plain, expected - plain) < 1e-4  # the scheduler's table is float32
-    difference = relative(guided - plain, sample_direct(0.3) - plain)
+    assert relative(guided_sample - stock_sample, expected - stock_sample) < 1e-4  # the scheduler's table is float32
+    difference = relative(guided_sample - stock_sample, sample_direct(0.3) - stock_sample)
     assert difference > 0.05  # the direction differs from that of the direct estimator
 
 
@@ -206,23 +208,25 @@ def test_finite_differences_share_one_call_between_the_samples_of_a_step():
 
 def test_history_belongs_to_the_last_run_and_is_exact():
     pipe = stable_diffusion()
-    seen, clean = [], []
+    reward_prompts, reward_images = [], []
 
-    def told(images, prompts):
-        seen.append(list(prompts))
-        clean.append(images.detach())
+    def record_reward(images, prompts):
+        reward_prompts.append(list(prompts))
+        reward_images.append(images.detach())
         return reward(images, prompts)
 
-    with posterior_guidance(pipe, told, PROMPTS, decode=decode) as guidance:
+    with posterior_guidance(pipe, record_reward, PROMPTS, decode=decode) as guidance:
         sample(pipe, guidance, steps=4)
         sample(pipe, guidance, steps=3)
-    assert seen == [PROMPTS] * 8  # one call is the trial, which the second run of the same size does not repeat
+    assert (
+        reward_prompts == [PROMPTS] * 8
+    )  # one call is the trial, which the second run of the same size does not repeat
     assert (
         [tuple(row.shape) for row in guidance.rewards]
         == [(2,)] * 3
         == [tuple(row.shape) for row in guidance.gradient_norms]
     )
-    for row, images in zip(guidance.rewards, clean[5:], strict=True):
+    for row, images in zip(guidance.rewards, reward_images[5:], strict=True):
         assert torch.equal(row, reward(images, PROMPTS))
     assert bool((torch.stack(guidance.gradient_norms) > 0).all())
 
@@ -243,9 +247,9 @@ def test_autoencoder_of_the_pipeline_decodes_by_default():
             callback_on_step_end=callback,
         ).images.mean((1, 2, 3))  # fmt: skip
 
-    plain = images()
+    stock_values = images()
     with posterior_guidance(pipe, brightness, strength=0.3) as guidance:
-        assert bool((images(guidance) > plain).all())
+        assert bool((images(guidance) > stock_values).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -257,15 +261,18 @@ def test_dtype_of_the_latents_does_not_change(dtype):
 
 
 def test_pipeline_does_not_change_even_after_an_error():
-    def broken(images, prompts):
+    def failing_reward(images, prompts):
         raise ZeroDivisionError("no judge")
 
     pipe = stable_diffusion()
     sample(pipe)
     sample(pipe, steps=3)
     names, attributes = set(vars(pipe.scheduler)), set(vars(pipe))
-    with pytest.raises(ZeroDivisionError, match="no judge"), posterior_guidance(pipe, broken, decode=decode) as guided:
-        sample(pipe, guided)
+    with (
+        pytest.raises(ZeroDivisionError, match="no judge"),
+        posterior_guidance(pipe, failing_reward, decode=decode) as guidance,
+    ):
+        sample(pipe, guidance)
     assert set(vars(pipe.scheduler)) == names
     assert set(vars(pipe)) == attributes
     assert pipe.scheduler.step.__func__ is diffusers.DDIMScheduler.step
@@ -349,11 +356,11 @@ def test_numbers_that_are_not_finite_later_end_the_guidance_and_not_the_run(kind
         assert f"Guidance {guidance.status} The run goes on without it." in caplog.messages
 
     def stopping(pipe, index, timestep, arguments):
-        return guided(pipe, index, timestep, arguments) if index < 2 else arguments
+        return reference_guidance(pipe, index, timestep, arguments) if index < 2 else arguments
 
-    with posterior_guidance(pipe, reward, decode=decode) as guided:
+    with posterior_guidance(pipe, reward, decode=decode) as reference_guidance:
         expected = sample(pipe, stopping)
-        assert guided.status == "completed"
+        assert reference_guidance.status == "completed"
     assert (torch.as_tensor(images) == torch.as_tensor(expected)).all()
 
 
@@ -386,28 +393,28 @@ def record_calls(network):
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_rewards_are_refused_before_any_evaluation(kind):
-    bad, error, message = BAD[kind]
+    bad_reward, error, message = BAD[kind]
     pipe = stable_diffusion()
     calls = record_calls(pipe.unet)
-    with pytest.raises(error, match=message), posterior_guidance(pipe, bad, decode=decode) as guidance:
+    with pytest.raises(error, match=message), posterior_guidance(pipe, bad_reward, decode=decode) as guidance:
         sample(pipe, guidance)
     assert len(calls) == (1 if kind == "slope" else 0)  # only the run's own images have infinite slopes
 
 
 def test_trial_has_the_runs_number_and_size_and_decodes_nothing():
     """A reward with one target per sample passes; a reward that fits only the trial is refused."""
-    pipe, seen = stable_diffusion(dtype=torch.float32), []
+    pipe, reward_calls = stable_diffusion(dtype=torch.float32), []
     calls, decodings = record_calls(pipe.unet), record_calls(pipe.vae.decoder)
     targets = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
     def per_sample(images, prompts):
-        seen.append((tuple(images.shape), list(prompts), len(calls), len(decodings)))
+        reward_calls.append((tuple(images.shape), list(prompts), len(calls), len(decodings)))
         return -((images - targets) ** 2).mean((1, 2, 3))
 
     with posterior_guidance(pipe, per_sample, "a b") as guidance:
         pipe("c", height=32, width=32, num_images_per_prompt=3, num_inference_steps=2, callback_on_step_end=guidance)
     shape = (3, 3, 32, 32)
-    assert seen == [(shape, ["a b"] * 3, 0, 0), (shape, ["a b"] * 3, 1, 1), (shape, ["a b"] * 3, 2, 2)]
+    assert reward_calls == [(shape, ["a b"] * 3, 0, 0), (shape, ["a b"] * 3, 1, 1), (shape, ["a b"] * 3, 2, 2)]
     with pytest.raises(RuntimeError, match="must match"), posterior_guidance(pipe, per_sample) as guidance:
         pipe("c", num_inference_steps=2, callback_on_step_end=guidance)
     assert len(calls) == 2
@@ -415,8 +422,8 @@ def test_trial_has_the_runs_number_and_size_and_decodes_nothing():
 
 def test_flow_pipelines_try_the_reward_too():
     pipe = PIPELINES["SD3"].make()
-    calls, bad = record_calls(pipe.transformer), BAD["cut"][0]
-    with pytest.raises(InputError, match="not differentiable"), posterior_guidance(pipe, bad) as guidance:
+    calls, bad_reward = record_calls(pipe.transformer), BAD["cut"][0]
+    with pytest.raises(InputError, match="not differentiable"), posterior_guidance(pipe, bad_reward) as guidance:
         pipe(num_inference_steps=2, guidance_scale=1.0, callback_on_step_end=guidance, **tiny.embeds(2))
     assert calls == []
 
@@ -424,7 +431,7 @@ def test_flow_pipelines_try_the_reward_too():
 def test_estimators_own_evaluations_are_no_runs_to_try_the_reward_for():
     pipe, shapes = stable_diffusion(), []
 
-    def told(images, prompts):
+    def record_reward(images, prompts):
         shapes.append(tuple(images.shape))
         return reward(images, prompts)
 
@@ -435,7 +442,7 @@ def test_estimators_own_evaluations_are_no_runs_to_try_the_reward_for():
         denoiser(state.sample[:1], state.timestep)
         return DirectFisher()(state)
 
-    with posterior_guidance(pipe, told, decode=decode, estimator=FunctionFisher(one_only)) as guidance:
+    with posterior_guidance(pipe, record_reward, decode=decode, estimator=FunctionFisher(one_only)) as guidance:
         sample(pipe, guidance, steps=2)
     assert denoiser.num_calls == 2
     assert shapes == [(2, 3, 8, 8)] * 3
@@ -452,17 +459,17 @@ def test_prompts_of_the_wrong_number_are_refused_at_once():
     assert calls == []
 
 
-@pytest.mark.parametrize(("prompts", "told"), [(None, ["", ""]), ("a", ["a", "a"]), (PROMPTS, PROMPTS)])
-def test_prompts_that_the_reward_gets(prompts, told):
-    pipe, seen = stable_diffusion(), []
+@pytest.mark.parametrize(("prompts", "expected"), [(None, ["", ""]), ("a", ["a", "a"]), (PROMPTS, PROMPTS)])
+def test_prompts_that_the_reward_gets(prompts, expected):
+    pipe, reward_prompts = stable_diffusion(), []
 
-    def noted(images, given):
-        seen.append(list(given))
-        return reward(images, given)
+    def record_reward(images, image_prompts):
+        reward_prompts.append(list(image_prompts))
+        return reward(images, image_prompts)
 
-    with posterior_guidance(pipe, noted, prompts, decode=decode) as guidance:
+    with posterior_guidance(pipe, record_reward, prompts, decode=decode) as guidance:
         sample(pipe, guidance, steps=1)
-    assert seen == [told] * 2
+    assert reward_prompts == [expected] * 2
 
 
 def test_estimators_of_the_runs_end_are_refused():

@@ -43,7 +43,7 @@ TEXTS = ["a b", "c d e"]
 
 
 def clip(kind="clip"):
-    """A tiny checkpoint folder's parts: model, tokenizer, image processor."""
+    """Returns the parts of a tiny checkpoint folder: model, tokenizer, image processor."""
     torch.manual_seed(3)
     words = tiny.tokenizer()
     text = {
@@ -63,13 +63,13 @@ def clip(kind="clip"):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {}
+    model_folders = {}
     for kind in ("clip", "siglip"):
         folder = tmp_path_factory.mktemp(kind)
         for part in clip(kind):
             part.save_pretrained(folder)
-        made[kind] = folder
-    return made
+        model_folders[kind] = folder
+    return model_folders
 
 
 def smooth_images(count, height, width, dtype=torch.float32):
@@ -84,15 +84,15 @@ def pictures(images):
 
 
 def gradient_error(reward, images, step=1e-5):
-    """Relative error of autograd's slope along a seeded direction, in float64, away from black and white, where what
-    the resize makes of an image is cut off."""
+    """Returns the largest relative error of autograd's slope along a seeded direction, in float64. The images are away
+    from black and white, where the result of the resize is clipped."""
     images = 0.2 + 0.6 * images
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     leaf = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(reward(leaf, TEXTS).sum(), leaf)
     with torch.no_grad():
-        ahead, behind = (reward(images + sign * step * direction, TEXTS) for sign in (1, -1))
-    slope = (ahead - behind) / (2 * step)
+        forward, backward = (reward(images + sign * step * direction, TEXTS) for sign in (1, -1))
+    slope = (forward - backward) / (2 * step)
     assert bool((slope.abs() > 1e-6).all())  # there is something to compare
     return float((((gradient * direction).flatten(1).sum(1) - slope) / slope).abs().max())
 
@@ -166,10 +166,10 @@ def test_similarity_is_that_of_the_whole_model_on_pil_images(folders, kind, logi
 
 def test_fixed_text_stands_for_all_prompts(folders):
     images = smooth_images(2, 24, 20)
-    one = TextImageReward.clip("a b", path=str(folders["clip"]))
+    fixed_reward = TextImageReward.clip("a b", path=str(folders["clip"]))
     each = TextImageReward.clip(["a b", "a b"], path=str(folders["clip"]))
     by_prompt = TextImageReward.clip(path=str(folders["clip"]))
-    values = one(images, ["z", "y"])
+    values = fixed_reward(images, ["z", "y"])
     assert torch.equal(values, each(images, []))
     assert torch.equal(values, by_prompt(images, ["a b", "a b"]))
     assert not torch.equal(values, by_prompt(images, TEXTS))
@@ -220,10 +220,10 @@ def test_texts_are_encoded_once(folders):
 def test_all_files_are_taken_from_the_same_subfolder(folders):
     folder, images = folders["clip"], smooth_images(2, 16, 16)
     expected = TextImageReward.clip(path=str(folder))(images, TEXTS)
-    inside = {"path": str(folder.parent), "subfolder": folder.name}
-    assert torch.equal(TextImageReward.clip(**inside)(images, TEXTS), expected)
+    source = {"path": str(folder.parent), "subfolder": folder.name}
+    assert torch.equal(TextImageReward.clip(**source)(images, TEXTS), expected)
     # The processor is in a repository of its own, where the model's subfolder says nothing.
-    score = TextImageReward.pick_score(**inside, processor=str(folder))(images, TEXTS)
+    score = TextImageReward.pick_score(**source, processor=str(folder))(images, TEXTS)
     assert torch.equal(score, TextImageReward.pick_score(path=str(folder), processor=str(folder))(images, TEXTS))
 
 
@@ -301,7 +301,7 @@ def test_gradient_of_the_aesthetic_score_is_exact(folders, tmp_path):
     save_file(head_tensors(), tmp_path / "head.safetensors")
     reward = AestheticReward.from_pretrained(tmp_path / "head.safetensors", str(folders["clip"]), dtype=torch.float64)
     reward.head.double()
-    # as for similarities
+    # the same tolerance as for similarities
     assert gradient_error(reward, smooth_images(2, 24, 20, dtype=torch.float64)) < 1e-6
 
 

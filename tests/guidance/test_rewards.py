@@ -29,19 +29,19 @@ def classifier():
     return ClassifierReward.from_pretrained(CLASSIFIER, target="sneaker")
 
 
-def made(classifier, target, model=None):
+def make_reward(classifier, target, model=None):
     """Returns the reward by the embedded classifier for other targets."""
     return ClassifierReward(model or classifier.model, target, classifier.image_input)
 
 
 def smooth_images(count, height, width, dtype=torch.float32):
-    """Seeded images in [0, 1] without sharp edges."""
+    """Returns seeded images in [0, 1] without sharp edges."""
     coarse = torch.rand(count, 3, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1).to(dtype)
 
 
 def eight_bit(images):
-    """Images rounded to 8 bits, as tensors and as PIL images."""
+    """Returns images rounded to 8 bits, as tensors and as PIL images."""
     arrays = (images * 255).round().permute(0, 2, 3, 1).numpy().astype(numpy.uint8)
     tensor = torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
     return tensor, [Image.fromarray(array) for array in arrays]
@@ -56,24 +56,24 @@ def transformers_pixels(pictures):
 
 def pixels_of(reward, images):
     """Returns the pixel values that the reward gives to its model."""
-    seen = []
+    pixel_values = []
     hook = reward.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
+        lambda module, args, kwargs: pixel_values.append(kwargs["pixel_values"]), with_kwargs=True
     )
     with torch.no_grad():
         reward.logits(images)
     hook.remove()
-    return seen[0]
+    return pixel_values[0]
 
 
 def central_difference_error(reward, images, step):
-    """Relative error of autograd's slope along a seeded direction, for every sample."""
+    """Returns the largest relative error of autograd's slope along a seeded direction."""
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     leaf = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(reward(leaf, []).sum(), leaf)
     with torch.no_grad():
-        ahead, behind = (reward(images + sign * step * direction, []) for sign in (1, -1))
-    slope = (ahead - behind) / (2 * step)
+        forward, backward = (reward(images + sign * step * direction, []) for sign in (1, -1))
+    slope = (forward - backward) / (2 * step)
     assert gradient.dtype is slope.dtype is torch.float64
     assert bool((slope.abs() > 1e-6).all())  # there is something to compare
     return float((((gradient * direction).flatten(1).sum(1) - slope) / slope).abs().max())
@@ -89,7 +89,7 @@ def test_log_probability_is_that_of_the_transformers_pipeline_on_pil_images(clas
     assert torch.equal(tensor, images)  # the test images have 8 bits
     with torch.no_grad():
         expected = classifier.model(pixel_values=transformers_pixels(pictures)).logits.log_softmax(-1)[:, target]
-        values = made(classifier, target)(images, [])
+        values = make_reward(classifier, target)(images, [])
     # float32: 1e-7 a pixel where the processor multiplies by 1/255 instead of dividing; measured 0.
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
 
@@ -107,15 +107,15 @@ def test_pixels_are_those_of_the_transformers_processor_at_any_size(classifier, 
 
 def test_resize_is_antialiased(classifier):
     """A checkerboard of single pixels becomes grey at half the size; without a filter it would be black or white."""
-    board = (torch.arange(64)[:, None] + torch.arange(64)) % 2
-    pixels = pixels_of(classifier, board.expand(1, 3, 64, 64).float())
+    checkerboard = (torch.arange(64)[:, None] + torch.arange(64)) % 2
+    pixels = pixels_of(classifier, checkerboard.expand(1, 3, 64, 64).float())
     assert float(pixels.abs().max()) < 0.1  # grey is 0
 
 
 def test_real_images_are_recognised(classifier):
     images, labels = embedded_test_images()
     with torch.no_grad():
-        values = made(classifier, labels.tolist())(images, [])
+        values = make_reward(classifier, labels.tolist())(images, [])
     # 56 of 64 have a probability above one half; a wrong normalisation or order of classes leaves a tenth of that.
     assert float((values > torch.tensor(0.5).log()).float().mean()) > 0.8
 
@@ -126,8 +126,8 @@ def test_one_target_for_each_image(classifier, form):
     numbers = [EMBEDDED_CLASSES.index(name) for name in names]
     targets = {"names": names, "numbers": numbers, "mixed": [names[0], *numbers[1:]]}[form]
     with torch.no_grad():
-        values = made(classifier, targets)(images, [])
-        singles = [made(classifier, name)(images, [])[index] for index, name in enumerate(names)]
+        values = make_reward(classifier, targets)(images, [])
+        singles = [make_reward(classifier, name)(images, [])[index] for index, name in enumerate(names)]
     assert torch.equal(values, torch.stack(singles))
     assert len({round(float(value), 4) for value in values}) == 3
 
@@ -135,7 +135,7 @@ def test_one_target_for_each_image(classifier, form):
 def test_probabilities_over_all_classes_sum_to_one(classifier):
     images = embedded_test_images()[0][:1].expand(10, -1, -1, -1)
     with torch.no_grad():
-        values = made(classifier, list(range(10)))(images, [])
+        values = make_reward(classifier, list(range(10)))(images, [])
     assert float(values.exp().sum()) == pytest.approx(1, abs=1e-5)  # float32
 
 
@@ -150,13 +150,13 @@ def test_probabilities_over_all_classes_sum_to_one(classifier):
 )
 def test_unknown_target_is_refused_when_the_reward_is_made(classifier, target, message):
     with pytest.raises(InputError, match=message):
-        made(classifier, target)
+        make_reward(classifier, target)
 
 
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_wrong_number_of_targets_is_refused(classifier, count):
     with pytest.raises(InputError, match=f"Got {count} target classes for 3 images; allowed: one, or as many"):
-        made(classifier, ["coat"] * count)(torch.rand(3, 3, 32, 32), [])
+        make_reward(classifier, ["coat"] * count)(torch.rand(3, 3, 32, 32), [])
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 40)], ids=["own size", "resized"])
@@ -293,7 +293,7 @@ def test_measurement_that_does_not_fit_the_images_is_refused(target, mask):
 
 @pytest.mark.parametrize("std", [0.4, 1.0, 2.5])
 def test_blur_is_the_gaussian_convolution(std):
-    """Against the sum over all pixels, with the edge pixels repeated outwards."""
+    """The reference is the sum over all pixels, with the edge pixels repeated outwards."""
     images, radius = smooth_images(2, 7, 9, torch.float64), int(numpy.ceil(3 * std))
     offsets = torch.arange(-radius, radius + 1)
     weights = torch.exp(-0.5 * (offsets / std) ** 2).double()

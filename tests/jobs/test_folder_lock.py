@@ -1,4 +1,4 @@
-"""The lock of a folder: one living owner, whose death gives the folder free, on one machine and on several."""
+"""The lock of a folder: one living owner, whose death frees the folder, on one machine and on several."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ def impatience(monkeypatch):
 
 @contextlib.contextmanager
 def holding(folder):
-    """Another process that holds the lock of `folder`."""
+    """Starts another process, which holds the lock of `folder`."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "locked\n"
@@ -45,7 +45,7 @@ def holding(folder):
 
 
 def write_owner(folder, **changes):
-    """A lock as this process would write it, but for `changes`."""
+    """Writes a lock as this process would write it, with `changes`."""
     with FolderLock(folder):
         owner = json.loads((folder / LOCK).read_text())
     (folder / LOCK).write_text(json.dumps({**owner, **changes}))
@@ -110,8 +110,8 @@ def test_a_damaged_lock_holds_until_it_is_old(tmp_path, content):
     (tmp_path / LOCK).write_text(content)
     with pytest.raises(InputError, match="has not ended"):
         FolderLock(tmp_path).__enter__()
-    old = time.time() - folder_lock.SILENT_SECONDS - 1
-    os.utime(tmp_path / LOCK, (old, old))
+    timestamp = time.time() - folder_lock.SILENT_SECONDS - 1
+    os.utime(tmp_path / LOCK, (timestamp, timestamp))
     with FolderLock(tmp_path):
         pass
 

@@ -59,11 +59,11 @@ def test_folder_and_calls_of_a_pipeline_do_not_change_its_digests(tmp_path):
     pipe = make()
     pipe.save_pretrained(tmp_path / "a")
     pipe.save_pretrained(tmp_path / "b")
-    loaded = [StableDiffusionFisherPipeline.from_pretrained(tmp_path / name) for name in ("a", "b")]
-    first, second = (pipeline_digests(each) for each in loaded)
+    pipes = [StableDiffusionFisherPipeline.from_pretrained(tmp_path / name) for name in ("a", "b")]
+    first, second = (pipeline_digests(each) for each in pipes)
     assert first == second
-    tiny.quiet(loaded[0])(["a", "b c d"], num_inference_steps=1, output_type="latent")
-    assert pipeline_digests(loaded[0]) == first
+    tiny.quiet(pipes[0])(["a", "b c d"], num_inference_steps=1, output_type="latent")
+    assert pipeline_digests(pipes[0]) == first
 
 
 def captions(folder, change):

@@ -54,17 +54,17 @@ def test_page_holds_its_texts_tables_and_pictures(tmp_path):
     page.figure(figure, "a curve")
     page.pictures([(image, 'the "image"'), (tmp_path / "flipped.png", "flipped")])
     page.write(tmp_path / "report.html")
-    read = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
-    wanted = [
+    reader = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
+    expected_texts = [
         ("title", "Results <1> & more"), ("h1", "Results <1> & more"), ("h2", "Part"), ("p", "a < b & c"),
         ("td", "x<y"), ("td", "0.1235"), ("td", "-"), ("td", "7"), ("td", "True"), ("figcaption", "a curve"),
         ("figcaption", 'the "image"'), ("figcaption", "flipped"),
     ]  # fmt: skip
-    assert [entry for entry in read.texts if entry in wanted] == wanted
-    assert read.classes.count(("td", "number")) == 2
-    assert picture(read.sources[0]).size == (240, 120)
+    assert [entry for entry in reader.texts if entry in expected_texts] == expected_texts
+    assert reader.classes.count(("td", "number")) == 2
+    assert picture(reader.sources[0]).size == (240, 120)
     bytes_of = (image * 255).round().byte()
-    for source, expected in zip(read.sources[1:], (bytes_of, bytes_of.flip(0)), strict=True):
+    for source, expected in zip(reader.sources[1:], (bytes_of, bytes_of.flip(0)), strict=True):
         pixels = torch.frombuffer(bytearray(picture(source).tobytes()), dtype=torch.uint8).view(4, 6, 3)
         assert torch.equal(pixels.permute(2, 0, 1), expected)
 

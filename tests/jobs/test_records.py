@@ -19,13 +19,13 @@ def test_the_next_run_reads_the_records(tmp_path):
     first = Records(tmp_path, SETTINGS)
     assert first.missing(keys) == keys == ["00000", "00001", "00002"]
     first.write(keys[1], {"reward": [0.25, 1.0]})
-    again = Records(tmp_path, {**SETTINGS, "prompts": ("a", "b")})  # JSON makes it a list
-    assert again.missing(keys) == [keys[0], keys[2]]
-    assert again.done() == {keys[1]}
-    assert again.read(keys[1]) == {"reward": [0.25, 1.0]}
+    second_records = Records(tmp_path, {**SETTINGS, "prompts": ("a", "b")})  # JSON makes it a list
+    assert second_records.missing(keys) == [keys[0], keys[2]]
+    assert second_records.done() == {keys[1]}
+    assert second_records.read(keys[1]) == {"reward": [0.25, 1.0]}
     for key in (keys[0], keys[2]):
-        again.write(key, {"key": key})
-    assert [record.get("key") for record in again.collected(keys)] == [keys[0], None, keys[2]]
+        second_records.write(key, {"key": key})
+    assert [record.get("key") for record in second_records.collected(keys)] == [keys[0], None, keys[2]]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from diffusers_fisher import (
 )
 from diffusers_fisher.denoiser import Denoiser
 from diffusers_fisher.likelihood import Integration, integrate_log_likelihood
+from diffusers_fisher.likelihood.draws import ImageDraws
 from diffusers_fisher.testing import MixtureOracle, OracleDenoiser
 
 DIMENSIONS = math.prod(ORACLE_SHAPE)
@@ -139,56 +140,60 @@ def test_r_is_zero_where_the_noise_is_known_and_nearly_one_where_it_is_unknown()
 class TestHutchinson:
     COPIES = 256
 
-    def outputs(self, num_probes):
+    def outputs(self, num_probes, fixed_probes=False, num_steps=10):
         oracle = ORACLES["mixture"]
         samples = draws(oracle, 1).expand(self.COPIES, *ORACLE_SHAPE)
-        generator = torch.Generator().manual_seed(0)
-        options = {"num_steps": 10}
-        out = likelihood(oracle, samples, num_probes=num_probes, generator=generator, **options)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(self.COPIES)]
+        options = {"num_steps": num_steps, "fixed_probes": fixed_probes}
+        out = likelihood(oracle, samples, num_probes=num_probes, generator=generators, **options)
         return out, likelihood(oracle, samples[:1], **options)
 
-    def test_it_is_unbiased_with_the_right_standard_error(self):
-        out, reference = self.outputs(8)
+    @pytest.mark.parametrize(("num_probes", "fixed"), [(8, True), (1, False), (8, False)])
+    def test_it_is_unbiased_with_the_right_standard_error(self, num_probes, fixed):
+        out, reference = self.outputs(num_probes, fixed)
         spread = out.log_prob.std()
         deviation = (out.log_prob.mean() - reference.log_prob) / (spread / self.COPIES**0.5)
         assert 1e-3 < abs(float(deviation)) < 4  # four standard deviations; exactly zero would mean no randomness
-        claimed = out.standard_error.square().mean().sqrt()
+        standard_error = out.standard_error.square().mean().sqrt()
         # The spread of 256 copies scatters by 1/sqrt(2 * 255) = 4.4%; four of these.
-        assert abs(float(claimed / spread) - 1) < 0.18
+        assert abs(float(standard_error / spread) - 1) < 0.18
 
     def test_the_path_hardly_depends_on_the_probes(self):
         """The evaluations lie on a path that does not depend on the probes, which only correct the path's end."""
         out, reference = self.outputs(2)
-        moved = float((out.prior_log_prob - reference.prior_log_prob).abs().max())
-        assert 0 < moved < 0.1 * float((out.trace_log_prob - reference.trace_log_prob).abs().max())
+        change = float((out.prior_log_prob - reference.prior_log_prob).abs().max())
+        assert 0 < change < 0.1 * float((out.trace_log_prob - reference.trace_log_prob).abs().max())
 
     def test_mean_of_the_trace_by_probe_is_the_trace(self):
         out, reference = self.outputs(8)
         assert relative(out.trace_by_probe.mean(0), out.trace_log_prob) < 1e-12  # sums in another order
         assert reference.trace_by_probe.shape == (0, 1)
 
-    def test_error_is_infinite_with_one_probe_and_zero_with_the_exact_trace(self):
-        out, reference = self.outputs(1)
+    def test_error_is_infinite_with_one_fixed_probe_and_zero_with_the_exact_trace(self):
+        out, reference = self.outputs(1, fixed_probes=True)
         assert bool(torch.isinf(out.standard_error).all())
         assert not reference.standard_error.any()
-        assert (out.trace, reference.trace) == ("AutodiffFisher, 1 probes", "AutodiffFisher, no probes")
+        assert (out.trace, reference.trace) == ("AutodiffFisher, 1 probe for all levels", "AutodiffFisher, no probes")
 
 
 def test_prior_is_standard_or_moment_matched():
     oracle = ORACLES["gaussian"]
     samples = draws(oracle)
-    given = moments(oracle)
-    standard, matched = likelihood(oracle, samples), likelihood(oracle, samples, **given)
-    assert (standard.prior, matched.prior) == ("standard", "moment-matched")
+    prior = moments(oracle)
+    standard, moment_matched = likelihood(oracle, samples), likelihood(oracle, samples, **prior)
+    assert (standard.prior, moment_matched.prior) == ("standard", "moment-matched")
     end = float(standard.noise_to_signal[-1]) ** 2
-    for out, mean, variance in ((standard, 0.0, torch.ones((), dtype=torch.float64)), (matched, *given.values())):
+    for out, mean, variance in (
+        (standard, 0.0, torch.ones((), dtype=torch.float64)),
+        (moment_matched, *prior.values()),
+    ):
         normal = torch.distributions.Normal(mean, (variance + end).sqrt())
         # A sum of six float64 terms.
         assert relative(out.prior_log_prob, normal.log_prob(out.final_latents).sum((1, 2, 3))) < 1e-12
         assert torch.equal(out.log_prob, out.prior_log_prob + out.trace_log_prob)
-    assert torch.equal(standard.trace_log_prob, matched.trace_log_prob)
+    assert torch.equal(standard.trace_log_prob, moment_matched.trace_log_prob)
     floor = [
-        (out.log_prob - without_prior(oracle, out)).abs().max() for out in (standard, matched)
+        (out.log_prob - without_prior(oracle, out)).abs().max() for out in (standard, moment_matched)
     ]  # the mean of the data is about 1, so the standard prior is 0.5 nats off
     assert float(floor[0]) > 0.1
     assert float(floor[1]) < 0.02
@@ -206,7 +211,7 @@ def test_noised_density_is_at_a_noised_point():
     oracle = ORACLES["mixture"]
     samples = draws(oracle)
     out = likelihood(oracle, samples, noised=True, generator=torch.Generator().manual_seed(3))
-    noise = torch.randn(samples.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    noise = ImageDraws(samples, torch.Generator().manual_seed(3)).normal("noise")
     same = likelihood(oracle, samples + LOWEST * noise)
     assert relative(out.log_prob, same.log_prob) < 1e-12  # one rounding of the start
     assert (out.density, same.density) == ("noised", "smoothed")
@@ -298,11 +303,12 @@ def test_output_has_these_fields():
         "log_prob": (4,), "prior_log_prob": (4,), "trace_log_prob": (4,), "standard_error": (4,),
         "discretisation_error": (4,), "unexplained_noise_fraction": (21, 4), "noise_to_signal": (21,),
         "final_latents": (4, *ORACLE_SHAPE),
-        "trace_by_probe": (2, 4),
+        "trace_by_level": (21, 2, 4), "trace_weights": (21,),
     }  # fmt: skip
     words = {
         "dims": 6, "num_denoiser_calls": 21, "space": "pixel", "prior": "standard", "density": "smoothed",
-        "trace": "AutodiffFisher, 2 probes", "halved": False, "scheme": "adams4", "offset_bits": 0.0,
+        "trace": "AutodiffFisher, 2 probes per level", "halved": False, "fixed_probes": False,
+        "scheme": "adams4", "offset_bits": 0.0,
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(out)} == {*tensors, *words}
     for name, shape in tensors.items():
@@ -320,12 +326,10 @@ def test_output_has_these_fields():
 def test_samples_do_not_influence_each_other():
     oracle = ORACLES["mixture"]
     samples = draws(oracle)
-    together = likelihood(oracle, samples)
+    batch = likelihood(oracle, samples)
     for index in range(4):
-        alone = likelihood(oracle, samples[index : index + 1])
-        assert (
-            relative(together.log_prob[index : index + 1], alone.log_prob) < 1e-12
-        )  # rounding differs between batches
+        single = likelihood(oracle, samples[index : index + 1])
+        assert relative(batch.log_prob[index : index + 1], single.log_prob) < 1e-12  # rounding differs between batches
 
 
 # The samples' own rounding, 6e-8, 5e-4 and 4e-3 of their size, times the density's slope.
@@ -333,28 +337,28 @@ def test_samples_do_not_influence_each_other():
     ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)]
 )
 def test_samples_in_half_precision(dtype, tolerance):
-    oracle, seen = ORACLES["gaussian"], set()
+    oracle, dtypes = ORACLES["gaussian"], set()
 
     class Recording(Denoiser):
         def model_output(self, x, timestep):
-            seen.add(x.dtype)
+            dtypes.add(x.dtype)
             self.num_calls += 1
             return OracleDenoiser(oracle, self.scheduler).model_output(x.double(), timestep).to(x.dtype)
 
     denoiser = Recording(vp())
     out = integrate_log_likelihood(denoiser, draws(oracle).to(dtype), AutodiffFisher(denoiser), Integration(20, None))
-    assert seen == {torch.float32}  # half precision is left to the network
+    assert dtypes == {torch.float32}  # half precision is left to the network
     assert out.log_prob.dtype == torch.float64
     assert 0 < relative(out.log_prob, likelihood(oracle, draws(oracle)).log_prob) < tolerance
 
 
 def test_packed_samples():
     oracle = ORACLES["mixture"]
-    packed = MixtureOracle(oracle.means.view(3, 2, 3), oracle.covariances, oracle.weights)
+    packed_oracle = MixtureOracle(oracle.means.view(3, 2, 3), oracle.covariances, oracle.weights)
     samples = draws(oracle)
     reference = likelihood(oracle, samples, **moments(oracle))
-    given = {name: value.view(2, 3) for name, value in moments(oracle).items()}
-    out = likelihood(packed, samples.view(4, 2, 3), **given)
+    prior = {name: value.view(2, 3) for name, value in moments(oracle).items()}
+    out = likelihood(packed_oracle, samples.view(4, 2, 3), **prior)
     assert relative(out.log_prob, reference.log_prob) < 1e-12  # the same sums in another layout
     assert out.final_latents.shape == (4, 2, 3)
     assert out.dims == 6
@@ -369,8 +373,8 @@ def test_randomness_comes_from_the_generator_alone():
         return likelihood(oracle, samples, num_probes=2, noised=True, generator=generator).log_prob
 
     before = torch.get_rng_state()
-    first, again, other = draw(1), draw(1), draw(2)
-    assert torch.equal(first, again)
+    first, repeat, other = draw(1), draw(1), draw(2)
+    assert torch.equal(first, repeat)
     assert float((first - other).abs().min()) > 0
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -381,11 +385,11 @@ def test_no_trace_is_left(grad, requires_grad):
     oracle, scheduler = ORACLES["mixture"], vp()
     scheduler.set_timesteps(4)
     samples = draws(oracle).requires_grad_(requires_grad)
-    kept, attributes = samples.detach().clone(), dict(vars(scheduler))
+    values, attributes = samples.detach().clone(), dict(vars(scheduler))
     with torch.set_grad_enabled(grad):
         out = likelihood(oracle, samples, scheduler, num_probes=2)
         assert torch.is_grad_enabled() is grad
-    assert torch.equal(samples.detach(), kept)
+    assert torch.equal(samples.detach(), values)
     assert samples.requires_grad is requires_grad
     assert samples.grad is None
     assert all(value is attributes[name] for name, value in vars(scheduler).items())
@@ -393,19 +397,19 @@ def test_no_trace_is_left(grad, requires_grad):
 
 
 class Breaking(Denoiser):
-    """Is a perfect denoiser, but its evaluation number `bad` is NaN."""
+    """A perfect denoiser whose evaluation number `bad_call` is NaN."""
 
-    def __init__(self, bad):
+    def __init__(self, bad_call):
         super().__init__(vp())
-        self.inner, self.bad = OracleDenoiser(ORACLES["gaussian"], self.scheduler), bad
+        self.inner, self.bad_call = OracleDenoiser(ORACLES["gaussian"], self.scheduler), bad_call
 
     def model_output(self, x, timestep):
         self.num_calls += 1
-        return self.inner.model_output(x, timestep) * (math.nan if self.num_calls == self.bad else 1.0)
+        return self.inner.model_output(x, timestep) * (math.nan if self.num_calls == self.bad_call else 1.0)
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
+    ("bad_call", "message"),
     [
         (
             3,
@@ -416,8 +420,8 @@ class Breaking(Denoiser):
         (14, "half as many steps are not finite, .* or pass `step_halving=False`"),
     ],
 )
-def test_nan_never_leaves_silently(bad, message):
-    denoiser = Breaking(bad)
+def test_nan_never_leaves_silently(bad_call, message):
+    denoiser = Breaking(bad_call)
     with pytest.raises(NumericalError, match=message):
         integrate_log_likelihood(
             denoiser, draws(ORACLES["gaussian"]), AutodiffFisher(denoiser), Integration(10, None, step_halving=True)

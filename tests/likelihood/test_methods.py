@@ -58,8 +58,8 @@ def test_weights_are_exact_for_polynomials():
                 3: lambda u: (u**3 - 3 * u**2 + 6 * u - 6) * math.exp(u),
             }[power]
             expected = antiderivative(1.5) - antiderivative(0.7)
-            found = sum(weight * node**power for weight, node in zip(weights, nodes, strict=False))
-            assert found == pytest.approx(expected, rel=1e-12)  # float64, extrapolated by two steps at most
+            integral = sum(weight * node**power for weight, node in zip(weights, nodes, strict=False))
+            assert integral == pytest.approx(expected, rel=1e-12)  # float64, extrapolated by two steps at most
 
 
 @pytest.mark.parametrize("points", [2, 3, 4])
@@ -119,7 +119,7 @@ def laws():
 @pytest.fixture(scope="module")
 def closed_forms():
     """Returns (errors, estimates) in bits/dim of 16 draws from each law, by calls, against fine runs."""
-    found = {}
+    results = {}
     for name, law in laws().items():
         samples, denoiser = law.sample(16, seeded(1)), OracleDenoiser(law, vp())
         outs = {
@@ -131,8 +131,8 @@ def closed_forms():
         for calls, out in outs.items():
             total = out.trace_log_prob + law.log_density(out.final_latents, level)
             error = (total - law.log_density(samples, density)).abs()
-            found[name, calls] = error / LARGE_BIT, out.discretisation_error / LARGE_BIT
-    return found
+            results[name, calls] = error / LARGE_BIT, out.discretisation_error / LARGE_BIT
+    return results
 
 
 @pytest.mark.parametrize(("calls", "mean", "worst"), [(20, 0.01, 0.02), (40, 0.002, 0.01), (301, 1e-4, 5e-4)])
@@ -148,8 +148,10 @@ def test_density_with_the_moment_matched_prior(name):
     law = laws()[name]
     mean = torch.einsum("k,kchw->chw", law.weights, law.means)
     modes = torch.arange(len(law.weights))
-    own = [law.covariance.select(modes[k : k + 1]).dense()[0].diagonal().view(SHAPE) for k in range(len(modes))]
-    variance = torch.einsum("k,kchw->chw", law.weights, torch.stack(own) + (law.means - mean).square())
+    mode_variances = [
+        law.covariance.select(modes[k : k + 1]).dense()[0].diagonal().view(SHAPE) for k in range(len(modes))
+    ]
+    variance = torch.einsum("k,kchw->chw", law.weights, torch.stack(mode_variances) + (law.means - mean).square())
     samples, denoiser = law.sample(16, seeded(1)), OracleDenoiser(law, vp())
     prior = {"prior_mean": mean, "prior_variance": variance}
     out = integrate_log_likelihood(denoiser, samples, ExactFisher(law), Integration(99, None, **prior))
@@ -160,8 +162,8 @@ def test_density_with_the_moment_matched_prior(name):
 
 @pytest.mark.parametrize("calls", [20, 40])
 def test_estimate_covers_the_error_and_is_of_its_size(closed_forms, calls):
-    found = [pair for (_, number), pair in closed_forms.items() if number == calls]
-    errors, estimates = (torch.cat(values) for values in zip(*found, strict=True))
+    pairs = [pair for (_, number), pair in closed_forms.items() if number == calls]
+    errors, estimates = (torch.cat(values) for values in zip(*pairs, strict=True))
     assert float((estimates >= errors).double().mean()) >= 0.95
     assert float(errors.median()) < float(estimates.median()) < 10 * float(errors.median())
 
@@ -174,15 +176,15 @@ def test_estimates_of_the_other_schemes_cover_their_errors(scheme, size, calls):
     errors, estimates = [], []
     for law in laws().values():
         samples, denoiser = law.sample(16, seeded(1)), OracleDenoiser(law, vp())
-        fine, out = (
+        reference, out = (
             integrate_log_likelihood(denoiser, samples, ExactFisher(law), Integration(number - 1, None, scheme=name))
             for number, name in ((201, DEFAULT_SCHEME), (calls, scheme))
         )
-        errors.append((out.log_prob - fine.log_prob).abs())
+        errors.append((out.log_prob - reference.log_prob).abs())
         estimates.append(out.discretisation_error)
-    found, foretold = torch.cat(errors), torch.cat(estimates)
-    assert float((foretold >= found).double().mean()) >= 0.95
-    assert float(found.median()) < float(foretold.median()) < size * float(found.median())
+    all_errors, all_estimates = torch.cat(errors), torch.cat(estimates)
+    assert float((all_estimates >= all_errors).double().mean()) >= 0.95
+    assert float(all_errors.median()) < float(all_estimates.median()) < size * float(all_errors.median())
 
 
 def test_warning_for_coarse_grids_names_the_error():
@@ -254,7 +256,7 @@ def test_reference_is_exact_to_its_tolerance(name):
     assert float(out.discretisation_error.max()) < 1e-2
     assert out.num_denoiser_calls == denoiser.num_calls
     assert (out.prior, out.scheme) == ("moment-matched", "dopri5, tolerance 1e-06")
-    fine = likelihood(oracle, samples, num_steps=200)
+    fine_out = likelihood(oracle, samples, num_steps=200)
     assert (
         relative(
             out.unexplained_noise_fraction,
@@ -262,7 +264,7 @@ def test_reference_is_exact_to_its_tolerance(name):
         )
         < 1e-3
     )  # both paths' errors
-    assert relative(out.final_latents, fine.final_latents) < 1e-4
+    assert relative(out.final_latents, fine_out.final_latents) < 1e-4
     assert torch.equal(samples, before)
 
 
@@ -309,25 +311,23 @@ def test_squared_errors_standard_error_is_that_of_repetitions():
     denoiser = OracleDenoiser(oracle, vp())
     outs = [squared_error_log_likelihood(denoiser, draws(oracle), 16, generator=seeded(seed)) for seed in range(100)]
     spread = torch.stack([out.log_prob for out in outs]).std(0)
-    claimed = torch.stack([out.standard_error.square() for out in outs]).mean(0).sqrt()
+    standard_error = torch.stack([out.standard_error.square() for out in outs]).mean(0).sqrt()
     # A hundred repetitions scatter by 7%; neighbouring strata's means differ, so the claim errs upwards.
-    assert bool((claimed > 0.75 * spread).all())
-    assert bool((claimed < 3 * spread).all())
+    assert bool((standard_error > 0.75 * spread).all())
+    assert bool((standard_error < 3 * spread).all())
 
 
 def test_squared_errors_are_paired_over_samples_and_calls():
     oracle = ORACLES["mixture"]
     denoiser, samples = OracleDenoiser(oracle, vp()), draws(oracle)
-    together = squared_error_log_likelihood(denoiser, samples, 8, generator=seeded())
+    batch = squared_error_log_likelihood(denoiser, samples, 8, generator=seeded())
     for index in range(4):
-        alone = squared_error_log_likelihood(denoiser, samples[index : index + 1], 8, generator=seeded())
-        assert (
-            relative(together.contributions[:, index], alone.contributions[:, 0]) < 1e-12
-        )  # another batch's rounding
-    close = squared_error_log_likelihood(denoiser, samples + 1e-4, 8, generator=seeded())
+        single = squared_error_log_likelihood(denoiser, samples[index : index + 1], 8, generator=seeded())
+        assert relative(batch.contributions[:, index], single.contributions[:, 0]) < 1e-12  # another batch's rounding
+    neighbour = squared_error_log_likelihood(denoiser, samples + 1e-4, 8, generator=seeded())
     other = squared_error_log_likelihood(denoiser, samples, 8, generator=seeded(1))
-    assert float((close.log_prob - together.log_prob).abs().max()) < 0.1
-    assert float((other.log_prob - together.log_prob).abs().max()) > 0.1
+    assert float((neighbour.log_prob - batch.log_prob).abs().max()) < 0.1
+    assert float((other.log_prob - batch.log_prob).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("number", [2, 7])
@@ -359,10 +359,10 @@ def test_offset_is_that_of_the_bins_width():
 def test_dequantised_samples_fill_their_bins():
     levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
     samples = levels.repeat(40, 1)
-    moved = (dequantised(samples, 256, seeded()) - samples) * 127.5
-    assert bool((moved.abs() <= 0.5).all())
-    assert abs(float(moved.mean())) < 4 * (1 / 12 / moved.numel()) ** 0.5
-    assert float(moved.var()) == pytest.approx(1 / 12, rel=0.05)  # 10,240 draws scatter by 0.9%
+    offsets = (dequantised(samples, 256, seeded()) - samples) * 127.5
+    assert bool((offsets.abs() <= 0.5).all())
+    assert abs(float(offsets.mean())) < 4 * (1 / 12 / offsets.numel()) ** 0.5
+    assert float(offsets.var()) == pytest.approx(1 / 12, rel=0.05)  # 10,240 draws scatter by 0.9%
     assert torch.equal(dequantised(samples, 256, seeded()), dequantised(samples, 256, seeded()))
     assert not torch.equal(dequantised(samples, 256, seeded()), dequantised(samples, 256, seeded(1)))
 
@@ -375,10 +375,10 @@ def test_bits_per_dim_with_bins_give_a_probability():
     )
     samples = (law.sample(64, seeded()) * 127.5 - 0.5).round().clamp(-128, 127) / 127.5 + 0.5 / 127.5
     denoiser = OracleDenoiser(law, vp())
-    given = {"prior_mean": 0.0, "prior_variance": variance, "bins": bins, "generator": seeded(2)}
-    out = integrate_log_likelihood(denoiser, samples, ExactFisher(law), Integration(60, None, **given))
-    smoothed = variance + float(out.noise_to_signal[0]) ** 2
-    edges = torch.distributions.Normal(0.0, smoothed**0.5)
+    options = {"prior_mean": 0.0, "prior_variance": variance, "bins": bins, "generator": seeded(2)}
+    out = integrate_log_likelihood(denoiser, samples, ExactFisher(law), Integration(60, None, **options))
+    total_variance = variance + float(out.noise_to_signal[0]) ** 2
+    edges = torch.distributions.Normal(0.0, total_variance**0.5)
     probability = edges.cdf(samples + 0.5 / 127.5) - edges.cdf(samples - 0.5 / 127.5)
     expected = -probability.log2().flatten(1).mean(1)
     # A place in the bin changes log p by x u/variance, |u| < 1/255: 0.01 bits/dim at two deviations, less on average.

@@ -43,7 +43,7 @@ def first_release(mark):
     return {key: value for key, value in mark.items() if key not in ("counts", "matrices")}
 
 
-def cast(pipe, dtype):
+def in_dtype(pipe, dtype):
     """Returns the pipeline with its network in another dtype."""
     return SimpleNamespace(unet=copy.deepcopy(pipe.unet).to(dtype), scheduler=pipe.scheduler)
 
@@ -65,26 +65,28 @@ def test_sampler_does_not_change_the_denoiser(pipe):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_dtype_does_not_change_the_denoiser(pipe, embedded, dtype):
     mark = denoiser_fingerprint(pipe)
-    assert fingerprint_differences(mark, denoiser_fingerprint(cast(pipe, dtype))) == []
-    assert fingerprint_differences(denoiser_fingerprint(cast(pipe, dtype)), mark) == []
-    other = cast(embedded, dtype)
+    assert fingerprint_differences(mark, denoiser_fingerprint(in_dtype(pipe, dtype))) == []
+    assert fingerprint_differences(denoiser_fingerprint(in_dtype(pipe, dtype)), mark) == []
+    other = in_dtype(embedded, dtype)
     assert fingerprint_differences(FIRST, denoiser_fingerprint(other)) == []
     assert fingerprint_differences(denoiser_fingerprint(embedded), denoiser_fingerprint(other)) == []
     FisherTraceModel.from_pretrained(embedded_checkpoint(), subfolder="trace_model").check_fingerprint(other)
 
 
 def test_weights_that_are_not_in_memory_agree_with_all_others(pipe):
-    assert fingerprint_differences(denoiser_fingerprint(pipe), denoiser_fingerprint(cast(pipe, "meta"))) == []
+    assert fingerprint_differences(denoiser_fingerprint(pipe), denoiser_fingerprint(in_dtype(pipe, "meta"))) == []
 
 
 def test_compiled_network_is_the_same_denoiser(pipe):
     mark = denoiser_fingerprint(pipe)
-    whole, part, in_place = (cast(pipe, torch.float32) for _ in range(3))
-    whole.unet = torch.compile(whole.unet, backend="eager")  # compiles at the first call, and there is none
-    part.unet.mid_block = torch.compile(part.unet.mid_block, backend="eager")
-    in_place.unet.compile(backend="eager")
-    assert type(whole.unet).__name__ == "OptimizedModule"
-    for other in (whole, part, in_place):
+    compiled_whole, compiled_part, compiled_in_place = (in_dtype(pipe, torch.float32) for _ in range(3))
+    compiled_whole.unet = torch.compile(
+        compiled_whole.unet, backend="eager"
+    )  # compiles at the first call, and there is none
+    compiled_part.unet.mid_block = torch.compile(compiled_part.unet.mid_block, backend="eager")
+    compiled_in_place.unet.compile(backend="eager")
+    assert type(compiled_whole.unet).__name__ == "OptimizedModule"
+    for other in (compiled_whole, compiled_part, compiled_in_place):
         assert denoiser_fingerprint(other) == mark
 
 
@@ -152,13 +154,13 @@ def test_changes_of_other_parameters_than_the_sampled_ones_are_noticed():
     pipe = SimpleNamespace(unet=network, scheduler=tiny.scheduler())
     mark, before = denoiser_fingerprint(pipe), [layer.weight.clone() for layer in network]
     parameters = dict(sorted(network.named_parameters()))
-    alone = {id(parameters[name]) for name in _spread(list(parameters))}
+    sampled_ids = {id(parameters[name]) for name in _spread(list(parameters))}
     with torch.no_grad():
         for layer in network:
-            if id(layer.weight) not in alone:
+            if id(layer.weight) not in sampled_ids:
                 layer.weight += 0.03 * layer.weight.std() * torch.randn(64, 64, generator=seeded(1))
     other_mark = denoiser_fingerprint(pipe)
-    assert sum(torch.equal(layer.weight, old) for layer, old in zip(network, before, strict=True)) == 16
+    assert sum(torch.equal(layer.weight, weight) for layer, weight in zip(network, before, strict=True)) == 16
     assert fingerprint_differences(first_release(mark), other_mark) == []
     (words,) = fingerprint_differences(mark, other_mark)
     assert "weights of the denoiser" in words
@@ -182,8 +184,8 @@ def test_fused_lora_is_noticed(embedded, targets, dtype):
     assert sizes == pytest.approx([0.05] * len(sizes))
     network.fuse_lora()
     network.unload_lora()
-    fused = SimpleNamespace(unet=network.to(dtype), scheduler=embedded.scheduler)
-    other_mark = denoiser_fingerprint(fused)
+    fused_pipe = SimpleNamespace(unet=network.to(dtype), scheduler=embedded.scheduler)
+    other_mark = denoiser_fingerprint(fused_pipe)
     assert other_mark["parameters"] == mark["parameters"]
     (words,) = fingerprint_differences(mark, other_mark)
     assert words.startswith("weights of the denoiser")
@@ -203,10 +205,10 @@ def test_fingerprint_survives_saving(pipe, tmp_path):
     model = GaussianData().model()
     model.set_fingerprint(pipe)
     model.save_pretrained(tmp_path)
-    loaded = FisherTraceModel.from_pretrained(tmp_path)
-    loaded.check_fingerprint(pipe)
+    loaded_model = FisherTraceModel.from_pretrained(tmp_path)
+    loaded_model.check_fingerprint(pipe)
     with pytest.raises(InputError, match="was trained for another denoiser"):
-        loaded.check_fingerprint(fine_tuned())
+        loaded_model.check_fingerprint(fine_tuned())
 
 
 def test_model_without_a_fingerprint_takes_every_denoiser(pipe):
@@ -311,8 +313,8 @@ def test_key_changes_with_everything_that_changes_the_network():
 
 
 @pytest.fixture
-def computed(monkeypatch):
-    """The networks whose fingerprints are computed anew."""
+def computed_networks(monkeypatch):
+    """Returns the list of the networks whose fingerprints are computed anew."""
     networks = []
     compute = fingerprint._network_fingerprint
 
@@ -324,23 +326,23 @@ def computed(monkeypatch):
     return networks
 
 
-def test_fingerprint_is_computed_once_and_again_after_a_change(computed):
+def test_fingerprint_is_computed_once_and_again_after_a_change(computed_networks):
     pipe = tiny.stable_diffusion()
     marks = [denoiser_fingerprint(each) for each in (pipe, pipe, PipelineDenoiser(pipe, prompt="a"))]
     assert marks[0] == marks[1] == marks[2]
-    assert computed == [pipe.unet]
+    assert computed_networks == [pipe.unet]
     for parameter in pipe.unet.parameters():
         parameter.data.mul_(torch.linspace(1, 2, parameter.numel()).view_as(parameter))
     assert "weights of the denoiser" in fingerprint_differences(marks[0], denoiser_fingerprint(pipe))[0]
     pipe.unet.conv_in.weight.data.neg_()
     denoiser_fingerprint(pipe)
-    assert len(computed) == 3
+    assert len(computed_networks) == 3
     pipe.scheduler = tiny.scheduler(beta_end=0.02)  # the scheduler is no part of the network
     assert denoiser_fingerprint(pipe)["schedule"] != marks[0]["schedule"]
-    assert len(computed) == 3
+    assert len(computed_networks) == 3
 
 
-def test_a_caller_cannot_change_the_stored_fingerprint(computed, pipe):
+def test_a_caller_cannot_change_the_stored_fingerprint(computed_networks, pipe):
     mark = denoiser_fingerprint(pipe)
     mark["weights"].clear()
     assert denoiser_fingerprint(pipe)["weights"]
@@ -364,12 +366,12 @@ def test_weights_without_a_version_have_a_key():
 
 def test_key_of_few_parameters_reads_64_values_too():
     network = torch.nn.Linear(64, 64, bias=False)
-    seen = 0
+    num_changes = 0
     for index in range(64):
         key = network_key(network)
         network.weight.data[index] += 1
-        seen += network_key(network) != key
-    assert seen == 64  # one value of each row
+        num_changes += network_key(network) != key
+    assert num_changes == 64  # one value of each row
 
 
 def test_key_costs_less_than_5_milliseconds(embedded):

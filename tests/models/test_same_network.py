@@ -76,7 +76,7 @@ def model():
     return FisherTraceModel.from_pretrained(embedded_checkpoint(), subfolder="trace_model")
 
 
-def changed(pipe, change):
+def change_copy(pipe, change):
     network = copy.deepcopy(pipe.unet)
     change(network)
     return SimpleNamespace(unet=network, scheduler=pipe.scheduler)
@@ -85,18 +85,18 @@ def changed(pipe, change):
 @pytest.mark.parametrize("name", OTHERS)
 def test_changes_of_the_outputs_are_refused(embedded, model, name):
     with pytest.raises(InputError, match=r"was trained for another denoiser\. What differs: (outputs|weights|names)"):
-        model.check_fingerprint(changed(embedded, OTHERS[name]))
+        model.check_fingerprint(change_copy(embedded, OTHERS[name]))
 
 
 @pytest.mark.parametrize("name", SAME)
 def test_changes_that_leave_the_outputs_alone_are_taken(embedded, model, name):
-    model.check_fingerprint(changed(embedded, SAME[name]))
+    model.check_fingerprint(change_copy(embedded, SAME[name]))
 
 
 def test_weights_that_grew_as_a_whole_are_named_by_their_outputs(embedded, model):
     message = r"What differs: outputs of the denoiser on a fixed input \(by about 0.0\d+ of their size\). Use the one"
     with pytest.raises(InputError, match=message):
-        model.check_fingerprint(changed(embedded, OTHERS["all weights by 1.02"]))
+        model.check_fingerprint(change_copy(embedded, OTHERS["all weights by 1.02"]))
     pipe = fisher_pipeline(StableDiffusionPipeline.from_pretrained(embedded_checkpoint()))
     scale(pipe.unet, 1.02)
     with pytest.raises(InputError, match=message):
@@ -105,12 +105,14 @@ def test_weights_that_grew_as_a_whole_are_named_by_their_outputs(embedded, model
 
 def test_fingerprints_of_older_releases_are_compared_by_weights_alone(embedded):
     mark = denoiser_fingerprint(embedded)
-    old = {key: value for key, value in mark.items() if key != "outputs"}
-    scaled = denoiser_fingerprint(changed(embedded, OTHERS["all weights by 2"]))
-    assert fingerprint_differences(old, mark) == fingerprint_differences(old, scaled) == []
-    assert "fused LoRA" in fingerprint_differences(old, denoiser_fingerprint(changed(embedded, fuse_adapter)))[0]
-    fused = denoiser_fingerprint(changed(embedded, SAME["fused projections"]))
-    assert "names or shapes of parameters" in fingerprint_differences(old, fused)[0]
+    old_mark = {key: value for key, value in mark.items() if key != "outputs"}
+    scaled_mark = denoiser_fingerprint(change_copy(embedded, OTHERS["all weights by 2"]))
+    assert fingerprint_differences(old_mark, mark) == fingerprint_differences(old_mark, scaled_mark) == []
+    assert (
+        "fused LoRA" in fingerprint_differences(old_mark, denoiser_fingerprint(change_copy(embedded, fuse_adapter)))[0]
+    )
+    fused_mark = denoiser_fingerprint(change_copy(embedded, SAME["fused projections"]))
+    assert "names or shapes of parameters" in fingerprint_differences(old_mark, fused_mark)[0]
 
 
 MAKERS = [
@@ -129,11 +131,11 @@ def test_every_network_has_outputs_that_dtypes_round_and_scaled_weights_change(m
     mark = denoiser_fingerprint(pipe)
     assert json.loads(json.dumps(mark, allow_nan=False)) == mark
     assert [len(sums) for sums in mark["outputs"]["sums"]] == [32, 32]
-    cast = SimpleNamespace(**{name: copy.deepcopy(network).to(dtype)}, scheduler=pipe.scheduler)
-    assert fingerprint_differences(mark, denoiser_fingerprint(cast)) == []
-    scaled = SimpleNamespace(**{name: copy.deepcopy(network)}, scheduler=pipe.scheduler)
-    scale(scaled.__dict__[name], 1.02)
-    (words,) = fingerprint_differences(mark, denoiser_fingerprint(scaled))
+    rounded_pipe = SimpleNamespace(**{name: copy.deepcopy(network).to(dtype)}, scheduler=pipe.scheduler)
+    assert fingerprint_differences(mark, denoiser_fingerprint(rounded_pipe)) == []
+    scaled_pipe = SimpleNamespace(**{name: copy.deepcopy(network)}, scheduler=pipe.scheduler)
+    scale(scaled_pipe.__dict__[name], 1.02)
+    (words,) = fingerprint_differences(mark, denoiser_fingerprint(scaled_pipe))
     assert words.startswith("outputs of the denoiser on a fixed input")
 
 

@@ -13,7 +13,7 @@ import torch
 from cases import STABLE_DIFFUSION, ZERO_SNR, SchedulerCase
 from diffusers.utils import hub_utils
 from safetensors import safe_open
-from trace_cases import IMAGE, SMALL, TOKENS, GaussianData, GaussianDenoiser, disturbed
+from trace_cases import IMAGE, SMALL, TOKENS, GaussianData, GaussianDenoiser, disturb
 
 from diffusers_fisher import (
     CheckpointError,
@@ -85,7 +85,7 @@ def test_untrained_model_is_exact_on_gaussian_data(kind, scheduler):
 @pytest.mark.parametrize("kind", [name for name in KINDS if "moment" not in name])
 def test_both_ends_are_right_for_every_output_of_the_network(kind):
     shape, basis, settings = KINDS[kind]
-    model = disturbed(GaussianData(shape, basis).model(**settings), 1.0)
+    model = disturb(GaussianData(shape, basis).model(**settings), 1.0)
     noise_to_signal = torch.logspace(-5, 5, 11, dtype=torch.float64)
     level = NoiseLevel.from_log_noise_to_signal(noise_to_signal.log())
     x = torch.randn(11, *shape, generator=seeded(), dtype=torch.float64)
@@ -102,7 +102,7 @@ def test_both_ends_are_right_for_every_output_of_the_network(kind):
 def test_same_noised_sample_gives_the_same_r_in_every_scheduler():
     """A model knows only x_t divided by its norm and log(sigma/alpha) of the schedule."""
     data = GaussianData()
-    model = disturbed(data.model())
+    model = disturb(data.model())
     state = state_of(data, make("epsilon"), [300.0, 700.0])
     r = model.unexplained_noise_fraction(state)
     for factor, prediction in (
@@ -119,7 +119,7 @@ def test_same_noised_sample_gives_the_same_r_in_every_scheduler():
 def test_diagonal_averages_to_r_and_one_network_gives_both():
     for basis in ("pixel", "dct"):
         data = GaussianData(basis=basis)
-        model = disturbed(data.model(output="diagonal"))
+        model = disturb(data.model(output="diagonal"))
         state = state_of(data, make("epsilon"), [300.0, 700.0])
         logits = model.evaluate(state).logits
         assert logits.shape == state.sample.shape
@@ -132,21 +132,21 @@ def test_diagonal_averages_to_r_and_one_network_gives_both():
 def test_samples_do_not_see_each_other(kind):
     shape, basis, settings = KINDS[kind]
     data = GaussianData(shape, basis)
-    model = disturbed(data.model(**settings))
+    model = disturb(data.model(**settings))
     state = state_of(data, make("v_prediction"), [400.0, 600.0, 800.0])
-    alone = dataclasses.replace(
+    single = dataclasses.replace(
         state, sample=state.sample[1:2], model_output=state.model_output[1:2],
         level=NoiseLevel(state.level.alpha[1:2], state.level.sigma[1:2]),
     )  # fmt: skip
     assert torch.allclose(
-        model.unexplained_noise_fraction(alone), model.unexplained_noise_fraction(state)[1:2], rtol=1e-4, atol=1e-6
+        model.unexplained_noise_fraction(single), model.unexplained_noise_fraction(state)[1:2], rtol=1e-4, atol=1e-6
     )
 
 
 @pytest.mark.parametrize("output", ["trace", "diagonal"])
 @pytest.mark.parametrize("basis", ["pixel", "dct"])
 def test_other_sizes_take_interpolated_variances(basis, output):
-    model = disturbed(GaussianData(basis=basis).model(output=output), 0.1)
+    model = disturb(GaussianData(basis=basis).model(output=output), 0.1)
     for size in ((6, 8), (5, 3)):
         x = torch.randn(2, 2, *size, generator=seeded())
         state = DenoisingState(x, x, NoiseLevel.from_log_noise_to_signal(torch.zeros(())), Prediction("epsilon"))
@@ -203,11 +203,11 @@ def test_zero_terminal_snr_ends_in_zero_r():
 
 def test_prediction_and_sample_both_matter_to_a_trained_network():
     data = GaussianData()
-    model, without = disturbed(data.model()), disturbed(data.model(use_prediction=False))
+    model, sample_model = disturb(data.model()), disturb(data.model(use_prediction=False))
     state = state_of(data, make("epsilon"), [300.0, 700.0])
     other = dataclasses.replace(state, model_output=state.model_output + 0.5)
     assert not torch.equal(model.unexplained_noise_fraction(state), model.unexplained_noise_fraction(other))
-    assert torch.equal(without.unexplained_noise_fraction(state), without.unexplained_noise_fraction(other))
+    assert torch.equal(sample_model.unexplained_noise_fraction(state), sample_model.unexplained_noise_fraction(other))
     assert set(trace_inputs(state)) == {"sample", "log_noise", "original", "epsilon"}
 
 
@@ -220,18 +220,28 @@ def with_features(state, seed=3):
 def test_features_change_the_output_if_the_state_has_some(kind):
     shape, basis, settings = KINDS[kind]
     data = GaussianData(shape, basis)
-    model = disturbed(data.model(feature_channels=6, **settings))
+    model = disturb(data.model(feature_channels=6, **settings))
     state = state_of(data, make("epsilon"), [300.0, 700.0])
-    known, other = with_features(state), with_features(state, 4)
-    assert not torch.equal(model.unexplained_noise_fraction(known), model.unexplained_noise_fraction(other))
-    assert not torch.equal(model.unexplained_noise_fraction(known), model.unexplained_noise_fraction(state))
-    single = dataclasses.replace(known, sample=known.sample[1:], model_output=known.model_output[1:],
-        level=NoiseLevel(known.level.alpha[1:], known.level.sigma[1:]), features=known.features[1:])  # fmt: skip
+    feature_state, other_state = with_features(state), with_features(state, 4)
+    assert not torch.equal(
+        model.unexplained_noise_fraction(feature_state), model.unexplained_noise_fraction(other_state)
+    )
+    assert not torch.equal(model.unexplained_noise_fraction(feature_state), model.unexplained_noise_fraction(state))
+    single = dataclasses.replace(
+        feature_state, sample=feature_state.sample[1:], model_output=feature_state.model_output[1:],
+        level=NoiseLevel(feature_state.level.alpha[1:], feature_state.level.sigma[1:]),
+        features=feature_state.features[1:],
+    )  # fmt: skip
     assert torch.allclose(
-        model.unexplained_noise_fraction(single), model.unexplained_noise_fraction(known)[1:], rtol=1e-4, atol=1e-6
+        model.unexplained_noise_fraction(single),
+        model.unexplained_noise_fraction(feature_state)[1:],
+        rtol=1e-4,
+        atol=1e-6,
     )  # float32, other batch
-    featureless = disturbed(data.model(**settings))
-    assert torch.equal(featureless.unexplained_noise_fraction(known), featureless.unexplained_noise_fraction(state))
+    featureless = disturb(data.model(**settings))
+    assert torch.equal(
+        featureless.unexplained_noise_fraction(feature_state), featureless.unexplained_noise_fraction(state)
+    )
 
 
 def test_features_are_standardised_at_their_own_level():
@@ -239,25 +249,25 @@ def test_features_are_standardised_at_their_own_level():
     data = GaussianData()
     levels = torch.linspace(-4, 4, 48)
     mean, deviation = levels[:, None] * torch.arange(6), 0.1 + torch.rand(48, 6, generator=seeded())
-    model = disturbed(data.model(feature_channels=6))
+    model = disturb(data.model(feature_channels=6))
     model.set_feature_statistics(levels, mean, deviation)
     state = state_of(data, make("epsilon"), [300.0, 700.0])
     log_noise = state.level.log_noise_to_signal.float()
     average = log_noise[:, None] * torch.arange(6)
-    seen = []
-    model.summaries.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    head_inputs = []
+    model.summaries.head.register_forward_pre_hook(lambda module, inputs: head_inputs.append(inputs[0]))
     model.unexplained_noise_fraction(dataclasses.replace(state, features=average))
-    assert float(seen[0].abs().max()) < 1e-4  # float32
+    assert float(head_inputs[0].abs().max()) < 1e-4  # float32
     nodes = dataclasses.replace(state, level=NoiseLevel.from_log_noise_to_signal(levels[[2, 9]].double()))
     model.unexplained_noise_fraction(dataclasses.replace(nodes, features=mean[[2, 9]] + 0.5 * deviation[[2, 9]]))
-    assert torch.allclose(seen[1], torch.full((2, 6), 0.5), atol=1e-3)  # 1e-5 is added to deviations
+    assert torch.allclose(head_inputs[1], torch.full((2, 6), 0.5), atol=1e-3)  # 1e-5 is added to deviations
     model.unexplained_noise_fraction(dataclasses.replace(nodes, features=mean[[2, 9]] + 1e4))
-    assert torch.allclose(seen[2], torch.full((2, 6), 8.0))
+    assert torch.allclose(head_inputs[2], torch.full((2, 6), 8.0))
     low = NoiseLevel.from_log_noise_to_signal(torch.tensor([-9.0, 9.0], dtype=torch.float64))
     model.unexplained_noise_fraction(
         dataclasses.replace(state, level=low, features=mean[[0, 47]])
     )  # levels beyond the ends count as the ends
-    assert float(seen[3].abs().max()) < 1e-4
+    assert float(head_inputs[3].abs().max()) < 1e-4
 
 
 STATISTICS = {
@@ -290,7 +300,7 @@ def test_features_of_another_width_are_refused():
 
 def test_pooled_vector_changes_the_output():
     data = GaussianData()
-    model = disturbed(data.model(pooled_channels=5))
+    model = disturb(data.model(pooled_channels=5))
     state = state_of(data, make("epsilon"), [300.0, 700.0])
     pooled = torch.randn(2, 5, generator=seeded())
     r = model.unexplained_noise_fraction(state, pooled)
@@ -305,7 +315,7 @@ def test_pooled_vector_changes_the_output():
 def test_half_precision_models_agree_with_float32(dtype):
     data = GaussianData()
     state = state_of(data, make("epsilon"), [300.0, 700.0], dtype=torch.float32)
-    model = disturbed(data.model(), 0.1)
+    model = disturb(data.model(), 0.1)
     r = model.unexplained_noise_fraction(state)
     low = model.to(dtype).unexplained_noise_fraction(state)
     assert low.dtype is torch.float64
@@ -327,15 +337,15 @@ def test_a_saved_model_is_loaded_unchanged(tmp_path):
     for kind in ("trace", "diagonal in DCT", "diagonal of tokens", "trace with features"):
         shape, basis, settings = KINDS[kind]
         data = GaussianData(shape, basis)
-        model = disturbed(data.model(**settings))
+        model = disturb(data.model(**settings))
         model.save_pretrained(tmp_path)
-        loaded = FisherTraceModel.from_pretrained(tmp_path)
+        loaded_model = FisherTraceModel.from_pretrained(tmp_path)
         state = with_features(state_of(data, make("epsilon"), [300.0, 700.0]))
-        assert torch.equal(loaded.unexplained_noise_fraction(state), model.unexplained_noise_fraction(state))
-        assert {k: loaded.config[k] for k in SMALL} == {
+        assert torch.equal(loaded_model.unexplained_noise_fraction(state), model.unexplained_noise_fraction(state))
+        assert {k: loaded_model.config[k] for k in SMALL} == {
             k: list(v) if isinstance(v, tuple) else v for k, v in SMALL.items()
         }
-        assert not loaded.training
+        assert not loaded_model.training
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
@@ -363,7 +373,7 @@ def test_failed_save_leaves_the_old_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr("diffusers_fisher.files.save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        disturbed(model).save_pretrained(tmp_path)
+        disturb(model).save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -394,10 +404,10 @@ def test_pickles_and_shards_are_refused(tmp_path):
 
 
 def test_push_to_hub_writes_the_model_card(monkeypatch):
-    written = {}
+    files = {}
 
     def upload(self, folder, repo_id, **kwargs):
-        written.update({name: Path(folder, name).read_text() for name in ("README.md", "config.json")})
+        files.update({name: Path(folder, name).read_text() for name in ("README.md", "config.json")})
         return "https://example.com/" + repo_id
 
     monkeypatch.setattr(hub_utils, "create_repo", lambda repo_id, **kwargs: type("Url", (), {"repo_id": repo_id}))
@@ -405,11 +415,11 @@ def test_push_to_hub_writes_the_model_card(monkeypatch):
     model = GaussianData().model()
     model.set_fingerprint(tiny.stable_diffusion())
     assert model.push_to_hub("me/trace", description="Trained on tests.") == "https://example.com/me/trace"
-    card = written["README.md"]
+    card = files["README.md"]
     for words in ("library_name: diffusers_fisher", "Target: `residual`", "the **data's** r", "Trained on tests.",
                   'from_pretrained("me/trace")', "UNet2DConditionModel"):  # fmt: skip
         assert words in card
-    assert json.loads(written["config.json"])["fingerprint"]["denoiser"] == "UNet2DConditionModel"
+    assert json.loads(files["config.json"])["fingerprint"]["denoiser"] == "UNet2DConditionModel"
 
 
 def test_class_is_the_package_s_and_importing_the_package_loads_no_models():
@@ -420,8 +430,8 @@ def test_class_is_the_package_s_and_importing_the_package_loads_no_models():
         "from diffusers_fisher import FisherTraceModel;"
         "print(len(loaded), 'diffusers.models.modeling_utils' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0", "True"]
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.split() == ["0", "True"]
 
 
 # Bad input
@@ -488,9 +498,9 @@ def test_other_inputs_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="takes the denoiser's predictions"):
         data.model()(inputs["sample"], inputs["log_noise"])
     x = torch.zeros(1, 2, 5, 4)
-    odd = DenoisingState(x, x, NoiseLevel.from_log_noise_to_signal(torch.zeros(())), Prediction("epsilon"))
+    odd_state = DenoisingState(x, x, NoiseLevel.from_log_noise_to_signal(torch.zeros(())), Prediction("epsilon"))
     with pytest.raises(InputError, match="multiples of the trace model's `patch_size`, 2"):
-        data.model(patch_size=2).unexplained_noise_fraction(odd)
+        data.model(patch_size=2).unexplained_noise_fraction(odd_state)
     tokens = GaussianData(TOKENS)
     x = torch.zeros(1, 5, 3)
     with pytest.raises(InputError, match="prior has statistics of 6 tokens"):

@@ -154,8 +154,8 @@ def test_karras_level_comes_from_the_run_and_not_from_the_rounded_timestep():
     differences = []
     for step in steps:
         assert float(step.state.level.noise_to_signal) == pytest.approx(float(step.run_sigma), rel=1e-9)
-        rounded = noise_level(scheduler, step.state.timestep).noise_to_signal
-        differences.append(abs(float(rounded / step.run_sigma) - 1))
+        rounded_ratio = noise_level(scheduler, step.state.timestep).noise_to_signal
+        differences.append(abs(float(rounded_ratio / step.run_sigma) - 1))
     assert 0.01 < max(differences) < 0.1  # rounding the timestep costs some per cent at the clean end
 
 
@@ -267,9 +267,9 @@ def test_timestep_at_inverts_the_levels_of_fractional_timesteps(case, timesteps)
 
 def test_fractional_timesteps_are_linear_in_log_noise_to_signal():
     scheduler = diffusers.DDIMScheduler(**STABLE_DIFFUSION)
-    low, between, high = noise_level(scheduler, torch.tensor([400, 400.25, 401])).log_noise_to_signal
-    assert float(between) == pytest.approx(float(0.75 * low + 0.25 * high), rel=1e-12)
-    assert low < between < high
+    low, middle, high = noise_level(scheduler, torch.tensor([400, 400.25, 401])).log_noise_to_signal
+    assert float(middle) == pytest.approx(float(0.75 * low + 0.25 * high), rel=1e-12)
+    assert low < middle < high
 
 
 def test_flow_and_edm_timesteps_follow_their_definitions():
@@ -298,13 +298,13 @@ def test_level_from_log_noise_to_signal_is_variance_preserving(log_s):
     assert float(scaled.noise_to_signal) == pytest.approx(math.exp(log_s), rel=1e-12)
 
 
-KNOWN = "supported schedulers: DDIMScheduler, .*FlowMatchEulerDiscreteScheduler"
+SUPPORTED = "supported schedulers: DDIMScheduler, .*FlowMatchEulerDiscreteScheduler"
 TYPES = "epsilon, sample, v_prediction, flow_prediction"
 
 
 @pytest.mark.parametrize("function", [prediction_of, lambda scheduler: noise_level(scheduler, 1)])
 def test_unknown_scheduler_is_refused_with_the_known_ones(function):
-    with pytest.raises(UnsupportedError, match=f"CMStochasticIterativeScheduler are not known; {KNOWN}"):
+    with pytest.raises(UnsupportedError, match=f"CMStochasticIterativeScheduler are not known; {SUPPORTED}"):
         function(diffusers.CMStochasticIterativeScheduler())
 
 

@@ -123,18 +123,20 @@ ONWARD = [case for case in CASES + OUTSIDE_CASES if case.name != "PNDMScheduler"
 def test_level_after_a_step_is_the_level_of_the_next_sample(case):
     scheduler, network, x = case.parent(**case.config), Network(), latents()
     scheduler.set_timesteps(6)
-    schedule, expected, compared = noise_schedule(scheduler), None, 0
+    schedule, expected, count = noise_schedule(scheduler), None, 0
     for t in scheduler.timesteps:
         level = schedule.level_in_run(t, schedule.start_step(t))
         if expected is not None:
             assert torch.equal(expected.alpha, level.alpha)
             assert torch.equal(expected.sigma, level.sigma)
-            compared += 1
+            count += 1
         model_input = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(network(model_input, t), t, x, return_dict=False)[0]
-        again = case.name == "PNDMScheduler" and (scheduler.timesteps == t).sum() > 1  # PNDM takes the timestep twice.
-        expected = None if schedule.awaits_second_stage or again else schedule.level_after_step(t)
-    assert compared >= 4
+        is_repeated = (
+            case.name == "PNDMScheduler" and (scheduler.timesteps == t).sum() > 1
+        )  # PNDM takes the timestep twice.
+        expected = None if schedule.awaits_second_stage or is_repeated else schedule.level_after_step(t)
+    assert count >= 4
 
 
 @pytest.mark.parametrize(

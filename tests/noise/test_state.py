@@ -55,11 +55,11 @@ def test_epsilon_original_and_score_are_recovered_from_the_raw_output(name, pred
     x = alpha * original + sigma * noise
     state = DenoisingState(x, outputs(x, original, noise, alpha, sigma)[prediction], level, prediction)
     # float64 roundings, multiplied by at most sigma/alpha or alpha/sigma, here below ten
-    close = {"rtol": 1e-12, "atol": 1e-12}
-    torch.testing.assert_close(state.epsilon, noise, **close)
-    torch.testing.assert_close(state.score, -noise / sigma, **close)
+    tolerance = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(state.epsilon, noise, **tolerance)
+    torch.testing.assert_close(state.score, -noise / sigma, **tolerance)
     if not (name == "pure noise" and prediction.kind == "epsilon"):  # Pure noise contains no x_0.
-        torch.testing.assert_close(state.pred_original_sample, original, **close)
+        torch.testing.assert_close(state.pred_original_sample, original, **tolerance)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS, ids=label)
@@ -93,9 +93,9 @@ def test_state_of_takes_the_runs_own_level_and_input_scale():
     scheduler.set_timesteps(10)
     x, output, t = latents(), latents(seed=2), scheduler.timesteps[0]
     scheduler._init_step_index(t)
-    in_run, outside = state_of(scheduler, x, output, t, 0), state_of(scheduler, x, output, t)
+    in_run, outside_run = state_of(scheduler, x, output, t, 0), state_of(scheduler, x, output, t)
     assert float(in_run.level.sigma) == float(scheduler.sigmas[0])
-    assert torch.equal(outside.level.sigma, noise_level(scheduler, t).sigma)
-    assert torch.equal(outside.input_scale, input_scale(scheduler, outside.level))
+    assert torch.equal(outside_run.level.sigma, noise_level(scheduler, t).sigma)
+    assert torch.equal(outside_run.input_scale, input_scale(scheduler, outside_run.level))
     # The run's factor is rounded to float32, as the model's input was; the rest is one float64 rounding.
     torch.testing.assert_close(in_run.input_scale * x, scheduler.scale_model_input(x, t), rtol=1e-15, atol=0)

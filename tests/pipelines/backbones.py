@@ -58,7 +58,7 @@ class Backbone:
 
     @property
     def cls(self) -> Any:
-        """Our class."""
+        """The class of this package."""
         return getattr(diffusers_fisher, f"{self.name}FisherPipeline")
 
     def ours(self) -> Any:
@@ -97,7 +97,7 @@ class Backbone:
         return pipe.guide(*first, reward, **{"height": height, "width": width, **options})
 
     def score(self, pipe: Any, count: int = 2, images: Any = None, **options: Any) -> Any:
-        """Likelihood of `images` or of `latents`, of the first `count` conditions."""
+        """Returns the likelihood of `images` or of `latents` under the first `count` conditions."""
         first = [] if self.condition is None else [self.condition[:count]]
         options = {
             "num_inference_steps": 3, "step_halving": False, "generator": torch.Generator().manual_seed(0),

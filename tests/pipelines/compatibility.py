@@ -16,11 +16,11 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
 BEGIN, END = "<!-- table: from the test run -->\n", "<!-- end of table -->\n"
 
 outcomes: dict[tuple[str, str], str] = {}
-"""By backbone and column; where several tests decide a cell, the worst."""
+"""Outcomes by backbone and column; where several tests decide a cell, the worst one."""
 
 
 def cell(item: Any) -> tuple[str, str] | None:
-    """The backbone and column that a test decides."""
+    """Returns the backbone and the column that a test decides."""
     marker = item.get_closest_marker("cell")
     if marker is None:
         return None
@@ -34,13 +34,13 @@ def note(backbone: str, column: str, outcome: str) -> None:
     outcomes[backbone, column] = max(outcome, outcomes.get((backbone, column), "passed"), key=order.index)
 
 
-def complete(backbones: list[str], decided: Container) -> bool:
-    """Whether every cell is among those `decided`."""
-    return all((backbone, column) in decided for backbone in backbones for column in COLUMNS)
+def complete(backbones: list[str], results: Container) -> bool:
+    """Returns whether every cell is among the `results`."""
+    return all((backbone, column) in results for backbone in backbones for column in COLUMNS)
 
 
 def table(backbones: list[str]) -> str:
-    """Markdown, one line a backbone."""
+    """Returns the table in Markdown, one line per backbone."""
     lines = ["| pipeline | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for backbone in backbones:
         cells = [SIGNS[outcomes[backbone, column]] for column in COLUMNS]
@@ -48,20 +48,20 @@ def table(backbones: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def written() -> str:
-    """The table that the document holds."""
+def current_table() -> str:
+    """Returns the table that the document holds."""
     return DOCUMENT.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
 
 
 def write(text: str) -> None:
     """Puts the table `text` into the document."""
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
-    DOCUMENT.write_text(before + BEGIN + text + END + rest.split(END)[1], encoding="utf-8")
+    before, after = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
+    DOCUMENT.write_text(before + BEGIN + text + END + after.split(END)[1], encoding="utf-8")
 
 
 class _Writer:
     def pytest_sessionfinish(self) -> None:
-        from pipelines import backbones, compatibility  # as the tests see it, which is not this `__main__`
+        from pipelines import backbones, compatibility  # the module of the tests, which is not this `__main__`
 
         names = list(backbones.BACKBONES)
         if not compatibility.complete(names, compatibility.outcomes):

@@ -25,7 +25,7 @@ from pipelines.backbones import BACKBONES
 GRADIENT = 1e-5  # float32, the same products in another order: measured up to 2e-6
 LORA = ["StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux"]
 IMAGES = ["StableDiffusion", "StableDiffusionXL"]
-WIDTH = 12  # of the image embeddings
+WIDTH = 12  # width of the image embeddings
 
 
 def seeded(seed=0):
@@ -37,7 +37,7 @@ def brightness(images, conditions):
 
 
 def lora_file(backbone, folder):
-    """A LoRA of the backbone's attention, as training scripts save it."""
+    """Writes a LoRA of the backbone's attention, as training scripts save it."""
     pipe = backbone.make(cls=backbone.stock)
     network = getattr(pipe, backbone.network)
     torch.manual_seed(5)
@@ -59,7 +59,7 @@ def with_lora(backbone, folder, cls=None):
 
 
 def strength(backbone, scale):
-    """The call's argument for the adapter's weight."""
+    """Returns the call's argument for the adapter's weight."""
     name = "cross_attention_kwargs" if backbone.network == "unet" else "joint_attention_kwargs"
     return {name: {"scale": scale}}
 
@@ -71,8 +71,8 @@ def check_gradient(backbone, pipe, **arguments):
     reference = backbone.sample(pipe, True, inspect.unwrap(type(pipe).__call__), latents=leaf, **arguments)
     (exact,) = torch.autograd.grad((weight * reference).sum(), leaf)
     pipe.scheduler = fisher_scheduler(type(pipe.scheduler)).from_config(pipe.scheduler.config)
-    given = {**backbone.call, **backbone.options, **backbone.size(), **backbone.guidance(True), **arguments}
-    with pipe.scheduler.differentiable(AutodiffFisher(PipelineDenoiser(pipe, **given))) as trajectory:
+    call_arguments = {**backbone.call, **backbone.options, **backbone.size(), **backbone.guidance(True), **arguments}
+    with pipe.scheduler.differentiable(AutodiffFisher(PipelineDenoiser(pipe, **call_arguments))) as trajectory:
         result = backbone.sample(pipe, latents=noise, **arguments)
     assert relative(trajectory.gradient((weight * result).sum()), exact) < GRADIENT
 
@@ -98,17 +98,17 @@ def test_lora_gives_the_stock_results_and_exact_gradients(backbone, tmp_path):
 def test_likelihood_with_lora_is_that_of_the_weights_with_it_added(backbone, tmp_path):
     folder = lora_file(backbone, tmp_path)
     x, options = 0.5 * backbone.noise(), {"num_probes": 1}
-    plain = backbone.score(backbone.ours(), latents=x, **options).log_prob
+    reference = backbone.score(backbone.ours(), latents=x, **options).log_prob
     for scale in (1.0, 0.25):
-        loaded, added = with_lora(backbone, folder), with_lora(backbone, folder)
-        added.fuse_lora(lora_scale=scale)
-        added.unload_lora_weights()
+        lora_pipe, fused_pipe = with_lora(backbone, folder), with_lora(backbone, folder)
+        fused_pipe.fuse_lora(lora_scale=scale)
+        fused_pipe.unload_lora_weights()
         arguments = {} if scale == 1.0 else strength(backbone, scale)
-        found = backbone.score(loaded, latents=x, **options, **arguments).log_prob
-        expected = backbone.score(added, latents=x, **options).log_prob
+        log_prob = backbone.score(lora_pipe, latents=x, **options, **arguments).log_prob
+        expected = backbone.score(fused_pipe, latents=x, **options).log_prob
         # float32: W x + B A x against (W + B A) x, in nats of a random network that amplifies it.
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
-        assert float((found - plain).abs().max()) > 1e-2
+        torch.testing.assert_close(log_prob, expected, rtol=1e-4, atol=1e-3)
+        assert float((log_prob - reference).abs().max()) > 1e-2
 
 
 def test_trace_model_of_the_checkpoint_without_the_lora_is_refused(backbone, tmp_path):
@@ -129,7 +129,7 @@ def test_trace_model_of_the_checkpoint_without_the_lora_is_refused(backbone, tmp
 
 
 def image_adapter_file(backbone, folder):
-    """An IP-Adapter of the pipeline's network, in the layout of those that are published."""
+    """Writes an IP-Adapter of the pipeline's network, in the layout of public ones."""
     network = backbone.make(cls=backbone.stock).unet
     torch.manual_seed(6)
     width, channels = network.config.cross_attention_dim, network.config.block_out_channels
@@ -137,8 +137,8 @@ def image_adapter_file(backbone, folder):
     projection = ImageProjection(image_embed_dim=WIDTH, cross_attention_dim=width, num_image_text_embeds=4)
     for name, tensor in projection.state_dict().items():
         tensors["image_proj." + name.replace("image_embeds", "proj")] = tensor
-    crossed = [name for name in network.attn_processors if "attn2" in name]
-    for index, name in enumerate(crossed):
+    cross_attention = [name for name in network.attn_processors if "attn2" in name]
+    for index, name in enumerate(cross_attention):
         place = name.split(".")
         kind = place[0]
         block = {"mid_block": -1, "down_blocks": int(place[1]) if kind == "down_blocks" else 0,
@@ -155,9 +155,9 @@ def with_image_adapter(backbone, folder, cls=None):
     return pipe
 
 
-def image_embeddings(guided):
+def image_embeddings(with_guidance):
     """Returns one image's embeddings for all samples, as the stock call makes them; with guidance, two of them."""
-    return {"ip_adapter_image_embeds": [torch.randn(2 if guided else 1, 1, WIDTH, generator=seeded(7))]}
+    return {"ip_adapter_image_embeds": [torch.randn(2 if with_guidance else 1, 1, WIDTH, generator=seeded(7))]}
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -186,15 +186,15 @@ def test_likelihood_with_an_image_adapter_is_that_of_the_network_given_the_image
     pipe, x, embeddings = with_image_adapter(backbone, tmp_path), backbone.noise(), image_embeddings(False)
     denoiser = PipelineDenoiser(pipe, **{**backbone.call, **backbone.size(), **embeddings})
     with torch.no_grad():
-        encoded = pipe.encode_prompt(
+        prompt_encoding = pipe.encode_prompt(
             backbone.condition, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        told = {"image_embeds": [embeddings["ip_adapter_image_embeds"][0].expand(2, -1, -1)]}
+        conditions = {"image_embeds": [embeddings["ip_adapter_image_embeds"][0].expand(2, -1, -1)]}
         if name == "StableDiffusionXL":
             height, width = backbone.pixels
             ids = torch.tensor([[height, width, 0, 0, height, width]] * 2).float()
-            told |= {"text_embeds": encoded[2], "time_ids": ids}
-        expected = pipe.unet(x, 500, encoded[0], added_cond_kwargs=told).sample
+            conditions |= {"text_embeds": prompt_encoding[2], "time_ids": ids}
+        expected = pipe.unet(x, 500, prompt_encoding[0], added_cond_kwargs=conditions).sample
     assert torch.equal(denoiser.model_output(x, 500), expected)
     scores = [
         backbone.score(pipe, latents=x, num_probes=1, ip_adapter_image_embeds=[value]).log_prob

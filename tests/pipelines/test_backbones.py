@@ -61,8 +61,8 @@ def test_images_are_those_of_the_stock_pipeline(backbone):
 
 
 def test_latents_of_the_caller_take_the_place_of_the_stock_calls_noise(backbone):
-    """And final latents those that it decodes."""
-    ours, drawn = backbone.ours(), []
+    """The final latents of the call are those that it decodes."""
+    ours, outputs = backbone.ours(), []
     size = {} if backbone.takes_latents else {"height": None, "width": None}
     pixels = backbone_of(ours).image_size(*(size or backbone.size()).values())
     noise = backbone_of(ours).initial_noise(None, 2, pixels, seeded())
@@ -72,10 +72,10 @@ def test_latents_of_the_caller_take_the_place_of_the_stock_calls_noise(backbone)
     for output_type in ("latent", "np"):
         generator = torch.Generator()
         generator.set_state(generators[1].get_state())
-        drawn.append(backbone.sample(ours, generator=generator, latents=noise, output_type=output_type))
-    assert (drawn[1] == expected).all()
-    decoded = backbone_of(ours).decode(drawn[0], pixels).detach().permute(0, 2, 3, 1)
-    assert abs(decoded.numpy() - expected).max() == 0
+        outputs.append(backbone.sample(ours, generator=generator, latents=noise, output_type=output_type))
+    assert (outputs[1] == expected).all()
+    images = backbone_of(ours).decode(outputs[0], pixels).detach().permute(0, 2, 3, 1)
+    assert abs(images.numpy() - expected).max() == 0
 
 
 @WITH_VARIATIONS
@@ -135,19 +135,19 @@ def test_guidance_by_each_estimator(backbone, name):
     if name == "autodiff":
         assert bool((out.rewards[1] > out.rewards[0]).all())
     assert tiny.snapshot(pipe)["attributes"] == before["attributes"]
-    again = backbone.sample(
+    samples = backbone.sample(
         pipe, latents=out.latents.to(backbone_of(pipe).dtype), output_type="latent", generator=seeded(5)
     )
     if backbone.stock is not diffusers.DDPMPipeline and type(pipe.scheduler).__name__ != "DDPMScheduler":
-        decoded = backbone_of(pipe).decode(again, backbone.pixels).detach()
-        assert torch.equal(decoded, out.images)
+        images = backbone_of(pipe).decode(samples, backbone.pixels).detach()
+        assert torch.equal(images, out.images)
 
 
 # Likelihood
 
 
 def table_of(backbone, pipe):
-    """log(sigma/alpha) of every training timestep, from the definition."""
+    """Returns log(sigma/alpha) of every training timestep, by its definition."""
     config = pipe.scheduler.config
     power = 1 if config.beta_schedule == "linear" else 2  # "scaled_linear": linear in the root
     ends = config.beta_start ** (1 / power), config.beta_end ** (1 / power)
@@ -156,7 +156,7 @@ def table_of(backbone, pipe):
 
 
 def level_of(backbone, pipe, u):
-    """alpha, sigma and the network's time at log(sigma/alpha) = u."""
+    """Returns alpha, sigma and the network's time at log(sigma/alpha) = u."""
     s = float(u.exp())
     if backbone.flow:
         noise = torch.sigmoid(u)
@@ -166,7 +166,7 @@ def level_of(backbone, pipe, u):
 
 
 def network_call(backbone, pipe):
-    """The network itself on (1, C, h, w) and a time, with the conditioning that its pipeline would give it."""
+    """Returns the network as a function of (1, C, h, w) and a time, with its pipeline's conditioning."""
     name, count = backbone.name, backbone.shape[0]
     if backbone.condition is None:
         return lambda x, t: pipe.unet(x, t).sample
@@ -181,8 +181,11 @@ def network_call(backbone, pipe):
             return lambda x, t: pipe.unet(x, t, embeds).sample
         if name == "StableDiffusionXL":
             embeds, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
-            added = {"text_embeds": pooled, "time_ids": torch.tensor([[height, width, 0, 0, height, width]]).float()}
-            return lambda x, t: pipe.unet(x, t, embeds, added_cond_kwargs=added).sample
+            conditions = {
+                "text_embeds": pooled,
+                "time_ids": torch.tensor([[height, width, 0, 0, height, width]]).float(),
+            }
+            return lambda x, t: pipe.unet(x, t, embeds, added_cond_kwargs=conditions).sample
         if name == "StableDiffusion3":
             embeds, _, pooled, _ = pipe.encode_prompt(
                 prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=8
@@ -204,19 +207,19 @@ def network_call(backbone, pipe):
 
             return flux
         embeds, mask, _, _ = pipe.encode_prompt(prompt, False, max_sequence_length=8)
-        told = {"resolution": None, "aspect_ratio": None}
+        sizes = {"resolution": None, "aspect_ratio": None}
         if name == "PixArtAlpha":
-            told = {
+            sizes = {
                 "resolution": torch.tensor([[height, width]]).float(),
                 "aspect_ratio": torch.tensor([[height / width]]),
             }
         return lambda x, t: pipe.transformer(
-            x, embeds, t[None], encoder_attention_mask=mask, added_cond_kwargs=told
+            x, embeds, t[None], encoder_attention_mask=mask, added_cond_kwargs=sizes
         ).sample[:, :count]
 
 
 def by_hand(backbone, pipe, x, steps):
-    """log p of x (1, C, h, w): Euler in s and the trapezoid in u = log s, with full Jacobians of the network.
+    """Returns log p of x (1, C, h, w): Euler in s, the trapezoid in u = log s, full Jacobians of the network.
 
     Notation: x~ = x/alpha, s = sigma/alpha; d log p~ = d (1 - r) du with d (1 - r) = sigma tr(d eps/dx).
     """
@@ -264,7 +267,7 @@ def test_likelihood_is_that_of_a_loop_over_the_network_itself(backbone):
 
 @torch.no_grad()
 def latents_of(pipe, images):
-    """By the autoencoder itself."""
+    """Returns latents by the autoencoder itself."""
     pixels = 2 * images - 1
     if hasattr(pipe, "vae"):
         shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
@@ -302,10 +305,10 @@ def test_flow_models_on_gaussian_data_in_closed_form(name):
 
 
 @pytest.mark.cell("save and load")
-@pytest.mark.parametrize("swapped", [False, True], ids=["stock scheduler", "Fisher scheduler"])
-def test_folder_is_read_by_stock_diffusers_and_by_ours(backbone, swapped, tmp_path):
+@pytest.mark.parametrize("with_fisher_scheduler", [False, True], ids=["stock scheduler", "Fisher scheduler"])
+def test_folder_is_read_by_stock_diffusers_and_by_ours(backbone, with_fisher_scheduler, tmp_path):
     pipe = backbone.ours()
-    if swapped:
+    if with_fisher_scheduler:
         pipe.scheduler = fisher_scheduler(type(pipe.scheduler)).from_config(pipe.scheduler.config)
     pipe.save_pretrained(tmp_path)
     ours = tiny.quiet(backbone.cls.from_pretrained(tmp_path))
@@ -336,8 +339,8 @@ def test_stock_pipeline_becomes_ours_over_the_same_components(backbone):
     ours = fisher_pipeline(stock)
     assert type(ours) is backbone.cls is fisher_pipeline(backbone.stock)
     assert fisher_pipeline(ours) is ours
-    kept = [part for part in stock.components if part != "scheduler"]
-    assert all(getattr(ours, part) is getattr(stock, part) for part in kept)
+    parts = [part for part in stock.components if part != "scheduler"]
+    assert all(getattr(ours, part) is getattr(stock, part) for part in parts)
     assert ours.scheduler.config == stock.scheduler.config
 
 
@@ -401,27 +404,29 @@ def tiled(pipe):
 @pytest.mark.parametrize("name", [name for name, backbone in BACKBONES.items() if hasattr(backbone.ours(), "vae")])
 def test_sliced_and_tiled_autoencoder(name):
     backbone = dataclasses.replace(BACKBONES[name], shape=(4, 8, 8), pixels=(16, 16))
-    plain, pipe, stock = backbone.ours(), tiled(backbone.ours()), tiled(backbone.make(cls=backbone.stock))
+    whole_pipe, pipe, stock = backbone.ours(), tiled(backbone.ours()), tiled(backbone.make(cls=backbone.stock))
     latents = backbone.sample(pipe, generator=seeded())
     with torch.no_grad():
-        decoded, whole = (backbone_of(each).decode(latents, backbone.pixels) for each in (pipe, plain))
+        tiled_images, whole_images = (
+            backbone_of(each).decode(latents, backbone.pixels) for each in (pipe, whole_pipe)
+        )
     images = backbone.sample(stock, generator=seeded(), output_type="np")
-    assert (decoded.permute(0, 2, 3, 1).numpy() == images).all()
-    assert relative(decoded, whole) > 1e-3
-    images = torch.rand(whole.shape, generator=seeded())
-    out, other = (backbone.score(each, images=images, num_probes=1) for each in (pipe, plain))
+    assert (tiled_images.permute(0, 2, 3, 1).numpy() == images).all()
+    assert relative(tiled_images, whole_images) > 1e-3
+    images = torch.rand(whole_images.shape, generator=seeded())
+    out, whole_out = (backbone.score(each, images=images, num_probes=1) for each in (pipe, whole_pipe))
     expected = backbone.score(pipe, latents=latents_of(stock, images), num_probes=1)
     assert torch.equal(out.log_prob, expected.log_prob)
-    assert relative(out.log_prob, other.log_prob) > 1e-5
+    assert relative(out.log_prob, whole_out.log_prob) > 1e-5
     sizes = []
     pipe.vae.decoder.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
-    steered = backbone.guide(pipe, brightness, num_inference_steps=2, num_guidance_steps=1, generator=seeded())
+    guidance_out = backbone.guide(pipe, brightness, num_inference_steps=2, num_guidance_steps=1, generator=seeded())
     assert set(sizes) == {1}
-    assert bool((steered.gradient_norms > 0).all())
+    assert bool((guidance_out.gradient_norms > 0).all())
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of torch, when it traces and compiles
+@pytest.mark.filterwarnings("ignore")  # torch warns when it traces and compiles
 def test_compiled_network_gives_nearly_the_same_values(backbone):
     from torch._functorch import config
 

@@ -55,16 +55,16 @@ def score(pipe, images=None, prompt=PROMPTS, **options):
 
 
 @contextlib.contextmanager
-def refused(pipe, error, message, evaluations=0):
-    """The block raises `error` with `message` after so many evaluations of the UNet, and leaves no trace of itself."""
-    seen = []
-    hook = pipe.unet.register_forward_pre_hook(lambda module, inputs: seen.append(1))
+def check_refusal(pipe, error, message, evaluations=0):
+    """Checks that the block raises `error` after so many evaluations of the UNet, and that the pipeline stays."""
+    calls = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, inputs: calls.append(1))
     before = tiny.snapshot(pipe)
     with pytest.raises(error, match=message):
         yield
     assert tiny.snapshot(pipe) == before
     hook.remove()
-    assert len(seen) == evaluations
+    assert len(calls) == evaluations
 
 
 # Guidance, before any sampling
@@ -117,13 +117,13 @@ GUIDANCE = {
 def test_guidance_refuses_arguments_before_any_sampling(kind):
     arguments, message = GUIDANCE[kind]
     pipe, arguments = make(), arguments()
-    with refused(pipe, InputError, message):
+    with check_refusal(pipe, InputError, message):
         guide(pipe, **arguments)
 
 
 def test_guidance_with_an_unknown_scheduler_is_refused_before_any_sampling():
     pipe = make(scheduler=diffusers.CMStochasticIterativeScheduler())
-    with refused(pipe, UnsupportedError, "Noise levels of CMStochasticIterativeScheduler are not known"):
+    with check_refusal(pipe, UnsupportedError, "Noise levels of CMStochasticIterativeScheduler are not known"):
         guide(pipe)
 
 
@@ -150,7 +150,7 @@ def test_guidance_tries_the_reward_before_any_sampling(kind):
         return value(images)
 
     pipe = make()
-    with refused(pipe, error, message):
+    with check_refusal(pipe, error, message):
         guide(pipe, reward=reward)
 
 
@@ -163,7 +163,7 @@ def test_guidance_under_inference_mode_says_so_before_any_sampling():
 
     with (
         torch.inference_mode(),
-        refused(pipe, TrajectoryError, "torch.inference_mode forbids .* torch.no_grad instead"),
+        check_refusal(pipe, TrajectoryError, "torch.inference_mode forbids .* torch.no_grad instead"),
     ):
         guide(pipe, reward=reward)
     assert calls == []
@@ -184,13 +184,13 @@ def test_latents_from_inference_mode_are_accepted():
 class Failing:
     """Makes a reward that fails at its `call`-th call. The first call is a trial before sampling."""
 
-    def __init__(self, call, harm):
-        self.call, self.harm, self.count = call, harm, 0
+    def __init__(self, call, fault):
+        self.call, self.fault, self.count = call, fault, 0
 
     def __call__(self, images, prompts):
         self.count += 1
         values = brightness(images, prompts)
-        return self.harm(values) if self.count == self.call else values
+        return self.fault(values) if self.count == self.call else values
 
 
 def raise_error(values):
@@ -201,7 +201,7 @@ def interrupt(values):
     raise KeyboardInterrupt("by hand")
 
 
-HARMS = {
+FAULTS = {
     "raises": (raise_error, ZeroDivisionError, "the judge is gone"),
     "is interrupted": (interrupt, KeyboardInterrupt, "by hand"),
     "is NaN": (
@@ -221,35 +221,35 @@ HARMS = {
 
 SCHEDULERS = [diffusers.DDIMScheduler, fisher_scheduler(diffusers.EulerDiscreteScheduler)]
 FAILURES = [
-    (harm, call)
-    for harm in HARMS
+    (fault, call)
+    for fault in FAULTS
     for call in (2, 3)
-    if HARMS[harm][1] is not NumericalError or (harm == "is NaN" and call == 2)
+    if FAULTS[fault][1] is not NumericalError or (fault == "is NaN" and call == 2)
 ]
 
 
-@pytest.mark.parametrize(("harm", "call"), FAILURES)
+@pytest.mark.parametrize(("fault", "call"), FAILURES)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_reward_that_fails_half_way_leaves_the_pipeline_as_it_was(scheduler, harm, call):
+def test_reward_that_fails_half_way_leaves_the_pipeline_as_it_was(scheduler, fault, call):
     pipe = make(scheduler=scheduler.from_config(tiny.scheduler().config))
     pipe(PROMPTS, num_inference_steps=2)
-    harm, error, message = HARMS[harm]
-    with refused(pipe, error, message, evaluations=3 * (call - 1) + call - 2):  # runs, gradients
-        guide(pipe, reward=Failing(call, harm))
+    fault, error, message = FAULTS[fault]
+    with check_refusal(pipe, error, message, evaluations=3 * (call - 1) + call - 2):  # runs, gradients
+        guide(pipe, reward=Failing(call, fault))
     assert guide(pipe).rewards.shape == (3, 2)
 
 
 @pytest.mark.parametrize(
-    ("harm", "run"), [("is NaN", 1), ("has an infinite gradient", 0), ("has an infinite gradient", 1)]
+    ("fault", "run"), [("is NaN", 1), ("has an infinite gradient", 0), ("has an infinite gradient", 1)]
 )
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_numbers_that_are_not_finite_once_there_is_a_reward_leave_the_pipeline_as_it_was(scheduler, harm, run):
+def test_numbers_that_are_not_finite_once_there_is_a_reward_leave_the_pipeline_as_it_was(scheduler, fault, run):
     pipe = make(scheduler=scheduler.from_config(tiny.scheduler().config))
     pipe(PROMPTS, num_inference_steps=2)
     before = tiny.snapshot(pipe)
-    out = guide(pipe, reward=Failing(2 + run, HARMS[harm][0]))
+    out = guide(pipe, reward=Failing(2 + run, FAULTS[fault][0]))
     assert out.status.startswith(f"stopped in run {run}: ")
-    assert len(out.rewards) == (run if harm == "is NaN" else run + 1)
+    assert len(out.rewards) == (run if fault == "is NaN" else run + 1)
     assert tiny.snapshot(pipe) == before
 
 
@@ -259,7 +259,7 @@ def test_latents_that_a_callback_changes_between_steps_are_refused(estimator):
         return {"latents": 1.01 * arguments["latents"]}
 
     pipe = make()
-    with refused(pipe, TrajectoryError, "Step 1 received other latents than step 0 returned: a callback", 2):
+    with check_refusal(pipe, TrajectoryError, "Step 1 received other latents than step 0 returned: a callback", 2):
         guide(pipe, estimator=estimator, callback_on_step_end=callback)
 
 
@@ -268,12 +268,14 @@ def test_latents_that_a_callback_changes_after_the_last_step_are_refused():
         return {"latents": 1.01 * arguments["latents"]} if index == 2 else {}
 
     pipe = make()
-    with refused(pipe, TrajectoryError, "In run 0, something replaced the latents after the scheduler's last step", 3):
+    with check_refusal(
+        pipe, TrajectoryError, "In run 0, something replaced the latents after the scheduler's last step", 3
+    ):
         guide(pipe, callback_on_step_end=callback)
 
 
 def cut_off_guidance(pipe, index, timestep, arguments):
-    """Is a common callback: from some step on it turns guidance off and halves the embeddings."""
+    """A common callback: from some step on it turns guidance off and halves the embeddings."""
     if index != 1:
         return {}
     pipe._guidance_scale = 0.0
@@ -290,7 +292,7 @@ def other_prompt_in_place(pipe, index, timestep, arguments):
     return {}
 
 
-def unasked(pipe, index, timestep, arguments):
+def other_embeddings(pipe, index, timestep, arguments):
     return {"prompt_embeds": torch.zeros(2, 8, 16)} if index == 1 else {}
 
 
@@ -302,7 +304,7 @@ CALLBACKS = {
     ),
     "another prompt": (other_prompt, ["latents", "prompt_embeds"], r"\['prompt_embeds'\] after step 1"),
     "another prompt in place": (other_prompt_in_place, ["prompt_embeds"], r"\['prompt_embeds'\] after step 1"),
-    "another prompt, not asked for": (unasked, ["latents"], r"\['prompt_embeds'\] after step 1"),
+    "another prompt, not asked for": (other_embeddings, ["latents"], r"\['prompt_embeds'\] after step 1"),
     "diffusers' own": (SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1), None, "after step 1 of the"),
 }
 
@@ -328,14 +330,14 @@ def test_callback_that_raises_leaves_the_pipeline_as_it_was():
         return arguments if index == 0 else raise_error(None)
 
     pipe = make()
-    with refused(pipe, ZeroDivisionError, "the judge is gone", 2):
+    with check_refusal(pipe, ZeroDivisionError, "the judge is gone", 2):
         guide(pipe, callback_on_step_end=callback)
 
 
 def test_error_for_images_that_are_not_finite_does_not_name_the_reward():
     pipe = make()
     torch.nn.init.constant_(pipe.vae.decoder.conv_out.bias, NAN)
-    with refused(
+    with check_refusal(
         pipe,
         NumericalError,
         r"images of run 0 are not finite; their latents are, up to \d.* dtype of the decoder",
@@ -347,14 +349,14 @@ def test_error_for_images_that_are_not_finite_does_not_name_the_reward():
 def test_denoiser_whose_output_is_not_finite_is_refused():
     pipe = make()
     torch.nn.init.constant_(pipe.unet.conv_out.bias, NAN)
-    with refused(
+    with check_refusal(
         pipe,
         NumericalError,
         "latents at the end of run 0 are not finite, .* network's output is not .* evaluation 0 on",
         3,
     ):
         guide(pipe)
-    with refused(pipe, NumericalError, "The denoiser's output at timestep 0.* is not finite", 1):
+    with check_refusal(pipe, NumericalError, "The denoiser's output at timestep 0.* is not finite", 1):
         score(pipe, latents=torch.zeros(2, 4, 8, 8))
 
 
@@ -369,7 +371,7 @@ def learned_variance():
 def test_guidance_of_a_model_with_learned_variance_is_refused_at_the_first_step(guidance_scale):
     pipe = learned_variance()
     message = r"output has shape \(2, 8, 8, 8\), the sample \(2, 4, 8, 8\): models with learned variance are not"
-    with refused(pipe, TrajectoryError, message, 1):
+    with check_refusal(pipe, TrajectoryError, message, 1):
         guide(pipe, guidance_scale=guidance_scale)
 
 
@@ -379,7 +381,7 @@ def test_guidance_of_a_model_with_learned_variance_is_refused_at_the_first_step(
 def test_likelihood_of_a_model_with_learned_variance_is_refused_at_the_first_node(estimator):
     pipe = learned_variance()
     message = r"output has shape \(2, 8, 8, 8\); allowed: \(2, 4, 8, 8\)\. Models with learned var"
-    with refused(pipe, InputError, message, 1):
+    with check_refusal(pipe, InputError, message, 1):
         score(pipe, latents=torch.zeros(2, 4, 8, 8), estimator=estimator)
 
 
@@ -452,37 +454,37 @@ IMAGES = {
 def test_likelihood_refuses_arguments_before_any_evaluation(kind):
     arguments, message = IMAGES[kind]
     pipe, arguments = make(), arguments()
-    with refused(pipe, InputError, message):
+    with check_refusal(pipe, InputError, message):
         score(pipe, **arguments)
 
 
 @pytest.mark.parametrize("kind", ["PIL", "array", "tensor"])
 def test_one_image_without_a_batch_axis_is_accepted(kind):
     pipe, grey = make(), image(size=(3, 16, 16))
-    one = {
+    log_probs = {
         "PIL": Image.new("RGB", (16, 16), (51, 51, 51)), "array": numpy.full((16, 16, 3), 0.2, dtype=numpy.float32),
         "tensor": torch.full_like(grey, 0.2),
     }[kind]  # fmt: skip
     expected = score(pipe, image(0.2, (1, 3, 16, 16)), "a b").log_prob
-    assert torch.equal(score(pipe, one, "a b").log_prob, expected)
+    assert torch.equal(score(pipe, log_probs, "a b").log_prob, expected)
 
 
 def test_likelihood_under_inference_mode_says_so_where_a_graph_is_needed():
     pipe, x = make(), latents(2, 4, 8, 8)
     with (
         torch.inference_mode(),
-        refused(pipe, InputError, "torch.inference_mode forbids .* use torch.no_grad instead"),
+        check_refusal(pipe, InputError, "torch.inference_mode forbids .* use torch.no_grad instead"),
     ):
-        score(pipe, latents=x)
-    expected = score(pipe, latents=x, estimator=FiniteDifferenceFisher())
+        score(pipe, latents=x, estimator=AutodiffFisher())
+    expected = score(pipe, latents=x)
     with torch.inference_mode():
-        out = score(pipe, latents=x, estimator=FiniteDifferenceFisher())
+        out = score(pipe, latents=x)
     assert torch.equal(out.log_prob, expected.log_prob)
 
 
 def test_likelihood_with_an_unknown_scheduler_is_refused_before_any_evaluation():
     pipe = make(scheduler=diffusers.CMStochasticIterativeScheduler())
-    with refused(pipe, UnsupportedError, "Noise levels of CMStochasticIterativeScheduler are not known"):
+    with check_refusal(pipe, UnsupportedError, "Noise levels of CMStochasticIterativeScheduler are not known"):
         score(pipe, image())
 
 
@@ -496,7 +498,7 @@ def test_likelihood_that_is_interrupted_leaves_the_pipeline_as_it_was(call):
             raise KeyboardInterrupt("by hand")
 
     hook = pipe.unet.register_forward_pre_hook(interrupting)
-    with refused(pipe, KeyboardInterrupt, "by hand", call - 1):
+    with check_refusal(pipe, KeyboardInterrupt, "by hand", call - 1):
         score(pipe, image())
     hook.remove()
     assert score(pipe, image()).log_prob.shape == (2,)

@@ -51,8 +51,8 @@ def guide(backbone, pipe, *conditions, reward=brightness, **options):
 
 def embeddings(backbone, pipe):
     """Returns the call arguments that stand for `PROMPTS`, without arguments for guidance."""
-    short = backbone.options.get("max_sequence_length")
-    options = {} if short is None else {"max_sequence_length": short}
+    length = backbone.options.get("max_sequence_length")
+    options = {} if length is None else {"max_sequence_length": length}
     with torch.no_grad():
         if backbone.name == "StableDiffusion":
             embeds, negative = pipe.encode_prompt(PROMPTS, "cpu", 1, True)
@@ -80,11 +80,11 @@ def test_embeddings_stand_for_their_prompts(name):
     backbone = BACKBONES[name]
     pipe = backbone.ours()
     options = {key: value for key, value in backbone.options.items() if key == "max_sequence_length"}
-    told = embeddings(backbone, pipe)
-    positive = {key: value for key, value in told.items() if not key.startswith("negative")}
+    embeds = embeddings(backbone, pipe)
+    positive = {key: value for key, value in embeds.items() if not key.startswith("negative")}
     assert torch.equal(score(backbone, pipe, PROMPTS, **options), score(backbone, pipe, **positive, **options))
     prompts = guide(backbone, pipe, PROMPTS, num_images_per_prompt=2, **options)
-    embedded = guide(backbone, pipe, None, num_images_per_prompt=2, **told, **options)
+    embedded = guide(backbone, pipe, None, num_images_per_prompt=2, **embeds, **options)
     assert prompts.rewards.shape == (2, 4)
     # Text encoders round otherwise in a batch of twice the size.
     torch.testing.assert_close(prompts.rewards, embedded.rewards, rtol=1e-4, atol=1e-6)
@@ -95,9 +95,9 @@ def test_embeddings_stand_for_their_prompts(name):
 def test_one_embedding_stands_for_all_images(name):
     backbone = BACKBONES[name]
     pipe = backbone.ours()
-    told = {key: value[:1] for key, value in embeddings(backbone, pipe).items() if not key.startswith("negative")}
-    twice = {key: torch.cat([value, value]) for key, value in told.items()}
-    assert torch.equal(score(backbone, pipe, **told), score(backbone, pipe, **twice))
+    embeds = {key: value[:1] for key, value in embeddings(backbone, pipe).items() if not key.startswith("negative")}
+    pairs = {key: torch.cat([value, value]) for key, value in embeds.items()}
+    assert torch.equal(score(backbone, pipe, **embeds), score(backbone, pipe, **pairs))
 
 
 @pytest.mark.parametrize("name", [*POOLED, "PixArtAlpha", "PixArtSigma"])
@@ -105,18 +105,20 @@ def test_incomplete_embeddings_are_refused_before_any_evaluation(name):
     backbone = BACKBONES[name]
     pipe = backbone.ours()
     twin = "pooled_prompt_embeds" if name in POOLED else "prompt_attention_mask"
-    told = embeddings(backbone, pipe)
+    embeds = embeddings(backbone, pipe)
     message = f"was given `prompt_embeds` without `{twin}`; they belong together, as the pipeline's `encode_prompt`"
-    alone = {key: value for key, value in told.items() if key != twin}
-    for call in (lambda: score(backbone, pipe, **alone), lambda: guide(backbone, pipe, None, **alone)):
+    incomplete = {key: value for key, value in embeds.items() if key != twin}
+    for call in (lambda: score(backbone, pipe, **incomplete), lambda: guide(backbone, pipe, None, **incomplete)):
         with pytest.raises(InputError, match=message):
             call()
     with pytest.raises(InputError, match=f"was given no `prompt_embeds`, `{twin}`" if name in POOLED else "was given"):
-        guide(backbone, pipe, None, negative_prompt_embeds=told.get("negative_prompt_embeds", told["prompt_embeds"]))
-    without = {key: value for key, value in told.items() if key != f"negative_{twin}"}
-    if "negative_prompt_embeds" in told:
+        guide(
+            backbone, pipe, None, negative_prompt_embeds=embeds.get("negative_prompt_embeds", embeds["prompt_embeds"])
+        )
+    incomplete_negatives = {key: value for key, value in embeds.items() if key != f"negative_{twin}"}
+    if "negative_prompt_embeds" in embeds:
         with pytest.raises(InputError, match=f"was given `negative_prompt_embeds` without `negative_{twin}`"):
-            guide(backbone, pipe, None, **without)
+            guide(backbone, pipe, None, **incomplete_negatives)
 
 
 def test_embeddings_beside_a_prompt_or_of_another_number_are_refused():
@@ -160,32 +162,34 @@ def test_likelihood_with_guidance_is_refused(name):
 def test_guidance_of_flux_is_an_input_and_its_true_guidance_is_refused():
     backbone = BACKBONES["Flux"]
     pipe = backbone.ours()
-    told = {"max_sequence_length": 8}
-    default, given, other = (score(backbone, pipe, PROMPTS, **told, **scale) for scale in (
+    options = {"max_sequence_length": 8}
+    default, same, other = (score(backbone, pipe, PROMPTS, **options, **scale) for scale in (
         {}, {"guidance_scale": 3.5}, {"guidance_scale": 1.0}
     ))  # fmt: skip
-    assert torch.equal(default, given)
+    assert torch.equal(default, same)
     assert not torch.equal(default, other)
     with pytest.raises(InputError, match=r"`true_cfg_scale` is 2\.0; a likelihood is at 1.0, because a guided output"):
-        score(backbone, pipe, PROMPTS, true_cfg_scale=2.0, **told)
+        score(backbone, pipe, PROMPTS, true_cfg_scale=2.0, **options)
 
 
 def test_true_guidance_of_flux_is_the_pipelines_own_evaluation():
     """Its call encodes twice, prompts and negative prompts, and the denoiser must remember both."""
     backbone = BACKBONES["Flux"]
     pipe, x = backbone.ours(), backbone.noise()
-    packed = backbone_of(pipe).pack(x)
-    told = {"prompt": PROMPTS, "negative_prompt": ["d", "e"], "true_cfg_scale": 3.0, "max_sequence_length": 8}
-    told |= {"height": 8, "width": 8}
-    denoiser = PipelineDenoiser(pipe, 3.5, **told)
+    tokens = backbone_of(pipe).pack(x)
+    arguments = {"prompt": PROMPTS, "negative_prompt": ["d", "e"], "true_cfg_scale": 3.0, "max_sequence_length": 8}
+    arguments |= {"height": 8, "width": 8}
+    denoiser = PipelineDenoiser(pipe, 3.5, **arguments)
     with torch.no_grad():
         sides = [
-            PipelineDenoiser(pipe, 3.5, **{**told, "prompt": prompt, "true_cfg_scale": 1.0}).model_output(packed, 500)
-            for prompt in (told["prompt"], told["negative_prompt"])
+            PipelineDenoiser(pipe, 3.5, **{**arguments, "prompt": prompt, "true_cfg_scale": 1.0}).model_output(
+                tokens, 500
+            )
+            for prompt in (arguments["prompt"], arguments["negative_prompt"])
         ]
     expected = sides[1] + 3.0 * (sides[0] - sides[1])
     for _ in range(2):
-        assert torch.equal(denoiser.model_output(packed, 500), expected)
+        assert torch.equal(denoiser.model_output(tokens, 500), expected)
 
 
 # Labels, and nothing
@@ -193,18 +197,18 @@ def test_true_guidance_of_flux_is_the_pipelines_own_evaluation():
 
 def test_class_labels():
     backbone = BACKBONES["DiT"]
-    pipe, seen = backbone.ours(), []
+    pipe, reward_labels = backbone.ours(), []
     values = [score(backbone, pipe, labels) for labels in (3, [3, 3], torch.tensor([3, 3]), [3, 4])]
     assert torch.equal(values[0], values[1])
     assert torch.equal(values[0], values[2])
     assert not torch.equal(values[0], values[3])
 
     def reward(images, labels):
-        seen.append(list(labels))
+        reward_labels.append(list(labels))
         return brightness(images, labels)
 
     guide(backbone, pipe, [7, 2], reward=reward, num_images_per_prompt=2)
-    assert seen[-1] == [7, 7, 2, 2]
+    assert reward_labels[-1] == [7, 7, 2, 2]
 
 
 LABELS = {
@@ -248,15 +252,15 @@ def test_latents_that_do_not_fit_the_call_are_refused(name):
 def test_call_with_latents_leaves_the_autoencoder_as_it_was():
     backbone = BACKBONES["DiT"]
     pipe = backbone.ours()
-    pipe.vae.decode = own = pipe.vae.decode  # a user's own wrapper
+    pipe.vae.decode = wrapper = pipe.vae.decode  # a user's own wrapper
     before = tiny.snapshot(pipe)
     during = []
-    handle = pipe.transformer.register_forward_hook(lambda *_: during.append(vars(pipe.vae)["decode"] is own))
+    handle = pipe.transformer.register_forward_hook(lambda *_: during.append(vars(pipe.vae)["decode"] is wrapper))
     backbone.sample(pipe, latents=backbone.noise())
     handle.remove()
     assert during and all(during)
     assert all(tiny.snapshot(pipe)[part] == before[part] for part in ("attributes", "config", "modules"))
-    assert vars(pipe.vae)["decode"] is own
+    assert vars(pipe.vae)["decode"] is wrapper
 
 
 # Schedulers, sizes, classes
@@ -297,22 +301,22 @@ def test_ddim_keeps_its_own_kind_of_scheduler_and_replaces_others():
     ours = FisherDDIMScheduler.from_config(tiny.scheduler().config)
     assert tiny.unconditional(DDIMFisherPipeline, scheduler=ours).scheduler is ours
     other = diffusers.DDPMScheduler(beta_end=0.01)
-    replaced = tiny.unconditional(DDIMFisherPipeline, scheduler=other).scheduler
-    assert type(replaced) is diffusers.DDIMScheduler
-    assert replaced.config.beta_end == 0.01
+    result = tiny.unconditional(DDIMFisherPipeline, scheduler=other).scheduler
+    assert type(result) is diffusers.DDIMScheduler
+    assert result.config.beta_end == 0.01
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_sizes_that_do_not_divide_are_refused(name):
     backbone = BACKBONES[name]
     pipe, multiple = backbone.ours(), backbone.multiple
-    odd = multiple + multiple // 2
-    with pytest.raises(InputError, match=rf"Images are {multiple}x{odd} pixels; .* multiples of {multiple}\."):
-        backbone.score(pipe, images=torch.full((2, 3, multiple, odd), 0.5))
+    size = multiple + multiple // 2
+    with pytest.raises(InputError, match=rf"Images are {multiple}x{size} pixels; .* multiples of {multiple}\."):
+        backbone.score(pipe, images=torch.full((2, 3, multiple, size), 0.5))
     with pytest.raises(
-        InputError, match=rf"`height` and `width` are \({odd}, {multiple}\); .* multiples of {multiple}"
+        InputError, match=rf"`height` and `width` are \({size}, {multiple}\); .* multiples of {multiple}"
     ):
-        backbone.guide(pipe, brightness, height=odd, width=multiple)
+        backbone.guide(pipe, brightness, height=size, width=multiple)
 
 
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name != "StableDiffusion3"])  # any size but 0 divides
@@ -337,11 +341,11 @@ def test_grey_images_of_a_pixel_model():
         pipe.log_likelihood(torch.zeros(2, 3, 8, 8))
 
 
-@pytest.mark.parametrize("what", [diffusers.KandinskyPipeline, diffusers.StableDiffusionImg2ImgPipeline, dict])
-def test_error_for_a_class_without_a_fisher_version_lists_the_supported_classes(what):
-    message = rf"no Fisher version of {what.__name__}; supported: DDIMPipeline, .*differentiable\(\.\.\.\)"
+@pytest.mark.parametrize("cls", [diffusers.KandinskyPipeline, diffusers.StableDiffusionImg2ImgPipeline, dict])
+def test_error_for_a_class_without_a_fisher_version_lists_the_supported_classes(cls):
+    message = rf"no Fisher version of {cls.__name__}; supported: DDIMPipeline, .*differentiable\(\.\.\.\)"
     with pytest.raises(UnsupportedError, match=message):
-        fisher_pipeline(what)
+        fisher_pipeline(cls)
 
 
 def test_custom_pipeline_file_of_an_unknown_class_is_refused():
@@ -355,14 +359,14 @@ def test_custom_pipeline_file_of_an_unknown_class_is_refused():
 def test_negative_embeddings_of_another_length_are_refused(name):
     backbone = BACKBONES[name]
     pipe = backbone.ours()
-    told = embeddings(backbone, pipe)
-    short = {**told, "negative_prompt_embeds": told["negative_prompt_embeds"][:, :-1]}
-    count, width = told["prompt_embeds"].shape[1:]
+    embeds = embeddings(backbone, pipe)
+    shorter_negatives = {**embeds, "negative_prompt_embeds": embeds["negative_prompt_embeds"][:, :-1]}
+    count, width = embeds["prompt_embeds"].shape[1:]
     words = (
         rf"`prompt_embeds` and `negative_prompt_embeds` have shapes \({count}, {width}\) and \({count - 1}, {width}\)"
     )
     with pytest.raises(InputError, match=words):
-        guide(backbone, pipe, None, **short)
+        guide(backbone, pipe, None, **shorter_negatives)
 
 
 def test_labels_of_dit_are_passed_on():
@@ -396,8 +400,10 @@ def test_standardised_latents_of_stable_diffusion_xl():
         assert torch.equal(decode(x), images)
     shift, scale = (torch.tensor(values).view(1, 4, 1, 1) for values in (mean, deviation))
     with torch.no_grad():
-        encoded = (pipe.vae.encode(2 * images - 1).latent_dist.mean - shift) * pipe.vae.config.scaling_factor / scale
-    torch.testing.assert_close(backbone_of(pipe).samples_of(images), encoded)
+        standardised = (
+            (pipe.vae.encode(2 * images - 1).latent_dist.mean - shift) * pipe.vae.config.scaling_factor / scale
+        )
+    torch.testing.assert_close(backbone_of(pipe).samples_of(images), standardised)
 
 
 def test_half_precision_autoencoder_of_stable_diffusion_xl_is_refused():
@@ -417,6 +423,6 @@ def test_watermark_of_stable_diffusion_xl_is_applied():
 
     backbone = BACKBONES["StableDiffusionXL"]
     pipe = backbone.ours()
-    plain = guide(backbone, pipe, PROMPTS).images
+    stock_images = guide(backbone, pipe, PROMPTS).images
     pipe.watermark = Watermark()
-    torch.testing.assert_close(guide(backbone, pipe, PROMPTS).images, 1 - plain)
+    torch.testing.assert_close(guide(backbone, pipe, PROMPTS).images, 1 - stock_images)

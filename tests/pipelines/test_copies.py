@@ -15,21 +15,21 @@ from pipelines.backbones import BACKBONES
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda pipe: pickle.loads(pickle.dumps(pipe))}
 
 
-@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("method", COPIES)
 @pytest.mark.parametrize("name", BACKBONES)
-def test_a_copy_gives_the_same_images_and_likelihoods(name, way):
+def test_a_copy_gives_the_same_images_and_likelihoods(name, method):
     backbone = BACKBONES[name]
     pipe = backbone.ours()
     pipe.scheduler = fisher_scheduler(type(pipe.scheduler)).from_config(pipe.scheduler.config)
     pipe.latent_statistics = (torch.zeros(backbone.shape), torch.ones(backbone.shape))
-    again = COPIES[way](pipe)
-    assert type(again) is type(pipe) and type(again.scheduler) is type(pipe.scheduler)
-    assert dict(again.config) == dict(pipe.config)
-    assert again._progress_bar_config == {"disable": True}
-    assert all(torch.equal(*pair) for pair in zip(again.latent_statistics, pipe.latent_statistics, strict=True))
-    samples = [backbone.sample(each, generator=torch.Generator().manual_seed(0)) for each in (pipe, again)]
+    duplicate = COPIES[method](pipe)
+    assert type(duplicate) is type(pipe) and type(duplicate.scheduler) is type(pipe.scheduler)
+    assert dict(duplicate.config) == dict(pipe.config)
+    assert duplicate._progress_bar_config == {"disable": True}
+    assert all(torch.equal(*pair) for pair in zip(duplicate.latent_statistics, pipe.latent_statistics, strict=True))
+    samples = [backbone.sample(each, generator=torch.Generator().manual_seed(0)) for each in (pipe, duplicate)]
     assert torch.equal(*samples)
-    scores = [backbone.score(each, latents=backbone.noise(), estimator=DirectFisher()) for each in (pipe, again)]
+    scores = [backbone.score(each, latents=backbone.noise(), estimator=DirectFisher()) for each in (pipe, duplicate)]
     assert torch.equal(scores[0].log_prob, scores[1].log_prob)
 
 
@@ -38,9 +38,9 @@ def test_a_copy_of_a_converted_pipeline_keeps_the_trace_model_without_its_folder
     stock = StableDiffusionPipeline.from_pretrained(embedded_checkpoint())
     ours = fisher_pipeline(stock)
     for make in (copy.deepcopy, COPIES["pickle"]):
-        again = make(ours)
-        again.register_to_config(_name_or_path=str(tmp_path / "stock"))  # a folder without a trace model
-        weights = [each.trace_model.state_dict() for each in (ours, again)]
+        duplicate = make(ours)
+        duplicate.register_to_config(_name_or_path=str(tmp_path / "stock"))  # a folder without a trace model
+        weights = [each.trace_model.state_dict() for each in (ours, duplicate)]
         assert weights[0].keys() == weights[1].keys()
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

@@ -1,4 +1,4 @@
-"""A denoiser that is kept while the pipeline changes is that of the pipeline as it is: prompts are encoded anew."""
+"""A denoiser follows the changes of its pipeline: prompts are encoded anew."""
 
 import pytest
 import tiny
@@ -12,7 +12,7 @@ X = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
-def adapted():
+def make_adapted_pipe():
     pipe = tiny.stable_diffusion()
     torch.manual_seed(1)
     lora = LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False)
@@ -56,25 +56,25 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_kept_denoiser_encodes_its_prompt_anew_after_a_change(name):
-    pipe = adapted()
+    pipe = make_adapted_pipe()
     arguments = {"prompt": "a hat", "negative_prompt": "b", "guidance_scale": 3.0}
-    kept = PipelineDenoiser(pipe, **arguments)
-    before = kept(X, 500)
+    denoiser = PipelineDenoiser(pipe, **arguments)
+    before = denoiser(X, 500)
     CHANGES[name](pipe)
-    after = kept(X, 500)
+    after = denoiser(X, 500)
     assert torch.equal(after, PipelineDenoiser(pipe, **arguments)(X, 500))
     assert not torch.equal(after, before)
 
 
 def test_loaded_adapters_reach_a_kept_denoiser(tmp_path):
     pipe = tiny.stable_diffusion()
-    kept = PipelineDenoiser(pipe, prompt="a hat")
-    before = kept(X, 500)
-    layers = get_peft_model_state_dict(adapted().text_encoder, adapter_name="style")
+    denoiser = PipelineDenoiser(pipe, prompt="a hat")
+    before = denoiser(X, 500)
+    layers = get_peft_model_state_dict(make_adapted_pipe().text_encoder, adapter_name="style")
     type(pipe).save_lora_weights(tmp_path, text_encoder_lora_layers=layers)
     pipe.load_lora_weights(tmp_path)
-    assert torch.equal(kept(X, 500), PipelineDenoiser(pipe, prompt="a hat")(X, 500))
-    assert not torch.equal(kept(X, 500), before)
+    assert torch.equal(denoiser(X, 500), PipelineDenoiser(pipe, prompt="a hat")(X, 500))
+    assert not torch.equal(denoiser(X, 500), before)
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -83,9 +83,9 @@ def test_a_prompt_is_encoded_once_while_nothing_changes(offload):
     pipe.text_encoder.register_forward_hook(lambda *args: calls.append(1))
     if offload:
         pipe.enable_model_cpu_offload(device="cpu")
-    kept = PipelineDenoiser(pipe, prompt="a hat")
+    denoiser = PipelineDenoiser(pipe, prompt="a hat")
     for timestep in (100, 500, 900):
-        kept(X, timestep)
+        denoiser(X, timestep)
         for parameter in pipe.text_encoder.parameters():
             parameter.data = parameter.data.clone()  # as when it moves to another device
     assert len(calls) == 1

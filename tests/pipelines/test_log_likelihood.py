@@ -36,7 +36,7 @@ def seeded(seed=0):
 
 
 def eight_bit_images(count=2, side=8):
-    """Seeded images that 8 bits hold exactly."""
+    """Returns seeded images that 8 bits hold exactly."""
     return torch.randint(0, 256, (count, 3, side, side), generator=seeded()).float() / 255
 
 
@@ -79,10 +79,12 @@ def forms(images):
 def test_every_form_of_the_same_images_gives_the_same_likelihood(form):
     pipe, images = make(), eight_bit_images()
     with torch.no_grad():
-        encoded = pipe.vae.encode(2 * images - 1).latent_dist.mean * pipe.vae.config.scaling_factor
-    expected = score(pipe, latents=encoded)
+        latents = pipe.vae.encode(2 * images - 1).latent_dist.mean * pipe.vae.config.scaling_factor
     out = score(pipe, forms(images)[form])
-    assert torch.equal(out.log_prob, expected.log_prob)
+    assert torch.equal(out.log_prob, score(pipe, images).log_prob)
+    # Images and latents are other values, so their keys differ; equal keys have equal draws.
+    keys = {"image_keys": ["a", "b"]}
+    assert torch.equal(score(pipe, images, **keys).log_prob, score(pipe, latents=latents, **keys).log_prob)
     assert out.log_prob.shape == (2,)
     assert float(out.log_prob[0]) != float(out.log_prob[1])
 
@@ -100,11 +102,11 @@ def test_one_pil_image_and_grey_or_transparent_ones():
 
 def test_prompts():
     pipe, x = make(), latents()
-    both = score(pipe, latents=x).log_prob
+    batch = score(pipe, latents=x).log_prob
     assert torch.equal(score(pipe, latents=x, prompt="c").log_prob, score(pipe, latents=x, prompt=["c", "c"]).log_prob)
     assert torch.equal(score(pipe, latents=x, prompt=None).log_prob, score(pipe, latents=x, prompt="").log_prob)
     values = [float(score(pipe, latents=x, prompt=text).log_prob[0]) for text in (["a b", "c"], ["c", "a b"], None)]
-    assert values[0] == float(both[0])
+    assert values[0] == float(batch[0])
     assert len({round(value, 4) for value in values}) == 3
 
 
@@ -124,7 +126,7 @@ def smooth_in_time(pipe):
 
 
 def by_hand(pipe, x, prompt, steps):
-    """log p of x (1, ...) by Runge-Kutta of order four over log s, with full Jacobians. No code of ours.
+    """Returns log p of x (1, ...) by Runge-Kutta of order four over log s, with full Jacobians. No code of ours.
 
     Notation: x~ = x/alpha, s = sigma/alpha, u = log s: dx~/du = s eps(x, t), d log p~/du = -tr(d(s eps)/dx~).
     """
@@ -165,7 +167,8 @@ def by_hand(pipe, x, prompt, steps):
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_value_equals_that_of_an_independent_integration(kind):
     pipe, x = smooth_in_time(make(prediction_type=kind)), latents(1)
-    out = score(pipe, latents=x, prompt="a b", num_inference_steps=24, num_probes=None, step_halving=True)
+    exact = {"num_probes": None, "estimator": AutodiffFisher()}
+    out = score(pipe, latents=x, prompt="a b", num_inference_steps=24, step_halving=True, **exact)
     prior, divergence = by_hand(pipe, x, "a b", steps=30)
     error = abs(float(out.discretisation_error))  # the loop's own is a hundredth of it
     assert error < 0.4  # nats: small enough for a useful comparison
@@ -178,11 +181,10 @@ def test_value_equals_that_of_an_independent_integration(kind):
 def test_fields_of_the_output():
     out = score(make(), latents=latents(), num_probes=3, step_halving=True)
     assert (out.space, out.prior, out.density, out.dims) == ("latent", "standard", "smoothed", 16)
-    assert "AutodiffFisher" in out.trace
-    assert "3 probes" in out.trace
+    assert out.trace == "FiniteDifferenceFisher, 3 probes per level"
     assert out.unexplained_noise_fraction.shape == (5, 2)
     assert out.noise_to_signal.shape == (5,)
-    assert out.num_denoiser_calls == 5 + 3  # and half as many steps
+    assert out.num_denoiser_calls == (5 + 3) * (1 + 3)  # half as many steps again; a difference for each probe
     assert torch.equal(out.bits_per_dim, -out.log_prob / (16 * math.log(2)))
 
 
@@ -198,15 +200,15 @@ def test_probes_agree_with_full_jacobians_within_their_standard_error():
     assert 0.1 < float(deviations.abs().max()) < 4
     # The path needs no trace; its end is corrected by it.
     assert float((out.prior_log_prob - exact.prior_log_prob).norm() / (out.log_prob - exact.log_prob).norm()) < 0.3
-    fewer = score(pipe, latents=x, prompt=prompts, num_probes=3, generator=seeded(5))
-    assert float((fewer.log_prob - exact.log_prob).norm()) > 0
-    assert float(fewer.standard_error.mean()) > float(out.standard_error.mean())
+    small_batch = score(pipe, latents=x, prompt=prompts, num_probes=3, generator=seeded(5))
+    assert float((small_batch.log_prob - exact.log_prob).norm()) > 0
+    assert float(small_batch.standard_error.mean()) > float(out.standard_error.mean())
 
 
 def test_generator_decides_the_probes():
     pipe, x = make(), latents()
-    first, again, other = (score(pipe, latents=x, generator=seeded(seed)).log_prob for seed in (1, 1, 2))
-    assert torch.equal(first, again)
+    first, repeat, other = (score(pipe, latents=x, generator=seeded(seed)).log_prob for seed in (1, 1, 2))
+    assert torch.equal(first, repeat)
     assert not torch.equal(first, other)
 
 
@@ -216,8 +218,8 @@ def test_score_of_an_image_does_not_depend_on_the_batch():
     singles = [score(pipe, latents=x[i : i + 1], prompt=prompts[i], num_probes=None) for i in range(3)]
     # float32 products summed in another order for another batch
     torch.testing.assert_close(batch.log_prob, torch.cat([out.log_prob for out in singles]), rtol=0, atol=1e-3)
-    turned = score(pipe, latents=x.flip(0), prompt=prompts[::-1], num_probes=None)
-    torch.testing.assert_close(batch.log_prob, turned.log_prob.flip(0), rtol=0, atol=1e-3)
+    reverse = score(pipe, latents=x.flip(0), prompt=prompts[::-1], num_probes=None)
+    torch.testing.assert_close(batch.log_prob, reverse.log_prob.flip(0), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -239,14 +241,16 @@ def test_other_estimators():
     options = {"num_probes": None, "num_inference_steps": 2}
     exact = score(pipe, latents=x, estimator=AutodiffFisher(), **options)
     default = score(pipe, latents=x, **options)
-    assert torch.equal(exact.log_prob, default.log_prob)
+    assert torch.equal(
+        default.log_prob, score(pipe, latents=x, estimator=FiniteDifferenceFisher(), **options).log_prob
+    )
     differences = score(pipe, latents=x, estimator=FiniteDifferenceFisher(central=True), **options)
     # Error of central differences, square of a step of 1/100, and their rounding in float32.
     assert relative(differences.trace_log_prob, exact.trace_log_prob) < 1e-2
     assert differences.num_denoiser_calls == exact.num_denoiser_calls * (1 + 2 * 16)
-    held = score(pipe, latents=x, estimator=DirectFisher(), **options)
-    assert "DirectFisher" in held.trace
-    assert not torch.equal(held.trace_log_prob, exact.trace_log_prob)
+    direct = score(pipe, latents=x, estimator=DirectFisher(), **options)
+    assert "DirectFisher" in direct.trace
+    assert not torch.equal(direct.trace_log_prob, exact.trace_log_prob)
     with pytest.raises(InputError, match="EndpointFisher needs the clean end of the run"):
         score(pipe, latents=x, estimator=EndpointFisher())
 
@@ -263,20 +267,20 @@ def test_latent_statistics_are_the_prior_and_the_output_says_so(side):
     pipe = make()
     mean = 0.3 * torch.randn(1, 4, 4, generator=seeded(1))
     variance = 0.5 + torch.rand(1, 4, 4, generator=seeded(2))
-    plain = score(pipe, latents=latents(side=side), num_probes=1)
+    standard = score(pipe, latents=latents(side=side), num_probes=1)
     pipe.latent_statistics = mean, variance
     out = score(pipe, latents=latents(side=side), num_probes=1)
-    assert (plain.prior, out.prior) == ("standard", "moment-matched")
-    assert torch.equal(out.final_latents, plain.final_latents)
+    assert (standard.prior, out.prior) == ("standard", "moment-matched")
+    assert torch.equal(out.final_latents, standard.final_latents)
     if side == 8:  # for another size only the mean over space is left
         mean, variance = mean.mean(), variance.mean()
     total = variance.double() + out.noise_to_signal[-1] ** 2
     expected = normal_log_density(out.final_latents, mean.double(), total)
     # The mean over space is taken in float32.
     torch.testing.assert_close(out.prior_log_prob, expected, rtol=1e-7, atol=1e-5)
-    assert not torch.equal(out.log_prob, plain.log_prob)
-    given = score(pipe, latents=latents(side=side), num_probes=1, prior_mean=0.0, prior_variance=1.0)
-    torch.testing.assert_close(given.log_prob, plain.log_prob, rtol=1e-12, atol=0)
+    assert not torch.equal(out.log_prob, standard.log_prob)
+    override = score(pipe, latents=latents(side=side), num_probes=1, prior_mean=0.0, prior_variance=1.0)
+    torch.testing.assert_close(override.log_prob, standard.log_prob, rtol=1e-12, atol=0)
 
 
 def test_real_images_are_likelier_than_inverted_ones_on_the_trained_checkpoint():

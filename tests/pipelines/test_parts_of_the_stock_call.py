@@ -76,7 +76,7 @@ def test_guidance_and_likelihood_in_double_precision_are_those_of_single(name):
 # Learned variance
 
 
-def learned(variance_type="learned_range"):
+def make_learned_variance(variance_type="learned_range"):
     torch.manual_seed(0)
     network = tiny.unconditional_unet(3)
     network.conv_out = torch.nn.Conv2d(network.conv_out.in_channels, 6, 3, padding=1)
@@ -87,7 +87,7 @@ def learned(variance_type="learned_range"):
 
 @pytest.mark.parametrize("variance_type", ["learned_range", "learned"])
 def test_a_denoiser_of_learned_variance_gives_the_mean_half(variance_type):
-    pipe, network = learned(variance_type)
+    pipe, network = make_learned_variance(variance_type)
     x = torch.randn(2, 3, 4, 4, generator=seeded())
     with torch.no_grad():
         expected = network(x, 500).sample[:, :3]
@@ -95,7 +95,7 @@ def test_a_denoiser_of_learned_variance_gives_the_mean_half(variance_type):
 
 
 def test_likelihood_of_a_pixel_model_of_learned_variance_is_that_of_its_mean_half():
-    pipe, network = learned()
+    pipe, network = make_learned_variance()
     mean = tiny.unconditional(unet=copy.deepcopy(network), scheduler=DDPMScheduler(clip_sample=False))
     half = torch.nn.Conv2d(network.conv_out.in_channels, 3, 3, padding=1)
     half.weight.data, half.bias.data = network.conv_out.weight.data[:3], network.conv_out.bias.data[:3]
@@ -107,7 +107,7 @@ def test_likelihood_of_a_pixel_model_of_learned_variance_is_that_of_its_mean_hal
 
 
 def test_guidance_of_a_pixel_model_of_learned_variance_starts_from_the_stock_image():
-    pipe, _ = learned()
+    pipe, _ = make_learned_variance()
     noise = torch.randn(1, 3, 8, 8, generator=seeded())
     ours = fisher_pipeline(pipe)
     out = ours.guide(bright, latents=noise, generator=seeded(1), height=8, width=8, output_type="np", **QUICK)
@@ -119,8 +119,8 @@ def test_guidance_of_a_pixel_model_of_learned_variance_starts_from_the_stock_ima
 
 
 def test_gradient_of_a_run_of_learned_variance_is_that_of_the_run_with_this_variance():
-    """Against back-propagation through the stock scheduler with the variance half detached, in float64."""
-    pipe, network = learned()
+    """The reference is back-propagation through the stock scheduler in float64, with the variance half detached."""
+    pipe, network = make_learned_variance()
     network.double()
     stock, ours = pipe.scheduler, fisher_pipeline(pipe)
     scheduler = fisher_scheduler(type(stock)).from_config(stock.config)
@@ -192,6 +192,6 @@ def test_derivatives_of_networks_loaded_under_inference_mode_are_refused_in_word
 
 
 def test_scheduler_without_learned_variance_still_refuses_two_halves():
-    pipe, _ = learned("fixed_small")
+    pipe, _ = make_learned_variance("fixed_small")
     with pytest.raises(InputError, match="two halves: pass the mean half alone"):
         log_likelihood(pipe, torch.rand(1, 3, 4, 4), num_inference_steps=2)

@@ -24,7 +24,7 @@ from diffusers_fisher import (
 
 
 class HalfStep(diffusers.DDIMScheduler):
-    """A scheduler of a user's."""
+    """A user's scheduler."""
 
     def step(self, model_output, *args, **kwargs):
         return super().step(0.5 * model_output, *args, **kwargs)
@@ -84,14 +84,14 @@ def test_a_scheduler_that_a_folder_can_not_restore_is_refused_before_anything_is
 def test_a_scheduler_of_a_module_of_ones_own_is_restored_as_itself(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "own_schedulers", types.ModuleType("own_schedulers"))
     sys.modules["own_schedulers"].SchedulerMixin = SchedulerMixin  # diffusers finds the loading method by this name
-    own = type("Own", (HalfStep,), {"__module__": "own_schedulers"})
-    sys.modules["own_schedulers"].Own = own
-    for cls in (own, LMLDDIMScheduler):
+    cls_of_module = type("Own", (HalfStep,), {"__module__": "own_schedulers"})
+    sys.modules["own_schedulers"].Own = cls_of_module
+    for cls in (cls_of_module, LMLDDIMScheduler):
         pipe = make(cls.from_config(tiny.scheduler().config))
         pipe.save_pretrained(tmp_path / cls.__name__)
-        again = load(tmp_path / cls.__name__)
-        assert type(again.scheduler) is cls
-        assert torch.equal(sample(again), sample(pipe))
+        loaded_pipe = load(tmp_path / cls.__name__)
+        assert type(loaded_pipe.scheduler) is cls
+        assert torch.equal(sample(loaded_pipe), sample(pipe))
 
 
 def test_a_folder_of_an_older_release_with_another_scheduler_is_refused_at_loading(tmp_path):

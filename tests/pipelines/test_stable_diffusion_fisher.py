@@ -51,12 +51,12 @@ def noise(count=2):
 
 
 def projection(images, prompts):
-    """A linear reward, different for every pixel."""
+    """Returns linear rewards with another weight for each pixel."""
     return (images * WEIGHTS).mean(1).flatten(1).sum(1)
 
 
 def flat(images, prompts):
-    """A reward whose gradient is zero."""
+    """Returns rewards whose gradient is zero."""
     return images.detach().mean((1, 2, 3)) + 0 * images.mean((1, 2, 3))
 
 
@@ -83,12 +83,12 @@ def stock(pipe, prompt=PROMPTS, **options):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_call_is_the_stock_pipelines_bit_for_bit(sampler, guidance_scale):
     reference = make(sampler, diffusers.StableDiffusionPipeline)
-    ours, swapped = make(sampler), make(sampler)
-    swapped.scheduler = fisher_scheduler(type(ours.scheduler)).from_config(ours.scheduler.config)
+    ours, other = make(sampler), make(sampler)
+    other.scheduler = fisher_scheduler(type(ours.scheduler)).from_config(ours.scheduler.config)
     options = {"guidance_scale": guidance_scale, "negative_prompt": ["d", ""], "num_images_per_prompt": 2}
     expected = stock(reference, generator=seeded(), **options)
     assert torch.equal(stock(ours, generator=seeded(), **options), expected)
-    assert torch.equal(stock(swapped, generator=seeded(), **options), expected)
+    assert torch.equal(stock(other, generator=seeded(), **options), expected)
     assert not torch.equal(stock(ours, generator=seeded(1), **options), expected)
 
 
@@ -169,9 +169,9 @@ def test_first_image_is_the_stock_image_of_the_global_seed_where_no_generator_is
 
 def test_one_negative_prompt_serves_for_all():
     texts = ["d", ["d", "d"]]
-    one, many = (guide(make(), negative_prompt=text, generator=seeded()) for text in texts)
-    assert torch.equal(one.images, many.images)
-    assert not torch.equal(one.images, guide(make(), generator=seeded()).images)
+    single, several = (guide(make(), negative_prompt=text, generator=seeded()) for text in texts)
+    assert torch.equal(single.images, several.images)
+    assert not torch.equal(single.images, guide(make(), generator=seeded()).images)
 
 
 # Guidance climbs
@@ -183,10 +183,10 @@ def test_rewards_go_up_and_latents_give_the_best_images_again(sampler):
     out = guide(pipe, latents=noise(), generator=seeded(), num_guidance_steps=3, step_size=0.1)
     assert bool((out.best_rewards > out.rewards[0]).all())
     assert torch.equal(out.best_rewards, out.rewards.max(0).values)
-    again = stock(pipe, latents=out.latents, generator=seeded())
-    assert torch.equal(again, out.images)
+    images = stock(pipe, latents=out.latents, generator=seeded())
+    assert torch.equal(images, out.images)
     # The images passed no rounding on their way.
-    torch.testing.assert_close(projection(again, PROMPTS).double(), out.best_rewards, rtol=0, atol=1e-6)
+    torch.testing.assert_close(projection(images, PROMPTS).double(), out.best_rewards, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
@@ -211,8 +211,8 @@ def test_with_the_true_jacobian_the_first_step_is_that_of_full_back_propagation(
     )
     assert bool((out.rewards[1] > out.rewards[0]).all())  # so that `latents` are those after the step
     norms = [torch.linalg.vector_norm(x.flatten(1), dim=1)[:, None, None, None] for x in (start, gradient)]
-    moved = start + 0.02 * norms[0] * gradient / norms[1]
-    expected = moved * norms[0] / torch.linalg.vector_norm(moved.flatten(1), dim=1)[:, None, None, None]
+    target = start + 0.02 * norms[0] * gradient / norms[1]
+    expected = target * norms[0] / torch.linalg.vector_norm(target.flatten(1), dim=1)[:, None, None, None]
     # The same products in another order through four steps and the decoder, in float32.
     assert relative(out.gradient_norms[0], norms[1].flatten()) < 1e-5
     # The step is 1/50 of the noise, so its rounding is 50 times that of float32.
@@ -246,7 +246,7 @@ def test_output_fields():
 
 
 @pytest.mark.parametrize(
-    ("estimator", "extra"),  # denoiser calls per gradient, in runs of four steps
+    ("estimator", "calls_per_step"),  # denoiser calls per gradient, in runs of four steps
     [
         (None, 1),
         (DirectFisher(), 0),
@@ -258,27 +258,27 @@ def test_output_fields():
     ],
     ids=["default", "direct", "one step", "one step, autodiff", "autodiff", "forward", "central"],
 )
-@pytest.mark.parametrize("own", [False, True], ids=["bound", "own denoiser"])
-def test_denoiser_calls_are_counted(estimator, extra, own):
-    pipe, seen = make(), []
-    if own and hasattr(estimator, "bind"):
+@pytest.mark.parametrize("with_denoiser", [False, True], ids=["bound", "own denoiser"])
+def test_denoiser_calls_are_counted(estimator, calls_per_step, with_denoiser):
+    pipe, calls = make(), []
+    if with_denoiser and hasattr(estimator, "bind"):
         denoiser = PipelineDenoiser(pipe, prompt=PROMPTS, guidance_scale=4.0)
         denoiser(noise(), 500)  # earlier calls do not count
         estimator = estimator.bind(denoiser)
-    pipe.unet.register_forward_pre_hook(lambda module, inputs: seen.append(1))
+    pipe.unet.register_forward_pre_hook(lambda module, inputs: calls.append(1))
     out = guide(pipe, generator=seeded(), estimator=estimator, num_guidance_steps=3)
-    assert out.num_denoiser_calls == len(seen) == 4 * 4 + 3 * extra
+    assert out.num_denoiser_calls == len(calls) == 4 * 4 + 3 * calls_per_step
 
 
 def test_reward_sees_a_prompt_for_every_image_in_order():
-    seen = []
+    reward_calls = []
 
     def reward(images, prompts):
-        seen.append((len(images), prompts))
+        reward_calls.append((len(images), prompts))
         return projection(images, prompts)
 
     guide(make(), reward=reward, generator=seeded(), num_images_per_prompt=2, num_guidance_steps=1)
-    assert seen == [(4, ["a b", "a b", "c", "c"])] * 3  # a trial, and two runs
+    assert reward_calls == [(4, ["a b", "a b", "c", "c"])] * 3  # a trial, and two runs
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
@@ -304,26 +304,26 @@ def test_half_precision_pipeline():
     pipe = make()
     pipe.to(dtype=torch.bfloat16)
     out = guide(pipe, reward=flat, generator=seeded(), num_guidance_steps=1)
-    drawn = torch.randn(2, 4, 8, 8, generator=seeded(), dtype=torch.bfloat16)
-    assert torch.equal(out.latents, drawn.float())
+    expected_latents = torch.randn(2, 4, 8, 8, generator=seeded(), dtype=torch.bfloat16)
+    assert torch.equal(out.latents, expected_latents.float())
     # A differentiable run steps in float32, the stock one in bfloat16, whose unit is 2^-8 here: measured two of them.
     difference = out.images - stock(pipe, generator=seeded()).float()
     assert float(difference.abs().max()) <= 2**-6
     assert (out.images.dtype, pipe.unet.dtype, pipe.vae.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
-    climbed = guide(pipe, generator=seeded(), num_guidance_steps=3, step_size=0.1)
-    assert bool((climbed.best_rewards > climbed.rewards[0]).all())
+    long_run = guide(pipe, generator=seeded(), num_guidance_steps=3, step_size=0.1)
+    assert bool((long_run.best_rewards > long_run.rewards[0]).all())
 
 
 def test_callbacks_that_change_nothing_are_called_in_every_run():
-    seen = []
+    calls = []
 
     def callback(pipe, index, timestep, arguments):
-        seen.append((index, arguments["latents"].shape))
+        calls.append((index, arguments["latents"].shape))
         return arguments
 
     options = {"generator": seeded(), "num_guidance_steps": 1, "callback_on_step_end": callback}
     guide(make(), estimator=AutodiffFisher(), **options)
-    assert seen == [(index, (2, 4, 8, 8)) for index in range(4)] * 2  # the estimator's own evaluations are no steps
+    assert calls == [(index, (2, 4, 8, 8)) for index in range(4)] * 2  # the estimator's own evaluations are no steps
 
 
 @pytest.mark.parametrize("sampler", ["DDIM", "Euler ancestral"])
@@ -342,10 +342,10 @@ def test_progress_bar_is_shown_and_can_be_disabled(capsys):
     pipe = make()
     pipe.set_progress_bar_config()
     guide(pipe, generator=seeded(), num_guidance_steps=2)
-    shown = capsys.readouterr().err
-    assert "3/3" in shown
-    assert "reward=" in shown
-    assert "/4 " not in shown  # one bar, not one for every run of four steps
+    text = capsys.readouterr().err
+    assert "3/3" in text
+    assert "reward=" in text
+    assert "/4 " not in text  # one bar, not one for every run of four steps
     pipe.set_progress_bar_config(disable=True)
     guide(pipe, generator=seeded(), num_guidance_steps=2)
     assert capsys.readouterr().err == ""
@@ -357,16 +357,16 @@ def test_progress_bar_is_shown_and_can_be_disabled(capsys):
 def test_safety_checker_blackens_what_the_stock_call_would():
     pipe = make(safety_checker=tiny.safety_checker(2.0), feature_extractor=tiny.feature_extractor())
     options = {"latents": 3 * noise(4), "prompt": ["a", "b", "c", "d"]}
-    clean = guide(pipe, reward=flat, num_guidance_steps=0, **options)
-    assert clean.nsfw_content_detected == [False] * 4
-    assert torch.equal(clean.images, stock(pipe, **options))
-    middle = tiny.similarities(pipe, clean.images).sort().values[1:3].mean()
+    reference = guide(pipe, reward=flat, num_guidance_steps=0, **options)
+    assert reference.nsfw_content_detected == [False] * 4
+    assert torch.equal(reference.images, stock(pipe, **options))
+    middle = tiny.similarities(pipe, reference.images).sort().values[1:3].mean()
     pipe.safety_checker.concept_embeds_weights.data.fill_(float(middle))
     out = guide(pipe, reward=flat, num_guidance_steps=0, **options)
     assert sorted(out.nsfw_content_detected) == [False, False, True, True]
     assert torch.equal(out.images, stock(pipe, **options))
     assert [not bool(image.any()) for image in out.images] == out.nsfw_content_detected
-    assert torch.equal(out.rewards, clean.rewards)
+    assert torch.equal(out.rewards, reference.rewards)
 
 
 # The trained checkpoint

@@ -28,7 +28,7 @@ class Functions:
 
 
 def pair(backbone):
-    """Our pipeline, and a stock one over the same components with its own scheduler."""
+    """Makes our pipeline, and a stock one of the same components with its own scheduler."""
     ours = backbone.ours()
     scheduler = type(ours.scheduler)
     stock_scheduler = next(each for each in scheduler.__mro__ if each.__module__.startswith("diffusers."))
@@ -43,7 +43,7 @@ def pair(backbone):
 
 
 def visible(pipe):
-    """What a caller sees of the pipeline; the random numbers of the process go on where no generator is passed."""
+    """Returns what a caller sees of the pipeline, without the state of the process's random numbers."""
     return {name: value for name, value in tiny.snapshot(pipe).items() if name != "random numbers"}
 
 
@@ -67,10 +67,10 @@ def test_guidance_of_a_stock_pipeline(name):
     before = visible(stock)
     options = {"num_guidance_steps": 2, "num_inference_steps": 3}
 
-    def guided(pipe):
+    def run_guidance(pipe):
         return backbone.guide(pipe, brightness, generator=torch.Generator().manual_seed(0), **options)
 
-    expected, result = guided(ours), guided(Functions(stock, backbone.condition is not None))
+    expected, result = run_guidance(ours), run_guidance(Functions(stock, backbone.condition is not None))
     assert torch.equal(result.rewards, expected.rewards)
     assert torch.equal(result.latents, expected.latents)
     assert visible(stock) == before
@@ -80,12 +80,12 @@ def test_comparison_of_a_stock_pipeline():
     backbone = BACKBONES["StableDiffusion"]
     ours, stock = pair(backbone)
 
-    def compared(pipe):
+    def compare(pipe):
         return pipe.compare_likelihood(
             None, ["a b", "c"], latents=backbone.noise(), num_levels=4, generator=torch.Generator().manual_seed(0)
         )
 
-    assert torch.equal(compared(Functions(stock)).log_prob, compared(ours).log_prob)
+    assert torch.equal(compare(Functions(stock)).log_prob, compare(ours).log_prob)
 
 
 @pytest.mark.parametrize("name", BACKBONES)

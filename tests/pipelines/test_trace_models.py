@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import tiny
 import torch
-from trace_cases import SMALL, disturbed
+from trace_cases import SMALL, disturb
 
 from diffusers_fisher import (
     AutodiffFisher,
@@ -47,7 +47,7 @@ def backbone(request):
 
 
 def model_of(backbone, pipe, fingerprint=True, **settings):
-    """An untrained trace model for the pipeline's own layout, with noise on its weights as though trained."""
+    """Makes an untrained trace model for the pipeline's own layout, with noise on its weights as though trained."""
     shape = tuple(backbone.packed(pipe, backbone.noise(1)).shape[1:])
     layout, channels = ("image", shape[0]) if len(shape) == 3 else ("tokens", shape[-1])
     torch.manual_seed(0)
@@ -55,14 +55,14 @@ def model_of(backbone, pipe, fingerprint=True, **settings):
     model.set_prior(0.0, 0.5)
     if fingerprint:
         model.set_fingerprint(pipe)
-    return disturbed(model, 0.1).eval()
+    return disturb(model, 0.1).eval()
 
 
 def brightness(images, conditions):
     return images.mean((1, 2, 3))
 
 
-def guided(backbone, pipe, **options):
+def run_guidance(backbone, pipe, **options):
     options = {"num_inference_steps": 3, "num_guidance_steps": 1, "output_type": "pt", **options}
     return backbone.guide(pipe, brightness, generator=torch.Generator().manual_seed(0), **options)
 
@@ -77,8 +77,8 @@ def test_likelihood_and_guidance_know_the_trace_from_it(backbone):
     assert out.trace == "TraceMatchingFisher (target residual), no probes"
     assert bool((out.standard_error == 0).all())
     assert out.num_denoiser_calls == 4
-    again = backbone.score(pipe, latents=x, estimator=TraceMatchingFisher(model), generator=None)
-    assert torch.equal(out.log_prob, again.log_prob)
+    explicit = backbone.score(pipe, latents=x, estimator=TraceMatchingFisher(model), generator=None)
+    assert torch.equal(out.log_prob, explicit.log_prob)
     # The integrand begins with the model's own r at the first node, x_t = alpha x.
     timestep = timestep_at(pipe.scheduler, out.noise_to_signal.log())[0]
     denoiser = likelihood_denoiser(backbone, pipe)
@@ -87,12 +87,12 @@ def test_likelihood_and_guidance_know_the_trace_from_it(backbone):
     torch.testing.assert_close(
         out.unexplained_noise_fraction[0], r, rtol=1e-4, atol=0
     )  # float32 samples, and logits of them
-    chosen = backbone.score(pipe, latents=x, estimator=AutodiffFisher())
-    assert torch.equal(chosen.log_prob, before.log_prob)
-    assert chosen.trace == before.trace == "AutodiffFisher, 2 probes"
-    best = guided(backbone, pipe, estimator=TraceMatchingFisher(model))
-    assert bool((best.gradient_norms > 0).all())
-    assert best.num_denoiser_calls == guided(backbone, pipe, estimator=DirectFisher()).num_denoiser_calls
+    differences = backbone.score(pipe, latents=x, estimator=FiniteDifferenceFisher())
+    assert torch.equal(differences.log_prob, before.log_prob)
+    assert differences.trace == before.trace == "FiniteDifferenceFisher, 1 probe per level"
+    guidance_out = run_guidance(backbone, pipe, estimator=TraceMatchingFisher(model))
+    assert bool((guidance_out.gradient_norms > 0).all())
+    assert guidance_out.num_denoiser_calls == run_guidance(backbone, pipe, estimator=DirectFisher()).num_denoiser_calls
 
 
 # Features of the denoiser
@@ -100,13 +100,13 @@ def test_likelihood_and_guidance_know_the_trace_from_it(backbone):
 
 def hidden_layers(backbone, pipe, call):
     """Returns the inputs of the module before the output layers while `call` runs."""
-    network, seen = getattr(pipe, backbone.network), []
+    network, hidden = getattr(pipe, backbone.network), []
     module = network.norm_out if hasattr(network, "norm_out") else network.conv_norm_out
-    handle = module.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    handle = module.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0].detach()))
     call()
     handle.remove()
     assert not module._forward_pre_hooks
-    return seen
+    return hidden
 
 
 def likelihood_denoiser(backbone, pipe):
@@ -135,14 +135,14 @@ def test_guided_states_have_no_features():
     assert denoiser.state(backbone.noise(), 500).features is None
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about itself, when its compiler is imported
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns of torch itself
 def test_compiled_networks_have_no_features():
     network = tiny.unet()
     assert output_norm(network) is network.conv_norm_out
     assert output_norm(torch.compile(network)) is None  # a wrapper, which compiles at its first call
     network.compile()
-    with record_summaries(network) as found:
-        assert output_norm(network) is None and found == []
+    with record_summaries(network) as summaries:
+        assert output_norm(network) is None and summaries == []
     assert output_norm(None) is None and output_norm(torch.nn.Linear(2, 2)) is None
 
 
@@ -157,14 +157,14 @@ def test_likelihood_and_guidance_of_a_model_with_features(backbone):
     out = backbone.score(pipe, latents=x)
     timestep = timestep_at(pipe.scheduler, out.noise_to_signal.log())[0]
     state = denoiser.state(float(denoiser.level(timestep).alpha) * start, timestep.float())
-    found, expected = (
+    result, expected = (
         out.unexplained_noise_fraction[0].logit(),
         model.unexplained_noise_fraction(state).logit(),
     )  # r is nearly 1 at the first level
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)  # float32 samples, and logits of them
-    without = model.unexplained_noise_fraction(dataclasses.replace(state, features=None)).logit()
-    assert float((without - expected).abs().min()) > 1e-2
-    assert bool((guided(backbone, pipe, estimator=TraceMatchingFisher(model)).gradient_norms > 0).all())
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)  # float32 samples, and logits of them
+    featureless = model.unexplained_noise_fraction(dataclasses.replace(state, features=None)).logit()
+    assert float((featureless - expected).abs().min()) > 1e-2
+    assert bool((run_guidance(backbone, pipe, estimator=TraceMatchingFisher(model)).gradient_norms > 0).all())
 
 
 @pytest.mark.parametrize("settings", [{"output": "diagonal"}, {"target": "norm"}], ids=str)
@@ -173,7 +173,9 @@ def test_other_kinds_of_models(backbone, settings):
     pipe.trace_model = model_of(backbone, pipe, **settings)
     out = backbone.score(pipe, latents=0.5 * backbone.noise())
     assert bool(torch.isfinite(out.log_prob).all())
-    assert bool((guided(backbone, pipe, estimator=TraceMatchingFisher(pipe.trace_model)).gradient_norms > 0).all())
+    assert bool(
+        (run_guidance(backbone, pipe, estimator=TraceMatchingFisher(pipe.trace_model)).gradient_norms > 0).all()
+    )
 
 
 @pytest.mark.parametrize("name", ["StableDiffusion", "Flux"])
@@ -181,9 +183,12 @@ def test_number_of_probes(name):
     backbone = BACKBONES[name]
     pipe, x = backbone.ours(), 0.5 * backbone.noise()
     pipe.trace_model = model_of(backbone, pipe)
-    assert backbone.score(pipe, latents=x, num_probes=3).trace == "TraceMatchingFisher (target residual), 3 probes"
-    own = backbone.score(pipe, 1, latents=x[:1], estimator=AutodiffFisher(), num_probes=None)
-    assert own.trace == "AutodiffFisher, no probes"
+    assert (
+        backbone.score(pipe, latents=x, num_probes=3).trace
+        == "TraceMatchingFisher (target residual), 3 probes per level"
+    )
+    single = backbone.score(pipe, 1, latents=x[:1], estimator=AutodiffFisher(), num_probes=None)
+    assert single.trace == "AutodiffFisher, no probes"
     with pytest.raises(InputError, match="`num_probes` is 0; allowed: at least 1, or None"):
         backbone.score(pipe, latents=x, num_probes=0)
 
@@ -221,26 +226,28 @@ def test_fingerprint_is_that_of_the_pipeline_and_of_no_other(backbone):
     with pytest.raises(InputError, match=message):
         backbone.score(pipe, latents=backbone.noise())
     with pytest.raises(InputError, match=message):
-        guided(backbone, pipe, estimator=TraceMatchingFisher(model))
-    unchecked = TraceMatchingFisher(model, check=False)
-    assert bool(torch.isfinite(backbone.score(pipe, latents=backbone.noise(), estimator=unchecked).log_prob).all())
+        run_guidance(backbone, pipe, estimator=TraceMatchingFisher(model))
+    estimator = TraceMatchingFisher(model, check=False)
+    assert bool(torch.isfinite(backbone.score(pipe, latents=backbone.noise(), estimator=estimator).log_prob).all())
 
 
 def test_guidance_step_by_step_refuses_a_trace_model_of_another_denoiser():
     backbone = BACKBONES["StableDiffusion"]
     pipe, other = backbone.make(cls=backbone.stock), backbone.make(cls=backbone.stock)
     other.unet.conv_in.weight.data += 0.1
-    own = TraceMatchingFisher(model_of(backbone, backbone.ours()))
-    with posterior_guidance(pipe, brightness, estimator=own):
+    model_estimator = TraceMatchingFisher(model_of(backbone, backbone.ours()))
+    with posterior_guidance(pipe, brightness, estimator=model_estimator):
         pass
     prior = GaussianFisher(Covariance.isotropic(0.5, backbone.shape))
-    for estimator in (own, TraceCorrectedFisher(prior, own)):
+    for estimator in (model_estimator, TraceCorrectedFisher(prior, model_estimator)):
         with (
             pytest.raises(InputError, match="What differs: weights of the denoiser"),
             posterior_guidance(other, brightness, estimator=estimator),
         ):
             pass
-    with posterior_guidance(other, brightness, estimator=TraceMatchingFisher(own.trace_model, check=False)):
+    with posterior_guidance(
+        other, brightness, estimator=TraceMatchingFisher(model_estimator.trace_model, check=False)
+    ):
         pass
 
 
@@ -248,7 +255,7 @@ def test_guidance_step_by_step_refuses_a_trace_model_of_another_denoiser():
 
 
 def pooled_by_hand(backbone, pipe):
-    """(2, width), from the text encoders themselves."""
+    """Returns pooled vectors (2, width) by the text encoders themselves."""
     name, prompts = backbone.name, backbone.condition
     if name == "DiT":
         weight = pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
@@ -256,8 +263,8 @@ def pooled_by_hand(backbone, pipe):
     if name.startswith("PixArt"):
         tokens = pipe.tokenizer(prompts, padding="max_length", max_length=8, return_tensors="pt")
         states = pipe.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-        own = zip(states, tokens.attention_mask.sum(1).tolist(), strict=True)
-        return torch.stack([state[:length].mean(0) for state, length in own])
+        rows = zip(states, tokens.attention_mask.sum(1).tolist(), strict=True)
+        return torch.stack([state[:length].mean(0) for state, length in rows])
     tokens = pipe.tokenizer(prompts, padding="max_length", max_length=8, truncation=True, return_tensors="pt")
     if name in ("StableDiffusion", "Flux"):
         return pipe.text_encoder(tokens.input_ids).pooler_output
@@ -275,12 +282,12 @@ def test_pooled_embeddings_are_those_of_each_sample_s_condition(name):
     model = model_of(backbone, pipe, pooled_channels=pooled.shape[1])
     pipe.trace_model, x = model, 0.5 * backbone.noise()
     out = backbone.score(pipe, latents=x)
-    given = backbone.score(pipe, latents=x, estimator=TraceMatchingFisher(model, pooled))
-    torch.testing.assert_close(out.log_prob, given.log_prob, rtol=1e-6, atol=0)  # float32, other batches
-    turned = backbone.score(pipe, latents=x, estimator=TraceMatchingFisher(model, pooled.flip(0)))
-    assert float((out.log_prob - turned.log_prob).abs().min()) > 1e-3
-    rewards = guided(backbone, pipe, estimator=TraceMatchingFisher(model)).rewards
-    expected = guided(backbone, pipe, estimator=TraceMatchingFisher(model, pooled)).rewards
+    reference = backbone.score(pipe, latents=x, estimator=TraceMatchingFisher(model, pooled))
+    torch.testing.assert_close(out.log_prob, reference.log_prob, rtol=1e-6, atol=0)  # float32, other batches
+    swapped_out = backbone.score(pipe, latents=x, estimator=TraceMatchingFisher(model, pooled.flip(0)))
+    assert float((out.log_prob - swapped_out.log_prob).abs().min()) > 1e-3
+    rewards = run_guidance(backbone, pipe, estimator=TraceMatchingFisher(model)).rewards
+    expected = run_guidance(backbone, pipe, estimator=TraceMatchingFisher(model, pooled)).rewards
     torch.testing.assert_close(rewards, expected, rtol=1e-5, atol=0)
 
 
@@ -298,14 +305,16 @@ def test_parts_of_a_trace_corrected_estimator_are_bound():
     backbone = BACKBONES["StableDiffusion"]
     pipe, other = backbone.ours(), backbone.ours()
     other.unet.conv_in.bias.data += 0.1
-    own, foreign = (TraceMatchingFisher(model_of(backbone, each, pooled_channels=16)) for each in (pipe, other))
+    model_estimator, foreign_estimator = (
+        TraceMatchingFisher(model_of(backbone, each, pooled_channels=16)) for each in (pipe, other)
+    )
     x = 0.5 * backbone.noise()
     prior = GaussianFisher(Covariance.diagonal(torch.linspace(0.1, 2, x[0].numel()).view(1, *x[0].shape)))
-    out = backbone.score(pipe, latents=x, estimator=TraceCorrectedFisher(prior, own))
-    expected = backbone.score(pipe, latents=x, estimator=own)
-    torch.testing.assert_close(out.trace_log_prob, expected.trace_log_prob, rtol=1e-5, atol=1e-5)  # by float32 sums
+    out = backbone.score(pipe, latents=x, estimator=TraceCorrectedFisher(prior, model_estimator))
+    expected = backbone.score(pipe, latents=x, estimator=model_estimator)
+    torch.testing.assert_close(out.trace_log_prob, expected.trace_log_prob, rtol=1e-5, atol=1e-5)  # float32 sums
     with pytest.raises(InputError, match="trained for"):
-        guided(backbone, pipe, estimator=TraceCorrectedFisher(prior, foreign))
+        run_guidance(backbone, pipe, estimator=TraceCorrectedFisher(prior, foreign_estimator))
 
 
 def test_differences_inside_a_combination_need_no_output_of_another_guidance_scale():
@@ -314,7 +323,9 @@ def test_differences_inside_a_combination_need_no_output_of_another_guidance_sca
     prior = GaussianFisher(Covariance.isotropic(0.5, backbone.shape))
     options = {"adjoint_guidance_scale": 1.0, "num_inference_steps": 2}
     central, forward = (
-        guided(backbone, pipe, estimator=TraceCorrectedFisher(FiniteDifferenceFisher(central=kind), prior), **options)
+        run_guidance(
+            backbone, pipe, estimator=TraceCorrectedFisher(FiniteDifferenceFisher(central=kind), prior), **options
+        )
         for kind in (True, False)
     )
     assert torch.equal(forward.rewards, central.rewards)
@@ -329,8 +340,8 @@ def test_embeddings_that_have_no_pooled_output_are_refused():
     options = {"latents": backbone.noise(), "num_inference_steps": 2, "prompt_embeds": embeds}
     with pytest.raises(InputError, match="takes the text encoder's pooled output, which `prompt_embeds` do not have"):
         pipe.log_likelihood(**options)
-    given = TraceMatchingFisher(pipe.trace_model, pooled=torch.zeros(1, 16))
-    assert bool(torch.isfinite(pipe.log_likelihood(**options, estimator=given).log_prob).all())
+    pooled_estimator = TraceMatchingFisher(pipe.trace_model, pooled=torch.zeros(1, 16))
+    assert bool(torch.isfinite(pipe.log_likelihood(**options, estimator=pooled_estimator).log_prob).all())
 
 
 def test_pooled_embeddings_of_another_width_are_refused():
@@ -362,23 +373,23 @@ def test_folder_keeps_the_trace_model_and_stock_diffusers_reads_it(backbone, tmp
     assert sorted(file.name for file in (tmp_path / "trace_model").iterdir()) == [
         "config.json", "diffusion_pytorch_model.safetensors"
     ]  # fmt: skip
-    again = tiny.quiet(backbone.cls.from_pretrained(tmp_path))
-    assert again.trace_model.config["fingerprint"] == pipe.trace_model.config["fingerprint"]
-    kept, given = again.trace_model.state_dict(), pipe.trace_model.state_dict()
-    assert kept.keys() == given.keys()
-    assert all(torch.equal(kept[key], given[key]) for key in given)
-    found, expected = (backbone.score(each, latents=x).log_prob for each in (again, pipe))
+    loaded_pipe = tiny.quiet(backbone.cls.from_pretrained(tmp_path))
+    assert loaded_pipe.trace_model.config["fingerprint"] == pipe.trace_model.config["fingerprint"]
+    loaded_weights, weights = loaded_pipe.trace_model.state_dict(), pipe.trace_model.state_dict()
+    assert loaded_weights.keys() == weights.keys()
+    assert all(torch.equal(loaded_weights[key], weights[key]) for key in weights)
+    log_prob, expected = (backbone.score(each, latents=x).log_prob for each in (loaded_pipe, pipe))
     # Weights mapped from a file lie otherwise in memory and get other kernels: measured up to 6e-6.
-    torch.testing.assert_close(found, expected, rtol=3e-5, atol=0)
+    torch.testing.assert_close(log_prob, expected, rtol=3e-5, atol=0)
     stock = tiny.quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path))
     assert type(stock) is backbone.stock
     assert not hasattr(stock, "trace_model")
-    made = tiny.quiet(backbone.cls(**stock.components))
-    assert made.trace_model is None  # of components, which have no folder
+    component_pipe = tiny.quiet(backbone.cls(**stock.components))
+    assert component_pipe.trace_model is None  # components have no folder
 
 
 @pytest.fixture
-def saved(tmp_path):
+def checkpoint(tmp_path):
     backbone = BACKBONES["StableDiffusion"]
     pipe = backbone.ours()
     pipe.trace_model = model_of(backbone, pipe)
@@ -390,48 +401,48 @@ def load(folder, cls=StableDiffusionFisherPipeline, **options):
     return tiny.quiet(cls.from_pretrained(folder, **options))
 
 
-def test_pipeline_that_a_stock_class_loaded_finds_it(saved):
-    pipe = StableDiffusionFisherPipeline.from_pipe(load(saved, diffusers.DiffusionPipeline))
+def test_pipeline_that_a_stock_class_loaded_finds_it(checkpoint):
+    pipe = StableDiffusionFisherPipeline.from_pipe(load(checkpoint, diffusers.DiffusionPipeline))
     assert isinstance(pipe.trace_model, FisherTraceModel)
     assert pipe.trace_model is pipe.trace_model
     pipe.trace_model = None
     assert pipe.trace_model is None
 
 
-def test_trace_model_of_a_pipeline_saved_there_before_is_removed(saved):
-    pipe = load(saved)
+def test_trace_model_of_a_pipeline_saved_there_before_is_removed(checkpoint):
+    pipe = load(checkpoint)
     pipe.trace_model = None
-    (saved / "trace_model" / "README.md").write_text("kept")
-    pipe.save_pretrained(saved)
-    assert [file.name for file in (saved / "trace_model").iterdir()] == ["README.md"]
-    (saved / "trace_model" / "README.md").unlink()
-    assert load(saved).trace_model is None
-    pipe.save_pretrained(saved)
-    assert not (saved / "trace_model").exists()
+    (checkpoint / "trace_model" / "README.md").write_text("kept")
+    pipe.save_pretrained(checkpoint)
+    assert [file.name for file in (checkpoint / "trace_model").iterdir()] == ["README.md"]
+    (checkpoint / "trace_model" / "README.md").unlink()
+    assert load(checkpoint).trace_model is None
+    pipe.save_pretrained(checkpoint)
+    assert not (checkpoint / "trace_model").exists()
 
 
-def test_it_follows_the_pipeline_to_a_device_in_its_own_precision(saved):
-    pipe = load(saved, dtype=torch.bfloat16)
+def test_it_follows_the_pipeline_to_a_device_in_its_own_precision(checkpoint):
+    pipe = load(checkpoint, dtype=torch.bfloat16)
     assert (pipe.unet.dtype, pipe.trace_model.dtype) == (torch.bfloat16, torch.float32)
     pipe.to(dtype=torch.float32)
     assert pipe.to("meta") is pipe
     assert pipe.trace_model.device == torch.device("meta")
 
 
-def test_trace_model_comes_from_the_hub_if_the_repository_has_one(saved, monkeypatch):
-    asked = []
+def test_trace_model_comes_from_the_hub_if_the_repository_has_one(checkpoint, monkeypatch):
+    downloads = []
 
     def download(repository, name, **options):
-        asked.append((repository, name, options))
-        return str(saved / name)
+        downloads.append((repository, name, options))
+        return str(checkpoint / name)
 
     def from_pretrained(source, **options):
-        asked.append((source, options))
+        downloads.append((source, options))
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr(FisherTraceModel, "from_pretrained", from_pretrained)
     load_trace_model("someone/checkpoint", revision="v2")
-    assert asked == [
+    assert downloads == [
         ("someone/checkpoint", "trace_model/config.json", {"revision": "v2"}),
         ("someone/checkpoint", {"subfolder": "trace_model", "revision": "v2"}),
     ]
@@ -444,12 +455,12 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_trace_models_are_noticed_before_anything_is_loaded(saved, damage):
+def test_damaged_trace_models_are_noticed_before_anything_is_loaded(checkpoint, damage):
     name, message = DAMAGES[damage]
-    file = saved / "trace_model" / name
+    file = checkpoint / "trace_model" / name
     file.write_bytes(file.read_bytes()[:-30])
     with pytest.raises(CheckpointError, match=message):
-        load(saved)
+        load(checkpoint)
 
 
 def test_objects_that_are_not_trace_models_are_refused():

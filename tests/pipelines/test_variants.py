@@ -56,7 +56,7 @@ def controlnet(xl=False):
 
 
 def pipeline(kind, xl, **components):
-    """A variant over the tiny components; its scheduler the Fisher version of DDIM."""
+    """Makes a variant of the tiny components, whose scheduler is the Fisher version of DDIM."""
     prefix = "StableDiffusionXL" if xl else "StableDiffusion"
     cls = getattr(diffusers, f"{prefix}{kind}Pipeline")
     base = tiny.stable_diffusion_xl() if xl else tiny.stable_diffusion()
@@ -64,10 +64,10 @@ def pipeline(kind, xl, **components):
         **base.components,
         "scheduler": fisher_scheduler(diffusers.DDIMScheduler).from_config(tiny.scheduler().config),
     }
-    taken = inspect.signature(cls.__init__).parameters
+    parameters = inspect.signature(cls.__init__).parameters
     settings = {"requires_safety_checker": False, "add_watermarker": False}
     parts = {**parts, **components, **settings}
-    return tiny.quiet(cls(**{name: part for name, part in parts.items() if name in taken}))
+    return tiny.quiet(cls(**{name: part for name, part in parts.items() if name in parameters}))
 
 
 def run(pipe, call=None, guidance_scale=4.0, **arguments):
@@ -236,25 +236,25 @@ def test_run_that_is_cut_short_is_refused_as_a_denoiser():
 
 
 class ScaledAttention(torch.nn.Module):
-    """Is a user's attention processor: the stock processor with a small addition."""
+    """A user's attention processor: the stock processor with a small addition."""
 
     def __init__(self):
         super().__init__()
-        self.plain = diffusers.models.attention_processor.AttnProcessor()
+        self.stock = diffusers.models.attention_processor.AttnProcessor()
 
     def __call__(self, attention, hidden_states, *args, **kwargs):
-        return self.plain(attention, hidden_states, *args, **kwargs) + 0.5 * hidden_states
+        return self.stock(attention, hidden_states, *args, **kwargs) + 0.5 * hidden_states
 
 
 def test_attention_processors_act_in_runs_and_in_denoisers():
     from diffusers_fisher import StableDiffusionFisherPipeline
 
-    plain, pipe = (tiny.stable_diffusion(StableDiffusionFisherPipeline) for _ in range(2))
+    stock, pipe = (tiny.stable_diffusion(StableDiffusionFisherPipeline) for _ in range(2))
     pipe.unet.set_attn_processor(ScaledAttention())
-    values = [PipelineDenoiser(each, prompt=PROMPTS)(noise(), 500) for each in (plain, pipe)]
+    values = [PipelineDenoiser(each, prompt=PROMPTS)(noise(), 500) for each in (stock, pipe)]
     assert not torch.equal(*values)
     options = {"num_inference_steps": 2, "num_probes": 1, "step_halving": False, "latents": noise()}
-    scores = [each.log_likelihood(None, PROMPTS, generator=seeded(), **options).log_prob for each in (plain, pipe)]
+    scores = [each.log_likelihood(None, PROMPTS, generator=seeded(), **options).log_prob for each in (stock, pipe)]
     assert not torch.equal(*scores)
     leaf = noise().requires_grad_()
     reference = run(pipe, inspect.unwrap(type(pipe).__call__), latents=leaf)
@@ -272,12 +272,12 @@ def test_attention_processors_act_in_runs_and_in_denoisers():
 def test_bfloat16_weights_of_the_trained_checkpoint():
     """Bits per dimension are within 0.02 of float32; gradients have a cosine above 0.99 (the default: 0.95)."""
     from diffusers_fisher import (
+        OneStepFisher,
         StableDiffusionFisherPipeline,
         embedded_checkpoint,
         embedded_prompt,
         embedded_test_images,
     )
-    from diffusers_fisher.guidance.pipeline import default_estimator
 
     def load(dtype):
         return tiny.quiet(StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint(), dtype=dtype))
@@ -296,14 +296,14 @@ def test_bfloat16_weights_of_the_trained_checkpoint():
         denoiser = PipelineDenoiser(pipe, prompt=prompts)
         estimators = {
             "direct": DirectFisher(), "autodiff": AutodiffFisher(denoiser),
-            "default": default_estimator(dtype).bind(denoiser),
+            "default": OneStepFisher().bind(denoiser),
         }  # fmt: skip
         for name, estimator in estimators.items():
             with pipe.scheduler.differentiable(estimator) as trajectory:
                 result = pipe(prompts, latents=start.to(dtype), **options).images
-            decoded = backbone_of(pipe).decode(result)
-            loss = (decoded[..., :half] - decoded[..., half:]).mean((1, 2, 3)).sum()
+            decoded_images = backbone_of(pipe).decode(result)
+            loss = (decoded_images[..., :half] - decoded_images[..., half:]).mean((1, 2, 3)).sum()
             gradients[name].append(trajectory.gradient(loss).flatten(1).float())
     assert 0 < float((bits[1] - bits[0]).abs().max()) < 0.02
-    for name, found in gradients.items():
-        assert (0.95 if name == "default" else 0.99) < float(torch.cosine_similarity(*found).min()) < 1
+    for name, pair in gradients.items():
+        assert (0.95 if name == "default" else 0.99) < float(torch.cosine_similarity(*pair).min()) < 1

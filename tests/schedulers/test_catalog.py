@@ -86,9 +86,9 @@ def test_saved_folders_are_read_both_ways(case, tmp_path):
     assert json.loads((tmp_path / "ours" / "scheduler_config.json").read_text())["_class_name"] == cls.__name__
     for folder in ("ours", "theirs"):
         for kind in (cls, case.parent):
-            loaded = kind.from_pretrained(tmp_path / folder)
-            assert type(loaded) is kind
-            assert comparable(loaded) == comparable(parent)
+            result = kind.from_pretrained(tmp_path / folder)
+            assert type(result) is kind
+            assert comparable(result) == comparable(parent)
 
 
 def test_prediction_type_survives_the_way_to_another_scheduler():
@@ -115,15 +115,15 @@ def test_subclass_of_a_catalog_scheduler_keeps_its_own_step():
     cls = fisher_scheduler(HalvedDDIMScheduler)
     assert cls.__name__ == "FisherHalvedDDIMScheduler"
     scheduler, parent, x = cls(), HalvedDDIMScheduler(), latents()
-    for one in (scheduler, parent):
-        one.set_timesteps(4)
+    for each in (scheduler, parent):
+        each.set_timesteps(4)
     expected = parent.step(x, 750, x).prev_sample
     assert torch.equal(scheduler.step(x, 750, x).prev_sample, expected)
     with torch.no_grad(), scheduler.differentiable(DirectFisher()):
         assert torch.equal(scheduler.step(x, 750, x).prev_sample, expected)
 
 
-@pytest.mark.parametrize("thing", [diffusers.DDIMScheduler(), torch.nn.Module, "DDIMScheduler", None], ids=type)
-def test_objects_that_are_no_scheduler_classes_are_refused(thing):
+@pytest.mark.parametrize("value", [diffusers.DDIMScheduler(), torch.nn.Module, "DDIMScheduler", None], ids=type)
+def test_objects_that_are_no_scheduler_classes_are_refused(value):
     with pytest.raises(UnsupportedError, match=r"(?s)takes a diffusers scheduler class, got .*Pass the class"):
-        fisher_scheduler(thing)
+        fisher_scheduler(value)

@@ -13,11 +13,13 @@ import diffusers_fisher
 from diffusers_fisher import AutodiffFisher, DirectFisher, FisherDDIMScheduler, FisherSchedulerMixin, fisher_scheduler
 from diffusers_fisher.schedulers import CATALOG
 
-MADE = sorted({case.parent.__name__ for case in OUTSIDE_CASES if f"Fisher{case.parent.__name__}" not in CATALOG})
+OUTSIDE_NAMES = sorted(
+    {case.parent.__name__ for case in OUTSIDE_CASES if f"Fisher{case.parent.__name__}" not in CATALOG}
+)
 
 
 class Counted:
-    """A mixin of a user's: it counts its calls and halves the model output."""
+    """A user's mixin: it counts its calls and halves the model output."""
 
     def step(self, model_output, timestep, sample, *args, **kwargs):
         self.steps = getattr(self, "steps", 0) + 1
@@ -29,11 +31,11 @@ class Counted:
 
 
 class HalvedDDIMScheduler(Counted, diffusers.DDIMScheduler):
-    """A scheduler of a user's."""
+    """A user's scheduler."""
 
 
 def subclass(name, *bases):
-    """A class over `bases` with the methods of `Counted` in its own body, where `super()` is that class's parent."""
+    """Makes a class of `bases` with the methods of `Counted` in its body, where `super()` is its parent."""
 
     class Mine(*bases):
         def step(self, model_output, timestep, sample, *args, **kwargs):
@@ -69,11 +71,11 @@ SUBCLASSES = [OverFisher, OverMixin, BesideFisher, MixinLast, TwiceOver, fisher_
 
 
 @pytest.mark.parametrize("cls", SUBCLASSES, ids=lambda cls: cls.__name__)
-@pytest.mark.parametrize("tracked", [False, True])
-def test_a_subclass_runs_its_own_methods_once_per_step(cls, tracked):
+@pytest.mark.parametrize("records", [False, True])
+def test_a_subclass_runs_its_own_methods_once_per_step(cls, records):
     network, x = Network(), latents()
     expected, scheduler = sampling_run(HalvedDDIMScheduler(), network, x), cls()
-    if tracked:
+    if records:
         with torch.no_grad(), scheduler.differentiable(DirectFisher()) as trajectory:
             samples = sampling_run(scheduler, network, x)
             scheduler.add_noise(x, x, scheduler.timesteps[:1])
@@ -88,7 +90,7 @@ def test_a_subclass_runs_its_own_methods_once_per_step(cls, tracked):
 
 @pytest.mark.parametrize("cls", SUBCLASSES, ids=lambda cls: cls.__name__)
 def test_the_whole_of_a_subclasss_step_is_differentiated(cls):
-    """Against back-propagation through the stock subclass, in float64; the two differ by rounding alone."""
+    """The reference is back-propagation through the stock subclass in float64; only rounding differs."""
     network, weight = Network(dtype=torch.float64), latents(torch.float64).flip(-1)
     leaf = latents(torch.float64).requires_grad_()
     (sampling_run(HalvedDDIMScheduler(), network, leaf)[-1] * weight).sum().backward()
@@ -112,7 +114,7 @@ def test_a_step_that_fails_leaves_the_run_recordable():
             assert scheduler._trajectory is trajectory
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", OUTSIDE_NAMES)
 def test_a_class_outside_of_the_catalog_is_found_pickled_saved_and_loaded(name, tmp_path):
     cls = fisher_scheduler(getattr(diffusers, name))
     assert getattr(diffusers_fisher, f"Fisher{name}") is cls
@@ -120,25 +122,25 @@ def test_a_class_outside_of_the_catalog_is_found_pickled_saved_and_loaded(name, 
     pipe = tiny.stable_diffusion()
     pipe.scheduler = cls.from_config({"steps_offset": 1, "clip_sample": False})
     pipe.save_pretrained(tmp_path)
-    loaded = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
-    assert type(loaded.scheduler) is cls
+    loaded_pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded_pipe.scheduler) is cls
     assert type(pickle.loads(pickle.dumps(pipe.scheduler))) is cls
 
 
 def test_a_scheduler_over_a_users_class_is_pickled_by_that_class():
     scheduler = fisher_scheduler(HalvedDDIMScheduler)(num_train_timesteps=500)
     scheduler.set_timesteps(5)
-    for again in (pickle.loads(pickle.dumps(scheduler)), copy.deepcopy(scheduler), copy.copy(scheduler)):
-        assert type(again) is type(scheduler)
-        assert again.config == scheduler.config
-        assert torch.equal(again.timesteps, scheduler.timesteps)
+    for duplicate in (pickle.loads(pickle.dumps(scheduler)), copy.deepcopy(scheduler), copy.copy(scheduler)):
+        assert type(duplicate) is type(scheduler)
+        assert duplicate.config == scheduler.config
+        assert torch.equal(duplicate.timesteps, scheduler.timesteps)
 
 
 def test_copies_leave_the_running_trajectory_out():
     scheduler = FisherDDIMScheduler()
     with scheduler.differentiable(DirectFisher()) as trajectory:
-        for again in (copy.deepcopy(scheduler), copy.copy(scheduler), pickle.loads(pickle.dumps(scheduler))):
-            assert again._trajectory is None
+        for duplicate in (copy.deepcopy(scheduler), copy.copy(scheduler), pickle.loads(pickle.dumps(scheduler))):
+            assert duplicate._trajectory is None
         assert scheduler._trajectory is trajectory
 
 
@@ -149,7 +151,7 @@ def test_a_misspelt_scheduler_is_not_found():
         diffusers_fisher.FisherUNet2DModel  # noqa: B018
 
 
-@pytest.mark.parametrize("name", [*CATALOG, *(f"Fisher{name}" for name in MADE)])
+@pytest.mark.parametrize("name", [*CATALOG, *(f"Fisher{name}" for name in OUTSIDE_NAMES)])
 def test_compatible_schedulers_are_those_of_the_parent(name):
     ours = getattr(diffusers_fisher, name)().compatibles
     theirs = getattr(diffusers, name.removeprefix("Fisher"))().compatibles

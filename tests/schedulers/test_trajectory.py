@@ -35,7 +35,7 @@ def ddim(**changes):
     return FisherDDIMScheduler(**{**STABLE_DIFFUSION, "clip_sample": False, **changes})
 
 
-def tracked(scheduler=None, estimator=None, dtype=torch.float64, mode="refuse", network=None, **options):
+def recorded_run(scheduler=None, estimator=None, dtype=torch.float64, mode="refuse", network=None, **options):
     """Runs the test network in a recorded run, and returns the trajectory and the result."""
     scheduler, estimator = scheduler or ddim(), estimator or DirectFisher()
     with torch.no_grad(), scheduler.differentiable(estimator, changed_latents=mode) as trajectory:
@@ -49,7 +49,7 @@ def graphs_in(value):
         return [value] if value.requires_grad else []
     if isinstance(value, dict):
         value = list(value.values())
-    return [found for entry in value for found in graphs_in(entry)] if isinstance(value, (list, tuple)) else []
+    return [tensor for entry in value for tensor in graphs_in(entry)] if isinstance(value, (list, tuple)) else []
 
 
 @pytest.mark.parametrize("case", FIRST_CASES, ids=lambda case: case.name)
@@ -63,10 +63,10 @@ def test_scheduler_keeps_no_graph_and_no_trajectory(case, raises):
         return sample
 
     try:
-        tracked(scheduler, between=between)
-    except KeyError as caught:
+        recorded_run(scheduler, between=between)
+    except KeyError as raised_error:
         assert raises
-        assert caught is error
+        assert raised_error is error
     assert scheduler._trajectory is None
     assert graphs_in(vars(scheduler)) == []
     assert bool(torch.isfinite(sampling_run(scheduler, Network(), latents())[-1]).all())
@@ -81,8 +81,8 @@ def test_blocks_do_not_nest_and_the_outer_one_goes_on():
         ):
             raise AssertionError("the inner block was entered")
         result = sampling_run(scheduler, Network(), latents())[-1]
-    other, same = tracked()
-    assert torch.equal(trajectory.gradient(result.sum()), other.gradient(same.sum()))
+    other_trajectory, other_result = recorded_run()
+    assert torch.equal(trajectory.gradient(result.sum()), other_trajectory.gradient(other_result.sum()))
 
 
 def test_inference_mode_is_refused():
@@ -123,7 +123,7 @@ def test_learned_variance_that_the_scheduler_does_not_use_is_refused():
 def test_unknown_scheduler_is_refused_inside_the_run():
     scheduler = fisher_scheduler(diffusers.CMStochasticIterativeScheduler)()
     with pytest.raises(UnsupportedError, match="Noise levels of FisherCMStochasticIterativeScheduler are not known"):
-        tracked(scheduler)
+        recorded_run(scheduler)
 
 
 def test_bad_estimator_is_refused():
@@ -151,7 +151,7 @@ CHANGES = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_changed_latents_are_refused(name, dtype):
     with pytest.raises(TrajectoryError, match=r"Step 1 received other latents than step 0.*latents='additive'"):
-        tracked(dtype=dtype, between=CHANGES[name])
+        recorded_run(dtype=dtype, between=CHANGES[name])
 
 
 @pytest.mark.parametrize("mode", ["refuse", "additive"])
@@ -168,16 +168,18 @@ def test_second_run_in_one_block_is_refused(mode):
 
 @pytest.mark.parametrize("mode", ["refuse", "additive"])
 def test_equal_copies_of_the_latents_are_followed(mode):
-    trajectory, result = tracked(mode=mode, between=lambda index, sample: sample if index == 5 else sample.clone())
-    other, same = tracked()
-    assert torch.equal(result, same)
-    assert torch.equal(trajectory.gradient(result.sum()), other.gradient(same.sum()))
+    trajectory, result = recorded_run(
+        mode=mode, between=lambda index, sample: sample if index == 5 else sample.clone()
+    )
+    other_trajectory, other_result = recorded_run()
+    assert torch.equal(result, other_result)
+    assert torch.equal(trajectory.gradient(result.sum()), other_trajectory.gradient(other_result.sum()))
 
 
-FOLLOWED = ("DDIM", "DPMSolverMultistep", "EulerDiscrete", "FlowMatchEulerDiscrete")
+ADDITIVE = ("DDIM", "DPMSolverMultistep", "EulerDiscrete", "FlowMatchEulerDiscrete")
 
 
-@pytest.mark.parametrize("name", [f"{name}Scheduler" for name in FOLLOWED])
+@pytest.mark.parametrize("name", [f"{name}Scheduler" for name in ADDITIVE])
 def test_additive_changes_are_followed_with_the_gradient_of_back_propagation(name):
     case, network, weight = SchedulerCase(name, {}), Network(), latents(seed=5)
 
@@ -188,7 +190,7 @@ def test_additive_changes_are_followed_with_the_gradient_of_back_propagation(nam
     reference = sampling_run(case.parent(**case.config), network, leaf, between=between)[-1]
     (exact,) = torch.autograd.grad((weight * reference).sum(), leaf)
     scheduler = fisher_scheduler(case.parent)(**case.config)
-    trajectory, result = tracked(scheduler, AutodiffFisher(network), mode="additive", between=between)
+    trajectory, result = recorded_run(scheduler, AutodiffFisher(network), mode="additive", between=between)
     # returned + (incoming - returned) rounds once more than incoming
     torch.testing.assert_close(result.detach(), reference.detach(), rtol=1e-12, atol=1e-12)
     # What was added after the last step lies outside the graph and is constant.
@@ -207,7 +209,7 @@ def test_no_recorded_step_has_no_gradient():
 
 
 @pytest.mark.parametrize(
-    ("loss", "described"),
+    ("loss", "description"),
     [
         (lambda result: result.detach().sum(), r"a tensor of shape \(\) with requires_grad=False"),
         (lambda result: result, r"a tensor of shape \(2, 3, 2, 2\) with requires_grad=True"),
@@ -215,14 +217,14 @@ def test_no_recorded_step_has_no_gradient():
     ],
     ids=["without a graph", "not a scalar", "a number"],
 )
-def test_loss_must_be_a_scalar_with_a_graph(loss, described):
-    trajectory, result = tracked()
-    with pytest.raises(TrajectoryError, match=f"scalar tensor that depends on the run's result, got {described}"):
+def test_loss_must_be_a_scalar_with_a_graph(loss, description):
+    trajectory, result = recorded_run()
+    with pytest.raises(TrajectoryError, match=f"scalar tensor that depends on the run's result, got {description}"):
         trajectory.gradient(loss(result))
 
 
 def test_loss_of_something_else_is_refused():
-    trajectory, _ = tracked()
+    trajectory, _ = recorded_run()
     with pytest.raises(TrajectoryError, match="The loss does not depend on this run's result"):
         trajectory.gradient(torch.ones(3, requires_grad=True).sum())
 
@@ -231,14 +233,14 @@ def test_gradient_that_overflows_is_refused_with_what_to_do():
     def network(x, t):
         return x - 3.0  # far from the endpoint's direction, so that the uncentred form has large eigenvalues
 
-    trajectory, result = tracked(estimator=EndpointFisher(), dtype=torch.float32, network=network, num_steps=100)
+    trajectory, result = recorded_run(estimator=EndpointFisher(), dtype=torch.float32, network=network, num_steps=100)
     with pytest.raises(NumericalError, match=r"through 100 steps is not finite with EndpointFisher.* use fewer steps"):
         trajectory.gradient(result.sum())
 
 
 def test_initial_noise_scale_is_part_of_the_gradient():
     scheduler = FisherEulerDiscreteScheduler(**STABLE_DIFFUSION)
-    trajectory, result = tracked(scheduler)
+    trajectory, result = recorded_run(scheduler)
     (leaf,) = torch.autograd.grad(result.sum(), trajectory.initial_sample, retain_graph=True)
     scale = float(scheduler.init_noise_sigma)
     assert scale > 10
@@ -265,9 +267,9 @@ def test_step_returns_what_the_parents_does(return_dict):
 def test_half_precision_latents_get_the_gradient_of_a_float32_chain(dtype):
     """DDIM steps with a constant output do not depend on the sample, so the float32 gradient is the reference."""
     weight = latents(seed=5).to(dtype)
-    reference, full = tracked(dtype=torch.float32, num_steps=50)
+    reference, full = recorded_run(dtype=torch.float32, num_steps=50)
     exact = reference.gradient((weight.float() * full).sum())
-    trajectory, result = tracked(dtype=dtype, num_steps=50)
+    trajectory, result = recorded_run(dtype=dtype, num_steps=50)
     assert result.dtype is dtype
     gradient = trajectory.gradient((weight * result).sum(), retain_graph=True)
     assert gradient.dtype is torch.float32
@@ -283,10 +285,10 @@ def test_half_precision_denoisers_come_near_the_float32_gradient(name, dtype, to
     for kind in (torch.float32, dtype):
         network = Network(dtype=kind)
 
-        def cast(x, t, network=network, kind=kind):
+        def denoiser(x, t, network=network, kind=kind):
             return network(x.to(kind), t)
 
-        trajectory, _ = tracked(fisher_scheduler(case.parent)(**case.config), AutodiffFisher(cast), kind)
+        trajectory, _ = recorded_run(fisher_scheduler(case.parent)(**case.config), AutodiffFisher(denoiser), kind)
         gradients.append(trajectory.gradient((latents(torch.float32, seed=5) * trajectory.final_sample).sum()))
     # Each step's output is rounded to eleven or eight bits, and the Jacobian is taken at that other point.
     assert relative(gradients[1], gradients[0]) < tolerance
@@ -294,8 +296,8 @@ def test_half_precision_denoisers_come_near_the_float32_gradient(name, dtype, to
 
 def test_thresholding_works_on_half_precision_latents():
     changes = {"thresholding": True, "sample_max_value": 3.0}
-    reference, full = tracked(ddim(**changes), dtype=torch.float32)
-    trajectory, result = tracked(ddim(**changes), dtype=torch.float16)
+    reference, full = recorded_run(ddim(**changes), dtype=torch.float32)
+    trajectory, result = recorded_run(ddim(**changes), dtype=torch.float16)
     gradient = trajectory.gradient(result.float().sum())
     assert relative(gradient, reference.gradient(full.sum())) < 0.05  # which entries are clamped depends on roundings
 
@@ -303,7 +305,7 @@ def test_thresholding_works_on_half_precision_latents():
 def test_denoiser_runs_without_a_graph_and_backward_under_the_runs_autocast():
     network, modes = Network(dtype=torch.float32), []
 
-    def watched(x, t):
+    def record_mode(x, t):
         modes.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
         return network(x, t)
 
@@ -311,9 +313,9 @@ def test_denoiser_runs_without_a_graph_and_backward_under_the_runs_autocast():
     with (
         torch.no_grad(),
         torch.autocast("cpu", dtype=torch.bfloat16),
-        scheduler.differentiable(AutodiffFisher(watched)) as trajectory,
+        scheduler.differentiable(AutodiffFisher(record_mode)) as trajectory,
     ):
-        result = sampling_run(scheduler, watched, x)[-1]
+        result = sampling_run(scheduler, record_mode, x)[-1]
     assert modes == [(False, True)] * 6
     trajectory.gradient(result.float().sum())
     assert modes[6:] == [(True, True)] * 6

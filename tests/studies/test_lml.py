@@ -121,9 +121,9 @@ def test_direction_keeps_its_length_and_does_not_depend_on_other_samples():
     cosines = torch.cosine_similarity(result.flatten(1), epsilon.flatten(1))
     assert bool((cosines < 0.99).all())
     for index in range(3):
-        one = slice(index, index + 1)
-        alone = precondition(epsilon[one], previous[one], state((1, 3, 2, 2)), damping=0.05, kappa=0.5)
-        assert relative(alone, result[one]) < EXACT
+        row = slice(index, index + 1)
+        single = precondition(epsilon[row], previous[row], state((1, 3, 2, 2)), damping=0.05, kappa=0.5)
+        assert relative(single, result[row]) < EXACT
 
 
 def test_a_step_of_ddim_is_that_by_hand():
@@ -166,10 +166,10 @@ def test_a_run_does_not_depend_on_the_runs_before(name):
     scheduler, network = make(name), Network()
     first = sampling_run(scheduler, network, latents())
     sampling_run(scheduler, network, latents(shape=(5, 3, 2, 2)))  # another batch size
-    again = sampling_run(scheduler, network, latents())
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    alone = sampling_run(scheduler, network, latents()[:1])
-    assert relative(alone[-1], first[-1][:1]) < EXACT  # batch independence of whole runs
+    repeat = sampling_run(scheduler, network, latents())
+    assert all(torch.equal(a, b) for a, b in zip(first, repeat, strict=True))
+    single = sampling_run(scheduler, network, latents()[:1])
+    assert relative(single[-1], first[-1][:1]) < EXACT  # batch independence of whole runs
 
 
 @on_cases
@@ -192,12 +192,14 @@ def test_it_is_saved_and_loaded_as_a_diffusers_scheduler(name, tmp_path):
     for method in ("step", "set_timesteps"):
         assert inspect.signature(getattr(cls, method)) == inspect.signature(getattr(parent, method))
     scheduler.save_pretrained(tmp_path)
-    loaded = cls.from_pretrained(tmp_path)
-    ours = ("lml_lambda", "lml_kappa", "lml_freeze")
-    assert [loaded.config[key] for key in ours] == [0.7, 0.25, 0.5]
-    shared = [key for key in parent(**config).config if not key.startswith("_")]
-    assert {key: loaded.config[key] for key in shared} == {key: parent(**config).config[key] for key in shared}
-    back = parent.from_config(loaded.config)
+    result = cls.from_pretrained(tmp_path)
+    lml_keys = ("lml_lambda", "lml_kappa", "lml_freeze")
+    assert [result.config[key] for key in lml_keys] == [0.7, 0.25, 0.5]
+    parent_keys = [key for key in parent(**config).config if not key.startswith("_")]
+    assert {key: result.config[key] for key in parent_keys} == {
+        key: parent(**config).config[key] for key in parent_keys
+    }
+    back = parent.from_config(result.config)
     assert type(back) is parent
     from_parent = cls.from_config(parent(**config).config)
     assert from_parent.config.lml_kappa == 0.1

@@ -109,16 +109,16 @@ def test_jacobian_is_the_derivative_of_the_map():
     jacobian = transport_map(field, start, schedule).jacobian
     for index in range(2):
         offset = step * torch.eye(2, dtype=torch.float64)[index]
-        ahead, behind = (transport_map(field, start + sign * offset, schedule).end for sign in (1, -1))
+        forward, backward = (transport_map(field, start + sign * offset, schedule).end for sign in (1, -1))
         # Central differences: h^2 of truncation where modes are 0.1 wide, and the integrator's own error over h.
-        assert relative((ahead - behind) / (2 * step), jacobian[..., index]) < 2e-3
+        assert relative((forward - backward) / (2 * step), jacobian[..., index]) < 2e-3
 
 
 @pytest.mark.parametrize("names", [("vp", "sub-vp"), ("ve", "edm")])
 def test_schedules_are_the_same_ode_between_the_same_levels(names):
     pair, low, high = [SCHEDULES[name] for name in names], 0.05, 0.9
 
-    def between(schedule):
+    def with_ends(schedule):
         times = torch.linspace(schedule.data_time, schedule.noise_time, 20001, dtype=torch.float64)
         ratios = schedule.level(times).noise_to_signal
         ends = [float(times[(ratios - value).abs().argmin()]) for value in (low, high)]
@@ -132,7 +132,10 @@ def test_schedules_are_the_same_ode_between_the_same_levels(names):
         return Schedule(schedule.name, schedule.alpha, schedule.sigma, *exact)
 
     start = normal(5, 2)
-    maps = [transport_map(exact_field(CASES["triangle"].distribution), start, between(one)) for one in pair]
+    maps = [
+        transport_map(exact_field(CASES["triangle"].distribution), start, with_ends(schedule_of_pair))
+        for schedule_of_pair in pair
+    ]
     assert (
         relative(maps[0].end, maps[1].end) < 1e-6
     )  # the levels at the ends are exact to 1e-9; near points an error grows
@@ -143,8 +146,8 @@ def test_schedules_are_the_same_ode_between_the_same_levels(names):
 def test_gaussian_map_is_the_optimal_one_pointwise(schedule):
     case = CASES["Gaussian"]
     result = integrate("Gaussian", schedule, integration=AdaptiveSteps())
-    closed = gaussian_map(case.distribution, result.start, schedule)
-    assert float((closed - result.end).abs().max()) < 1e-6
+    optimal = gaussian_map(case.distribution, result.start, schedule)
+    assert float((optimal - result.end).abs().max()) < 1e-6
     assert gaussian_map(CASES["triangle"].distribution, result.start, schedule) is None
 
 
@@ -177,12 +180,12 @@ def test_fixed_steps_converge_at_their_order(order, steps):
 def test_directions_give_the_products_alone():
     schedule, start = SCHEDULES["vp"], 10 * normal(4, 2)
     field, directions = exact_field(CASES["triangle"].distribution), normal(1, 4, 2, seed=3)
-    whole = transport_map(field, start, schedule)
-    some = transport_map(field, start, schedule, directions=directions)
-    assert some.jacobian.shape == (4, 2, 1)
-    expected = torch.einsum("bde,be->bd", whole.jacobian, directions[0])
-    assert relative(some.jacobian[..., 0], expected) < 10 * (
-        whole.error + some.error
+    full_map = transport_map(field, start, schedule)
+    products = transport_map(field, start, schedule, directions=directions)
+    assert products.jacobian.shape == (4, 2, 1)
+    expected = torch.einsum("bde,be->bd", full_map.jacobian, directions[0])
+    assert relative(products.jacobian[..., 0], expected) < 10 * (
+        full_map.error + products.error
     )  # each integration takes its own steps
 
 
@@ -210,11 +213,11 @@ def test_products_with_directions_are_not_transposed_for_a_pipeline():
     schedule = model_schedule(denoiser)
     start = normal(1, 4, 4, 4)
     field = denoiser_field(denoiser, AutodiffFisher(denoiser, chunk_size=64))
-    whole = transport_map(field, start, schedule, FixedSteps(3))
-    some = transport_map(field, start, schedule, FixedSteps(3), directions=normal(2, 1, 4, 4, 4, seed=2))
-    expected = torch.einsum("bde,kbe->bdk", whole.jacobian, normal(2, 1, 4, 4, 4, seed=2).flatten(2))
-    assert relative(some.jacobian, expected) < 1e-3  # float32 products of an untrained network, in another order
-    assert float(asymmetry(whole.jacobian)) > 1e-3  # the output of a network is not a gradient
+    full_map = transport_map(field, start, schedule, FixedSteps(3))
+    products = transport_map(field, start, schedule, FixedSteps(3), directions=normal(2, 1, 4, 4, 4, seed=2))
+    expected = torch.einsum("bde,kbe->bdk", full_map.jacobian, normal(2, 1, 4, 4, 4, seed=2).flatten(2))
+    assert relative(products.jacobian, expected) < 1e-3  # float32 products of an untrained network, in another order
+    assert float(asymmetry(full_map.jacobian)) > 1e-3  # the output of a network is not a gradient
 
 
 def test_learned_study_has_the_map_by_own_and_by_symmetrised_jacobians(tmp_path, capsys):
@@ -229,8 +232,8 @@ def test_learned_study_has_the_map_by_own_and_by_symmetrised_jacobians(tmp_path,
         matrix = estimator(state).dense()  # computed anew at every state, while the study keeps the matrices
         return (matrix + matrix.mT) / 2
 
-    for key, one in (("map", estimator), ("map_of_symmetrised_jacobians", MatrixFisher(symmetrised))):
-        expected = transport_map(denoiser_field(denoiser, one), start, schedule, integration)
+    for key, fisher in (("map", estimator), ("map_of_symmetrised_jacobians", MatrixFisher(symmetrised))):
+        expected = transport_map(denoiser_field(denoiser, fisher), start, schedule, integration)
         # Float32 products in other orders.
         assert study[key]["asymmetry"] == pytest.approx(float(asymmetry(expected.jacobian).mean()), rel=1e-3)
     assert study["map_of_symmetrised_jacobians"]["asymmetry"] < study["map"]["asymmetry"]
@@ -247,29 +250,31 @@ def test_learned_study_has_the_map_by_own_and_by_symmetrised_jacobians(tmp_path,
 
 
 def test_indices_are_those_by_hand():
-    rotation = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    quarter_turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
     upper = torch.tensor([[3.0, 2.0], [0.0, 5.0]], dtype=torch.float64)
     symmetric = torch.tensor([[2.0, 1.0], [1.0, -3.0]], dtype=torch.float64)
-    assert asymmetry(torch.stack([rotation, symmetric])).tolist() == [1.0, 0.0]
+    assert asymmetry(torch.stack([quarter_turn, symmetric])).tolist() == [1.0, 0.0]
     assert float(asymmetry(upper)) == pytest.approx(math.sqrt(8) / (2 * math.sqrt(38)), rel=1e-14)
     assert float(off_diagonal_asymmetry(upper)) == pytest.approx(1.0, rel=1e-14)
-    assert float(off_diagonal_asymmetry(rotation)) == pytest.approx(math.sqrt(2), rel=1e-14)
+    assert float(off_diagonal_asymmetry(quarter_turn)) == pytest.approx(math.sqrt(2), rel=1e-14)
     assert float(off_diagonal_asymmetry(torch.eye(3, dtype=torch.float64))) == 0.0
     values = torch.linalg.eigvalsh(symmetric)
     assert float(least_eigenvalue(symmetric)) == pytest.approx(float(values[0] / values.abs().max()), rel=1e-14)
-    turn = torch.linalg.qr(normal(2, 2))[0]
-    assert float(asymmetry(turn @ upper @ turn.mT)) == pytest.approx(float(asymmetry(upper)), rel=1e-12)
+    orthogonal = torch.linalg.qr(normal(2, 2))[0]
+    assert float(asymmetry(orthogonal @ upper @ orthogonal.mT)) == pytest.approx(float(asymmetry(upper)), rel=1e-12)
 
 
 def test_coupling_gap_is_zero_for_the_optimal_map_and_positive_for_another():
     start = normal(64, 2)
-    stretched = start @ torch.tensor([[2.0, 0.3], [0.3, 1.0]], dtype=torch.float64)  # a gradient of a convex function
-    optimal = coupling_cost(start, stretched, batches=4)
+    optimal_end = start @ torch.tensor(
+        [[2.0, 0.3], [0.3, 1.0]], dtype=torch.float64
+    )  # a gradient of a convex function
+    optimal = coupling_cost(start, optimal_end, batches=4)
     assert abs(optimal.gap) < 1e-12
-    turned = start @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
-    other = coupling_cost(start, turned, batches=4)
-    assert other.gap > 4 * other.standard_error > 0
-    assert other.gap == pytest.approx(other.pairs - other.optimal, rel=1e-12)
+    rotated_end = start @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    rotation = coupling_cost(start, rotated_end, batches=4)
+    assert rotation.gap > 4 * rotation.standard_error > 0
+    assert rotation.gap == pytest.approx(rotation.pairs - rotation.optimal, rel=1e-12)
 
 
 # Bad input

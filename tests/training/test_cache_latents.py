@@ -36,7 +36,7 @@ def names(config):
     return [images.name(index) for index in range(len(images))]
 
 
-def cached(config):
+def read_cache(config):
     latents = CachedLatents(config.latents)
     moments, captions = zip(*(latents[index] for index in range(len(latents))), strict=True)
     return torch.stack(moments), list(captions)
@@ -51,7 +51,7 @@ def test_a_shard_of_unreadable_images_is_empty(tmp_path):
     images = open_images(config.data)
     examples = [images[position] for position in (0, 1, 2, 3, 8, 9, 10, 11)]
     space = SampleSpace(load_pipeline(config.denoiser), latents=False)
-    moments, captions = cached(config)
+    moments, captions = read_cache(config)
     # Batches of another size round otherwise.
     assert torch.allclose(moments, space.moments(torch.stack([each.pixels for each in examples])), atol=1e-5)
     assert captions == [each.caption for each in examples]
@@ -65,28 +65,33 @@ def test_data_without_readable_images_are_refused(tmp_path):
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_a_stopped_cache_resumes(tmp_path, monkeypatch, failure):
     config = config_of(tmp_path)
-    save, written = module.save_tensors, []
+    save, file_names = module.save_tensors, []
 
     def stopping(path, *args):
-        if len(written) == 2:
+        if len(file_names) == 2:
             raise failure
-        written.append(path.name)
+        file_names.append(path.name)
         save(path, *args)
 
     monkeypatch.setattr(module, "save_tensors", stopping)
-    with pytest.raises((KeyboardInterrupt, CheckpointError)) as found:
+    with pytest.raises((KeyboardInterrupt, CheckpointError)) as raised_error:
         cache_latents(config)
     if isinstance(failure, OSError):
-        assert found.match(r"latents-00002.safetensors' can't be written: .*No space left.*whole shards are kept")
+        assert raised_error.match(
+            r"latents-00002.safetensors' can't be written: .*No space left.*whole shards are kept"
+        )
     with pytest.raises(InputError, match="no finished cache"):
         CachedLatents(config.latents)
-    written.clear()
+    file_names.clear()
     assert cache_latents(config) == 12
-    assert written == ["latents-00002.safetensors"]
+    assert file_names == ["latents-00002.safetensors"]
     monkeypatch.undo()
-    whole = dataclasses.replace(config, latents=str(tmp_path / "whole"))
-    assert cache_latents(whole) == 12
-    assert torch.equal(cached(config)[0], cached(whole)[0]) and cached(config)[1] == cached(whole)[1]
+    whole_config = dataclasses.replace(config, latents=str(tmp_path / "whole"))
+    assert cache_latents(whole_config) == 12
+    assert (
+        torch.equal(read_cache(config)[0], read_cache(whole_config)[0])
+        and read_cache(config)[1] == read_cache(whole_config)[1]
+    )
 
 
 @pytest.mark.parametrize("position", [1, 3, 7], ids=["in a batch", "in a shard", "in the data"])
@@ -98,11 +103,11 @@ def test_images_of_several_sizes_are_refused(tmp_path, position):
         cache_latents(config, batch_size=2)
 
 
-@pytest.mark.parametrize("wrong", [{"path": "/nonexistent"}, {"resolution": 15}])
-def test_a_corrected_config_takes_the_folder_of_a_wrong_one(tmp_path, wrong):
+@pytest.mark.parametrize("mistake", [{"path": "/nonexistent"}, {"resolution": 15}])
+def test_a_corrected_config_takes_the_folder_of_a_wrong_one(tmp_path, mistake):
     config = config_of(tmp_path)
     with pytest.raises(InputError, match=r"can't be opened|multiples of"):
-        cache_latents(dataclasses.replace(config, data=dataclasses.replace(config.data, **wrong)))
+        cache_latents(dataclasses.replace(config, data=dataclasses.replace(config.data, **mistake)))
     assert cache_latents(config) == 12
     with pytest.raises(InputError, match=r"other settings: `data\.limit` was null, is 5"):
         cache_latents(dataclasses.replace(config, data=dataclasses.replace(config.data, limit=5)))
@@ -139,25 +144,25 @@ def test_two_processes_take_turns_with_the_shards(tmp_path):
         "from diffusers_fisher.training import cache_latents as module\n"
         "module.SHARD_SIZE = 2\n"
         "save = module.save_tensors\n"
-        "def noted(path, *arguments):\n"
+        "def save_and_note(path, *arguments):\n"
         f"    open(f'{tmp_path}/by-{{os.environ[\"RANK\"]}}', 'a').write(path.name + '\\n')\n"
         "    save(path, *arguments)\n"
-        "module.save_tensors = noted\n"
+        "module.save_tensors = save_and_note\n"
         "module.main()\n"
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29731"]
     command = [*launcher, str(script), "--config", str(tmp_path / "config.yaml")]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     for rank in (0, 1):
-        written = (tmp_path / f"by-{rank}").read_text().split()
-        assert written == [f"latents-{number:05d}.safetensors" for number in range(rank, 6, 2)]
-    assert len(cached(config)[1]) == 12
+        file_names = (tmp_path / f"by-{rank}").read_text().split()
+        assert file_names == [f"latents-{number:05d}.safetensors" for number in range(rank, 6, 2)]
+    assert len(read_cache(config)[1]) == 12
 
 
 def test_compiled_denoisers_share_the_cache_and_are_not_compiled_for_it(tmp_path, monkeypatch):
     config = config_of(tmp_path)
     cache_latents(config)
-    before = cached(config)
+    before = read_cache(config)
     folder = tmp_path / "latents"
     (folder / "index.json").unlink()
     (folder / "latents-00001.safetensors").unlink()
@@ -166,10 +171,10 @@ def test_compiled_denoisers_share_the_cache_and_are_not_compiled_for_it(tmp_path
     (folder / "config.json").write_text(json.dumps(settings))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network: pytest.fail("compiled"))
     cache_latents(dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, compile=True)))
-    assert torch.equal(cached(config)[0], before[0])
+    assert torch.equal(read_cache(config)[0], before[0])
 
 
 def test_pixels_are_cached_too(tmp_path):
     config = config_of(tmp_path, make=tiny.unconditional, data={"resolution": 8, "caption_column": None})
     assert cache_latents(config) == 12
-    assert cached(config)[0].shape == (12, 2, 3, 8, 8)
+    assert read_cache(config)[0].shape == (12, 2, 3, 8, 8)

@@ -5,9 +5,9 @@ import tiny
 import torch
 
 from diffusers_fisher import DirectFisher, NoiseLevel, StableDiffusionFisherPipeline
-from diffusers_fisher.jobs.seeds import step_generator
 from diffusers_fisher.likelihood import Integration, integrate_log_likelihood
 from diffusers_fisher.noise import expand
+from diffusers_fisher.seeds import step_generator
 from diffusers_fisher.training.paths import STEPS, Paths, follow_paths
 from diffusers_fisher.training.pieces import Piece
 from diffusers_fisher.training.samples import SampleSpace
@@ -55,13 +55,15 @@ def test_mixing_replaces_whole_rows(space, paths):
     count = 64
     draw = draw_trace_batch(space.pipe.scheduler, (4, 8, 8), count, 0, 0, mirrored=False, with_probes=True)
     samples, captions = torch.randn(count, 4, 8, 8), ["x"] * count
-    mixed, clean, texts = paths.mixed(draw, samples, captions, 0.5, step_generator(0), count, slice(None))
-    own = torch.tensor([text == "x" for text in texts])
-    assert 16 < int(own.sum()) < 48
-    assert torch.equal(clean[own], samples[own]) and torch.equal(mixed.noise[own], draw.noise[own])
-    assert torch.equal(mixed.probes, draw.probes)
-    for row in (~own).nonzero()[:, 0].tolist():
-        point = (paths.noise == mixed.noise[row]).flatten(1).all(1) & (paths.log_noise == mixed.log_noise[row])
+    mixture, clean, texts = paths.mix(draw, samples, captions, 0.5, step_generator(0), count, slice(None))
+    is_caption = torch.tensor([text == "x" for text in texts])
+    assert 16 < int(is_caption.sum()) < 48
+    assert torch.equal(clean[is_caption], samples[is_caption]) and torch.equal(
+        mixture.noise[is_caption], draw.noise[is_caption]
+    )
+    assert torch.equal(mixture.probes, draw.probes)
+    for row in (~is_caption).nonzero()[:, 0].tolist():
+        point = (paths.noise == mixture.noise[row]).flatten(1).all(1) & (paths.log_noise == mixture.log_noise[row])
         image = int(paths.image[point.nonzero()[0, 0]])
         # The first points of all images have no noise and the same level: each of their images is right.
         images = set(paths.image[point].tolist())
@@ -73,25 +75,25 @@ def test_parts_of_a_batch_are_those_of_the_whole(space, paths):
         scheduler = space.pipe.scheduler
         draw = draw_trace_batch(scheduler, (4, 8, 8), 8, 0, 0, part, mirrored=False, with_probes=True)
         samples, captions = torch.zeros(8, 4, 8, 8)[part], ["x"] * len(range(8)[part])
-        return paths.mixed(draw, samples, captions, 0.5, step_generator(0), 8, part)
+        return paths.mix(draw, samples, captions, 0.5, step_generator(0), 8, part)
 
-    whole, parts = mix(slice(0, 8)), [mix(slice(0, 3)), mix(slice(3, 8))]
-    assert torch.equal(whole[0].noise, torch.cat([part[0].noise for part in parts]))
-    assert torch.equal(whole[0].log_noise, torch.cat([part[0].log_noise for part in parts]))
-    assert torch.equal(whole[1], torch.cat([part[1] for part in parts]))
-    assert whole[2] == parts[0][2] + parts[1][2]
+    batch, parts = mix(slice(0, 8)), [mix(slice(0, 3)), mix(slice(3, 8))]
+    assert torch.equal(batch[0].noise, torch.cat([part[0].noise for part in parts]))
+    assert torch.equal(batch[0].log_noise, torch.cat([part[0].log_noise for part in parts]))
+    assert torch.equal(batch[1], torch.cat([part[1] for part in parts]))
+    assert batch[2] == parts[0][2] + parts[1][2]
 
 
 def test_fractions_of_zero_and_one_replace_no_row_and_every_row(space, paths):
     draw = draw_trace_batch(space.pipe.scheduler, (4, 8, 8), 8, 0, 0, mirrored=False)
     samples = torch.randn(8, 4, 8, 8)
-    assert paths.mixed(draw, samples, ["x"] * 8, 0.0, step_generator(0), 8, slice(None))[2] == ["x"] * 8
-    assert "x" not in paths.mixed(draw, samples, ["x"] * 8, 1.0, step_generator(0), 8, slice(None))[2]
+    assert paths.mix(draw, samples, ["x"] * 8, 0.0, step_generator(0), 8, slice(None))[2] == ["x"] * 8
+    assert "x" not in paths.mix(draw, samples, ["x"] * 8, 1.0, step_generator(0), 8, slice(None))[2]
 
 
 def test_loading_restores_what_was_saved(paths, tmp_path):
     paths.save(tmp_path / "paths.safetensors")
-    loaded = Paths.load(tmp_path / "paths.safetensors")
-    assert loaded.captions == paths.captions
+    result = Paths.load(tmp_path / "paths.safetensors")
+    assert result.captions == paths.captions
     for name in ("clean", "image", "noise", "log_noise"):
-        assert torch.equal(getattr(loaded, name), getattr(paths, name))
+        assert torch.equal(getattr(result, name), getattr(paths, name))

@@ -35,15 +35,15 @@ def order(folder):
 def test_pieces_do_not_depend_on_the_processes_and_corrupt_images_are_replaced(tmp_path, streaming):
     """Four processes with pieces of one image give the batches of one process, from any step on."""
     data = training_data(tmp_path, streaming=streaming, corrupt=(4, 5, 7))
-    whole = list(data.pieces(BatchShare(4), 0, 0))
-    assert len(whole) == 6
+    all_pieces = list(data.pieces(BatchShare(4), 0, 0))
+    assert len(all_pieces) == 6
     for start in (0, 3):
         parts = [list(data.pieces(BatchShare(4, 4, process), start, 0)) for process in range(4)]
-        for batch, pieces in zip(whole[start:], zip(*parts, strict=True), strict=True):
+        for batch, pieces in zip(all_pieces[start:], zip(*parts, strict=True), strict=True):
             assert torch.equal(torch.cat([piece.samples for piece in pieces]), batch.samples)
             assert [name for piece in pieces for name in piece.skipped] == batch.skipped
-    skipped = {name for piece in whole for name in piece.skipped}
-    assert skipped and skipped <= {"train-4.png", "train-5.png", "train-7.png"}
+    names = {name for piece in all_pieces for name in piece.skipped}
+    assert names and names <= {"train-4.png", "train-5.png", "train-7.png"}
 
 
 def test_a_stream_of_unreadable_images_raises(tmp_path):
@@ -57,10 +57,10 @@ def test_a_stream_of_unreadable_images_raises(tmp_path):
 @pytest.mark.parametrize("streaming", [True, False])
 def test_held_out_images_replace_held_out_images_alone(tmp_path, streaming):
     folder = image_folder(tmp_path)
-    held_out = order(folder)[:3] if streaming else order(folder)[-3:]
-    piece = training_data(tmp_path, streaming=streaming, corrupt=held_out[-1:]).held_out()
-    assert piece.skipped == [f"train-{held_out[-1]}.png"]
-    expected = [image(folder, held_out[index]) for index in (0, 1, 0)]
+    names = order(folder)[:3] if streaming else order(folder)[-3:]
+    piece = training_data(tmp_path, streaming=streaming, corrupt=names[-1:]).held_out()
+    assert piece.skipped == [f"train-{names[-1]}.png"]
+    expected = [image(folder, names[index]) for index in (0, 1, 0)]
     assert torch.equal(piece.samples, torch.stack(expected))
 
 

@@ -22,7 +22,7 @@ def parameters(model):
     return torch.cat([value.flatten() for value in model.state_dict().values()])
 
 
-def unbroken(config):
+def reference_parameters(config):
     return parameters(train(dataclasses.replace(config, output=f"{config.output}-unbroken")))
 
 
@@ -30,26 +30,26 @@ def stop_at(monkeypatch, step, failure=KeyboardInterrupt):
     """Makes training stop at the beginning of `step`."""
     draw = trace_matching.draw_trace_batch
 
-    def stopping(scheduler, shape, batch_size, now, *args, **kwargs):
-        if now == step:
+    def stopping(scheduler, shape, batch_size, current_step, *args, **kwargs):
+        if current_step == step:
             raise failure
-        return draw(scheduler, shape, batch_size, now, *args, **kwargs)
+        return draw(scheduler, shape, batch_size, current_step, *args, **kwargs)
 
     monkeypatch.setattr(trace_matching, "draw_trace_batch", stopping)
 
 
 @pytest.mark.parametrize(
-    "section, wrong, words",
+    "section, mistake, words",
     [
         ("data", {"path": "/nonexistent"}, "can't be opened"),
         ("data", {"resolution": 15}, "multiples of"),
         ("denoiser", {"path": "/nonexistent"}, "can't be loaded"),
     ],
 )
-def test_a_corrected_config_takes_the_folder_of_a_wrong_one(tmp_path, section, wrong, words):
+def test_a_corrected_config_takes_the_folder_of_a_wrong_one(tmp_path, section, mistake, words):
     config = trace_runs.config_of(tmp_path, optimisation={"steps": 2})
     with pytest.raises(InputError, match=words):
-        train(dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **wrong)}))
+        train(dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **mistake)}))
     train(config)
     assert (Path(config.output) / "trace_model").is_dir()
 
@@ -66,12 +66,12 @@ def test_a_run_without_the_newer_notes_resumes_with_a_compiled_denoiser(tmp_path
     (run / "config.json").write_text(json.dumps(settings))
     (run / "fingerprint.json").unlink()
     (run / "skipped.json").unlink()
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(type(network).__name__))
+    compiled_networks = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled_networks.append(type(network).__name__))
     with compiler.patch(donated_buffer=compiler.donated_buffer):  # training sets it
-        resumed = train(dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, compile=True)))
-    assert compiled == ["UNet2DConditionModel"]
-    assert torch.equal(parameters(resumed), unbroken(config))
+        model = train(dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, compile=True)))
+    assert compiled_networks == ["UNet2DConditionModel"]
+    assert torch.equal(parameters(model), reference_parameters(config))
     assert (run / "fingerprint.json").is_file()
 
 
@@ -93,8 +93,8 @@ def test_another_denoiser_takes_the_folder_before_the_first_checkpoint(tmp_path,
     monkeypatch.undo()
     shutil.rmtree(config.denoiser.path)
     saved_pipeline(Path(config.denoiser.path), lambda: tiny.stable_diffusion(unet=tiny.unet()))  # another seed
-    resumed = parameters(train(config))
-    assert torch.equal(resumed, unbroken(config))  # the run integrates its own paths
+    result = parameters(train(config))
+    assert torch.equal(result, reference_parameters(config))  # the run integrates its own paths
 
 
 def test_settings_may_be_corrected_before_the_first_checkpoint(tmp_path, monkeypatch):
@@ -112,9 +112,9 @@ def test_settings_may_be_corrected_before_the_first_checkpoint(tmp_path, monkeyp
     assert paths.stat().st_mtime_ns == before  # equal settings: the paths stay
     smaller = dataclasses.replace(config, optimisation=dataclasses.replace(config.optimisation, batch_size=2))
     monkeypatch.undo()
-    resumed = parameters(train(smaller))
+    result = parameters(train(smaller))
     assert paths.stat().st_mtime_ns > before
-    assert torch.equal(resumed, unbroken(smaller))
+    assert torch.equal(result, reference_parameters(smaller))
     assert (run / "loss.jsonl").read_text() == (tmp_path / "run-unbroken" / "loss.jsonl").read_text()
     with pytest.raises(InputError, match=r"other settings: `optimisation\.batch_size` was 2, is 4"):
         train(config)
@@ -163,7 +163,7 @@ def test_images_may_be_added_before_the_first_checkpoint(tmp_path, monkeypatch):
         train(config)
     monkeypatch.undo()
     image_folder(tmp_path / "images", count=13)
-    assert torch.equal(parameters(train(config)), unbroken(config))
+    assert torch.equal(parameters(train(config)), reference_parameters(config))
 
 
 def test_images_exchanged_for_others_of_the_same_number_are_noticed(tmp_path):
@@ -206,9 +206,9 @@ def test_the_model_is_saved_before_the_last_validation(tmp_path, monkeypatch):
     monkeypatch.setattr(trace_matching, "validate", too_large)
     with pytest.raises(torch.OutOfMemoryError):
         train(config)
-    saved = trace_matching.FisherTraceModel.from_pretrained(Path(config.output) / "trace_model")
+    loaded_model = trace_matching.FisherTraceModel.from_pretrained(Path(config.output) / "trace_model")
     monkeypatch.undo()
-    assert torch.equal(parameters(saved), parameters(train(config)))
+    assert torch.equal(parameters(loaded_model), parameters(train(config)))
 
 
 def test_a_finished_run_started_again_writes_no_entry_twice(tmp_path):
@@ -257,11 +257,11 @@ def test_a_full_disk_stops_with_the_last_good_checkpoint_named(tmp_path, monkeyp
     with pytest.raises(CheckpointError, match=words):
         train(config)
     monkeypatch.undo()
-    assert torch.equal(parameters(train(config)), unbroken(config))
+    assert torch.equal(parameters(train(config)), reference_parameters(config))
 
 
 @pytest.mark.parametrize(
-    "where, name, file",
+    "owner, name, file",
     [
         (trace_matching, "plot_validation", "validation.png"),
         (checkpoints, "open", "loss.jsonl"),
@@ -271,7 +271,7 @@ def test_a_full_disk_stops_with_the_last_good_checkpoint_named(tmp_path, monkeyp
     ],
     ids=["plot", "curve", "cut", "model", "report"],
 )
-def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch, where, name, file):
+def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch, owner, name, file):
     config = trace_runs.config_of(tmp_path)
     if name == "write_text":
         train(config)
@@ -279,7 +279,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch, where, na
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(where, name, full, raising=name != "open")
+    monkeypatch.setattr(owner, name, full, raising=name != "open")
     with pytest.raises(CheckpointError, match=rf"{file}' can't be written: .*No space left on device; .*checkpoint"):
         train(config)
 
@@ -292,9 +292,9 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path, monkeypatc
     monkeypatch.undo()
     newest = Path(config.output) / "checkpoints" / "step-000000004.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
-    resumed = train(config)
-    assert "step-000000004" in caplog.text and "Going on with the one before" in caplog.text
-    assert torch.equal(parameters(resumed), unbroken(config))
+    model = train(config)
+    assert "step-000000004" in caplog.text and "The checkpoint before it is used" in caplog.text
+    assert torch.equal(parameters(model), reference_parameters(config))
 
 
 def test_damaged_checkpoints_alone_are_an_error(tmp_path):

@@ -6,7 +6,7 @@ from diffusers.training_utils import EMAModel
 
 from diffusers_fisher import CheckpointError
 from diffusers_fisher.files import load_tensors, save_tensors
-from diffusers_fisher.jobs.seeds import step_generator
+from diffusers_fisher.seeds import step_generator
 from diffusers_fisher.training.state import load_training_state, save_training_state
 
 
@@ -52,28 +52,28 @@ class Training:
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_resumed_training_is_an_unbroken_run_bit_for_bit(tmp_path, memory_format, fused):
     path = tmp_path / "state.safetensors"
-    unbroken = Training(memory_format, fused)
-    unbroken.train(0, 3)
-    unbroken.save(path, 3)
-    unbroken.train(3, 7)
+    reference = Training(memory_format, fused)
+    reference.train(0, 3)
+    reference.save(path, 3)
+    reference.train(3, 7)
     torch.manual_seed(123)  # nothing may depend on the global generator
-    resumed = Training(memory_format, fused)
-    resumed.train(0, 1)  # loading replaces this state
-    assert resumed.load(path) == 3
-    resumed.train(3, 7)
-    pairs = list(zip(unbroken.tensors(), resumed.tensors(), strict=True))
+    training = Training(memory_format, fused)
+    training.train(0, 1)  # loading replaces this state
+    assert training.load(path) == 3
+    training.train(3, 7)
+    pairs = list(zip(reference.tensors(), training.tensors(), strict=True))
     assert len(pairs) == 9 + 6 + 18  # parameters and buffers, averages, two moments and a step per parameter
     assert all(torch.equal(expected, value) for expected, value in pairs)
 
 
 def test_state_can_be_saved_before_the_first_step(tmp_path):
-    fresh, other = Training(), Training()
-    fresh.save(tmp_path / "state.safetensors", 0)
+    training, other = Training(), Training()
+    training.save(tmp_path / "state.safetensors", 0)
     other.train(0, 2)
     assert other.load(tmp_path / "state.safetensors") == 0
     other.train(0, 2)
-    fresh.train(0, 2)
-    assert all(torch.equal(a, b) for a, b in zip(fresh.tensors(), other.tensors(), strict=True))
+    training.train(0, 2)
+    assert all(torch.equal(a, b) for a, b in zip(training.tensors(), other.tensors(), strict=True))
 
 
 def test_without_a_file_training_starts_at_step_zero(tmp_path):
@@ -83,7 +83,7 @@ def test_without_a_file_training_starts_at_step_zero(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, training.tensors(), strict=True))
 
 
-def without(prefix):
+def remove_tensors(prefix):
     def edit(tensors, metadata):
         return {name: value for name, value in tensors.items() if not name.startswith(prefix)}, metadata
 
@@ -92,8 +92,8 @@ def without(prefix):
 
 MISMATCHES = {
     "other width": (lambda tensors, metadata: (tensors, metadata), {"width": 6}),
-    "no module": (without("module."), {}),
-    "no average": (without("average."), {}),
+    "no module": (remove_tensors("module."), {}),
+    "no average": (remove_tensors("average."), {}),
     "no step": (lambda tensors, metadata: (tensors, {}), {}),
     "step is no number": (lambda tensors, metadata: (tensors, {"step": "three"}), {}),
 }

@@ -21,7 +21,7 @@ def test_features_have_mean_zero_and_deviation_one_on_training_data(tmp_path):
     space = SampleSpace(pipe, latents=False)
     pixels = torch.rand(128, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     captions = ["a b"] * len(pixels)
-    clean, denoiser = space.packed(pixels), space.denoiser(captions, pixels)
+    clean, denoiser = space.pack(pixels), space.denoiser(captions, pixels)
     levels = torch.linspace(*log_noise_to_signal_range(pipe.scheduler), FEATURE_LEVELS, dtype=torch.float64)
     level = levels[20].expand(len(clean))
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
@@ -33,7 +33,7 @@ def test_features_have_mean_zero_and_deviation_one_on_training_data(tmp_path):
     # 128 samples on both sides: a mean to 1/sqrt(64) = 0.12, a deviation to 9%; four times that over 16 channels.
     assert float(standardised_features.mean(0).abs().max()) < 0.5
     assert bool(((standardised_features.std(0) > 0.7) & (standardised_features.std(0) < 1.4)).all())
-    again = make_trace_model(config, pipe, tuple(clean.shape[1:]), feature_channels=features.shape[1])
-    fit_features(again, config, pieces, space)
-    assert torch.equal(again.summaries.statistics.mean, model.summaries.statistics.mean)
+    second_model = make_trace_model(config, pipe, tuple(clean.shape[1:]), feature_channels=features.shape[1])
+    fit_features(second_model, config, pieces, space)
+    assert torch.equal(second_model.summaries.statistics.mean, model.summaries.statistics.mean)
     assert torch.equal(model.summaries.statistics.log_noise, levels.float())

@@ -22,9 +22,9 @@ from diffusers_fisher import (
 )
 from diffusers_fisher.denoiser import Denoiser
 from diffusers_fisher.fisher.trace_matching import noise_shares
-from diffusers_fisher.jobs.seeds import step_generator
 from diffusers_fisher.models import FisherTraceOutput, trace_inputs
 from diffusers_fisher.noise import Prediction, log_noise_to_signal_range
+from diffusers_fisher.seeds import step_generator
 from diffusers_fisher.training.trace_losses import (
     TraceDraw,
     TraceObjective,
@@ -74,7 +74,7 @@ def posterior_draws(data, log_noise, count):
     return state, noise, clean
 
 
-def close(values, exact, errors=5):
+def mean_is_close(values, exact, errors=5):
     """Returns whether the mean of independent values (n, ...) is within some standard errors of `exact`."""
     return bool(((values.mean(0) - exact).abs() < errors * values.std(0) / len(values) ** 0.5).all())
 
@@ -89,19 +89,19 @@ def test_residual_is_r_on_average_over_the_posterior(basis, log_noise):
     state, noise, _ = posterior_draws(data, log_noise, 20000)
     y = residual_target(state, noise)
     assert y.shape == (20000,)
-    assert close(y, data.r(state.level, 1))
-    assert not close(y, 1.05 * data.r(state.level, 1))  # the test notices an error of 5%
+    assert mean_is_close(y, data.r(state.level, 1))
+    assert not mean_is_close(y, 1.05 * data.r(state.level, 1))  # the test notices an error of 5%
     diagonal = residual_target(state, noise, basis)
     assert diagonal.shape == noise.shape
-    assert close(diagonal, (1 - data.shares(state.level))[0])
+    assert mean_is_close(diagonal, (1 - data.shares(state.level))[0])
 
 
 def test_denoiser_s_bias_enters_the_residual_by_its_square():
     data = GaussianData()
     state, noise, _ = posterior_draws(data, 0.0, 50000)
     bias = 0.2 * torch.randn(data.shape, generator=seeded(), dtype=torch.float64)
-    biased = DenoisingState(state.sample, state.model_output + bias, state.level, state.prediction)
-    assert close(residual_target(biased, noise), data.r(state.level, 1) + bias.square().mean())
+    biased_state = DenoisingState(state.sample, state.model_output + bias, state.level, state.prediction)
+    assert mean_is_close(residual_target(biased_state, noise), data.r(state.level, 1) + bias.square().mean())
 
 
 @pytest.mark.parametrize("log_noise", [-2.0, 0.0, 2.0])
@@ -110,7 +110,7 @@ def test_norm_gives_r_through_the_denoiser_s_own_clean_sample(log_noise):
     state, _, clean = posterior_draws(data, log_noise, 20000)
     y = norm_target(clean)
     moment = state.pred_original_sample[0].square().mean() + state.level.noise_to_signal**2 * data.r(state.level, 1)
-    assert close(y, moment)
+    assert mean_is_close(y, moment)
     output = FisherTraceOutput(second_moment=moment.float().expand(len(clean)))
     share = noise_shares(output, state)[0]
     # float32 moments of order one, multiplied by the signal-to-noise ratio, at most 55
@@ -137,14 +137,14 @@ def test_jacobian_target_is_unbiased(basis):
         transform = GaussianData(shape, "dct").transform
         exact = transform.analyse(transform.analyse(exact).mT).mT
     shares = 1 - level.sigma * exact.diagonal()
-    wanted = shares.mean() if basis is None else shares.view(shape)
+    expected = shares.mean() if basis is None else shares.view(shape)
     for estimator in (AutodiffFisher(network), AutodiffFisher(network, forward_mode=True)):
         y = jacobian_target(estimator(state), probes, basis)
         assert y.shape == ((64,) if basis is None else probes.shape)
-        assert torch.allclose(y.mean(0).double(), wanted, atol=1e-6)  # float32
+        assert torch.allclose(y.mean(0).double(), expected, atol=1e-6)  # float32
         assert float(y.std()) > 0.01
     differences = jacobian_target(FiniteDifferenceFisher(network, central=True)(state), probes, basis)
-    assert torch.allclose(differences.mean(0).double(), wanted, atol=1e-4)  # truncation, of the square of 1e-2
+    assert torch.allclose(differences.mean(0).double(), expected, atol=1e-4)  # truncation, of the square of 1e-2
 
 
 def test_targets_of_a_perfect_denoiser_agree():
@@ -168,10 +168,10 @@ def test_scale_free_loss_is_least_at_the_mean(mean, floor):
     for spread in (0.0, 0.5):
         targets = mean + spread * torch.tensor([-1.0, -0.5, 1.5], dtype=torch.float64)
         losses = scale_free_loss(logits[:, None], targets, floor).mean(1)
-        best = logits[losses.argmin()]
-        assert float(best) == pytest.approx(math.log(mean / (1 - mean)), abs=0.011)  # the grid's step
-        inside = losses[1:-1]
-        minima = ((inside < losses[:-2]) & (inside < losses[2:])).sum()
+        best_logit = logits[losses.argmin()]
+        assert float(best_logit) == pytest.approx(math.log(mean / (1 - mean)), abs=0.011)  # the grid's step
+        interior = losses[1:-1]
+        minima = ((interior < losses[:-2]) & (interior < losses[2:])).sum()
         assert int(minima) == 1
 
 
@@ -193,9 +193,11 @@ def test_squared_weight_adds_the_squared_error_of_the_trace(shape):
     generator = seeded()
     output = FisherTraceOutput(logits=torch.randn(3, *shape, generator=generator))
     target = torch.rand(3, *shape, generator=generator)
-    added = trace_loss(output, target, 1e-2, squared_weight=100.0) - trace_loss(output, target, 1e-2)
+    difference = trace_loss(output, target, 1e-2, squared_weight=100.0) - trace_loss(output, target, 1e-2)
     r, y = (each.view(3, -1).mean(1) for each in (torch.sigmoid(output.logits), target))
-    assert torch.allclose(added, 100 * (r - y).square(), atol=1e-5)  # float32 differences of losses of a few units
+    assert torch.allclose(
+        difference, 100 * (r - y).square(), atol=1e-5
+    )  # float32 differences of losses of a few units
 
 
 @pytest.mark.parametrize("kind", ["trace", "diagonal", "norm"])
@@ -230,7 +232,7 @@ def test_gradient_at_the_truth_vanishes_on_average():
     (gradient,) = torch.autograd.grad(
         trace_loss(FisherTraceOutput(logits=logits), residual_target(state, noise)).sum(), logits
     )
-    assert close(gradient, 0.0)
+    assert mean_is_close(gradient, 0.0)
 
 
 # Draws
@@ -247,24 +249,24 @@ def test_noise_levels_are_half_uniform_in_their_logarithm_and_half_in_time(name)
     by_log = draw_log_noise(scheduler, 4000, seeded(), log_fraction=1.0).sort().values
     assert torch.allclose(by_log, torch.linspace(low, high, 4000, dtype=torch.float64), atol=(high - low) / 4000)
     by_time = draw_log_noise(scheduler, 4000, seeded(), log_fraction=0.0)
-    both = torch.cat([by_log, by_time]).quantile(torch.tensor([0.1, 0.5, 0.9]).double())
-    assert torch.allclose(levels.quantile(torch.tensor([0.1, 0.5, 0.9]).double()), both, atol=0.01)  # strata
+    quantiles = torch.cat([by_log, by_time]).quantile(torch.tensor([0.1, 0.5, 0.9]).double())
+    assert torch.allclose(levels.quantile(torch.tensor([0.1, 0.5, 0.9]).double()), quantiles, atol=0.01)  # strata
     assert not torch.equal(levels, levels.sort().values)
 
 
 @pytest.mark.parametrize("dimensions", [3, 256, 20000])
 def test_mirrored_noise_is_noise_of_the_opposite_direction_and_quantile(dimensions):
     noise = torch.randn(2000 if dimensions < 1000 else 50, dimensions, generator=seeded(), dtype=torch.float64)
-    other = mirrored_noise(noise)
-    norms, others = noise.square().sum(1), other.square().sum(1)
-    assert torch.allclose(other / others.sqrt()[:, None], -noise / norms.sqrt()[:, None])
-    quantiles = [torch.from_numpy(chdtr(dimensions, value.numpy())) for value in (norms, others)]
+    mirrored = mirrored_noise(noise)
+    norms, mirrored_norms = noise.square().sum(1), mirrored.square().sum(1)
+    assert torch.allclose(mirrored / mirrored_norms.sqrt()[:, None], -noise / norms.sqrt()[:, None])
+    quantiles = [torch.from_numpy(chdtr(dimensions, value.numpy())) for value in (norms, mirrored_norms)]
     assert torch.allclose(sum(quantiles), torch.ones(len(noise), dtype=torch.float64), atol=1e-9)
-    assert torch.allclose(mirrored_noise(other), noise, rtol=1e-6)
+    assert torch.allclose(mirrored_noise(mirrored), noise, rtol=1e-6)
     if dimensions == 256:  # only the skewness of chi-square is left of the fluctuation
         relative = (norms / dimensions - 1).std()
         assert float(relative) == pytest.approx((2 / dimensions) ** 0.5, rel=0.1)
-        assert float(((norms + others) / (2 * dimensions) - 1).std()) < 0.06 * float(relative)
+        assert float(((norms + mirrored_norms) / (2 * dimensions) - 1).std()) < 0.06 * float(relative)
 
 
 def test_mirrored_pairs_tell_one_minus_r_at_small_noise():
@@ -277,8 +279,8 @@ def test_mirrored_pairs_tell_one_minus_r_at_small_noise():
         batch = draw_trace_batch(scheduler, data.shape, 200, 0, 0, mirrored=mirrored)
         draw = TraceDraw(torch.full_like(batch.log_noise, math.log(0.0413)), batch.noise, batch.copies)
         state = noised_state(denoiser, draw.repeat(clean), draw)
-        rest = (1 - residual_target(state, draw.noise)).view(draw.copies, 200).mean(0)
-        spread[mirrored] = float(rest.std() / (1 - data.r(state.level, len(state.sample))[0]))
+        share = (1 - residual_target(state, draw.noise)).view(draw.copies, 200).mean(0)
+        spread[mirrored] = float(share.std() / (1 - data.r(state.level, len(state.sample))[0]))
     assert spread[True] < 0.15
     assert spread[False] > 1.5
 
@@ -287,16 +289,16 @@ def test_mirrored_pairs_tell_one_minus_r_at_small_noise():
 @pytest.mark.parametrize("processes", [2, 3])
 def test_number_of_processes_changes_nothing(processes, mirrored):
     options = {"mirrored": mirrored, "with_probes": True}
-    whole = draw_trace_batch(make(), IMAGE, 6, 3, 1, **options)
+    batch = draw_trace_batch(make(), IMAGE, 6, 3, 1, **options)
     share = 6 // processes
     pieces = [
         draw_trace_batch(make(), IMAGE, 6, 3, 1, slice(rank * share, (rank + 1) * share), **options)
         for rank in range(processes)
     ]
-    assert whole.copies == (2 if mirrored else 1)
+    assert batch.copies == (2 if mirrored else 1)
     for name in ("log_noise", "noise", "probes"):
-        joined = [getattr(piece, name).unflatten(0, (whole.copies, share)) for piece in pieces]
-        assert torch.equal(torch.cat(joined, dim=1).flatten(0, 1), getattr(whole, name))
+        parts = [getattr(piece, name).unflatten(0, (batch.copies, share)) for piece in pieces]
+        assert torch.equal(torch.cat(parts, dim=1).flatten(0, 1), getattr(batch, name))
 
 
 def test_draws_depend_on_step_and_seed():
@@ -319,23 +321,23 @@ def test_draws_leave_the_global_generator_unchanged():
 
 @pytest.mark.parametrize("kind", ["residual", "jacobian", "norm", "residual diagonal", "jacobian diagonal"])
 def test_gradients_of_two_processes_average_to_those_of_one(kind):
-    target, *rest = kind.split()
+    target, *output = kind.split()
     data, scheduler = GaussianData(basis="dct"), make()
-    model = data.model(target=target, output="diagonal" if rest else "trace", pooled_channels=3)
+    model = data.model(target=target, output="diagonal" if output else "trace", pooled_channels=3)
     denoiser = GaussianDenoiser(data, scheduler)
     objective = TraceObjective(model.config, AutodiffFisher(denoiser))
     samples, pooled = data.sample(4, seeded()).float(), torch.randn(4, 3, generator=seeded())
 
-    def gradient(mine):
-        draw = draw_trace_batch(scheduler, IMAGE, 4, 0, 0, mine, with_probes=True)
-        losses = objective(model, denoiser, samples[mine], draw, pooled[mine])
+    def gradient(rows):
+        draw = draw_trace_batch(scheduler, IMAGE, 4, 0, 0, rows, with_probes=True)
+        losses = objective(model, denoiser, samples[rows], draw, pooled[rows])
         assert losses.shape == (len(draw.noise),)
         return torch.autograd.grad(losses.mean(), list(model.head.parameters()))
 
-    whole, first, second = gradient(slice(None)), gradient(slice(0, 2)), gradient(slice(2, 4))
-    for all_, one, two in zip(whole, first, second, strict=True):
+    full_gradient, first, second = gradient(slice(None)), gradient(slice(0, 2)), gradient(slice(2, 4))
+    for all_, one, two in zip(full_gradient, first, second, strict=True):
         assert torch.allclose(all_, (one + two) / 2, rtol=1e-3, atol=1e-5)
-    assert max(float(part.abs().max()) for part in whole) > 0
+    assert max(float(part.abs().max()) for part in full_gradient) > 0
 
 
 @pytest.mark.parametrize("target", ["residual", "jacobian"])
@@ -392,9 +394,9 @@ def test_training_finds_what_the_prior_does_not_know(target):
 
 
 def test_empty_batches_are_refused():
-    for batch, mine in ((0, slice(None)), (4, slice(4, 8))):
+    for batch, rows in ((0, slice(None)), (4, slice(4, 8))):
         with pytest.raises(InputError, match=f"The batch has {batch} samples, 0 of them here"):
-            draw_trace_batch(make(), IMAGE, batch, 0, 0, mine)
+            draw_trace_batch(make(), IMAGE, batch, 0, 0, rows)
 
 
 def test_targets_that_do_not_fit_the_model_are_refused():

@@ -17,7 +17,7 @@ from diffusers_fisher.training.trace_config import make_trace_model
 
 @pytest.fixture
 def validate_pieces(tmp_path):
-    """A function that validates an untrained model on five samples in pieces of a size."""
+    """Makes a function that validates an untrained model on five samples in pieces of a size."""
     base = trace_runs.config_of(tmp_path)
     pipe = tiny.stable_diffusion(StableDiffusionFisherPipeline)
     pixels = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -26,19 +26,19 @@ def validate_pieces(tmp_path):
     def run(size):
         config = dataclasses.replace(base, optimisation=dataclasses.replace(base.optimisation, batch_size=size))
         space = SampleSpace(pipe, latents=False, piece_size=config.piece_size(1))
-        model = make_trace_model(config, pipe, tuple(space.packed(pixels[:1]).shape[1:])).eval()
+        model = make_trace_model(config, pipe, tuple(space.pack(pixels[:1]).shape[1:])).eval()
         return trace_validation.validate(model, space, held_out, config)
 
     return run
 
 
 def test_pieces_of_any_size_give_the_same_numbers(validate_pieces):
-    whole = validate_pieces(5)
-    assert whole.model.shape == (3, 5) and whole.jacobian.std(1).min() > 0
+    reference = validate_pieces(5)
+    assert reference.model.shape == (3, 5) and reference.jacobian.std(1).min() > 0
     for size in (1, 2):
         parts = validate_pieces(size)
         for name in ("model", "jacobian", "squared_error"):  # batches of a float32 network round otherwise
-            assert torch.allclose(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-5), name
+            assert torch.allclose(getattr(parts, name), getattr(reference, name), rtol=1e-4, atol=1e-5), name
 
 
 def test_the_graph_of_a_piece_is_freed_before_the_next_piece(validate_pieces, monkeypatch):

@@ -81,13 +81,13 @@ class MeasurementReward:
         channels = target.shape[-3] if isinstance(target, torch.Tensor) and target.ndim > 2 else 3
         tolerance = 0.0 if operator is None else ROUNDING
         try:
-            checked = image_tensor(target, 1, channels, data_range, tolerance)
+            batch = image_tensor(target, 1, channels, data_range, tolerance)
         except InputError as error:
             raise InputError(f"The target of the reward: {error}") from error
-        self.target = checked
+        self.target = batch
         if isinstance(target, torch.Tensor) and data_range == UNIT_RANGE:
-            self.target = target.reshape(checked.shape)  # in the target's own precision
-        self.mask = torch.ones(checked.shape[-2:]) if mask is None else _weights(mask)
+            self.target = target.reshape(batch.shape)  # in the target's own precision
+        self.mask = torch.ones(batch.shape[-2:]) if mask is None else _weights(mask)
         if self.mask.is_complex() or not bool((self.mask >= 0).all()) or not 0 < float(self.mask.sum()) < math.inf:
             raise InputError("The mask must be non-negative and not all zero. Pass 1 for the known pixels.")
         self.operator = operator

@@ -64,8 +64,8 @@ def named_reward(name: str) -> Reward:
 
 
 def _load(name: str) -> Reward:
-    kind, _, rest = name.partition(":")
-    parts = rest.split(":") if rest else []
+    kind, _, parts_text = name.partition(":")
+    parts = parts_text.split(":") if parts_text else []
     if kind == "classifier" and len(parts) == 2:
         path = Path(embedded_checkpoint(), "classifier") if parts[0] == "embedded" else parts[0]
         return ClassifierReward.from_pretrained(path, target=parts[1])
@@ -86,11 +86,11 @@ def _import_function(module: str, name: str) -> Reward:
             function = getattr(importlib.import_module(module), name)
     except Exception as error:  # the module is a user's code, which may raise anything
         place = traceback.extract_tb(error.__traceback__)[-1]
-        where = (
+        line = (
             "" if isinstance(error, ImportError) else f" ({type(error).__name__} in {place.filename}:{place.lineno})"
         )
         raise InputError(
-            f"The reward python:{module}:{name} can't be imported: {error}{where}. Run in the module's folder, or set "
+            f"The reward python:{module}:{name} can't be imported: {error}{line}. Run in the module's folder, or set "
             "PYTHONPATH."
         ) from error
     if not callable(function):
