@@ -47,8 +47,9 @@ def embedded_checkpoint(name: str = "sd") -> str:
 
     Args:
         name: "sd" is a Stable Diffusion, whose subfolder `classifier` holds an image classifier. "sd3" is a Stable
-            Diffusion 3 without T5, trained by flow matching: stock classes of diffusers load it by
-            `from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)`.
+            Diffusion 3 without T5, trained by flow matching. The stock class loads it by
+            `from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)`, because diffusers requires these two
+            components though the index has them as null. Our class needs only the folder.
 
     Raises:
         InputError: there is no checkpoint of this name.

@@ -86,7 +86,7 @@ class FisherPipelineMixin(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """Loads a pipeline as the stock class does, with the Fisher scheduler, the latent statistics and the trace
-        model that were saved with the checkpoint. Components that were saved as None are None, without being passed.
+        model that were saved with the checkpoint. Components that were saved as None need not be passed.
 
         Raises:
             CheckpointError: a local folder with a missing or truncated file, or one that was saved with a scheduler
@@ -127,8 +127,11 @@ class FisherPipelineMixin(DiffusionPipeline):
 
 
 def _missing_components(source: str | os.PathLike) -> dict[str, None]:
-    """Returns the components that a local folder's index has as None: diffusers loads a Stable Diffusion 3 without T5
-    only when they are passed."""
+    """Returns the components that a local folder's index has as [null, null].
+
+    diffusers drops such entries and then asks for every component outside the class's `_optional_components`. Those of
+    Stable Diffusion 3 do not contain `text_encoder_3` and `tokenizer_3`.
+    """
     index = Path(source) / "model_index.json"
     table = read_table(index) if index.is_file() else {}
     return {name: None for name, value in table.items() if value == [None, None]}
