@@ -2,10 +2,11 @@
 
     accelerate launch --cpu examples/train_flow_checkpoint.py --config configs/embedded_checkpoint_sd3.yaml
 
-The autoencoder is that of the first checkpoint. A run that was killed goes on from its last state, and every random
-draw depends only on the seed and the step. The finished folder `checkpoint` in the output folder is read by stock
-`StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)`: diffusers wants the missing
-parts named. `--snapshot FOLDER` writes such a folder from the last state of a training that still runs.
+The autoencoder is that of the first checkpoint. A killed run is resumed from its last state, and every random
+draw depends only on the seed and the step. The stock `StableDiffusion3Pipeline.from_pretrained(folder,
+text_encoder_3=None, tokenizer_3=None)` reads the finished folder `checkpoint` in the output folder. The index has both
+components as null, but diffusers requires them, for they are not among the `_optional_components` of this pipeline.
+`--snapshot FOLDER` writes such a folder from the last state of a training that still runs.
 """
 
 import argparse

@@ -49,7 +49,7 @@ def reconstruction(pipe: Pipeline, classifier: ClassifierReward, images, labels)
 def load_pipeline(folder: Path) -> Pipeline:
     """Loads the pipeline that the folder's index names."""
     name = read_json(folder / "model_index.json")["_class_name"]
-    # diffusers wants the parts that a Stable Diffusion 3 lacks to be passed.
+    # diffusers requires these components of a Stable Diffusion 3, though the index has them as null.
     missing = {"text_encoder_3": None, "tokenizer_3": None} if name == StableDiffusion3Pipeline.__name__ else {}
     pipe = DiffusionPipeline.from_pretrained(folder, **missing)
     pipe.set_progress_bar_config(disable=True)
