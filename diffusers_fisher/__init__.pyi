@@ -16,6 +16,20 @@ from .checkpoints import (
     embedded_prompt as embedded_prompt,
     embedded_test_images as embedded_test_images,
 )
+from .curvature import (
+    BoundOptions as BoundOptions,
+    LevelFisher as LevelFisher,
+    LikelihoodBound as LikelihoodBound,
+    denoiser_likelihood_bound as denoiser_likelihood_bound,
+)
+from .curvature.pipeline import (
+    likelihood_bound as likelihood_bound,
+)
+from .curvature.pixel_bound import (
+    PixelBound as PixelBound,
+    fit_decoder_variance as fit_decoder_variance,
+    pixel_likelihood_bound as pixel_likelihood_bound,
+)
 from .denoiser import (
     Denoiser as Denoiser,
 )
@@ -31,6 +45,8 @@ from .errors import (
     FisherError as FisherError,
     InputError as InputError,
     NumericalError as NumericalError,
+    ProbeNoiseWarning as ProbeNoiseWarning,
+    TraceModelWarning as TraceModelWarning,
     TrajectoryError as TrajectoryError,
     UnsupportedError as UnsupportedError,
 )
@@ -71,11 +87,22 @@ from .guidance.pipeline import (
     guide as guide,
 )
 from .likelihood import (
+    CheckpointComparison as CheckpointComparison,
+    CheckpointDifferences as CheckpointDifferences,
     Integration as Integration,
     LikelihoodComparison as LikelihoodComparison,
     LikelihoodOutput as LikelihoodOutput,
     SquaredErrorOutput as SquaredErrorOutput,
     integrate_log_likelihood as integrate_log_likelihood,
+)
+from .likelihood.calibration import (
+    calibrate_trace_model as calibrate_trace_model,
+)
+from .likelihood.checkpoints import (
+    compare_checkpoints as compare_checkpoints,
+)
+from .likelihood.held_out import (
+    HeldOutLikelihood as HeldOutLikelihood,
 )
 from .likelihood.pipeline import (
     compare_likelihood as compare_likelihood,
@@ -94,6 +121,7 @@ from .noise import (
 )
 from .pictures import (
     fisher_pictures as fisher_pictures,
+    likelihood_plot as likelihood_plot,
     trace_plot as trace_plot,
 )
 from .pipelines import (

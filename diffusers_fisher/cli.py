@@ -8,7 +8,7 @@ from typer.core import TyperGroup
 
 from . import __version__
 from .jobs.command import errors_in_words
-from .settings import Dtype, GuidanceEstimator, TraceEstimator
+from .settings import ChainVariance, Dtype, GuidanceEstimator, LikelihoodMethod, TraceEstimator
 
 OUTPUTS = Path("outputs")
 Seed = Annotated[int, Option(help="Seed of every random draw.")]
@@ -141,14 +141,22 @@ def likelihood(
     ] = None,
     batch_size: Annotated[int, Option(help="Images at once; the numbers do not depend on it.")] = 16,
     retry_failed: RetryFailed = False,
-    num_inference_steps: Annotated[int, Option(help="Steps of the integration.")] = 32,
+    method: Annotated[LikelihoodMethod, Option(help="By the ODE, or a bound of -log p.")] = "ode",
+    num_inference_steps: Annotated[
+        int | None, Option(help="Steps of the integration (unset: 32), or of the bound's chain (unset: 20).")
+    ] = None,
+    variance: Annotated[ChainVariance, Option(help="Variance of the bound's chain.")] = "optimal",
+    num_draws: Annotated[int | None, Option(help="Noises per step of the bound: 1, 2, 6, 8, 10, ...")] = None,
     scheme: Annotated[str | None, Option(help="euler, trapezoid, adams3 or adams4 (default).")] = None,
     estimator: Annotated[TraceEstimator, Option(help="Estimator of the trace.")] = "auto",
     num_probes: Annotated[int, Option(help="Random directions per level; 0: the exact trace.")] = 1,
     bins: Annotated[int | None, Option(help="Values of a pixel (256 for 8 bits), for pipelines in pixels.")] = None,
-    seed: Annotated[int, Option(help="Seed of probes and dequantisation.")] = 0,
+    seed: Annotated[int, Option(help="Seed of probes, dequantisation and sampled latents.")] = 0,
+    sample_latents: Annotated[
+        bool, Option("--sample-latents", help="Draw latents from the encoder's posterior instead of taking its mean.")
+    ] = False,
 ) -> None:
-    """Log-likelihoods of a dataset. A stopped run goes on; `accelerate launch` runs several processes."""
+    """Log-likelihoods of a dataset, or bounds. A stopped run goes on; `accelerate launch` runs several processes."""
     from .data import ImageData
     from .evaluation.dataset_likelihood import DatasetSettings, evaluate_dataset
     from .jobs.pipelines import DenoiserSettings
@@ -161,8 +169,9 @@ def likelihood(
             caption_column=caption_column, resolution=resolution, streaming=streaming, limit=limit,
             max_pixels=max_pixels,
         ),
-        prompt=prompt, num_inference_steps=num_inference_steps, scheme=scheme or DEFAULT_SCHEME, estimator=estimator,
-        num_probes=num_probes, bins=bins, seed=seed,
+        prompt=prompt, method=method, num_inference_steps=num_inference_steps, scheme=scheme or DEFAULT_SCHEME,
+        estimator=estimator, num_probes=num_probes, bins=bins, seed=seed, sample_latents=sample_latents,
+        variance=variance, num_draws=num_draws,
     )  # fmt: skip
     evaluate_dataset(output=output, settings=settings, batch_size=batch_size, retry_failed=retry_failed)
 

@@ -22,7 +22,12 @@ class Denoiser(abc.ABC):
 
     Attributes:
         num_calls: evaluations so far.
+        guidance_scale: scale of the outputs' classifier-free guidance; None where the denoiser has no such guidance.
+        embedded_guidance_scale: guidance scale that the network takes as an input; None if it takes none.
     """
+
+    guidance_scale: float | None = None
+    embedded_guidance_scale: float | None = None
 
     def __init__(self, scheduler: SchedulerMixin):
         self.scheduler = scheduler
@@ -61,6 +66,14 @@ class Denoiser(abc.ABC):
     def input_dtype(self) -> torch.dtype | None:
         """dtype to which the network's inputs are rounded; None if they are not rounded."""
         return None
+
+    def select_samples(self, rows: torch.Tensor) -> Denoiser:
+        """Returns the denoiser of some of the samples; `rows` (n,) int64 are their places in the batch.
+
+        The base class returns itself. A denoiser that holds something per sample, such as prompts, must return one for
+        these samples alone.
+        """
+        return self
 
     def pooled_condition(self) -> torch.Tensor | None:
         """Returns one vector per sample, (B, width), that stands for the sample's condition; None without one."""

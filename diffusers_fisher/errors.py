@@ -36,10 +36,29 @@ class CoarseGridWarning(UserWarning):
     """The discretisation error of a likelihood is large. The message says how large; use more steps."""
 
 
+class TraceModelWarning(UserWarning):
+    """A trace model disagrees with differences of its denoiser. The message says for how many samples."""
+
+
+class ProbeNoiseWarning(UserWarning):
+    """More random probes did not bring the standard error of a likelihood as low as was asked."""
+
+
 def check_shape(name: str, shape: tuple[int, ...], allowed: tuple[int, ...], advice: str) -> None:
     """Raises `InputError` unless `shape`, that of the tensor `name`, is `allowed`; `advice` says what to pass."""
     if tuple(shape) != tuple(allowed):
         raise InputError(f"{name} has shape {tuple(shape)}; allowed: {tuple(allowed)}. {advice}")
+
+
+def describe_change(before: torch.Tensor, after: torch.Tensor) -> str:
+    """Says for a message how the tensor `after` differs from `before`: in its shape, its dtype, or by how much."""
+    if after.shape != before.shape:
+        return f"of shape {tuple(after.shape)} where the step returned {tuple(before.shape)}"
+    if after.dtype != before.dtype:
+        return f"in {after.dtype} where the step returned {before.dtype}"
+    left, right = before.detach().double(), after.detach().double()
+    size = float((right - left).norm() / left.norm().clamp_min(1e-30))
+    return f"by {size:.2g} of their size"
 
 
 def check_floats(name: str, tensor: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from .backbones import backbone_of
 from .errors import InputError
 from .fisher.estimate import Estimate, Probes
 from .fisher.operator import FisherOperator
+from .likelihood import LikelihoodOutput
 from .noise import NoiseLevel, expand
 
 if TYPE_CHECKING:
@@ -144,6 +145,51 @@ def trace_plot(
     legend = axes.legend(curves, map(str, range(len(curves))))
     for text, name in zip(legend.get_texts(), estimates, strict=True):
         write_plain(text, name)
+    return figure
+
+
+@check_kinds
+def likelihood_plot(outputs: Mapping[str, LikelihoodOutput], index: int = 0) -> Figure:
+    """Draws r = tr Cov[eps|x]/d of one image by noise level, whose integral is a log-likelihood.
+
+    A band of two standard errors shows what the random directions of a level leave. Traces without directions have no
+    band.
+
+    Args:
+        outputs: likelihoods of the same images, by a name for the legend.
+        index: the image's place in the batch.
+
+    Returns:
+        A matplotlib figure. The legend has the image's bits/dim and half of its 95% interval.
+
+    Raises:
+        InputError: there are no outputs, or one has no such image.
+    """
+    from .figures import make_figure, write_plain
+
+    if not outputs:
+        raise InputError("There are no likelihoods; give at least one name with an output of `log_likelihood`.")
+    for name, output in outputs.items():
+        if not 0 <= index < len(output.log_prob):
+            raise InputError(f"`index` is {index}; '{name}' has the images 0 to {len(output.log_prob) - 1}.")
+    figure, (axes,) = make_figure(6.5, 4)
+    curves, labels = [], []
+    for name, output in outputs.items():
+        x, r = output.noise_to_signal, output.unexplained_noise_fraction[:, index]
+        width = BAND * output.unexplained_noise_error[:, index]
+        curves += axes.plot(x.numpy(), r.numpy(), marker=".")
+        if bool((width > 0).any()):
+            low, high = (r - width).numpy(), (r + width).numpy()
+            axes.fill_between(x.numpy(), low, high, color=curves[-1].get_color(), alpha=0.25, linewidth=0)
+        error = float(output.total_error_bits[index])
+        labels.append(f"{name}: {float(output.bits_per_dim[index]):.3f} +- {error:.3f} bits/dim")
+    axes.set(
+        xscale="log", xlabel=r"noise to signal, $\sigma/\alpha$", ylabel=r"$r = (d - \sigma^2\,\mathrm{tr}\,F)/d$"
+    )
+    axes.grid(alpha=0.3)
+    legend = axes.legend(curves, labels)
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        write_plain(text, label)
     return figure
 
 

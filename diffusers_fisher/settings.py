@@ -21,6 +21,12 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 TraceEstimator = Literal["auto", "trace-model", "autodiff", "finite-difference"]
 """Estimator of the trace in a likelihood. "auto" is the pipeline's trace model, else "finite-difference"."""
 
+LikelihoodMethod = Literal["ode", "bound"]
+"""How likelihoods of a dataset are computed: by `log_likelihood`, or by `likelihood_bound`."""
+
+ChainVariance = Literal["optimal", "diagonal", "fixed_small", "fixed_large", "learned"]
+"""Variance of the reverse chain of `likelihood_bound`."""
+
 GuidanceEstimator = Literal["one-step", "direct", "finite-difference", "autodiff", "endpoint-centred", "endpoint"]
 """Estimator of the Fisher in guidance."""
 

@@ -40,6 +40,10 @@ PREDICTION_TYPES = {
 }
 """The prediction types that each scheduler of the catalog accepts (None: it has no such setting)."""
 
+CONTINUOUS = {
+    "timestep_type": "continuous", "prediction_type": "v_prediction", "use_karras_sigmas": True, "sigma_min": 0.01,
+    "sigma_max": 100.0,
+}  # fmt: skip
 KARRAS, SIGMA_MIN = {"use_karras_sigmas": True}, {"final_sigmas_type": "sigma_min"}
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
 
@@ -54,8 +58,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "DPMSolverMultistepInverseScheduler": [KARRAS],
     "DPMSolverSinglestepScheduler": [KARRAS, SIGMA_MIN],
     "EDMEulerScheduler": [SIGMA_MIN],
-    "EulerDiscreteScheduler": [KARRAS, SIGMA_MIN, {"use_exponential_sigmas": True}],
-    "FlowMatchEulerDiscreteScheduler": [{"shift": 3.0}],
+    "EulerDiscreteScheduler": [KARRAS, SIGMA_MIN, {"use_exponential_sigmas": True}, CONTINUOUS],
+    "FlowMatchEulerDiscreteScheduler": [{"shift": 3.0}, {"invert_sigmas": True}],
     "HeunDiscreteScheduler": [KARRAS],
     "KDPM2DiscreteScheduler": [KARRAS],
     "LMSDiscreteScheduler": [KARRAS],

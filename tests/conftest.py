@@ -5,6 +5,7 @@ import shutil
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # for commands in processes of their own: the workers of the suite share the cores
 
 import pytest
 import torch

@@ -72,12 +72,13 @@ def test_likelihood_table_shows_the_report(run):
         assert table[name] == pytest.approx([row[column] for column in columns], abs=5.1e-4)  # three decimals
         assert row["mean"] == pytest.approx(sum(row["bits_per_dim"]) / 6, abs=1e-4)  # four decimals
         assert len(row["bits_per_dim"]) == 6
-        assert row["num_denoiser_calls"] == 12 + 1
+        checks = 0 if name == "real, 2 probes" else 9  # of the trace model, at 9 of the 13 levels
+        assert row["num_denoiser_calls"] == 12 + 1 + checks
         assert 0 < row["discretisation_error"] <= row["largest_discretisation_error"]
         assert (row["space"], row["density"], row["prior"]) == ("latent", "smoothed", "moment-matched")
         if name == "real, 2 probes":
             assert 0 < row["probe_standard_error"] < 1
-            assert row["trace"] == "AutodiffFisher, 2 probes"
+            assert row["trace"] == "AutodiffFisher, 2 probes per level"
         else:
             assert row["probe_standard_error"] == 0
             assert row["trace"] == "TraceMatchingFisher (target jacobian), no probes"
@@ -113,7 +114,7 @@ def test_guidance_table_shows_the_report(run):
     assert len(before) == 1  # all start from the same noise
     calls = {name: row["num_denoiser_calls"] for name, row in report["guidance"].items()}
     assert calls["direct"] == calls["endpoint, paper"] == 2 * 3  # only the sampling runs call the denoiser
-    assert calls["one step (default)"] == 2 * 3 + 1
+    assert calls["one step (default)"] == 2 * 3 + 1 + 1  # a product, and a comparison with the run
     assert calls["finite difference"] > calls["one step (default)"]
 
 

@@ -419,10 +419,14 @@ sys.argv = sys.argv[1:]
 runpy.run_module("diffusers_fisher.cli", run_name="__main__")
 """
 TRAINING = """
+seed: 0
+target: residual
 denoiser: {path: embedded}
 data: {path: images, caption_column: text}
 output: output
 latents: output
+optimisation:
+  {steps: 2, batch_size: 2, learning_rate: 0.001, weight_decay: 0, warmup_steps: 0, ema_decay: 0.9, save_every: 50}
 """
 COMMANDS = {
     "likelihood": ["--data", "images", "--num-inference-steps", "2", "--output", "output"],

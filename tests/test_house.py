@@ -11,8 +11,8 @@ FILES = house.imports(TREES)
 ROOMS = (
     "console", "errors", "arguments", "features", "figures", "files", "image_folders", "images", "seeds", "settings",
     "noise", "denoiser", "distributions", "fisher", "models", "schedulers", "checkpoints", "data", "backbones",
-    "likelihood", "guidance", "pictures", "testing", "pipelines", "demo", "jobs", "studies", "training", "evaluation",
-    "cli",
+    "likelihood", "curvature", "guidance", "pictures", "testing", "pipelines", "demo", "jobs", "studies", "training",
+    "evaluation", "cli",
 )  # fmt: skip
 """From the lowest to the highest: each imports those before it alone."""
 
@@ -20,6 +20,7 @@ SIBLINGS = {"training", "evaluation"}  # neither imports the other
 
 MANY_PARAMETERS = {
     "diffusers_fisher.likelihood.pipeline:log_likelihood": "the public function",
+    "diffusers_fisher.curvature.pipeline:likelihood_bound": "the public function",
     "diffusers_fisher.guidance.pipeline:guide": "the public function",
     "diffusers_fisher.cli:likelihood": "one parameter per option of the command line",
     "diffusers_fisher.cli:guide": "one parameter per option of the command line",

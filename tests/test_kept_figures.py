@@ -114,6 +114,20 @@ def test_guidance_at_stable_diffusions_size_costs_little_more_than_no_gradient()
     assert figures["exact_over_default"] >= 2.5
 
 
+@pytest.mark.parametrize(("steps", "limit"), [(20, 0.2), (40, 0.15)])
+def test_bounds_of_the_embedded_checkpoint_lie_little_above_the_odes_value(steps, limit):
+    """A table of squared errors is no tighter than the trace model, which is the default."""
+    figures = load_figures("likelihood_bound")
+    rows = {row["fraction"]: row for row in figures["rows"] if row["steps"] == steps}
+    default, table = rows["trace model (target jacobian)"], rows["table of squared errors, mean latents"]
+    assert 0 < default["above_ode"] < limit
+    assert default["standard_error_per_image"] < 0.03
+    assert table["above_trace_model"] > -2 * table["above_trace_model_standard_error"] - 0.001
+    assert rows["0.5 at every level"]["above_trace_model"] > 0.1
+    scatter = figures["scatter_in_bits_per_dim"]
+    assert scatter["pairs_in_strata"] < scatter["independent_draws"]
+
+
 @pytest.mark.parametrize("name", ["guide", "log_likelihood"])
 def test_memory_stays_flat_over_many_runs(name):
     run = load_figures("memory")[name]

@@ -44,7 +44,8 @@ def scheduler_run(scheduler, estimator, size=8, steps=4):
     with torch.no_grad(), scheduler.differentiable(estimator) as trajectory:
         sample = torch.randn(1, 4, size, size)
         for timestep in scheduler.timesteps:
-            sample = scheduler.step(torch.tanh(sample), timestep, sample).prev_sample
+            model_input = scheduler.scale_model_input(sample, timestep)
+            sample = scheduler.step(torch.tanh(model_input), timestep, sample).prev_sample
     return trajectory, sample
 
 

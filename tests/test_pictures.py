@@ -7,7 +7,9 @@ import pytest
 import tiny
 import torch
 from cases import latents
+from diffusers import DDIMScheduler
 from PIL import Image
+from trace_cases import GaussianData, GaussianDenoiser
 
 from diffusers_fisher import (
     AutodiffFisher,
@@ -22,8 +24,9 @@ from diffusers_fisher import (
     UnsupportedError,
 )
 from diffusers_fisher.fisher import rademacher
+from diffusers_fisher.likelihood import Integration, integrate_log_likelihood
 from diffusers_fisher.noise import Prediction
-from diffusers_fisher.pictures import decode_latents, fisher_pictures, trace_plot
+from diffusers_fisher.pictures import decode_latents, fisher_pictures, likelihood_plot, trace_plot
 
 SHAPE = (2, 4, 8, 8)
 
@@ -209,3 +212,49 @@ def test_no_global_state_of_matplotlib_is_touched():
     trace_plot(LEVELS, {"exact": line(1.0)})
     assert dict(matplotlib.rcParams) == before
     assert ("matplotlib.pyplot" in sys.modules) is pyplot
+
+
+# Likelihoods by level
+
+
+def scored(num_probes=None):
+    data = GaussianData((2, 8, 8), "dct")
+    denoiser = GaussianDenoiser(data, DDIMScheduler())
+    samples, generator = data.sample(3, torch.Generator().manual_seed(0)).float(), torch.Generator().manual_seed(1)
+    options = Integration(num_steps=12, num_probes=num_probes, generator=generator)
+    return integrate_log_likelihood(denoiser, samples, FiniteDifferenceFisher(denoiser), options)
+
+
+def test_one_image_is_drawn_by_level_with_the_band_of_its_directions(tmp_path):
+    exact, one = scored(), scored(1)
+    figure = likelihood_plot({"exact": exact, "one direction": one}, index=2)
+    (axes,) = figure.axes
+    for curve, out in zip(axes.get_lines(), (exact, one), strict=True):
+        numpy.testing.assert_allclose(curve.get_xdata(), out.noise_to_signal)
+        numpy.testing.assert_allclose(curve.get_ydata(), out.unexplained_noise_fraction[:, 2])
+    (band,) = axes.collections  # the exact trace has none
+    heights = [path.get_extents().height for path in band.get_paths()]
+    width = 2 * one.unexplained_noise_error[:, 2]
+    r = one.unexplained_noise_fraction[:, 2]
+    assert heights[0] == pytest.approx(float((r + width).max() - (r - width).min()))
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert f"{float(exact.bits_per_dim[2]):.3f}" in texts[0] and f"{float(one.total_error_bits[2]):.3f}" in texts[1]
+    figure.savefig(tmp_path / "r.png")
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+
+
+def test_stated_errors_by_level_are_those_of_the_directions():
+    exact, one = scored(), scored(1)
+    true = one.unexplained_noise_fraction - exact.unexplained_noise_fraction
+    # A third of 39 levels are those that count, so that the root mean square is known to 20%. (At the ends the errors
+    # are tiny, and the stated ones less so: there the difference of neighbouring levels is larger than the noise.)
+    ratio = one.unexplained_noise_error.square().mean() / true.square().mean()
+    assert 0.6 < float(ratio.sqrt()) < 1.6
+    assert not exact.unexplained_noise_error.any()
+
+
+def test_likelihoods_that_can_not_be_drawn_are_refused():
+    with pytest.raises(InputError, match="There are no likelihoods"):
+        likelihood_plot({})
+    with pytest.raises(InputError, match="`index` is 3; 'exact' has the images 0 to 2"):
+        likelihood_plot({"exact": scored()}, 3)

@@ -255,7 +255,7 @@ def dit(cls=DiTPipeline, **changes):
     )  # fmt: skip
     awaken(net)
     net.eval()  # in training it drops labels
-    return quiet(cls(transformer=net, vae=vae(), scheduler=scheduler(beta_schedule="linear", **changes)))
+    return quiet(cls(transformer=net, vae=vae(), scheduler=scheduler(**{"beta_schedule": "linear", **changes})))
 
 
 def unconditional_unet(channels):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ class AnyPipelineBackbone(Backbone):
     def network(self) -> torch.nn.Module | None:
         components = self.pipe.components
         return next((components[name] for name in ("unet", "transformer") if components.get(name) is not None), None)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return {} if self.network is None else super().config
 
     @property
     def dtype(self) -> torch.dtype:

@@ -26,10 +26,10 @@ from .autoencoder import decode_latents, encode_pixels, images_of, pixels_of
 from .conditions import Condition, Conditions, text_conditions
 from .encoding import encode_apart
 from .inputs import form_of
-from .networks import check_latents_alone, check_weights
-from .parts import LatentStatistics, checkpoint_parts
+from .networks import check_latents_alone, check_weights, reset_caches
+from .parts import LatentStatistics, checkpoint_moments, checkpoint_parts
 from .stock_calls import shallow_copy
-from .unguided import check_unguided
+from .unguided import pop_unguided
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 Generators = torch.Generator | list[torch.Generator] | None
 Moment = torch.Tensor | float | None
+Posterior = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class Backbone:
@@ -131,11 +132,7 @@ class Backbone:
 
     @functools.cached_property
     def function(self) -> Callable[..., Any]:
-        """The pipeline's call, as a function of the pipeline and `latents`.
-
-        Raises:
-            UnsupportedError: the call takes no `latents`.
-        """
+        """The pipeline's call, as a function of `latents`. Raises `UnsupportedError` if it takes no `latents`."""
         call = type(self.pipe).__call__
         if "latents" in inspect.signature(call).parameters:
             return call
@@ -170,6 +167,7 @@ class Backbone:
         latents: torch.Tensor,
         with_graph: bool = False,
         encode_prompt: Callable[..., tuple] | None = None,
+        components: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> Any:
         """Runs the pipeline's call on a shallow copy with another scheduler, without a progress bar.
@@ -179,10 +177,12 @@ class Backbone:
             latents: latents in the pipeline's layout.
             with_graph: whether to leave the call's `torch.no_grad` out.
             encode_prompt: takes the place of the pipeline's `encode_prompt`, which is its first argument.
+            components: other components of the copy, by name.
             **arguments: other arguments of the call.
         """
         check_weights(self.network if with_graph else None)
-        attributes = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
+        reset_caches(self.pipe)
+        attributes = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}, **(components or {})}
         # Under model offload a copy would keep a record of its own of the hooks that all copies share.
         if self.is_offloaded:
             offload = self.pipe.maybe_free_model_hooks
@@ -324,11 +324,9 @@ class Backbone:
 
     @torch.no_grad()
     def samples_of(
-        self,
-        images: ImageLike | None,
-        latents: torch.Tensor | None = None,
+        self, images: ImageLike | None, latents: torch.Tensor | None = None,
         data_range: tuple[float, float] = UNIT_RANGE,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """Returns scaled latents (B, C, h, w) float32 of images, or the latents that were passed instead, checked.
 
         The mean of the autoencoder's posterior stands for an image.
@@ -340,8 +338,7 @@ class Backbone:
             raise InputError("Give either `images` or `latents`: exactly one of them.")
         channels, multiple = self.latent_channels, self.size_multiple // self.factor
         if latents is None:
-            tensor = image_tensor(images, self.size_multiple, self.image_channels, data_range)
-            return self.encode(pixels_of(tensor).to(self.device))[0]
+            return self.posterior_of(images, data_range)[0]
         shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else ()
         if len(shape) != 4 or shape[1] != channels or any(side % multiple for side in shape[2:]):
             raise InputError(
@@ -350,6 +347,12 @@ class Backbone:
             )
         check_floats("`latents`", latents)
         return latents.to(self.device, torch.float32)
+
+    @torch.no_grad()
+    def posterior_of(self, images: ImageLike | None, data_range: tuple[float, float] = UNIT_RANGE) -> Posterior:
+        """Returns mean and deviation (None where encoding is not random) of scaled latents of images, checked."""
+        tensor = image_tensor(images, self.size_multiple, self.image_channels, data_range)
+        return self.encode(pixels_of(tensor).to(self.device))
 
     def initial_noise(
         self, latents: torch.Tensor | None, count: int, pixels: tuple[int, int], generator: Generators
@@ -365,15 +368,12 @@ class Backbone:
             raise InputError(f"`latents` {form_of(latents)}; allowed: a tensor {shape}, finite, of unit variance.")
         return latents.detach().to(self.device, torch.float32)
 
-    def prior(self, mean: Moment, variance: Moment, samples: torch.Tensor) -> tuple[Moment, Moment]:
-        """Returns the data's moments in the pipeline's layout: the arguments, else the checkpoint's, else None."""
-        if mean is None and variance is None and self.latent_statistics is not None:
-            # Statistics per element fit latents of one size; for other sizes their mean over space stands for them.
-            mean, variance = (
-                value if value.shape == samples.shape[1:] else value.mean(dim=(-2, -1), keepdim=True)
-                for value in self.latent_statistics
-            )
-        return self.pack_statistic(mean, samples), self.pack_statistic(variance, samples)
+    def prior(self, mean: Moment, variance: Moment, samples: torch.Tensor) -> tuple[Moment, Moment, str]:
+        """Returns the data's moments in the pipeline's layout, and the variance's basis: see `checkpoint_moments`."""
+        basis, is_packed = "pixel", self.pack(samples).shape != samples.shape
+        if mean is None and variance is None:
+            mean, variance, basis = checkpoint_moments(self.pipe, samples.shape[1:], is_packed)
+        return self.pack_statistic(mean, samples), self.pack_statistic(variance, samples), basis
 
     # Conditions
 
@@ -407,22 +407,21 @@ class Backbone:
         with torch.no_grad():
             return encode_apart(self.pipe, **arguments)
 
-    def unguided_scale(self, call_arguments: dict[str, Any]) -> float:
-        """Removes the guidance scale from `call_arguments`, and returns the one at which the output is a score: 1.
+    def unguided_scale(self, call_arguments: dict[str, Any]) -> float | None:
+        """Removes scales of guidance from `call_arguments`, and returns the guidance scale at which the output is a
+        score; None for the call's default of a scale that is an input of the network.
 
         Raises:
-            InputError: the arguments have another scale.
+            InputError: the arguments have a scale that guides.
         """
-        check_unguided("guidance_scale", call_arguments.pop("guidance_scale", 1.0))
-        return 1.0
+        return pop_unguided(type(self.pipe), self.parameters, self.config, call_arguments)
 
     # Checks
 
     def check_scheduler(self) -> None:
         """Refuses schedulers of another kind than the network's, or whose scaling the stock call leaves out.
 
-        Raises:
-            UnsupportedError: says which to use.
+        Raises `UnsupportedError`, which says which to use.
         """
         schedule = noise_schedule(self.scheduler)
         name = f"{self.name} was given {type(self.scheduler).__name__}"

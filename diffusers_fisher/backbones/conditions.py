@@ -117,6 +117,26 @@ def _repeat_embeddings(
     return [""] * (number * num_images_per_prompt), one_per_sample
 
 
+def select_conditions(arguments: Mapping[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """Returns a call's arguments for some of its samples; `rows` (n,) int64 are their places in the batch.
+
+    The conditions say how many samples there are. Lists and tensors of as many entries are taken apart; tuples hold
+    sizes.
+    """
+    names = ("prompt", "prompt_embeds", "class_labels")
+    given = [arguments[name] for name in names if isinstance(arguments.get(name), (list, torch.Tensor))]
+    if not given:
+        return dict(arguments)
+    count, places = len(given[0]), rows.tolist()
+
+    def select(value: object) -> object:
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
+            return value[rows.to(value.device)]
+        return [value[place] for place in places] if isinstance(value, list) and len(value) == count else value
+
+    return {name: select(value) for name, value in arguments.items()}
+
+
 def class_conditions(
     labels: Condition, num_classes: int, count: int | None, num_images_per_prompt: int = 1
 ) -> list[int]:

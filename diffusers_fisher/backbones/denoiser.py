@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from ..arguments import check_call, check_kinds
 from ..denoiser import Denoiser
-from ..errors import InputError, NumericalError, UnsupportedError, check_floats
-from ..features import record_summaries
-from ..noise import Timestep, split_variance
+from ..errors import InputError, NumericalError, UnsupportedError, check_floats, describe_change
+from ..features import count_evaluations, record_summaries
+from ..noise import NoiseLevel, Timestep
 from .any_pipeline import AnyPipelineBackbone
 from .base import Backbone
-from .registry import backbone_of
+from .conditions import select_conditions
+from .echo import EchoScheduler, echo_scheduler
+from .first_call import ADVICE, CALL_STEPS, PROBE_STEPS, RecordedNetworks, check_sample, random_state
+from .networks import denoising_networks
+from .registry import backbone_of, has_tested_call
+from .unguided import asks_for_guidance, check_evaluations, embeds_guidance, guiders_of, switched_off
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -23,48 +29,21 @@ if TYPE_CHECKING:
 STEP_INDEX_ARGUMENTS = {
     "control_guidance_start": 0.0, "control_guidance_end": 1.0, "adapter_conditioning_factor": 1.0,
     "skip_guidance_layers": None, "denoising_start": None, "denoising_end": None, "strength": 1.0,
+    "cfg_trunc_ratio": 1.0, "use_dynamic_cfg": False, "guidance_schedule": None,
 }  # fmt: skip
 """Call arguments that act by the step's index within its run, each with the value that has no effect."""
 
 REPEATS = ("num_images_per_prompt", "num_videos_per_prompt")
 """Names of the call argument that says how many samples one prompt has."""
 
+SAME_LEVEL = 0.01
+"""Largest difference between the noise levels at a timestep and at its sigma, as rounded timesteps have."""
+
 MAX_ENCODED = 16
 """Number of encoded prompts that a denoiser keeps; a call encodes at most a few."""
 
 DEFAULTS = {"strength": 1.0, "use_resolution_binning": False}
 """Call arguments of every evaluation unless the caller passes another value."""
-
-
-class EchoScheduler:
-    """Stands for a scheduler of one step, and hands the model output back."""
-
-    order = 1
-    init_noise_sigma = 1.0
-
-    def __init__(self, scheduler: Any, timestep: Timestep):
-        self.config = scheduler.config
-        timestep = torch.as_tensor(timestep)
-        # Pipelines iterate over timesteps: there is one entry, which may hold one timestep per sample.
-        self.timesteps = timestep.reshape(1) if timestep.numel() == 1 else timestep.reshape(1, -1)
-        self.sigmas = torch.ones(2)
-        self.output: torch.Tensor | None = None
-
-    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None):
-        self.timesteps = self.timesteps.to(device)
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        pass
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: Timestep | None = None) -> torch.Tensor:
-        return sample
-
-    def step(
-        self, model_output, timestep, sample, return_dict: bool = True, generator=None, eta=None,
-        use_clipped_model_output=None,
-    ):  # fmt: skip
-        self.output = model_output = split_variance(self.config, model_output, sample)[0]
-        return SchedulerOutput(prev_sample=model_output) if return_dict else (model_output, model_output)
 
 
 class PipelineDenoiser(Denoiser):
@@ -75,20 +54,28 @@ class PipelineDenoiser(Denoiser):
     own input coordinates (variance preserving for k-diffusion style schedulers), in the pipeline's latent layout:
     (B, C, H, W), or packed (B, N, C) with `height` and `width` passed.
 
-    Conditioning by the step's index (ControlNet's start and end) is refused, because one step has no index. Flux
-    casts the timestep to the latents' dtype. Without guidance the states have `features`, where the network is not
-    compiled. Every evaluation draws anew what the pipeline draws in its call (such as an inpainting pipeline's
-    encoding of its masked image): pass it instead (`masked_image_latents`). PixArt's binning of sizes is off: the
-    latents decide the size.
+    Conditioning by the step's index (ControlNet's start and end) is refused, because one step has no index. For a
+    pipeline without a backbone of the package the first evaluation is compared with a run of four steps, and refused
+    where these give the network other inputs, for which the network is not evaluated again. Flux casts the timestep to
+    the latents' dtype. Caches of the network (`enable_cache`) are empty before each evaluation. Without guidance the
+    states have `features`, where the network is not compiled. Every evaluation draws anew what the pipeline draws in
+    its call (such as an inpainting pipeline's encoding of its masked image): pass it instead
+    (`masked_image_latents`). PixArt's binning of sizes is off: the latents decide the size.
 
     Args:
         pipe: a diffusers pipeline whose call takes `latents`, or one of the families that have a backbone.
-        guidance_scale: classifier-free guidance; 1.0 is none. With guidance the output is the score of no density.
+        guidance_scale: None switches every guidance of the call off (`true_cfg_scale`, `pag_scale`, guiders and
+            others too), unless the call's arguments ask for one; an output that is guided all the same is refused. A
+            number above 1 is passed to the call as it is; with guidance the output is the score of no density. Where
+            the scale is an input of the network (distilled guidance, such as Flux-dev's), None is the call's default.
         **call_arguments: passed to every call: `prompt`, `negative_prompt`, `prompt_embeds`, `height`, ...
 
     Attributes:
         num_calls: evaluations so far (with classifier-free guidance each runs the network on twice the batch).
         call_arguments: arguments of every call of the pipeline.
+        guidance_scale: guidance scale of the calls; None where they have none.
+        is_guided: whether classifier-free guidance or another one was asked for.
+        embedded_guidance_scale: guidance scale that the network takes as an input; None if it takes none.
         substitute: function of the result of `encode_prompt`, of its prompt and of its `prompt_embeds`, whose own
             result is used instead in every evaluation. None: there is no substitution.
         outdated: message that says what the denoiser's arguments lack of the run; evaluations are then refused.
@@ -99,7 +86,7 @@ class PipelineDenoiser(Denoiser):
     """
 
     @check_kinds
-    def __init__(self, pipe: DiffusionPipeline | Backbone, guidance_scale: float = 1.0, **call_arguments: Any):
+    def __init__(self, pipe: DiffusionPipeline | Backbone, guidance_scale: float | None = None, **call_arguments: Any):
         self.backbone = pipe if isinstance(pipe, Backbone) else backbone_of(pipe, any_pipeline=True)
         parameters, call_arguments = self.backbone.parameters, check_call(self.backbone.parameters, call_arguments)
         unknown = sorted(set(call_arguments) - set(parameters))
@@ -120,13 +107,39 @@ class PipelineDenoiser(Denoiser):
             )
         self.backbone.check_scheduler()
         super().__init__(self.backbone.scheduler)
-        self.guidance_scale = guidance_scale
-        if "guidance_scale" in parameters:
-            call_arguments = {"guidance_scale": guidance_scale, **call_arguments}
-        self.call_arguments = {name: value for name, value in DEFAULTS.items() if name in parameters} | call_arguments
+        self._set_guidance(guidance_scale, call_arguments)
+        self._is_checked = has_tested_call(self.backbone)
+        self._level_error = 0.0
         self._encoded: dict[Hashable, tuple[Any, ...]] = {}
         self.outdated: str | None = None
         self.substitute: Callable[[tuple, object, torch.Tensor | None], tuple] | None = None
+
+    def _set_guidance(self, scale: float | None, call_arguments: dict[str, Any]) -> None:
+        """Sets `call_arguments`, and what they say of the guidance."""
+        parameters, values = (
+            self.backbone.parameters,
+            switched_off(type(self.pipe), self.backbone.parameters, self.backbone.config),
+        )
+        self._guiders_scale = scale
+        has_guiders = bool(guiders_of(self.backbone.name, self.pipe.components, scale))
+        if scale is not None and "guidance_scale" in parameters:
+            call_arguments["guidance_scale"] = scale
+        elif scale not in (None, 1) and not has_guiders:
+            raise InputError(
+                f"The call of {self.backbone.name} takes no `guidance_scale`; got {scale}. Leave it out, or pass the "
+                f"arguments by which it guides: {', '.join(values) or 'it has none'}."
+            )
+        self.is_guided = asks_for_guidance(values, call_arguments) or (has_guiders and scale not in (None, 1))
+        defaults = {name: value for name, value in DEFAULTS.items() if name in parameters}
+        self.call_arguments = defaults | ({} if self.is_guided else values) | call_arguments
+        scales = {
+            name: self.call_arguments.get(name, parameters[name].default)
+            for name in ("distilled_guidance_scale", "guidance_scale")
+            if name in parameters
+        }
+        self.guidance_scale = scales.get("guidance_scale", scale)
+        if embeds_guidance(self.backbone.config):
+            self.embedded_guidance_scale = next(iter(scales.values()), None)
 
     @property
     def pipe(self) -> DiffusionPipeline:
@@ -146,6 +159,31 @@ class PipelineDenoiser(Denoiser):
     def network(self) -> torch.nn.Module | None:
         """The pipeline's denoising network."""
         return self.backbone.network
+
+    @check_kinds
+    def level(self, timestep: Timestep) -> NoiseLevel:
+        """Returns the noise level of the model's input at `timestep`.
+
+        Raises:
+            UnsupportedError: the pipeline's timesteps have another meaning.
+        """
+        if self._level_error > SAME_LEVEL:
+            raise UnsupportedError(
+                f"{self.backbone.name} tells its network timesteps that are not those of its scheduler's sigmas (they "
+                f"differ by a noise level of {self._level_error:.2g}), so the level at a timestep is not known. "
+                "Differentiate a run: its states have the run's own levels."
+            )
+        return super().level(timestep)
+
+    def select_samples(self, rows: torch.Tensor) -> PipelineDenoiser:
+        """Returns a denoiser whose call has the conditions of these samples alone; see `Denoiser.select_samples`.
+
+        Taken apart are the arguments of the call that stand for one sample per entry: conditions, and other tensors
+        and lists of as many entries as the conditions have.
+        """
+        selected = copy.copy(self)
+        selected.call_arguments, selected._encoded = select_conditions(self.call_arguments, rows), {}
+        return selected
 
     def pooled_condition(self) -> torch.Tensor | None:
         """Returns one vector per sample, (B, width), of the call's conditions; see `Denoiser.pooled_condition`."""
@@ -170,20 +208,63 @@ class PipelineDenoiser(Denoiser):
                 "estimator that needs no denoiser, such as DirectFisher()."
             )
         self._check_input(x, timestep)
-        scheduler = EchoScheduler(self.scheduler, timestep)
-        arguments = {
-            "num_inference_steps": 1, "output_type": "latent", "return_dict": False,
-            **self.backbone.size_arguments_of(x), **self._repeats(len(x)), **self.call_arguments,
-        }  # fmt: skip
-        with record_summaries(self.network) as features:
-            result = self.backbone.call(
-                scheduler, x.to(self.backbone.dtype), with_graph=torch.is_grad_enabled() and x.requires_grad,
-                encode_prompt=self.encode_prompt, **arguments,
-            )  # fmt: skip
+        latents, networks = x.to(self.backbone.dtype), denoising_networks(self.pipe.components)
+        scheduler = echo_scheduler(self.scheduler, timestep)
+        with record_summaries(self.network) as features, count_evaluations(networks.values()) as evaluations:
+            if self._is_checked:
+                result = self._call(scheduler, latents, with_graph=torch.is_grad_enabled() and x.requires_grad)
+            else:
+                result = self._checked_call(scheduler, latents, RecordedNetworks(networks), timestep)
         self.num_calls += 1
         # With guidance there are two evaluations, or one of twice the batch: the features belong to no single output.
         self._features = features[0] if len(features) == 1 and len(features[0]) == len(x) else None
-        return self._check_result(result[0], scheduler.output, x, timestep)
+        self._level_error = scheduler.level_error
+        output = self._check_result(result[0], scheduler, latents, timestep)
+        if not self.is_guided:
+            check_evaluations(self.backbone.name, self.backbone.parameters, evaluations, len(x))
+        return output
+
+    def _checked_call(
+        self, scheduler: EchoScheduler, latents: torch.Tensor, networks: RecordedNetworks, timestep: Timestep
+    ) -> tuple:
+        """Returns the result of `_call`, after a comparison of its step with those of a run."""
+        restore_random = random_state(self.call_arguments, self.device)
+        with networks.recording():
+            result = self._call(scheduler, latents, with_graph=torch.is_grad_enabled() and latents.requires_grad)
+        if scheduler.outputs and scheduler.samples[0].shape == latents.shape:  # else `_check_result` raises
+            restore_random, restore_now = random_state(self.call_arguments, self.device), restore_random
+            restore_now()  # so that the run draws what the single step drew
+            run = functools.partial(self._call, latents=latents.detach())
+            try:
+                steps = echo_scheduler(self.scheduler, timestep, PROBE_STEPS, holds_sample=True)
+                networks.compare_steps(self.backbone, scheduler.outputs[0], steps, run)
+            finally:
+                restore_random()
+            self._is_checked = True
+        return result
+
+    def _call(
+        self, scheduler: EchoScheduler, latents: torch.Tensor, with_graph: bool = False, **components: torch.nn.Module
+    ) -> tuple:
+        """Calls the pipeline on `scheduler`. Raises `UnsupportedError` if the call needs more of a scheduler."""
+        arguments = {
+            "num_inference_steps": max(len(scheduler.timesteps), CALL_STEPS),
+            "output_type": "latent", "return_dict": False, **self.backbone.size_arguments_of(latents),
+            **self._repeats(len(latents)), **self.call_arguments,
+        }  # fmt: skip
+        try:
+            return self.backbone.call(
+                scheduler, latents, with_graph=with_graph, encode_prompt=self.encode_prompt,
+                components=components | guiders_of(self.backbone.name, self.pipe.components, self._guiders_scale),
+                **arguments,
+            )  # fmt: skip
+        except AttributeError as error:
+            if not isinstance(error.obj, EchoScheduler):
+                raise
+            raise UnsupportedError(
+                f"The call of {self.backbone.name} reads `scheduler.{error.name}`, which belongs to a whole run. "
+                f"{ADVICE}"
+            ) from error
 
     def _repeats(self, count: int) -> dict[str, int]:
         """Returns the call argument by which one prompt serves `count` samples; none where it is not needed.
@@ -208,28 +289,35 @@ class PipelineDenoiser(Denoiser):
         return {}
 
     def _check_result(
-        self, result: torch.Tensor, output: torch.Tensor | None, x: torch.Tensor, timestep: Timestep
+        self, result: torch.Tensor, scheduler: EchoScheduler, latents: torch.Tensor, timestep: Timestep
     ) -> torch.Tensor:
-        """Returns the call's result. Raises unless it is finite, and equal to the scheduler's model `output`."""
+        """Returns the model output of the call's one step.
+
+        Raises unless it is finite, belongs to `latents` and, for pipelines with a backbone, is the call's result.
+        """
         name = self.backbone.name
-        if output is None:
+        if not scheduler.outputs:
             raise UnsupportedError(
                 f"{name} ended its call without a step of its scheduler, so there is no model output. Leave out what "
                 "shortens or interrupts its run."
             )
-        if result is not output and not _are_equal(result, output):
+        output = scheduler.outputs[0]
+        if isinstance(self.backbone, AnyPipelineBackbone):
+            check_sample(self.backbone, scheduler, latents)
+        elif result is not output and not _are_equal(result, output):
             raise UnsupportedError(
-                f"{name} changed the latents after its scheduler's step (an inpainting blend, or a callback), so what "
-                "it returned is not the model output. Use the text-to-image pipeline over the same components."
+                f"{name} returned other latents than its scheduler's step, {describe_change(output, result)}: it "
+                "blends, scales or unpacks them after the step, or a callback changed them, so they are not the model "
+                f"output. {ADVICE}"
             )
-        if not torch.isfinite(result).all():
-            low, high = map(float, x.detach().aminmax())
+        if not torch.isfinite(output).all():
+            low, high = map(float, latents.detach().aminmax())
             raise NumericalError(
                 f"The denoiser's output at timestep {timestep} is not finite, with weights in {self.backbone.dtype} "
                 f"and inputs from {low:.3g} to {high:.3g}. Check the weights, and that inputs "
                 "are finite and of the noise level's size."
             )
-        return result
+        return output
 
     def _check_input(self, x: torch.Tensor, timestep: Timestep) -> None:
         check_floats("The model input", x)
@@ -249,10 +337,7 @@ class PipelineDenoiser(Denoiser):
             raise InputError(
                 f"{count} timesteps were given for {len(x)} samples; allowed: one for all, or one per sample."
             )
-        doubles_batch = self.guidance_scale > 1
-        if "true_cfg_scale" in self.backbone.parameters:  # then the other scale is an input of the network
-            doubles_batch = self.call_arguments.get("true_cfg_scale", 1.0) > 1
-        if count > 1 and doubles_batch:
+        if count > 1 and self.is_guided:
             raise UnsupportedError(
                 f"With guidance (scale {self.guidance_scale}) {self.backbone.name} runs twice the batch, which has no "
                 "such timesteps; call once for every timestep, or at guidance scale 1."

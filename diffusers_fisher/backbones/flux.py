@@ -8,7 +8,6 @@ import torch
 
 from ..errors import InputError
 from .base import Backbone
-from .unguided import check_unguided
 
 
 class FluxBackbone(Backbone):
@@ -41,6 +40,7 @@ class FluxBackbone(Backbone):
             raise InputError("Packed latents don't tell the image's shape; give `pixels`, its height and width.")
         return self.pipe._unpack_latents(latents, *pixels, self.factor)
 
-    def unguided_scale(self, call_arguments: dict[str, Any]) -> float:
-        check_unguided("true_cfg_scale", call_arguments.get("true_cfg_scale", 1.0))
-        return call_arguments.pop("guidance_scale", self.parameters["guidance_scale"].default)
+    def unguided_scale(self, call_arguments: dict[str, Any]) -> float | None:
+        scale = call_arguments.pop("guidance_scale", None)  # Flux-schnell takes any, and has no use for it.
+        super().unguided_scale(call_arguments)
+        return scale

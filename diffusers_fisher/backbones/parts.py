@@ -29,10 +29,16 @@ LatentStatistics = tuple[torch.Tensor, torch.Tensor]
 
 @dataclasses.dataclass
 class CheckpointParts:
-    """Parts of a checkpoint that stock diffusers knows nothing of; None where the checkpoint has none."""
+    """Parts of a checkpoint that stock diffusers knows nothing of; None where the checkpoint has none.
+
+    Args:
+        latent_spectrum: variances of the coefficients of the discrete cosine transform of the training data's latents
+            over the last two axes, of one sample's shape; it belongs to the mean of `latent_statistics`.
+    """
 
     trace_model: FisherTraceModel | None = None
     latent_statistics: LatentStatistics | None = None
+    latent_spectrum: torch.Tensor | None = None
 
 
 _STOCK: weakref.WeakKeyDictionary[DiffusionPipeline, CheckpointParts] = weakref.WeakKeyDictionary()
@@ -67,9 +73,34 @@ def set_checkpoint_parts(pipe: DiffusionPipeline, parts: CheckpointParts) -> Non
     vars(pipe)[_ATTRIBUTE] = parts
 
 
+def checkpoint_moments(
+    pipe: DiffusionPipeline, shape: torch.Size, is_packed: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None, str]:
+    """Returns mean and variance of the training data's latents (None where they are unknown) for samples of `shape`.
+
+    The third entry names the coordinates of the variance: "dct" for the checkpoint's spectrum, which fits latents of
+    its own size that are not packed; else "pixel".
+    """
+    parts = checkpoint_parts(pipe)
+    if parts.latent_statistics is None:
+        return None, None, "pixel"
+    if parts.latent_spectrum is not None and parts.latent_spectrum.shape == shape and not is_packed:
+        return parts.latent_statistics[0], parts.latent_spectrum, "dct"
+    # Statistics per element fit latents of one size; for other sizes their mean over space stands for them.
+    mean, variance = (
+        value if value.shape == shape else value.mean(dim=(-2, -1), keepdim=True) for value in parts.latent_statistics
+    )
+    return mean, variance, "pixel"
+
+
 def load_parts(source: str | os.PathLike, **hub_arguments: Any) -> CheckpointParts:
     """Loads the parts kept with checkpoint `source`. Raises `CheckpointError` for a damaged file."""
-    return CheckpointParts(load_trace_model(source, **hub_arguments), load_statistics(source, **hub_arguments))
+    statistics = load_statistics(source, **hub_arguments)
+    return CheckpointParts(
+        load_trace_model(source, **hub_arguments),
+        None if statistics is None else (statistics["mean"], statistics["variance"]),
+        None if statistics is None else statistics.get("spectrum"),
+    )
 
 
 def load_trace_model(source: str | os.PathLike, **hub_arguments: Any) -> FisherTraceModel | None:
@@ -85,8 +116,8 @@ def load_trace_model(source: str | os.PathLike, **hub_arguments: Any) -> FisherT
     return FisherTraceModel.from_pretrained(source, subfolder=TRACE_MODEL, **hub_arguments)
 
 
-def load_statistics(source: str | os.PathLike, **hub_arguments: Any) -> LatentStatistics | None:
-    """Loads the latents' (mean, variance) kept with checkpoint `source`; None where there are none.
+def load_statistics(source: str | os.PathLike, **hub_arguments: Any) -> dict[str, torch.Tensor] | None:
+    """Loads the latents' mean and variance, and their spectrum if there is one; None where there are none.
 
     Raises:
         CheckpointError: a damaged file.
@@ -97,7 +128,7 @@ def load_statistics(source: str | os.PathLike, **hub_arguments: Any) -> LatentSt
     tensors, _ = load_tensors(file)
     if not {"mean", "variance"} <= tensors.keys():
         raise CheckpointError(f"'{file}' holds {sorted(tensors)}; it must hold mean and variance. Save it again.")
-    return tensors["mean"], tensors["variance"]
+    return tensors
 
 
 def load_scheduler_name(source: str | os.PathLike, **hub_arguments: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, UnsupportedError
@@ -26,6 +27,9 @@ BACKBONES: dict[str, str | type[Backbone]] = {
 }
 """Backbones by the name of the stock pipeline class, loaded at their first use; subclasses inherit them."""
 
+TESTED = frozenset(BACKBONES)
+"""Names of the stock pipeline classes whose calls the package's tests compare with their runs."""
+
 
 DIFFERENTIATE_RUNS = (
     "Its sampling runs may be differentiated all the same: set pipe.scheduler = "
@@ -38,6 +42,12 @@ DIFFERENTIATE_RUNS = (
 def register_backbone(pipeline: type[DiffusionPipeline], backbone: type[Backbone]) -> None:
     """Registers the backbone of pipelines of class `pipeline` and of its subclasses."""
     BACKBONES[pipeline.__name__] = backbone
+
+
+def has_tested_call(backbone: Backbone) -> bool:
+    """Returns whether the pipeline's call is the stock one of a class that the package has a backbone for."""
+    is_stock = inspect.unwrap(backbone.function).__module__.startswith(("diffusers.", "diffusers_fisher."))
+    return is_stock and any(parent.__name__ in TESTED for parent in type(backbone.pipe).__mro__)
 
 
 def backbone_of(pipe: DiffusionPipeline, any_pipeline: bool = False) -> Backbone:

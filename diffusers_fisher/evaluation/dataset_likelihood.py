@@ -14,9 +14,11 @@ from pydantic import Field
 from tqdm.auto import tqdm
 
 from ..backbones import backbone_of
+from ..curvature import BoundOptions, LikelihoodBound
+from ..curvature.pipeline import likelihood_bound
 from ..data import Caption, Example, ImageData, Images, ImageStream, no_images, open_images
-from ..errors import CoarseGridWarning, InputError, NumericalError
-from ..files import finite_number, read_table, write_json
+from ..errors import CoarseGridWarning, InputError, NumericalError, TraceModelWarning
+from ..files import read_table, write_json
 from ..fisher import AutodiffFisher, FiniteDifferenceFisher, FisherEstimator
 from ..jobs.config import flat_settings
 from ..jobs.folder_lock import locked_folder
@@ -25,11 +27,12 @@ from ..jobs.pipelines import DenoiserSettings, load_pipeline
 from ..jobs.processes import process_state
 from ..jobs.records import SETTINGS, Records, shard
 from ..likelihood import DEFAULT_SCHEME, LikelihoodOutput
-from ..likelihood.pipeline import log_likelihood
+from ..likelihood.pipeline import DEFAULT_STEPS, log_likelihood
 from ..likelihood.schemes import scheme_of
 from ..pipelines import FisherPipelineMixin
-from ..settings import NotNegative, TraceEstimator, settings_class
+from ..settings import ChainVariance, LikelihoodMethod, NotNegative, TraceEstimator, settings_class
 from .dataset_likelihood_report import FILE, ImageGroup, ImageRecords, write_results
+from .dataset_records import image_record, method_of
 
 ESTIMATORS: dict[str, type[FisherEstimator]] = {
     "autodiff": AutodiffFisher,
@@ -49,25 +52,42 @@ class DatasetSettings:
         denoiser: the pipeline.
         data: the images. Their captions are the prompts, or the class labels for pipelines that take labels.
         prompt: prompt of all images. Without it and without captions, the prompt is empty.
-        num_inference_steps, scheme, bins: arguments of `log_likelihood`.
+        method: "ode" for `log_likelihood`, or "bound" for `likelihood_bound`.
+        num_inference_steps, scheme, bins: arguments of these functions; None: 32 steps, or those of the bound.
+        sample_latents: argument of `log_likelihood`.
+        variance, num_draws: arguments of `likelihood_bound`.
         estimator: estimator of the trace: "trace-model" is the pipeline's own, "autodiff" and "finite-difference" use
             probes, and "auto" is the trace model, or "finite-difference" for pipelines without one.
-            probes, and "auto" is the trace model, or "finite-difference" for pipelines without one.
-        seed: seed of probes and dequantisation. The draws of an image depend on its content alone.
+        seed: seed of probes, dequantisation and sampled latents. The draws of an image depend on its content alone.
     """
 
     denoiser: DenoiserSettings
     data: ImageData
     prompt: str | None = None
-    num_inference_steps: Annotated[int, Field(ge=2)] = 32
+    method: LikelihoodMethod = "ode"
+    num_inference_steps: Annotated[int, Field(ge=2)] | None = None
     scheme: str = DEFAULT_SCHEME
     estimator: TraceEstimator = "auto"
     num_probes: NotNegative = 1
     bins: int | None = None
     seed: int = 0
+    sample_latents: bool = False
+    variance: ChainVariance = "optimal"
+    num_draws: int | None = None
 
     def __post_init__(self) -> None:
         scheme_of(self.scheme)
+        bound = BoundOptions(self.variance, self.num_inference_steps, self.num_draws)
+        others = {"variance": self.variance != "optimal", "num_draws": self.num_draws is not None}
+        if self.method == "bound":
+            others = {
+                "scheme": self.scheme != DEFAULT_SCHEME, "estimator": bound.uses_schedule and self.estimator != "auto",
+            }  # fmt: skip
+        names = [name for name, is_set in others.items() if is_set]
+        if names:
+            raise InputError(
+                f"`{names[0]}` has no use with method '{self.method}' and variance '{self.variance}'. Leave it out."
+            )
         if self.prompt is not None and self.data.caption_column is not None:
             raise InputError("`prompt` and `caption_column` are both set; allowed: one of them. Leave the other out.")
 
@@ -80,9 +100,8 @@ def evaluate_dataset(
     With `accelerate launch`, each of n processes evaluates every n-th image, on the same grid. Records are written
     from time to time, so that the next run continues a killed one. A kill loses at most a hundredth of the run's time,
     a minute or one batch. In float32 the number of an image is the same to 1e-5 bits/dim for every batch size and
-    every number of processes; with finite differences, which divide the rounding by their step, to 1e-3 in samples of
-    256 dimensions, and the closer the more dimensions there are. An image that can't be read, does not fit the
-    pipeline or has no finite likelihood gets a record with the error.
+    every number of processes; with finite differences, which divide the rounding by their step, to 1e-3. An image that
+    can't be read, does not fit the pipeline or has no finite likelihood gets a record with the error.
 
     Args:
         output: folder of `likelihoods.jsonl` (one line per image, in the order of the data), `summary.json`,
@@ -128,11 +147,11 @@ def _evaluate(
     if resolution is not None and resolution % multiple:
         raise InputError(f"`resolution` is {resolution}; allowed for this pipeline: multiples of {multiple}.")
     backbone.check_bins(settings.bins)
-    name = chosen_estimator(pipe, settings.estimator)
+    uses_trace = settings.method == "ode" or not BoundOptions(settings.variance).uses_schedule
+    name = chosen_estimator(pipe, settings.estimator) if uses_trace else settings.estimator
     with state.main_process_first():  # the other processes use the files that the main process has downloaded
         images = open_images(settings.data, backbone.image_channels, backbone.takes_text)
-        note = {**flat_settings(dataclasses.asdict(settings)), "estimator": name, "images": images_digest(images)}
-        del note["data.max_pixels"]  # no number depends on it, and --retry-failed may take another limit
+        note = {**_settings_note(settings), "estimator": name, "images": images_digest(images)}
         records = _open_records(output, {**note, **pipeline_digests(pipe)}, images, retry_failed)
         before = ImageRecords(records)
     begin = time.perf_counter()
@@ -147,6 +166,17 @@ def _evaluate(
     seconds = time.perf_counter() - begin
     run = {"processes": state.num_processes, "batch_size": batch_size, "seconds": seconds}
     return write_results(records, images, count, run | {"images": count - len(positions)})
+
+
+def _settings_note(settings: DatasetSettings) -> dict[str, Any]:
+    """Returns the settings on which the numbers depend; those of the ODE as before there were bounds."""
+    note = flat_settings(dataclasses.asdict(settings))
+    del note["data.max_pixels"]  # no number depends on it, and --retry-failed may take another limit
+    if settings.method == "ode":
+        note["num_inference_steps"] = settings.num_inference_steps or DEFAULT_STEPS
+        for name in ("method", "variance", "num_draws"):
+            del note[name]
+    return note
 
 
 def _open_records(output: Path, note: dict[str, Any], images: Images, retry_failed: bool) -> Records:
@@ -308,7 +338,8 @@ class ImageShare:
         settings = self.settings
         captions = [settings.prompt if settings.prompt is not None else example.caption for _, example in group]
         generator = torch.Generator().manual_seed(settings.seed)
-        options: dict[str, Any] = {"scheme": settings.scheme, "bins": settings.bins, "generator": generator}
+        options: dict[str, Any] = {"bins": settings.bins, "generator": generator}
+        options["num_inference_steps"] = settings.num_inference_steps
         if any(caption is not None for caption in captions):
             options["prompt"] = [self._condition(caption) for caption in captions]
         if settings.estimator in ESTIMATORS:
@@ -316,10 +347,19 @@ class ImageShare:
         error: Exception | None = None
         try:
             # The summary warns once, for all images.
-            with warnings.catch_warnings(action="ignore", category=CoarseGridWarning):
+            with warnings.catch_warnings():
+                for category in (CoarseGridWarning, TraceModelWarning):
+                    warnings.simplefilter("ignore", category)
                 # The conditions in `options` may be prompts, labels or none.
                 pixels = torch.stack([example.pixels for _, example in group])
-                out = log_likelihood(self.pipe, pixels, num_inference_steps=settings.num_inference_steps, **options)
+                out: LikelihoodOutput | LikelihoodBound
+                if settings.method == "ode":
+                    out = log_likelihood(
+                        self.pipe, pixels, scheme=settings.scheme, sample_latents=settings.sample_latents, **options
+                    )
+                else:
+                    variance, draws = settings.variance, settings.num_draws
+                    out = likelihood_bound(self.pipe, pixels, variance=variance, num_draws=draws, **options)
         # diffusers raises ValueError, of which InputError is a subclass.
         except (ValueError, NumericalError, MemoryError, RuntimeError) as exception:
             if isinstance(exception, RuntimeError) and not is_out_of_memory(exception):
@@ -328,9 +368,9 @@ class ImageShare:
         if error is not None:
             return self._evaluate_singly(group, error)
         if self.method is None:
-            self.method = {name: getattr(out, name) for name in ("space", "density", "prior", "trace", "scheme")}
+            self.method = method_of(out)
         rows = enumerate(zip(group, captions, strict=True))
-        return [_record(position, example, caption, out, row) for row, ((position, example), caption) in rows]
+        return [image_record(position, example, caption, out, row) for row, ((position, example), caption) in rows]
 
     def _condition(self, caption: Caption) -> str | int:
         """Returns the condition for a caption.
@@ -381,13 +421,3 @@ def is_out_of_memory(error: Exception) -> bool:
     """Returns whether there was too little memory. The allocator of the CPU says so by a `RuntimeError`."""
     words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
-
-
-def _record(position: int, example: Example, caption: Caption, out: LikelihoodOutput, index: int) -> dict[str, Any]:
-    """Returns the record of one image."""
-    nats = ("bits_per_dim", "log_prob", "prior_log_prob", "trace_log_prob", "standard_error", "discretisation_error")
-    numbers: dict[str, float | None] = {key: float(getattr(out, key)[index]) for key in nats}
-    numbers["standard_error"] = finite_number(float(out.standard_error[index]))  # one probe has no standard error
-    fractions = [round(value, 6) for value in out.unexplained_noise_fraction[:, index].tolist()]
-    record = {"position": position, "name": example.name, "caption": caption, **numbers, "dims": out.dims}
-    return {**record, **({"transparent": True} if example.transparent else {}), "r": fractions}

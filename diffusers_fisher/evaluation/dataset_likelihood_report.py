@@ -21,6 +21,7 @@ from ..image_folders import printable_name
 from ..jobs.identity import Note
 from ..jobs.pages import Page
 from ..jobs.records import Records
+from ..likelihood.output import DISAGREES
 from ..likelihood.solver import COARSE
 from ..settings import NotNegative, Positive
 
@@ -28,7 +29,8 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 IMAGES_PER_END = 24  # images of each end on the page
 MAX_NAMES = 100  # the summary and the page name this many left-out images at most; likelihoods.jsonl names all
 CAPTIONS = 50  # the summary has means by caption if there are at most this many different captions
-NUMBERS = ["bits_per_dim", "discretisation_error", "standard_error", "dims"]  # numbers of a record in the table
+# Numbers of a record in the table. Records of earlier versions lack the total error.
+NUMBERS = ["bits_per_dim", "discretisation_error", "standard_error", "total_error", "dims"]
 FILE = "file"  # key of a record's hash, which identifies the image
 PICTURE = 256  # pixels of a picture's longer side on the page
 
@@ -50,6 +52,8 @@ class ImageLikelihood(BaseModel):
     bits_per_dim: FiniteFloat
     discretisation_error: FiniteFloat
     standard_error: FiniteFloat | None
+    total_error: FiniteFloat | None = None
+    trace_check: str | None = None
     dims: Positive
 
 
@@ -61,6 +65,7 @@ class LikelihoodMethod(BaseModel):
     prior: str
     trace: str
     scheme: str
+    evaluations: Positive | None = None
 
 
 class ImageGroup(BaseModel):
@@ -154,7 +159,7 @@ def write_results(records: Records, images: Images, total: int, run: Note) -> di
 def _write_table(results: ImageRecords, path: Path) -> tuple[pandas.DataFrame, list[dict[str, Any]]]:
     """Writes the file of all records. Returns a table with one row per image that has a likelihood, and the records of
     the images that have none."""
-    rows, failures, columns = [], [], ["position", "name", "caption", *NUMBERS, "transparent"]
+    rows, failures, columns = [], [], ["position", "name", "caption", *NUMBERS, "trace_check"]
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         for record in results:
             line = {name: value for name, value in record.items() if name != FILE}
@@ -162,9 +167,9 @@ def _write_table(results: ImageRecords, path: Path) -> tuple[pandas.DataFrame, l
             if "error" in record:
                 failures.append(record)
             else:
-                rows.append([record[name] for name in columns[:-1]] + [record.get("transparent", False)])
+                rows.append([record.get(name) for name in columns] + [record.get("transparent", False)])
     # As objects first, because captions that are labels or None must not become floating-point numbers.
-    table = pandas.DataFrame(rows, columns=columns, dtype=object)
+    table = pandas.DataFrame(rows, columns=[*columns, "transparent"], dtype=object)
     table[NUMBERS] = table[NUMBERS].astype(float).fillna(math.inf)  # null: an error that is not known
     return table, failures
 
@@ -173,7 +178,7 @@ def _summarise(
     results: ImageRecords, table: pandas.DataFrame, failures: Sequence[dict[str, Any]], run: Note
 ) -> dict[str, Any]:
     bits, nats = table["bits_per_dim"], table["dims"] * math.log(2)  # nats of one bit/dim
-    steps, probes = table["discretisation_error"] / nats, table["standard_error"] / nats
+    steps, probes, whole = (table[name] / nats for name in ("discretisation_error", "standard_error", "total_error"))
     return {
         "images": len(results.positions), "evaluated": len(bits), "left_out": len(failures),
         "left_out_images": [{"name": row["name"], "error": row["error"]} for row in failures[:MAX_NAMES]],
@@ -184,15 +189,22 @@ def _summarise(
         },
         "errors_in_bits_per_dim": {
             "discretisation_mean": float(steps.mean()), "discretisation_greatest": float(steps.max()),
-            "probes_mean": finite_number(probes.mean()),
+            "probes_mean": finite_number(probes.mean()), "total_mean": finite_number(whole.mean()),
         },
         "images_on_a_coarse_grid": int((steps > COARSE).sum()),
+        "images_with_a_wrong_trace_model": int((table["trace_check"] == DISAGREES).sum()),
         "several_sizes": table["dims"].nunique() > 1,
-        "method": results.method, "evaluations_an_image": results.records.settings["num_inference_steps"] + 1,
+        "method": results.method, "levels": _levels(results),
         "process_seconds": results.seconds,
         "images_per_process_second": len(results.positions) / max(results.seconds, 1e-9),
         "last_run": {**run, "images_per_second": run["images"] / max(run["seconds"], 1e-9)},
     }  # fmt: skip
+
+
+def _levels(results: ImageRecords) -> int:
+    """Returns the number of evaluations of the denoiser per image, those of its trace and of checks not counted."""
+    evaluations: int | None = (results.method or {}).get("evaluations")
+    return results.records.settings["num_inference_steps"] + 1 if evaluations is None else evaluations
 
 
 def _by_caption(table: pandas.DataFrame) -> list[dict[str, Any]]:
@@ -228,7 +240,7 @@ def _page(summary: Note, settings: Note, figure: Figure, ends: Mapping[str, pand
         f"{settings['data.split']}): {summary['evaluated']} of {summary['images']} images evaluated, "
         f"{summary['left_out']} left out. Density of the {method['space']}, {method['density']}; prior "
         f"{method['prior']}; trace {method['trace']}; scheme "
-        f"{method['scheme']}, {summary['evaluations_an_image']} evaluations of the denoiser per image."
+        f"{method['scheme']}, {summary['levels']} noise levels."
     )
     for sentence in _warnings(summary):
         page.paragraph(sentence)
@@ -238,6 +250,7 @@ def _page(summary: Note, settings: Note, figure: Figure, ends: Mapping[str, pand
     rows += [("greatest", bits["greatest"]), ("discretisation error, mean", errors["discretisation_mean"])]
     rows += [("discretisation error, greatest", errors["discretisation_greatest"])]
     rows += [("error by the probes, mean", errors["probes_mean"])]
+    rows += [("total error (95%), mean", errors["total_mean"])]
     page.table(("bits/dim (lower is likelier)", ""), rows)
     page.figure(figure, "Images by bits/dim.")
     if summary["by_caption"]:
@@ -296,11 +309,17 @@ def _outline(summary: Note, folder: Path) -> str:
 def _warnings(summary: Note) -> list[str]:
     """Returns the sentences that warn a reader of the numbers."""
     sentences, coarse, files = [], summary["images_on_a_coarse_grid"], summary["files_not_read"]
+    wrong = summary["images_with_a_wrong_trace_model"]
     if coarse:
         worst = summary["errors_in_bits_per_dim"]["discretisation_greatest"]
         sentences.append(
             f"The grid is coarse for {coarse} images: their discretisation error is estimated at up to {worst:.3f} "
             "bits/dim. Take more steps."
+        )
+    if wrong:
+        sentences.append(
+            f"The trace model disagrees with differences of its denoiser for {wrong} images, whose `total_error` says "
+            "how far off they may be. Take another estimator for them."
         )
     if summary["several_sizes"]:
         sentences.append("The images are of several sizes, whose likelihoods can't be compared; set a resolution.")

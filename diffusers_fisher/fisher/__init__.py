@@ -1,5 +1,6 @@
 """Estimators of the diffusion Fisher. Each has its own file, and all have the same interface."""
 
+from .agreement import ModelFunction
 from .autodiff import AutodiffFisher
 from .bounds import (
     centred_endpoint_error_bound,
@@ -10,7 +11,7 @@ from .bounds import (
 from .direct import DirectFisher
 from .endpoint import EndpointFisher
 from .estimate import Estimate, Probes, antithetic, gaussian, orthogonal, rademacher
-from .estimator import FisherEstimator, ModelFunction
+from .estimator import FisherEstimator
 from .exact import ExactFisher
 from .finite_difference import FiniteDifferenceFisher
 from .gaussian_data import GaussianFisher, TraceCorrectedFisher

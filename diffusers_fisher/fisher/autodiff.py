@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+
 import torch
 
 from ..arguments import check_kinds
 from ..denoiser import Denoiser
 from ..errors import InputError, UnsupportedError
 from ..noise import DenoisingState, expand
-from .estimator import FisherEstimator, ModelFunction, model_function
+from .agreement import ModelFunction, check_output, model_function
+from .estimator import FisherEstimator
 from .operator import FisherOperator, ModelFisherOperator
+
+OutputCheck = Callable[[torch.Tensor], None]
 
 
 class AutodiffFisher(FisherEstimator):
@@ -60,19 +66,32 @@ class AutodiffFisher(FisherEstimator):
 
     @check_kinds
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> ModelFisherOperator:
-        if self.forward_mode:
-            return ForwardOperator(state, model_function(self.denoiser))
-        if state.sample.requires_grad and state.model_output.requires_grad:
+        has_graph = state.sample.requires_grad and state.model_output.requires_grad
+        if has_graph and not self.forward_mode:
             return AutodiffOperator(state, None, self.chunk_size)
-        return AutodiffOperator(state, model_function(self.denoiser), self.chunk_size)
+        function = model_function(self.denoiser)
+        check = functools.partial(check_output, self.denoiser, state) if self.compares_output else None
+        if self.forward_mode:
+            return ForwardOperator(state, function, check)
+        return AutodiffOperator(state, function, self.chunk_size, check)
+
+    def check_outputs(self, states: Sequence[DenoisingState]) -> None:
+        """Does nothing: each operator compares the output of its own evaluation."""
 
 
 class AutodiffOperator(ModelFisherOperator):
-    """See `AutodiffFisher`. The graph is built at the first product and lives as long as the operator."""
+    """See `AutodiffFisher`. The graph is built at the first product and lives as long as the operator.
 
-    def __init__(self, state: DenoisingState, function: ModelFunction | None, chunk_size: int = 1):
+    `check` is called with the output of the operator's own evaluation.
+    """
+
+    def __init__(
+        self, state: DenoisingState, function: ModelFunction | None, chunk_size: int = 1,
+        check: OutputCheck | None = None,
+    ):  # fmt: skip
         super().__init__(state)
         self._function = function
+        self._check_output = check
         self._graph = (state.sample, state.model_output) if function is None else None
         self.chunk_size = chunk_size
         self._batched = True
@@ -102,7 +121,7 @@ class AutodiffOperator(ModelFisherOperator):
                 "The state brought its own graph, so the denoiser is not at hand for Jacobian-vector products; make "
                 "the operator with AutodiffFisher(denoiser) from a state without a graph."
             )
-        return ForwardOperator(self.state, self._function)
+        return ForwardOperator(self.state, self._function, self._check_output)
 
     def _build(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._graph is None:
@@ -116,6 +135,8 @@ class AutodiffOperator(ModelFisherOperator):
                     "that is differentiable (not under no_grad, inference_mode or compiled without grad). Use "
                     "FiniteDifferenceFisher, which needs none."
                 )
+            if self._check_output is not None:
+                self._check_output(output)
             self._graph = leaf, output
         return self._graph
 
@@ -125,9 +146,10 @@ class ForwardOperator(ModelFisherOperator):
 
     calls_per_product = 1
 
-    def __init__(self, state: DenoisingState, function: ModelFunction):
+    def __init__(self, state: DenoisingState, function: ModelFunction, check: OutputCheck | None = None):
         super().__init__(state)
         self._function = function
+        self._check_output = check
 
     def output_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         """Product with the Jacobian of the raw model output, not transposed."""
@@ -141,16 +163,18 @@ class ForwardOperator(ModelFisherOperator):
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward.dual_level():
             dual = forward.make_dual(sample, direction.to(sample.dtype))
             output = self._function(expand(self.state.input_scale, dual) * dual, self.state.timestep)
-            tangent = forward.unpack_dual(output).tangent
+            primal, tangent = forward.unpack_dual(output)
         if tangent is None:
             raise InputError(
                 "The denoiser's output does not depend on its input for forward-mode autograd; use "
                 "AutodiffFisher(denoiser) without `forward_mode`, or FiniteDifferenceFisher."
             )
+        if self._check_output is not None:
+            self._check_output(primal)
         return tangent.to(v.dtype)
 
     def transposed(self) -> FisherOperator:
-        return AutodiffOperator(self.state, self._function)
+        return AutodiffOperator(self.state, self._function, check=self._check_output)
 
 
 def _gradient(output: torch.Tensor, leaf: torch.Tensor, v: torch.Tensor, **options: bool) -> torch.Tensor:

@@ -6,21 +6,19 @@ import abc
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 
 from ..denoiser import Denoiser
 from ..errors import InputError
 from ..noise import DenoisingState
+from .agreement import ModelFunction, check_states
+from .calibration import TraceCalibration
 from .operator import FisherOperator
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-ModelFunction = Callable[[torch.Tensor, Any], torch.Tensor]
-"""A network as a function `(model_input, timestep) -> raw model output`, which autograd can differentiate. The
-timestep is that of the state."""
 
 
 class FisherEstimator(abc.ABC):
@@ -44,6 +42,7 @@ class FisherEstimator(abc.ABC):
     Attributes:
         denoiser: the denoiser that the products evaluate; None if they evaluate none, or until `bind` sets it.
         needs_denoiser: whether the products evaluate `denoiser`.
+        compares_output: whether the denoiser is compared with the model outputs of a run; see `check_outputs`.
         uses_whole_run: whether the gradient of a run is right only after `through_run`, so that the estimator can't
             be used for a single step.
         uses_backward_pass: whether `output_jacobian` of the operators is the backward pass of one evaluation of the
@@ -52,6 +51,7 @@ class FisherEstimator(abc.ABC):
 
     denoiser: Denoiser | ModelFunction | None = None
     needs_denoiser: bool = False
+    compares_output: bool = True
     uses_whole_run: bool = False
     uses_backward_pass: bool = False
 
@@ -91,6 +91,16 @@ class FisherEstimator(abc.ABC):
         return None if numbers == {None} else 1
 
     @property
+    def models_trace(self) -> bool:
+        """Whether the trace comes from a trained model, whose error no probe shows. Likelihoods check such a trace."""
+        return any(component.models_trace for component in self.components.values())
+
+    @property
+    def calibration(self) -> TraceCalibration | None:
+        """Errors of the trace's model on held-out images; None where there is no model, or nothing is known."""
+        return None
+
+    @property
     def description(self) -> str:
         """Short description of the estimator for results."""
         return type(self).__name__
@@ -117,6 +127,18 @@ class FisherEstimator(abc.ABC):
         takes_denoiser = self.needs_denoiser and self.denoiser is None
         return estimator.replace(denoiser=denoiser) if takes_denoiser else estimator
 
+    def select_samples(self, rows: torch.Tensor, select: Callable[[Denoiser], Denoiser]) -> FisherEstimator:
+        """Returns the estimator of some of a batch's samples.
+
+        An estimator that holds something else per sample than its denoiser must select that too.
+
+        Args:
+            rows: (n,) int64, the samples' places in the batch.
+            select: returns the denoiser of these samples, see `Denoiser.select_samples`.
+        """
+        estimator = self.map_components(lambda component: component.select_samples(rows, select))
+        return estimator.replace(denoiser=select(self.denoiser)) if isinstance(self.denoiser, Denoiser) else estimator
+
     def check_denoiser(self, denoiser: Denoiser | DiffusionPipeline) -> None:
         """Checks that the estimator and its components belong to `denoiser`.
 
@@ -125,6 +147,41 @@ class FisherEstimator(abc.ABC):
         """
         for component in self.components.values():
             component.check_denoiser(denoiser)
+
+    def check_outputs(self, states: Sequence[DenoisingState]) -> None:
+        """Checks that the denoiser, and those of the components, give the model outputs of a run's `states`.
+
+        The library calls it once per run, before the first product. Cost: one evaluation at each of the first, the
+        middle and the last state. An estimator whose products evaluate the denoiser at the state itself may compare
+        there (`diffusers_fisher.fisher.agreement`).
+
+        Raises:
+            InputError: the denoiser is another function than the run's.
+        """
+        if self.needs_denoiser and self.compares_output:
+            check_states(self.denoiser, states)
+        for component in self.components.values():
+            component.check_outputs(states)
+
+    def without_comparison(self) -> Self:
+        """Returns the estimator whose denoiser is not compared with the model outputs of a run."""
+        estimator = self.map_components(lambda component: component.without_comparison())
+        return estimator.replace(compares_output=False) if self.needs_denoiser and self.compares_output else estimator
+
+    def at_guidance_scale(self, guidance_scale: float) -> FisherEstimator:
+        """Returns the estimator for runs at another guidance scale than its denoiser's `guidance_scale`.
+
+        Raises:
+            InputError: a denoiser has another guidance scale.
+        """
+        for denoiser in self.denoisers:
+            scale = denoiser.guidance_scale if isinstance(denoiser, Denoiser) else None
+            if scale not in (None, guidance_scale):
+                raise InputError(
+                    f"`adjoint_guidance_scale` is {guidance_scale:g}, and the estimator's denoiser has the guidance "
+                    f"scale {scale:g}. Pass the denoiser's own."
+                )
+        return self.without_model_output().without_comparison()
 
     def without_model_output(self) -> FisherEstimator:
         """Returns the estimator with products that take no difference from the state's own `model_output`.
@@ -174,20 +231,6 @@ def check_estimator(estimator: object) -> FisherEstimator:
         f"The estimator is {estimator!r}; pass a Fisher estimator such as DirectFisher() or AutodiffFisher(denoiser), "
         "as an instance. A class of your own derives from diffusers_fisher.FisherEstimator."
     )
-
-
-def model_function(denoiser: Denoiser | ModelFunction | None) -> ModelFunction:
-    """Returns the raw model output of a `Denoiser` as a function, and returns functions unchanged.
-
-    Raises:
-        InputError: there is no denoiser.
-    """
-    if denoiser is None:
-        raise InputError(
-            "The estimator has no denoiser; give it one, such as AutodiffFisher(PipelineDenoiser(pipe, prompt=...)), "
-            "or pass it to a pipeline's `guide` or `log_likelihood`, which put in their own."
-        )
-    return denoiser.model_output if isinstance(denoiser, Denoiser) else denoiser
 
 
 def _short_text(value: object) -> str:

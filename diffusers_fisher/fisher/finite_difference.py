@@ -6,7 +6,8 @@ from ..arguments import check_kinds
 from ..denoiser import Denoiser
 from ..errors import InputError
 from ..noise import DenoisingState, expand
-from .estimator import FisherEstimator, ModelFunction, model_function
+from .agreement import ModelFunction, model_function
+from .estimator import FisherEstimator
 from .numerics import dot
 from .operator import ModelFisherOperator
 
@@ -93,7 +94,7 @@ class FiniteDifferenceOperator(ModelFisherOperator):
         if self._dtype in RELATIVE_STEPS:
             rounded = self._rounded(ends[0]) - self._rounded(ends[1])
             # A step too short for the precision leaves no difference; it is 1 below, and the product 0.
-            step = (dot(rounded, v) / dot(v, v).clamp_min(torch.finfo(v.dtype).tiny)).to(step.dtype)
+            step = (dot(rounded, v) / dot(v, v).clamp_min(torch.finfo(v.dtype).tiny)).to(step.dtype).to(step.device)
         else:
             step = (1 + self._central) * step
         step = expand(step, v)

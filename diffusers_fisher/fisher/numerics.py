@@ -14,9 +14,14 @@ from ..noise import expand
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
+def widen(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor in float64, on the CPU where its device has no float64 (Apple's)."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+
+
 def dot(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Returns the inner product of every sample, (B,), accumulated in float64."""
-    return (left.double() * right.double()).flatten(1).sum(1)
+    return (widen(left) * widen(right)).flatten(1).sum(1)
 
 
 def conjugate_gradients(

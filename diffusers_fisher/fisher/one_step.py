@@ -58,6 +58,10 @@ class OneStepFisher(FisherEstimator):
         state = min(states, key=self._distance)
         return expand(state.level.alpha, gradient) * self.jacobian(state).original_jacobian(gradient)
 
+    def check_outputs(self, states: Sequence[DenoisingState]) -> None:
+        """Compares the denoiser with the run's output at the one state where `jacobian` takes its product."""
+        self.jacobian.check_outputs([min(states, key=self._distance)])
+
     def _distance(self, state: DenoisingState) -> float:
         ratio = state.level.noise_to_signal.double().log().mean()  # infinite at the ends of some schedules
         return abs(float(ratio) - math.log(self.noise_to_signal))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -18,7 +18,9 @@ from ..denoiser import Denoiser
 from ..distributions.covariance import DCTBasis
 from ..errors import InputError
 from ..noise import DenoisingState, expand
+from .calibration import TraceCalibration
 from .estimator import FisherEstimator
+from .numerics import widen
 from .operator import FisherOperator
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ class TraceOutput(Protocol):
 class TraceModel(Protocol):
     """A network that predicts the trace of the diffusion Fisher, such as `FisherTraceModel`.
 
-    `config` has "output" ("trace" or "diagonal"), "basis" ("pixel" or "dct") and "pooled_channels" (a number or None).
+    `config` has "output" ("trace" or "diagonal"), "basis" ("pixel" or "dct") and "pooled_channels" (a number or None),
+    and may have "calibration" (the fields of `TraceCalibration`, or None).
     """
 
     @property
@@ -94,6 +97,16 @@ class TraceMatchingFisher(FisherEstimator):
         """The estimator with the target of its model."""
         return f"TraceMatchingFisher (target {self.trace_model.target})"
 
+    @property
+    def models_trace(self) -> bool:
+        return True
+
+    @property
+    def calibration(self) -> TraceCalibration | None:
+        """Errors of the trace model on held-out images; None where they were not measured."""
+        values = self.trace_model.config.get("calibration")
+        return None if values is None else TraceCalibration(**values)
+
     def check_denoiser(self, denoiser: Denoiser | DiffusionPipeline) -> None:
         """Compares the trace model's fingerprint with that of `denoiser`, unless `check` is False.
 
@@ -112,6 +125,12 @@ class TraceMatchingFisher(FisherEstimator):
         if self.pooled is not None or self.trace_model.config["pooled_channels"] is None:
             return self
         return self.replace(pooled=denoiser.pooled_condition())
+
+    def select_samples(self, rows: torch.Tensor, select: Callable[[Denoiser], Denoiser]) -> TraceMatchingFisher:
+        """Returns the estimator with the pooled vectors of these samples; see `FisherEstimator.select_samples`."""
+        if self.pooled is None or len(self.pooled) == 1:
+            return self
+        return self.replace(pooled=self.pooled[rows.to(self.pooled.device)])
 
     @check_kinds
     def __call__(self, state: DenoisingState, endpoint: torch.Tensor | None = None) -> TraceMatchingOperator:
@@ -139,11 +158,12 @@ class TraceMatchingOperator(FisherOperator):
             raise InputError("The trace model's output is not finite; its weights or the state's output are damaged.")
         sample = self.state.sample
         shape = (len(m), *[1] * (sample.ndim - 1)) if m.ndim == 1 else m.shape
-        return m.to(sample.device).view(shape), one_minus_m.to(sample.device).view(shape)
+        device = widen(sample[:0]).device
+        return m.to(device).view(shape), one_minus_m.to(device).view(shape)
 
     def covariance(self, v: torch.Tensor) -> torch.Tensor:
         variance = (self.state.level.sigma / self._alpha).square()
-        return self._apply(self._shares[0] * expand(variance, v.double()), v)
+        return self._apply(self._shares[0] * expand(variance, self._shares[0]), v)
 
     def original_jacobian(self, v: torch.Tensor) -> torch.Tensor:
         return self._apply(self._shares[0], v) / expand(self._alpha, v)
@@ -182,7 +202,7 @@ class TraceMatchingOperator(FisherOperator):
     def _apply(self, factors: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Returns Q diag(factors) Q^T v for v (..., B, *shape), in the dtype of `v`."""
         if self._transform is None:
-            return factors.to(v.dtype) * v
+            return factors.to(v.dtype).to(v.device) * v
         axes = self.state.sample.ndim - 1
         z = self._transform.analyse(v.double().flatten(-axes))
         return self._transform.synthesise(factors.flatten(1) * z).to(v.dtype).view(v.shape)
@@ -195,12 +215,12 @@ def noise_shares(output: TraceOutput, state: DenoisingState) -> tuple[torch.Tens
     of two numbers of order one, which are nearly equal at small noise, so m may be negative or above one.
     """
     if output.logits is not None:
-        logits = output.logits.double()
+        logits = widen(output.logits)
         return torch.sigmoid(logits), torch.sigmoid(-logits)
     if output.second_moment is None:
         raise InputError("The trace model's output is empty; pass what its `forward` or `evaluate` returns.")
-    moment = output.second_moment.double()
-    level, clean = state.level, state.pred_original_sample.detach().double()
+    moment = widen(output.second_moment)
+    level, clean = state.level, widen(state.pred_original_sample.detach())
     snr = (level.alpha / level.sigma).square().to(moment.device)
     m = snr * (moment - clean.square().flatten(1).mean(1).to(moment.device))
     return m, 1 - m

@@ -166,7 +166,9 @@ class GuidedRun:
             that are optimised (none without `with_gradient`).
         """
         controls = self._set_variables(variables)
-        with self.scheduler.differentiable(self.estimator, controls=controls) as trajectory:
+        # The runs differ in their noise alone, so the first one shows whether the denoiser is theirs.
+        estimator = self.estimator if step == 0 else self.estimator.without_comparison()
+        with self.scheduler.differentiable(estimator, controls=controls) as trajectory:
             latents = self.sample(variables["noise"])
         _check_end(latents, trajectory, step)
         ascent.num_sampling_calls += len(trajectory.states)
@@ -231,7 +233,16 @@ class GuidedRun:
         for name, gradient in gradients.items():
             if not torch.isfinite(gradient).all():
                 raise NumericalError(f"The gradient of the {name} is not finite.")
-        return {name: gradients[name] for name in VARIABLES if name in self.optimise}
+        gradients = {name: gradients[name] for name in VARIABLES if name in self.optimise}
+        stand_still = not any(bool(gradient.any()) for gradient in gradients.values())
+        is_closed_form = not (self.estimator.needs_graph or self.estimator.calls_per_product)
+        if stand_still and is_closed_form and bool((trajectory.states[0].level.alpha == 0).all()):
+            raise InputError(
+                f"With {type(self.estimator).__name__} the gradient is zero: the noise reaches the image through a "
+                "prediction at pure noise alone (alpha = 0), which it takes to be the same for every noise. Use "
+                "AutodiffFisher(), or more steps."
+            )
+        return gradients
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,20 +10,24 @@ from typing import Any, cast
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..arguments import check_kinds
 from ..backbones import Backbone, PipelineDenoiser, backbone_of
 from ..backbones.base import Generators
 from ..backbones.conditions import Condition
 from ..backbones.inputs import check_arguments
-from ..backbones.networks import check_weights
+from ..backbones.networks import check_no_cache, check_weights
 from ..backbones.run import SamplingRun
 from ..backbones.stock_calls import restore_attributes
+from ..backbones.unguided import default_guidance
 from ..denoiser import Denoiser
 from ..errors import InputError
+from ..fisher.autodiff import AutodiffFisher
 from ..fisher.estimator import FisherEstimator
 from ..fisher.one_step import OneStepFisher
 from ..images import ImageLike
+from ..noise import noise_schedule
 from .checks import Reward, check_differentiable, check_guidance, check_num_steps
 from .movers import OptimizerFactory, optimizer_factory
 from .noise_ascent import VARIABLES, AscentSettings, GuidanceOutput, GuidedRun, NoiseAscent, ascend_noise
@@ -73,7 +77,8 @@ def guide(
         num_guidance_steps: gradient steps; 0 samples and scores.
         step_size: length of the first step relative to the noise's norm; halved for a sample whose reward is no better
             than its best before.
-        estimator: estimator of the diffusion Fisher; None: `OneStepFisher()`, for one denoiser call per guidance step.
+        estimator: estimator of the diffusion Fisher; None: `OneStepFisher()`, for one denoiser call per guidance step,
+            or for one step from pure noise (flow matching, zero terminal SNR) `AutodiffFisher()`, a backward pass.
         num_inference_steps, guidance_scale: arguments of the sampling runs; None: the stock call's defaults.
         latents: initial noise of unit variance, (B, C, h, w), or packed where the pipeline's own are; None: drawn with
             `generator` as the stock call does.
@@ -85,7 +90,8 @@ def guide(
         patience: number of runs without a new best of any sample after which the guidance stops; None: it never does.
         held_out_reward: a reward that is reported and not optimised. Where it falls, the guidance exploits the reward.
         adjoint_guidance_scale: guidance scale of the denoiser in the backward pass, 1.0 to keep classifier-free
-            guidance out of it; None: as in the runs. It has no effect on estimators without a denoiser.
+            guidance out of it; None: as in the runs, whose first output is compared with a denoiser that the estimator
+            brings. It has no effect on estimators without a denoiser.
         decoder: decodes for the reward in the autoencoder's place, such as an `AutoencoderTiny`; the images that are
             returned are the autoencoder's.
         checkpoint_decoder: recomputes the decoder's activations in its backward pass instead of keeping them.
@@ -116,10 +122,16 @@ def guide(
     noise = backbone.initial_noise(latents, len(prompts), pixels, generator)
     check_weights(backbone.with_autoencoder(decoder).autoencoder if num_guidance_steps else None)
     check_differentiable(reward, (len(prompts), backbone.image_channels, *pixels), prompts, noise.device)
-    arguments = {**call_arguments, **conditions, **backbone.size_arguments(pixels)}
-    if "guidance_scale" in backbone.parameters:
-        default = backbone.parameters["guidance_scale"].default
-        arguments["guidance_scale"] = default if guidance_scale is None else guidance_scale
+    # The defaults are named, because a denoiser without them would be unguided.
+    arguments = {
+        **default_guidance(backbone.parameters),
+        **call_arguments,
+        **conditions,
+        **backbone.size_arguments(pixels),
+    }
+    if "guidance_scale" in arguments and guidance_scale is not None:
+        arguments["guidance_scale"] = guidance_scale
+    estimator = default_estimator(backbone.scheduler, steps) if estimator is None else estimator
     denoisers = _DenoisersAndEstimator(backbone, arguments, estimator, adjoint_guidance_scale, "text" in optimise)
     scheduler = backbone.differentiable_scheduler()
     sample = SamplingRun(
@@ -147,6 +159,17 @@ def _check_options(
             "The estimator has a denoiser of its own, whose prompts stay as they are while the text embedding is "
             f"optimised. Make it without: {type(estimator).__name__}()."
         )
+
+
+def default_estimator(scheduler: SchedulerMixin, num_steps: int) -> FisherEstimator:
+    """Returns the estimator of runs of `num_steps` that were given none.
+
+    It is `AutodiffFisher` for one step of a schedule that begins in pure noise (alpha is 0). There `OneStepFisher` is
+    zero, because pure noise tells nothing of the image: only a network that was distilled depends on it.
+    """
+    schedule = noise_schedule(scheduler)
+    begins_in_pure_noise = schedule.is_flow or schedule.config.get("rescale_betas_zero_snr", False)
+    return AutodiffFisher() if num_steps == 1 and begins_in_pure_noise else OneStepFisher()
 
 
 def _ascend(
@@ -224,17 +247,20 @@ class _DenoisersAndEstimator:
     """Holds the denoisers of the sampling run and of the backward pass, the estimator, and the text embedding."""
 
     def __init__(
-        self, backbone: Backbone, arguments: dict[str, Any], estimator: FisherEstimator | None,
+        self, backbone: Backbone, arguments: dict[str, Any], estimator: FisherEstimator,
         adjoint_guidance_scale: float | None, optimises_text: bool,
     ):  # fmt: skip
         arguments = {name: value for name, value in arguments.items() if not name.startswith("callback")}
         self.forward = self.backward = PipelineDenoiser(backbone, **arguments)
-        estimator = OneStepFisher() if estimator is None else estimator
         scale = adjoint_guidance_scale
         if scale is not None and scale != arguments.get("guidance_scale", scale):
             self.backward = PipelineDenoiser(backbone, **{**arguments, "guidance_scale": scale})
-            estimator = estimator.without_model_output()
+            estimator = estimator.at_guidance_scale(scale)
         self.estimator = estimator.bind(self.backward)
+        check_weights(backbone.network if self.estimator.needs_graph or optimises_text else None)
+        if self.estimator.denoisers:
+            purpose = "a run is another function than the denoiser of its backward pass"
+            check_no_cache(backbone.name, backbone.network, purpose)
         denoisers = (self.forward, self.backward, *self.estimator.denoisers)
         # By identity, so that each counts once; plain functions don't count their calls.
         counters = {id(each): each for each in denoisers if isinstance(each, Denoiser)}

@@ -6,6 +6,7 @@ Notation: x_t = alpha x_0 + sigma eps, s = sigma/alpha, x0hat = E[x_0|x_t], J = 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import logging
@@ -21,9 +22,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..arguments import check_kinds
 from ..backbones import PipelineDenoiser, backbone_of
+from ..backbones.networks import check_no_cache
 from ..backbones.stock_calls import restore_attributes
 from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError, TrajectoryError, UnsupportedError, check_floats
+from ..fisher.agreement import check_states
 from ..fisher.direct import DirectFisher
 from ..fisher.estimator import FisherEstimator
 from ..noise import DenoisingState, NoiseLevel, Timestep, expand, noise_schedule, state_of
@@ -32,9 +35,6 @@ from .checks import Reward, normalise, norms
 from .noise_ascent import COMPLETED
 
 logger = logging.getLogger(__name__)
-
-SAME_OUTPUT = 0.05
-"""Relative difference of two evaluations of one denoiser by rounding of half-precision networks, at most."""
 
 
 @check_kinds
@@ -47,6 +47,7 @@ def posterior_guidance(
     estimator: FisherEstimator | None = None,
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
     denoiser: Denoiser | None = None,
+    adjoint_guidance_scale: float | None = None,
 ) -> PosteriorGuidance:
     """Makes a context manager that guides the runs of any pipeline inside its block, by `callback_on_step_end`.
 
@@ -76,7 +77,9 @@ def posterior_guidance(
             the pipeline's autoencoder decodes. Packed latents (Flux) need the function.
         denoiser: bound to an estimator that needs a denoiser and has none. It must be the run's own function, with
             the call's prompts and guidance scale. None: at the first guided step of every run a denoiser is made of
-            `prompts` and the call's guidance scale, and compared with the run's output there, by one evaluation.
+            `prompts` and the call's guidance scale. Either is compared with the run's output there, by one evaluation.
+        adjoint_guidance_scale: guidance scale of the estimator's denoiser where it is another than the call's on
+            purpose; a denoiser that the estimator brings is then not compared. None: the call's.
 
     Returns:
         A context manager that gives its block the `PosteriorGuidance`, which is passed as `callback_on_step_end`.
@@ -112,7 +115,9 @@ def posterior_guidance(
         )
     estimator.check_denoiser(pipe)
     estimator = estimator if denoiser is None else estimator.bind(denoiser)
-    return PosteriorGuidance(pipe, reward, prompts, strength, estimator, decode)
+    if adjoint_guidance_scale is not None:
+        estimator = estimator.at_guidance_scale(adjoint_guidance_scale)
+    return PosteriorGuidance(pipe, reward, prompts, strength, estimator, decode, adjoint_guidance_scale)
 
 
 @contextlib.contextmanager
@@ -122,9 +127,22 @@ def _watch_method(owner: Any, name: str, watch: Callable) -> Iterator[None]:
     The attribute is set past any `__setattr__`. Pipelines inspect the method's signature, which stays the same.
     """
     with restore_attributes(owner, name):  # a user may have set the attribute
-        method = getattr(owner, name)
-        vars(owner)[name] = functools.update_wrapper(functools.partial(watch, method), method)
+        vars(owner)[name] = _WatchedMethod(watch, getattr(owner, name))
         yield
+
+
+class _WatchedMethod:
+    """Calls `watch(method, ...)`. A deep copy of the method's owner has the method itself, and nobody watches it."""
+
+    def __init__(self, watch: Callable, method: Callable):
+        functools.update_wrapper(self, method)
+        self._watch, self._method = watch, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._watch(self._method, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Callable:
+        return copy.deepcopy(self._method, memo)
 
 
 _GUIDED: weakref.WeakSet[SchedulerMixin] = weakref.WeakSet()
@@ -165,6 +183,7 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
         strength: float,
         estimator: FisherEstimator,
         decode: Callable[[torch.Tensor], torch.Tensor] | None,
+        adjoint_guidance_scale: float | None = None,
     ):
         self.rewards: list[torch.Tensor] = []
         self.gradient_norms: list[torch.Tensor] = []
@@ -176,6 +195,7 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
         self._prompts = prompts
         self._strength = strength
         self._estimator = estimator
+        self._adjoint_guidance_scale = adjoint_guidance_scale
         self._run_estimator: FisherEstimator | None = None  # the estimator with a denoiser of the present run
         self._decode = decode or _decoder(pipe)
         self._has_pixel_shape = decode is None
@@ -278,9 +298,13 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
         """Returns the estimator, with a denoiser of the running call where it needs one and has none.
 
         Raises:
-            InputError: there are no prompts, or with them the denoiser does not give the run's output at `state`.
+            InputError: there are no prompts, or the denoiser does not give the run's output at `state`.
         """
+        if self._estimator.denoisers or self._estimator.lacks_denoiser:
+            backbone = backbone_of(pipe, any_pipeline=True)
+            check_no_cache(backbone.name, backbone.network, "an evaluation inside the run would empty the run's cache")
         if not self._estimator.lacks_denoiser:
+            self._estimator.check_outputs([state])
             return self._estimator
         name, scale = type(self._estimator).__name__, getattr(pipe, "guidance_scale", 1.0)
         if self._prompts is None:
@@ -288,18 +312,12 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
                 f"{name} needs a denoiser, and no `prompts` are known to make one of. Pass `prompts`, or the run's "
                 "own: posterior_guidance(pipe, ..., denoiser=PipelineDenoiser(pipe, guidance_scale, prompt=...))."
             )
-        denoiser = PipelineDenoiser(pipe, scale, prompt=list(self._prompts_of(len(state.sample))))
-        with torch.no_grad():
-            model_input = expand(state.input_scale, state.sample) * state.sample
-            output = denoiser.model_output(model_input, state.known_timestep).to(state.model_output.dtype)
-        difference = float((output - state.model_output).norm() / state.model_output.norm())
-        if not difference < SAME_OUTPUT:
-            raise InputError(
-                f"{name} needs a denoiser, and the one made of `prompts` at guidance scale {scale} differs from the "
-                f"run's output by {difference:.2g} of its size. Pass the run's own: posterior_guidance(pipe, ..., "
-                "denoiser=PipelineDenoiser(pipe, guidance_scale, prompt=..., ...))."
-            )
-        return self._estimator.bind(denoiser)
+        prompts = list(self._prompts_of(len(state.sample)))
+        denoiser = PipelineDenoiser(pipe, scale, prompt=prompts)
+        check_states(denoiser, [state])
+        if self._adjoint_guidance_scale is not None:
+            denoiser = PipelineDenoiser(pipe, self._adjoint_guidance_scale, prompt=prompts)
+        return self._estimator.without_comparison().bind(denoiser)
 
     def _prompts_of(self, count: int) -> Sequence[str]:
         """Returns one prompt per sample."""

@@ -79,7 +79,8 @@ def pipeline_digests(pipe: DiffusionPipeline) -> dict[str, str]:
             for name, tensor in component.state_dict().items():
                 weights.update(f"{part}.{name}".encode())
                 weights.update(_bytes(tensor))
-    for statistic in pipe.latent_statistics or ():
+    spectrum = () if pipe.latent_spectrum is None else (pipe.latent_spectrum,)
+    for statistic in (*(pipe.latent_statistics or ()), *spectrum):
         weights.update(_bytes(statistic))
     text = json.dumps(settings, sort_keys=True, default=str)
     return {"weights": weights.hexdigest()[:16], "configuration": hashlib.sha256(text.encode()).hexdigest()[:16]}

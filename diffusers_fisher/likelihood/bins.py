@@ -36,6 +36,21 @@ def dequantised(
     """
     from diffusers.utils.torch_utils import randn_tensor
 
+    position, width = bin_positions(samples, bins, data_range)
+    # A normal draw's distribution function is uniform; diffusers knows how to draw by generators on other devices.
+    normal = randn_tensor(samples.shape, generator=generator, device=samples.device, dtype=torch.float64)
+    return data_range[0] + width * (position + torch.special.ndtr(normal) - 0.5)
+
+
+def bin_positions(
+    samples: torch.Tensor, bins: int, data_range: tuple[float, float] = MODEL_RANGE
+) -> tuple[torch.Tensor, float]:
+    """Returns the samples' places among `bins` equally spaced values, (B, ...) float64 whole numbers from 0, and the
+    values' distance.
+
+    Raises:
+        InputError: fewer than two bins, an empty range, samples outside the range or between its values.
+    """
     low, high = data_range
     if bins < 2 or not low < high:
         raise InputError(f"`bins` is {bins} on {data_range}; allowed: at least 2, on a range that is not empty.")
@@ -52,6 +67,4 @@ def dequantised(
             f"Samples lie up to {distance:.2f} bins beside the {bins} values of {low} to {high}. Round the images to "
             "their levels first, or leave `bins` out for a density without them."
         )
-    # A normal draw's distribution function is uniform; diffusers knows how to draw by generators on other devices.
-    normal = randn_tensor(samples.shape, generator=generator, device=samples.device, dtype=torch.float64)
-    return low + width * (position.round() + torch.special.ndtr(normal) - 0.5)
+    return position.round(), width

@@ -26,8 +26,8 @@ def estimated_error(
     """
     variance = variance.clamp_min(0)
     # The error of the trace's integral if r were exact: the difference from another quadrature of the same values.
-    pair = [quadrature_weights(grid.cpu(), points) for points in (scheme.quadrature, scheme.companion_quadrature)]
-    weights = (pair[0] - pair[1]).to(rests.device)[:, None]
+    pair = [quadrature_weights(grid, points) for points in (scheme.quadrature, scheme.companion_quadrature)]
+    weights = (pair[0] - pair[1])[:, None]
     quadrature = _without_noise((weights * rests).sum(0), (weights.square() * variance).sum(0))
     # The error of r itself, which was taken beside the solution. How much r varies there is not known, but how much it
     # varies along the path is: a point that is off by a fraction of a step counts that fraction of the step's change

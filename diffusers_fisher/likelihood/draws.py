@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -28,6 +30,14 @@ class ImageDraws:
         self._keys = [content_key(sample) for sample in samples] if keys is None else list(keys)
         self._shape = samples.shape[1:]
 
+    def select_samples(self, rows: torch.Tensor) -> ImageDraws:
+        """Returns the draws of some of the images; `rows` (n,) int64 are their places in the batch."""
+        selected = copy.copy(self)
+        selected._seeds, selected._keys = (
+            [entries[row] for row in rows.tolist()] for entries in (self._seeds, self._keys)
+        )
+        return selected
+
     def generators(self, *purpose: str | int) -> list[torch.Generator]:
         """Returns one generator per image for the draws of one purpose."""
         return [step_generator(seed, key, *purpose) for seed, key in zip(self._seeds, self._keys, strict=True)]
@@ -45,6 +55,18 @@ class ImageDraws:
             torch.randn(self._shape, generator=generator, dtype=torch.float64)
             for generator in self.generators(*purpose)
         ])  # fmt: skip
+
+
+@contextlib.contextmanager
+def unchanged_states(generator: Generators) -> Iterator[None]:
+    """Restores the states of the generators after the block, so that the next draws are those without the block."""
+    generators = generator if isinstance(generator, list) else [generator or torch.default_generator]
+    states = [each.get_state() for each in generators]
+    try:
+        yield
+    finally:
+        for each, state in zip(generators, states, strict=True):
+            each.set_state(state)
 
 
 def _seed(generator: torch.Generator | None) -> int:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from ..arguments import check_kinds, fit, hints_of
+from ..arguments import check_generators, check_kinds, fit, hints_of
 from ..backbones import Backbone, PipelineDenoiser, backbone_of
 from ..backbones.base import Generators, Moment
 from ..backbones.conditions import NEGATIVE_PROMPTS, Condition
@@ -21,10 +21,18 @@ from ..fisher.trace_matching import TraceMatchingFisher
 from ..images import UNIT_RANGE, ImageLike, image_tensor
 from ..seeds import content_key
 from .comparison import METHODS, LikelihoodComparison
-from .output import LikelihoodOutput, SquaredErrorOutput
+from .draws import ImageDraws, unchanged_states
+from .output import LikelihoodOutput
+from .problem import Integration, check_standard_error
+from .refinement import MAX_DENOISER_CALLS, check_refinement
 from .schemes import DEFAULT_SCHEME
-from .solver import Integration, integrate_log_likelihood
+from .solver import integrate_log_likelihood
 from .squared_error import squared_error_log_likelihood
+from .trace_check import NUM_CHECKS, check_trace_options
+
+DEFAULT_STEPS = 32
+DEFAULT_STEPS_WITH_TOLERANCE = 38
+"""More steps, because an image that they do not suffice for starts anew, with twice as many."""
 
 NUM_LEVELS = 64
 SQUARED_ERROR_OPTIONS = ("prior_mean", "prior_variance", "bins", "data_range")
@@ -37,7 +45,7 @@ def log_likelihood(
     prompt: Condition = None,
     *,
     latents: torch.Tensor | None = None,
-    num_inference_steps: int = 32,
+    num_inference_steps: int | None = None,
     estimator: FisherEstimator | None = None,
     num_probes: int | Literal["auto"] | None = "auto",
     fixed_probes: bool = False,
@@ -50,12 +58,19 @@ def log_likelihood(
     data_range: tuple[float, float] = UNIT_RANGE,
     bins: int | None = None,
     image_keys: Sequence[str] | None = None,
+    sample_latents: bool = False,
+    tolerance: float | None = None,
+    max_denoiser_calls: int = MAX_DENOISER_CALLS,
+    trace_checks: int = NUM_CHECKS,
+    untrusted_trace: str = "warn",
+    max_standard_error: float | None = None,
     **call_arguments: Any,
 ) -> LikelihoodOutput:
     """Scores images by their log-likelihood under a checkpoint, without classifier-free guidance.
 
     With an autoencoder it is a density of the latents, not of pixels (the output's `space`): comparable between images
-    of one size under one autoencoder. The mean of the autoencoder's posterior stands for the image.
+    of one size under one autoencoder. The mean of the autoencoder's posterior stands for the image, or with
+    `sample_latents` a draw of it.
 
     Args:
         pipe: a pipeline that has a backbone, stock or ours; nothing on it is changed.
@@ -64,7 +79,8 @@ def log_likelihood(
         prompt: one prompt for all images, or one per image; None: the empty prompt. Class labels where the pipeline
             takes class labels.
         latents: (B, C, h, w) scaled latents, instead of `images`.
-        num_inference_steps: steps of the integration.
+        num_inference_steps: steps of the integration, with a tolerance of its first grid; None: 32, or 38 with a
+            tolerance.
         estimator: gives the trace of the diffusion Fisher; None: `TraceMatchingFisher` with the checkpoint's trace
             model, or without a trace model `FiniteDifferenceFisher()`, which needs no graph.
         num_probes: number of random directions of the trace per level; None: the exact trace, for which
@@ -77,44 +93,67 @@ def log_likelihood(
             random point of its bin, and `bits_per_dim` is that of the discrete image. None: that of the density.
         image_keys: one key per image, which stands for it in its random draws: images of equal keys have equal draws.
             None: a key of the image's values, so that an image has the same number in every batch and every order.
+        sample_latents: whether a random draw of the autoencoder's posterior stands for an image, as in the training of
+            most networks, instead of the posterior's mean. The draw is a function of the seed and of the image's key.
+        tolerance: bits/dim; each image's grid is refined until its discretisation error is at most this, and the
+            output's `status` says which images reached it. None: `num_inference_steps` for all images.
+        max_denoiser_calls: largest number of evaluations per image with a tolerance.
+        trace_checks: number of levels at which a trace model is checked on every image by a difference of the
+            denoiser; 0: no checks. Without a trace model there is nothing to check.
+        untrusted_trace: "warn" keeps the number of an image whose checks disagree with the trace model, and states the
+            larger error; "probes" takes the trace of such an image by differences at all levels instead.
+        max_standard_error: bits/dim; images with a larger standard error get more random directions per level, up to
+            64. None: all images have `num_probes`.
         **call_arguments: arguments of the pipeline's call, such as `prompt_embeds` with the tensors that belong to
             them. Negative prompts have no effect without guidance, and are refused.
 
     Returns:
         `LikelihoodOutput`. Cost: `num_inference_steps` + 1 levels, half as many again with `step_halving`, each with
         one evaluation of the denoiser and one of the trace model; without a trace model one more of the denoiser per
-        probe instead (`AutodiffFisher`: a backward pass). Warns where the discretisation
-        error exceeds 0.05 bits/dim (`CoarseGridWarning`).
+        probe instead (`AutodiffFisher`: a backward pass); with a tolerance further levels for the images that need
+        them. Warns where the discretisation error exceeds 0.05 bits/dim, or the tolerance after the last evaluation
+        (`CoarseGridWarning`).
 
     Raises:
         InputError: images, latents or conditions of the wrong kind, size, range or number; guidance; a trace model of
-            another denoiser. UnsupportedError: a pipeline without a backbone, or a scheduler of another family than
-            the model's.
+            another denoiser; `sample_latents` where there is no posterior. UnsupportedError: a pipeline without a
+            backbone, or a scheduler of another family than the model's.
     """
     backbone = backbone_of(pipe)
     backbone.check_bins(bins)
+    if num_inference_steps is None:
+        num_inference_steps = DEFAULT_STEPS if tolerance is None else DEFAULT_STEPS_WITH_TOLERANCE
     if num_inference_steps < 2:
         raise InputError(f"`num_inference_steps` is {num_inference_steps}; allowed: at least 2, sensibly 20 or more.")
+    check_refinement(tolerance, max_denoiser_calls, num_inference_steps, step_halving, "num_inference_steps")
+    check_trace_options(trace_checks, untrusted_trace)
     backbone.check_scheduler()
     guidance_scale = backbone.unguided_scale(call_arguments)
     call_arguments = check_arguments(backbone.name, backbone.parameters, log_likelihood, call_arguments)
-    samples, keys = keyed_images(backbone, images, latents, data_range)
+    samples, kind, keys = likelihood_samples(
+        backbone, images, latents, data_range, sample_latents, generator, image_keys
+    )
     denoiser = unguided_denoiser(backbone, samples, guidance_scale, prompt, call_arguments)
-    if estimator is None:
-        estimator = (
-            FiniteDifferenceFisher() if backbone.trace_model is None else TraceMatchingFisher(backbone.trace_model)
-        )
+    estimator = default_estimator(backbone) if estimator is None else estimator
     if num_probes == "auto":
         num_probes = estimator.default_num_probes
-    mean, variance = backbone.prior(prior_mean, prior_variance, samples)
+    check_standard_error(max_standard_error, num_probes, fixed_probes)
+    mean, variance, basis = backbone.prior(prior_mean, prior_variance, samples)
     nodes = num_inference_steps + 1 + (num_inference_steps // 2 + 1 if step_halving else 0)
     with backbone.loaded(), backbone.progress_bar(nodes) as progress:
+
+        def extend(number: int) -> None:
+            progress.total = (progress.total or 0) + number
+
         integration = Integration(
-            num_inference_steps, num_probes, fixed_probes, mean, variance, noised, step_halving, generator,
-            image_keys or keys,
-            scheme, bins, backbone.space, progress.update,
+            num_steps=num_inference_steps, num_probes=num_probes, fixed_probes=fixed_probes, prior_mean=mean,
+            prior_variance=variance, prior_basis=basis, noised=noised, step_halving=step_halving, generator=generator,
+            keys=keys, scheme=scheme, bins=bins, space=backbone.space, tolerance=tolerance,
+            max_denoiser_calls=max_denoiser_calls, trace_checks=trace_checks, untrusted_trace=untrusted_trace,
+            max_standard_error=max_standard_error, on_step=progress.update, on_grid=extend,
         )  # fmt: skip
-        return integrate_log_likelihood(denoiser, backbone.pack(samples), estimator, integration)
+        output = integrate_log_likelihood(denoiser, backbone.pack(samples), estimator, integration)
+    return dataclasses.replace(output, latents=kind)
 
 
 @check_kinds
@@ -127,6 +166,7 @@ def compare_likelihood(
     method: str = "squared error",
     num_levels: int | None = None,
     generator: torch.Generator | None = None,
+    sample_latents: bool = False,
     **options: Any,
 ) -> LikelihoodComparison:
     """Compares the likelihoods of each image under each prompt. All prompts have the same random draws.
@@ -142,7 +182,9 @@ def compare_likelihood(
         method: "squared error" or "ode".
         num_levels: number of draws of "squared error", even; None: 64.
         generator: its draws are repeated for every prompt. Without a generator the numbers change from call to call.
-        **options: for "ode" the options of `log_likelihood`; for "squared error" `prior_mean`, `prior_variance`,
+        sample_latents: as in `log_likelihood`; all prompts see the same latents.
+        **options: for "ode" the options of `log_likelihood`, except that a trace model is checked only if
+            `trace_checks` says so; for "squared error" `prior_mean`, `prior_variance`,
             `data_range`, `bins`, and arguments of the pipeline's call.
 
     Returns:
@@ -160,61 +202,101 @@ def compare_likelihood(
         raise InputError(f"`prompts` is {prompts!r}; allowed: a list of at least one, each for all images.")
     if generator is None:  # for None, noise on a GPU would come from the GPU's generator, which is not replayed
         generator = torch.default_generator
-    samples, keys = keyed_images(backbone, images, latents, options.pop("data_range", UNIT_RANGE))
-    rows: list[LikelihoodOutput] | list[SquaredErrorOutput]
+    data_range = options.pop("data_range", UNIT_RANGE)
+    samples, kind, keys = likelihood_samples(
+        backbone, images, latents, data_range, sample_latents, generator, options.pop("image_keys", None)
+    )
     if method == "ode":
-        options.setdefault("image_keys", keys)
-        rows = scores = [
-            log_likelihood(pipe, None, prompt, latents=samples, generator=generator, **options)
-            for prompt in _replay(candidates, generator)
-        ]
-        errors = torch.stack([row.discretisation_error for row in scores])
-        draws = [row.trace_by_level for row in scores]
-        weights, fixed = scores[0].trace_weights, scores[0].fixed_probes
-    else:
-        backbone.check_scheduler()
-        bins = options.pop("bins", None)
-        backbone.check_bins(bins)
-        mean, variance = backbone.prior(options.pop("prior_mean", None), options.pop("prior_variance", None), samples)
-        scale = backbone.unguided_scale(options)
-        denoisers = [unguided_denoiser(backbone, samples, scale, prompt, dict(options)) for prompt in candidates]
-        levels = NUM_LEVELS if num_levels is None else num_levels
-        with backbone.loaded(), backbone.progress_bar(levels * len(denoisers)) as progress:
-            rows = squares = [
-                squared_error_log_likelihood(
-                    denoiser, backbone.pack(samples), levels, mean, variance, generator, backbone.space,
-                    progress.update, bins,
-                )
-                for denoiser in _replay(denoisers, generator)
-            ]  # fmt: skip
-        errors = torch.zeros(len(squares), len(samples), dtype=torch.float64)
-        draws = [row.contributions for row in squares]
-        weights, fixed = None, False
-    return LikelihoodComparison(
-        log_prob=torch.stack([row.log_prob for row in rows]), contributions=torch.stack(draws, dim=-2),
-        discretisation_error=errors, dims=rows[0].dims,
-        num_denoiser_calls=sum(row.num_denoiser_calls for row in rows), space=rows[0].space, method=method,
-        trace_weights=weights, fixed_probes=fixed,
-    )  # fmt: skip
+        table = LikelihoodComparison.of_ode([
+            log_likelihood(
+                pipe, None, prompt, latents=samples, generator=generator, image_keys=keys,
+                **{"trace_checks": 0, **options},
+            )
+            for prompt in replay(candidates, generator)
+        ])  # fmt: skip
+        return dataclasses.replace(table, latents=kind)
+    backbone.check_scheduler()
+    bins = options.pop("bins", None)
+    backbone.check_bins(bins)
+    mean, variance, basis = backbone.prior(
+        options.pop("prior_mean", None), options.pop("prior_variance", None), samples
+    )
+    scale = backbone.unguided_scale(options)
+    denoisers = [unguided_denoiser(backbone, samples, scale, prompt, dict(options)) for prompt in candidates]
+    levels = NUM_LEVELS if num_levels is None else num_levels
+    with backbone.loaded(), backbone.progress_bar(levels * len(denoisers)) as progress:
+        table = LikelihoodComparison.of_squared_errors([
+            squared_error_log_likelihood(
+                denoiser, backbone.pack(samples), levels, mean, variance, generator, backbone.space, progress.update,
+                bins, basis,
+            )
+            for denoiser in replay(denoisers, generator)
+        ])  # fmt: skip
+    return dataclasses.replace(table, latents=kind)
 
 
-def keyed_images(
-    backbone: Backbone, images: ImageLike | None, latents: torch.Tensor | None, data_range: tuple[float, float]
-) -> tuple[torch.Tensor, list[str]]:
-    """Returns the samples of images or latents, see `Backbone.samples_of`, and a key of each image's values.
+def default_estimator(backbone: Backbone) -> FisherEstimator:
+    """Returns the estimator of the checkpoint's trace model; without a trace model, one that needs no graph."""
+    trace_model = backbone.trace_model
+    return FiniteDifferenceFisher() if trace_model is None else TraceMatchingFisher(trace_model)
 
-    Keys are those of the input, because encoders round by batch, in 8 bits, because arrays and PIL images of the same
-    pixels differ in their last digits.
+
+def likelihood_samples(
+    backbone: Backbone, images: ImageLike | None, latents: torch.Tensor | None, data_range: tuple[float, float],
+    sample_latents: bool, generator: Generators, keys: Sequence[str] | None,
+) -> tuple[torch.Tensor, str, Sequence[str]]:  # fmt: skip
+    """Returns the samples (B, C, h, w) float32 of a likelihood, the output's word for them, and their keys.
+
+    Args:
+        sample_latents: draw them from the autoencoder's posterior. The generator is left as it was, so that all other
+            draws are those without.
+        keys: keys of the images; None: keys of their contents.
+
+    Raises:
+        InputError: both or neither of `images` and `latents`, or of a kind that the pipeline does not take;
+            `sample_latents` without an autoencoder, with `latents`, or where the posterior has no variance.
     """
     if images is None or latents is not None:
-        samples = backbone.samples_of(images, latents)
-        return samples, [content_key(sample) for sample in samples]
-    pixels = image_tensor(images, backbone.size_multiple, backbone.image_channels, data_range)
-    return backbone.samples_of(pixels), [content_key(image) for image in (255 * pixels).round()]
+        samples, deviation, kind = backbone.samples_of(images, latents), None, "given"
+        own_keys, reason = [content_key(sample) for sample in samples], "`latents` were passed"
+    else:
+        _ = backbone.latent_channels  # refuses networks that take more than latents
+        pixels = image_tensor(images, backbone.size_multiple, backbone.image_channels, data_range)
+        samples, deviation = backbone.posterior_of(pixels)
+        own_keys, kind = pixel_keys(pixels), "encoded" if deviation is None else "mean"
+        reason = f"{type(backbone.autoencoder).__name__} has no posterior with a variance"
+        if backbone.space == "pixel":
+            kind, reason = "pixels", f"samples of {backbone.name} are pixels"
+    keys = keys or own_keys  # those of the input, because encoders round by batch
+    if not sample_latents:
+        return samples, kind, keys
+    if deviation is None:
+        raise InputError(
+            f"`sample_latents` draws latents of images from the posterior of an autoencoder, but {reason}. Leave it "
+            "out, or pass `images` to a pipeline with an AutoencoderKL."
+        )
+    check_generators(generator, len(samples))
+    if len(keys) != len(samples):
+        raise InputError(f"{len(keys)} image keys were given for {len(samples)} images; give as many.")
+    with unchanged_states(generator):
+        noise = ImageDraws(samples, generator, keys).normal("latents")
+    return samples + deviation * noise.to(samples), "sampled", keys
+
+
+def pixel_keys(pixels: torch.Tensor) -> list[str]:
+    """Returns a key of each image (B, C, H, W) in [0, 1], by its values in 8 bits.
+
+    Arrays and PIL images of the same pixels differ in their last digits.
+    """
+    return [content_key(image) for image in (255 * pixels).round()]
 
 
 def unguided_denoiser(
-    backbone: Backbone, samples: torch.Tensor, guidance_scale: float, prompt: Condition, call_arguments: dict[str, Any]
+    backbone: Backbone,
+    samples: torch.Tensor,
+    guidance_scale: float | None,
+    prompt: Condition,
+    call_arguments: dict[str, Any],
 ) -> PipelineDenoiser:
     """Makes the pipeline's denoiser for samples (B, C, h, w) with one condition per sample.
 
@@ -259,7 +341,7 @@ def _check_options(backbone: Backbone, method: str, num_levels: int | None, opti
     return result | check_arguments(backbone.name, backbone.parameters, compare_likelihood, arguments)
 
 
-def _replay(entries: Sequence[Any], generator: torch.Generator) -> Iterator[Any]:
+def replay(entries: Sequence[Any], generator: torch.Generator) -> Iterator[Any]:
     """Yields the entries, with the generator in the same state before each entry."""
     state = generator.get_state()
     for entry in entries:

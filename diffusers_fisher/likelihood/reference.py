@@ -13,8 +13,9 @@ from ..fisher.autodiff import AutodiffFisher
 from ..fisher.estimator import FisherEstimator
 from ..noise import timestep_at
 from .output import LikelihoodOutput
+from .problem import Integration, OdeProblem, prepare_problem
 from .schemes import noise_grid
-from .solver import Integration, OdeProblem, make_output, prepare_problem
+from .solver import make_output
 
 
 def reference_log_likelihood(
@@ -71,11 +72,15 @@ def reference_log_likelihood(
     error = (prior + trace - problem.prior(rough_end) - rough_trace).abs()
     if not torch.isfinite(prior + trace).all():
         raise NumericalError(f"Reference log-likelihoods are not finite: {(prior + trace).tolist()}.")
+    # One evaluation more, at the end itself, for the prior's error.
+    node = problem.evaluate(end, timestep_at(problem.denoiser.scheduler, grid)[-1], float(grid[-1]))
     return make_output(
         problem, f"dopri5, tolerance {tolerance:g}", final_latents=end, prior_log_prob=prior, trace_log_prob=trace,
         standard_error=torch.zeros_like(trace), trace_by_level=trace.new_empty(num_levels, 0, len(trace)),
-        trace_weights=trace.new_zeros(num_levels), unexplained_noise_fraction=r, noise_to_signal=grid.exp(),
-        discretisation_error=error,
+        trace_weights=trace.new_zeros(num_levels), unexplained_noise_fraction=r,
+        unexplained_noise_error=torch.zeros_like(r),
+        noise_to_signal=grid.exp(),
+        discretisation_error=error, prior_error=problem.prior_error(end, node),
     )  # fmt: skip
 
 

@@ -10,134 +10,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Sequence
 
 import torch
 
-from ..arguments import check_generators, check_kinds
+from ..arguments import check_kinds
 from ..denoiser import Denoiser
-from ..errors import CoarseGridWarning, InputError, NumericalError
-from ..fisher.estimate import Generators
-from ..fisher.estimator import FisherEstimator, check_estimator
-from ..noise import expand, log_noise_to_signal_range, timestep_at
-from .bins import dequantised, offset_bits
+from ..errors import CoarseGridWarning, InputError, NumericalError, ProbeNoiseWarning, TraceModelWarning
+from ..fisher.estimator import FisherEstimator
+from ..noise import expand, timestep_at
+from .bins import offset_bits
 from .discretisation import estimated_error
-from .draws import ImageDraws
-from .output import LikelihoodOutput
-from .schemes import DEFAULT_SCHEME, Scheme, Track, noise_grid, quadrature_weights, scheme_of
-from .traces import NodeTrace, node_variance, standard_error
-
-Moment = torch.Tensor | float | None
-
-MANY_PROBES = 64
-"""Number of probes up to which more than the dimensions of a sample are allowed."""
+from .output import DISAGREES, LikelihoodOutput
+from .problem import MANY_PROBES, Integration, OdeProblem, check_standard_error, prepare_problem, prior_name
+from .refinement import NOT_CONVERGED, Foresight, check_refinement, refine
+from .schemes import Scheme, Track, noise_grid, quadrature_weights, scheme_of
+from .trace_check import TraceCheck, added, check_trace_options, replaced
+from .traces import TraceRecord
 
 COARSE = 0.05
 """Discretisation error, in bits/dim, above which a likelihood warns."""
-
-
-@dataclasses.dataclass(frozen=True)
-class OdeProblem:
-    """Holds the samples and the denoiser of one likelihood, after all checks and random draws.
-
-    Args:
-        denoiser: denoiser at guidance scale 1; a guided output is the score of no density.
-        start: (B, ...) float64, the points whose density is computed.
-        dtype: dtype of the denoiser's inputs.
-        estimator: gives the trace at every node, with its denoiser.
-        draws: makes the directions of the trace.
-        low, high: log(sigma/alpha) at the ends.
-        mean, variance: float64 moments of the data, for the prior.
-        calls_before: the denoiser's `num_calls` before the integration.
-        integration: the caller's options.
-    """
-
-    denoiser: Denoiser
-    start: torch.Tensor
-    dtype: torch.dtype
-    estimator: FisherEstimator
-    draws: ImageDraws
-    low: float
-    high: float
-    mean: torch.Tensor
-    variance: torch.Tensor
-    calls_before: int
-    integration: Integration
-
-    def evaluate(self, x: torch.Tensor, timestep: torch.Tensor, log_noise: float) -> Node:
-        """Evaluates the denoiser and the trace at x~ = `x`, (B, ...) float64, and log s = `log_noise`."""
-        level = self.denoiser.level(timestep)
-        needs_graph = self.estimator.needs_graph
-        with torch.set_grad_enabled(needs_graph):
-            model_input = (expand(level.alpha, x) * x).to(self.dtype).requires_grad_(needs_graph)
-            state = self.denoiser.state(model_input, timestep.to(torch.float32))
-            operator, factor = self.estimator(state), float(level.sigma) ** 2 / x[0].numel()
-            count = self.integration.num_probes
-            if count is None:
-                trace = NodeTrace.exact(factor * operator.trace().value.to(x.device))
-            else:
-                # Rounded, because another way to the same grid may differ in the last digits.
-                place = "fixed" if self.integration.fixed_probes else f"{log_noise:.9f}"
-                vectors = self.draws.signs(count, "probes", place).to(model_input)
-                trace = NodeTrace.sampled(vectors, factor * operator.products(vectors).detach().double())
-        self.integration.on_step()
-        return Node(state.epsilon.detach().double(), trace)
-
-    def prior(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns log N(x; mean, variance + s^2) at the noise end, (B,) nats."""
-        # Without validation: `integrate_log_likelihood` reports a path that is not finite, in words.
-        deviation = (self.variance + math.exp(self.high) ** 2).sqrt()
-        prior = torch.distributions.Normal(self.mean, deviation, validate_args=False)
-        return prior.log_prob(x).flatten(1).sum(1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Node:
-    """Holds eps (B, ...) float64 and the trace at one node of the grid."""
-
-    epsilon: torch.Tensor
-    trace: NodeTrace
-
-
-@check_kinds
-@dataclasses.dataclass(frozen=True)
-class Integration:
-    """Says how a log-likelihood is integrated, and of which density.
-
-    Args:
-        num_steps: number of steps of the grid in log(sigma/alpha), see `noise_grid`; at least 2.
-        num_probes: number of directions of random signs at every node (Hutchinson, 1990); None: the operator's exact
-            trace, in closed form or by d products.
-        fixed_probes: take the same directions at all nodes. Their errors then add up over the nodes instead of
-            cancelling, and the standard error comes from the scatter of the probes, so it needs two or more.
-        prior_mean, prior_variance: moments of the data, which broadcast to one sample; None for both: 0 and 1
-            ("standard").
-        noised: whether to evaluate at `samples + s_0 * noise` instead of at `samples`.
-        step_halving: whether to measure the discretisation error by half as many steps, for half as many evaluations
-            again.
-        generator: gives the seed of the probes, of the place in the bins and of the noise of `noised`. All of them
-            are functions of this seed and of the image alone.
-        keys: one key per image, which stands for it in its random draws; None: a key of the sample's values.
-        scheme: "euler", "trapezoid", "adams3" or "adams4", of order 1 to 4.
-        bins: number of equally spaced values from -1 to 1 on which the samples lie: each is moved to a random point of
-            its bin, and `bits_per_dim` is that of the bins. None: that of the density.
-        space: "latent" or "pixel", for the output.
-        on_step: called after every evaluation.
-    """
-
-    num_steps: int = 20
-    num_probes: int | None = 1
-    fixed_probes: bool = False
-    prior_mean: Moment = None
-    prior_variance: Moment = None
-    noised: bool = False
-    step_halving: bool = False
-    generator: Generators = None
-    keys: Sequence[str] | None = None
-    scheme: str = DEFAULT_SCHEME
-    bins: int | None = None
-    space: str = "latent"
-    on_step: Callable[[], object] = lambda: None
 
 
 @check_kinds
@@ -168,108 +59,160 @@ def integrate_log_likelihood(
         raise InputError(f"`num_steps` is {steps}; allowed: at least 2, sensibly 20 or more.")
     if num_probes is not None and num_probes < 1:
         raise InputError(f"`num_probes` is {num_probes}; allowed: at least 1, or None for the exact trace.")
+    check_standard_error(options.max_standard_error, num_probes, options.fixed_probes)
+    check_refinement(options.tolerance, options.max_denoiser_calls, steps, options.step_halving)
+    check_trace_options(options.trace_checks, options.untrusted_trace)
     problem = prepare_problem(denoiser, samples, estimator, options)
+    output = _solve(problem, scheme)
+    rows = [row for row, word in enumerate(output.trace_check or []) if word == DISAGREES]
+    if rows and options.untrusted_trace == "probes":
+        options.on_grid(steps + 1)
+        places = torch.tensor(rows)
+        output = replaced(output, places, _solve(problem.by_differences(places), scheme))
+    elif rows:
+        warnings.warn(
+            f"The trace model disagrees with differences of its denoiser for {len(rows)} of {len(output.log_prob)} "
+            "samples: `trace_check` says which, and `trace_error` how large its error may be. Pass "
+            "`untrusted_trace='probes'` for their trace by differences.",
+            TraceModelWarning, stacklevel=3,
+        )  # fmt: skip
+    if options.max_standard_error is not None:
+        output = _with_more_probes(problem, output, scheme, options.max_standard_error)
+    if not torch.isfinite(output.discretisation_error).all():
+        raise NumericalError(
+            f"The discretisation error's estimates are not finite: {output.discretisation_error.tolist()}. Take more "
+            "steps."
+        )
+    _warn_of_coarse_grids(output, options)
+    return output
+
+
+def _solve(problem: OdeProblem, scheme: Scheme) -> LikelihoodOutput:
+    """Integrates over one grid, over as many as the tolerance needs, or over a second one for the error."""
+    options = problem.integration
+    steps = options.num_steps
+    if options.tolerance is not None:
+        return refine(
+            lambda rows, number, foresight: integrate(problem.select_samples(rows), number, scheme, foresight),
+            len(problem.start), steps, scheme, options.tolerance, options.max_denoiser_calls, options.on_grid,
+        )  # fmt: skip
     output = integrate(problem, steps, scheme)
     if not torch.isfinite(output.log_prob).all():
         raise NumericalError(
             f"Log-likelihoods are not finite: {output.log_prob.tolist()}; unexplained noise fractions by noise level: "
             f"{output.unexplained_noise_fraction.tolist()}."
         )
-    if options.step_halving:
-        half = integrate(problem, steps // 2, scheme)
-        if not torch.isfinite(half.log_prob).all():
-            raise NumericalError(
-                "Log-likelihoods with half as many steps are not finite, so the discretisation error can't be "
-                "measured. Take more steps, or pass `step_halving=False`."
-            )
-        error, calls = (output.log_prob - half.log_prob).abs(), half.num_denoiser_calls
-        output = dataclasses.replace(output, discretisation_error=error, num_denoiser_calls=calls)
-    if not torch.isfinite(output.discretisation_error).all():
+    if not options.step_halving:
+        return output
+    half = integrate(problem, steps // 2, scheme)
+    if not torch.isfinite(half.log_prob).all():
         raise NumericalError(
-            f"The discretisation error's estimates are not finite: {output.discretisation_error.tolist()}. Take more "
-            "steps."
+            "Log-likelihoods with half as many steps are not finite, so the discretisation error can't be "
+            "measured. Take more steps, or pass `step_halving=False`."
         )
-    worst = float(output.discretisation_error.max()) / (output.dims * math.log(2))
-    if worst > COARSE:
+    error, calls = (output.log_prob - half.log_prob).abs(), half.num_denoiser_calls
+    return dataclasses.replace(output, discretisation_error=error, num_denoiser_calls=calls)
+
+
+def _with_more_probes(problem: OdeProblem, output: LikelihoodOutput, scheme: Scheme, most: float) -> LikelihoodOutput:
+    """Integrates samples with more directions per level, until their standard error is at most `most` bits/dim.
+
+    The first directions are those from before. The numbers of directions are powers of two, so that few groups of
+    samples are integrated, and depend on nothing but the sample's own standard error.
+    """
+    counts = torch.full((len(output.log_prob),), problem.integration.num_probes or 1)
+    largest = max(MANY_PROBES, int(counts.max()))
+    while True:
+        excess = output.to_bits(output.standard_error) / most
+        more = (excess > 1) & (counts < largest)
+        if not more.any():
+            break
+        counts = torch.where(more, 2 ** (counts * excess.square()).log2().ceil(), counts).clamp(max=largest).long()
+        for count in counts[more].unique().tolist():
+            places = (more & (counts == count)).nonzero()[:, 0]
+            problem.integration.on_grid(problem.integration.num_steps + 1)
+            part = _solve(problem.with_probes(places, count), scheme)
+            output = added(output, places, part)
+    if bool((excess > 1).any()):
         warnings.warn(
-            f"The grid of {steps} steps is coarse: its error is estimated at up to {worst:.3f} bits/dim. Take more "
-            "steps.",
-            CoarseGridWarning,
-            stacklevel=3,  # this function's check of kinds is a level of its own
-        )
+            f"{int((excess > 1).sum())} of {len(excess)} samples have a standard error above {most:g} bits/dim with "
+            f"{largest} probes per level; `standard_error` says how large it is.",
+            ProbeNoiseWarning, stacklevel=4,
+        )  # fmt: skip
     return output
 
 
-def prepare_problem(
-    denoiser: Denoiser, samples: torch.Tensor, estimator: FisherEstimator, integration: Integration
-) -> OdeProblem:
-    """Checks what is to be integrated, and makes all random draws. Raises as `integrate_log_likelihood`."""
-    samples, bins, generator = check_samples(samples), integration.bins, integration.generator
-    check_generators(generator, len(samples))
-    if integration.keys is not None and len(integration.keys) != len(samples):
-        raise InputError(f"{len(integration.keys)} image keys were given for {len(samples)} images; give as many.")
-    if integration.num_probes is not None and integration.num_probes > max(samples[0].numel(), MANY_PROBES):
-        raise InputError(
-            f"`num_probes` is {integration.num_probes} for samples of {samples[0].numel()} dimensions; pass None for "
-            "the exact trace, which costs fewer products."
+def _warn_of_coarse_grids(output: LikelihoodOutput, options: Integration) -> None:
+    worst = float(output.discretisation_error.max()) / (output.dims * math.log(2))
+    unconverged = output.status.count(NOT_CONVERGED) if output.status is not None else 0
+    if unconverged:
+        message = (
+            f"{unconverged} of {len(output.log_prob)} samples did not reach the tolerance of {options.tolerance:g} "
+            f"bits/dim in {options.max_denoiser_calls} evaluations: their error is estimated at up to {worst:.3f}. "
+            "`status` says which."
         )
-    moments = check_prior(samples, integration.prior_mean, integration.prior_variance)
-    if check_estimator(estimator).needs_graph and torch.is_inference_mode_enabled():
-        raise InputError(
-            f"{type(estimator).__name__} differentiates the denoiser, which torch.inference_mode forbids even inside "
-            "enable_grad; use torch.no_grad instead, or FiniteDifferenceFisher, which needs no graph."
+    elif output.status is None and worst > COARSE:
+        message = (
+            f"The grid of {options.num_steps} steps is coarse: its error is estimated at up to {worst:.3f} bits/dim. "
+            "Take more steps."
         )
-    estimator = estimator.bind(denoiser)
-    low, high = log_noise_to_signal_range(denoiser.scheduler)
-    draws = ImageDraws(samples, generator, integration.keys)
-    start = samples.double() if bins is None else dequantised(samples, bins, draws.generators("bins"))
-    if integration.noised:
-        start = start + math.exp(low) * draws.normal("noise").to(start.device)
-    return OdeProblem(
-        denoiser, start, samples.dtype, estimator, draws, low, high, *moments, denoiser.num_calls, integration
-    )
+    else:
+        return
+    # One level is this function, and one the check of kinds of the function that calls it.
+    warnings.warn(message, CoarseGridWarning, stacklevel=4)
 
 
-def integrate(problem: OdeProblem, num_steps: int, scheme: Scheme) -> LikelihoodOutput:
+def integrate(
+    problem: OdeProblem, num_steps: int, scheme: Scheme, foresight: Foresight | None = None
+) -> LikelihoodOutput:
     """Carries x~ over the `num_steps` steps of `noise_grid` and integrates 1 - r.
 
     The evaluations lie on a path that knows nothing of the trace. Two more solutions follow it by the same
     evaluations, moved to their own points by (1 - r)/s: one of the scheme's order, whose end is the result's, and its
-    companion of another order. `_error` compares the two.
+    companion of another order. `_error` compares the two. `foresight` sees the predicted noise at every node.
     """
     grid = noise_grid(problem.low, problem.high, num_steps)
     timesteps, nodes = timestep_at(problem.denoiser.scheduler, grid), grid.tolist()
-    x = problem.start
-    node = problem.evaluate(x, timesteps[0], nodes[0])
+    x, dimensions = problem.start, problem.start[0].numel()
+    weights = dimensions * quadrature_weights(grid, scheme.quadrature)
+    check = TraceCheck(problem.estimator, weights, grid, problem.integration.trace_checks, dimensions)
+    node = problem.evaluate(x, timesteps[0], nodes[0], check.counts[0])
+    if foresight is not None:
+        foresight.add(nodes[0], node.epsilon)
     path = Track(x, node.epsilon, scheme.order)
     solution, companion = (
         Track(x, node.epsilon, order, linearised=True) for order in (scheme.order, scheme.companion)
     )
     # The solution of higher order is the nearest to the true one: the trace's points are measured against it.
     best = solution if scheme.order > scheme.companion else companion
-    traces, shifts = [node.trace], []
+    traces, shifts = TraceRecord(), []
+    traces.add(node.trace)
+    check.add(node.trace, node.check)
     for index in range(1, len(nodes)):
         point, previous = path.predict(nodes, index), path.x
-        node = problem.evaluate(point, timesteps[index], nodes[index])
+        node = problem.evaluate(point, timesteps[index], nodes[index], check.counts[index])
+        if foresight is not None:
+            foresight.add(nodes[index], node.epsilon)
         slope = expand(node.trace.rest.clamp(0, 1) / math.exp(nodes[index]), x)
         for track in (path, solution, companion):
             track.correct(nodes, index, point, node.epsilon, slope)
         shifts.append(_norm(best.x - point) / _norm(point - previous).clamp_min(torch.finfo(torch.float64).tiny))
-        traces.append(node.trace)
-    values, dimensions = torch.stack([trace.rest for trace in traces]), x[0].numel()
-    weights = dimensions * quadrature_weights(grid, scheme.quadrature).to(x.device)
-    fixed = problem.integration.fixed_probes
-    variance = node_variance(traces, fixed)
+        traces.add(node.trace)
+        check.add(node.trace, node.check)
+    values, fixed = traces.rests, problem.integration.fixed_probes
     prior = problem.prior(solution.x)
-    prior_error = (problem.prior(companion.x) - prior).abs() / dimensions
-    error = estimated_error(prior_error, values, variance, torch.stack(shifts), grid.to(x.device), scheme)
-    return make_output(
+    path_error = (problem.prior(companion.x) - prior).abs() / dimensions
+    error = estimated_error(path_error, values, traces.variance(fixed), torch.stack(shifts), grid, scheme)
+    output = make_output(
         problem, problem.integration.scheme, final_latents=solution.x, prior_log_prob=prior,
         trace_log_prob=torch.einsum("n,nb->b", weights, values),
-        trace_by_level=weights[:, None, None] * torch.stack([trace.by_probe for trace in traces]),
+        trace_by_level=weights[:, None, None] * traces.by_probe,
         trace_weights=weights, unexplained_noise_fraction=1 - values, noise_to_signal=grid.exp(),
-        standard_error=standard_error(traces, variance, weights, fixed), discretisation_error=dimensions * error,
+        unexplained_noise_error=traces.deviation(),
+        standard_error=traces.standard_error(weights, fixed), discretisation_error=dimensions * error,
+        prior_error=problem.prior_error(point, node),
     )  # fmt: skip
+    return check.apply(output)
 
 
 def make_output(problem: OdeProblem, scheme: str, **tensors: torch.Tensor) -> LikelihoodOutput:
@@ -277,17 +220,19 @@ def make_output(problem: OdeProblem, scheme: str, **tensors: torch.Tensor) -> Li
 
     Args:
         scheme: name of the way in which the problem was integrated.
-        **tensors: the tensors of `LikelihoodOutput` by name, without `log_prob`.
+        **tensors: the tensors of `LikelihoodOutput` by name, without `log_prob`; without `trace_error` it is zero.
     """
     options = problem.integration
-    tensors |= {"log_prob": tensors["prior_log_prob"] + tensors["trace_log_prob"]}
+    log_prob = tensors["prior_log_prob"] + tensors["trace_log_prob"]
+    tensors = {"trace_error": torch.zeros_like(log_prob), **tensors, "log_prob": log_prob}
     return LikelihoodOutput(
         **{name: tensor.cpu() for name, tensor in tensors.items()}, dims=problem.start[0].numel(),
         num_denoiser_calls=problem.denoiser.num_calls - problem.calls_before, space=options.space,
-        prior="standard" if options.prior_mean is None else "moment-matched",
+        prior=prior_name(options.prior_mean, options.prior_basis),
         density="noised" if options.noised else "smoothed", halved=options.step_halving, scheme=scheme,
         trace=f"{problem.estimator.description}, {_probes(options)}", fixed_probes=options.fixed_probes,
-        offset_bits=offset_bits(options.bins),
+        offset_bits=offset_bits(options.bins), latents="given", status=None, trace_check=None,
+        guidance_scale=problem.denoiser.embedded_guidance_scale,
     )  # fmt: skip
 
 
@@ -301,45 +246,3 @@ def _probes(options: Integration) -> str:
 
 def _norm(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1).norm(dim=1)
-
-
-def standard_noise(like: torch.Tensor, generator: Generators) -> torch.Tensor:
-    """Draws standard normal noise in the shape and dtype of `like`, and returns it in float64."""
-    from diffusers.utils.torch_utils import randn_tensor
-
-    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype).double()
-
-
-def check_samples(samples: torch.Tensor) -> torch.Tensor:
-    """Returns `samples` (B, ...) in float32 or wider, detached. Raises `InputError` unless they are finite floats."""
-    if samples.ndim < 2 or samples.numel() == 0:
-        raise InputError(f"Samples have shape {tuple(samples.shape)}; allowed: (B, ...), a batch of at least one.")
-    if not samples.is_floating_point() or not torch.isfinite(samples).all():
-        raise InputError(
-            f"Samples of shape {tuple(samples.shape)} and dtype {samples.dtype} must be finite floating-point "
-            "numbers; NaN usually comes from images outside [0, 1] or a half-precision autoencoder."
-        )
-    return samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
-
-
-def check_prior(samples: torch.Tensor, mean: Moment, variance: Moment) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns mean and variance of the data in float64, 0 and 1 where both are None.
-
-    Raises:
-        InputError: only one of them, values that do not broadcast to a sample, or that are not finite or negative.
-    """
-    if (mean is None) != (variance is None):
-        raise InputError("Give both `prior_mean` and `prior_variance` (of the data), or neither for 0 and 1.")
-    moments = (0.0, 1.0) if mean is None or variance is None else (mean, variance)
-    mean, variance = (torch.as_tensor(value, dtype=torch.float64, device=samples.device) for value in moments)
-    shape = tuple(samples.shape[1:])
-    for name, value in (("prior_mean", mean), ("prior_variance", variance)):
-        try:
-            value.expand(shape)
-        except RuntimeError:
-            raise InputError(
-                f"`{name}` has shape {tuple(value.shape)}; allowed: a number, or what broadcasts to {shape}."
-            ) from None
-    if not (torch.isfinite(mean).all() and torch.isfinite(variance).all() and (variance >= 0).all()):
-        raise InputError("`prior_mean` must be finite, and `prior_variance` finite and not negative.")
-    return mean, variance

@@ -20,7 +20,8 @@ from ..errors import InputError, NumericalError
 from ..noise import expand, log_noise_to_signal_range, timestep_at
 from .bins import dequantised, offset_bits
 from .output import SquaredErrorOutput
-from .solver import check_prior, check_samples, standard_noise
+from .prior import check_prior
+from .problem import check_samples, prior_name, standard_noise
 
 CROSSOVER = 0.3
 """Noise-to-signal about which r falls from one to zero for usual data. Below it the squared error is most of the
@@ -38,6 +39,7 @@ def squared_error_log_likelihood(
     space: str = "latent",
     on_step: Callable[[], object] = lambda: None,
     bins: int | None = None,
+    prior_basis: str = "pixel",
 ) -> SquaredErrorOutput:
     """Estimates the mean log-likelihood of noised `samples` (B, ...), to check that of the ODE with `noised=True`.
 
@@ -50,7 +52,7 @@ def squared_error_log_likelihood(
         samples: clean samples in the model's coordinates, finite; half precision becomes float32.
         num_levels: number of draws, even, at least 4: the standard error comes from pairs of neighbours, and errs
             upwards.
-        prior_mean, prior_variance, space, on_step, bins: as in `log_likelihood`.
+        prior_mean, prior_variance, prior_basis, space, on_step, bins: as in `Integration`.
         generator: draws the levels, the noises, then the places in the bins.
 
     Raises:
@@ -60,32 +62,33 @@ def squared_error_log_likelihood(
     if num_levels < 4 or num_levels % 2:
         raise InputError(f"`num_levels` is {num_levels}; allowed: even, at least 4, sensibly 32 or more.")
     samples = check_samples(samples)
-    mean, variance = check_prior(samples, prior_mean, prior_variance)
+    gaussian = check_prior(samples.shape[1:], prior_mean, prior_variance, prior_basis)
     low, high = log_noise_to_signal_range(denoiser.scheduler)
     levels, weights = _levels(num_levels, low, high, generator)
     noises = [standard_noise(samples[:1], generator) for _ in range(num_levels)]
-    start = samples.double() if bins is None else dequantised(samples, bins, generator)
+    start = samples.cpu().double() if bins is None else dequantised(samples.cpu(), bins, generator)
     timesteps, before = timestep_at(denoiser.scheduler, levels), denoiser.num_calls
     dimensions, rows = samples[0].numel(), []
     for log_s, timestep, noise in zip(levels, timesteps, noises, strict=True):
         with torch.no_grad():
             level = denoiser.level(timestep)
-            sample = (expand(level.alpha, start) * start + expand(level.sigma, start) * noise).to(samples.dtype)
+            sample = expand(level.alpha, start) * start + expand(level.sigma, start) * noise
+            sample = sample.to(samples.dtype).to(samples.device)
             epsilon = denoiser.state(sample, timestep.to(torch.float32)).epsilon
-        error = (noise - epsilon.double()).square().flatten(1).sum(1)
+        error = (noise - epsilon.cpu().double()).square().flatten(1).sum(1)
         # A control variate: |eps|^2 - d has mean zero, and r^2 of it is in the squared error.
-        rows.append(dimensions - error + _share(log_s).square().to(error.device) * (noise.square().sum() - dimensions))
+        rows.append(dimensions - error + _share(log_s).square() * (noise.square().sum() - dimensions))
         on_step()
-    end = _mean_prior(start, mean, variance, math.exp(high))
-    contributions = end.cpu() + weights[:, None] * torch.stack(rows).cpu()  # the mean of the latter is the integral
+    end = gaussian.mean_log_density(start, math.exp(high))
+    contributions = end + weights[:, None] * torch.stack(rows)  # the mean of the latter is the integral
     if not torch.isfinite(contributions).all():
         raise NumericalError(f"Squared errors are not finite; contributions by level: {contributions.tolist()}.")
     return SquaredErrorOutput(
         log_prob=contributions.mean(0), standard_error=stratified_error(contributions), contributions=contributions,
         noise_to_signal=levels.exp(), smoothing=math.exp(low), dims=dimensions,
         num_denoiser_calls=denoiser.num_calls - before, space=space,
-        prior="standard" if prior_mean is None else "moment-matched", density="noised, mean",
-        offset_bits=offset_bits(bins),
+        prior=prior_name(prior_mean, prior_basis), density="noised, mean",
+        offset_bits=offset_bits(bins), guidance_scale=denoiser.embedded_guidance_scale,
     )  # fmt: skip
 
 
@@ -116,10 +119,3 @@ def _levels(
 def _share(log_s: torch.Tensor) -> torch.Tensor:
     """Returns r of Gaussian data with standard deviation `CROSSOVER`."""
     return torch.sigmoid(2 * (math.log(CROSSOVER) - log_s))
-
-
-def _mean_prior(x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, s: float) -> torch.Tensor:
-    """Returns E log N(x + s eps; mean, variance + s^2) over eps, (B,) nats."""
-    total = (variance + s**2).expand(x.shape[1:])
-    squares = ((x - mean).square() + s**2) / total
-    return -0.5 * (squares + (2 * math.pi * total).log()).flatten(1).sum(1)

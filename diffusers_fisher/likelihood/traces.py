@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
 
 import torch
+
+MOST_CHANGE = 4.0
+"""Largest ratio of the traces of neighbouring levels by which their diagonals are brought to one size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,43 +40,83 @@ class NodeTrace:
         return cls(by_probe.mean(0), by_probe, square, diagonals.mean(0))
 
 
-def node_variance(traces: Sequence[NodeTrace], fixed: bool) -> torch.Tensor:
-    """Returns the variance of 1 - r at each node by its random directions, (levels, B).
+class TraceRecord:
+    """Collects the trace at the nodes of a grid, one after the other. Keeps no more than numbers, and one diagonal."""
 
-    It is 0 where the directions are the same at all nodes: then their error is a smooth function of the level.
-    """
-    squares = torch.stack([trace.square for trace in traces])
-    count = len(traces[0].by_probe)
-    if fixed or count == 0:
-        return torch.zeros_like(squares)
-    products = [(trace.diagonal * later.diagonal).sum(1) for trace, later in itertools.pairwise(traces)]
-    return trace_variance(squares, torch.stack(products), count)
+    def __init__(self) -> None:
+        self._rests: list[torch.Tensor] = []
+        self._by_probe: list[torch.Tensor] = []
+        self._squares: list[torch.Tensor] = []
+        self._products: list[torch.Tensor] = []
+        self._diagonal: torch.Tensor | None = None
+
+    def add(self, trace: NodeTrace) -> None:
+        """Adds the trace at the next node."""
+        if self._diagonal is not None:
+            self._products.append((self._diagonal * trace.diagonal).sum(1))
+        self._diagonal = trace.diagonal
+        self._rests.append(trace.rest)
+        self._by_probe.append(trace.by_probe)
+        self._squares.append(trace.square)
+
+    @property
+    def rests(self) -> torch.Tensor:
+        """1 - r, (levels, B)."""
+        return torch.stack(self._rests)
+
+    @property
+    def by_probe(self) -> torch.Tensor:
+        """1 - r by each probe, (levels, k, B)."""
+        return torch.stack(self._by_probe)
+
+    def variance(self, fixed: bool) -> torch.Tensor:
+        """Returns the variance of 1 - r at each node by its random directions, (levels, B).
+
+        It is 0 where the directions are the same at all nodes: then their error is a smooth function of the level.
+        """
+        return torch.zeros_like(self._variance()) if fixed else self._variance()
+
+    def deviation(self) -> torch.Tensor:
+        """Returns the standard error of 1 - r at each node by its directions, (levels, B); 0 where it is exact.
+
+        A single level's variance is uncertain in few dimensions, so that it is the mean over five levels.
+        """
+        variance = self._variance().T[:, None]
+        mean = torch.nn.functional.avg_pool1d(variance, 5, stride=1, padding=2, count_include_pad=False)
+        return mean[:, 0].T.clamp_min(0).sqrt()
+
+    def _variance(self) -> torch.Tensor:
+        squares, count = torch.stack(self._squares), len(self._by_probe[0])
+        if count == 0:
+            return torch.zeros_like(squares)
+        return trace_variance(squares, torch.stack(self._products), self.rests, count)
+
+    def standard_error(self, weights: torch.Tensor, fixed: bool) -> torch.Tensor:
+        """Returns the standard error of the sum of `weights` (levels,) times 1 - r, (B,)."""
+        if fixed and len(self._by_probe[0]):
+            return scatter_error(torch.einsum("n,nkb->kb", weights, self.by_probe))
+        # Clamped as a sum: in few dimensions a single level's variance is uncertain, and may be estimated below 0.
+        return torch.einsum("n,nb->b", weights.square(), self.variance(fixed)).clamp_min(0).sqrt()
 
 
-def standard_error(
-    traces: Sequence[NodeTrace], variance: torch.Tensor, weights: torch.Tensor, fixed: bool
-) -> torch.Tensor:
-    """Returns the standard error of the trace's integral by its random directions, (B,) nats."""
-    if fixed and len(traces[0].by_probe):
-        return scatter_error(torch.einsum("n,nkb->kb", weights, torch.stack([trace.by_probe for trace in traces])))
-    # Clamped as a sum: in few dimensions a single level's variance is uncertain, and may be estimated below 0.
-    return torch.einsum("n,nb->b", weights.square(), variance).clamp_min(0).sqrt()
-
-
-def trace_variance(squares: torch.Tensor, products: torch.Tensor, count: int) -> torch.Tensor:
+def trace_variance(squares: torch.Tensor, products: torch.Tensor, traces: torch.Tensor, count: int) -> torch.Tensor:
     """Returns the variance of 1 - r by the mean over `count` random signs, (levels, B), from a single one per level.
 
     The variance of v . A v over random signs v is 2 (|A|^2 - sum of A_ii^2) for a symmetric A (less for others, as the
     Jacobian of a network). |A v|^2 estimates |A|^2, and v * A v the diagonal of A with an error of the size of a row;
     but the product of two such diagonals by independent signs has no such bias. They come from neighbouring levels,
-    where A is nearly the same: the mean over both sides is right to second order in the distance of the levels.
+    where the diagonal is nearly the same but for its sum: that is brought to the level's own, and the mean over both
+    sides is right to second order in the distance of the levels.
 
     Args:
         squares: (levels, B) |A v|^2, mean over the signs.
         products: (levels - 1, B) inner products of v * A v (mean over the signs) at each level and the next.
+        traces: (levels, B) v . A v, mean over the signs.
     """
-    first, last = products[:1], products[-1:]
-    diagonal = (torch.cat([first, products]) + torch.cat([products, last])) / 2
+    # Far from the data a noisy trace may be near 0 or negative.
+    ratios = (traces[1:] / traces[:-1]).nan_to_num(1.0).clamp(1 / MOST_CHANGE, MOST_CHANGE)
+    before, after = products * ratios, products / ratios  # of a level with the one before it, and with the next
+    diagonal = (torch.cat([after[:1], before]) + torch.cat([after, before[-1:]])) / 2
     return 2 * (squares - diagonal) / count
 
 

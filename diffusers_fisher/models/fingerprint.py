@@ -23,7 +23,15 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from ..denoiser import Denoiser
 from ..errors import InputError, UnsupportedError
 from ..noise import noise_schedule
-from .fixed_outputs import NUM_SUMS, OUTPUT_TOLERANCE, fixed_direction, fixed_outputs, output_change, sums_of
+from .fixed_outputs import (
+    NUM_SUMS,
+    OUTPUT_TOLERANCE,
+    fixed_direction,
+    fixed_outputs,
+    is_quantised,
+    output_change,
+    sums_of,
+)
 
 NUM_TENSORS = 16  # parameters that are compared one by one
 NUM_VALUES = 65536  # values that are read of each of these parameters
@@ -36,6 +44,9 @@ LOG_LIMIT = 20.0  # stands for infinity: a schedule that ends in pure noise
 COMPILED = "_orig_mod."  # torch.compile puts it before names
 KEY_VALUES = 64  # least number of weights that a key reads: `parameter.data.mul_()` moves no version counter
 SIMPLE_TYPES = {bool, int, float, str, type(None)}
+LATENT_SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+"""Settings of an autoencoder by which its latents are scaled."""
+
 OF_TORCH = set(vars(torch.nn.Module())) - {"training", "_forward_hooks", "_forward_pre_hooks"}
 """Attributes of every module that are read elsewhere or have no part in an evaluation."""
 
@@ -58,7 +69,7 @@ def denoiser_fingerprint(denoiser: Denoiser | DiffusionPipeline) -> dict[str, An
     `fixed_outputs`; None where the network can't be evaluated so), `prediction_type`, and `schedule`
     (log(sigma/alpha) at five timesteps). A denoiser without a network has only the last two. `torch.compile` does not
     change the fingerprint. Outputs and weights are compared to within the rounding of the weights' dtypes. Weights in
-    8 bits or fewer, or not in memory, agree with all others.
+    8 bits or fewer, quantised (torchao), or not in memory, agree with all others.
 
     Cost: reads a million numbers at most, and 4,096 of every matrix, and evaluates the network twice on a small input.
     A second call on the same network reads only the numbers of `network_key`, if the key is the same.
@@ -187,6 +198,28 @@ def _differences_of_parts(expected: Mapping[str, Any], actual: Mapping[str, Any]
     return words
 
 
+def autoencoder_differences(first: torch.nn.Module, second: torch.nn.Module) -> list[str]:
+    """Says in words how two autoencoders differ, in all on which scaled latents depend; copies in other dtypes agree.
+
+    Cost: reads a million numbers of each at most, and 4,096 of every matrix.
+    """
+    if first is second:
+        return []
+    configs = [_config(autoencoder) for autoencoder in (first, second)]
+    words = [
+        f"`{name}` is {configs[0].get(name)} and {configs[1].get(name)}"
+        for name in LATENT_SCALING
+        if not _equal(configs[0].get(name), configs[1].get(name))
+    ]
+    left, right = (_network_fingerprint(autoencoder) for autoencoder in (first, second))
+    for key, label in (("denoiser", "classes"), ("parameters", "names or shapes of parameters")):
+        words += [label] * _differ(left, right, key)
+    largest, all_matrices = _changes_of_weights(left, right)
+    if not words and (largest > WEIGHT_TOLERANCE or all_matrices > MATRIX_TOLERANCE):
+        words.append(f"weights, by about {max(largest, all_matrices):.2g} of their size")
+    return words
+
+
 def check_fingerprint(
     expected: Mapping[str, Any] | None, denoiser: Denoiser | DiffusionPipeline, name: str = "trace model"
 ) -> None:
@@ -257,9 +290,13 @@ def _summary(value: object) -> Hashable:
 def _settings(network: torch.nn.Module) -> dict[str, Any]:
     """Returns settings that differ from the class's defaults: a newer diffusers may add keys, not change the model."""
     defaults = inspect.signature(type(network).__init__).parameters
-    config = getattr(network, "config", {})
-    settings = {key: value for key, value in dict(config).items() if not key.startswith("_")}
+    settings = {key: value for key, value in _config(network).items() if not key.startswith("_")}
     return {k: v for k, v in sorted(settings.items()) if k not in defaults or not _equal(v, defaults[k].default)}
+
+
+def _config(network: torch.nn.Module) -> dict[str, Any]:
+    """Returns the settings with which a network was made; none for networks without a configuration."""
+    return dict(getattr(network, "config", {}))
 
 
 def _equal(value: object, default: object) -> bool:
@@ -279,7 +316,9 @@ def _spread(names: list[str]) -> list[str]:
 
 def _is_readable(parameter: torch.Tensor) -> bool:
     """Returns whether values are in memory, and fine enough to tell a change from rounding."""
-    return not parameter.is_meta and parameter.is_floating_point() and parameter.element_size() >= 2
+    if parameter.is_meta or is_quantised(parameter):
+        return False
+    return parameter.is_floating_point() and parameter.element_size() >= 2
 
 
 def _values(parameter: torch.Tensor, count: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, BaseOutput
 from ..denoiser import Denoiser
 from ..errors import CheckpointError, InputError, check_shape
 from ..files import check_safetensors, read_table, save_tensors, write_text
+from ..fisher.calibration import TraceCalibration
 from ..fisher.trace_matching import LOG_NOISE_RANGE, noise_shares
 from ..noise import DenoisingState, NoiseLevel, expand
 from .card import model_card
@@ -93,6 +94,8 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
             model takes samples of N tokens alone.
         fingerprint: fingerprint of the denoiser, see `diffusers_fisher.models.denoiser_fingerprint`; None means that
             the model serves every denoiser.
+        calibration: errors of the trained model on held-out images, the fields of `TraceCalibration`; None before
+            they are measured (`calibrate_trace_model`).
     """
 
     config_name = "config.json"  # type: ignore[assignment]
@@ -117,6 +120,7 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         feature_channels: int | None = None,
         prior_shape: Sequence[int] | None = None,
         fingerprint: Mapping[str, Any] | None = None,
+        calibration: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         _check_choices(layout, target, output, basis)
@@ -254,6 +258,10 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
         """Stores the fingerprint of `denoiser` (a pipeline or `PipelineDenoiser`) in the config."""
         self.register_to_config(fingerprint=denoiser_fingerprint(denoiser))
 
+    def set_calibration(self, calibration: TraceCalibration) -> None:
+        """Stores the errors of the trained model on held-out images in the config."""
+        self.register_to_config(calibration=dataclasses.asdict(calibration))
+
     def check_fingerprint(self, denoiser: Denoiser | DiffusionPipeline) -> None:
         """Refuses a denoiser that this model was not trained for. A model without a fingerprint takes every denoiser.
 
@@ -283,10 +291,11 @@ class FisherTraceModel(ModelMixin, ConfigMixin):
             return
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        config = self.to_json_string()
-        metadata = {"format": "pt", "config": json.dumps(json.loads(config))}
+        config = json.loads(self.to_json_string())
+        config.pop("_name_or_path", None)  # the folder on this machine that the model was loaded from
+        metadata = {"format": "pt", "config": json.dumps(config)}
         save_tensors(folder / SAFETENSORS_WEIGHTS_NAME, self.state_dict(), metadata)
-        write_text(folder / self.config_name, config)
+        write_text(folder / self.config_name, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -19,11 +19,17 @@ class Prediction:
         kind: one of `PREDICTION_TYPES`, or "edm" for a network with EDM's preconditioning (Karras et al., 2022).
         sigma_data: EDM's data standard deviation.
         edm_kind: EDM's own prediction type, "epsilon" or "v_prediction", which determines the sign of the output.
+        is_reversed: whether a flow's output is x_0 - epsilon, as networks predict whose time runs from noise to data.
     """
 
     kind: str
     sigma_data: float = 0.5
     edm_kind: str = "epsilon"
+    is_reversed: bool = False
+
+    @property
+    def _flow_sign(self) -> float:
+        return -1.0 if self.is_reversed else 1.0
 
     def epsilon_coefficients(self, level: NoiseLevel) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (a, b) with epsilon = a * sample + b * output."""
@@ -33,7 +39,7 @@ class Prediction:
         if self.kind == "v_prediction":
             return sigma / norm**2, alpha / norm
         if self.kind == "flow_prediction":
-            return 1 / (alpha + sigma), alpha / (alpha + sigma)
+            return 1 / (alpha + sigma), self._flow_sign * alpha / (alpha + sigma)
         skip, out = self.original_coefficients(level)
         return (1 - alpha * skip) / sigma, -alpha * out / sigma
 
@@ -47,7 +53,7 @@ class Prediction:
         if self.kind == "v_prediction":
             return alpha / norm**2, -sigma / norm
         if self.kind == "flow_prediction":
-            return 1 / (alpha + sigma), -sigma / (alpha + sigma)
+            return 1 / (alpha + sigma), -self._flow_sign * sigma / (alpha + sigma)
         # These are EDM's c_skip and c_out for x/alpha (alpha = 1), or for a sample scaled by the level's alpha.
         noise_to_signal = sigma / alpha
         total = noise_to_signal**2 + self.sigma_data**2
@@ -65,6 +71,6 @@ class Prediction:
         if self.kind == "v_prediction":
             return alpha / norm, -sigma / norm, zero
         if self.kind == "flow_prediction":
-            return one, -one, zero
+            return self._flow_sign * one, -self._flow_sign * one, zero
         skip, out = self.original_coefficients(level)
         return zero, 1 / out, -skip / out

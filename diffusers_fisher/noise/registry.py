@@ -14,12 +14,14 @@ from .prediction import Prediction
 from .schedule import NoiseSchedule, SchedulerParts
 from .scheduler_families import (
     AncestralKDPM2Schedule,
+    ContinuousSchedule,
     EDMSchedule,
     FlowSchedule,
     FlowSigmaSchedule,
     InverseTableSchedule,
     KDiffusionSchedule,
     KDPM2Schedule,
+    ReversedFlowSchedule,
     SigmaSchedule,
     TableSchedule,
 )
@@ -34,6 +36,18 @@ def _sigma_or_flow(scheduler: SchedulerMixin) -> NoiseSchedule:
     return FlowSigmaSchedule(scheduler) if flow else SigmaSchedule(scheduler)
 
 
+def _flow_match(scheduler: SchedulerMixin) -> NoiseSchedule:
+    is_reversed = cast(SchedulerParts, scheduler).config.get("invert_sigmas", False)
+    return ReversedFlowSchedule(scheduler) if is_reversed else FlowSchedule(scheduler)
+
+
+def _euler(scheduler: SchedulerMixin) -> NoiseSchedule:
+    config = cast(SchedulerParts, scheduler).config
+    # For other prediction types the scheduler keeps whole timesteps, whatever its `timestep_type` is.
+    is_continuous = (config.get("timestep_type"), config.get("prediction_type")) == ("continuous", "v_prediction")
+    return ContinuousSchedule(scheduler) if is_continuous else KDiffusionSchedule(scheduler)
+
+
 # The keys are class names, so that no scheduler is imported before it is used.
 _SCHEDULES: dict[str, Callable[[SchedulerMixin], NoiseSchedule]] = {
     "DDIMScheduler": TableSchedule, "DDPMScheduler": TableSchedule,
@@ -43,14 +57,14 @@ _SCHEDULES: dict[str, Callable[[SchedulerMixin], NoiseSchedule]] = {
     "DPMSolverMultistepScheduler": _sigma_or_flow, "DPMSolverMultistepInverseScheduler": _sigma_or_flow,
     "DPMSolverSinglestepScheduler": _sigma_or_flow, "UniPCMultistepScheduler": _sigma_or_flow,
     "DEISMultistepScheduler": _sigma_or_flow, "SASolverScheduler": _sigma_or_flow,
-    "EulerDiscreteScheduler": KDiffusionSchedule,
+    "EulerDiscreteScheduler": _euler,
     "EulerAncestralDiscreteScheduler": KDiffusionSchedule,
     "HeunDiscreteScheduler": KDiffusionSchedule, "LMSDiscreteScheduler": KDiffusionSchedule,
     "KDPM2DiscreteScheduler": KDPM2Schedule,
     "KDPM2AncestralDiscreteScheduler": AncestralKDPM2Schedule,
     "EDMEulerScheduler": EDMSchedule, "EDMDPMSolverMultistepScheduler": EDMSchedule,
-    "FlowMatchEulerDiscreteScheduler": FlowSchedule, "FlowMatchHeunDiscreteScheduler": FlowSchedule,
-    "FlowMatchLCMScheduler": FlowSchedule,
+    "FlowMatchEulerDiscreteScheduler": _flow_match, "FlowMatchHeunDiscreteScheduler": FlowSchedule,
+    "FlowMatchLCMScheduler": _flow_match,
 }  # fmt: skip
 
 

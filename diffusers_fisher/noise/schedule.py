@@ -103,6 +103,10 @@ class NoiseSchedule(abc.ABC):
         """Returns the level in carried coordinates of one of the run's `sigmas`, float64; here it is sigma/alpha."""
         return NoiseLevel.from_log_noise_to_signal(sigma.log())
 
+    def sigma_of(self, log_s: torch.Tensor) -> torch.Tensor:
+        """Returns the entry, float64, that a run's `sigmas` have at log(sigma/alpha) = `log_s`."""
+        return log_s.exp()
+
     def level_at(self, timestep: Timestep) -> NoiseLevel:
         """Returns the level of the carried sample at `timestep`, from the config alone."""
         return self.level_of(self.log_noise_to_signal_at(timestep))

@@ -83,6 +83,23 @@ class KDiffusionSchedule(RunSigmaSchedule, VarianceExplodingSchedule, TableSched
     """Describes schedulers that carry x/alpha and whose run keeps sigma/alpha (Euler, Heun, LMS)."""
 
 
+class ContinuousSchedule(KDiffusionSchedule):
+    """Changes `KDiffusionSchedule`: the timestep is log(sigma/alpha)/4, as in EDM (`timestep_type="continuous"`)."""
+
+    spread_timesteps = NoiseSchedule.spread_timesteps  # There are no whole timesteps.
+
+    def log_noise_to_signal_at(self, timestep: Timestep) -> torch.Tensor:
+        return 4 * as_float64(timestep)
+
+    def timestep_at(self, log_s: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(log_s, dtype=torch.float64) / 4
+
+    def log_noise_to_signal_range(self) -> tuple[float, float]:
+        low, high = super().log_noise_to_signal_range()
+        ends = self.config.get("sigma_min"), self.config.get("sigma_max")
+        return math.log(ends[0]) if ends[0] else low, math.log(ends[1]) if ends[1] else high
+
+
 class KDPM2Schedule(KDiffusionSchedule):
     """Extends `KDiffusionSchedule` by a second stage per step, at a sigma between two of the run's sigmas (KDPM2)."""
 
@@ -145,7 +162,10 @@ class FlowSchedule(RunSigmaSchedule):
         return -math.log(self.config["num_train_timesteps"] - 1), PURE_NOISE_LIMIT
 
     def level_of(self, log_s: torch.Tensor) -> NoiseLevel:
-        return self.level_of_sigma(torch.sigmoid(log_s))
+        return self.level_of_sigma(self.sigma_of(log_s))
+
+    def sigma_of(self, log_s: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(log_s)
 
     def level_of_sigma(self, sigma: torch.Tensor) -> NoiseLevel:
         return NoiseLevel(1 - sigma, sigma)
@@ -157,6 +177,29 @@ class FlowSchedule(RunSigmaSchedule):
     def spread_timesteps(self, count: int) -> torch.Tensor:
         # The schedule includes both ends of the trained range, where the logarithm is infinite.
         return torch.linspace(0, 1, count, dtype=torch.float64) * self.config["num_train_timesteps"]
+
+
+class ReversedFlowSchedule(FlowSchedule):
+    """Changes `FlowSchedule`: timesteps and sigmas run from noise to data (`invert_sigmas=True`, as for Mochi).
+
+    An entry of the run's sigmas is the factor on the clean sample, and the output is x_0 - eps.
+    """
+
+    def log_noise_to_signal_at(self, timestep: Timestep) -> torch.Tensor:
+        return -super().log_noise_to_signal_at(timestep)
+
+    def timestep_at(self, log_s: torch.Tensor) -> torch.Tensor:
+        return super().timestep_at(-torch.as_tensor(log_s, dtype=torch.float64))
+
+    def sigma_of(self, log_s: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(-log_s)
+
+    def level_of_sigma(self, sigma: torch.Tensor) -> NoiseLevel:
+        return NoiseLevel(sigma, 1 - sigma)
+
+    @property
+    def prediction(self) -> Prediction:
+        return Prediction("flow_prediction", is_reversed=True)
 
 
 class FlowSigmaSchedule(FlowSchedule):

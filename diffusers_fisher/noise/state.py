@@ -45,8 +45,11 @@ class DenoisingState:
     features: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        advice = "Models with learned variance give two halves: pass the mean half alone."
-        check_shape("The model output", self.model_output.shape, self.sample.shape, advice)
+        sample, output = self.sample.shape, self.model_output.shape
+        advice = "Pass sample and output in one layout."
+        if len(sample) > 1 and len(output) > 1 and output[1] == 2 * sample[1]:
+            advice = "Models with learned variance give two halves: pass the mean half alone."
+        check_shape("The model output", output, sample, advice)
 
     @property
     def known_timestep(self) -> Timestep:

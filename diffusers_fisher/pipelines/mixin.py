@@ -17,6 +17,8 @@ from ..backbones.parts import (
     loaded_parts,
     set_checkpoint_parts,
 )
+from ..curvature.pipeline import likelihood_bound
+from ..curvature.pixel_bound import pixel_likelihood_bound
 from ..errors import CheckpointError, InputError
 from ..files import read_table
 from ..guidance import pipeline as guidance
@@ -36,8 +38,8 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
 class FisherPipelineMixin(DiffusionPipeline):
     """Adds likelihood and guidance to a stock pipeline class, and saves folders that stock diffusers reads.
 
-    The methods are the functions `diffusers_fisher.log_likelihood`, `compare_likelihood` and `guide`, which take any
-    pipeline that has a backbone, stock ones too.
+    The methods are the functions `diffusers_fisher.log_likelihood`, `compare_likelihood`, `likelihood_bound` and
+    `guide`, which take any pipeline that has a backbone, stock ones too.
     """
 
     scheduler: Any  # diffusers' schedulers share no class that has a `config`
@@ -47,6 +49,8 @@ class FisherPipelineMixin(DiffusionPipeline):
 
     log_likelihood = likelihood.log_likelihood
     compare_likelihood = likelihood.compare_likelihood
+    likelihood_bound = likelihood_bound
+    pixel_likelihood_bound = pixel_likelihood_bound
     guide = guidance.guide
 
     @property
@@ -57,7 +61,27 @@ class FisherPipelineMixin(DiffusionPipeline):
 
     @latent_statistics.setter
     def latent_statistics(self, value: LatentStatistics | None) -> None:
-        set_checkpoint_parts(self, dataclasses.replace(checkpoint_parts(self), latent_statistics=value))
+        parts = checkpoint_parts(self)
+        set_checkpoint_parts(self, dataclasses.replace(parts, latent_statistics=value, latent_spectrum=None))
+
+    @property
+    def latent_spectrum(self) -> torch.Tensor | None:
+        """Variances of the coefficients of the discrete cosine transform of the training data's scaled latents, (C, h,
+        w), for the likelihood's prior; None where the checkpoint has none. It can be set after `latent_statistics`,
+        whose mean it needs; setting `latent_statistics` removes it."""
+        return checkpoint_parts(self).latent_spectrum
+
+    @latent_spectrum.setter
+    def latent_spectrum(self, value: torch.Tensor | None) -> None:
+        parts = checkpoint_parts(self)
+        mean = None if parts.latent_statistics is None else parts.latent_statistics[0]
+        if value is not None and (mean is None or mean.shape != value.shape or value.ndim != 3):
+            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (value, mean)]
+            raise InputError(
+                f"`latent_spectrum` has shape {shapes[0]}, the mean of `latent_statistics` {shapes[1]}; allowed: one "
+                "shape (C, h, w) for both. Set `latent_statistics` first."
+            )
+        set_checkpoint_parts(self, dataclasses.replace(parts, latent_spectrum=value))
 
     @property
     def trace_model(self) -> FisherTraceModel | None:

@@ -1,7 +1,8 @@
 """Saving and loading of our pipelines.
 
 A folder's index is that of the stock pipeline with the stock scheduler, so that any diffusers reads it; our parts lie
-beside it: `fisher.json` (the scheduler's class), `latent_statistics.safetensors` (mean and variance) and the folder
+beside it: `fisher.json` (the scheduler's class), `latent_statistics.safetensors` (mean,
+variance, spectrum) and the folder
 `trace_model`.
 """
 
@@ -102,7 +103,10 @@ def save_parts(folder: Path, scheduler: SchedulerMixin, parts: CheckpointParts) 
         return
     mean, variance = parts.latent_statistics
     description = {"description": "mean and variance of the scaled latents of the training data"}
-    save_tensors(folder / STATISTICS, {"mean": mean, "variance": variance}, description)
+    tensors = {"mean": mean, "variance": variance}
+    if parts.latent_spectrum is not None:
+        tensors["spectrum"] = parts.latent_spectrum
+    save_tensors(folder / STATISTICS, tensors, description)
 
 
 def check_folder(source: str | os.PathLike, arguments: Mapping[str, Any]) -> None:

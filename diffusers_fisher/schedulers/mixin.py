@@ -49,27 +49,38 @@ class FisherSchedulerMixin(Scheduler):
 
     @check_kinds
     def differentiable(
-        self, estimator: FisherEstimator, changed_latents: str = "refuse", controls: list[torch.Tensor] | None = None
+        self,
+        estimator: FisherEstimator,
+        changed_latents: str = "refuse",
+        controls: list[torch.Tensor] | None = None,
+        adjoint_guidance_scale: float | None = None,
     ) -> AbstractContextManager[Trajectory]:
         """Records the run inside the block so that it can be differentiated without a graph in the denoiser.
 
         Args:
             estimator: Fisher estimator that replaces the denoiser's Jacobian in the backward pass, such as
-                `DirectFisher()`.
+                `DirectFisher()`. A denoiser that it evaluates must give the run's outputs: the gradient compares them,
+                `AutodiffFisher` at every step, others at the first, the middle and the last one.
             changed_latents: what happens if the latents change between two steps: "refuse" raises an error, "additive"
                 continues as if a constant had been added.
             controls: list of tensors (B, ...), one per step, that are added to the model output and require a
                 gradient, which `trajectory.gradients` returns. A step beyond the end of the list appends zeros to it.
                 None: no controls.
+            adjoint_guidance_scale: guidance scale of the estimator's denoiser where it is another than the run's on
+                purpose, such as 1.0 to keep classifier-free guidance out of the backward pass. The outputs are then
+                not compared. None: the denoiser is the run's own function.
 
         Yields:
             The `Trajectory`, whose `gradient(loss)` is d loss / d latents.
 
         Raises:
+            InputError: `adjoint_guidance_scale` is not that of the estimator's denoiser.
             TrajectoryError: blocks are nested; or the run inside the block uses inference mode, or a learned variance
                 that the scheduler does not use, or changes the latents.
             UnsupportedError: the noise levels of the run's scheduler or prediction type are not known.
         """
+        if adjoint_guidance_scale is not None:
+            estimator = estimator.at_guidance_scale(adjoint_guidance_scale)
         return record_run(self, Trajectory(estimator, changed_latents, controls))
 
 

@@ -20,7 +20,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..arguments import check_kinds
-from ..errors import InputError, NumericalError, TrajectoryError
+from ..errors import InputError, NumericalError, TrajectoryError, describe_change
 from ..fisher.estimator import FisherEstimator, check_estimator
 from ..fisher.operator import FisherOperator
 from ..noise import DenoisingState, Timestep, noise_schedule, split_variance, state_of
@@ -99,6 +99,11 @@ class Trajectory:
         self._timesteps: torch.Tensor | None = None
         self._noise_scale = 1.0
         self._autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext  # autocast of the last step
+        self._is_compared = False  # whether the estimator's denoiser was compared with the run's outputs
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Trajectory:
+        """Returns itself: pipelines that copy all that a scheduler holds do not copy the run and its denoiser."""
+        return self
 
     def gradient(self, loss: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
         """Returns the gradient of a scalar `loss` of the run's result with respect to the pipeline's `latents`.
@@ -119,6 +124,7 @@ class Trajectory:
 
         Raises:
             TrajectoryError: no step was recorded, or the loss does not depend on the run.
+            InputError: the estimator's denoiser does not give the run's outputs.
             NumericalError: the gradient is not finite.
         """
         if self.initial_sample is None:
@@ -128,13 +134,18 @@ class Trajectory:
             )
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise TrajectoryError(
-                f"The loss must be a scalar tensor that depends on the run's result, got {_describe(loss)}. Ask the "
-                'pipeline for `output_type="latent"` and decode outside of torch.no_grad.'
+                f"The loss must be a scalar tensor that depends on the run's result, got {_describe(loss)}. Compute "
+                "it outside of torch.no_grad from `trajectory.final_sample`, or from the pipeline's result for "
+                '`output_type="latent"` if that is this sample, unchanged.'
             )
+        if not self._is_compared:
+            with torch.no_grad(), self._autocast():
+                self.estimator.check_outputs(self.states)
+            self._is_compared = True
         leaves = [self.initial_sample, *(self.controls or [])[: len(self.states)]]
         gradients = torch.autograd.grad(loss, leaves, retain_graph=retain_graph, allow_unused=True)
         if gradients[0] is None:
-            raise TrajectoryError("The loss does not depend on this run's result. Compute the loss from the result.")
+            raise TrajectoryError("The loss does not depend on this run's result. Compute it from `final_sample`.")
         with torch.no_grad(), self._autocast():
             gradient = self.estimator.through_run(gradients[0] * self._noise_scale, self.states)
         if not torch.isfinite(gradient).all():
@@ -196,10 +207,15 @@ class Trajectory:
                 "tensors; use torch.no_grad instead. Pipelines already use torch.no_grad."
             )
         if model_output.shape != sample.shape:
+            cause = "the pipeline hands its scheduler the two in different layouts. Pass them to it in one layout."
+            if model_output.ndim == sample.ndim and model_output.shape[1] == 2 * sample.shape[1]:
+                cause = (
+                    f"models with learned variance are not supported by {type(scheduler).__name__} with its "
+                    "variance_type. Use one of variance_type 'learned_range', or a model or pipeline that returns the "
+                    "mean alone."
+                )
             raise TrajectoryError(
-                f"The model output has shape {tuple(model_output.shape)}, the sample {tuple(sample.shape)}: models "
-                f"with learned variance are not supported by {type(scheduler).__name__} with its variance_type. Use "
-                "one of variance_type 'learned_range', or a model or pipeline that returns the mean alone."
+                f"The model output has shape {tuple(model_output.shape)}, the sample {tuple(sample.shape)}: {cause}"
             )
 
     def _enter(self, scheduler: Scheduler, sample: torch.Tensor) -> torch.Tensor:
@@ -220,11 +236,22 @@ class Trajectory:
         is_same_run = scheduler.timesteps is self._timesteps and sample.shape == self._last_result.shape
         if self.changed_latents == "additive" and is_intact and is_same_run:
             return chain + (sample - self._last_result).detach().to(dtype)
+        number = len(self.states)
+        if scheduler.timesteps is not self._timesteps:
+            raise TrajectoryError(
+                f"A second run began in the `differentiable` block, after {number} steps of the first: its timesteps "
+                "are new and its latents are not those that the last step returned. One `differentiable` block holds "
+                "one run."
+            )
+        if sample.shape != self._last_result.shape:
+            cause = "the pipeline changes their layout, or steps samples of two kinds with one scheduler"
+        else:
+            cause = "a callback, an inpainting blend or frames that the pipeline holds fixed changed them"
+        change = describe_change(self._last_result, sample) if is_intact else "changed in place"
         raise TrajectoryError(
-            f"Step {len(self.states)} received other latents than step {len(self.states) - 1} returned: a callback or "
-            "an inpainting blend changed them, or a second run began. If the change does not depend on the latents, "
-            "pass differentiable(estimator, changed_latents='additive'); other changes have no known gradient. One "
-            "`differentiable` block holds one run."
+            f"Step {number} received other latents than step {number - 1} returned, "
+            f"{change}: {cause}. If the change does not depend on the latents, "
+            "pass differentiable(estimator, changed_latents='additive'); other changes have no known gradient."
         )
 
 

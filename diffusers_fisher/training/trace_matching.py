@@ -30,12 +30,14 @@ from ..denoiser import Denoiser
 from ..errors import InputError, NumericalError
 from ..files import check_writable, write_json
 from ..fisher import AutodiffFisher, FiniteDifferenceFisher, FisherEstimator
+from ..fisher.calibration import TraceCalibration
 from ..jobs.command import config_parser, errors_in_words
 from ..jobs.config import flat_settings, load_config
 from ..jobs.folder_lock import locked_folder
 from ..jobs.identity import autoencoder_note, data_note, note_differences, refuse_differences
 from ..jobs.pipelines import load_pipeline
 from ..jobs.processes import WAIT, uses_cpu
+from ..likelihood.calibration import LEAST_IMAGES, TraceErrors
 from ..models import FisherTraceModel
 from ..noise import log_noise_to_signal_range, timestep_at
 from ..seeds import step_generator
@@ -181,9 +183,12 @@ class TraceMatching:
         if average:
             average.copy_to(parameters)
         if accelerator.is_main_process:  # before the validation, because that may fail
-            with self.folder.writing("trace_model"):
-                self.model.save_pretrained(self.folder.path / "trace_model")
+            self._save_model()
         self._report(self._validate(None, parameters, settings.steps))
+        if accelerator.is_main_process and len(self.held_out.captions) >= LEAST_IMAGES:
+            self.model.set_calibration(self._calibration())
+            self._save_model()
+        accelerator.wait_for_everyone()  # the others must not end the group meanwhile
         accelerator.end_training()
         return self.model.eval()
 
@@ -281,6 +286,23 @@ class TraceMatching:
                 plot_validation(result, self.folder.path / "validation.png")
         self.accelerator.wait_for_everyone()
         return result
+
+    def _save_model(self) -> None:
+        with self.folder.writing("trace_model"):
+            self.model.save_pretrained(self.folder.path / "trace_model")
+
+    def _calibration(self) -> TraceCalibration:
+        """Measures the trained model's error on the held-out data, on the paths of likelihoods."""
+        model, data, size = self.model.eval(), self.held_out, self.space.piece_size
+        parts = []
+        for start in range(0, len(data.captions), size):
+            part = slice(start, start + size)
+            denoiser = self.space.denoiser(data.captions[part], data.samples[part])
+            generator = torch.Generator().manual_seed(self.config.seed)
+            parts.append(
+                TraceErrors.measure(denoiser, self.space.pack(data.samples[part]), model, generator=generator)
+            )
+        return TraceErrors.join(parts).calibration()
 
     def _report(self, result: Validation | None) -> None:
         if result is None:

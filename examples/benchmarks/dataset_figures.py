@@ -37,8 +37,8 @@ def dataset_report() -> str:
         for row in result["by_caption"]
     ]
     return document(
-        f"All {result['images']:,} test images ({result['method']['trace']}, {result['evaluations_an_image']} "
-        f"evaluations per image): {bits['mean']:.3f} ± {bits['standard_error']:.3f} bits/dim, standard deviation "
+        f"All {result['images']:,} test images ({result['method']['trace']}, {result['levels']} "
+        f"levels): {bits['mean']:.3f} ± {bits['standard_error']:.3f} bits/dim, standard deviation "
         f"{bits['standard_deviation']:.3f}, from {bits['least']:.2f} to {bits['greatest']:.2f}; discretisation error "
         f"{errors['discretisation_mean']:.4f} on average, {errors['discretisation_greatest']:.3f} at most.",
         table(["caption", "images", "mean bits/dim", "standard deviation"], rows),

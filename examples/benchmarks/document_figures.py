@@ -6,6 +6,7 @@ python examples/benchmarks/document_figures.py
 import sys
 from collections.abc import Callable, Sequence
 
+from curvature_figures import likelihood_bound_fractions
 from dataset_figures import dataset_report, dataset_sharing, out_of_distribution, prompt_matching, sample_ranking
 from figure_tables import FOLDER, document, read_result, table
 from fisher_figures import fisher_ascents, fisher_gradients, fisher_levels
@@ -14,6 +15,7 @@ from likelihood_figures import (
     likelihood_checkpoint,
     likelihood_closed_forms,
     likelihood_comparison,
+    likelihood_discretisation,
     likelihood_other_laws,
 )
 from study_figures import lml_cells, lml_sweep, transport, transport_learned
@@ -52,6 +54,7 @@ DOCUMENTS = {
         likelihood_other_laws,
         likelihood_checkpoint,
         likelihood_comparison,
+        likelihood_discretisation,
     ),
     ROOT / "docs" / "dataset_likelihood.md": (
         dataset_report,
@@ -60,6 +63,7 @@ DOCUMENTS = {
         sample_ranking,
         prompt_matching,
     ),
+    ROOT / "docs" / "curvature.md": (likelihood_bound_fractions,),
     ROOT / "docs" / "training.md": (trace_mixture, trace_embedded, trace_cost),
 }
 

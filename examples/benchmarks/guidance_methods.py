@@ -102,6 +102,6 @@ class Methods:
         }
         if self._scale != 1:  # without classifier-free guidance in the backward pass
             unguided = PipelineDenoiser(self.stock(), guidance_scale=1.0, prompt_embeds=self._embeds["prompt_embeds"])
-            result["recomputation, guidance left out"] = AutodiffFisher(unguided)
-            result["finite difference, guidance left out"] = FiniteDifferenceFisher(unguided, central=True)
+            result["recomputation, guidance left out"] = AutodiffFisher(unguided).at_guidance_scale(1.0)
+            result["finite difference, guidance left out"] = FiniteDifferenceFisher(unguided).at_guidance_scale(1.0)
         return result

@@ -99,3 +99,31 @@ def likelihood_comparison() -> str:
         f"latents by squared errors minus those by the ODE are {ode['squared_error_minus_ode_bits']:+.3f} ± "
         f"{ode['standard_error_bits']:.3f}."
     )
+
+
+def likelihood_discretisation() -> str:
+    result = read_result("discretisation")
+    cells = {(row["family"], row["class"], row["way"]): row for row in result["summary"]}
+    families, classes = (dict.fromkeys(row[key] for row in result["summary"]) for key in ("family", "class"))
+    parts = [
+        f"{len(result['laws'])} laws of {len(result['by_seed'])} seeds, {result['points_per_class_and_family']} points"
+        " of each class and family; share of settled points whose error is covered (share that is wrong by more than "
+        f"0.05 bits/dim with less than 0.05 stated). One grid and step halving take {result['steps']} steps.",
+    ]
+    for family in families:
+        lines = []
+        for name in classes:
+            own = [cells[family, name, way] for way in ("one grid", "step halving", "tolerance")]
+            last = own[-1]
+            lines.append([
+                name, *(f"{row['covered']:.1%} ({row['wrong_unwarned']:.1%})" for row in own),
+                f"{last['median_stated']:.5f} / {last['median_true']:.5f}", f"{last['within_40_calls']:.0%}",
+                f"{last['reached']:.0%}", f"{last['mean_calls']:.0f}",
+                f"{last['not_settled_unwarned']} of {last['not_settled']}",
+            ])  # fmt: skip
+        columns = [
+            "points", "one grid", "step halving", f"`tolerance={result['tolerance']}`", "median stated / true",
+            "converged by 40 calls", "converged", "mean calls", "not settled, with less than 0.05 stated",
+        ]  # fmt: skip
+        parts += [f"Noise levels of {family}:", table(columns, lines)]
+    return document(*parts)

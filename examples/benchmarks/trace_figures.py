@@ -96,20 +96,11 @@ def trace_cost() -> str:
         ["time of a call: trace model over denoiser", _ratio(result["trace_model_over_denoiser"])],
         ["time: likelihood by the trace model over plain inversion", _ratio(result["trace_model_over_inversion"])],
         [
-            "time: likelihood by one difference per level over plain inversion",
-            _ratio(result["difference_over_inversion"]),
-        ],
-        [
-            "time: likelihood by one product per level (back-propagation) over likelihood by the trace model",
+            "time: likelihood by one Hutchinson probe over likelihood by the trace model",
             _ratio(result["probe_over_trace_model"]),
         ],
-        [
-            "time: likelihood by one difference per level over that by back-propagation",
-            _ratio(result["difference_over_probe"]),
-        ],
         ["peak memory: likelihood by the trace model over plain inversion", f"{memory['trace model']:.3f}"],
-        ["peak memory: likelihood by one difference per level over plain inversion", f"{memory['1 difference']:.3f}"],
-        ["peak memory: likelihood by back-propagation over plain inversion", f"{memory['1 probe']:.3f}"],
+        ["peak memory: likelihood by one Hutchinson probe over plain inversion", f"{memory['1 probe']:.3f}"],
     ]
     return document(
         f"Stable Diffusion 1.5's shapes with random weights ({result['denoiser_parameters'] / 1e6:.0f} M "
@@ -122,3 +113,28 @@ def trace_cost() -> str:
 
 def _ratio(row: dict) -> str:
     return f"{row['median']:.3f} ({row['min']:.3f} to {row['max']:.3f})"
+
+
+def trace_check() -> str:
+    result = read_result("trace_check")
+    rows = [
+        [
+            name, f"{row['flagged']:.0%}", f"{row['covered']:.0%}", f"{row['stated_median']:.3f}",
+            f"{row['error_mean']:+.3f}", f"{row['error_root_mean_square']:.3f}", f"{row['error_largest']:.3f}",
+        ]
+        for name, row in result["kinds"].items()
+    ]  # fmt: skip
+    test, calibration, others = result["kinds"]["test images"], result["calibration"], result["others"]
+    return document(
+        f"{test['samples']} samples of each kind, bits/dim. The error is the trace model's log-likelihood minus that "
+        f"by differences along many directions on the same path, whose own standard error is "
+        f"{test['standard_error_of_error']:.3f} for test images and at most "
+        f"{max(row['standard_error_of_error'] for row in result['kinds'].values()):.3f}. The calibration, on "
+        f"{calibration['samples']} other test images, states {calibration['error']:.3f}. Of {others['images']} more "
+        f"test images {others['flagged']:.1%} are flagged.",
+        table(
+            ["samples", "flagged", "error within `trace_error`", "median `trace_error`", "mean error",
+             "root mean square", "largest"],
+            rows,
+        ),
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -87,6 +88,9 @@ def test_a_record_is_what_log_likelihood_gives_for_the_image_alone(place, refere
         assert row["caption"] == example.caption and row["dims"] == out.dims == 256
         assert row["bits_per_dim"] == pytest.approx(float(out.bits_per_dim), abs=AGREEMENT)
         assert row["log_prob"] == pytest.approx(row["prior_log_prob"] + row["trace_log_prob"], abs=1e-9)
+        for name in ("total_error", "prior_error", "discretisation_error", "standard_error"):
+            assert row[name] == pytest.approx(float(getattr(out, name)), rel=1e-3)
+        assert row["trace_error"] == 0 and "trace_check" not in row
         assert row["r"] == pytest.approx(
             out.unexplained_noise_fraction[:, 0].tolist(), abs=1e-4
         )  # six decimals, of float32 networks
@@ -107,6 +111,9 @@ def test_the_summary_agrees_with_the_records(reference):
     assert json.loads((folder / "summary.json").read_text()) == summary
     values, numbers = bits(folder), summary["bits_per_dim"]
     assert numbers["mean"] == pytest.approx(float(values.mean())) and numbers["greatest"] == float(values.max())
+    errors = [row["total_error"] / row["dims"] / math.log(2) for row in lines(folder) if "error" not in row]
+    assert summary["errors_in_bits_per_dim"]["total_mean"] == pytest.approx(sum(errors) / len(errors))
+    assert summary["images_with_a_wrong_trace_model"] == 0
     assert numbers["standard_deviation"] == pytest.approx(float(values.std()))
     assert numbers["quantiles"]["0.25"] == pytest.approx(float(values.quantile(0.25)))
     rows = [row for row in lines(folder) if row.get("caption") == "c"]
@@ -115,10 +122,7 @@ def test_the_summary_agrees_with_the_records(reference):
         sum(r["bits_per_dim"] for r in rows) / len(rows)
     )
     assert {row["caption"] for row in summary["by_caption"]} == set(CAPTIONS)
-    assert (
-        summary["method"]["trace"] == "AutodiffFisher, 1 probe per level"
-        and summary["evaluations_an_image"] == STEPS + 1
-    )
+    assert summary["method"]["trace"] == "AutodiffFisher, 1 probe per level" and summary["levels"] == STEPS + 1
     assert summary["images_on_a_coarse_grid"] > 0  # two steps are few
 
 
@@ -139,6 +143,13 @@ def test_the_page_shows_both_ends_and_the_images_left_out(reference):
 def test_batch_sizes_do_not_change_the_numbers(place, reference, tmp_path, batch_size):
     evaluate_dataset(tmp_path / "run", settings_of(place), batch_size)
     assert (bits(tmp_path / "run") - bits(reference[0])).abs().max() < AGREEMENT
+
+
+def test_batch_sizes_hardly_change_the_numbers_by_differences(place, tmp_path):
+    settings = settings_of(place, estimator="auto")
+    for name, size in (("alone", 1), ("batch", 4)):
+        evaluate_dataset(tmp_path / name, settings, batch_size=size)
+    assert (bits(tmp_path / "batch") - bits(tmp_path / "alone")).abs().max() < DIFFERENCES
 
 
 def test_two_processes_give_the_numbers_of_one(place, reference, tmp_path):
@@ -422,6 +433,13 @@ def test_the_pipelines_own_trace_model_is_the_default(place, tmp_path):
     expected = pipe.log_likelihood(example.pixels[None], example.caption, num_inference_steps=STEPS)
     assert lines(tmp_path / "run-0")[0]["bits_per_dim"] == pytest.approx(float(expected.bits_per_dim), abs=AGREEMENT)
     assert torch.equal(bits(tmp_path / "run-0"), bits(tmp_path / "run-1"))
+    # The model of Gaussian data knows nothing of the random network.
+    rows = [row for row in lines(tmp_path / "run-1") if "error" not in row]
+    wrong = [row for row in rows if row["trace_check"] == "disagrees"]
+    assert len(wrong) == summary["images_with_a_wrong_trace_model"] > 0
+    assert all(row["total_error"] > row["trace_error"] > 0 for row in rows)
+    page = (tmp_path / "run-1" / "index.html").read_text(encoding="utf-8")
+    assert f"disagrees with differences of its denoiser for {len(wrong)} images" in page
 
 
 @pytest.mark.parametrize(

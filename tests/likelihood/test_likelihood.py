@@ -301,13 +301,17 @@ def test_output_has_these_fields():
     assert isinstance(out, LikelihoodOutput)
     tensors = {
         "log_prob": (4,), "prior_log_prob": (4,), "trace_log_prob": (4,), "standard_error": (4,),
-        "discretisation_error": (4,), "unexplained_noise_fraction": (21, 4), "noise_to_signal": (21,),
+        "trace_error": (4,), "prior_error": (4,), "discretisation_error": (4,),
+        "unexplained_noise_fraction": (21, 4), "unexplained_noise_error": (21, 4), "noise_to_signal": (21,),
         "final_latents": (4, *ORACLE_SHAPE),
         "trace_by_level": (21, 2, 4), "trace_weights": (21,),
     }  # fmt: skip
     words = {
         "dims": 6, "num_denoiser_calls": 21, "space": "pixel", "prior": "standard", "density": "smoothed",
         "trace": "AutodiffFisher, 2 probes per level", "halved": False, "fixed_probes": False,
+        "denoiser_calls_per_image": None, "status": None, "latents": "given", "trace_check": None,
+        "guidance_scale": None,
+        "trace_difference": None, "trace_difference_error": None,
         "scheme": "adams4", "offset_bits": 0.0,
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(out)} == {*tensors, *words}

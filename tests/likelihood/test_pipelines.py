@@ -317,7 +317,7 @@ def test_bins_give_bits_of_discrete_images():
 
 def test_scheme_reaches_the_solver_and_few_steps_give_a_warning():
     pipe = make()
-    options = {"latents": latents(), "num_probes": 1, "generator": seeded()}
+    options = {"latents": latents(), "estimator": AutodiffFisher(), "num_probes": None}
     with pytest.warns(CoarseGridWarning, match=r"grid of 3 steps is coarse: .* up to \d+\.\d{3} bits/dim"):
         out = pipe.log_likelihood(num_inference_steps=3, scheme="euler", **options)
     assert out.scheme == "euler"

@@ -374,6 +374,7 @@ def test_key_of_few_parameters_reads_64_values_too():
     assert num_changes == 64  # one value of each row
 
 
+@pytest.mark.slow  # not long, but timed: it must not depend on what else the machine does
 def test_key_costs_less_than_5_milliseconds(embedded):
     times = []
     for _ in range(200):

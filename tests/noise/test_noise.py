@@ -122,9 +122,11 @@ def test_pndm_level_is_that_of_its_timestep_even_if_the_timestep_repeats(case):
 @pytest.mark.parametrize("case", named(UNCLIPPED, "FlowMatch"), ids=str)
 def test_flow_matching_runs_take_the_runs_sigma(case):
     for step in recorded_run(case)[1]:
-        state = step.state
-        assert_close(state.pred_original_sample, state.sample - step.run_sigma * state.model_output, state.sample)
-        assert_close(state.epsilon, state.sample + (1 - step.run_sigma) * state.model_output, state.sample)
+        state, sigma, output = step.state, step.run_sigma, step.state.model_output
+        if case.changes.get("invert_sigmas"):  # time runs from noise to data: x = sigma x_0 + (1 - sigma) eps
+            sigma, output = 1 - sigma, -output
+        assert_close(state.pred_original_sample, state.sample - sigma * output, state.sample)
+        assert_close(state.epsilon, state.sample + (1 - sigma) * output, state.sample)
 
 
 @pytest.mark.parametrize("case", UNCLIPPED, ids=str)

@@ -259,7 +259,7 @@ def by_hand(backbone, pipe, x, steps):
 def test_likelihood_is_that_of_a_loop_over_the_network_itself(backbone):
     pipe = backbone.ours()
     x = 0.5 * backbone.noise(1)
-    out = backbone.score(pipe, 1, latents=x, num_probes=None, scheme="euler")
+    out = backbone.score(pipe, 1, latents=x, estimator=AutodiffFisher(), num_probes=None, scheme="euler")
     assert float(out.log_prob[0]) == pytest.approx(by_hand(backbone, pipe, x, 3), rel=1e-5)
     assert out.space == ("pixel" if backbone.stock in (diffusers.DDPMPipeline, diffusers.DDIMPipeline) else "latent")
     assert out.dims == x.numel()
@@ -278,8 +278,9 @@ def latents_of(pipe, images):
 def test_likelihood_of_images_is_that_of_their_latents(backbone):
     pipe = backbone.ours()
     images = torch.rand(2, 3, *backbone.pixels, generator=seeded())
-    out = backbone.score(pipe, images=images, num_probes=1)
-    expected = backbone.score(pipe, latents=latents_of(pipe, images), num_probes=1)
+    keys = {"image_keys": ["a", "b"]}  # without them, images and latents have keys of their own
+    out = backbone.score(pipe, images=images, **keys)
+    expected = backbone.score(pipe, latents=latents_of(pipe, images), **keys)
     assert torch.equal(out.log_prob, expected.log_prob)
     assert float(out.log_prob[0]) != float(out.log_prob[1])
 
@@ -347,9 +348,9 @@ def test_stock_pipeline_becomes_ours_over_the_same_components(backbone):
 # What users do to pipelines
 
 
-def reference_values(backbone, pipe, **options):
+def reference_values(backbone, pipe, trace=None, **options):
     out = backbone.guide(pipe, brightness, num_inference_steps=2, num_guidance_steps=1, generator=seeded(), **options)
-    likelihood = backbone.score(pipe, latents=0.5 * backbone.noise(), num_inference_steps=2, num_probes=1)
+    likelihood = backbone.score(pipe, latents=0.5 * backbone.noise(), num_inference_steps=2, estimator=trace)
     return out.rewards, out.gradient_norms, likelihood.log_prob
 
 
@@ -382,12 +383,13 @@ HALF = {"bfloat16": (0.02, 0.06, 0.01), "float16": (0.001, 0.05, 0.002)}
 @pytest.mark.cell("{half}")
 @pytest.mark.parametrize("half", HALF)
 def test_half_precision_weights_give_nearly_the_same_values(backbone, half):
-    expected = reference_values(backbone, backbone.ours())
+    # Differences leave the rounding's noise in the trace, divided by their step: too much in so few dimensions.
+    expected = reference_values(backbone, backbone.ours(), AutodiffFisher())
     pipe = backbone.ours()
     pipe.to(dtype=getattr(torch, half))
     if half == "float16" and backbone.name == "StableDiffusionXL":
         pipe.vae.to(torch.float32)  # its autoencoder overflows in float16, and is refused
-    values = reference_values(backbone, pipe)
+    values = reference_values(backbone, pipe, AutodiffFisher())
     assert {value.dtype for value in values} == {torch.float64}
     for value, reference, tolerance in zip(values, expected, HALF[half], strict=True):
         assert 0 < relative(value, reference) < tolerance
@@ -414,8 +416,9 @@ def test_sliced_and_tiled_autoencoder(name):
     assert (tiled_images.permute(0, 2, 3, 1).numpy() == images).all()
     assert relative(tiled_images, whole_images) > 1e-3
     images = torch.rand(whole_images.shape, generator=seeded())
-    out, whole_out = (backbone.score(each, images=images, num_probes=1) for each in (pipe, whole_pipe))
-    expected = backbone.score(pipe, latents=latents_of(stock, images), num_probes=1)
+    keys = {"image_keys": ["a", "b"]}
+    out, whole_out = (backbone.score(each, images=images, **keys) for each in (pipe, whole_pipe))
+    expected = backbone.score(pipe, latents=latents_of(stock, images), **keys)
     assert torch.equal(out.log_prob, expected.log_prob)
     assert relative(out.log_prob, whole_out.log_prob) > 1e-5
     sizes = []

@@ -186,7 +186,8 @@ def test_derivatives_of_networks_loaded_under_inference_mode_are_refused_in_word
     backbone, pipe = BACKBONES[name], loaded_under_inference_mode(name)
     message = r"The weights of \w+ were made under torch.inference_mode, so nothing .* Load the pipeline outside of it"
     with pytest.raises(UnsupportedError, match=message):
-        backbone.score(pipe, latents=backbone.noise())
+        backbone.score(pipe, latents=backbone.noise(), estimator=AutodiffFisher())
+    assert bool(torch.isfinite(backbone.score(pipe, latents=backbone.noise()).log_prob).all())  # by differences
     with pytest.raises(UnsupportedError, match=message):
         backbone.guide(pipe, bright, **QUICK, estimator=AutodiffFisher())
 

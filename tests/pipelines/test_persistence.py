@@ -240,7 +240,7 @@ def test_parts_come_from_the_hub_if_the_repository_has_them(checkpoint, monkeypa
     name = load_scheduler_name("someone/checkpoint", revision="v2")
     statistics = load_statistics("someone/checkpoint", revision="v2")
     assert name == "FisherDDIMScheduler"
-    assert torch.equal(statistics[1], STATISTICS[1])
+    assert torch.equal(statistics["variance"], STATISTICS[1])
     expected = [
         ("someone/checkpoint", file, {"revision": "v2"}) for file in ("fisher.json", "latent_statistics.safetensors")
     ]

@@ -246,20 +246,20 @@ def test_output_fields():
 
 
 @pytest.mark.parametrize(
-    ("estimator", "calls_per_step"),  # denoiser calls per gradient, in runs of four steps
+    ("estimator", "calls_per_step", "comparisons"),  # denoiser calls per gradient of four steps, and once
     [
-        (None, 1),
-        (DirectFisher(), 0),
-        (OneStepFisher(), 1),
-        (OneStepFisher(AutodiffFisher()), 1),
-        (AutodiffFisher(), 4),
-        (FiniteDifferenceFisher(), 4),
-        (FiniteDifferenceFisher(central=True), 8),
+        (None, 1, 1),
+        (DirectFisher(), 0, 0),
+        (OneStepFisher(), 1, 1),
+        (OneStepFisher(AutodiffFisher()), 1, 0),
+        (AutodiffFisher(), 4, 0),
+        (FiniteDifferenceFisher(), 4, 3),
+        (FiniteDifferenceFisher(central=True), 8, 3),
     ],
     ids=["default", "direct", "one step", "one step, autodiff", "autodiff", "forward", "central"],
 )
 @pytest.mark.parametrize("with_denoiser", [False, True], ids=["bound", "own denoiser"])
-def test_denoiser_calls_are_counted(estimator, calls_per_step, with_denoiser):
+def test_denoiser_calls_are_counted(estimator, calls_per_step, comparisons, with_denoiser):
     pipe, calls = make(), []
     if with_denoiser and hasattr(estimator, "bind"):
         denoiser = PipelineDenoiser(pipe, prompt=PROMPTS, guidance_scale=4.0)
@@ -267,7 +267,7 @@ def test_denoiser_calls_are_counted(estimator, calls_per_step, with_denoiser):
         estimator = estimator.bind(denoiser)
     pipe.unet.register_forward_pre_hook(lambda module, inputs: calls.append(1))
     out = guide(pipe, generator=seeded(), estimator=estimator, num_guidance_steps=3)
-    assert out.num_denoiser_calls == len(calls) == 4 * 4 + 3 * calls_per_step
+    assert out.num_denoiser_calls == len(calls) == 4 * 4 + 3 * calls_per_step + comparisons
 
 
 def test_reward_sees_a_prompt_for_every_image_in_order():

@@ -87,6 +87,8 @@ def test_training_learns(tmp_path):
     train(config)
     losses = [line["loss"] for line in lines(Path(config.output) / "loss.jsonl")]
     assert losses[-1] < losses[0] - 0.1
+    calibration = FisherTraceModel.from_pretrained(Path(config.output) / "trace_model").config["calibration"]
+    assert calibration["samples"] == 8 and calibration["error"] > 0
 
 
 def test_squared_weight_changes_the_parameters(tmp_path):
