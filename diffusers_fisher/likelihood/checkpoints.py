@@ -20,7 +20,7 @@ from ..fisher.finite_difference import FiniteDifferenceFisher
 from ..images import UNIT_RANGE, ImageLike
 from ..models import autoencoder_differences
 from ..noise import log_noise_to_signal_range
-from .comparison import CheckpointComparison
+from .comparison import CheckpointComparison, check_shared_probes
 from .pipeline import likelihood_samples, log_likelihood, replay
 
 SAME_LEVEL = 1e-6  # difference of log(sigma/alpha) up to which two schedules end at one level
@@ -70,6 +70,7 @@ def compare_checkpoints(
             f"The {type(estimator).__name__} has a denoiser, but each checkpoint needs its own. Pass an estimator "
             "without a denoiser, such as FiniteDifferenceFisher()."
         )
+    check_shared_probes(options)
     backbones = [backbone_of(pipe) for pipe in pipes]
     first = backbones[0]
     for number, backbone in enumerate(backbones):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
@@ -17,6 +17,15 @@ from .traces import level_error, scatter_error
 
 METHODS = ("squared error", "ode")
 MAX_IMAGES = 10  # in print
+
+
+def check_shared_probes(options: Mapping[str, object]) -> None:
+    """Refuses options of `log_likelihood` with which candidates would not share their probes. Raises `InputError`."""
+    if options.get("dealt_probes"):
+        raise InputError(
+            "`dealt_probes` deals each candidate its own random directions, but a comparison needs shared ones. Leave "
+            "it out; `num_probes` gives more directions to all."
+        )
 
 
 @dataclasses.dataclass

@@ -44,10 +44,11 @@ class ImageDraws:
 
     def signs(self, count: int, *purpose: str | int) -> torch.Tensor:
         """Returns `count` vectors of random signs per image, (count, B, ...) int8 on the CPU."""
-        return torch.stack([
-            torch.stack([_signs(self._shape, generator) for generator in self.generators(*purpose, probe)])
-            for probe in range(count)
-        ])  # fmt: skip
+        return torch.stack([self.signs_of_probe(probe, *purpose) for probe in range(count)])
+
+    def signs_of_probe(self, probe: int, *purpose: str | int) -> torch.Tensor:
+        """Returns the vector number `probe` of `signs`, (B, ...) int8 on the CPU."""
+        return torch.stack([_signs(self._shape, generator) for generator in self.generators(*purpose, probe)])
 
     def normal(self, *purpose: str | int) -> torch.Tensor:
         """Returns standard normal noise, (B, ...) float64 on the CPU."""

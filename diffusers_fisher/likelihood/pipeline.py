@@ -20,10 +20,10 @@ from ..fisher.finite_difference import FiniteDifferenceFisher
 from ..fisher.trace_matching import TraceMatchingFisher
 from ..images import UNIT_RANGE, ImageLike, image_tensor
 from ..seeds import content_key
-from .comparison import METHODS, LikelihoodComparison
+from .comparison import METHODS, LikelihoodComparison, check_shared_probes
 from .draws import ImageDraws, unchanged_states
 from .output import LikelihoodOutput
-from .problem import Integration, check_standard_error
+from .problem import Integration, check_dealt_probes, check_standard_error
 from .refinement import MAX_DENOISER_CALLS, check_refinement
 from .schemes import DEFAULT_SCHEME
 from .solver import integrate_log_likelihood
@@ -48,6 +48,7 @@ def log_likelihood(
     num_inference_steps: int | None = None,
     estimator: FisherEstimator | None = None,
     num_probes: int | Literal["auto"] | None = "auto",
+    dealt_probes: bool = False,
     fixed_probes: bool = False,
     noised: bool = False,
     step_halving: bool = False,
@@ -85,7 +86,8 @@ def log_likelihood(
             model, or without a trace model `FiniteDifferenceFisher()`, which needs no graph.
         num_probes: number of random directions of the trace per level; None: the exact trace, for which
             `AutodiffFisher` takes C*h*w backward passes per level; "auto": None for trace models, else 1.
-        fixed_probes, noised, step_halving, generator, scheme: see `diffusers_fisher.likelihood.Integration`.
+        dealt_probes, fixed_probes, noised, step_halving, generator, scheme: see
+            `diffusers_fisher.likelihood.Integration`.
         prior_mean, prior_variance: moments of the training data's latents; None: the checkpoint's `latent_statistics`,
             or 0 and 1 where it has none. The output's `prior` names the choice.
         data_range: lowest and highest value of arrays and tensors of images, such as (0, 255).
@@ -137,6 +139,7 @@ def log_likelihood(
     estimator = default_estimator(backbone) if estimator is None else estimator
     if num_probes == "auto":
         num_probes = estimator.default_num_probes
+    check_dealt_probes(dealt_probes, num_probes, fixed_probes)
     check_standard_error(max_standard_error, num_probes, fixed_probes)
     mean, variance, basis = backbone.prior(prior_mean, prior_variance, samples)
     nodes = num_inference_steps + 1 + (num_inference_steps // 2 + 1 if step_halving else 0)
@@ -146,11 +149,12 @@ def log_likelihood(
             progress.total = (progress.total or 0) + number
 
         integration = Integration(
-            num_steps=num_inference_steps, num_probes=num_probes, fixed_probes=fixed_probes, prior_mean=mean,
-            prior_variance=variance, prior_basis=basis, noised=noised, step_halving=step_halving, generator=generator,
-            keys=keys, scheme=scheme, bins=bins, space=backbone.space, tolerance=tolerance,
-            max_denoiser_calls=max_denoiser_calls, trace_checks=trace_checks, untrusted_trace=untrusted_trace,
-            max_standard_error=max_standard_error, on_step=progress.update, on_grid=extend,
+            num_steps=num_inference_steps, num_probes=num_probes, dealt_probes=dealt_probes,
+            fixed_probes=fixed_probes, prior_mean=mean, prior_variance=variance, prior_basis=basis, noised=noised,
+            step_halving=step_halving, generator=generator, keys=keys, scheme=scheme, bins=bins, space=backbone.space,
+            tolerance=tolerance, max_denoiser_calls=max_denoiser_calls, trace_checks=trace_checks,
+            untrusted_trace=untrusted_trace, max_standard_error=max_standard_error, on_step=progress.update,
+            on_grid=extend,
         )  # fmt: skip
         output = integrate_log_likelihood(denoiser, backbone.pack(samples), estimator, integration)
     return dataclasses.replace(output, latents=kind)
@@ -325,6 +329,7 @@ def _check_options(backbone: Backbone, method: str, num_levels: int | None, opti
             "`compare_likelihood` takes its prompts as `prompts`, a list, each for all images; got `prompt`."
         )
     if method == "ode":
+        check_shared_probes(options)
         if num_levels is not None:
             raise InputError("`num_levels` belongs to method 'squared error'; 'ode' takes `num_inference_steps`.")
         return options

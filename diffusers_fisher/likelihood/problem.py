@@ -40,6 +40,8 @@ class Integration:
         num_steps: number of steps of the grid in log(sigma/alpha), see `noise_grid`; at least 2.
         num_probes: number of directions of random signs at every node (Hutchinson, 1990); None: the operator's exact
             trace, in closed form or by d products.
+        dealt_probes: deal the directions to the nodes by each sample's own variance, `num_probes` per node on average
+            and one at least, so that the standard error is smaller for the same cost.
         fixed_probes: take the same directions at all nodes. Their errors then add up over the nodes instead of
             cancelling, and the standard error comes from the scatter of the probes, so it needs two or more.
         prior_mean, prior_variance: moments of the data, which broadcast to one sample; None for both: 0 and 1
@@ -72,6 +74,7 @@ class Integration:
 
     num_steps: int = 20
     num_probes: int | None = 1
+    dealt_probes: bool = False
     fixed_probes: bool = False
     prior_mean: Moment = None
     prior_variance: Moment = None
@@ -130,9 +133,9 @@ class OdeProblem:
         with torch.set_grad_enabled(self.estimator.needs_graph):
             state = self.state_at(x, timestep)
             operator, factor = self.estimator(state), float(state.level.sigma) ** 2 / x[0].numel()
-            count = self.integration.num_probes
-            # Rounded, because another way to the same grid may differ in the last digits.
-            place = f"{log_noise:.9f}"
+            # Dealt directions are added when the grid is done, and one per level says where.
+            count = 1 if self.integration.dealt_probes else self.integration.num_probes
+            place = place_of(log_noise)
             if count is None:
                 trace = NodeTrace.exact(factor * operator.trace().value.cpu())
             else:
@@ -143,7 +146,8 @@ class OdeProblem:
                 differences = FiniteDifferenceFisher(self.denoiser)(state)
                 check = self._sampled(differences, factor, checks, "trace check", place)
         self.integration.on_step()
-        return Node(state.epsilon.detach().cpu().double(), trace, check)
+        kept = state.detached() if self.integration.dealt_probes else None
+        return Node(state.epsilon.detach().cpu().double(), trace, check, kept)
 
     def state_at(self, x: torch.Tensor, timestep: torch.Tensor) -> DenoisingState:
         """Evaluates the denoiser at x~ = `x`, (B, ...) float64, with a graph where the estimator differentiates it."""
@@ -152,11 +156,20 @@ class OdeProblem:
             model_input = (expand(alpha, x) * x).to(self.dtype).to(self.device).requires_grad_(needs_graph)
             return self.denoiser.state(model_input, timestep.to(torch.float32))
 
-    def _sampled(self, operator: FisherOperator, factor: float, count: int, purpose: str, place: str) -> NodeTrace:
-        """Returns the trace by `count` random directions, which belong to a purpose and a place on the grid."""
-        vectors = self.draws.signs(count, purpose, place)
+    def _trace_along(self, operator: FisherOperator, factor: float, vectors: torch.Tensor) -> NodeTrace:
         products = operator.products(vectors.to(self.dtype).to(self.device)).detach().cpu().double()
         return NodeTrace.sampled(vectors, factor * products)
+
+    def _sampled(self, operator: FisherOperator, factor: float, count: int, purpose: str, place: str) -> NodeTrace:
+        """Returns the trace by `count` random directions, which belong to a purpose and a place on the grid."""
+        return self._trace_along(operator, factor, self.draws.signs(count, purpose, place))
+
+    def trace_by_probe(self, state: DenoisingState, log_noise: float, probe: int) -> NodeTrace:
+        """Returns the trace at a node's state by its direction number `probe` alone."""
+        with torch.set_grad_enabled(self.estimator.needs_graph):
+            operator, factor = self.estimator(state), float(state.level.sigma) ** 2 / state.sample[0].numel()
+            vectors = self.draws.signs_of_probe(probe, "probes", place_of(log_noise))[None]
+            return self._trace_along(operator, factor, vectors)
 
     def select_samples(self, rows: torch.Tensor) -> OdeProblem:
         """Returns the problem of some of the samples, with the same draws; `rows` (n,) int64 are their places."""
@@ -177,7 +190,7 @@ class OdeProblem:
     def by_differences(self, rows: torch.Tensor) -> OdeProblem:
         """Returns the problem of some of the samples, with the trace by one difference of the denoiser per level."""
         selected = self.select_samples(rows)
-        options = dataclasses.replace(self.integration, num_probes=1, fixed_probes=False)
+        options = dataclasses.replace(self.integration, num_probes=1, fixed_probes=False, dealt_probes=False)
         return dataclasses.replace(selected, estimator=FiniteDifferenceFisher(selected.denoiser), integration=options)
 
     def prior(self, x: torch.Tensor) -> torch.Tensor:
@@ -191,11 +204,26 @@ class OdeProblem:
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """Holds eps (B, ...) float64 and the trace at one node of the grid, and the trace by which it is checked."""
+    """Holds eps (B, ...) float64 and the trace at one node of the grid, and the trace by which it is checked.
+
+    `state` is kept where more directions are dealt to the node.
+    """
 
     epsilon: torch.Tensor
     trace: NodeTrace
     check: NodeTrace | None = None
+    state: DenoisingState | None = None
+
+    def state_of(self, rows: torch.Tensor) -> DenoisingState:
+        """Returns the state of some of the samples; `rows` (n,) int64 are their places in the batch."""
+        assert self.state is not None  # kept where directions are dealt
+        return self.state.select_samples(rows)
+
+
+def place_of(log_noise: float) -> str:
+    """Returns the name of a place on the grid for its random draws. It is rounded, because another way to the same
+    grid may differ in the last digits."""
+    return f"{log_noise:.9f}"
 
 
 def prepare_problem(
@@ -236,6 +264,16 @@ def prepare_problem(
         denoiser.num_calls,
         integration,
     )
+
+
+def check_dealt_probes(dealt_probes: bool, num_probes: int | None, fixed_probes: bool) -> None:
+    """Checks the option that deals directions to the levels. Raises `InputError` without directions to be dealt."""
+    if dealt_probes and (num_probes is None or num_probes < 2 or fixed_probes):
+        given = "the same ones at all levels" if fixed_probes else num_probes
+        raise InputError(
+            "`dealt_probes` deals the random directions beyond one per level to the levels that need them, but "
+            f"`num_probes` is {given}. Pass `num_probes=2` or more with an estimator like FiniteDifferenceFisher()."
+        )
 
 
 def check_standard_error(largest: float | None, num_probes: int | None, fixed_probes: bool) -> None:

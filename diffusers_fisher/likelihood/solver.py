@@ -19,9 +19,18 @@ from ..errors import CoarseGridWarning, InputError, NumericalError, ProbeNoiseWa
 from ..fisher.estimator import FisherEstimator
 from ..noise import expand, timestep_at
 from .bins import offset_bits
+from .dealing import deal_probes
 from .discretisation import estimated_error
 from .output import DISAGREES, LikelihoodOutput
-from .problem import MANY_PROBES, Integration, OdeProblem, check_standard_error, prepare_problem, prior_name
+from .problem import (
+    MANY_PROBES,
+    Integration,
+    OdeProblem,
+    check_dealt_probes,
+    check_standard_error,
+    prepare_problem,
+    prior_name,
+)
 from .refinement import NOT_CONVERGED, Foresight, check_refinement, refine
 from .schemes import Scheme, Track, noise_grid, quadrature_weights, scheme_of
 from .trace_check import TraceCheck, added, check_trace_options, replaced
@@ -59,6 +68,7 @@ def integrate_log_likelihood(
         raise InputError(f"`num_steps` is {steps}; allowed: at least 2, sensibly 20 or more.")
     if num_probes is not None and num_probes < 1:
         raise InputError(f"`num_probes` is {num_probes}; allowed: at least 1, or None for the exact trace.")
+    check_dealt_probes(options.dealt_probes, num_probes, options.fixed_probes)
     check_standard_error(options.max_standard_error, num_probes, options.fixed_probes)
     check_refinement(options.tolerance, options.max_denoiser_calls, steps, options.step_halving)
     check_trace_options(options.trace_checks, options.untrusted_trace)
@@ -185,7 +195,7 @@ def integrate(
     )
     # The solution of higher order is the nearest to the true one: the trace's points are measured against it.
     best = solution if scheme.order > scheme.companion else companion
-    traces, shifts = TraceRecord(), []
+    traces, shifts, evaluated = TraceRecord(), [], [node]
     traces.add(node.trace)
     check.add(node.trace, node.check)
     for index in range(1, len(nodes)):
@@ -199,6 +209,11 @@ def integrate(
         shifts.append(_norm(best.x - point) / _norm(point - previous).clamp_min(torch.finfo(torch.float64).tiny))
         traces.add(node.trace)
         check.add(node.trace, node.check)
+        if problem.integration.dealt_probes:
+            evaluated.append(node)
+    more_calls = 0
+    if problem.integration.dealt_probes:
+        traces, more_calls = deal_probes(problem, evaluated, nodes, weights)
     values, fixed = traces.rests, problem.integration.fixed_probes
     prior = problem.prior(solution.x)
     path_error = (problem.prior(companion.x) - prior).abs() / dimensions
@@ -212,6 +227,7 @@ def integrate(
         standard_error=traces.standard_error(weights, fixed), discretisation_error=dimensions * error,
         prior_error=problem.prior_error(point, node),
     )  # fmt: skip
+    output = dataclasses.replace(output, num_denoiser_calls=output.num_denoiser_calls + more_calls)
     return check.apply(output)
 
 
@@ -241,7 +257,8 @@ def _probes(options: Integration) -> str:
     count = options.num_probes
     if count is None:
         return "no probes"
-    return f"{count} probe{'s' * (count > 1)} " + ("for all levels" if options.fixed_probes else "per level")
+    place = "for all levels" if options.fixed_probes else "per level" + " on average" * options.dealt_probes
+    return f"{count} probe{'s' * (count > 1)} {place}"
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:

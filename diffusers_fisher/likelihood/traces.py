@@ -21,23 +21,44 @@ class NodeTrace:
         by_probe: (k, B) its value by each probe; k = 0 where it is exact.
         square: (B,) mean of |y|^2 over the probes.
         diagonal: (B, d) mean of v * y over the probes, whose sum is `rest`.
+        counts: (B,) number of probes of each sample; 1 where the trace is exact.
     """
 
     rest: torch.Tensor
     by_probe: torch.Tensor
     square: torch.Tensor
     diagonal: torch.Tensor
+    counts: torch.Tensor
 
     @classmethod
     def exact(cls, rest: torch.Tensor) -> NodeTrace:
-        return cls(rest, rest.new_empty(0, len(rest)), torch.zeros_like(rest), rest.new_zeros(len(rest), 1))
+        no_probes, zero = rest.new_empty(0, len(rest)), torch.zeros_like(rest)
+        return cls(rest, no_probes, zero, rest.new_zeros(len(rest), 1), torch.ones_like(rest))
 
     @classmethod
     def sampled(cls, vectors: torch.Tensor, products: torch.Tensor) -> NodeTrace:
         """Takes directions v and products y, each (k, B, ...)."""
         diagonals = (vectors.double() * products).flatten(2)
         by_probe, square = diagonals.sum(2), products.flatten(2).square().sum(2).mean(0)
-        return cls(by_probe.mean(0), by_probe, square, diagonals.mean(0))
+        counts = torch.full_like(square, len(vectors))
+        return cls(by_probe.mean(0), by_probe, square, diagonals.mean(0), counts)
+
+    def with_probe(self, rows: torch.Tensor, other: NodeTrace) -> NodeTrace:
+        """Returns the mean with one probe more for the samples at `rows`, (n,) int64; `by_probe` is left as it was.
+
+        Args:
+            other: the trace of these samples by that probe alone.
+        """
+        counts = self.counts.index_add(0, rows, torch.ones_like(other.rest))
+
+        def mean(values: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+            share = (1 / counts[rows]).view(-1, *[1] * (values.ndim - 1))
+            return values.index_add(0, rows, share * (added - values[rows]))
+
+        return NodeTrace(
+            mean(self.rest, other.rest), self.by_probe, mean(self.square, other.square),
+            mean(self.diagonal, other.diagonal), counts,
+        )  # fmt: skip
 
 
 class TraceRecord:
@@ -47,6 +68,7 @@ class TraceRecord:
         self._rests: list[torch.Tensor] = []
         self._by_probe: list[torch.Tensor] = []
         self._squares: list[torch.Tensor] = []
+        self._counts: list[torch.Tensor] = []
         self._products: list[torch.Tensor] = []
         self._diagonal: torch.Tensor | None = None
 
@@ -58,6 +80,7 @@ class TraceRecord:
         self._rests.append(trace.rest)
         self._by_probe.append(trace.by_probe)
         self._squares.append(trace.square)
+        self._counts.append(trace.counts)
 
     @property
     def rests(self) -> torch.Tensor:
@@ -86,10 +109,10 @@ class TraceRecord:
         return mean[:, 0].T.clamp_min(0).sqrt()
 
     def _variance(self) -> torch.Tensor:
-        squares, count = torch.stack(self._squares), len(self._by_probe[0])
-        if count == 0:
+        squares = torch.stack(self._squares)
+        if len(self._by_probe[0]) == 0:
             return torch.zeros_like(squares)
-        return trace_variance(squares, torch.stack(self._products), self.rests, count)
+        return trace_variance(squares, torch.stack(self._products), self.rests, torch.stack(self._counts))
 
     def standard_error(self, weights: torch.Tensor, fixed: bool) -> torch.Tensor:
         """Returns the standard error of the sum of `weights` (levels,) times 1 - r, (B,)."""
@@ -99,8 +122,10 @@ class TraceRecord:
         return torch.einsum("n,nb->b", weights.square(), self.variance(fixed)).clamp_min(0).sqrt()
 
 
-def trace_variance(squares: torch.Tensor, products: torch.Tensor, traces: torch.Tensor, count: int) -> torch.Tensor:
-    """Returns the variance of 1 - r by the mean over `count` random signs, (levels, B), from a single one per level.
+def trace_variance(
+    squares: torch.Tensor, products: torch.Tensor, traces: torch.Tensor, counts: torch.Tensor
+) -> torch.Tensor:
+    """Returns the variance of 1 - r by the mean over `counts` random signs, (levels, B); one per level is enough.
 
     The variance of v . A v over random signs v is 2 (|A|^2 - sum of A_ii^2) for a symmetric A (less for others, as the
     Jacobian of a network). |A v|^2 estimates |A|^2, and v * A v the diagonal of A with an error of the size of a row;
@@ -112,12 +137,13 @@ def trace_variance(squares: torch.Tensor, products: torch.Tensor, traces: torch.
         squares: (levels, B) |A v|^2, mean over the signs.
         products: (levels - 1, B) inner products of v * A v (mean over the signs) at each level and the next.
         traces: (levels, B) v . A v, mean over the signs.
+        counts: (levels, B) number of signs.
     """
     # Far from the data a noisy trace may be near 0 or negative.
     ratios = (traces[1:] / traces[:-1]).nan_to_num(1.0).clamp(1 / MOST_CHANGE, MOST_CHANGE)
     before, after = products * ratios, products / ratios  # of a level with the one before it, and with the next
     diagonal = (torch.cat([after[:1], before]) + torch.cat([after, before[-1:]])) / 2
-    return 2 * (squares - diagonal) / count
+    return 2 * (squares - diagonal) / counts
 
 
 def scatter_error(totals: torch.Tensor) -> torch.Tensor:

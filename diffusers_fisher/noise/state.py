@@ -73,6 +73,22 @@ class DenoisingState:
         """Gradient of the log density of the noised data, -epsilon/sigma, (B, ...)."""
         return -self.epsilon / expand(self.level.sigma, self.sample)
 
+    def detached(self) -> DenoisingState:
+        """Returns the state without a graph."""
+        return dataclasses.replace(self, sample=self.sample.detach(), model_output=self.model_output.detach())
+
+    def select_samples(self, rows: torch.Tensor) -> DenoisingState:
+        """Returns the state of some of the samples, at a level that all of them share.
+
+        Args:
+            rows: (n,) int64, the samples' places in the batch.
+        """
+        places = rows.to(self.sample.device)
+        features = None if self.features is None else self.features[places]
+        return dataclasses.replace(
+            self, sample=self.sample[places], model_output=self.model_output[places], features=features
+        )
+
     def _combine(self, factors: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return combine(factors, self.sample, self.model_output.to(self.sample.dtype), self.sample)
 
