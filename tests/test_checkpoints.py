@@ -7,7 +7,7 @@ from pathlib import Path
 import fashion_mnist
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
 from transformers import AutoModelForImageClassification, CLIPTokenizer
 
 from diffusers_fisher import (
@@ -15,6 +15,8 @@ from diffusers_fisher import (
     AutodiffFisher,
     CheckpointError,
     ClassifierReward,
+    InputError,
+    StableDiffusion3FisherPipeline,
     StableDiffusionFisherPipeline,
     checkpoints,
     embedded_checkpoint,
@@ -22,8 +24,10 @@ from diffusers_fisher import (
     embedded_test_images,
 )
 from diffusers_fisher.files import load_tensors
+from diffusers_fisher.jobs.pipelines import DenoiserSettings, load_pipeline
 
 FOLDER = Path(embedded_checkpoint())
+SECOND_FOLDER = FOLDER.with_name("fashion_mnist_sd3")
 FILES = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*") if path.is_file())
 
 
@@ -188,6 +192,35 @@ def test_statistics_reach_the_pipeline():
     statistics, _ = load_tensors(FOLDER / "latent_statistics.safetensors")
     assert torch.equal(pipe.latent_statistics[0], statistics["mean"])
     assert torch.equal(pipe.latent_statistics[1], statistics["variance"])
+
+
+def test_unknown_names_are_refused_with_the_allowed_ones():
+    assert embedded_checkpoint("sd") == embedded_checkpoint()
+    with pytest.raises(InputError, match=r"`name` is 'sd2'; allowed: 'sd', 'sd3'\."):
+        embedded_checkpoint("sd2")
+
+
+def test_missing_files_of_the_second_checkpoint_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_FOLDER", tmp_path / "fashion_mnist")
+    with pytest.raises(
+        CheckpointError, match=r"fashion_mnist_sd3' lacks \['latent_statistics.safetensors', 'model_ind"
+    ):
+        embedded_checkpoint("sd3")
+
+
+@pytest.mark.skipif(not SECOND_FOLDER.is_dir(), reason=f"the files of '{SECOND_FOLDER.name}' are not there yet")
+def test_the_second_checkpoint_is_a_stock_stable_diffusion_3():
+    folder = embedded_checkpoint("sd3")
+    assert folder == str(SECOND_FOLDER)
+    stock = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    stock.set_progress_bar_config(disable=True)
+    latents = stock("", num_inference_steps=1, output_type="latent").images
+    assert latents.shape == (1, 4, 8, 8)
+    assert bool(torch.isfinite(latents).all())
+    pipe = load_pipeline(DenoiserSettings("embedded:sd3"))
+    assert isinstance(pipe, StableDiffusion3FisherPipeline)
+    assert pipe.text_encoder_3 is None
+    assert pipe.latent_statistics is not None
 
 
 @pytest.fixture

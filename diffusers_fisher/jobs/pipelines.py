@@ -15,7 +15,8 @@ from ..settings import Dtype, settings_class
 if TYPE_CHECKING:
     from ..pipelines import FisherPipelineMixin
 
-EMBEDDED = "embedded"
+EMBEDDED = {"embedded": "sd", "embedded:sd3": "sd3"}
+"""Names that stand for the embedded checkpoints, and what `embedded_checkpoint` calls them."""
 
 
 @settings_class
@@ -23,7 +24,8 @@ class DenoiserSettings:
     """The pipeline that contains the denoiser.
 
     Args:
-        path: folder or Hub id of a pipeline; "embedded" means the checkpoint that the package ships.
+        path: folder or Hub id of a pipeline; "embedded" means the Stable Diffusion that the package ships, and
+            "embedded:sd3" its Stable Diffusion 3.
         revision, variant: revision and variant of the pipeline on the Hub.
         dtype: dtype of the weights.
         compile: compile the network by `torch.compile`. This takes a minute and needs a C++ compiler; training is
@@ -54,7 +56,7 @@ def load_pipeline(settings: DenoiserSettings) -> "FisherPipelineMixin":
     """
     from ..pipelines import fisher_pipeline  # loads every pipeline class of diffusers that has a Fisher version
 
-    path = embedded_checkpoint() if settings.path == EMBEDDED else settings.path
+    path = embedded_checkpoint(EMBEDDED[settings.path]) if settings.path in EMBEDDED else settings.path
     try:
         index = diffusers.DiffusionPipeline.load_config(path, revision=settings.revision)
         stock: type[DiffusionPipeline] = getattr(diffusers, index["_class_name"], DiffusionPipeline)
@@ -67,7 +69,7 @@ def load_pipeline(settings: DenoiserSettings) -> "FisherPipelineMixin":
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
         raise InputError(
             f"'{settings.path}' can't be loaded as a pipeline{_component_at_fault(error)}: {kind}{error}. Give a "
-            f"folder or Hub id, or '{EMBEDDED}'."
+            f"folder or Hub id, or {' or '.join(map(repr, EMBEDDED))}."
         ) from error
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):

@@ -20,6 +20,7 @@ from ..backbones.parts import (
 from ..curvature.pipeline import likelihood_bound
 from ..curvature.pixel_bound import pixel_likelihood_bound
 from ..errors import CheckpointError, InputError
+from ..files import read_table
 from ..guidance import pipeline as guidance
 from ..likelihood import pipeline as likelihood
 from ..models import FisherTraceModel
@@ -109,7 +110,7 @@ class FisherPipelineMixin(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """Loads a pipeline as the stock class does, with the Fisher scheduler, the latent statistics and the trace
-        model that were saved with the checkpoint.
+        model that were saved with the checkpoint. Components that were saved as None need not be passed.
 
         Raises:
             CheckpointError: a local folder with a missing or truncated file, or one that was saved with a scheduler
@@ -117,7 +118,7 @@ class FisherPipelineMixin(DiffusionPipeline):
         """
         source = pretrained_model_name_or_path
         check_folder(source, kwargs)
-        pipe = super().from_pretrained(source, **kwargs)
+        pipe = super().from_pretrained(source, **{**_missing_components(source), **kwargs})
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         set_checkpoint_parts(pipe, load_parts(source, **hub))
         scheduler_name = load_scheduler_name(source, **hub)
@@ -147,3 +148,14 @@ class FisherPipelineMixin(DiffusionPipeline):
         check_scheduler(self.scheduler)
         stock_pipeline(self).save_pretrained(save_directory, **kwargs)
         save_parts(Path(save_directory), self.scheduler, checkpoint_parts(self))
+
+
+def _missing_components(source: str | os.PathLike) -> dict[str, None]:
+    """Returns the components that a local folder's index has as [null, null].
+
+    diffusers drops such entries and then asks for every component outside the class's `_optional_components`. Those of
+    Stable Diffusion 3 do not contain `text_encoder_3` and `tokenizer_3`.
+    """
+    index = Path(source) / "model_index.json"
+    table = read_table(index) if index.is_file() else {}
+    return {name: None for name, value in table.items() if value == [None, None]}
