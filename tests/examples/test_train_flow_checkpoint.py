@@ -96,11 +96,13 @@ def test_the_training_s_function_is_the_one_that_the_stock_call_evaluates(pipe):
         weighted = transformer(latents, short, pooled, timesteps).sample
     unweighted = transformer(latents, short, pooled, timesteps).sample
     arguments = {"encoder_hidden_states": embeds, "pooled_projections": pooled, "timestep": timesteps}
-    with empty_tokens.short_context(transformer):
-        shortened = transformer(latents, **arguments).sample
-        with pytest.raises(ValueError, match="The context has 17 tokens; expected more than 256"):
-            transformer(latents, **{**arguments, "encoder_hidden_states": short})
-    assert torch.equal(shortened, weighted)
+    for owner in (transformer, type(transformer)):
+        with empty_tokens.short_context(owner):
+            shortened = transformer(latents, **arguments).sample
+        assert torch.equal(shortened, weighted)
+    refused = pytest.raises(ValueError, match="The context has 17 tokens; expected more than 256")
+    with empty_tokens.short_context(transformer), refused:
+        transformer(latents, **{**arguments, "encoder_hidden_states": short})
     assert torch.equal(transformer(latents, **arguments).sample, stock)  # as before the block
     assert float((weighted - stock).norm() / stock.norm()) < 1e-5  # rounding of sums over 288 keys
     assert float((unweighted - stock).norm() / stock.norm()) > 1e-2
