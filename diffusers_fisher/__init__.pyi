@@ -42,6 +42,7 @@ from .distributions import (
 from .errors import (
     CheckpointError as CheckpointError,
     CoarseGridWarning as CoarseGridWarning,
+    DistilledNetworkWarning as DistilledNetworkWarning,
     FisherError as FisherError,
     InputError as InputError,
     NumericalError as NumericalError,

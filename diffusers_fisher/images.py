@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from .errors import InputError
+from .errors import InputError, warn
 
 if TYPE_CHECKING:
     import numpy
@@ -84,10 +83,9 @@ def _stack(images: list | tuple, channels: int) -> numpy.ndarray | torch.Tensor:
             arrays[index] = pixels.permute(1, 2, 0).numpy()
             transparent += is_transparent
     if transparent:
-        warnings.warn(
+        warn(
             f"{transparent} of {len(arrays)} images have transparent pixels, which were composed on black. Compose "
-            "them on another background first if they are shown on one.",
-            stacklevel=2,
+            "them on another background first if they are shown on one."
         )
     kinds = sorted({type(array).__name__ for array in arrays})
     if len(kinds) != 1 or not isinstance(arrays[0], (numpy.ndarray, torch.Tensor)):

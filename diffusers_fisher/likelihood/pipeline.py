@@ -13,6 +13,7 @@ from ..arguments import check_generators, check_kinds, fit, hints_of
 from ..backbones import Backbone, PipelineDenoiser, backbone_of
 from ..backbones.base import Generators, Moment
 from ..backbones.conditions import NEGATIVE_PROMPTS, Condition
+from ..backbones.distilled import warn_of_distillation
 from ..backbones.inputs import check_arguments
 from ..errors import InputError
 from ..fisher.estimator import FisherEstimator
@@ -310,6 +311,7 @@ def unguided_denoiser(
     Raises:
         InputError: negative prompts, which have no effect; conditions that the pipeline does not take.
     """
+    warn_of_distillation(backbone)
     texts = {name: call_arguments[name] for name in NEGATIVE_PROMPTS if call_arguments.get(name) is not None}
     negative = [name for name, text in texts.items() if not isinstance(text, (str, list, tuple)) or text]
     if negative:

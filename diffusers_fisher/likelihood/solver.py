@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 
 import torch
 
 from ..arguments import check_kinds
 from ..denoiser import Denoiser
-from ..errors import CoarseGridWarning, InputError, NumericalError, ProbeNoiseWarning, TraceModelWarning
+from ..errors import CoarseGridWarning, InputError, NumericalError, ProbeNoiseWarning, TraceModelWarning, warn
 from ..fisher.estimator import FisherEstimator
 from ..noise import expand, timestep_at
 from .bins import offset_bits
@@ -80,11 +79,11 @@ def integrate_log_likelihood(
         places = torch.tensor(rows)
         output = replaced(output, places, _solve(problem.by_differences(places), scheme))
     elif rows:
-        warnings.warn(
+        warn(
             f"The trace model disagrees with differences of its denoiser for {len(rows)} of {len(output.log_prob)} "
             "samples: `trace_check` says which, and `trace_error` how large its error may be. Pass "
             "`untrusted_trace='probes'` for their trace by differences.",
-            TraceModelWarning, stacklevel=3,
+            TraceModelWarning,
         )  # fmt: skip
     if options.max_standard_error is not None:
         output = _with_more_probes(problem, output, scheme, options.max_standard_error)
@@ -144,10 +143,10 @@ def _with_more_probes(problem: OdeProblem, output: LikelihoodOutput, scheme: Sch
             part = _solve(problem.with_probes(places, count), scheme)
             output = added(output, places, part)
     if bool((excess > 1).any()):
-        warnings.warn(
+        warn(
             f"{int((excess > 1).sum())} of {len(excess)} samples have a standard error above {most:g} bits/dim with "
             f"{largest} probes per level; `standard_error` says how large it is.",
-            ProbeNoiseWarning, stacklevel=4,
+            ProbeNoiseWarning,
         )  # fmt: skip
     return output
 
@@ -168,8 +167,7 @@ def _warn_of_coarse_grids(output: LikelihoodOutput, options: Integration) -> Non
         )
     else:
         return
-    # One level is this function, and one the check of kinds of the function that calls it.
-    warnings.warn(message, CoarseGridWarning, stacklevel=4)
+    warn(message, CoarseGridWarning)
 
 
 def integrate(

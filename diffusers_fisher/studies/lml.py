@@ -11,7 +11,6 @@ works with any scheduler whose step is a function of x_0 and eps.
 
 import functools
 import inspect
-import warnings
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from ..errors import InputError
+from ..errors import InputError, warn
 from ..fisher.numerics import dot
 from ..fisher.operator import FisherMatrixOperator
 from ..noise import DenoisingState, Timestep, expand, noise_schedule, state_of
@@ -151,10 +150,9 @@ def _check(lml_lambda: float, lml_kappa: float, lml_freeze: float) -> None:
     if not 0 <= lml_freeze <= 1:
         raise InputError(f"`lml_freeze` is {lml_freeze}; allowed: 0 to 1, a fraction of the steps.")
     if lml_kappa == 0:
-        warnings.warn(
+        warn(
             "`lml_kappa` is 0: a curvature along the predicted noise does not turn it, so this is the parent "
-            "scheduler for every `lml_lambda`. Pass a positive `lml_kappa`, such as 0.1.",
-            stacklevel=3,
+            "scheduler for every `lml_lambda`. Pass a positive `lml_kappa`, such as 0.1."
         )
 
 
