@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..arguments import check_kinds
 from ..backbones import Backbone, PipelineDenoiser, backbone_of
@@ -27,7 +26,6 @@ from ..fisher.autodiff import AutodiffFisher
 from ..fisher.estimator import FisherEstimator
 from ..fisher.one_step import OneStepFisher
 from ..images import ImageLike
-from ..noise import noise_schedule
 from .checks import Reward, check_differentiable, check_guidance, check_num_steps
 from .movers import OptimizerFactory, optimizer_factory
 from .noise_ascent import VARIABLES, AscentSettings, GuidanceOutput, GuidedRun, NoiseAscent, ascend_noise
@@ -78,7 +76,7 @@ def guide(
         step_size: length of the first step relative to the noise's norm; halved for a sample whose reward is no better
             than its best before.
         estimator: estimator of the diffusion Fisher; None: `OneStepFisher()`, for one denoiser call per guidance step,
-            or for one step from pure noise (flow matching, zero terminal SNR) `AutodiffFisher()`, a backward pass.
+            or for runs of a single step `AutodiffFisher()`, a backward pass through the network.
         num_inference_steps, guidance_scale: arguments of the sampling runs; None: the stock call's defaults.
         latents: initial noise of unit variance, (B, C, h, w), or packed where the pipeline's own are; None: drawn with
             `generator` as the stock call does.
@@ -131,7 +129,7 @@ def guide(
     }
     if "guidance_scale" in arguments and guidance_scale is not None:
         arguments["guidance_scale"] = guidance_scale
-    estimator = default_estimator(backbone.scheduler, steps) if estimator is None else estimator
+    estimator = default_estimator(steps) if estimator is None else estimator
     denoisers = _DenoisersAndEstimator(backbone, arguments, estimator, adjoint_guidance_scale, "text" in optimise)
     scheduler = backbone.differentiable_scheduler()
     sample = SamplingRun(
@@ -161,15 +159,14 @@ def _check_options(
         )
 
 
-def default_estimator(scheduler: SchedulerMixin, num_steps: int) -> FisherEstimator:
+def default_estimator(num_steps: int) -> FisherEstimator:
     """Returns the estimator of runs of `num_steps` that were given none.
 
-    It is `AutodiffFisher` for one step of a schedule that begins in pure noise (alpha is 0). There `OneStepFisher` is
-    zero, because pure noise tells nothing of the image: only a network that was distilled depends on it.
+    It is `AutodiffFisher` for a single step: there the whole gradient is one product with the network's Jacobian, and
+    the exact one costs little more than a difference. From pure noise (flow matching, zero terminal SNR)
+    `OneStepFisher` would be zero, because pure noise tells nothing of the image.
     """
-    schedule = noise_schedule(scheduler)
-    begins_in_pure_noise = schedule.is_flow or schedule.config.get("rescale_betas_zero_snr", False)
-    return AutodiffFisher() if num_steps == 1 and begins_in_pure_noise else OneStepFisher()
+    return AutodiffFisher() if num_steps == 1 else OneStepFisher()
 
 
 def _ascend(

@@ -1,6 +1,5 @@
-"""Guidance of runs of one step that begin in pure noise."""
+"""Guidance of runs of a single step."""
 
-import diffusers
 import pytest
 import tiny
 import torch
@@ -13,8 +12,6 @@ from diffusers_fisher import (
     StableDiffusion3FisherPipeline,
 )
 from diffusers_fisher.guidance.pipeline import default_estimator
-
-ZERO_SNR = tiny.scheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
 
 
 def brightness(images, prompts):
@@ -42,18 +39,6 @@ def test_an_estimator_that_can_not_move_the_noise_is_refused_by_its_cause():
     assert len(guide_one_step(estimator=DirectFisher()).rewards) == 3
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "steps", "expected"),
-    [
-        (diffusers.FlowMatchEulerDiscreteScheduler(), 1, AutodiffFisher),
-        (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), 1, AutodiffFisher),
-        (ZERO_SNR, 1, AutodiffFisher),
-        (diffusers.FlowMatchLCMScheduler(), 4, OneStepFisher),
-        (diffusers.LCMScheduler(), 4, OneStepFisher),
-        (diffusers.FlowMatchEulerDiscreteScheduler(), 2, OneStepFisher),
-        (tiny.scheduler(), 1, OneStepFisher),
-        (diffusers.EulerDiscreteScheduler(), 1, OneStepFisher),
-    ],
-)
-def test_default_estimator_depends_on_the_run(scheduler, steps, expected):
-    assert type(default_estimator(scheduler, steps)) is expected
+@pytest.mark.parametrize(("steps", "expected"), [(1, AutodiffFisher), (2, OneStepFisher), (25, OneStepFisher)])
+def test_default_estimator_depends_on_the_number_of_steps(steps, expected):
+    assert type(default_estimator(steps)) is expected
