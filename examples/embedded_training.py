@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from diffusers_fisher import NumericalError
+from diffusers_fisher import GaussianFisher, NumericalError
 from diffusers_fisher.files import load_tensors, save_tensors
 from diffusers_fisher.seeds import step_generator
 from diffusers_fisher.settings import settings_class
@@ -139,11 +139,19 @@ def sample_latents(moments: torch.Tensor, scale: float, noise: torch.Tensor) -> 
 
 
 def save_latent_statistics(folder: Path, moments: torch.Tensor, scale: float) -> None:
-    """Writes the mean and the variance (4, 8, 8) of the scaled latents to `latent_statistics.safetensors`."""
+    """Writes mean, variance and spectrum (4, 8, 8) of the scaled latents to `latent_statistics.safetensors`.
+
+    The spectrum are the variances of the coefficients of the discrete cosine transform, from one draw of each latent.
+    """
     mean, log_variance = moments.double().chunk(2, dim=1)
     total_variance = mean.var(dim=0) + log_variance.exp().mean(dim=0)
-    statistics = {"mean": (scale * mean.mean(dim=0)).float(), "variance": (scale**2 * total_variance).float()}
-    description = f"mean and variance (4, 8, 8) of scaled latents over the {len(moments):,} training images"
+    draws = sample_latents(moments, scale, torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)))
+    spectrum = GaussianFisher.fit_diagonal(draws, dct=True).covariance.variances.view(mean.shape[1:])
+    statistics = {
+        "mean": (scale * mean.mean(dim=0)).float(), "variance": (scale**2 * total_variance).float(),
+        "spectrum": spectrum.float(),
+    }  # fmt: skip
+    description = f"mean, variance and spectrum (4, 8, 8) of scaled latents over the {len(moments):,} training images"
     save_tensors(folder / "latent_statistics.safetensors", statistics, {"description": description})
 
 

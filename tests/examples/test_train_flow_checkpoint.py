@@ -64,7 +64,9 @@ def test_stock_diffusers_loads_and_runs_the_result(pipe, reference_run):
     assert json.loads((reference_run / "assembled.json").read_text())["bytes"] < 20_000_000
     statistics, metadata = load_tensors(reference_run / "checkpoint" / "latent_statistics.safetensors")
     assert "over the 40 training images" in metadata["description"]
-    assert {name: value.shape for name, value in statistics.items()} == dict.fromkeys(("mean", "variance"), (4, 8, 8))
+    assert {name: value.shape for name, value in statistics.items()} == dict.fromkeys(
+        ("mean", "variance", "spectrum"), (4, 8, 8)
+    )
 
 
 def test_no_file_names_the_folder_of_the_training(reference_run):
