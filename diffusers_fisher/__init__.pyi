@@ -18,9 +18,9 @@ from .checkpoints import (
 )
 from .curvature import (
     BoundOptions as BoundOptions,
-    LevelFisher as LevelFisher,
     LikelihoodBound as LikelihoodBound,
     denoiser_likelihood_bound as denoiser_likelihood_bound,
+    fit_level_fisher as fit_level_fisher,
 )
 from .curvature.pipeline import (
     likelihood_bound as likelihood_bound,
@@ -61,6 +61,7 @@ from .fisher import (
     FisherEstimator as FisherEstimator,
     FisherOperator as FisherOperator,
     GaussianFisher as GaussianFisher,
+    LevelFisher as LevelFisher,
     OneStepFisher as OneStepFisher,
     Probes as Probes,
     TraceCorrectedFisher as TraceCorrectedFisher,
@@ -142,6 +143,8 @@ from .pipelines import (
 )
 from .schedulers import (
     FisherSchedulerMixin as FisherSchedulerMixin,
+    OptimalVarianceDDPMScheduler as OptimalVarianceDDPMScheduler,
+    OptimalVarianceFlowMatchScheduler as OptimalVarianceFlowMatchScheduler,
     Trajectory as Trajectory,
     fisher_scheduler as fisher_scheduler,
 )

@@ -15,14 +15,15 @@ from .estimator import FisherEstimator
 from .exact import ExactFisher
 from .finite_difference import FiniteDifferenceFisher
 from .gaussian_data import GaussianFisher, TraceCorrectedFisher
+from .level import LevelFisher
 from .one_step import OneStepFisher
 from .operator import FisherMatrixOperator, FisherOperator, ModelFisherOperator
 from .trace_matching import TraceMatchingFisher
 
 __all__ = [
     "AutodiffFisher", "DirectFisher", "EndpointFisher", "Estimate", "ExactFisher", "FiniteDifferenceFisher",
-    "FisherEstimator", "FisherMatrixOperator", "FisherOperator", "GaussianFisher", "ModelFisherOperator",
-    "ModelFunction", "OneStepFisher", "Probes", "TraceCorrectedFisher", "TraceMatchingFisher", "antithetic",
-    "centred_endpoint_error_bound", "endpoint_error_bound", "gaussian", "norm_trace_error_bound", "orthogonal",
-    "rademacher", "residual_trace_error_bound",
+    "FisherEstimator", "FisherMatrixOperator", "FisherOperator", "GaussianFisher", "LevelFisher",
+    "ModelFisherOperator", "ModelFunction", "OneStepFisher", "Probes", "TraceCorrectedFisher",
+    "TraceMatchingFisher", "antithetic", "centred_endpoint_error_bound", "endpoint_error_bound", "gaussian",
+    "norm_trace_error_bound", "orthogonal", "rademacher", "residual_trace_error_bound",
 ]  # fmt: skip

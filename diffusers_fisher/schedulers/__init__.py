@@ -2,6 +2,14 @@
 
 from .catalog import CATALOG, fisher_scheduler, fisher_scheduler_named
 from .mixin import FisherSchedulerMixin
+from .optimal_variance import (
+    OptimalVarianceDDPMScheduler,
+    OptimalVarianceFlowMatchScheduler,
+    OptimalVarianceSchedulerMixin,
+)
 from .trajectory import Trajectory
 
-__all__ = ["CATALOG", "FisherSchedulerMixin", "Trajectory", "fisher_scheduler", "fisher_scheduler_named"]
+__all__ = [
+    "CATALOG", "FisherSchedulerMixin", "OptimalVarianceDDPMScheduler", "OptimalVarianceFlowMatchScheduler",
+    "OptimalVarianceSchedulerMixin", "Trajectory", "fisher_scheduler", "fisher_scheduler_named",
+]  # fmt: skip

@@ -10,7 +10,6 @@ works with any scheduler whose step is a function of x_0 and eps.
 """
 
 import functools
-import inspect
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from ..errors import InputError, warn
 from ..fisher.numerics import dot
 from ..fisher.operator import FisherMatrixOperator
 from ..noise import DenoisingState, Timestep, expand, noise_schedule, state_of
+from ..schedulers.config_options import add_config_options
 
 OPTIONS = {"lml_lambda": 1.0, "lml_kappa": 0.1, "lml_freeze": 0.0}
 
@@ -107,18 +107,8 @@ class LMLSchedulerMixin:
             self._previous_epsilon, self._steps_taken = None, 0
             return parent.set_timesteps(self, *args, **kwargs)
 
-        @functools.wraps(parent.__init__)
-        def __init__(self, *args, **kwargs):
-            options = {name: float(kwargs.pop(name, default)) for name, default in OPTIONS.items()}
-            _check(**options)
-            parent.__init__(self, *args, **kwargs)
-            self.register_to_config(**options)
-
-        # Diffusers reads a config by the signature of the constructor.
-        signature, keyword = inspect.signature(parent.__init__), inspect.Parameter.KEYWORD_ONLY
-        options = [inspect.Parameter(name, keyword, default=value) for name, value in OPTIONS.items()]
-        __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *options])  # type: ignore[attr-defined]
-        cls.__init__, cls.step, cls.set_timesteps = __init__, step, set_timesteps  # type: ignore[method-assign,attr-defined]
+        add_config_options(cls, parent, OPTIONS, _check)
+        cls.step, cls.set_timesteps = step, set_timesteps  # type: ignore[attr-defined]
 
     def _rotate(
         self, model_output: torch.Tensor, timestep: Timestep, sample: torch.Tensor

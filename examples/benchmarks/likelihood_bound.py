@@ -22,6 +22,7 @@ from diffusers_fisher import (
     embedded_checkpoint,
     embedded_prompt,
     embedded_test_images,
+    fit_level_fisher,
 )
 
 STEPS = (10, 20, 40)
@@ -103,7 +104,7 @@ def main() -> None:
     others = PipelineDenoiser(pipe, prompt=prompts[half:])
     drawn = means + deviation * torch.randn(means.shape, generator=generator)
     tables = {
-        name: LevelFisher.from_squared_errors(others, latents[half:], 30, 2, torch.Generator().manual_seed(2))
+        name: fit_level_fisher(others, latents[half:], 30, 2, torch.Generator().manual_seed(2))
         for name, latents in (("means", means), ("drawn", drawn))
     }
     trace = TraceMatchingFisher(pipe.trace_model)

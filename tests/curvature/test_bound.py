@@ -18,9 +18,9 @@ from diffusers_fisher import (
     NoiseLevel,
     NumericalError,
 )
-from diffusers_fisher.curvature import BoundOptions, LevelFisher, denoiser_likelihood_bound
+from diffusers_fisher.curvature import BoundOptions, denoiser_likelihood_bound, fit_level_fisher
 from diffusers_fisher.denoiser import Denoiser
-from diffusers_fisher.fisher import FisherOperator
+from diffusers_fisher.fisher import FisherOperator, LevelFisher
 from diffusers_fisher.testing import OracleDenoiser
 
 SHAPE = (1, 8, 8)
@@ -230,7 +230,7 @@ def test_nan_never_leaves(samples):
 def test_table_of_squared_errors_is_the_fraction_of_a_gaussian():
     law = GaussianMixture(torch.zeros(1, *SHAPE, dtype=torch.float64), Covariance.isotropic(0.3, SHAPE))
     data = law.sample(64, seeded(1))
-    table = LevelFisher.from_squared_errors(OracleDenoiser(law, VP), data, 12, generator=seeded())
+    table = fit_level_fisher(OracleDenoiser(law, VP), data, 12, generator=seeded())
     expected = 0.3 / (0.3 + table.noise_to_signal.square())
     # relative error sqrt(2/n) with n = 64 * 64 * 2 independent numbers: 0.016
     assert bool(((table.unexplained_noise_fraction / expected - 1).abs() < 0.06).all())
@@ -268,6 +268,6 @@ def test_wrong_tables_are_refused(levels, fractions):
 def test_wrong_fits_of_tables_are_refused(samples):
     denoiser = OracleDenoiser(LAW, VP)
     with pytest.raises(InputError, match="`num_levels` is 1, `num_pairs` 1; allowed: at least 2, at least 1"):
-        LevelFisher.from_squared_errors(denoiser, samples, 1)
+        fit_level_fisher(denoiser, samples, 1)
     with pytest.raises(InputError, match="must be finite floating-point"):
-        LevelFisher.from_squared_errors(denoiser, samples * math.nan)
+        fit_level_fisher(denoiser, samples * math.nan)

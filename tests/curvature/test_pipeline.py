@@ -18,7 +18,8 @@ from diffusers_fisher import (
     embedded_test_images,
     likelihood_bound,
 )
-from diffusers_fisher.curvature import BoundOptions, LevelFisher, denoiser_likelihood_bound
+from diffusers_fisher.curvature import BoundOptions, denoiser_likelihood_bound
+from diffusers_fisher.fisher import LevelFisher
 
 PROMPTS = ["a b", "c"]
 QUICK = {"num_inference_steps": 3, "num_draws": 2}
