@@ -5,7 +5,7 @@
 The parts are scatter, coverage, sizes, bias, half_precision and reference; without names all run. Everything is on
 test images with their own prompts. "scatter" takes 200 directions per level at once: the sum over the levels of one
 direction each is what a likelihood with one direction per level adds up, so it stands for 200 seeds. "coverage" runs
-whole likelihoods with different seeds. "reference" compares with the adaptive integration by whole Jacobians of
+whole likelihoods with different seeds, in every way. "reference" compares with the adaptive integration by whole Jacobians of
 likelihood.json. Writes likelihood_probes.json, half an hour on two cores; with --checkpoint sd3
 likelihood_probes_sd3.json, without "reference".
 """
@@ -13,6 +13,7 @@ likelihood_probes_sd3.json, without "reference".
 import argparse
 import json
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -32,12 +33,15 @@ from diffusers_fisher.files import write_json
 
 IMAGES, DIRECTIONS, SEEDS, PIECE = 16, 200, 40, 8
 FEW_IMAGES = 4  # where the number of directions matters, and not that of images
-WAYS = {
-    "1 direction per level": {"num_inference_steps": 32},
-    "2 directions per level": {"num_inference_steps": 21, "num_probes": 2},
-    "2 directions per level on average, dealt": {"num_inference_steps": 21, "num_probes": 2, "dealt_probes": True},
+WAYS: dict[str, tuple[int, dict[str, Any]]] = {
+    "1 per level": (SEEDS, {"num_inference_steps": 32}),
+    "2 per level": (SEEDS, {"num_inference_steps": 21, "num_probes": 2}),
+    "2 per level on average, dealt": (SEEDS, {"num_inference_steps": 21, "num_probes": 2, "dealt_probes": True}),
+    "4 per level": (10, {"num_inference_steps": 32, "num_probes": 4}),
+    "1 per level, by back-propagation": (10, {"num_inference_steps": 32, "estimator": AutodiffFisher()}),
+    "2, the same at all levels": (SEEDS, {"num_inference_steps": 32, "num_probes": 2, "fixed_probes": True}),
 }
-"""Ways to spend 66 evaluations."""
+"""Ways to a trace by random directions: number of seeds, and options."""
 
 
 class Problem:
@@ -92,28 +96,29 @@ def scatter(problem: Problem) -> dict[str, Any]:
 
 
 def coverage(problem: Problem) -> dict[str, Any]:
-    """Returns scatter, stated error and coverage of whole likelihoods by seeds, for several ways to spend 66 calls."""
+    """Returns scatter, stated error, coverage and cost of whole likelihoods by seeds, for every way."""
     rows = {}
-    for name, options in WAYS.items():
-        parts = []
+    for name, (seeds, options) in WAYS.items():
+        parts, begin = [], time.process_time()
         for piece in pieces(IMAGES):
-            outputs = [problem.score(piece, seed, **options) for seed in range(SEEDS)]
+            outputs = [problem.score(piece, seed, **options) for seed in range(seeds)]
             values, errors = (
                 torch.stack([getattr(out, field) for out in outputs]) for field in ("bits_per_dim", "standard_error")
             )
             parts.append(torch.stack([values, outputs[0].to_bits(errors)]))
         values, errors = torch.cat(parts, dim=2)
         # The mean over the seeds stands for the truth; with it a deviation is too small by a factor.
-        ratio = (values - values.mean(0)) / errors * (SEEDS / (SEEDS - 1)) ** 0.5
+        ratio = (values - values.mean(0)) / errors * (seeds / (seeds - 1)) ** 0.5
         rows[name] = {
-            "calls": outputs[0].num_denoiser_calls, **spread(values),
+            "calls": outputs[0].num_denoiser_calls, "seeds": seeds, **spread(values),
+            "processor_seconds": (time.process_time() - begin) / seeds / IMAGES,
             "stated": float(errors.square().mean().sqrt()),
             "within_1": float((ratio.abs() < 1).double().mean()),
             "within_1.96": float((ratio.abs() < 1.96).double().mean()),
             "mean_bits_per_dim": values.mean(0).tolist(),
         }  # fmt: skip
         print(name, {key: value for key, value in rows[name].items() if key != "mean_bits_per_dim"}, flush=True)
-    return {"seeds": SEEDS, "images": IMAGES, "rows": rows}
+    return {"images": IMAGES, "rows": rows}
 
 
 def sizes(problem: Problem) -> dict[str, Any]:

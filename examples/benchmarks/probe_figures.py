@@ -16,8 +16,8 @@ def likelihood_probes() -> str:
         for row in result["scatter"]["rows"]
     ]
     ways = [
-        [title, name, row["calls"], f"{row['scatter']:.4f}", f"{row['stated']:.4f}", f"{row['within_1']:.0%}",
-         f"{row['within_1.96']:.1%}"]
+        [title, name, row["calls"], f"{row['processor_seconds']:.2f}", f"{row['scatter']:.4f}",
+         f"{row['stated']:.4f}", f"{row['within_1']:.0%}", f"{row['within_1.96']:.1%}", row["seeds"]]
         for title, result in results.items()
         for name, row in result["coverage"]["rows"].items()
     ]  # fmt: skip
@@ -25,9 +25,13 @@ def likelihood_probes() -> str:
         f"One direction per level, with the embedded checkpoints: standard deviation over "
         f"{first['scatter']['directions']} draws, in bits/dim.",
         table(["checkpoint", "levels", "calls", "images", "scatter", "largest of an image"], scatter),
-        f"Ways to spend about as many calls ({first['coverage']['images']} images, {first['coverage']['seeds']} "
-        "seeds): the scatter, the stated standard error, and how often the error is within 1 and within 1.96 of it.",
-        table(["checkpoint", "directions", "calls", "scatter", "stated", "within 1", "within 1.96"], ways),
+        f"Whole likelihoods of {first['coverage']['images']} images: evaluations (with differences, those of the "
+        "directions are among them), seconds of processor time per image, the scatter over seeds, the stated standard "
+        "error, and how often the error is within 1 and within 1.96 of it.",
+        table(
+            ["checkpoint", "directions", "calls", "seconds", "scatter", "stated", "within 1", "within 1.96", "seeds"],
+            ways,
+        ),
         *(_probe_sentences(title, result) for title, result in results.items()),
     )
 
