@@ -19,13 +19,13 @@ _FOLDER = Path(__file__).parent / "fashion_mnist"
 _SHARED_FILES = (
     "latent_statistics.safetensors", "model_index.json", "scheduler/scheduler_config.json",
     "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json",
-    "tokenizer/tokenizer_config.json", "trace_model/config.json", "trace_model/diffusion_pytorch_model.safetensors",
-    "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+    "tokenizer/tokenizer_config.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
 )  # fmt: skip
 _FILES = {
     "sd": (
         *_SHARED_FILES, "classifier/config.json", "classifier/model.safetensors",
-        "classifier/preprocessor_config.json", "test_images.safetensors", "unet/config.json",
+        "classifier/preprocessor_config.json", "test_images.safetensors", "trace_model/config.json",
+        "trace_model/diffusion_pytorch_model.safetensors", "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
     ),
     "sd3": (
