@@ -147,6 +147,7 @@ from .schedulers import (
     OptimalVarianceFlowMatchScheduler as OptimalVarianceFlowMatchScheduler,
     Trajectory as Trajectory,
     fisher_scheduler as fisher_scheduler,
+    optimal_variance_scheduler as optimal_variance_scheduler,
 )
 from .schedulers.catalog import (
     FisherDDIMInverseScheduler as FisherDDIMInverseScheduler,

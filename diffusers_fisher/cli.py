@@ -176,6 +176,34 @@ def likelihood(
     evaluate_dataset(output=output, settings=settings, batch_size=batch_size, retry_failed=retry_failed)
 
 
+@app.command("fit-variance")
+def fit_variance(
+    data: Annotated[str, Option(help="Folder of images or of `save_to_disk`, or a dataset's name.")],
+    output: Annotated[Path, Option(help="Folder of scheduler_config.json and variance.json.")] = OUTPUTS / "variance",
+    model: Checkpoint = "embedded",
+    dtype: WeightDtype = "float32",
+    split: Annotated[str, Option(help="Split of the dataset.")] = "train",
+    image_column: Annotated[str, Option(help="Column of the images.")] = "image",
+    caption_column: Annotated[str | None, Option(help="Column of captions or class labels.")] = None,
+    resolution: Annotated[int | None, Option(help="Resize and crop the images to this size.")] = None,
+    limit: Annotated[int, Option(help="Number of images, the first of the data.")] = 256,
+    batch_size: Annotated[int, Option(help="Images at once.")] = 16,
+    num_levels: Annotated[int, Option(help="Noise levels of the table.")] = 40,
+    seed: Seed = 0,
+) -> None:
+    """Fit the variance of a stochastic sampler to images by squared errors, and write its scheduler."""
+    from .data import ImageData
+    from .evaluation.variance_table import VarianceSettings, fit_variance as fit
+    from .jobs.pipelines import DenoiserSettings
+
+    images = ImageData(
+        path=data, split=split, image_column=image_column, caption_column=caption_column, resolution=resolution,
+        limit=limit,
+    )  # fmt: skip
+    settings = VarianceSettings(DenoiserSettings(path=model, dtype=dtype), images, num_levels, seed)
+    fit(output, settings, batch_size)
+
+
 @app.command()
 def train(config: ConfigFile, changes: Changes = None) -> None:
     """Train a trace model for a frozen denoiser. A stopped run goes on; see docs/training.md."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..arguments import check_kinds
@@ -19,7 +21,7 @@ from .draws import antithetic_noise
 @check_kinds
 def fit_level_fisher(
     denoiser: Denoiser, samples: torch.Tensor, num_levels: int = 40, num_pairs: int = 1,
-    generator: Generators = None,
+    generator: Generators = None, keys: Sequence[str] | None = None,
 ) -> LevelFisher:  # fmt: skip
     """Makes a `LevelFisher` of the denoiser's mean squared errors |eps - eps_theta|^2/d over `samples` (B, ...).
 
@@ -32,6 +34,9 @@ def fit_level_fisher(
         num_levels: number of levels, at least 2.
         num_pairs: number of pairs of a noise and its negative, per level and sample.
 
+        generator: gives the seed of the noise, which is a function of the seed and of the sample's key alone.
+        keys: one key per sample; None: a key of its values.
+
     Raises:
         InputError: samples that are not finite; fewer than two levels or one pair.
         NumericalError: squared errors that are not finite.
@@ -39,7 +44,7 @@ def fit_level_fisher(
     if num_levels < 2 or num_pairs < 1:
         raise InputError(f"`num_levels` is {num_levels}, `num_pairs` {num_pairs}; allowed: at least 2, at least 1.")
     samples = check_samples(samples)
-    draws, start = ImageDraws(samples, generator), samples.cpu().double()
+    draws, start = ImageDraws(samples, generator, keys), samples.cpu().double()
     grid = noise_grid(*log_noise_to_signal_range(denoiser.scheduler), num_levels - 1)
     errors = torch.zeros(num_levels, dtype=torch.float64)
     for index, timestep in enumerate(timestep_at(denoiser.scheduler, grid)):

@@ -6,10 +6,12 @@ from .optimal_variance import (
     OptimalVarianceDDPMScheduler,
     OptimalVarianceFlowMatchScheduler,
     OptimalVarianceSchedulerMixin,
+    optimal_variance_scheduler,
 )
 from .trajectory import Trajectory
 
 __all__ = [
     "CATALOG", "FisherSchedulerMixin", "OptimalVarianceDDPMScheduler", "OptimalVarianceFlowMatchScheduler",
     "OptimalVarianceSchedulerMixin", "Trajectory", "fisher_scheduler", "fisher_scheduler_named",
+    "optimal_variance_scheduler",
 ]  # fmt: skip

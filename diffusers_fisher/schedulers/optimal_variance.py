@@ -21,6 +21,7 @@ from typing import Any, Self
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..errors import InputError, NumericalError
@@ -177,6 +178,21 @@ class OptimalVarianceDDPMScheduler(OptimalVarianceSchedulerMixin, DDPMScheduler)
 
 class OptimalVarianceFlowMatchScheduler(OptimalVarianceSchedulerMixin, FlowMatchEulerDiscreteScheduler):
     """`FlowMatchEulerDiscreteScheduler` as a stochastic chain, see `OptimalVarianceSchedulerMixin`."""
+
+
+def optimal_variance_scheduler(
+    scheduler: SchedulerMixin, table: LevelFisher
+) -> OptimalVarianceDDPMScheduler | OptimalVarianceFlowMatchScheduler:
+    """Returns the stochastic scheduler of the same noise schedule, with the variance of a table.
+
+    Args:
+        scheduler: a pipeline's scheduler; it is not changed.
+        table: r by noise level, see `fit_level_fisher`.
+    """
+    schedule = noise_schedule(scheduler)
+    cls: Any = OptimalVarianceFlowMatchScheduler if schedule.is_flow else OptimalVarianceDDPMScheduler
+    options = {name: getattr(table, name).tolist() for name in TABLE}
+    return cls.from_config(schedule.config, **options)
 
 
 for _class in (OptimalVarianceDDPMScheduler, OptimalVarianceFlowMatchScheduler):
