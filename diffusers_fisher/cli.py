@@ -182,8 +182,6 @@ def fit_variance(
     output: Annotated[Path, Option(help="Folder of scheduler_config.json and variance.json.")] = OUTPUTS / "variance",
     model: Checkpoint = "embedded",
     dtype: WeightDtype = "float32",
-    split: Annotated[str, Option(help="Split of the dataset.")] = "train",
-    image_column: Annotated[str, Option(help="Column of the images.")] = "image",
     caption_column: Annotated[str | None, Option(help="Column of captions or class labels.")] = None,
     resolution: Annotated[int | None, Option(help="Resize and crop the images to this size.")] = None,
     limit: Annotated[int, Option(help="Number of images, the first of the data.")] = 256,
@@ -196,10 +194,7 @@ def fit_variance(
     from .evaluation.variance_table import VarianceSettings, fit_variance as fit
     from .jobs.pipelines import DenoiserSettings
 
-    images = ImageData(
-        path=data, split=split, image_column=image_column, caption_column=caption_column, resolution=resolution,
-        limit=limit,
-    )  # fmt: skip
+    images = ImageData(path=data, caption_column=caption_column, resolution=resolution, limit=limit)
     settings = VarianceSettings(DenoiserSettings(path=model, dtype=dtype), images, num_levels, seed)
     fit(output, settings, batch_size)
 
