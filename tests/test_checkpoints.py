@@ -208,7 +208,6 @@ def test_missing_files_of_the_second_checkpoint_are_named(tmp_path, monkeypatch)
         embedded_checkpoint("sd3")
 
 
-@pytest.mark.skipif(not SECOND_FOLDER.is_dir(), reason=f"the files of '{SECOND_FOLDER.name}' are not there yet")
 def test_the_second_checkpoint_is_a_stock_stable_diffusion_3():
     folder = embedded_checkpoint("sd3")
     assert folder == str(SECOND_FOLDER)
