@@ -31,7 +31,7 @@ from diffusers_fisher import (
 from diffusers_fisher.backbones import backbone_of
 from diffusers_fisher.files import write_json
 
-IMAGES, DIRECTIONS, SEEDS, PIECE = 16, 200, 40, 8
+IMAGES, DIRECTIONS, SEEDS, PIECE = 16, 200, 20, 8
 FEW_IMAGES = 4  # where the number of directions matters, and not that of images
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "1 per level": (SEEDS, {"num_inference_steps": 32}),
