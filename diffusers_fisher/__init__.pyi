@@ -18,11 +18,14 @@ from .checkpoints import (
 )
 from .curvature import (
     BoundOptions as BoundOptions,
+    IntrinsicDimension as IntrinsicDimension,
     LevelFisher as LevelFisher,
     LikelihoodBound as LikelihoodBound,
+    denoiser_intrinsic_dimension as denoiser_intrinsic_dimension,
     denoiser_likelihood_bound as denoiser_likelihood_bound,
 )
 from .curvature.pipeline import (
+    intrinsic_dimension as intrinsic_dimension,
     likelihood_bound as likelihood_bound,
 )
 from .curvature.pixel_bound import (
@@ -120,6 +123,7 @@ from .noise import (
     register_noise_schedule as register_noise_schedule,
 )
 from .pictures import (
+    dimension_plot as dimension_plot,
     fisher_pictures as fisher_pictures,
     likelihood_plot as likelihood_plot,
     trace_plot as trace_plot,

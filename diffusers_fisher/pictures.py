@@ -1,4 +1,5 @@
-"""Draws the diffusion Fisher: its diagonal in latents, the effect of its eigenvectors on images, and its trace.
+"""Draws the diffusion Fisher: its diagonal in latents, the effect of its eigenvectors on images, its trace and what
+follows from it.
 
 matplotlib is imported when a function is called. Only its `Figure` is used: no backend is chosen, no global state is
 changed. Save a figure with `figure.savefig(path)`.
@@ -15,6 +16,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .arguments import check_kinds
 from .backbones import backbone_of
+from .curvature import IntrinsicDimension
 from .errors import InputError
 from .fisher.estimate import Estimate, Probes
 from .fisher.operator import FisherOperator
@@ -129,7 +131,7 @@ def trace_plot(
     Raises:
         InputError: there are no estimates, the estimates are not traces, or their number is not that of the levels.
     """
-    from .figures import make_figure, write_plain
+    from .figures import make_figure
 
     levels = [levels] if isinstance(levels, NoiseLevel) else levels
     if not levels:
@@ -140,11 +142,7 @@ def trace_plot(
     figure, (axes,) = make_figure(6.5, 4)
     curves = [_draw_line(axes, sigma / alpha, sigma, line, dimensions) for line in estimates.values()]
     label = r"$\sigma^2\,\mathrm{tr}\,F$" if dimensions is None else r"$r = (d - \sigma^2\,\mathrm{tr}\,F)/d$"
-    axes.set(xscale="log", xlabel=r"noise to signal, $\sigma/\alpha$", ylabel=label)
-    axes.grid(alpha=0.3)
-    legend = axes.legend(curves, map(str, range(len(curves))))
-    for text, name in zip(legend.get_texts(), estimates, strict=True):
-        write_plain(text, name)
+    _finish_curves(axes, label, curves, list(estimates))
     return figure
 
 
@@ -165,31 +163,48 @@ def likelihood_plot(outputs: Mapping[str, LikelihoodOutput], index: int = 0) -> 
     Raises:
         InputError: there are no outputs, or one has no such image.
     """
-    from .figures import make_figure, write_plain
+    from .figures import make_figure
 
-    if not outputs:
-        raise InputError("There are no likelihoods; give at least one name with an output of `log_likelihood`.")
-    for name, output in outputs.items():
-        if not 0 <= index < len(output.log_prob):
-            raise InputError(f"`index` is {index}; '{name}' has the images 0 to {len(output.log_prob) - 1}.")
+    _check_index(index, {name: len(output.log_prob) for name, output in outputs.items()}, "log_likelihood")
     figure, (axes,) = make_figure(6.5, 4)
     curves, labels = [], []
     for name, output in outputs.items():
-        x, r = output.noise_to_signal, output.unexplained_noise_fraction[:, index]
-        width = BAND * output.unexplained_noise_error[:, index]
-        curves += axes.plot(x.numpy(), r.numpy(), marker=".")
-        if bool((width > 0).any()):
-            low, high = (r - width).numpy(), (r + width).numpy()
-            axes.fill_between(x.numpy(), low, high, color=curves[-1].get_color(), alpha=0.25, linewidth=0)
-        error = float(output.total_error_bits[index])
-        labels.append(f"{name}: {float(output.bits_per_dim[index]):.3f} +- {error:.3f} bits/dim")
-    axes.set(
-        xscale="log", xlabel=r"noise to signal, $\sigma/\alpha$", ylabel=r"$r = (d - \sigma^2\,\mathrm{tr}\,F)/d$"
-    )
-    axes.grid(alpha=0.3)
-    legend = axes.legend(curves, labels)
-    for text, label in zip(legend.get_texts(), labels, strict=True):
-        write_plain(text, label)
+        r, error = output.unexplained_noise_fraction[:, index], output.unexplained_noise_error[:, index]
+        curves.append(_draw_curve(axes, output.noise_to_signal, r, error))
+        bits = float(output.bits_per_dim[index])
+        labels.append(f"{name}: {bits:.3f} +- {float(output.total_error_bits[index]):.3f} bits/dim")
+    _finish_curves(axes, r"$r = (d - \sigma^2\,\mathrm{tr}\,F)/d$", curves, labels)
+    return figure
+
+
+@check_kinds
+def dimension_plot(outputs: Mapping[str, IntrinsicDimension], index: int = 0) -> Figure:
+    """Draws the intrinsic dimension of one image by noise level, with a horizontal line on its plateau.
+
+    A band of two standard errors shows what the trace leaves. Exact traces, and models without calibration, have no
+    band.
+
+    Args:
+        outputs: intrinsic dimensions, by a name for the legend.
+        index: the image's place in the batch.
+
+    Returns:
+        A matplotlib figure. The legend has the dimension and its standard error.
+
+    Raises:
+        InputError: there are no outputs, or one has no such image.
+    """
+    from .figures import make_figure
+
+    _check_index(index, {name: len(output.value) for name, output in outputs.items()}, "intrinsic_dimension")
+    figure, (axes,) = make_figure(6.5, 4)
+    curves, labels = [], []
+    for name, output in outputs.items():
+        curves.append(_draw_curve(axes, output.noise_to_signal, output.curve[:, index], output.curve_error[:, index]))
+        value = float(output.value[index])
+        axes.hlines(value, *output.plateau[index].tolist(), color=curves[-1].get_color(), linestyle="dashed")
+        labels.append(f"{name}: {value:.1f} +- {float(output.standard_error[index]):.1f}")
+    _finish_curves(axes, "intrinsic dimension", curves, labels)
     return figure
 
 
@@ -247,6 +262,27 @@ def _draw_group(part: SubFigure, name: str, columns: list[_Column]) -> None:
                 part.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
 
 
+def _draw_curve(axes: Axes, x: torch.Tensor, y: torch.Tensor, error: torch.Tensor) -> Line2D:
+    """Draws y (levels,) with the band of its standard errors, where they are finite; returns the line."""
+    (curve,) = axes.plot(x.numpy(), y.numpy(), marker=".")
+    width = torch.where(torch.isfinite(error), BAND * error, 0)
+    if bool((width > 0).any()):
+        low, high = (y - width).numpy(), (y + width).numpy()
+        axes.fill_between(x.numpy(), low, high, color=curve.get_color(), alpha=0.25, linewidth=0)
+    return curve
+
+
+def _finish_curves(axes: Axes, label: str, curves: Sequence[Line2D], names: Sequence[str]) -> None:
+    """Labels the axes of curves by noise level, and makes the legend."""
+    from .figures import write_plain
+
+    axes.set(xscale="log", xlabel=r"noise to signal, $\sigma/\alpha$", ylabel=label)
+    axes.grid(alpha=0.3)
+    legend = axes.legend(curves, map(str, range(len(curves))))
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        write_plain(text, name)
+
+
 def _draw_line(
     axes: Axes, x: torch.Tensor, sigma: torch.Tensor, line: Sequence[Estimate], dimensions: int | None
 ) -> Line2D:
@@ -254,13 +290,16 @@ def _draw_line(
     offset, factor = (0, sigma**2) if dimensions is None else (1, -(sigma**2) / dimensions)
     mean = offset + factor * torch.stack([estimate.value.mean() for estimate in line]).cpu()
     errors = [estimate.standard_error.square().sum().sqrt() / len(estimate.standard_error) for estimate in line]
-    width = BAND * factor.abs() * torch.stack(errors).cpu()
-    (curve,) = axes.plot(x.numpy(), mean.numpy(), marker=".")
-    width = torch.where(torch.isfinite(width), width, 0)
-    if bool((width > 0).any()):
-        low, high = (mean - width).numpy(), (mean + width).numpy()
-        axes.fill_between(x.numpy(), low, high, color=curve.get_color(), alpha=0.25, linewidth=0)
-    return curve
+    return _draw_curve(axes, x, mean, factor.abs() * torch.stack(errors).cpu())
+
+
+def _check_index(index: int, counts: Mapping[str, int], function: str) -> None:
+    """Raises `InputError` unless there are outputs of `function`, and all have an image of this index."""
+    if not counts:
+        raise InputError(f"There are no outputs; give at least one name with an output of `{function}`.")
+    for name, count in counts.items():
+        if not 0 <= index < count:
+            raise InputError(f"`index` is {index}; '{name}' has the images 0 to {count - 1}.")
 
 
 def _check_estimates(estimates: Mapping[str, Sequence[Estimate]], count: int) -> None:

@@ -17,7 +17,7 @@ from ..backbones.parts import (
     loaded_parts,
     set_checkpoint_parts,
 )
-from ..curvature.pipeline import likelihood_bound
+from ..curvature.pipeline import intrinsic_dimension, likelihood_bound
 from ..curvature.pixel_bound import pixel_likelihood_bound
 from ..errors import CheckpointError, InputError
 from ..guidance import pipeline as guidance
@@ -37,8 +37,9 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
 class FisherPipelineMixin(DiffusionPipeline):
     """Adds likelihood and guidance to a stock pipeline class, and saves folders that stock diffusers reads.
 
-    The methods are the functions `diffusers_fisher.log_likelihood`, `compare_likelihood`, `likelihood_bound` and
-    `guide`, which take any pipeline that has a backbone, stock ones too.
+    The methods are the functions `diffusers_fisher.log_likelihood`, `compare_likelihood`, `likelihood_bound`,
+    `pixel_likelihood_bound`, `intrinsic_dimension` and `guide`, which take any pipeline that has a backbone,
+    stock ones too.
     """
 
     scheduler: Any  # diffusers' schedulers share no class that has a `config`
@@ -50,6 +51,7 @@ class FisherPipelineMixin(DiffusionPipeline):
     compare_likelihood = likelihood.compare_likelihood
     likelihood_bound = likelihood_bound
     pixel_likelihood_bound = pixel_likelihood_bound
+    intrinsic_dimension = intrinsic_dimension
     guide = guidance.guide
 
     @property
