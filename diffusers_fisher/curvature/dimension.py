@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,8 +22,11 @@ from ..fisher.estimate import Generators
 from ..fisher.estimator import FisherEstimator
 from ..likelihood.problem import Integration, OdeProblem, prepare_problem
 from ..likelihood.traces import TraceRecord
-from ..noise import timestep_at
+from ..noise import log_noise_to_signal_range, timestep_at
 from .plateau import WIDE, find_plateau
+
+if TYPE_CHECKING:
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 NUM_LEVELS = 16
 """Number of noise levels by default."""
@@ -120,7 +124,7 @@ def denoiser_intrinsic_dimension(
         num_probes=num_probes, generator=generator, keys=keys, space=space, on_step=on_step, trace_checks=0
     )
     problem = prepare_problem(denoiser, samples, estimator, integration)
-    log_noise = _log_levels(problem, noise_to_signal)
+    log_noise = log_levels(denoiser.scheduler, noise_to_signal)
     trace, squares = TraceRecord(), []
     for timestep, level in zip(timestep_at(denoiser.scheduler, log_noise), log_noise.tolist(), strict=True):
         node = problem.evaluate(problem.start, timestep, level)
@@ -148,9 +152,13 @@ def default_levels(low: float, high: float) -> torch.Tensor:
     return torch.linspace(low, min(high, max(low + 1, 0.0)), NUM_LEVELS, dtype=torch.float64)
 
 
-def _log_levels(problem: OdeProblem, noise_to_signal: NoiseLevels) -> torch.Tensor:
-    """Returns log(sigma/alpha) of the levels, (levels,) float64."""
-    low, high = problem.low, problem.high
+def log_levels(scheduler: SchedulerMixin, noise_to_signal: NoiseLevels) -> torch.Tensor:
+    """Returns log(sigma/alpha) of the levels, (levels,) float64.
+
+    Raises:
+        InputError: levels outside the schedule or in another order.
+    """
+    low, high = log_noise_to_signal_range(scheduler)
     if noise_to_signal is None:
         return default_levels(low, high)
     levels = torch.as_tensor(noise_to_signal, dtype=torch.float64).cpu()
@@ -165,7 +173,7 @@ def _log_levels(problem: OdeProblem, noise_to_signal: NoiseLevels) -> torch.Tens
     if not torch.allclose(clamped, log_noise, rtol=0, atol=1e-9):
         raise InputError(
             f"`noise_to_signal` goes from {float(levels[0]):.4g} to {float(levels[-1]):.4g}; the schedule of "
-            f"{type(problem.denoiser.scheduler).__name__} has {math.exp(low):.4g} to {math.exp(high):.4g}. Take "
+            f"{type(scheduler).__name__} has {math.exp(low):.4g} to {math.exp(high):.4g}. Take "
             "levels between these."
         )
     return clamped

@@ -2,8 +2,9 @@
 
 The plateau is the widest range of consecutive levels, in log(sigma/alpha), at which the curve stays within 5% of its
 mean over the range, at least 0.05, and two standard errors of its random directions; of equally wide ones the range at
-lower noise. Below the noise of the data themselves the curve is flat too, at nearly all d dimensions, and says nothing
-else: so ranges with a mean above 0.9 d count only where no other is wide, with a growth of the noise by a factor of e.
+lower noise. Two kinds of ranges count only where no other is wide, with a growth of the noise by a factor of e: those
+with a mean above 0.9 d, because below the noise of the data themselves the curve is flat too, at nearly all d
+dimensions, and those with a mean below 0.5, because below their distances the curve of single points is flat at 0.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ ERRORS = 2.0
 
 NEARLY_ALL = 0.9
 """Share of the dimensions above which a range counts only where no other is wide."""
+
+SINGLE_POINTS = 0.5
+"""Dimension below which it counts likewise."""
 
 WIDE = 1.0
 """Width from which on a range is a plateau, in log(sigma/alpha)."""
@@ -59,7 +63,7 @@ def find_plateau(log_noise: torch.Tensor, curve: torch.Tensor, error: torch.Tens
         means.append(mean)
         widths.append(torch.where(fits, log_noise[stop - 1] - log_noise[start], -1.0))
     mean, width = torch.stack(means), torch.stack(widths)  # (ranges, B)
-    best = torch.where(mean > NEARLY_ALL * dims, -1.0, width).max(0)
+    best = torch.where((mean > NEARLY_ALL * dims) | (mean < SINGLE_POINTS), -1.0, width).max(0)
     # Rounded, because a step of the grid may miss the width by its last digit.
     chosen = torch.where(best.values >= WIDE - 1e-9, best.indices, width.argmax(0))
     starts, stops = torch.tensor(ranges)[chosen].T

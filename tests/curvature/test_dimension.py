@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 from cases import STABLE_DIFFUSION
+from manifolds import CURVED, SHAPE, curved, on_subspace, subspaces
 
 from diffusers_fisher import (
     AutodiffFisher,
@@ -23,7 +24,6 @@ from diffusers_fisher.denoiser import Denoiser
 from diffusers_fisher.fisher.calibration import TraceCalibration
 from diffusers_fisher.testing import OracleDenoiser
 
-SHAPE = (4, 8, 8)
 SCHEDULERS = {
     "epsilon": diffusers.DDIMScheduler(**STABLE_DIFFUSION),
     "v": diffusers.DDIMScheduler(**STABLE_DIFFUSION, prediction_type="v_prediction"),
@@ -37,32 +37,19 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def basis(size, seed=0):
-    """Returns an orthonormal basis (256, size) of a random subspace."""
-    return torch.linalg.qr(torch.randn(256, size, dtype=torch.float64, generator=seeded(seed)))[0]
-
-
-def subspaces(*sizes):
-    """Returns equally likely standard normal laws on random subspaces through 0, of these dimensions."""
-    factors = torch.zeros(len(sizes), 256, max(sizes), dtype=torch.float64)
-    for number, size in enumerate(sizes):
-        factors[number, :, :size] = basis(size, number)
-    thin = torch.full((len(sizes), *SHAPE), 1e-10, dtype=torch.float64)
-    covariance = Covariance.low_rank(thin, factors.view(len(sizes), *SHAPE, -1))
-    return GaussianMixture(torch.zeros(len(sizes), *SHAPE, dtype=torch.float64), covariance)
-
-
 def dimension(law, samples, estimator=None, scheduler=VP, num_probes=None, **options):
     estimator = ExactFisher(law) if estimator is None else estimator
     denoiser = OracleDenoiser(law, scheduler)
     return denoiser_intrinsic_dimension(denoiser, samples, estimator, num_probes=num_probes, **options)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("size", [1, 2, 4, 16, 64])
+@pytest.mark.parametrize(
+    ("size", "scheduler"),
+    [*((size, name) for size in (1, 4, 16, 64) for name in ("epsilon", "flow")), (16, "v"), (16, "k-diffusion")],
+)
 def test_subspaces_have_their_dimension_by_exact_traces(size, scheduler):
     law = subspaces(size)
-    out = dimension(law, law.sample(16, seeded(1)), scheduler=SCHEDULERS[scheduler])
+    out = dimension(law, law.sample(8, seeded(1)), scheduler=SCHEDULERS[scheduler])
     assert float((out.value / size - 1).abs().max()) < 0.05
     assert bool((out.standard_error == 0).all()) and bool((out.curve_error == 0).all())
     assert (out.dims, out.space, out.num_denoiser_calls) == (256, "latent", 16)
@@ -70,8 +57,9 @@ def test_subspaces_have_their_dimension_by_exact_traces(size, scheduler):
     assert out.trace == "ExactFisher, no probes"
 
 
-@pytest.mark.parametrize("scheduler", ["epsilon", "flow"])
-@pytest.mark.parametrize(("size", "probes"), [(1, 1), (4, 4), (16, 1), (64, 1)])
+@pytest.mark.parametrize(
+    ("size", "probes", "scheduler"), [(1, 1, "flow"), (4, 4, "epsilon"), (16, 1, "flow"), (64, 1, "epsilon")]
+)
 def test_probes_are_right_within_their_standard_errors(size, probes, scheduler):
     law = subspaces(size)
     samples = law.sample(32, seeded(1))
@@ -86,40 +74,18 @@ def test_probes_are_right_within_their_standard_errors(size, probes, scheduler):
     assert out.num_denoiser_calls == 16 * (1 + probes)
 
 
-def curved(name):
-    """Returns a dense cloud of points of a curved manifold in 256 dimensions, its dimension, and inner points."""
-    if name == "circle":
-        angle = torch.linspace(0, 2 * math.pi, 4001, dtype=torch.float64)[:-1]
-        points, size, rows = 2 * torch.stack([angle.cos(), angle.sin()], 1), 1, torch.arange(0, 4000, 700)
-    elif name == "sphere":
-        number = torch.arange(8000, dtype=torch.float64) + 0.5
-        height, angle = 1 - number / 4000, math.pi * (1 + 5**0.5) * number
-        radius = (1 - height.square()).sqrt()
-        points = 4 * torch.stack([radius * angle.cos(), radius * angle.sin(), height], 1)
-        size, rows = 2, torch.arange(500, 8000, 1900)
-    else:  # Swiss roll
-        # Equal distances along the spiral, whose length grows like the square of the angle.
-        angle = torch.linspace((1.5 * math.pi) ** 2, (3.5 * math.pi) ** 2, 160, dtype=torch.float64).sqrt()
-        height = torch.linspace(-4, 4, 50, dtype=torch.float64)
-        angles, heights = (each.flatten() for each in torch.meshgrid(angle, height, indexing="ij"))
-        points = torch.stack([angles * angles.cos(), heights, angles * angles.sin()], 1) / 2
-        size, rows = 2, torch.tensor([50, 80, 110]) * 50 + 25
-    points = (points @ basis(points.shape[1]).T).view(-1, *SHAPE)
-    return DiracMixture(points), size, points[rows].clone()
-
-
-@pytest.mark.parametrize("name", ["circle", "sphere", "Swiss roll"])
-def test_curved_manifolds_have_their_dimension_by_exact_traces(name):
+@pytest.mark.parametrize(("name", "scheduler"), [*((name, "epsilon") for name in CURVED), ("Swiss roll", "flow")])
+def test_curved_manifolds_have_their_dimension_by_exact_traces(name, scheduler):
+    """At the lowest levels of flow matching the clouds are single points."""
     law, size, samples = curved(name)
-    out = dimension(law, samples)
+    out = dimension(law, samples, scheduler=SCHEDULERS[scheduler])
     assert float((out.value / size - 1).abs().max()) < 0.15
     assert bool(out.has_plateau.all())
 
 
 def test_points_of_a_union_have_the_dimension_of_their_own_part():
     law = subspaces(2, 24)
-    parts = [subspaces(2).sample(5, seeded(1)), torch.randn(5, 24, dtype=torch.float64, generator=seeded(2))]
-    samples = torch.cat([parts[0], (parts[1] @ basis(24, 1).T).view(5, *SHAPE)])
+    samples = torch.cat([on_subspace(5, 2), on_subspace(5, 24, number=1)])
     out = dimension(law, samples)
     sizes = torch.tensor([2.0] * 5 + [24.0] * 5, dtype=torch.float64)
     assert float((out.value / sizes - 1).abs().max()) < 0.05
@@ -154,7 +120,9 @@ def test_the_plateau_is_the_widest_flat_range():
     assert float(plateau_of(*[20.0] * 8, 1.0, *[10.0] * 8).value) == 20.0  # of two the one at lower noise
 
 
-def test_the_noise_of_the_data_is_a_plateau_only_where_there_is_no_other():
+def test_noise_of_the_data_and_single_points_are_a_plateau_only_where_there_is_no_other():
+    assert float(plateau_of(*[0.0] * 9, 1, *[2.0] * 7).value) == 2.0
+    assert float(plateau_of(*[0.0] * 9, 1, 2, 4, 8, 16, 32, 64, 90).value) == 0.0
     assert float(plateau_of(*[99.0] * 9, 60, *[30.0] * 5, 20, 10).value) == 30.0
     assert float(plateau_of(*[99.0] * 9, 60, 40, 30, 20, 10, 7, 5, 3).value) == 99.0
 
