@@ -53,7 +53,7 @@ def test_subspaces_have_their_dimension_by_exact_traces(size, scheduler):
     assert float((out.value / size - 1).abs().max()) < 0.05
     assert bool((out.standard_error == 0).all()) and bool((out.curve_error == 0).all())
     assert (out.dims, out.space, out.num_denoiser_calls) == (256, "latent", 16)
-    assert out.curve.shape == (16, 16)
+    assert out.curve.shape == (16, 8)
     assert out.trace == "ExactFisher, no probes"
 
 
