@@ -21,8 +21,10 @@ from .curvature import (
     IntrinsicDimension as IntrinsicDimension,
     LevelFisher as LevelFisher,
     LikelihoodBound as LikelihoodBound,
+    PosteriorUncertainty as PosteriorUncertainty,
     denoiser_intrinsic_dimension as denoiser_intrinsic_dimension,
     denoiser_likelihood_bound as denoiser_likelihood_bound,
+    state_uncertainty as state_uncertainty,
 )
 from .curvature.pipeline import (
     intrinsic_dimension as intrinsic_dimension,
@@ -32,6 +34,11 @@ from .curvature.pixel_bound import (
     PixelBound as PixelBound,
     fit_decoder_variance as fit_decoder_variance,
     pixel_likelihood_bound as pixel_likelihood_bound,
+)
+from .curvature.uncertainty_pipeline import (
+    PixelUncertainty as PixelUncertainty,
+    decode_uncertainty as decode_uncertainty,
+    posterior_uncertainty as posterior_uncertainty,
 )
 from .denoiser import (
     Denoiser as Denoiser,
@@ -127,6 +134,7 @@ from .pictures import (
     fisher_pictures as fisher_pictures,
     likelihood_plot as likelihood_plot,
     trace_plot as trace_plot,
+    uncertainty_pictures as uncertainty_pictures,
 )
 from .pipelines import (
     DDIMFisherPipeline as DDIMFisherPipeline,

@@ -16,7 +16,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .arguments import check_kinds
 from .backbones import backbone_of
-from .curvature import IntrinsicDimension
+from .curvature import IntrinsicDimension, PosteriorUncertainty
+from .curvature.uncertainty_pipeline import PixelUncertainty
 from .errors import InputError
 from .fisher.estimate import Estimate, Probes
 from .fisher.operator import FisherOperator
@@ -81,8 +82,6 @@ def fisher_pictures(
         InputError: samples are packed, or `count` or `scale` is out of range. UnsupportedError: the operator is not
             symmetric and has products with one side only.
     """
-    from matplotlib.figure import Figure
-
     sample = operator.state.sample
     if sample.ndim != 4:
         raise InputError(f"Samples have shape {tuple(sample.shape)}; allowed: (B, C, H, W), latents before packing.")
@@ -98,13 +97,55 @@ def fisher_pictures(
     for name, largest in (("most curved", True), ("least curved", False)):
         for index, columns in enumerate(_directions(symmetric, show, count, scale, largest), start=1):
             groups[name if count == 1 else f"{name}, {index}"] = columns
-    widths = [sum(CELL * (1.4 if column.colorbar else 1) for column in group) for group in groups.values()]
-    figure = Figure(figsize=(sum(widths), (CELL + 0.2) * len(sample) + 0.5), layout="constrained")
-    parts = figure.subfigures(1, len(groups), width_ratios=widths, squeeze=False)[0]
-    for index, (part, (name, columns)) in enumerate(zip(parts, groups.items(), strict=True)):
-        part.set_facecolor("0.94" if index % 2 else "1.0")
-        _draw_group(part, name, columns)
-    return figure
+    return _draw_groups(groups, len(sample))
+
+
+@check_kinds
+def uncertainty_pictures(
+    pipe: DiffusionPipeline | None,
+    uncertainty: PosteriorUncertainty,
+    pixels: PixelUncertainty | None = None,
+    deviations: float = 2.0,
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Figure:
+    """Draws one row per sample: the posterior mean, what is left open of each element, and the leading directions.
+
+    The second picture is the standard deviation, averaged over channels: of the latents or, with `pixels`, of the
+    pixels. Every direction has three pictures: the mean minus and plus some standard deviations along the direction,
+    and the difference in brightness (red: the latter is brighter; full colour at 1). The number below is the share of
+    the total variance.
+
+    Args:
+        pipe: latent pipeline whose autoencoder decodes; None is allowed with `decode`.
+        uncertainty: of samples (B, C, H, W).
+        pixels: the same in pixels, from `decode_uncertainty`.
+        deviations: length of a move, in standard deviations along its direction.
+        decode: function from latents (B, C, H, W) to images (B, 3, H, W) in [0, 1], used instead of the pipeline's
+            autoencoder.
+
+    Returns:
+        A matplotlib figure. Cost: 2 n + 1 decodings per sample for n directions.
+
+    Raises:
+        InputError: samples are packed, or `deviations` is not positive.
+    """
+    mean = uncertainty.mean.float()
+    if mean.ndim != 4 or deviations <= 0:
+        raise InputError(
+            f"Samples have shape {tuple(mean.shape)}, and `deviations` is {deviations}; allowed: (B, C, H, W), and a "
+            "positive number such as 2."
+        )
+    show = decode or (lambda latents: decode_latents(pipe, latents))
+    deviation = uncertainty.standard_deviation if pixels is None else pixels.standard_deviation
+    options = {"cmap": "magma", "vmin": 0}
+    columns = [_Column(r"E$[x_0|x_t]$", _pixels(show(mean)))]
+    columns.append(_Column("deviation", deviation.mean(1).float(), options, colorbar=True))
+    groups = {"": columns}
+    rows = zip(uncertainty.eigenvalues, uncertainty.directions, uncertainty.explained, strict=True)
+    for number, (variance, vector, shares) in enumerate(rows, start=1):
+        move = deviations * expand(variance.clamp_min(0).sqrt(), mean) * vector.float()
+        groups[f"direction {number}"] = _moves(mean, move, show, [f"{share:.0%}" for share in shares.tolist()])
+    return _draw_groups(groups, len(mean))
 
 
 @check_kinds
@@ -235,17 +276,36 @@ def _directions(
     length = scale * torch.linalg.vector_norm(mean.flatten(1), dim=1)
     groups = []
     for curvature, vector in zip(curvatures, vectors, strict=True):
-        move = expand(length, mean) * vector
-        minus, plus = _pixels(show(mean - move)), _pixels(show(mean + move))
         notes = [rf"$\sigma^2\lambda$ = {value:.3g}" for value in curvature.tolist()]
-        difference = _Column("difference", (plus - minus).mean(-1), {"cmap": "RdBu_r", "vmin": -1, "vmax": 1})
-        groups.append([_Column("minus", minus), _Column("plus", plus, notes=notes), difference])
+        groups.append(_moves(mean, expand(length, mean) * vector, show, notes))
     return groups
+
+
+def _moves(
+    mean: torch.Tensor, move: torch.Tensor, show: Callable[[torch.Tensor], torch.Tensor], notes: Sequence[str]
+) -> list[_Column]:
+    """Returns the columns minus, plus and difference of samples (B, C, H, W) that are moved to both sides."""
+    minus, plus = _pixels(show(mean - move)), _pixels(show(mean + move))
+    difference = _Column("difference", (plus - minus).mean(-1), {"cmap": "RdBu_r", "vmin": -1, "vmax": 1})
+    return [_Column("minus", minus), _Column("plus", plus, notes=notes), difference]
 
 
 def _pixels(images: torch.Tensor) -> torch.Tensor:
     """Converts images (B, 3, H, W) to arrays (B, H, W, 3) on the CPU."""
     return images.detach().float().cpu().permute(0, 2, 3, 1)
+
+
+def _draw_groups(groups: Mapping[str, list[_Column]], rows: int) -> Figure:
+    """Draws groups of columns beside each other, with a title each."""
+    from matplotlib.figure import Figure
+
+    widths = [sum(CELL * (1.4 if column.colorbar else 1) for column in group) for group in groups.values()]
+    figure = Figure(figsize=(sum(widths), (CELL + 0.2) * rows + 0.5), layout="constrained")
+    parts = figure.subfigures(1, len(groups), width_ratios=widths, squeeze=False)[0]
+    for index, (part, (name, columns)) in enumerate(zip(parts, groups.items(), strict=True)):
+        part.set_facecolor("0.94" if index % 2 else "1.0")
+        _draw_group(part, name, columns)
+    return figure
 
 
 def _draw_group(part: SubFigure, name: str, columns: list[_Column]) -> None:

@@ -19,6 +19,7 @@ from ..backbones.parts import (
 )
 from ..curvature.pipeline import intrinsic_dimension, likelihood_bound
 from ..curvature.pixel_bound import pixel_likelihood_bound
+from ..curvature.uncertainty_pipeline import posterior_uncertainty
 from ..errors import CheckpointError, InputError
 from ..guidance import pipeline as guidance
 from ..likelihood import pipeline as likelihood
@@ -38,8 +39,8 @@ class FisherPipelineMixin(DiffusionPipeline):
     """Adds likelihood and guidance to a stock pipeline class, and saves folders that stock diffusers reads.
 
     The methods are the functions `diffusers_fisher.log_likelihood`, `compare_likelihood`, `likelihood_bound`,
-    `pixel_likelihood_bound`, `intrinsic_dimension` and `guide`, which take any pipeline that has a backbone,
-    stock ones too.
+    `pixel_likelihood_bound`, `intrinsic_dimension`, `posterior_uncertainty` and `guide`, which take any pipeline that
+    has a backbone, stock ones too.
     """
 
     scheduler: Any  # diffusers' schedulers share no class that has a `config`
@@ -52,6 +53,7 @@ class FisherPipelineMixin(DiffusionPipeline):
     likelihood_bound = likelihood_bound
     pixel_likelihood_bound = pixel_likelihood_bound
     intrinsic_dimension = intrinsic_dimension
+    posterior_uncertainty = posterior_uncertainty
     guide = guidance.guide
 
     @property
