@@ -155,6 +155,21 @@ def test_dimensions_of_images_beyond_the_encoders_noise_rise_with_their_complexi
     assert min(cell["auroc"] for cell in auroc["both, distance"].values()) > 0.85
 
 
+def test_posterior_deviations_are_those_of_samples():
+    figures = load_figures("posterior_uncertainty")
+    for row in figures["closed_forms"]:
+        assert abs(row["covered"]["68%"] - 0.683) < 0.05
+        assert abs(row["covered"]["95%"] - 0.95) < 0.02
+        assert abs(row["along_directions"]["95%"] - 0.95) < 0.05  # 150 numbers: 0.018
+    for row in figures["checkpoint"]:
+        assert row["draws"] >= 48
+        assert abs(row["sampled_over_stated"] - 1) < 0.1
+        assert abs(row["covered"]["68%"] - 0.683) < 0.05
+        assert row["covered"]["95%"] > 0.9
+        assert abs(row["pixels"]["sampled_over_stated"] - 1) < 0.15
+        assert row["pixels"]["rank_correlation"] > 0.9
+
+
 @pytest.mark.parametrize("name", ["guide", "log_likelihood"])
 def test_memory_stays_flat_over_many_runs(name):
     run = load_figures("memory")[name]

@@ -80,7 +80,7 @@ class PosteriorUncertainty:
         """Draws clean samples (count, B, ...) from the normal law with this mean, these directions and variances.
 
         Beside the directions the elements are independent, with the variance that the directions leave of theirs. The
-        true posterior need not be normal: pictures of its draws take a run of the reverse process each.
+        true posterior need not be normal: these draws are for deviations, not for pictures of likely samples.
         """
         scaled = expand_many(self.eigenvalues.clamp_min(0).sqrt(), self.directions) * self.directions
         rest = (self.variance - scaled.square().sum(0)).clamp_min(0).sqrt()

@@ -112,3 +112,40 @@ def intrinsic_dimension_others() -> str:
         "Distances are in standard deviations of the training images, for both numbers together by their covariance.",
         table(["images", "bits/dim", "dimension", *result["auroc"]], rows),
     )
+
+
+def posterior_uncertainty_closed_forms() -> str:
+    rows = [
+        [row["law"], f"{row['noise_to_signal']:g}", *(f"{share:.1%}" for share in row["covered"].values()),
+         *(f"{share:.1%}" for share in row["along_directions"].values()), f"{row['error_of_the_probes']:.1%}"]
+        for row in read_result("posterior_uncertainty")["closed_forms"]
+    ]  # fmt: skip
+    columns = [
+        "law", "noise to signal", "elements in their 68% interval", "in their 95% interval",
+        "directions in their 68% interval", "in their 95% interval", "error of the variances by the probes",
+    ]  # fmt: skip
+    return table(columns, rows)
+
+
+def posterior_uncertainty_checkpoint() -> str:
+    result = read_result("posterior_uncertainty")
+    first = result["checkpoint"][0]
+    rows = [
+        [f"{row['noise_to_signal']:g}", f"{row['stated_deviation']:.3f}", f"{row['sampled_over_stated']:.2f}",
+         f"{row['rank_correlation']:.2f}", *(f"{share:.1%}" for share in row["covered"].values()),
+         ", ".join(f"{ratio:.2f}" for ratio in row["along_directions"]),
+         ", ".join(f"{share:.0%}" for share in row["share_of_directions"]),
+         f"{row['pixels']['sampled_over_stated']:.2f}", f"{row['pixels']['rank_correlation']:.2f}"]
+        for row in result["checkpoint"]
+    ]  # fmt: skip
+    columns = [
+        "noise to signal", "stated deviation per latent", "sampled / stated", "rank correlation over latents",
+        "samples in the 68% interval", "in the 95% interval", "sampled / stated along the directions",
+        "share of the directions", "pixels: sampled / stated", "rank correlation over pixels",
+    ]  # fmt: skip
+    return document(
+        f"{first['images']} noised test images, {first['draws']} samples of each posterior by {result['steps']} "
+        f"steps; stated deviations by {result['probes']} random directions. Where deviations are divided they are "
+        "root mean squares.",
+        table(columns, rows),
+    )

@@ -12,6 +12,8 @@ from curvature_figures import (
     intrinsic_dimension_manifolds,
     intrinsic_dimension_others,
     likelihood_bound_fractions,
+    posterior_uncertainty_checkpoint,
+    posterior_uncertainty_closed_forms,
 )
 from dataset_figures import dataset_report, dataset_sharing, out_of_distribution, prompt_matching, sample_ranking
 from figure_tables import FOLDER, document, read_result, table
@@ -75,6 +77,8 @@ DOCUMENTS = {
         intrinsic_dimension_images,
         intrinsic_dimension_classes,
         intrinsic_dimension_others,
+        posterior_uncertainty_closed_forms,
+        posterior_uncertainty_checkpoint,
     ),
     ROOT / "docs" / "training.md": (trace_mixture, trace_embedded, trace_cost),
 }
