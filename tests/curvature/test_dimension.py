@@ -18,9 +18,10 @@ from diffusers_fisher import (
     InputError,
     NumericalError,
 )
-from diffusers_fisher.curvature import LevelFisher, denoiser_intrinsic_dimension
+from diffusers_fisher.curvature import denoiser_intrinsic_dimension
 from diffusers_fisher.curvature.plateau import find_plateau
 from diffusers_fisher.denoiser import Denoiser
+from diffusers_fisher.fisher import LevelFisher
 from diffusers_fisher.fisher.calibration import TraceCalibration
 from diffusers_fisher.testing import OracleDenoiser
 

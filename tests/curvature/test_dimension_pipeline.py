@@ -19,7 +19,8 @@ from diffusers_fisher import (
     embedded_test_images,
     intrinsic_dimension,
 )
-from diffusers_fisher.curvature import LevelFisher, denoiser_intrinsic_dimension
+from diffusers_fisher.curvature import denoiser_intrinsic_dimension
+from diffusers_fisher.fisher import LevelFisher
 
 PROMPTS = ["a b", "c"]
 QUICK = {"noise_to_signal": [0.1, 0.2, 0.4]}
