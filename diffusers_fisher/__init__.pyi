@@ -18,17 +18,27 @@ from .checkpoints import (
 )
 from .curvature import (
     BoundOptions as BoundOptions,
+    IntrinsicDimension as IntrinsicDimension,
     LikelihoodBound as LikelihoodBound,
+    PosteriorUncertainty as PosteriorUncertainty,
+    denoiser_intrinsic_dimension as denoiser_intrinsic_dimension,
     denoiser_likelihood_bound as denoiser_likelihood_bound,
     fit_level_fisher as fit_level_fisher,
+    state_uncertainty as state_uncertainty,
 )
 from .curvature.pipeline import (
+    intrinsic_dimension as intrinsic_dimension,
     likelihood_bound as likelihood_bound,
 )
 from .curvature.pixel_bound import (
     PixelBound as PixelBound,
     fit_decoder_variance as fit_decoder_variance,
     pixel_likelihood_bound as pixel_likelihood_bound,
+)
+from .curvature.uncertainty_pipeline import (
+    PixelUncertainty as PixelUncertainty,
+    decode_uncertainty as decode_uncertainty,
+    posterior_uncertainty as posterior_uncertainty,
 )
 from .denoiser import (
     Denoiser as Denoiser,
@@ -122,9 +132,11 @@ from .noise import (
     register_noise_schedule as register_noise_schedule,
 )
 from .pictures import (
+    dimension_plot as dimension_plot,
     fisher_pictures as fisher_pictures,
     likelihood_plot as likelihood_plot,
     trace_plot as trace_plot,
+    uncertainty_pictures as uncertainty_pictures,
 )
 from .pipelines import (
     DDIMFisherPipeline as DDIMFisherPipeline,

@@ -1,4 +1,5 @@
-"""Draws the diffusion Fisher: its diagonal in latents, the effect of its eigenvectors on images, and its trace.
+"""Draws the diffusion Fisher: its diagonal in latents, the effect of its eigenvectors on images, its trace and what
+follows from it.
 
 matplotlib is imported when a function is called. Only its `Figure` is used: no backend is chosen, no global state is
 changed. Save a figure with `figure.savefig(path)`.
@@ -15,6 +16,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .arguments import check_kinds
 from .backbones import backbone_of
+from .curvature import IntrinsicDimension, PosteriorUncertainty
+from .curvature.uncertainty_pipeline import PixelUncertainty
 from .errors import InputError
 from .fisher.estimate import Estimate, Probes
 from .fisher.operator import FisherOperator
@@ -79,8 +82,6 @@ def fisher_pictures(
         InputError: samples are packed, or `count` or `scale` is out of range. UnsupportedError: the operator is not
             symmetric and has products with one side only.
     """
-    from matplotlib.figure import Figure
-
     sample = operator.state.sample
     if sample.ndim != 4:
         raise InputError(f"Samples have shape {tuple(sample.shape)}; allowed: (B, C, H, W), latents before packing.")
@@ -96,13 +97,55 @@ def fisher_pictures(
     for name, largest in (("most curved", True), ("least curved", False)):
         for index, columns in enumerate(_directions(symmetric, show, count, scale, largest), start=1):
             groups[name if count == 1 else f"{name}, {index}"] = columns
-    widths = [sum(CELL * (1.4 if column.colorbar else 1) for column in group) for group in groups.values()]
-    figure = Figure(figsize=(sum(widths), (CELL + 0.2) * len(sample) + 0.5), layout="constrained")
-    parts = figure.subfigures(1, len(groups), width_ratios=widths, squeeze=False)[0]
-    for index, (part, (name, columns)) in enumerate(zip(parts, groups.items(), strict=True)):
-        part.set_facecolor("0.94" if index % 2 else "1.0")
-        _draw_group(part, name, columns)
-    return figure
+    return _draw_groups(groups, len(sample))
+
+
+@check_kinds
+def uncertainty_pictures(
+    pipe: DiffusionPipeline | None,
+    uncertainty: PosteriorUncertainty,
+    pixels: PixelUncertainty | None = None,
+    deviations: float = 2.0,
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Figure:
+    """Draws one row per sample: the posterior mean, what is left open of each element, and the leading directions.
+
+    The second picture is the standard deviation, averaged over channels: of the latents or, with `pixels`, of the
+    pixels. Every direction has three pictures: the mean minus and plus some standard deviations along the direction,
+    and the difference in brightness (red: the latter is brighter; full colour at 1). The number below is the share of
+    the total variance.
+
+    Args:
+        pipe: latent pipeline whose autoencoder decodes; None is allowed with `decode`.
+        uncertainty: of samples (B, C, H, W).
+        pixels: the same in pixels, from `decode_uncertainty`.
+        deviations: length of a move, in standard deviations along its direction.
+        decode: function from latents (B, C, H, W) to images (B, 3, H, W) in [0, 1], used instead of the pipeline's
+            autoencoder.
+
+    Returns:
+        A matplotlib figure. Cost: 2 n + 1 decodings per sample for n directions.
+
+    Raises:
+        InputError: samples are packed, or `deviations` is not positive.
+    """
+    mean = uncertainty.mean.float()
+    if mean.ndim != 4 or deviations <= 0:
+        raise InputError(
+            f"Samples have shape {tuple(mean.shape)}, and `deviations` is {deviations}; allowed: (B, C, H, W), and a "
+            "positive number such as 2."
+        )
+    show = decode or (lambda latents: decode_latents(pipe, latents))
+    deviation = uncertainty.standard_deviation if pixels is None else pixels.standard_deviation
+    options = {"cmap": "magma", "vmin": 0}
+    columns = [_Column(r"E$[x_0|x_t]$", _pixels(show(mean)))]
+    columns.append(_Column("deviation", deviation.mean(1).float(), options, colorbar=True))
+    groups = {"": columns}
+    rows = zip(uncertainty.eigenvalues, uncertainty.directions, uncertainty.explained, strict=True)
+    for number, (variance, vector, shares) in enumerate(rows, start=1):
+        move = deviations * expand(variance.clamp_min(0).sqrt(), mean) * vector.float()
+        groups[f"direction {number}"] = _moves(mean, move, show, [f"{share:.0%}" for share in shares.tolist()])
+    return _draw_groups(groups, len(mean))
 
 
 @check_kinds
@@ -129,7 +172,7 @@ def trace_plot(
     Raises:
         InputError: there are no estimates, the estimates are not traces, or their number is not that of the levels.
     """
-    from .figures import make_figure, write_plain
+    from .figures import make_figure
 
     levels = [levels] if isinstance(levels, NoiseLevel) else levels
     if not levels:
@@ -140,11 +183,7 @@ def trace_plot(
     figure, (axes,) = make_figure(6.5, 4)
     curves = [_draw_line(axes, sigma / alpha, sigma, line, dimensions) for line in estimates.values()]
     label = r"$\sigma^2\,\mathrm{tr}\,F$" if dimensions is None else r"$r = (d - \sigma^2\,\mathrm{tr}\,F)/d$"
-    axes.set(xscale="log", xlabel=r"noise to signal, $\sigma/\alpha$", ylabel=label)
-    axes.grid(alpha=0.3)
-    legend = axes.legend(curves, map(str, range(len(curves))))
-    for text, name in zip(legend.get_texts(), estimates, strict=True):
-        write_plain(text, name)
+    _finish_curves(axes, label, curves, list(estimates))
     return figure
 
 
@@ -165,31 +204,48 @@ def likelihood_plot(outputs: Mapping[str, LikelihoodOutput], index: int = 0) -> 
     Raises:
         InputError: there are no outputs, or one has no such image.
     """
-    from .figures import make_figure, write_plain
+    from .figures import make_figure
 
-    if not outputs:
-        raise InputError("There are no likelihoods; give at least one name with an output of `log_likelihood`.")
-    for name, output in outputs.items():
-        if not 0 <= index < len(output.log_prob):
-            raise InputError(f"`index` is {index}; '{name}' has the images 0 to {len(output.log_prob) - 1}.")
+    _check_index(index, {name: len(output.log_prob) for name, output in outputs.items()}, "log_likelihood")
     figure, (axes,) = make_figure(6.5, 4)
     curves, labels = [], []
     for name, output in outputs.items():
-        x, r = output.noise_to_signal, output.unexplained_noise_fraction[:, index]
-        width = BAND * output.unexplained_noise_error[:, index]
-        curves += axes.plot(x.numpy(), r.numpy(), marker=".")
-        if bool((width > 0).any()):
-            low, high = (r - width).numpy(), (r + width).numpy()
-            axes.fill_between(x.numpy(), low, high, color=curves[-1].get_color(), alpha=0.25, linewidth=0)
-        error = float(output.total_error_bits[index])
-        labels.append(f"{name}: {float(output.bits_per_dim[index]):.3f} +- {error:.3f} bits/dim")
-    axes.set(
-        xscale="log", xlabel=r"noise to signal, $\sigma/\alpha$", ylabel=r"$r = (d - \sigma^2\,\mathrm{tr}\,F)/d$"
-    )
-    axes.grid(alpha=0.3)
-    legend = axes.legend(curves, labels)
-    for text, label in zip(legend.get_texts(), labels, strict=True):
-        write_plain(text, label)
+        r, error = output.unexplained_noise_fraction[:, index], output.unexplained_noise_error[:, index]
+        curves.append(_draw_curve(axes, output.noise_to_signal, r, error))
+        bits = float(output.bits_per_dim[index])
+        labels.append(f"{name}: {bits:.3f} +- {float(output.total_error_bits[index]):.3f} bits/dim")
+    _finish_curves(axes, r"$r = (d - \sigma^2\,\mathrm{tr}\,F)/d$", curves, labels)
+    return figure
+
+
+@check_kinds
+def dimension_plot(outputs: Mapping[str, IntrinsicDimension], index: int = 0) -> Figure:
+    """Draws the intrinsic dimension of one image by noise level, with a horizontal line on its plateau.
+
+    A band of two standard errors shows what the trace leaves. Exact traces, and models without calibration, have no
+    band.
+
+    Args:
+        outputs: intrinsic dimensions, by a name for the legend.
+        index: the image's place in the batch.
+
+    Returns:
+        A matplotlib figure. The legend has the dimension and its standard error.
+
+    Raises:
+        InputError: there are no outputs, or one has no such image.
+    """
+    from .figures import make_figure
+
+    _check_index(index, {name: len(output.value) for name, output in outputs.items()}, "intrinsic_dimension")
+    figure, (axes,) = make_figure(6.5, 4)
+    curves, labels = [], []
+    for name, output in outputs.items():
+        curves.append(_draw_curve(axes, output.noise_to_signal, output.curve[:, index], output.curve_error[:, index]))
+        value = float(output.value[index])
+        axes.hlines(value, *output.plateau[index].tolist(), color=curves[-1].get_color(), linestyle="dashed")
+        labels.append(f"{name}: {value:.1f} +- {float(output.standard_error[index]):.1f}")
+    _finish_curves(axes, "intrinsic dimension", curves, labels)
     return figure
 
 
@@ -220,17 +276,36 @@ def _directions(
     length = scale * torch.linalg.vector_norm(mean.flatten(1), dim=1)
     groups = []
     for curvature, vector in zip(curvatures, vectors, strict=True):
-        move = expand(length, mean) * vector
-        minus, plus = _pixels(show(mean - move)), _pixels(show(mean + move))
         notes = [rf"$\sigma^2\lambda$ = {value:.3g}" for value in curvature.tolist()]
-        difference = _Column("difference", (plus - minus).mean(-1), {"cmap": "RdBu_r", "vmin": -1, "vmax": 1})
-        groups.append([_Column("minus", minus), _Column("plus", plus, notes=notes), difference])
+        groups.append(_moves(mean, expand(length, mean) * vector, show, notes))
     return groups
+
+
+def _moves(
+    mean: torch.Tensor, move: torch.Tensor, show: Callable[[torch.Tensor], torch.Tensor], notes: Sequence[str]
+) -> list[_Column]:
+    """Returns the columns minus, plus and difference of samples (B, C, H, W) that are moved to both sides."""
+    minus, plus = _pixels(show(mean - move)), _pixels(show(mean + move))
+    difference = _Column("difference", (plus - minus).mean(-1), {"cmap": "RdBu_r", "vmin": -1, "vmax": 1})
+    return [_Column("minus", minus), _Column("plus", plus, notes=notes), difference]
 
 
 def _pixels(images: torch.Tensor) -> torch.Tensor:
     """Converts images (B, 3, H, W) to arrays (B, H, W, 3) on the CPU."""
     return images.detach().float().cpu().permute(0, 2, 3, 1)
+
+
+def _draw_groups(groups: Mapping[str, list[_Column]], rows: int) -> Figure:
+    """Draws groups of columns beside each other, with a title each."""
+    from matplotlib.figure import Figure
+
+    widths = [sum(CELL * (1.4 if column.colorbar else 1) for column in group) for group in groups.values()]
+    figure = Figure(figsize=(sum(widths), (CELL + 0.2) * rows + 0.5), layout="constrained")
+    parts = figure.subfigures(1, len(groups), width_ratios=widths, squeeze=False)[0]
+    for index, (part, (name, columns)) in enumerate(zip(parts, groups.items(), strict=True)):
+        part.set_facecolor("0.94" if index % 2 else "1.0")
+        _draw_group(part, name, columns)
+    return figure
 
 
 def _draw_group(part: SubFigure, name: str, columns: list[_Column]) -> None:
@@ -247,6 +322,27 @@ def _draw_group(part: SubFigure, name: str, columns: list[_Column]) -> None:
                 part.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
 
 
+def _draw_curve(axes: Axes, x: torch.Tensor, y: torch.Tensor, error: torch.Tensor) -> Line2D:
+    """Draws y (levels,) with the band of its standard errors, where they are finite; returns the line."""
+    (curve,) = axes.plot(x.numpy(), y.numpy(), marker=".")
+    width = torch.where(torch.isfinite(error), BAND * error, 0)
+    if bool((width > 0).any()):
+        low, high = (y - width).numpy(), (y + width).numpy()
+        axes.fill_between(x.numpy(), low, high, color=curve.get_color(), alpha=0.25, linewidth=0)
+    return curve
+
+
+def _finish_curves(axes: Axes, label: str, curves: Sequence[Line2D], names: Sequence[str]) -> None:
+    """Labels the axes of curves by noise level, and makes the legend."""
+    from .figures import write_plain
+
+    axes.set(xscale="log", xlabel=r"noise to signal, $\sigma/\alpha$", ylabel=label)
+    axes.grid(alpha=0.3)
+    legend = axes.legend(curves, map(str, range(len(curves))))
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        write_plain(text, name)
+
+
 def _draw_line(
     axes: Axes, x: torch.Tensor, sigma: torch.Tensor, line: Sequence[Estimate], dimensions: int | None
 ) -> Line2D:
@@ -254,13 +350,16 @@ def _draw_line(
     offset, factor = (0, sigma**2) if dimensions is None else (1, -(sigma**2) / dimensions)
     mean = offset + factor * torch.stack([estimate.value.mean() for estimate in line]).cpu()
     errors = [estimate.standard_error.square().sum().sqrt() / len(estimate.standard_error) for estimate in line]
-    width = BAND * factor.abs() * torch.stack(errors).cpu()
-    (curve,) = axes.plot(x.numpy(), mean.numpy(), marker=".")
-    width = torch.where(torch.isfinite(width), width, 0)
-    if bool((width > 0).any()):
-        low, high = (mean - width).numpy(), (mean + width).numpy()
-        axes.fill_between(x.numpy(), low, high, color=curve.get_color(), alpha=0.25, linewidth=0)
-    return curve
+    return _draw_curve(axes, x, mean, factor.abs() * torch.stack(errors).cpu())
+
+
+def _check_index(index: int, counts: Mapping[str, int], function: str) -> None:
+    """Raises `InputError` unless there are outputs of `function`, and all have an image of this index."""
+    if not counts:
+        raise InputError(f"There are no outputs; give at least one name with an output of `{function}`.")
+    for name, count in counts.items():
+        if not 0 <= index < count:
+            raise InputError(f"`index` is {index}; '{name}' has the images 0 to {count - 1}.")
 
 
 def _check_estimates(estimates: Mapping[str, Sequence[Estimate]], count: int) -> None:

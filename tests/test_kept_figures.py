@@ -128,6 +128,48 @@ def test_bounds_of_the_embedded_checkpoint_lie_little_above_the_odes_value(steps
     assert scatter["pairs_in_strata"] < scatter["independent_draws"]
 
 
+def test_dimensions_of_manifolds_are_right():
+    rows = load_figures("intrinsic_dimension")["closed_forms"]
+    assert {row["schedule"] for row in rows} == {"Stable Diffusion", "flow matching"}
+    for row in rows:
+        assert row["exact_worst_relative_error"] < 0.05
+    probes = [row for row in rows if row["points"] >= 8]
+    assert min(row["within_3_standard_errors"] for row in probes) > 0.9
+    assert max(row["root_mean_square_of_errors_over_stated"] for row in probes) < 1.5
+
+
+def test_dimensions_of_images_beyond_the_encoders_noise_rise_with_their_complexity():
+    figures = load_figures("intrinsic_dimension")
+    levels = {row["noise_to_signal"]: row for row in figures["complexity"]["levels"]}
+    assert figures["complexity"]["images"] >= 500
+    for name in ("excess_with_png_bytes", "excess_with_png_bytes_within_classes", "png_bytes_within_classes"):
+        assert levels[0.68][name]["correlation"] > 5 * levels[0.68][name]["standard_error"]
+    assert levels[0.06]["png_bytes"]["correlation"] < -0.4  # simple images have the larger dimensions there
+    model = figures["complexity"]["trace_model"]
+    assert all(
+        error < 2 * stated + 0.5
+        for error, stated in zip(model["root_mean_square_error"], model["stated"], strict=True)
+    )
+    auroc = figures["other_images"]["auroc"]
+    assert auroc["both, distance"]["blank"]["auroc"] > 0.85 > 0.7 > auroc["likelihood"]["blank"]["auroc"]
+    assert min(cell["auroc"] for cell in auroc["both, distance"].values()) > 0.85
+
+
+def test_posterior_deviations_are_those_of_samples():
+    figures = load_figures("posterior_uncertainty")
+    for row in figures["closed_forms"]:
+        assert abs(row["covered"]["68%"] - 0.683) < 0.05
+        assert abs(row["covered"]["95%"] - 0.95) < 0.02
+        assert abs(row["along_directions"]["95%"] - 0.95) < 0.05  # 150 numbers: 0.018
+    for row in figures["checkpoint"]:
+        assert row["draws"] >= 48
+        assert abs(row["sampled_over_stated"] - 1) < 0.1
+        assert abs(row["covered"]["68%"] - 0.683) < 0.05
+        assert row["covered"]["95%"] > 0.9
+        assert abs(row["pixels"]["sampled_over_stated"] - 1) < 0.15
+        assert row["pixels"]["rank_correlation"] > 0.9
+
+
 @pytest.mark.parametrize("name", ["guide", "log_likelihood"])
 def test_memory_stays_flat_over_many_runs(name):
     run = load_figures("memory")[name]

@@ -254,7 +254,9 @@ def test_stated_errors_by_level_are_those_of_the_directions():
 
 
 def test_likelihoods_that_can_not_be_drawn_are_refused():
-    with pytest.raises(InputError, match="There are no likelihoods"):
+    with pytest.raises(
+        InputError, match="There are no outputs; give at least one name with an output of `log_likelihood`"
+    ):
         likelihood_plot({})
     with pytest.raises(InputError, match="`index` is 3; 'exact' has the images 0 to 2"):
         likelihood_plot({"exact": scored()}, 3)

@@ -1,4 +1,4 @@
-"""Bounds on the likelihoods of images under a pipeline: from a user's arguments to the reverse chain."""
+"""Bounds on likelihoods and intrinsic dimensions of images under a pipeline: from a user's arguments."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..images import UNIT_RANGE, ImageLike
 from ..likelihood.pipeline import default_estimator, likelihood_samples, unguided_denoiser
 from ..settings import ChainVariance
 from .bound import denoiser_likelihood_bound
+from .dimension import NUM_LEVELS, IntrinsicDimension, NoiseLevels, denoiser_intrinsic_dimension
 from .options import BoundOptions
 from .output import LikelihoodBound
 
@@ -105,3 +106,61 @@ def likelihood_bound(
         return out
     height, width = (side * backbone.factor for side in samples.shape[2:])
     return dataclasses.replace(out, maps=backbone.unpack(out.maps, (height, width)))
+
+
+@check_kinds
+def intrinsic_dimension(
+    pipe: DiffusionPipeline,
+    images: ImageLike | None = None,
+    prompt: Condition = None,
+    *,
+    latents: torch.Tensor | None = None,
+    noise_to_signal: NoiseLevels = None,
+    estimator: FisherEstimator | None = None,
+    num_probes: int | Literal["auto"] | None = "auto",
+    generator: Generators = None,
+    image_keys: Sequence[str] | None = None,
+    **call_arguments: Any,
+) -> IntrinsicDimension:
+    """Returns in how many directions a checkpoint's data extend about each image, without guidance.
+
+    The dimension at a noise level counts the directions in which the data extend further than the noise: of latents
+    where the pipeline has an autoencoder (`space`). Simple images have fewer than complex ones.
+
+        out = intrinsic_dimension(pipe, images, "a photo of a coat", generator=torch.Generator().manual_seed(0))
+        print(out.value, out.standard_error, out.has_plateau)
+
+    Args:
+        pipe: a pipeline that has a backbone, stock or ours; nothing on it is changed.
+        images, prompt, latents, generator, image_keys: as in `log_likelihood`; images have values from 0 to 1.
+        noise_to_signal: sigma/alpha of the levels, increasing; None: 16 levels at equal distances in the logarithm,
+            from the schedule's lowest to 1.
+        estimator: gives the trace of the diffusion Fisher; None: that of `log_likelihood`.
+        num_probes: number of random directions of the trace per level; None: the exact one; "auto": None for trace
+            models, else 1.
+        **call_arguments: arguments of the pipeline's call, as in `log_likelihood`.
+
+    Returns:
+        `IntrinsicDimension`. Cost: one evaluation of the denoiser per level for the whole batch, each with one of the
+        trace model, or with one more of the denoiser per probe.
+
+    Raises:
+        InputError: levels outside the schedule or in another order, a number of probes that is not allowed; else as
+            `log_likelihood`.
+        UnsupportedError: as `log_likelihood`.
+        NumericalError: a dimension that is not finite.
+    """
+    backbone = backbone_of(pipe)
+    backbone.check_scheduler()
+    guidance_scale = backbone.unguided_scale(call_arguments)
+    call_arguments = check_arguments(backbone.name, backbone.parameters, intrinsic_dimension, call_arguments)
+    samples, _, keys = likelihood_samples(backbone, images, latents, UNIT_RANGE, False, generator, image_keys)
+    denoiser = unguided_denoiser(backbone, samples, guidance_scale, prompt, call_arguments)
+    estimator = default_estimator(backbone) if estimator is None else estimator
+    num_probes = estimator.default_num_probes if num_probes == "auto" else num_probes
+    total = NUM_LEVELS if noise_to_signal is None else torch.as_tensor(noise_to_signal).numel()
+    with backbone.loaded(), backbone.progress_bar(total) as progress:
+        return denoiser_intrinsic_dimension(
+            denoiser, backbone.pack(samples), estimator, noise_to_signal, num_probes, generator, keys, backbone.space,
+            progress.update,
+        )  # fmt: skip

@@ -44,3 +44,12 @@ class TraceCalibration:
     def scatter_at(self, log_noise: torch.Tensor) -> torch.Tensor:
         """Returns `scatter` at other levels by linear interpolation, constant beyond the ends; float64."""
         return torch.from_numpy(numpy.interp(log_noise.numpy(), self.log_noise, self.scatter))
+
+    def error_at(self, log_noise: torch.Tensor) -> torch.Tensor:
+        """Returns the root mean square over images of the model's error in r, at other levels; float64.
+
+        A level's `deviation` by few images is uncertain, so that its square is the mean over five levels.
+        """
+        squares = torch.tensor([self.bias, self.deviation], dtype=torch.float64).square().sum(0)
+        mean = torch.nn.functional.avg_pool1d(squares[None], 5, stride=1, padding=2, count_include_pad=False)[0]
+        return torch.from_numpy(numpy.interp(log_noise.numpy(), self.log_noise, mean.sqrt().numpy()))

@@ -120,3 +120,46 @@ def extreme_eigenpairs(
         values.append(torch.from_numpy(eigenvalues[order].astype(numpy.float64)) - shift)
         vectors.append(torch.from_numpy(columns.T[order].copy()).to(like))
     return torch.stack(values, 1), torch.stack(vectors, 1).view(count, *like.shape)
+
+
+def leading_eigenpairs(
+    matvec: Product, like: torch.Tensor, count: int, iterations: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Returns the largest eigenvalues of symmetric or nearly symmetric operators, for all samples at once.
+
+    The method is a block Krylov iteration with two vectors more than are wanted (Musco and Musco, 1504.05477). Unlike
+    `extreme_eigenpairs` it takes no more products for more samples, and stops before it has converged.
+
+    Args:
+        matvec: function that returns A v for v (B, ...).
+        like: (B, ...), tensor with the shape, dtype and device of the vectors.
+        iterations: number of blocks.
+
+    Returns:
+        Eigenvalues (count, B), the largest first, the norms of their residuals |A u - lambda u| (count, B), unit
+        vectors (count, B, ...), all float64 on the CPU, and the number of products.
+
+    Raises:
+        NumericalError: a product is not finite.
+    """
+    batch, dimensions = len(like), like[0].numel()
+    width = min(count + 2, dimensions)
+    iterations = min(iterations, dimensions // width)
+    # One start for all samples, so that a sample's numbers do not depend on its batch.
+    start = torch.randn(dimensions, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    block, basis = torch.linalg.qr(start)[0].expand(batch, -1, -1), torch.empty(batch, dimensions, 0).double()
+    images = basis
+    for _ in range(iterations):
+        columns = [v.reshape(like.shape).to(like.dtype).to(like.device) for v in block.unbind(2)]
+        products = torch.stack([matvec(v).detach().cpu().double().flatten(1) for v in columns], 2)
+        if not torch.isfinite(products).all():
+            raise NumericalError("A product of the operator is not finite, so it has no eigenpairs.")
+        basis, images, block = torch.cat([basis, block], 2), torch.cat([images, products], 2), products
+        for _ in range(2):  # once leaves what rounding makes of nearly dependent columns
+            block = torch.linalg.qr(block - basis @ (basis.mT @ block))[0]
+    small = basis.mT @ images
+    values, weights = torch.linalg.eigh((small + small.mT) / 2)
+    values, weights = values[:, -count:].flip(1), weights[:, :, -count:].flip(2)
+    vectors = basis @ weights
+    residuals = torch.linalg.vector_norm(images @ weights - values[:, None] * vectors, dim=1)
+    return values.T, residuals.T, vectors.permute(2, 0, 1).reshape(count, *like.shape), iterations * width

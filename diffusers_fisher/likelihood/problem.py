@@ -236,6 +236,10 @@ def prepare_problem(
             f"`num_probes` is {integration.num_probes} for samples of {samples[0].numel()} dimensions; pass None for "
             "the exact trace, which costs fewer products."
         )
+    if integration.num_probes is not None and integration.num_probes < 1:
+        raise InputError(
+            f"`num_probes` is {integration.num_probes}; allowed: at least 1, or None for the exact trace."
+        )
     gaussian = check_prior(
         samples.shape[1:], integration.prior_mean, integration.prior_variance, integration.prior_basis
     )

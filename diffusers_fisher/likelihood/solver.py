@@ -65,8 +65,6 @@ def integrate_log_likelihood(
     scheme, steps, num_probes = scheme_of(options.scheme), options.num_steps, options.num_probes
     if steps < 2:
         raise InputError(f"`num_steps` is {steps}; allowed: at least 2, sensibly 20 or more.")
-    if num_probes is not None and num_probes < 1:
-        raise InputError(f"`num_probes` is {num_probes}; allowed: at least 1, or None for the exact trace.")
     check_dealt_probes(options.dealt_probes, num_probes, options.fixed_probes)
     check_standard_error(options.max_standard_error, num_probes, options.fixed_probes)
     check_refinement(options.tolerance, options.max_denoiser_calls, steps, options.step_halving)

@@ -108,6 +108,12 @@ class TraceRecord:
         mean = torch.nn.functional.avg_pool1d(variance, 5, stride=1, padding=2, count_include_pad=False)
         return mean[:, 0].T.clamp_min(0).sqrt()
 
+    def level_errors(self) -> torch.Tensor:
+        """Returns the standard error of 1 - r at each node, (levels, B): `deviation`, which needs two nodes or more;
+        at a single node the scatter of its directions, infinite for one direction."""
+        count = self.by_probe.shape[1]
+        return self.deviation() if len(self._rests) > 1 or not count else scatter_error(self.by_probe[0])[None]
+
     def _variance(self) -> torch.Tensor:
         squares = torch.stack(self._squares)
         if len(self._by_probe[0]) == 0:

@@ -17,8 +17,9 @@ from ..backbones.parts import (
     loaded_parts,
     set_checkpoint_parts,
 )
-from ..curvature.pipeline import likelihood_bound
+from ..curvature.pipeline import intrinsic_dimension, likelihood_bound
 from ..curvature.pixel_bound import pixel_likelihood_bound
+from ..curvature.uncertainty_pipeline import posterior_uncertainty
 from ..errors import CheckpointError, InputError
 from ..files import read_table
 from ..guidance import pipeline as guidance
@@ -38,8 +39,9 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
 class FisherPipelineMixin(DiffusionPipeline):
     """Adds likelihood and guidance to a stock pipeline class, and saves folders that stock diffusers reads.
 
-    The methods are the functions `diffusers_fisher.log_likelihood`, `compare_likelihood`, `likelihood_bound` and
-    `guide`, which take any pipeline that has a backbone, stock ones too.
+    The methods are the functions `diffusers_fisher.log_likelihood`, `compare_likelihood`, `likelihood_bound`,
+    `pixel_likelihood_bound`, `intrinsic_dimension`, `posterior_uncertainty` and `guide`, which take any pipeline that
+    has a backbone, stock ones too.
     """
 
     scheduler: Any  # diffusers' schedulers share no class that has a `config`
@@ -51,6 +53,8 @@ class FisherPipelineMixin(DiffusionPipeline):
     compare_likelihood = likelihood.compare_likelihood
     likelihood_bound = likelihood_bound
     pixel_likelihood_bound = pixel_likelihood_bound
+    intrinsic_dimension = intrinsic_dimension
+    posterior_uncertainty = posterior_uncertainty
     guide = guidance.guide
 
     @property

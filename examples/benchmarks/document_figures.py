@@ -6,7 +6,15 @@ python examples/benchmarks/document_figures.py
 import sys
 from collections.abc import Callable, Sequence
 
-from curvature_figures import likelihood_bound_fractions
+from curvature_figures import (
+    intrinsic_dimension_classes,
+    intrinsic_dimension_images,
+    intrinsic_dimension_manifolds,
+    intrinsic_dimension_others,
+    likelihood_bound_fractions,
+    posterior_uncertainty_checkpoint,
+    posterior_uncertainty_closed_forms,
+)
 from dataset_figures import dataset_report, dataset_sharing, out_of_distribution, prompt_matching, sample_ranking
 from figure_tables import FOLDER, document, read_result, table
 from fisher_figures import fisher_ascents, fisher_gradients, fisher_levels
@@ -63,7 +71,15 @@ DOCUMENTS = {
         sample_ranking,
         prompt_matching,
     ),
-    ROOT / "docs" / "curvature.md": (likelihood_bound_fractions,),
+    ROOT / "docs" / "curvature.md": (
+        likelihood_bound_fractions,
+        intrinsic_dimension_manifolds,
+        intrinsic_dimension_images,
+        intrinsic_dimension_classes,
+        intrinsic_dimension_others,
+        posterior_uncertainty_closed_forms,
+        posterior_uncertainty_checkpoint,
+    ),
     ROOT / "docs" / "training.md": (trace_mixture, trace_embedded, trace_cost),
 }
 
