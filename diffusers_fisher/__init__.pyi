@@ -76,11 +76,13 @@ from .guidance import (
     ImageInput as ImageInput,
     LinearReward as LinearReward,
     MeasurementReward as MeasurementReward,
+    NoiseWhiteness as NoiseWhiteness,
     PosteriorGuidance as PosteriorGuidance,
     TextImageReward as TextImageReward,
     WeightedReward as WeightedReward,
     gaussian_blur as gaussian_blur,
     named_reward as named_reward,
+    noise_whiteness as noise_whiteness,
     posterior_guidance as posterior_guidance,
 )
 from .guidance.pipeline import (

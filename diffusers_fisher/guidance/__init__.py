@@ -14,9 +14,10 @@ from .rewards import (
     gaussian_blur,
     named_reward,
 )
+from .whiteness import NoiseWhiteness, noise_whiteness
 
 __all__ = [
     "AestheticReward", "AscentSettings", "ClassifierReward", "GuidanceOutput", "GuidedRun", "ImageInput",
-    "LinearReward", "MeasurementReward", "PosteriorGuidance", "Reward", "TextImageReward", "WeightedReward",
-    "ascend_noise", "gaussian_blur", "named_reward", "posterior_guidance",
+    "LinearReward", "MeasurementReward", "NoiseWhiteness", "PosteriorGuidance", "Reward", "TextImageReward",
+    "WeightedReward", "ascend_noise", "gaussian_blur", "named_reward", "noise_whiteness", "posterior_guidance",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from . import checks
 from .checks import Prompts, Reward
 from .movers import NormalisedAscent, OptimizerFactory, TorchAscent, Variables, shell_distance
 from .text import TextEmbedding
+from .whiteness import NoiseLayout, NoiseWhiteness, noise_whiteness
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,11 @@ class GuidanceOutput(BaseOutput):
             without such a reward. NaN where it was not finite, which the log says once and which changes nothing else.
         shell_distances: (runs, B) float64, distance of the noise's norm from the norm of Gaussian noise, in standard
             deviations of the latter. Beyond about 3 the model was not trained on such noise.
+        whiteness: (runs, B) float64, p-values of the noise: how often white noise is as far from its own mean power in
+            every band of frequencies, and from channels without correlation. Uniform for white noise; below 0.01 the
+            model was not trained on such noise.
+        noise_band_scores: (runs, B, C, bands) float64, the powers in standard deviations: see `NoiseWhiteness`.
+        noise_correlation_scores: (runs, B, pairs of channels) float64, the correlations in standard deviations.
         status: "completed", or why the guidance stopped early.
         prompt_embeds: (B, tokens, width) text embedding of the best images where it was optimised.
         controls: (B, steps, ...) tensors that were added to the model's output at every step for the best images,
@@ -61,6 +67,9 @@ class GuidanceOutput(BaseOutput):
     initial_images: Any = None
     held_out_rewards: torch.Tensor | None = None
     shell_distances: torch.Tensor | None = None
+    whiteness: torch.Tensor | None = None
+    noise_band_scores: torch.Tensor | None = None
+    noise_correlation_scores: torch.Tensor | None = None
     status: str = COMPLETED
     prompt_embeds: torch.Tensor | None = None
     controls: torch.Tensor | None = None
@@ -95,6 +104,7 @@ class NoiseAscent:
     rewards: list[torch.Tensor] = dataclasses.field(default_factory=list)
     held_out_rewards: list[torch.Tensor] = dataclasses.field(default_factory=list)
     shell_distances: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    whiteness: list[NoiseWhiteness] = dataclasses.field(default_factory=list)
     gradient_norms: list[torch.Tensor] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
     num_sampling_calls: int = 0
@@ -102,8 +112,9 @@ class NoiseAscent:
     status: str = COMPLETED
 
     def record(
-        self, rewards: torch.Tensor, held_out: torch.Tensor | None, tensors: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
+        self, rewards: torch.Tensor, held_out: torch.Tensor | None, whiteness: NoiseWhiteness,
+        tensors: dict[str, torch.Tensor],
+    ) -> torch.Tensor:  # fmt: skip
         """Records one run's rewards and keeps, sample by sample, the better of old and new.
 
         Returns:
@@ -114,6 +125,7 @@ class NoiseAscent:
         if held_out is not None:
             self.held_out_rewards.append(held_out)
         self.shell_distances.append(shell_distance(tensors["noise"]))
+        self.whiteness.append(whiteness)
         is_best = rewards > self.best_rewards
         self.best_rewards = torch.where(is_best, rewards, self.best_rewards)
         self.runs_without_gain = 0 if bool(is_best.any()) else self.runs_without_gain + 1
@@ -141,6 +153,7 @@ class GuidedRun:
         optimise: names of the variables that move: "noise", "text" (with `text`), "control" (added to the model's
             output at every step, zero at first).
         text: embedding that `sample` and `estimator` use.
+        layout: brings the noise to (B, C, ...), for its whiteness.
     """
 
     sample: Callable[[torch.Tensor], torch.Tensor]
@@ -152,6 +165,7 @@ class GuidedRun:
     held_out_reward: Reward | None = None
     optimise: Collection[str] = ("noise",)
     text: TextEmbedding | None = None
+    layout: NoiseLayout = dataclasses.field(default_factory=NoiseLayout)
 
     def __call__(
         self, variables: dict[str, torch.Tensor], step: int, with_gradient: bool, ascent: NoiseAscent
@@ -182,7 +196,8 @@ class GuidedRun:
             rewards = checks.reward_in_run(self.reward, images, self.prompts, f"run {step}", latents)
             total = rewards.sum()  # here, because the caller may be under no_grad
         held_out = self._evaluate_held_out(images.detach().clone(), step, ascent)  # the reward may change its images
-        is_best = ascent.record(rewards, held_out, {**variables, "images": images, "latents": latents})
+        whiteness = noise_whiteness(self.layout.unpack(variables["noise"]))
+        is_best = ascent.record(rewards, held_out, whiteness, {**variables, "images": images, "latents": latents})
         if not with_gradient:
             return variables, is_best, {}
         if trajectory.states and not latents.requires_grad:

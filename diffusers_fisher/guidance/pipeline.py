@@ -32,6 +32,7 @@ from .checks import Reward, check_differentiable, check_guidance, check_num_step
 from .movers import OptimizerFactory, optimizer_factory
 from .noise_ascent import VARIABLES, AscentSettings, GuidanceOutput, GuidedRun, NoiseAscent, ascend_noise
 from .text import TextEmbedding, TextGradientEstimator
+from .whiteness import NoiseLayout
 
 """Relative lengths of the default estimator's differences. On the embedded checkpoint in bfloat16 a gradient's cosine
 with the exact product is 0.85 by 0.1, 0.82 by 0.05, and 0.43 by the 0.01 that float32 has (there 0.90)."""
@@ -139,8 +140,9 @@ def guide(
     )
     decode = functools.partial(backbone.with_autoencoder(decoder).decode, pixels=pixels)
     run = GuidedRun(
-        sample, decode, reward, prompts, scheduler, denoisers.estimator, held_out_reward, optimise, denoisers.text
-    )
+        sample, decode, reward, prompts, scheduler, denoisers.estimator, held_out_reward, optimise, denoisers.text,
+        NoiseLayout(functools.partial(backbone.unpack, pixels=pixels)),
+    )  # fmt: skip
     ascent = _ascend(backbone, run, noise, pixels, settings, decoder, checkpoint_decoder)
     output = _output(backbone, ascent, denoisers, output_type)
     return output if return_dict else cast(GuidanceOutput, output.to_tuple())
@@ -238,7 +240,10 @@ def _output(
         seconds=torch.tensor(ascent.seconds, dtype=torch.float64),
         num_denoiser_calls=ascent.num_sampling_calls + denoisers.calls(), nsfw_content_detected=nsfw_flags,
         initial_images=postprocess(initial), held_out_rewards=rows(ascent.held_out_rewards),
-        shell_distances=rows(ascent.shell_distances), status=ascent.status,
+        shell_distances=rows(ascent.shell_distances),
+        whiteness=rows([each.p_values for each in ascent.whiteness]),
+        noise_band_scores=rows([each.band_scores for each in ascent.whiteness]),
+        noise_correlation_scores=rows([each.correlation_scores for each in ascent.whiteness]), status=ascent.status,
         prompt_embeds=ascent.best.get("text"), controls=ascent.best.get("control"),
     )  # fmt: skip
 
