@@ -153,7 +153,7 @@ class GuidedRun:
         optimise: names of the variables that move: "noise", "text" (with `text`), "control" (added to the model's
             output at every step, zero at first).
         text: embedding that `sample` and `estimator` use.
-        layout: brings the noise to (B, C, ...), for its whiteness.
+        layout: brings the noise to (B, C, ...) and back, for its whiteness.
     """
 
     sample: Callable[[torch.Tensor], torch.Tensor]
@@ -269,12 +269,15 @@ class AscentSettings:
         step_size: step size of normalised ascent, see `NormalisedAscent`.
         optimizer: makes an optimiser of torch.optim, instead of normalised ascent.
         patience: number of runs without a new best of any sample after which the ascent stops; None: it never does.
+        noise_projection: how every step brings the noise back to white noise, see `project_to_white`; None: it does
+            not.
     """
 
     num_guidance_steps: int = 10
     step_size: float = 0.2
     optimizer: OptimizerFactory | None = None
     patience: int | None = None
+    noise_projection: str | None = None
 
     def make_mover(self, variables: Variables, noise: torch.Tensor) -> NormalisedAscent | TorchAscent:
         """Makes what takes the steps, from the first values of the variables and from the initial noise."""
@@ -329,6 +332,8 @@ def ascend_noise(
                 moving = {name: variables[name] for name in gradients}
                 mover = mover or settings.make_mover(moving, noise)
                 variables |= mover.move(moving, gradients, is_best)
+                if settings.noise_projection is not None and "noise" in moving:
+                    variables["noise"] = run.layout.project(variables["noise"], settings.noise_projection)
         except NumericalError as error:
             if not ascent.rewards:  # nothing to return
                 raise

@@ -32,7 +32,7 @@ from .checks import Reward, check_differentiable, check_guidance, check_num_step
 from .movers import OptimizerFactory, optimizer_factory
 from .noise_ascent import VARIABLES, AscentSettings, GuidanceOutput, GuidedRun, NoiseAscent, ascend_noise
 from .text import TextEmbedding, TextGradientEstimator
-from .whiteness import NoiseLayout
+from .whiteness import NoiseLayout, check_projection
 
 """Relative lengths of the default estimator's differences. On the embedded checkpoint in bfloat16 a gradient's cosine
 with the exact product is 0.85 by 0.1, 0.82 by 0.05, and 0.43 by the 0.01 that float32 has (there 0.90)."""
@@ -59,6 +59,7 @@ def guide(
     optimise: Sequence[str] = ("noise",),
     optimizer: str | OptimizerFactory | None = None,
     patience: int | None = None,
+    noise_projection: str | None = None,
     held_out_reward: Reward | None = None,
     adjoint_guidance_scale: float | None = None,
     decoder: torch.nn.Module | None = None,
@@ -89,6 +90,9 @@ def guide(
         optimizer: None for normalised ascent, which keeps the noise on its sphere; or a name in torch.optim, with
             `step_size` as its learning rate, or a factory from parameters to an optimiser.
         patience: number of runs without a new best of any sample after which the guidance stops; None: it never does.
+        noise_projection: None: the noise keeps its norm and nothing else. "soft" or "hard": every step also brings it
+            back to white noise, to within 2 standard deviations or to the mean power in every band of frequencies, see
+            "White noise" in docs/guidance.md.
         held_out_reward: a reward that is reported and not optimised. Where it falls, the guidance exploits the reward.
         adjoint_guidance_scale: guidance scale of the denoiser in the backward pass, 1.0 to keep classifier-free
             guidance out of it; None: as in the runs, whose first output is compared with a denoiser that the estimator
@@ -114,8 +118,9 @@ def guide(
     call_arguments = check_arguments(backbone.name, backbone.parameters, guide, call_arguments)
     steps = backbone.parameters["num_inference_steps"].default if num_inference_steps is None else num_inference_steps
     check_guidance(num_guidance_steps, step_size, steps, output_type, patience)
-    _check_options(backbone, estimator, optimise, decoder is not None or checkpoint_decoder)
-    settings = AscentSettings(num_guidance_steps, step_size, optimizer_factory(optimizer, step_size), patience)
+    _check_options(backbone, estimator, optimise, noise_projection, decoder is not None or checkpoint_decoder)
+    mover = optimizer_factory(optimizer, step_size)
+    settings = AscentSettings(num_guidance_steps, step_size, mover, patience, noise_projection)
     backbone.check_scheduler()
     check_num_steps(backbone, steps)
     prompts, conditions = backbone.conditions(prompt, call_arguments, None, num_images_per_prompt)
@@ -141,7 +146,7 @@ def guide(
     decode = functools.partial(backbone.with_autoencoder(decoder).decode, pixels=pixels)
     run = GuidedRun(
         sample, decode, reward, prompts, scheduler, denoisers.estimator, held_out_reward, optimise, denoisers.text,
-        NoiseLayout(functools.partial(backbone.unpack, pixels=pixels)),
+        NoiseLayout(functools.partial(backbone.unpack, pixels=pixels), backbone.pack),
     )  # fmt: skip
     ascent = _ascend(backbone, run, noise, pixels, settings, decoder, checkpoint_decoder)
     output = _output(backbone, ascent, denoisers, output_type)
@@ -149,11 +154,19 @@ def guide(
 
 
 def _check_options(
-    backbone: Backbone, estimator: FisherEstimator | None, optimise: Sequence[str], has_decoder_options: bool
-) -> None:
+    backbone: Backbone, estimator: FisherEstimator | None, optimise: Sequence[str], noise_projection: str | None,
+    has_decoder_options: bool,
+) -> None:  # fmt: skip
     """Refuses what `guide` can't optimise, estimate or decode by. Raises `InputError`."""
     if not optimise or not set(optimise) <= set(VARIABLES):
         raise InputError(f"`optimise` is {optimise!r}; allowed: some of {', '.join(VARIABLES)}, as a list.")
+    if noise_projection is not None:
+        check_projection(noise_projection)
+        if "noise" not in optimise:
+            raise InputError(
+                f"`noise_projection` is '{noise_projection}' while `optimise` is {optimise!r}; allowed: None where "
+                'the noise does not move. Add "noise" to `optimise`, or leave the projection out.'
+            )
     if has_decoder_options and backbone.autoencoder is None:
         raise InputError(f"{backbone.name} has no autoencoder `vae`; leave out `decoder` and `checkpoint_decoder`.")
     if estimator is not None and estimator.denoiser is not None and "text" in optimise:

@@ -14,6 +14,7 @@ from diffusers_fisher import (
     noise_whiteness,
 )
 from diffusers_fisher.backbones import backbone_of
+from diffusers_fisher.guidance.whiteness import project_to_white
 
 SIZES = [(4, 8, 8), (4, 16, 12), (1, 4, 4), (4, 3, 8, 8), pytest.param((16, 32, 32), marks=pytest.mark.slow)]
 """Channels and sides; the fourth are frames of a video."""
@@ -159,14 +160,117 @@ def test_outputs_have_the_whiteness_of_every_run(make):
         assert torch.equal(out.noise_correlation_scores[best[index], index], expected.correlation_scores[index])
 
 
-def test_whiteness_shows_what_the_norm_does_not():
-    """A reward for bright left halves moves power into the lowest frequencies of the noise."""
+def guide_to_the_left(projection):
+    """Guides the embedded checkpoint by a reward for bright left halves, which asks for low frequencies."""
     pipe = StableDiffusionFisherPipeline.from_pretrained(embedded_checkpoint())
     pipe.set_progress_bar_config(disable=True)
-    out = pipe.guide(
-        ["a photo of a sneaker", "a photo of a bag"], LinearReward.left_minus_right(32, 32), num_guidance_steps=6,
-        num_inference_steps=4, guidance_scale=2.0, output_type="pt", generator=seeded(), step_size=0.3,
+    return pipe.guide(
+        ["a photo of a sneaker", "a photo of a bag"], LinearReward.left_minus_right(32, 32), num_guidance_steps=4,
+        num_inference_steps=3, guidance_scale=2.0, output_type="pt", generator=seeded(), step_size=0.3,
+        noise_projection=projection,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def guided():
+    """The output of guidance without a projection."""
+    return guide_to_the_left(None)
+
+
+def test_whiteness_shows_what_the_norm_does_not(guided):
+    out = guided
     assert float((out.shell_distances - out.shell_distances[0]).abs().max()) < 1e-3
     assert float(out.whiteness[-1].max()) < 1e-3 < float(out.whiteness[0].min())
     assert float(out.noise_band_scores[-1, :, :, :2].mean()) > 1
+
+
+# Projections
+
+
+def coloured(kind, noise):
+    """Returns noise of another colour with the norms of `noise`."""
+    waves = torch.linspace(-1, 1, noise.shape[-1], dtype=torch.float64)
+    result = {
+        "white": noise, "low": low_frequencies(noise, 3.0), "high": low_frequencies(noise, 0.2),
+        "equal channels": noise + waves,
+    }[kind]  # fmt: skip
+    return result * (noise.flatten(1).norm(dim=1) / result.flatten(1).norm(dim=1)).reshape(-1, *[1] * (noise.ndim - 1))
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (1, 8, 8), (4, 5, 8, 8), (16, 12, 12)], ids=str)
+@pytest.mark.parametrize("projection", ["soft", "hard"])
+@pytest.mark.parametrize("kind", ["white", "low", "high", "equal channels"])
+def test_projections_make_noise_of_every_colour_white(kind, projection, shape):
+    noise = coloured(kind, white(200, *shape))
+    result = project_to_white(noise, projection)
+    whiteness = noise_whiteness(result)
+    assert float((whiteness.p_values < 0.01).double().mean()) <= 0.02
+    torch.testing.assert_close(result.flatten(1).norm(dim=1), noise.flatten(1).norm(dim=1), rtol=1e-12, atol=0)
+    norms = (noise[0].numel() ** 0.5 / result.flatten(1).norm(dim=1)).reshape(-1, *[1] * (noise.ndim - 1))
+    scores = noise_whiteness(result * norms).band_scores
+    if projection == "hard":  # the score of a band of one coefficient is not 0 at its mean power
+        assert float((scores - scores[0, 0]).abs().max()) < 1e-9
+    else:
+        assert float(scores.abs().max()) < 2.1  # the return to the norm changes the powers a little
+
+
+@pytest.mark.parametrize("projection", ["soft", "hard"])
+def test_projections_keep_the_phases(projection):
+    noise = coloured("low", white(50, 1, 8, 8))
+    result = project_to_white(noise, projection)
+    ratios = torch.fft.fftn(result, dim=(2, 3)) / torch.fft.fftn(noise, dim=(2, 3))
+    assert float(ratios.imag.abs().max()) < 1e-9 and float(ratios.real.min()) > 0
+
+
+def test_soft_projection_leaves_noise_within_the_ranges():
+    noise = white(300, 4, 8, 8)
+    noise *= (16 / noise.flatten(1).norm(dim=1))[:, None, None, None]  # the powers are those relative to the norm
+    whiteness = noise_whiteness(noise)
+    is_within = (whiteness.band_scores.flatten(1).abs().amax(1) < 1.7) & (whiteness.p_values > 0.2)
+    is_within &= whiteness.correlation_scores.square().sum(1) < 12
+    assert int(is_within.sum()) > 50
+    result = project_to_white(noise, "soft")
+    torch.testing.assert_close(result[is_within], noise[is_within], rtol=0, atol=1e-12)
+    assert torch.equal(project_to_white(noise.float(), "soft")[is_within], noise.float()[is_within])
+
+
+def test_projections_of_extreme_noise_are_finite():
+    for projection in ("soft", "hard"):
+        for noise in (0 * white(2, 4, 8, 8), 1e30 * white(2, 4, 8, 8), torch.ones(2, 4, 8, 8), white(1, 2, 1, 1)):
+            result = project_to_white(noise, projection)
+            assert bool(torch.isfinite(result).all()) and result.dtype == noise.dtype
+            torch.testing.assert_close(result.flatten(1).norm(dim=1), noise.flatten(1).norm(dim=1))
+    with pytest.raises(InputError, match="`noise_projection` is 'firm'; allowed: soft, hard, or None"):
+        project_to_white(white(1, 4, 8, 8), "firm")
+
+
+@pytest.mark.parametrize("projection", ["soft", "hard"])
+def test_guided_noise_stays_white_with_a_projection(projection, guided):
+    out, reference = guide_to_the_left(projection), guided
+    assert float(out.whiteness.min()) > 0.01 > float(reference.whiteness[-1].max())
+    assert float((out.shell_distances - out.shell_distances[0]).abs().max()) < 1e-3
+    assert bool((out.best_rewards > out.rewards[0]).all())
+    assert torch.equal(out.rewards[0], reference.rewards[0])
+
+
+def test_projection_of_packed_noise_and_under_an_optimiser():
+    condition = {"prompt_embeds": torch.zeros(2, 4, 16), "pooled_prompt_embeds": torch.zeros(2, 16)}
+    flux = tiny.flux(FluxFisherPipeline)
+    options = {"num_guidance_steps": 2, "num_inference_steps": 2, "output_type": "pt", "generator": seeded()}
+    out = flux.guide(None, brightness, height=16, width=16, noise_projection="hard", **condition, **options)
+    noise = backbone_of(flux).unpack(out.latents, (16, 16))
+    torch.testing.assert_close(noise, project_to_white(noise, "hard"), rtol=0, atol=1e-5)  # float32
+    pipe = tiny.stable_diffusion(StableDiffusionFisherPipeline)
+    adam = {"optimizer": "Adam", "step_size": 0.1, "noise_projection": "hard"}
+    out = pipe.guide(["a", "b"], lambda images, prompts: 1e3 * brightness(images, prompts), **options, **adam)
+    moved = out.rewards.argmax(0) > 0
+    assert bool(moved.any())
+    torch.testing.assert_close(out.latents[moved], project_to_white(out.latents, "hard")[moved], rtol=0, atol=1e-5)
+
+
+def test_projections_that_guide_can_not_use_are_refused():
+    pipe = tiny.stable_diffusion(StableDiffusionFisherPipeline)
+    with pytest.raises(InputError, match="`noise_projection` is 'firm'; allowed: soft, hard, or None"):
+        pipe.guide("a", brightness, noise_projection="firm")
+    with pytest.raises(InputError, match=r"`noise_projection` is 'soft' while `optimise` is .'text'.; allowed: None"):
+        pipe.guide("a", brightness, noise_projection="soft", optimise=["text"])
