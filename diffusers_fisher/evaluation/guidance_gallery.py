@@ -259,7 +259,7 @@ class _Guidance:
         # A safety checker replaces an image by a black one.
         black_images = [name for name, image in images.items() if out.nsfw_content_detected and not bool(image.any())]
         return {
-            "best_run": int(out.rewards[:, index].argmax()),
+            "best_run": int(cast(torch.Tensor, out.best_runs)[index]),
             **{name: [finite_number(value) for value in rows[:, index].tolist()] for name, rows in histories.items()},
             **(self._likelihoods(prompt, images, seed) if self.settings.likelihood else {}),
             "seconds": out.seconds.tolist(), "status": out.status, "flagged": black_images, **files,

@@ -37,7 +37,7 @@ def check_guidance(
         raise InputError(f"`output_type` is '{output_type}'; allowed: pil, np, pt.")
 
 
-def check_num_steps(backbone: Backbone, num_inference_steps: int) -> None:
+def check_num_steps(backbone: Backbone, num_inference_steps: int, name: str = "num_inference_steps") -> None:
     """Refuses more steps than the pipeline's scheduler makes. Raises `InputError`, before a run begins."""
     scheduler = backbone.differentiable_scheduler()
     num_train_timesteps = scheduler.config.get("num_train_timesteps")
@@ -47,7 +47,7 @@ def check_num_steps(backbone: Backbone, num_inference_steps: int) -> None:
         scheduler.set_timesteps(num_inference_steps)
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise InputError(
-            f"`num_inference_steps` is {num_inference_steps}; {type(backbone.scheduler).__name__} allows at most "
+            f"`{name}` is {num_inference_steps}; {type(backbone.scheduler).__name__} allows at most "
             f"{num_train_timesteps}, its number of training timesteps. It said: {error}"
         ) from error
 

@@ -1,9 +1,11 @@
 """Generation steered by a differentiable reward: ascent on the initial noise, through the whole sampling run."""
 
+from __future__ import annotations
+
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -51,9 +53,16 @@ class GuidanceOutput(BaseOutput):
         noise_band_scores: (runs, B, C, bands) float64, the powers in standard deviations: see `NoiseWhiteness`.
         noise_correlation_scores: (runs, B, pairs of channels) float64, the correlations in standard deviations.
         status: "completed", or why the guidance stopped early.
+        best_runs: (B,) numbers of the runs that made the images, which are rows of `rewards`.
         prompt_embeds: (B, tokens, width) text embedding of the best images where it was optimised.
         controls: (B, steps, ...) tensors that were added to the model's output at every step for the best images,
             where they were optimised.
+        num_cheap_runs: number of the first runs, and rows of `rewards`, that had `num_guidance_inference_steps`. The
+            images and `best_rewards` are those of the later runs, `initial_images` those of the first.
+        guidance_scheduler: class of the scheduler of the cheap runs; empty without any.
+        cheap_rewards, full_rewards: (B,) float64, rewards of the best cheap run of every sample, and of the full run
+            from the same noise; None without cheap runs.
+        reordered: pairs of samples that `cheap_rewards` and `full_rewards` rank in different orders.
     """
 
     images: Any
@@ -73,6 +82,12 @@ class GuidanceOutput(BaseOutput):
     status: str = COMPLETED
     prompt_embeds: torch.Tensor | None = None
     controls: torch.Tensor | None = None
+    best_runs: torch.Tensor | None = None
+    num_cheap_runs: int = 0
+    guidance_scheduler: str = ""
+    cheap_rewards: torch.Tensor | None = None
+    full_rewards: torch.Tensor | None = None
+    reordered: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [
@@ -80,8 +95,14 @@ class GuidanceOutput(BaseOutput):
             f"  reward    {float(self.rewards[0].mean()):.4g} before, {float(self.best_rewards.mean()):.4g} at its "
             f"best, on average, in {len(self.rewards)} runs",
         ]
-        if self.held_out_rewards is not None and len(self.held_out_rewards):
-            best = self.held_out_rewards.gather(0, self.rewards.argmax(0)[None])
+        if self.cheap_rewards is not None and self.full_rewards is not None:
+            pairs = f"; they rank {len(self.reordered)} pairs of samples differently" if self.reordered else ""
+            lines.append(
+                f"  cheap     {float(self.cheap_rewards.mean()):.4g} in runs of {self.guidance_scheduler}, "
+                f"{float(self.full_rewards.mean()):.4g} in full runs of the same noise{pairs}"
+            )
+        if self.held_out_rewards is not None and len(self.held_out_rewards) and self.best_runs is not None:
+            best = self.held_out_rewards.gather(0, self.best_runs[None])
             before = float(self.held_out_rewards[0].mean())
             lines.append(f"  held out  {before:.4g} before, {float(best.mean()):.4g} at the best reward")
         lines.append(f"  cost      {float(self.seconds.sum()):.1f} s, {self.num_denoiser_calls} denoiser calls")
@@ -96,6 +117,8 @@ class NoiseAscent:
         best_rewards: (B,) float64.
         best: tensors of the best samples: "images", "latents" (the run's end), "noise" and other optimised variables.
         initial: "images" and "latents" of the first run.
+        first_run: number of the first run; that of a later phase of a guidance is not 0.
+        mover: what takes the steps; None before the first step.
     """
 
     best_rewards: torch.Tensor
@@ -109,7 +132,16 @@ class NoiseAscent:
     seconds: list[float] = dataclasses.field(default_factory=list)
     num_sampling_calls: int = 0
     runs_without_gain: int = 0
+    first_run: int = 0
+    mover: NormalisedAscent | TorchAscent | None = None
     status: str = COMPLETED
+
+    @classmethod
+    def after(cls, start: NoiseAscent | None, count: int) -> NoiseAscent:
+        """Makes an ascent of `count` samples without runs, whose runs are numbered on from those of `start`."""
+        first_run = 0 if start is None else start.first_run + len(start.rewards)
+        mover = None if start is None else start.mover
+        return cls(torch.full((count,), -torch.inf, dtype=torch.float64), first_run=first_run, mover=mover)
 
     def record(
         self, rewards: torch.Tensor, held_out: torch.Tensor | None, whiteness: NoiseWhiteness,
@@ -181,7 +213,7 @@ class GuidedRun:
         """
         controls = self._set_variables(variables)
         # The runs differ in their noise alone, so the first one shows whether the denoiser is theirs.
-        estimator = self.estimator if step == 0 else self.estimator.without_comparison()
+        estimator = self.estimator.without_comparison() if ascent.rewards else self.estimator
         with self.scheduler.differentiable(estimator, controls=controls) as trajectory:
             latents = self.sample(variables["noise"])
         _check_end(latents, trajectory, step)
@@ -286,11 +318,16 @@ class AscentSettings:
         return TorchAscent(variables, self.optimizer)
 
 
+OnRun = Callable[[NoiseAscent], bool | None]
+"""`on_run(ascent)` is called after every run, and returns True to stop the guidance."""
+
+
 def ascend_noise(
     run: GuidedRun,
     noise: torch.Tensor,
     settings: AscentSettings,
-    on_step: Callable[[torch.Tensor], None] = lambda rewards: None,
+    on_run: OnRun = lambda ascent: None,
+    start: NoiseAscent | None = None,
 ) -> NoiseAscent:
     """Raises the reward by gradient steps on the initial noise, and on request on other variables of the run.
 
@@ -298,7 +335,8 @@ def ascend_noise(
         run: sampling run with its reward. The shape of a held-out reward is tried before the first run, for which one
             sample is decoded.
         noise: (B, ...) float32 initial noise.
-        on_step: called with the rewards (B,) after each of the `num_guidance_steps + 1` runs.
+        on_run: called after each of the `num_guidance_steps + 1` runs.
+        start: an earlier ascent, from whose best variables this one goes on; None: it begins with `noise`.
 
     Cost: `num_guidance_steps + 1` sampling runs and decodes, `num_guidance_steps` decoder and reward gradients, and
     the estimator's products. The denoiser never builds a graph, unless the estimator does, or the text is optimised.
@@ -309,42 +347,60 @@ def ascend_noise(
             finite; later, and for gradients, the ascent stops there, and its `status` says so.
     """
     steps, patience = settings.num_guidance_steps, settings.patience
-    ascent = NoiseAscent(torch.full((len(noise),), -torch.inf, dtype=torch.float64))
-    variables = {"noise": noise}
-    mover: NormalisedAscent | TorchAscent | None = None
+    ascent = NoiseAscent.after(start, len(noise))
+    best = {"noise": noise} if start is None else start.best
+    variables = {name: best[name] for name in VARIABLES if name in best}
+    noise = variables["noise"]
     if steps > 0 and settings.optimizer is None and not bool((checks.norms(noise) > 0).all()):
         raise InputError(
             "A sample of the initial noise is all zero, so there is no sphere to move it on; draw it anew."
         )
-    if run.held_out_reward is not None:
+    if run.held_out_reward is not None and start is None:
         with torch.no_grad():
             image = run.decode(noise[:1])  # only its size and device are used
         checks.check_reported(run.held_out_reward, (len(noise), *image.shape[1:]), run.prompts, image.device)
     for step in range(steps + 1):
-        begin = time.perf_counter()
+        begin, number = time.perf_counter(), ascent.first_run + step
         try:
-            variables, is_best, gradients = run(variables, step, step < steps, ascent)
+            variables, is_best, gradients = run(variables, number, step < steps, ascent)
             if gradients:
                 parts = torch.stack([checks.normalise(gradient)[1] for gradient in gradients.values()])
                 ascent.gradient_norms.append(torch.linalg.vector_norm(parts, dim=0))
-                if len(ascent.gradient_norms) == 1:
+                if ascent.mover is None:
                     _warn_of_flat_rewards(ascent.gradient_norms[0], run.reward)
                 moving = {name: variables[name] for name in gradients}
-                mover = mover or settings.make_mover(moving, noise)
-                variables |= mover.move(moving, gradients, is_best)
+                ascent.mover = ascent.mover or settings.make_mover(moving, noise)
+                variables |= ascent.mover.move(moving, gradients, is_best)
                 if settings.noise_projection is not None and "noise" in moving:
                     variables["noise"] = run.layout.project(variables["noise"], settings.noise_projection)
         except NumericalError as error:
             if not ascent.rewards:  # nothing to return
                 raise
-            ascent.status = f"stopped in run {step}: {error}"
+            ascent.status = f"stopped in run {number}: {error}"
             logger.warning("Guidance %s The best so far is returned.", ascent.status)
         if len(ascent.rewards) == step + 1:
             ascent.seconds.append(time.perf_counter() - begin)
-            on_step(ascent.rewards[-1])
+            if on_run(ascent) and ascent.status == COMPLETED and step < steps:
+                ascent.status = f"stopped by the callback after run {number}"
         if patience is not None and ascent.runs_without_gain >= patience and step < steps:
             ascent.status = f"stopped after {patience} runs without a new best"
         if ascent.status != COMPLETED:
+            break
+    return ascent
+
+
+def score_candidates(run: GuidedRun, candidates: Sequence[torch.Tensor], on_run: OnRun) -> NoiseAscent:
+    """Returns the best of several initial noises, (B, ...) each, sample by sample, after one run of each.
+
+    Raises `InputError` and `NumericalError` as `ascend_noise` does.
+    """
+    ascent = NoiseAscent.after(None, len(candidates[0]))
+    for number, noise in enumerate(candidates):
+        begin = time.perf_counter()
+        run({"noise": noise}, number, False, ascent)
+        ascent.seconds.append(time.perf_counter() - begin)
+        if on_run(ascent) and number + 1 < len(candidates):
+            ascent.status = f"stopped by the callback after run {number}"
             break
     return ascent
 
