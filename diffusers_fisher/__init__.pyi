@@ -73,6 +73,7 @@ from .guidance import (
     AestheticReward as AestheticReward,
     ClassifierReward as ClassifierReward,
     GuidanceOutput as GuidanceOutput,
+    GuidanceStep as GuidanceStep,
     ImageInput as ImageInput,
     LinearReward as LinearReward,
     MeasurementReward as MeasurementReward,

@@ -21,7 +21,7 @@ Checked = TypeVar("Checked", bound=Callable)
 
 LARGEST = {
     "num_inference_steps": 10_000, "num_steps": 10_000, "num_guidance_steps": 10_000,
-    "num_guidance_inference_steps": 10_000, "num_levels": 100_000,
+    "num_guidance_inference_steps": 10_000, "num_candidates": 10_000, "num_levels": 100_000,
     "num_images_per_prompt": 10_000, "num_videos_per_prompt": 10_000, "height": 16_384, "width": 16_384,
     "num_draws": 10_000, "num_pairs": 10_000, "num_encodings": 10_000, "count": 10_000_000, "std": 1000,
     "bins": 2**32,

@@ -122,6 +122,22 @@ def check_callable(reward: Reward) -> None:
         return
 
 
+def check_candidates(num_candidates: int, callback: Callable | None) -> None:
+    """Refuses numbers of candidates, and callbacks that can't be called with one argument. Raises `InputError`."""
+    if num_candidates < 1:
+        raise InputError(f"`num_candidates` is {num_candidates}; allowed: at least 1.")
+    if callback is not None:
+        try:
+            inspect.signature(callback).bind(None)
+        except TypeError as error:
+            raise InputError(
+                f"`callback_on_guidance_step` can't be called as callback(step): {error}. It must take one argument, "
+                "a GuidanceStep."
+            ) from error
+        except ValueError:  # a builtin function without a signature
+            return
+
+
 def _ramps(shape: Sequence[int], device: torch.device) -> torch.Tensor:
     """Makes images with no two equal pixels, so that a reward may divide by the images' contrast."""
     return torch.linspace(0.25, 0.75, math.prod(shape), device=device).reshape(tuple(shape))

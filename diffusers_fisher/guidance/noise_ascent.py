@@ -143,6 +143,11 @@ class NoiseAscent:
         mover = None if start is None else start.mover
         return cls(torch.full((count,), -torch.inf, dtype=torch.float64), first_run=first_run, mover=mover)
 
+    def stop(self, status: str) -> None:
+        """Ends the ascent because of an error, and warns."""
+        self.status = status
+        logger.warning("Guidance %s The best so far is returned.", status)
+
     def record(
         self, rewards: torch.Tensor, held_out: torch.Tensor | None, whiteness: NoiseWhiteness,
         tensors: dict[str, torch.Tensor],
@@ -240,6 +245,13 @@ class GuidedRun:
         if not rewards.requires_grad:
             raise checks.gradient_error(self.reward)
         return variables, is_best, self._gradients(trajectory, total, variables["noise"].dtype)
+
+    @torch.no_grad()
+    def try_held_out_reward(self, noise: torch.Tensor) -> None:
+        """Refuses a held-out reward of the wrong shape before the first run. Raises `InputError`."""
+        if self.held_out_reward is not None:
+            image = self.decode(noise[:1])  # only its size and device are used
+            checks.check_reported(self.held_out_reward, (len(noise), *image.shape[1:]), self.prompts, image.device)
 
     @torch.no_grad()
     def _evaluate_held_out(self, images: torch.Tensor, step: int, ascent: NoiseAscent) -> torch.Tensor | None:
@@ -355,10 +367,8 @@ def ascend_noise(
         raise InputError(
             "A sample of the initial noise is all zero, so there is no sphere to move it on; draw it anew."
         )
-    if run.held_out_reward is not None and start is None:
-        with torch.no_grad():
-            image = run.decode(noise[:1])  # only its size and device are used
-        checks.check_reported(run.held_out_reward, (len(noise), *image.shape[1:]), run.prompts, image.device)
+    if start is None:
+        run.try_held_out_reward(noise)
     for step in range(steps + 1):
         begin, number = time.perf_counter(), ascent.first_run + step
         try:
@@ -376,8 +386,7 @@ def ascend_noise(
         except NumericalError as error:
             if not ascent.rewards:  # nothing to return
                 raise
-            ascent.status = f"stopped in run {number}: {error}"
-            logger.warning("Guidance %s The best so far is returned.", ascent.status)
+            ascent.stop(f"stopped in run {number}: {error}")
         if len(ascent.rewards) == step + 1:
             ascent.seconds.append(time.perf_counter() - begin)
             if on_run(ascent) and ascent.status == COMPLETED and step < steps:
@@ -395,9 +404,16 @@ def score_candidates(run: GuidedRun, candidates: Sequence[torch.Tensor], on_run:
     Raises `InputError` and `NumericalError` as `ascend_noise` does.
     """
     ascent = NoiseAscent.after(None, len(candidates[0]))
+    run.try_held_out_reward(candidates[0])
     for number, noise in enumerate(candidates):
         begin = time.perf_counter()
-        run({"noise": noise}, number, False, ascent)
+        try:
+            run({"noise": noise}, number, False, ascent)
+        except NumericalError as error:
+            if not ascent.rewards:  # nothing to return
+                raise
+            ascent.stop(f"stopped in run {number}: {error}")
+            break
         ascent.seconds.append(time.perf_counter() - begin)
         if on_run(ascent) and number + 1 < len(candidates):
             ascent.status = f"stopped by the callback after run {number}"

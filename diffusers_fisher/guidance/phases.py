@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..backbones import Backbone
 from ..backbones.stock_calls import shallow_copy
+from ..backbones.unconditional import DDIMBackbone
 from ..errors import FisherError, InputError, UnsupportedError
 from ..noise import noise_schedule
 from ..schedulers import FisherSchedulerMixin
@@ -57,8 +58,8 @@ class CheapRuns:
                 if has_worked:
                     raise
                 raise UnsupportedError(
-                    f"{self.backbone.name} can't run on the `guidance_scheduler` {self.scheduler_name}: {error} Leave "
-                    "it out: the default is one that the pipeline can run on."
+                    f"{self.backbone.name} can't run on the `guidance_scheduler` {self.scheduler_name}: {error} Pass "
+                    "another one, such as the pipeline's own."
                 ) from error
             has_worked = True
             return result
@@ -117,7 +118,7 @@ def few_step_scheduler(backbone: Backbone) -> SchedulerMixin:
     passes arguments to the scheduler's step that DPM-Solver++ does not know.
     """
     own = backbone.scheduler
-    if backbone.predicts_flow or isinstance(own, (LCMScheduler, TCDScheduler)) or backbone.name.startswith("DDIM"):
+    if backbone.predicts_flow or isinstance(own, (LCMScheduler, TCDScheduler)) or isinstance(backbone, DDIMBackbone):
         return own
     return DPMSolverMultistepScheduler.from_config(backbone.pipe.scheduler.config, timestep_spacing="trailing")
 
@@ -139,6 +140,46 @@ def _check_levels(backbone: Backbone, scheduler: SchedulerMixin) -> None:
             f"`guidance_scheduler` is a {name} with other noise levels or another prediction type than the pipeline's "
             f"{type(backbone.scheduler).__name__}. Make it by {name}.from_config(pipe.scheduler.config)."
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidanceStep:
+    """Holds what a callback gets after every run of a guidance. Its tensors are copies.
+
+    Args:
+        run: number of the run, from 0.
+        num_runs: number of runs, if nothing stops the guidance.
+        rewards: (B,) float64, of this run.
+        held_out_rewards: (B,) float64, of this run; None without a held-out reward.
+        whiteness: (B,) float64, of the noise of this run.
+        best_rewards: (B,) float64, the best so far among the candidates, the cheap runs or the full runs, whichever of
+            these the run belongs to.
+        best_images: (B, 3, H, W) in [0, 1], the images of `best_rewards`, as the reward saw them.
+        best_latents: (B, ...) float32, initial noise of these images in the pipeline's layout.
+    """
+
+    run: int
+    num_runs: int
+    rewards: torch.Tensor
+    held_out_rewards: torch.Tensor | None
+    whiteness: torch.Tensor
+    best_rewards: torch.Tensor
+    best_images: torch.Tensor
+    best_latents: torch.Tensor
+
+    @classmethod
+    def after(cls, ascent: NoiseAscent, num_runs: int) -> GuidanceStep:
+        """Returns the step of the last run of `ascent`."""
+        held_out = ascent.held_out_rewards[-1].clone() if ascent.held_out_rewards else None
+        return cls(
+            ascent.first_run + len(ascent.rewards) - 1, num_runs, ascent.rewards[-1].clone(), held_out,
+            ascent.whiteness[-1].p_values.clone(), ascent.best_rewards.clone(), ascent.best["images"].clone(),
+            ascent.best["noise"].clone(),
+        )  # fmt: skip
+
+
+GuidanceCallback = Callable[[GuidanceStep], bool | None]
+"""`callback(step)` is called after every run of the guidance, and returns True to stop it."""
 
 
 @dataclasses.dataclass(frozen=True)

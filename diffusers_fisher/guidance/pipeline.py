@@ -30,10 +30,18 @@ from ..fisher.one_step import OneStepFisher
 from ..images import ImageLike
 from ..noise import noise_schedule
 from ..schedulers import FisherSchedulerMixin
-from .checks import Reward, check_differentiable, check_guidance, check_num_steps
+from .checks import (
+    Reward,
+    check_candidates,
+    check_differentiable,
+    check_guidance,
+    check_num_steps,
+    check_reported,
+)
 from .movers import OptimizerFactory, optimizer_factory
 from .noise_ascent import COMPLETED, VARIABLES, AscentSettings, GuidanceOutput, GuidedRun, NoiseAscent
-from .phases import CheapRuns, Phases, cheap_runs, reordered_pairs
+from .phases import CheapRuns, GuidanceCallback, GuidanceStep, Phases, cheap_runs, reordered_pairs
+from .rewards.named import named_reward
 from .text import TextEmbedding, TextGradientEstimator
 from .whiteness import NoiseLayout, check_projection
 
@@ -45,7 +53,7 @@ with the exact product is 0.85 by 0.1, 0.82 by 0.05, and 0.43 by the 0.01 that f
 def guide(
     pipe: DiffusionPipeline,
     prompt: Condition,
-    reward: Reward,
+    reward: Reward | str,
     *,
     num_guidance_steps: int = 10,
     step_size: float = 0.2,
@@ -60,13 +68,15 @@ def guide(
     num_images_per_prompt: int = 1,
     generator: Generators = None,
     latents: torch.Tensor | None = None,
+    num_candidates: int = 1,
     output_type: str = "pil",
     return_dict: bool = True,
     optimise: Sequence[str] = ("noise",),
     optimizer: str | OptimizerFactory | None = None,
     patience: int | None = None,
     noise_projection: str | None = None,
-    held_out_reward: Reward | None = None,
+    held_out_reward: Reward | str | None = None,
+    callback_on_guidance_step: GuidanceCallback | None = None,
     adjoint_guidance_scale: float | None = None,
     decoder: torch.nn.Module | None = None,
     checkpoint_decoder: bool = False,
@@ -81,8 +91,9 @@ def guide(
         pipe: a pipeline that has a backbone, stock or ours; nothing on it is changed.
         prompt: one prompt, or several; None where `prompt_embeds` are passed. Class labels where the pipeline takes
             class labels.
-        reward: `reward(images, prompts) -> (B,)`, images (B, 3, H, W) in [0, 1] with a graph, higher is better.
-        num_guidance_steps: gradient steps; 0 samples and scores.
+        reward: `reward(images, prompts) -> (B,)`, images (B, 3, H, W) in [0, 1] with a graph, higher is better; or the
+            name of a reward, such as "pick_score", see `named_reward`.
+        num_guidance_steps: gradient steps; 0 samples and scores, for which the reward needs no gradient.
         step_size: length of the first step relative to the noise's norm; halved for a sample whose reward is no better
             than its best before.
         estimator: estimator of the diffusion Fisher; None: `OneStepFisher()`, for one denoiser call per guidance step,
@@ -96,6 +107,8 @@ def guide(
         num_full_iterations: number of the last guidance steps that are taken by full runs.
         latents: initial noise of unit variance, (B, C, h, w), or packed where the pipeline's own are; None: drawn with
             `generator` as the stock call does.
+        num_candidates: number of initial noises of every sample, `latents` or the first drawn and further ones. The
+            guidance begins with the best of them; without guidance steps this is best-of-N sampling.
         output_type: "pil", "np", "pt".
         optimise: what moves: "noise"; "text", the prompts' embedding, by the network's own derivative (a graph of one
             evaluation at a time); "control", added to the model's output at every step.
@@ -105,7 +118,9 @@ def guide(
         noise_projection: None: the noise keeps its norm and nothing else. "soft" or "hard": every step also brings it
             back to white noise, to within 2 standard deviations or to the mean power in every band of frequencies, see
             "White noise" in docs/guidance.md.
-        held_out_reward: a reward that is reported and not optimised. Where it falls, the guidance exploits the reward.
+        held_out_reward: a reward or its name, which is reported and not optimised. Where it falls, the guidance
+            exploits the reward.
+        callback_on_guidance_step: called with a `GuidanceStep` after every run; the guidance stops if it returns True.
         adjoint_guidance_scale: guidance scale of the denoiser in the backward pass, 1.0 to keep classifier-free
             guidance out of it; None: as in the runs, whose first output is compared with a denoiser that the estimator
             brings. It has no effect on estimators without a denoiser.
@@ -118,6 +133,7 @@ def guide(
         `GuidanceOutput`, or with `return_dict=False` the tuple of its entries. Cost: `num_guidance_steps + 1` ordinary
         runs with decoding, and a decoder and reward gradient per guidance step; see the estimator for its own. With
         `num_guidance_inference_steps`, `num_full_iterations + 1` of the runs are full ones, and one more run is made.
+        Every candidate costs one more run, if there are several.
 
     Raises:
         InputError: before sampling, arguments out of range, latents of the wrong shape, a reward that is not
@@ -131,6 +147,7 @@ def guide(
     call_arguments = check_arguments(backbone.name, backbone.parameters, guide, call_arguments)
     steps = backbone.parameters["num_inference_steps"].default if num_inference_steps is None else num_inference_steps
     check_guidance(num_guidance_steps, step_size, steps, output_type, patience)
+    check_candidates(num_candidates, callback_on_guidance_step)
     _check_options(backbone, estimator, optimise, noise_projection, decoder is not None or checkpoint_decoder)
     mover = optimizer_factory(optimizer, step_size)
     settings = AscentSettings(num_guidance_steps, step_size, mover, patience, noise_projection)
@@ -142,9 +159,15 @@ def guide(
     )  # fmt: skip
     prompts, conditions = backbone.conditions(prompt, call_arguments, None, num_images_per_prompt)
     pixels = backbone.image_size(height, width)
-    noise = backbone.initial_noise(latents, len(prompts), pixels, generator)
+    reward = named_reward(reward) if isinstance(reward, str) else reward
+    held_out = named_reward(held_out_reward) if isinstance(held_out_reward, str) else held_out_reward
+    candidates = [
+        backbone.initial_noise(None if index else latents, len(prompts), pixels, generator)
+        for index in range(num_candidates)
+    ]
     check_weights(backbone.with_autoencoder(decoder).autoencoder if num_guidance_steps else None)
-    check_differentiable(reward, (len(prompts), backbone.image_channels, *pixels), prompts, noise.device)
+    check_reward = check_differentiable if num_guidance_steps else check_reported
+    check_reward(reward, (len(prompts), backbone.image_channels, *pixels), prompts, candidates[0].device)
     # The defaults are named, because a denoiser without them would be unguided.
     arguments = {
         **default_guidance(backbone.parameters),
@@ -165,14 +188,14 @@ def guide(
             denoisers.forward, scheduler, generator, denoisers.backward, num_inference_steps=steps, **arguments
         )
         return GuidedRun(
-            sample, decode, reward, prompts, scheduler, denoisers.estimator, held_out_reward, optimise,
+            sample, decode, reward, prompts, scheduler, denoisers.estimator, held_out, optimise,
             denoisers.text, layout,
         )  # fmt: skip
 
     full = make_run(backbone.differentiable_scheduler(), steps)
     cheap_run = None if cheap is None else cheap.checked(make_run(*cheap.scheduler_and_steps))
     phases = Phases(full, cheap_run, num_full_iterations, settings)
-    ascents = _ascend(backbone, phases, [noise], pixels, decoder, checkpoint_decoder)
+    ascents = _ascend(backbone, phases, candidates, pixels, decoder, checkpoint_decoder, callback_on_guidance_step)
     output = _output(backbone, ascents, denoisers, output_type, cheap)
     return output if return_dict else cast(GuidanceOutput, output.to_tuple())
 
@@ -213,7 +236,7 @@ def default_estimator(scheduler: SchedulerMixin, num_steps: int) -> FisherEstima
 
 def _ascend(
     backbone: Backbone, phases: Phases, candidates: list[torch.Tensor], pixels: tuple[int, int],
-    decoder: torch.nn.Module | None, checkpoint_decoder: bool,
+    decoder: torch.nn.Module | None, checkpoint_decoder: bool, callback: GuidanceCallback | None,
 ) -> list[NoiseAscent]:  # fmt: skip
     """Runs the phases of the ascent, and decodes its images by the pipeline's own autoencoder.
 
@@ -230,11 +253,13 @@ def _ascend(
             for part in autoencoder.modules():
                 stack.enter_context(restore_attributes(part, "gradient_checkpointing", "_gradient_checkpointing_func"))
             autoencoder.enable_gradient_checkpointing()
-        progress = stack.enter_context(backbone.progress_bar(phases.num_runs(len(candidates))))
+        num_runs = phases.num_runs(len(candidates))
+        progress = stack.enter_context(backbone.progress_bar(num_runs))
 
-        def report(ascent: NoiseAscent) -> None:
+        def report(ascent: NoiseAscent) -> bool:
             progress.set_postfix(reward=f"{float(ascent.rewards[-1].mean()):.3f}")
             progress.update()
+            return callback is not None and callback(GuidanceStep.after(ascent, num_runs)) is True
 
         ascents = phases.run(candidates, report)
         if decoder is not None:

@@ -16,6 +16,10 @@ def reward(images, prompts):
     return (images * WEIGHTS.to(images)).flatten(1).sum(1)
 
 
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
 def seeded():
     return torch.Generator().manual_seed(1)
 
@@ -189,7 +193,12 @@ def test_schedulers_that_the_pipelines_call_can_not_use_are_refused_by_name():
     with pytest.raises(UnsupportedError, match="FluxPipeline can't run on the `guidance_scheduler` FlowMatchHeun"):
         cheaply(flux, None, height=16, width=16, guidance_scheduler=heun, **flux_condition())
     assert before == tiny.snapshot(flux)
-    dit = tiny.dit()
+    dit, ddim = tiny.dit(), tiny.unconditional(diffusers.DDIMPipeline)
+    with pytest.raises(
+        UnsupportedError, match="DDIMPipeline can't run on the `guidance_scheduler` DPMSolverMultistep"
+    ):
+        cheaply(ddim, None, reward=brightness, guidance_scheduler=other("DPMSolverMultistepScheduler", ddim))
+    assert cheaply(ddim, None, reward=brightness, num_guidance_steps=1).guidance_scheduler == "DDIMScheduler"
     with pytest.raises(UnsupportedError, match="was given EulerDiscreteScheduler, whose noise and model input must"):
         cheaply(dit, [1, 2], guidance_scheduler=other("EulerDiscreteScheduler", dit))
 
