@@ -85,14 +85,17 @@ from .guidance import (
     AestheticReward as AestheticReward,
     ClassifierReward as ClassifierReward,
     GuidanceOutput as GuidanceOutput,
+    GuidanceStep as GuidanceStep,
     ImageInput as ImageInput,
     LinearReward as LinearReward,
     MeasurementReward as MeasurementReward,
+    NoiseWhiteness as NoiseWhiteness,
     PosteriorGuidance as PosteriorGuidance,
     TextImageReward as TextImageReward,
     WeightedReward as WeightedReward,
     gaussian_blur as gaussian_blur,
     named_reward as named_reward,
+    noise_whiteness as noise_whiteness,
     posterior_guidance as posterior_guidance,
 )
 from .guidance.pipeline import (

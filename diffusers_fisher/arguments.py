@@ -20,7 +20,8 @@ from .errors import InputError
 Checked = TypeVar("Checked", bound=Callable)
 
 LARGEST = {
-    "num_inference_steps": 10_000, "num_steps": 10_000, "num_guidance_steps": 10_000, "num_levels": 100_000,
+    "num_inference_steps": 10_000, "num_steps": 10_000, "num_guidance_steps": 10_000,
+    "num_guidance_inference_steps": 10_000, "num_candidates": 10_000, "num_levels": 100_000,
     "num_images_per_prompt": 10_000, "num_videos_per_prompt": 10_000, "height": 16_384, "width": 16_384,
     "num_draws": 10_000, "num_pairs": 10_000, "num_encodings": 10_000, "count": 10_000_000, "std": 1000,
     "bins": 2**32,
@@ -31,7 +32,8 @@ LARGEST = {
 WORDS = {
     "DiffusionPipeline": "a diffusers pipeline, such as StableDiffusionPipeline.from_pretrained(...)",
     "FisherEstimator": "a Fisher estimator such as DirectFisher()", "Generator": "a torch.Generator",
-    "Module": "a torch module", "Tensor": "a tensor",
+    "Module": "a torch module",
+    "SchedulerMixin": "a diffusers scheduler, such as DDIMScheduler.from_config(...)", "Tensor": "a tensor",
 }  # fmt: skip
 """What messages call the classes of annotations that a user may not know by name."""
 

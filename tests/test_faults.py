@@ -194,7 +194,8 @@ def test_foreign_records_of_likelihoods_are_named(tmp_path, name):
 
 
 GUIDED = {"prompt": "a", "before": "b.png", "after": "c.png", "best_run": 0, "rewards": [0.0], "held_out": [],
-          "shell_distances": [None], "seconds": [1.0], "status": "completed", "flagged": []}  # fmt: skip
+          "shell_distances": [None], "whiteness": [0.5], "seconds": [1.0], "status": "completed",
+          "flagged": []}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_the_gallery_shows_any_prompt(tmp_path):
     records = []
     for index, text in enumerate(TEXTS.values()):
         record = {"prompt": text, "rewards": [0.0, 1.0], "best_run": 1, "held_out": [], "seconds": [1.0, 1.0]}
-        record |= {"shell_distances": [0.0, 0.0], "flagged": [], "status": "completed"}
+        record |= {"shell_distances": [0.0, 0.0], "whiteness": [0.5, 0.5], "flagged": [], "status": "completed"}
         for name in ("before", "after"):
             record[name] = f"pictures/{index:05d}_{name}.png"
             save_picture(torch.zeros(3, 8, 8), tmp_path / record[name])

@@ -254,12 +254,12 @@ class _Guidance:
             save_picture(image, self.records.folder / files[name])
         histories: dict[str, Any] = {
             "rewards": out.rewards, "held_out": out.held_out_rewards, "shell_distances": out.shell_distances,
-            "gradient_norms": out.gradient_norms,
+            "whiteness": out.whiteness, "gradient_norms": out.gradient_norms,
         }  # fmt: skip
         # A safety checker replaces an image by a black one.
         black_images = [name for name, image in images.items() if out.nsfw_content_detected and not bool(image.any())]
         return {
-            "best_run": int(out.rewards[:, index].argmax()),
+            "best_run": int(cast(torch.Tensor, out.best_runs)[index]),
             **{name: [finite_number(value) for value in rows[:, index].tolist()] for name, rows in histories.items()},
             **(self._likelihoods(prompt, images, seed) if self.settings.likelihood else {}),
             "seconds": out.seconds.tolist(), "status": out.status, "flagged": black_images, **files,

@@ -26,6 +26,7 @@ QUANTITIES = {
     "rewards": "reward",
     "held_out": "held-out reward",
     "shell_distances": "shell distance",
+    "whiteness": "whiteness of the noise",
     "bits_per_dim": "bits/dim",
 }  # keys of a record, with their names on the page
 
@@ -47,6 +48,7 @@ class GuidedPrompt(BaseModel):
     rewards: Annotated[list[FiniteFloat | None], Field(min_length=1)]
     held_out: list[FiniteFloat | None]
     shell_distances: list[FiniteFloat | None]
+    whiteness: list[FiniteFloat | None]
     bits_per_dim: dict[Literal["before", "after"], FiniteFloat | None] | None = None
     bits_per_dim_error: dict[Literal["before", "after"], FiniteFloat | None] | None = None
     seconds: list[FiniteFloat]
@@ -171,6 +173,7 @@ def _add_prompt(page: Page, folder: Path, record: dict[str, Any]) -> None:
         numbers = [f"reward {record['rewards'][run]:.4g}"]
         if record["held_out"]:
             numbers.append(f"held out {_number_text(record['held_out'][run])}")
+        numbers.append(f"whiteness {_number_text(record['whiteness'][run])}")
         captions.append(f"{moment}: {', '.join([*numbers, *_bits(record, moment)])}")
     page.pictures([(folder / record[name], text) for name, text in zip(("before", "after"), captions, strict=True)])
     if record["flagged"]:

@@ -2,6 +2,7 @@
 
 from .checks import Reward
 from .noise_ascent import AscentSettings, GuidanceOutput, GuidedRun, ascend_noise
+from .phases import GuidanceStep
 from .posterior import PosteriorGuidance, posterior_guidance
 from .rewards import (
     AestheticReward,
@@ -14,9 +15,11 @@ from .rewards import (
     gaussian_blur,
     named_reward,
 )
+from .whiteness import NoiseWhiteness, noise_whiteness
 
 __all__ = [
-    "AestheticReward", "AscentSettings", "ClassifierReward", "GuidanceOutput", "GuidedRun", "ImageInput",
-    "LinearReward", "MeasurementReward", "PosteriorGuidance", "Reward", "TextImageReward", "WeightedReward",
-    "ascend_noise", "gaussian_blur", "named_reward", "posterior_guidance",
+    "AestheticReward", "AscentSettings", "ClassifierReward", "GuidanceOutput", "GuidanceStep", "GuidedRun",
+    "ImageInput", "LinearReward", "MeasurementReward", "NoiseWhiteness", "PosteriorGuidance", "Reward",
+    "TextImageReward", "WeightedReward", "ascend_noise", "gaussian_blur", "named_reward", "noise_whiteness",
+    "posterior_guidance",
 ]  # fmt: skip

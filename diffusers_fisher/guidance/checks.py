@@ -37,7 +37,7 @@ def check_guidance(
         raise InputError(f"`output_type` is '{output_type}'; allowed: pil, np, pt.")
 
 
-def check_num_steps(backbone: Backbone, num_inference_steps: int) -> None:
+def check_num_steps(backbone: Backbone, num_inference_steps: int, name: str = "num_inference_steps") -> None:
     """Refuses more steps than the pipeline's scheduler makes. Raises `InputError`, before a run begins."""
     scheduler = backbone.differentiable_scheduler()
     num_train_timesteps = scheduler.config.get("num_train_timesteps")
@@ -47,7 +47,7 @@ def check_num_steps(backbone: Backbone, num_inference_steps: int) -> None:
         scheduler.set_timesteps(num_inference_steps)
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise InputError(
-            f"`num_inference_steps` is {num_inference_steps}; {type(backbone.scheduler).__name__} allows at most "
+            f"`{name}` is {num_inference_steps}; {type(backbone.scheduler).__name__} allows at most "
             f"{num_train_timesteps}, its number of training timesteps. It said: {error}"
         ) from error
 
@@ -120,6 +120,22 @@ def check_callable(reward: Reward) -> None:
         ) from error
     except ValueError:  # a builtin function without a signature
         return
+
+
+def check_candidates(num_candidates: int, callback: Callable | None) -> None:
+    """Refuses numbers of candidates, and callbacks that can't be called with one argument. Raises `InputError`."""
+    if num_candidates < 1:
+        raise InputError(f"`num_candidates` is {num_candidates}; allowed: at least 1.")
+    if callback is not None:
+        try:
+            inspect.signature(callback).bind(None)
+        except TypeError as error:
+            raise InputError(
+                f"`callback_on_guidance_step` can't be called as callback(step): {error}. It must take one argument, "
+                "a GuidanceStep."
+            ) from error
+        except ValueError:  # a builtin function without a signature
+            return
 
 
 def _ramps(shape: Sequence[int], device: torch.device) -> torch.Tensor:

@@ -70,6 +70,7 @@ class TorchAscent:
     def move(self, variables: Variables, gradients: Variables, is_best: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns the parameters after a step of the optimiser. The arguments are those of `NormalisedAscent.move`."""
         for name, parameter in self._parameters.items():
+            parameter.data.copy_(variables[name])  # a projection may have moved it
             parameter.grad = -gradients[name].to(parameter)
         self._optimizer.step()
         return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}

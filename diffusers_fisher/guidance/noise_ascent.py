@@ -1,9 +1,11 @@
 """Generation steered by a differentiable reward: ascent on the initial noise, through the whole sampling run."""
 
+from __future__ import annotations
+
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from . import checks
 from .checks import Prompts, Reward
 from .movers import NormalisedAscent, OptimizerFactory, TorchAscent, Variables, shell_distance
 from .text import TextEmbedding
+from .whiteness import NoiseLayout, NoiseWhiteness, noise_whiteness
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +47,22 @@ class GuidanceOutput(BaseOutput):
             without such a reward. NaN where it was not finite, which the log says once and which changes nothing else.
         shell_distances: (runs, B) float64, distance of the noise's norm from the norm of Gaussian noise, in standard
             deviations of the latter. Beyond about 3 the model was not trained on such noise.
+        whiteness: (runs, B) float64, p-values of the noise: how often white noise is as far from its own mean power in
+            every band of frequencies, and from channels without correlation. Uniform for white noise; below 0.01 the
+            model was not trained on such noise.
+        noise_band_scores: (runs, B, C, bands) float64, the powers in standard deviations: see `NoiseWhiteness`.
+        noise_correlation_scores: (runs, B, pairs of channels) float64, the correlations in standard deviations.
         status: "completed", or why the guidance stopped early.
+        best_runs: (B,) numbers of the runs that made the images, which are rows of `rewards`.
         prompt_embeds: (B, tokens, width) text embedding of the best images where it was optimised.
         controls: (B, steps, ...) tensors that were added to the model's output at every step for the best images,
             where they were optimised.
+        num_cheap_runs: number of the first runs, and rows of `rewards`, that had `num_guidance_inference_steps`. The
+            images and `best_rewards` are those of the later runs, `initial_images` those of the first.
+        guidance_scheduler: class of the scheduler of the cheap runs; empty without any.
+        cheap_rewards, full_rewards: (B,) float64, rewards of the best cheap run of every sample, and of the full run
+            from the same noise; None without cheap runs.
+        reordered: pairs of samples that `cheap_rewards` and `full_rewards` rank in different orders.
     """
 
     images: Any
@@ -61,9 +76,18 @@ class GuidanceOutput(BaseOutput):
     initial_images: Any = None
     held_out_rewards: torch.Tensor | None = None
     shell_distances: torch.Tensor | None = None
+    whiteness: torch.Tensor | None = None
+    noise_band_scores: torch.Tensor | None = None
+    noise_correlation_scores: torch.Tensor | None = None
     status: str = COMPLETED
     prompt_embeds: torch.Tensor | None = None
     controls: torch.Tensor | None = None
+    best_runs: torch.Tensor | None = None
+    num_cheap_runs: int = 0
+    guidance_scheduler: str = ""
+    cheap_rewards: torch.Tensor | None = None
+    full_rewards: torch.Tensor | None = None
+    reordered: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [
@@ -71,8 +95,14 @@ class GuidanceOutput(BaseOutput):
             f"  reward    {float(self.rewards[0].mean()):.4g} before, {float(self.best_rewards.mean()):.4g} at its "
             f"best, on average, in {len(self.rewards)} runs",
         ]
-        if self.held_out_rewards is not None and len(self.held_out_rewards):
-            best = self.held_out_rewards.gather(0, self.rewards.argmax(0)[None])
+        if self.cheap_rewards is not None and self.full_rewards is not None:
+            pairs = f"; they rank {len(self.reordered)} pairs of samples differently" if self.reordered else ""
+            lines.append(
+                f"  cheap     {float(self.cheap_rewards.mean()):.4g} in runs of {self.guidance_scheduler}, "
+                f"{float(self.full_rewards.mean()):.4g} in full runs of the same noise{pairs}"
+            )
+        if self.held_out_rewards is not None and len(self.held_out_rewards) and self.best_runs is not None:
+            best = self.held_out_rewards.gather(0, self.best_runs[None])
             before = float(self.held_out_rewards[0].mean())
             lines.append(f"  held out  {before:.4g} before, {float(best.mean()):.4g} at the best reward")
         lines.append(f"  cost      {float(self.seconds.sum()):.1f} s, {self.num_denoiser_calls} denoiser calls")
@@ -87,6 +117,8 @@ class NoiseAscent:
         best_rewards: (B,) float64.
         best: tensors of the best samples: "images", "latents" (the run's end), "noise" and other optimised variables.
         initial: "images" and "latents" of the first run.
+        first_run: number of the first run; that of a later phase of a guidance is not 0.
+        mover: what takes the steps; None before the first step.
     """
 
     best_rewards: torch.Tensor
@@ -95,15 +127,31 @@ class NoiseAscent:
     rewards: list[torch.Tensor] = dataclasses.field(default_factory=list)
     held_out_rewards: list[torch.Tensor] = dataclasses.field(default_factory=list)
     shell_distances: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    whiteness: list[NoiseWhiteness] = dataclasses.field(default_factory=list)
     gradient_norms: list[torch.Tensor] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
     num_sampling_calls: int = 0
     runs_without_gain: int = 0
+    first_run: int = 0
+    mover: NormalisedAscent | TorchAscent | None = None
     status: str = COMPLETED
 
+    @classmethod
+    def after(cls, start: NoiseAscent | None, count: int) -> NoiseAscent:
+        """Makes an ascent of `count` samples without runs, whose runs are numbered on from those of `start`."""
+        first_run = 0 if start is None else start.first_run + len(start.rewards)
+        mover = None if start is None else start.mover
+        return cls(torch.full((count,), -torch.inf, dtype=torch.float64), first_run=first_run, mover=mover)
+
+    def stop(self, status: str) -> None:
+        """Ends the ascent because of an error, and warns."""
+        self.status = status
+        logger.warning("Guidance %s The best so far is returned.", status)
+
     def record(
-        self, rewards: torch.Tensor, held_out: torch.Tensor | None, tensors: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
+        self, rewards: torch.Tensor, held_out: torch.Tensor | None, whiteness: NoiseWhiteness,
+        tensors: dict[str, torch.Tensor],
+    ) -> torch.Tensor:  # fmt: skip
         """Records one run's rewards and keeps, sample by sample, the better of old and new.
 
         Returns:
@@ -114,6 +162,7 @@ class NoiseAscent:
         if held_out is not None:
             self.held_out_rewards.append(held_out)
         self.shell_distances.append(shell_distance(tensors["noise"]))
+        self.whiteness.append(whiteness)
         is_best = rewards > self.best_rewards
         self.best_rewards = torch.where(is_best, rewards, self.best_rewards)
         self.runs_without_gain = 0 if bool(is_best.any()) else self.runs_without_gain + 1
@@ -141,6 +190,7 @@ class GuidedRun:
         optimise: names of the variables that move: "noise", "text" (with `text`), "control" (added to the model's
             output at every step, zero at first).
         text: embedding that `sample` and `estimator` use.
+        layout: brings the noise to (B, C, ...) and back, for its whiteness.
     """
 
     sample: Callable[[torch.Tensor], torch.Tensor]
@@ -152,6 +202,7 @@ class GuidedRun:
     held_out_reward: Reward | None = None
     optimise: Collection[str] = ("noise",)
     text: TextEmbedding | None = None
+    layout: NoiseLayout = dataclasses.field(default_factory=NoiseLayout)
 
     def __call__(
         self, variables: dict[str, torch.Tensor], step: int, with_gradient: bool, ascent: NoiseAscent
@@ -167,7 +218,7 @@ class GuidedRun:
         """
         controls = self._set_variables(variables)
         # The runs differ in their noise alone, so the first one shows whether the denoiser is theirs.
-        estimator = self.estimator if step == 0 else self.estimator.without_comparison()
+        estimator = self.estimator.without_comparison() if ascent.rewards else self.estimator
         with self.scheduler.differentiable(estimator, controls=controls) as trajectory:
             latents = self.sample(variables["noise"])
         _check_end(latents, trajectory, step)
@@ -182,7 +233,8 @@ class GuidedRun:
             rewards = checks.reward_in_run(self.reward, images, self.prompts, f"run {step}", latents)
             total = rewards.sum()  # here, because the caller may be under no_grad
         held_out = self._evaluate_held_out(images.detach().clone(), step, ascent)  # the reward may change its images
-        is_best = ascent.record(rewards, held_out, {**variables, "images": images, "latents": latents})
+        whiteness = noise_whiteness(self.layout.unpack(variables["noise"]))
+        is_best = ascent.record(rewards, held_out, whiteness, {**variables, "images": images, "latents": latents})
         if not with_gradient:
             return variables, is_best, {}
         if trajectory.states and not latents.requires_grad:
@@ -193,6 +245,13 @@ class GuidedRun:
         if not rewards.requires_grad:
             raise checks.gradient_error(self.reward)
         return variables, is_best, self._gradients(trajectory, total, variables["noise"].dtype)
+
+    @torch.no_grad()
+    def try_held_out_reward(self, noise: torch.Tensor) -> None:
+        """Refuses a held-out reward of the wrong shape before the first run. Raises `InputError`."""
+        if self.held_out_reward is not None:
+            image = self.decode(noise[:1])  # only its size and device are used
+            checks.check_reported(self.held_out_reward, (len(noise), *image.shape[1:]), self.prompts, image.device)
 
     @torch.no_grad()
     def _evaluate_held_out(self, images: torch.Tensor, step: int, ascent: NoiseAscent) -> torch.Tensor | None:
@@ -254,12 +313,15 @@ class AscentSettings:
         step_size: step size of normalised ascent, see `NormalisedAscent`.
         optimizer: makes an optimiser of torch.optim, instead of normalised ascent.
         patience: number of runs without a new best of any sample after which the ascent stops; None: it never does.
+        noise_projection: how every step brings the noise back to white noise, see `project_to_white`; None: it does
+            not.
     """
 
     num_guidance_steps: int = 10
     step_size: float = 0.2
     optimizer: OptimizerFactory | None = None
     patience: int | None = None
+    noise_projection: str | None = None
 
     def make_mover(self, variables: Variables, noise: torch.Tensor) -> NormalisedAscent | TorchAscent:
         """Makes what takes the steps, from the first values of the variables and from the initial noise."""
@@ -268,11 +330,16 @@ class AscentSettings:
         return TorchAscent(variables, self.optimizer)
 
 
+OnRun = Callable[[NoiseAscent], bool | None]
+"""`on_run(ascent)` is called after every run, and returns True to stop the guidance."""
+
+
 def ascend_noise(
     run: GuidedRun,
     noise: torch.Tensor,
     settings: AscentSettings,
-    on_step: Callable[[torch.Tensor], None] = lambda rewards: None,
+    on_run: OnRun = lambda ascent: None,
+    start: NoiseAscent | None = None,
 ) -> NoiseAscent:
     """Raises the reward by gradient steps on the initial noise, and on request on other variables of the run.
 
@@ -280,7 +347,8 @@ def ascend_noise(
         run: sampling run with its reward. The shape of a held-out reward is tried before the first run, for which one
             sample is decoded.
         noise: (B, ...) float32 initial noise.
-        on_step: called with the rewards (B,) after each of the `num_guidance_steps + 1` runs.
+        on_run: called after each of the `num_guidance_steps + 1` runs.
+        start: an earlier ascent, from whose best variables this one goes on; None: it begins with `noise`.
 
     Cost: `num_guidance_steps + 1` sampling runs and decodes, `num_guidance_steps` decoder and reward gradients, and
     the estimator's products. The denoiser never builds a graph, unless the estimator does, or the text is optimised.
@@ -291,40 +359,64 @@ def ascend_noise(
             finite; later, and for gradients, the ascent stops there, and its `status` says so.
     """
     steps, patience = settings.num_guidance_steps, settings.patience
-    ascent = NoiseAscent(torch.full((len(noise),), -torch.inf, dtype=torch.float64))
-    variables = {"noise": noise}
-    mover: NormalisedAscent | TorchAscent | None = None
+    ascent = NoiseAscent.after(start, len(noise))
+    best = {"noise": noise} if start is None else start.best
+    variables = {name: best[name] for name in VARIABLES if name in best}
+    noise = variables["noise"]
     if steps > 0 and settings.optimizer is None and not bool((checks.norms(noise) > 0).all()):
         raise InputError(
             "A sample of the initial noise is all zero, so there is no sphere to move it on; draw it anew."
         )
-    if run.held_out_reward is not None:
-        with torch.no_grad():
-            image = run.decode(noise[:1])  # only its size and device are used
-        checks.check_reported(run.held_out_reward, (len(noise), *image.shape[1:]), run.prompts, image.device)
+    if start is None:
+        run.try_held_out_reward(noise)
     for step in range(steps + 1):
-        begin = time.perf_counter()
+        begin, number = time.perf_counter(), ascent.first_run + step
         try:
-            variables, is_best, gradients = run(variables, step, step < steps, ascent)
+            variables, is_best, gradients = run(variables, number, step < steps, ascent)
             if gradients:
                 parts = torch.stack([checks.normalise(gradient)[1] for gradient in gradients.values()])
                 ascent.gradient_norms.append(torch.linalg.vector_norm(parts, dim=0))
-                if len(ascent.gradient_norms) == 1:
+                if ascent.mover is None:
                     _warn_of_flat_rewards(ascent.gradient_norms[0], run.reward)
                 moving = {name: variables[name] for name in gradients}
-                mover = mover or settings.make_mover(moving, noise)
-                variables |= mover.move(moving, gradients, is_best)
+                ascent.mover = ascent.mover or settings.make_mover(moving, noise)
+                variables |= ascent.mover.move(moving, gradients, is_best)
+                if settings.noise_projection is not None and "noise" in moving:
+                    variables["noise"] = run.layout.project(variables["noise"], settings.noise_projection)
         except NumericalError as error:
             if not ascent.rewards:  # nothing to return
                 raise
-            ascent.status = f"stopped in run {step}: {error}"
-            logger.warning("Guidance %s The best so far is returned.", ascent.status)
+            ascent.stop(f"stopped in run {number}: {error}")
         if len(ascent.rewards) == step + 1:
             ascent.seconds.append(time.perf_counter() - begin)
-            on_step(ascent.rewards[-1])
+            if on_run(ascent) and ascent.status == COMPLETED and step < steps:
+                ascent.status = f"stopped by the callback after run {number}"
         if patience is not None and ascent.runs_without_gain >= patience and step < steps:
             ascent.status = f"stopped after {patience} runs without a new best"
         if ascent.status != COMPLETED:
+            break
+    return ascent
+
+
+def score_candidates(run: GuidedRun, candidates: Sequence[torch.Tensor], on_run: OnRun) -> NoiseAscent:
+    """Returns the best of several initial noises, (B, ...) each, sample by sample, after one run of each.
+
+    Raises `InputError` and `NumericalError` as `ascend_noise` does.
+    """
+    ascent = NoiseAscent.after(None, len(candidates[0]))
+    run.try_held_out_reward(candidates[0])
+    for number, noise in enumerate(candidates):
+        begin = time.perf_counter()
+        try:
+            run({"noise": noise}, number, False, ascent)
+        except NumericalError as error:
+            if not ascent.rewards:  # nothing to return
+                raise
+            ascent.stop(f"stopped in run {number}: {error}")
+            break
+        ascent.seconds.append(time.perf_counter() - begin)
+        if on_run(ascent) and number + 1 < len(candidates):
+            ascent.status = f"stopped by the callback after run {number}"
             break
     return ascent
 

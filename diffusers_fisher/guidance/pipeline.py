@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -26,10 +27,21 @@ from ..fisher.autodiff import AutodiffFisher
 from ..fisher.estimator import FisherEstimator
 from ..fisher.one_step import OneStepFisher
 from ..images import ImageLike
-from .checks import Reward, check_differentiable, check_guidance, check_num_steps
+from ..schedulers import FisherSchedulerMixin
+from .checks import (
+    Reward,
+    check_candidates,
+    check_differentiable,
+    check_guidance,
+    check_num_steps,
+    check_reported,
+)
 from .movers import OptimizerFactory, optimizer_factory
-from .noise_ascent import VARIABLES, AscentSettings, GuidanceOutput, GuidedRun, NoiseAscent, ascend_noise
+from .noise_ascent import COMPLETED, VARIABLES, AscentSettings, GuidanceOutput, GuidedRun, NoiseAscent
+from .phases import CheapRuns, GuidanceCallback, GuidanceStep, Phases, cheap_runs, reordered_pairs
+from .rewards.named import named_reward
 from .text import TextEmbedding, TextGradientEstimator
+from .whiteness import NoiseLayout, check_projection
 
 """Relative lengths of the default estimator's differences. On the embedded checkpoint in bfloat16 a gradient's cosine
 with the exact product is 0.85 by 0.1, 0.82 by 0.05, and 0.43 by the 0.01 that float32 has (there 0.90)."""
@@ -39,7 +51,7 @@ with the exact product is 0.85 by 0.1, 0.82 by 0.05, and 0.43 by the 0.01 that f
 def guide(
     pipe: DiffusionPipeline,
     prompt: Condition,
-    reward: Reward,
+    reward: Reward | str,
     *,
     num_guidance_steps: int = 10,
     step_size: float = 0.2,
@@ -47,16 +59,22 @@ def guide(
     height: int | None = None,
     width: int | None = None,
     num_inference_steps: int | None = None,
+    num_guidance_inference_steps: int | None = None,
+    guidance_scheduler: SchedulerMixin | None = None,
+    num_full_iterations: int = 0,
     guidance_scale: float | None = None,
     num_images_per_prompt: int = 1,
     generator: Generators = None,
     latents: torch.Tensor | None = None,
+    num_candidates: int = 1,
     output_type: str = "pil",
     return_dict: bool = True,
     optimise: Sequence[str] = ("noise",),
     optimizer: str | OptimizerFactory | None = None,
     patience: int | None = None,
-    held_out_reward: Reward | None = None,
+    noise_projection: str | None = None,
+    held_out_reward: Reward | str | None = None,
+    callback_on_guidance_step: GuidanceCallback | None = None,
     adjoint_guidance_scale: float | None = None,
     decoder: torch.nn.Module | None = None,
     checkpoint_decoder: bool = False,
@@ -71,22 +89,36 @@ def guide(
         pipe: a pipeline that has a backbone, stock or ours; nothing on it is changed.
         prompt: one prompt, or several; None where `prompt_embeds` are passed. Class labels where the pipeline takes
             class labels.
-        reward: `reward(images, prompts) -> (B,)`, images (B, 3, H, W) in [0, 1] with a graph, higher is better.
-        num_guidance_steps: gradient steps; 0 samples and scores.
+        reward: `reward(images, prompts) -> (B,)`, images (B, 3, H, W) in [0, 1] with a graph, higher is better; or the
+            name of a reward, such as "pick_score", see `named_reward`.
+        num_guidance_steps: gradient steps; 0 samples and scores, for which the reward needs no gradient.
         step_size: length of the first step relative to the noise's norm; halved for a sample whose reward is no better
             than its best before.
         estimator: estimator of the diffusion Fisher; None: `OneStepFisher()`, for one denoiser call per guidance step,
             or for runs of a single step `AutodiffFisher()`, a backward pass through the network.
         num_inference_steps, guidance_scale: arguments of the sampling runs; None: the stock call's defaults.
+        num_guidance_inference_steps: number of steps of the runs by which the guidance climbs, such as 5; None: all
+            runs are full ones, of `num_inference_steps` steps of the pipeline's own scheduler. The images come from a
+            full run in any case.
+        guidance_scheduler: scheduler of the runs of `num_guidance_inference_steps`, made by `from_config` from that of
+            the pipeline; None: DPM-Solver++, or the pipeline's own for flow matching and consistency models.
+        num_full_iterations: number of the last guidance steps that are taken by full runs.
         latents: initial noise of unit variance, (B, C, h, w), or packed where the pipeline's own are; None: drawn with
             `generator` as the stock call does.
+        num_candidates: number of initial noises of every sample, `latents` or the first drawn and further ones. The
+            guidance begins with the best of them; without guidance steps this is best-of-N sampling.
         output_type: "pil", "np", "pt".
         optimise: what moves: "noise"; "text", the prompts' embedding, by the network's own derivative (a graph of one
             evaluation at a time); "control", added to the model's output at every step.
         optimizer: None for normalised ascent, which keeps the noise on its sphere; or a name in torch.optim, with
             `step_size` as its learning rate, or a factory from parameters to an optimiser.
         patience: number of runs without a new best of any sample after which the guidance stops; None: it never does.
-        held_out_reward: a reward that is reported and not optimised. Where it falls, the guidance exploits the reward.
+        noise_projection: None: the noise keeps its norm and nothing else. "soft" or "hard": every step also brings it
+            back to white noise, to within 2 standard deviations or to the mean power in every band of frequencies, see
+            "White noise" in docs/guidance.md.
+        held_out_reward: a reward or its name, which is reported and not optimised. Where it falls, the guidance
+            exploits the reward.
+        callback_on_guidance_step: called with a `GuidanceStep` after every run; the guidance stops if it returns True.
         adjoint_guidance_scale: guidance scale of the denoiser in the backward pass, 1.0 to keep classifier-free
             guidance out of it; None: as in the runs, whose first output is compared with a denoiser that the estimator
             brings. It has no effect on estimators without a denoiser.
@@ -97,7 +129,9 @@ def guide(
 
     Returns:
         `GuidanceOutput`, or with `return_dict=False` the tuple of its entries. Cost: `num_guidance_steps + 1` ordinary
-        runs with decoding, and a decoder and reward gradient per guidance step; see the estimator for its own.
+        runs with decoding, and a decoder and reward gradient per guidance step; see the estimator for its own. With
+        `num_guidance_inference_steps`, `num_full_iterations + 1` of the runs are full ones, and one more run is made.
+        Every candidate costs one more run, if there are several.
 
     Raises:
         InputError: before sampling, arguments out of range, latents of the wrong shape, a reward that is not
@@ -111,15 +145,27 @@ def guide(
     call_arguments = check_arguments(backbone.name, backbone.parameters, guide, call_arguments)
     steps = backbone.parameters["num_inference_steps"].default if num_inference_steps is None else num_inference_steps
     check_guidance(num_guidance_steps, step_size, steps, output_type, patience)
-    _check_options(backbone, estimator, optimise, decoder is not None or checkpoint_decoder)
-    settings = AscentSettings(num_guidance_steps, step_size, optimizer_factory(optimizer, step_size), patience)
+    check_candidates(num_candidates, callback_on_guidance_step)
+    _check_options(backbone, estimator, optimise, noise_projection, decoder is not None or checkpoint_decoder)
+    mover = optimizer_factory(optimizer, step_size)
+    settings = AscentSettings(num_guidance_steps, step_size, mover, patience, noise_projection)
     backbone.check_scheduler()
     check_num_steps(backbone, steps)
+    cheap = cheap_runs(
+        backbone, num_guidance_inference_steps, guidance_scheduler, num_full_iterations, num_guidance_steps, optimise,
+        call_arguments,
+    )  # fmt: skip
     prompts, conditions = backbone.conditions(prompt, call_arguments, None, num_images_per_prompt)
     pixels = backbone.image_size(height, width)
-    noise = backbone.initial_noise(latents, len(prompts), pixels, generator)
+    reward = named_reward(reward) if isinstance(reward, str) else reward
+    held_out = named_reward(held_out_reward) if isinstance(held_out_reward, str) else held_out_reward
+    candidates = [
+        backbone.initial_noise(None if index else latents, len(prompts), pixels, generator)
+        for index in range(num_candidates)
+    ]
     check_weights(backbone.with_autoencoder(decoder).autoencoder if num_guidance_steps else None)
-    check_differentiable(reward, (len(prompts), backbone.image_channels, *pixels), prompts, noise.device)
+    check_reward = check_differentiable if num_guidance_steps else check_reported
+    check_reward(reward, (len(prompts), backbone.image_channels, *pixels), prompts, candidates[0].device)
     # The defaults are named, because a denoiser without them would be unguided.
     arguments = {
         **default_guidance(backbone.parameters),
@@ -129,27 +175,43 @@ def guide(
     }
     if "guidance_scale" in arguments and guidance_scale is not None:
         arguments["guidance_scale"] = guidance_scale
-    estimator = default_estimator(steps) if estimator is None else estimator
+    if estimator is None:
+        estimator = default_estimator(steps if cheap is None else cheap.scheduler_and_steps[1])
     denoisers = _DenoisersAndEstimator(backbone, arguments, estimator, adjoint_guidance_scale, "text" in optimise)
-    scheduler = backbone.differentiable_scheduler()
-    sample = SamplingRun(
-        denoisers.forward, scheduler, generator, denoisers.backward, num_inference_steps=steps, **arguments
-    )
     decode = functools.partial(backbone.with_autoencoder(decoder).decode, pixels=pixels)
-    run = GuidedRun(
-        sample, decode, reward, prompts, scheduler, denoisers.estimator, held_out_reward, optimise, denoisers.text
-    )
-    ascent = _ascend(backbone, run, noise, pixels, settings, decoder, checkpoint_decoder)
-    output = _output(backbone, ascent, denoisers, output_type)
+    layout = NoiseLayout(functools.partial(backbone.unpack, pixels=pixels), backbone.pack)
+
+    def make_run(scheduler: FisherSchedulerMixin, steps: int) -> GuidedRun:
+        sample = SamplingRun(
+            denoisers.forward, scheduler, generator, denoisers.backward, num_inference_steps=steps, **arguments
+        )
+        return GuidedRun(
+            sample, decode, reward, prompts, scheduler, denoisers.estimator, held_out, optimise,
+            denoisers.text, layout,
+        )  # fmt: skip
+
+    full = make_run(backbone.differentiable_scheduler(), steps)
+    cheap_run = None if cheap is None else cheap.checked(make_run(*cheap.scheduler_and_steps))
+    phases = Phases(full, cheap_run, num_full_iterations, settings)
+    ascents = _ascend(backbone, phases, candidates, pixels, decoder, checkpoint_decoder, callback_on_guidance_step)
+    output = _output(backbone, ascents, denoisers, output_type, cheap)
     return output if return_dict else cast(GuidanceOutput, output.to_tuple())
 
 
 def _check_options(
-    backbone: Backbone, estimator: FisherEstimator | None, optimise: Sequence[str], has_decoder_options: bool
-) -> None:
+    backbone: Backbone, estimator: FisherEstimator | None, optimise: Sequence[str], noise_projection: str | None,
+    has_decoder_options: bool,
+) -> None:  # fmt: skip
     """Refuses what `guide` can't optimise, estimate or decode by. Raises `InputError`."""
     if not optimise or not set(optimise) <= set(VARIABLES):
         raise InputError(f"`optimise` is {optimise!r}; allowed: some of {', '.join(VARIABLES)}, as a list.")
+    if noise_projection is not None:
+        check_projection(noise_projection)
+        if "noise" not in optimise:
+            raise InputError(
+                f"`noise_projection` is '{noise_projection}' while `optimise` is {optimise!r}; allowed: None where "
+                'the noise does not move. Add "noise" to `optimise`, or leave the projection out.'
+            )
     if has_decoder_options and backbone.autoencoder is None:
         raise InputError(f"{backbone.name} has no autoencoder `vae`; leave out `decoder` and `checkpoint_decoder`.")
     if estimator is not None and estimator.denoiser is not None and "text" in optimise:
@@ -170,36 +232,38 @@ def default_estimator(num_steps: int) -> FisherEstimator:
 
 
 def _ascend(
-    backbone: Backbone, run: GuidedRun, noise: torch.Tensor, pixels: tuple[int, int], settings: AscentSettings,
-    decoder: torch.nn.Module | None, checkpoint_decoder: bool,
-) -> NoiseAscent:  # fmt: skip
-    """Runs the ascent, and decodes its best images by the pipeline's own autoencoder.
+    backbone: Backbone, phases: Phases, candidates: list[torch.Tensor], pixels: tuple[int, int],
+    decoder: torch.nn.Module | None, checkpoint_decoder: bool, callback: GuidanceCallback | None,
+) -> list[NoiseAscent]:  # fmt: skip
+    """Runs the phases of the ascent, and decodes its images by the pipeline's own autoencoder.
 
     Args:
-        noise: (B, ...) initial noise in the pipeline's layout.
+        candidates: initial noises (B, ...) in the pipeline's layout.
         pixels: height and width of the images.
-        decoder: decoder that `run` uses in the place of the pipeline's own; None: it uses the pipeline's own.
+        decoder: decoder that the runs use in the place of the pipeline's own; None: it uses the pipeline's own.
     """
     with backbone.loaded(), contextlib.ExitStack() as stack:
         if decoder is not None:
-            _check_decoder(decoder, run, noise, pixels)
+            _check_decoder(decoder, phases.full, candidates[0], pixels)
         if checkpoint_decoder:
             autoencoder: Any = backbone.autoencoder if decoder is None else decoder
             for part in autoencoder.modules():
                 stack.enter_context(restore_attributes(part, "gradient_checkpointing", "_gradient_checkpointing_func"))
             autoencoder.enable_gradient_checkpointing()
-        progress = stack.enter_context(backbone.progress_bar(settings.num_guidance_steps + 1))
+        num_runs = phases.num_runs(len(candidates))
+        progress = stack.enter_context(backbone.progress_bar(num_runs))
 
-        def report(rewards: torch.Tensor) -> None:
-            progress.set_postfix(reward=f"{float(rewards.mean()):.3f}")
+        def report(ascent: NoiseAscent) -> bool:
+            progress.set_postfix(reward=f"{float(ascent.rewards[-1].mean()):.3f}")
             progress.update()
+            return callback is not None and callback(GuidanceStep.after(ascent, num_runs)) is True
 
-        ascent = ascend_noise(run, noise, settings, report)
+        ascents = phases.run(candidates, report)
         if decoder is not None:
-            for tensors in (ascent.best, ascent.initial):
+            for tensors in (ascents[-1].best, ascents[0].initial):
                 with torch.no_grad():
                     tensors["images"] = backbone.decode(tensors["latents"], pixels)
-    return ascent
+    return ascents
 
 
 @torch.no_grad()
@@ -216,28 +280,49 @@ def _check_decoder(decoder: torch.nn.Module, run: GuidedRun, noise: torch.Tensor
 
 
 def _output(
-    backbone: Backbone, ascent: NoiseAscent, denoisers: _DenoisersAndEstimator, output_type: str
-) -> GuidanceOutput:
+    backbone: Backbone, ascents: list[NoiseAscent], denoisers: _DenoisersAndEstimator, output_type: str,
+    cheap: CheapRuns | None,
+) -> GuidanceOutput:  # fmt: skip
     """Finishes the images as the stock call does, and makes the output."""
     processor = vars(backbone.pipe).get("image_processor") or VaeImageProcessor()
-    (images, nsfw_flags), (initial, _) = (backbone.finish(each["images"]) for each in (ascent.best, ascent.initial))
-    count = len(ascent.best_rewards)
+    last = ascents[-1]
+    (images, nsfw_flags), (initial, _) = (backbone.finish(each["images"]) for each in (last.best, ascents[0].initial))
+    count = len(last.best_rewards)
 
     def postprocess(tensor: torch.Tensor) -> ImageLike:
         return processor.postprocess(tensor, output_type, do_denormalize=[False] * count)
 
-    def rows(history: list[torch.Tensor]) -> torch.Tensor:
+    def rows(histories: Iterable[list[torch.Tensor]]) -> torch.Tensor:
+        history = list(itertools.chain.from_iterable(histories))
         return torch.stack(history) if history else torch.zeros(0, count, dtype=torch.float64)
 
+    whiteness = list(itertools.chain.from_iterable(each.whiteness for each in ascents))
     return GuidanceOutput(
-        images=postprocess(images), rewards=rows(ascent.rewards), best_rewards=ascent.best_rewards,
-        latents=ascent.best["noise"], gradient_norms=rows(ascent.gradient_norms),
-        seconds=torch.tensor(ascent.seconds, dtype=torch.float64),
-        num_denoiser_calls=ascent.num_sampling_calls + denoisers.calls(), nsfw_content_detected=nsfw_flags,
-        initial_images=postprocess(initial), held_out_rewards=rows(ascent.held_out_rewards),
-        shell_distances=rows(ascent.shell_distances), status=ascent.status,
-        prompt_embeds=ascent.best.get("text"), controls=ascent.best.get("control"),
+        images=postprocess(images), rewards=rows(each.rewards for each in ascents), best_rewards=last.best_rewards,
+        latents=last.best["noise"], gradient_norms=rows(each.gradient_norms for each in ascents),
+        seconds=torch.tensor([second for each in ascents for second in each.seconds], dtype=torch.float64),
+        num_denoiser_calls=sum(each.num_sampling_calls for each in ascents) + denoisers.calls(),
+        nsfw_content_detected=nsfw_flags, initial_images=postprocess(initial),
+        held_out_rewards=rows(each.held_out_rewards for each in ascents),
+        shell_distances=rows(each.shell_distances for each in ascents),
+        whiteness=rows([[each.p_values for each in whiteness]]),
+        noise_band_scores=rows([[each.band_scores for each in whiteness]]),
+        noise_correlation_scores=rows([[each.correlation_scores for each in whiteness]]),
+        status=next((each.status for each in ascents if each.status != COMPLETED), COMPLETED),
+        prompt_embeds=last.best.get("text"), controls=last.best.get("control"),
+        best_runs=last.first_run + torch.stack(last.rewards).argmax(0), **_cheap_entries(ascents, cheap),
     )  # fmt: skip
+
+
+def _cheap_entries(ascents: list[NoiseAscent], cheap: CheapRuns | None) -> dict[str, Any]:
+    """Returns the output's entries on cheap runs; none without such runs."""
+    if cheap is None:
+        return {}
+    last, cheap_rewards, full_rewards = ascents[-1], ascents[-2].best_rewards, ascents[-1].rewards[0]
+    return {
+        "num_cheap_runs": last.first_run, "guidance_scheduler": cheap.scheduler_name, "cheap_rewards": cheap_rewards,
+        "full_rewards": full_rewards, "reordered": reordered_pairs(cheap_rewards, full_rewards),
+    }  # fmt: skip
 
 
 class _DenoisersAndEstimator:

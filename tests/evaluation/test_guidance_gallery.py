@@ -61,7 +61,13 @@ def test_every_prompt_has_its_record_and_pictures(finished_run):
     assert [record["prompt"] for record in run_records.values()] == PROMPTS
     assert [record["seed"] for record in run_records.values()] == [5, 6, 7]
     for record in run_records.values():
-        assert len(record["rewards"]) == len(record["held_out"]) == len(record["shell_distances"]) == 3
+        assert (
+            len(record["rewards"])
+            == len(record["held_out"])
+            == len(record["shell_distances"])
+            == len(record["whiteness"])
+            == 3
+        )
         assert record["rewards"][record["best_run"]] == max(record["rewards"])
         for name in ("before", "after"):
             assert size(folder / "out" / record[name]) == (32, 32)
@@ -77,6 +83,7 @@ def test_gallery_shows_every_prompt(finished_run):
     assert all(prompt in page for prompt in PROMPTS)
     assert page.count("<img") == 2 + 2 * 3
     assert "held out" in page
+    assert page.count("</figcaption>") >= 2 * 3 and ", whiteness 0." in page and "whiteness of the noise" in page
     assert size(finished_run[0] / "out" / "gallery.png")[0] > 500
 
 

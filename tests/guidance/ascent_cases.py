@@ -44,11 +44,11 @@ class Problem:
         names = {field.name for field in dataclasses.fields(AscentSettings)}
         arguments = {"num_guidance_steps": 4, "step_size": 0.2, **options}
         settings = AscentSettings(**{name: value for name, value in arguments.items() if name in names})
-        options = {name: value for name, value in options.items() if name not in names and name != "on_step"}
+        options = {name: value for name, value in options.items() if name not in names and name != "on_run"}
         estimator = AutodiffFisher(self.network) if estimator is None else estimator
         noise = latents(torch.float32, SHAPE) if noise is None else noise
         run = GuidedRun(sample or self.sample, decode, reward, PROMPTS, self.scheduler, estimator, **options)
-        return ascend_noise(run, noise, settings, arguments.get("on_step", lambda rewards: None))
+        return ascend_noise(run, noise, settings, arguments.get("on_run", lambda ascent: None))
 
     def exact_gradient(self, noise, reward=projection):
         """Returns the exact gradient, by automatic differentiation through the whole run."""

@@ -87,7 +87,7 @@ def test_history_and_call_counts():
         calls.append((tuple(images.shape), list(prompts), images.requires_grad))
         return projection(images, prompts)
 
-    ascent = problem.ascend(reward, num_guidance_steps=3, on_step=reports.append)
+    ascent = problem.ascend(reward, num_guidance_steps=3, on_run=lambda ascent: reports.append(ascent.rewards[-1]))
     assert [tuple(row.shape) for row in ascent.rewards] == [(2,)] * 4
     assert [tuple(row.shape) for row in ascent.gradient_norms] == [(2,)] * 3
     assert {row.dtype for row in [*ascent.rewards, *ascent.gradient_norms, ascent.best_rewards]} == {torch.float64}
