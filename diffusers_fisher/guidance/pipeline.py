@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..arguments import check_kinds
 from ..backbones import Backbone, PipelineDenoiser, backbone_of
