@@ -27,7 +27,7 @@ from likelihood_figures import (
     likelihood_other_laws,
 )
 from study_figures import lml_cells, lml_sweep, transport, transport_learned
-from trace_figures import trace_cost, trace_embedded, trace_mixture
+from trace_figures import trace_check, trace_cost, trace_embedded, trace_mixture
 
 ROOT = FOLDER.parent.parent
 
@@ -58,6 +58,7 @@ DOCUMENTS = {
     ROOT / "docs" / "transport.md": (transport, transport_learned),
     ROOT / "docs" / "lml.md": (lml_cells, lml_sweep),
     ROOT / "docs" / "likelihood.md": (
+        trace_check,
         likelihood_closed_forms,
         likelihood_other_laws,
         likelihood_checkpoint,
