@@ -109,7 +109,8 @@ def _solve(
     with torch.no_grad():
         states = odeint(
             rates, state, grid.to(state.device), method="dopri5", rtol=tolerance, atol=tolerance,
-            options={"norm": largest_norm},
+            # The last step ends at the last node: beyond it there is no level, and the state would grow without one.
+            options={"norm": largest_norm, "step_t": grid[-1:].to(state.device)},
         )  # fmt: skip
         rests = [rates(u, state)[:, -1] for u, state in zip(grid, states, strict=True)]
     end = (math.hypot(1, math.exp(problem.high)) * states[-1][:, :-1]).view(shape)

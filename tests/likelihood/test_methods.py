@@ -32,7 +32,7 @@ from diffusers_fisher.likelihood import (
     squared_error_log_likelihood,
 )
 from diffusers_fisher.likelihood.schemes import noise_grid, quadrature_weights, step_weights
-from diffusers_fisher.testing import OracleDenoiser
+from diffusers_fisher.testing import MixtureOracle, OracleDenoiser
 from likelihood.test_likelihood import BIT, draws, exact, likelihood, moments, vp, without_prior
 
 ONE = torch.ones((), dtype=torch.float64)
@@ -266,6 +266,21 @@ def test_reference_is_exact_to_its_tolerance(name):
     )  # both paths' errors
     assert relative(out.final_latents, fine_out.final_latents) < 1e-4
     assert torch.equal(samples, before)
+
+
+class InRangeDenoiser(OracleDenoiser):
+    """A network that is not made for samples far larger than those of the level."""
+
+    def model_output(self, x, timestep):
+        assert float(x.detach().abs().max()) < 10
+        return super().model_output(x, timestep)
+
+
+def test_the_reference_never_goes_beyond_the_last_level():
+    oracle = MixtureOracle.gaussian(torch.zeros(4, dtype=torch.float64), 0.5 * torch.eye(4, dtype=torch.float64))
+    denoiser = InRangeDenoiser(oracle, diffusers.FlowMatchEulerDiscreteScheduler())
+    out = reference_log_likelihood(denoiser, torch.randn(2, 4, dtype=torch.float64), tolerance=1e-3)
+    assert torch.isfinite(out.log_prob).all()
 
 
 def test_reference_refuses_bad_arguments(monkeypatch):
