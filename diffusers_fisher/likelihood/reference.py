@@ -17,6 +17,9 @@ from .problem import Integration, OdeProblem, prepare_problem
 from .schemes import noise_grid
 from .solver import make_output
 
+FIRST_STEP = 0.1
+"""First step of the adaptive solver in log(sigma/alpha)."""
+
 
 def reference_log_likelihood(
     denoiser: Denoiser,
@@ -109,8 +112,9 @@ def _solve(
     with torch.no_grad():
         states = odeint(
             rates, state, grid.to(state.device), method="dopri5", rtol=tolerance, atol=tolerance,
-            # The last step ends at the last node: beyond it there is no level, and the state would grow without one.
-            options={"norm": largest_norm, "step_t": grid[-1:].to(state.device)},
+            # The first step is small, and the last one ends at the last node. At low noise all rates are nearly 0, so
+            # the solver's own steps go far beyond the last level, where a network has no meaning.
+            options={"norm": largest_norm, "first_step": FIRST_STEP, "step_t": grid[-1:].to(state.device)},
         )  # fmt: skip
         rests = [rates(u, state)[:, -1] for u, state in zip(grid, states, strict=True)]
     end = (math.hypot(1, math.exp(problem.high)) * states[-1][:, :-1]).view(shape)
