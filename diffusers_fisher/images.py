@@ -106,6 +106,8 @@ def _scale_to_unit_range(
     Raises:
         InputError: a value is outside the range, the dtype does not fit the range, or a side is no multiple.
     """
+    if tensor.is_complex():
+        raise InputError(f"Images have dtype {tensor.dtype}; allowed: real numbers. Pass their real part.")
     has_other_range = (low, high) != UNIT_RANGE
     in_range = (tensor >= low - tolerance) & (tensor <= high + tolerance)
     if not (tensor.is_floating_point() or has_other_range) or not bool(in_range.all()):

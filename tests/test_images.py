@@ -241,3 +241,8 @@ def test_the_limit_is_read_from_the_header(tmp_path):
 def test_an_image_without_pixels_is_refused():
     with pytest.raises(InputError, match=r"Images are of shape \(1, 3, 0, 8\); allowed: at least one pixel"):
         image_tensor(torch.rand(3, 0, 8), 1)
+
+
+def test_complex_images_are_refused():
+    with pytest.raises(InputError, match=r"Images have dtype torch.complex64; allowed: real numbers"):
+        image_tensor(torch.zeros(1, 3, 8, 8, dtype=torch.complex64), 8)

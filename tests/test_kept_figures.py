@@ -107,6 +107,21 @@ def test_guidance_by_the_default_outpaces_the_exact_gradients():
     assert max(rows["per-step recomputation"]["relative_error"] for rows in figures["gradients"].values()) < 1e-5
 
 
+def test_projected_noise_stays_white():
+    figures = load_figures("noise_whiteness")
+    for rows in figures["after"].values():
+        assert max(rows[projection]["whiteness_below_0.01"] for projection in ("soft", "hard")) <= 0.02
+        assert all(row["after"] > row["before"] for row in rows.values())
+    assert figures["after"]["left minus right"]["none"]["whiteness_below_0.01"] > 0.5
+
+
+def test_guidance_by_few_steps_takes_fewer_calls():
+    for rows in load_figures("guidance_steps")["rewards"].values():
+        assert rows["5 steps"]["denoiser_calls_over_full_runs"] < 0.45
+        assert rows["8 steps"]["denoiser_calls_over_full_runs"] < 0.55
+        assert max(rows[way]["pairs_reordered"] for way in ("5 steps", "8 steps")) < 0.05
+
+
 def test_guidance_at_stable_diffusions_size_costs_little_more_than_no_gradient():
     figures = load_figures("guidance_sd15_size_cpu_float32")
     assert figures["setting"]["steps"] == 25 and figures["setting"]["pixels"] == 512

@@ -17,7 +17,10 @@ SEED, VALUES_PER_ARGUMENT = 0, 6
 NAN = float("nan")
 
 
-OWN_ERRORS = {"AutodiffFisher(denoiser)", "FiniteDifferenceFisher(denoiser)", "MeasurementReward(operator)"}
+OWN_ERRORS = {
+    "AutodiffFisher(denoiser)", "FiniteDifferenceFisher(denoiser)", "MeasurementReward(operator)",
+    "guide(callback_on_guidance_step)",
+}  # fmt: skip
 """Arguments that are functions of the user: such a function's own errors come through as they are."""
 
 
