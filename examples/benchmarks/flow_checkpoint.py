@@ -11,6 +11,7 @@ directions are in likelihood_probes_sd3.json.
 import argparse
 import contextlib
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -86,8 +87,8 @@ def likelihood(pipe: Any, folder: str) -> dict[str, Any]:
     latents, prompts = test_latents(pipe, IMAGES)
     backbone = backbone_of(pipe)
     denoiser = unguided_denoiser(backbone, latents, backbone.unguided_scale({}), prompts, {})
-    truth = reference_log_likelihood(denoiser, latents, None, 1e-4, 9, *pipe.latent_statistics)
-    rows = []
+    truth = reference_log_likelihood(denoiser, latents, None, 1e-5, 9, *pipe.latent_statistics)
+    own_error, rows = truth.to_bits(truth.discretisation_error), []
 
     def score(name: str, steps: int, **options: Any) -> LikelihoodOutput:
         generator = torch.Generator().manual_seed(0)
@@ -98,7 +99,7 @@ def likelihood(pipe: Any, folder: str) -> dict[str, Any]:
         rows.append({
             "what": name, "levels": steps + 1, "calls": out.num_denoiser_calls, "mean": float(gaps.abs().mean()),
             "largest": float(gaps.abs().max()), "stated": float(out.to_bits(out.total_error).mean()),
-            "within_total_error": float((gaps.abs() <= out.to_bits(out.total_error)).double().mean()),
+            "within_total_error": float((gaps.abs() <= out.to_bits(out.total_error) + own_error).double().mean()),
         })  # fmt: skip
         print(rows[-1], flush=True)
         return out
@@ -113,7 +114,7 @@ def likelihood(pipe: Any, folder: str) -> dict[str, Any]:
         score("trace model", 39)
     return {
         "images": IMAGES, "reference_calls": truth.num_denoiser_calls,
-        "reference_error": float(truth.to_bits(truth.discretisation_error).max()),
+        "reference_error": float(own_error.max()),
         "bits_per_dim": truth.bits_per_dim.tolist(), "rows": rows,
     }  # fmt: skip
 
@@ -178,7 +179,12 @@ def gradients(pipe: Any, folder: str) -> dict[str, Any]:
                 return checked_reward(reward, backbone_of(pipe).decode(end), problem.prompts).sum()
 
             key = f"guidance scale {scale:g}, {steps} steps"
-            result[key] = gradient_cosines(runs, AutodiffFisher(denoiser), problem.table(denoiser), loss)
+            rows = gradient_cosines(runs, AutodiffFisher(denoiser), problem.table(denoiser), loss)
+            # Some products at high noise are so small that the gradient ends as zero.
+            result[key] = {
+                name: row if math.isfinite(row.get("log10_norm_ratio", 0)) else {"failed": "a gradient is zero"}
+                for name, row in rows.items()
+            }
             print(key, result[key], flush=True)
     return result
 
