@@ -19,8 +19,13 @@ from .checkpoints import (
 from .curvature import (
     BoundOptions as BoundOptions,
     LikelihoodBound as LikelihoodBound,
+    Memorisation as Memorisation,
     denoiser_likelihood_bound as denoiser_likelihood_bound,
+    denoiser_memorisation as denoiser_memorisation,
     fit_level_fisher as fit_level_fisher,
+)
+from .curvature.memorisation_pipeline import (
+    memorisation as memorisation,
 )
 from .curvature.pipeline import (
     likelihood_bound as likelihood_bound,
@@ -124,6 +129,7 @@ from .noise import (
 from .pictures import (
     fisher_pictures as fisher_pictures,
     likelihood_plot as likelihood_plot,
+    memorisation_pictures as memorisation_pictures,
     trace_plot as trace_plot,
 )
 from .pipelines import (

@@ -29,7 +29,7 @@ from .inputs import form_of
 from .networks import check_latents_alone, check_weights, reset_caches
 from .parts import LatentStatistics, checkpoint_moments, checkpoint_parts
 from .stock_calls import shallow_copy
-from .unguided import pop_unguided
+from .unguided import embeds_guidance, pop_unguided
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -382,6 +382,19 @@ class Backbone:
     ) -> Conditions:
         """Returns one condition per sample, and the call arguments that hold them; see `text_conditions`."""
         return text_conditions(self.name, self.parameters, prompt, call_arguments, count, num_images_per_prompt)
+
+    def null_conditions(self, count: int) -> dict[str, Any]:
+        """Returns the call arguments of the unconditional branch of guidance for `count` samples: empty prompts.
+
+        Raises:
+            UnsupportedError: the network was not trained without conditions.
+        """
+        if embeds_guidance(self.config):
+            raise UnsupportedError(
+                f"The network of {self.name} takes the guidance scale as an input (distilled guidance), so it has no "
+                "unconditional branch to compare prompts with. Use a pipeline with classifier-free guidance."
+            )
+        return {"prompt": [""] * count}
 
     def pooled(self, conditions: dict[str, Any]) -> torch.Tensor | None:
         """Returns one vector per sample, (B, width), that stands for its condition in trace models.

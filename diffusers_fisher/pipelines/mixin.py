@@ -17,6 +17,7 @@ from ..backbones.parts import (
     loaded_parts,
     set_checkpoint_parts,
 )
+from ..curvature.memorisation_pipeline import memorisation
 from ..curvature.pipeline import likelihood_bound
 from ..curvature.pixel_bound import pixel_likelihood_bound
 from ..errors import CheckpointError, InputError
@@ -38,8 +39,8 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
 class FisherPipelineMixin(DiffusionPipeline):
     """Adds likelihood and guidance to a stock pipeline class, and saves folders that stock diffusers reads.
 
-    The methods are the functions `diffusers_fisher.log_likelihood`, `compare_likelihood`, `likelihood_bound` and
-    `guide`, which take any pipeline that has a backbone, stock ones too.
+    The methods are the functions `diffusers_fisher.log_likelihood`, `compare_likelihood`, `likelihood_bound`,
+    `memorisation` and `guide`, which take any pipeline that has a backbone, stock ones too.
     """
 
     scheduler: Any  # diffusers' schedulers share no class that has a `config`
@@ -51,6 +52,7 @@ class FisherPipelineMixin(DiffusionPipeline):
     compare_likelihood = likelihood.compare_likelihood
     likelihood_bound = likelihood_bound
     pixel_likelihood_bound = pixel_likelihood_bound
+    memorisation = memorisation
     guide = guidance.guide
 
     @property
