@@ -22,7 +22,6 @@ from ..errors import InputError, NumericalError
 from ..fisher.estimate import Generators
 from ..fisher.estimator import FisherEstimator
 from ..fisher.finite_difference import FiniteDifferenceFisher
-from ..fisher.trace_matching import TraceMatchingFisher
 from ..likelihood.draws import ImageDraws
 from ..likelihood.problem import check_samples, place_of, state_at
 from ..likelihood.traces import scatter_error
@@ -156,10 +155,10 @@ class _Pair:
                 f"{type(estimator).__name__} has a denoiser of its own, but each of the two denoisers needs its own "
                 "traces. Pass it without a denoiser."
             )
-        if isinstance(estimator, TraceMatchingFisher) and estimator.pooled is not None:
+        if estimator.holds_condition:
             raise InputError(
-                "TraceMatchingFisher has `pooled` vectors of its own, but each of the two denoisers needs those of "
-                "its condition. Pass it without `pooled`."
+                f"{type(estimator).__name__} has `pooled` vectors of its own, but each of the two denoisers needs "
+                "those of its condition. Pass it without `pooled`."
             )
         return estimator.bind(denoiser)
 

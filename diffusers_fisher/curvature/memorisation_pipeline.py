@@ -50,8 +50,8 @@ def memorisation(
     Args:
         pipe: a pipeline that has a backbone and an unconditional branch, stock or ours; nothing on it is changed.
         prompts: prompts, or class labels where the pipeline takes class labels.
-        noise_to_signal: sigma/alpha of the noise levels, decreasing; sensible are one to three. None: the schedule's
-            highest alone.
+        noise_to_signal: sigma/alpha of the noise levels, decreasing; one to three are sensible, and the scores are
+            means over them. None: the schedule's highest alone.
         num_draws: number of initial noises per prompt; one has no standard error.
         estimator: gives the traces of both branches; None: `FiniteDifferenceFisher()`, which asks the network itself.
             `TraceMatchingFisher(trace_model)` takes no further evaluations, but a model that was not trained on
