@@ -20,11 +20,16 @@ from .curvature import (
     BoundOptions as BoundOptions,
     IntrinsicDimension as IntrinsicDimension,
     LikelihoodBound as LikelihoodBound,
+    Memorisation as Memorisation,
     PosteriorUncertainty as PosteriorUncertainty,
     denoiser_intrinsic_dimension as denoiser_intrinsic_dimension,
     denoiser_likelihood_bound as denoiser_likelihood_bound,
+    denoiser_memorisation as denoiser_memorisation,
     fit_level_fisher as fit_level_fisher,
     state_uncertainty as state_uncertainty,
+)
+from .curvature.memorisation_pipeline import (
+    memorisation as memorisation,
 )
 from .curvature.pipeline import (
     intrinsic_dimension as intrinsic_dimension,
@@ -138,6 +143,7 @@ from .pictures import (
     dimension_plot as dimension_plot,
     fisher_pictures as fisher_pictures,
     likelihood_plot as likelihood_plot,
+    memorisation_pictures as memorisation_pictures,
     trace_plot as trace_plot,
     uncertainty_pictures as uncertainty_pictures,
 )

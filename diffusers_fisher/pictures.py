@@ -1,5 +1,5 @@
 """Draws the diffusion Fisher: its diagonal in latents, the effect of its eigenvectors on images, its trace and what
-follows from it.
+follows from it, and its differences between prompts.
 
 matplotlib is imported when a function is called. Only its `Figure` is used: no backend is chosen, no global state is
 changed. Save a figure with `figure.savefig(path)`.
@@ -17,6 +17,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from .arguments import check_kinds
 from .backbones import backbone_of
 from .curvature import IntrinsicDimension, PosteriorUncertainty
+from .curvature.memorisation_output import Memorisation, Score
 from .curvature.uncertainty_pipeline import PixelUncertainty
 from .errors import InputError
 from .fisher.estimate import Estimate, Probes
@@ -246,6 +247,49 @@ def dimension_plot(outputs: Mapping[str, IntrinsicDimension], index: int = 0) ->
         axes.hlines(value, *output.plateau[index].tolist(), color=curves[-1].get_color(), linestyle="dashed")
         labels.append(f"{name}: {value:.1f} +- {float(output.standard_error[index]):.1f}")
     _finish_curves(axes, "intrinsic dimension", curves, labels)
+    return figure
+
+
+@check_kinds
+def memorisation_pictures(
+    memorisation: Memorisation, height: int, width: int, images: torch.Tensor | None = None
+) -> Figure:
+    """Draws one row per prompt: heat maps of where the conditional law has collapsed, and images if there are any.
+
+    Args:
+        memorisation: an output with maps (`maps=True`).
+        height, width: size of the images in pixels.
+        images: (B, 3, H, W) in [0, 1], images of the prompts, such as results of the pipeline's call.
+
+    Returns:
+        A matplotlib figure. The number below each heat map is its mean, the prompt's score, with its standard error.
+
+    Raises:
+        InputError: there are no maps, sizes are no multiples of theirs, or images of another number than prompts.
+    """
+    from matplotlib.figure import Figure
+
+    columns = []
+    if images is not None:
+        if images.ndim != 4 or len(images) != memorisation.noise.shape[1]:
+            raise InputError(
+                f"Images have shape {tuple(images.shape)}; allowed: ({memorisation.noise.shape[1]}, 3, H, W), one per "
+                "prompt."
+            )
+        columns.append(_Column("image", _pixels(images)))
+    scores: list[tuple[Score, str, torch.Tensor, torch.Tensor]] = [
+        ("score", r"$|\epsilon_c - \epsilon_0|^2$", memorisation.score_difference, memorisation.score_error)
+    ]
+    if memorisation.trace_differences is not None:
+        title = r"$\sigma^2(\mathrm{diag} F_c - \mathrm{diag} F_0)$"
+        scores.append(("trace", title, memorisation.trace_difference, memorisation.trace_error))
+    for by, title, values, errors in scores:
+        notes = [f"{value:.3g} +- {error:.2g}" for value, error in zip(values.tolist(), errors.tolist(), strict=True)]
+        maps = memorisation.image_maps(height, width, by=by)
+        columns.append(_Column(title, maps, {"cmap": "viridis"}, notes, colorbar=True))
+    size = (CELL * (1.4 * len(scores) + (images is not None)), (CELL + 0.2) * len(columns[0].pictures) + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    _draw_group(figure.subfigures(1, 1, squeeze=False)[0, 0], "", columns)
     return figure
 
 

@@ -21,6 +21,7 @@ SIBLINGS = {"training", "evaluation"}  # neither imports the other
 MANY_PARAMETERS = {
     "diffusers_fisher.likelihood.pipeline:log_likelihood": "the public function",
     "diffusers_fisher.curvature.pipeline:likelihood_bound": "the public function",
+    "diffusers_fisher.curvature.memorisation_pipeline:memorisation": "the public function",
     "diffusers_fisher.guidance.pipeline:guide": "the public function",
     "diffusers_fisher.cli:likelihood": "one parameter per option of the command line",
     "diffusers_fisher.cli:guide": "one parameter per option of the command line",

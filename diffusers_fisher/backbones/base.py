@@ -29,7 +29,7 @@ from .inputs import form_of
 from .networks import check_latents_alone, check_weights, reset_caches
 from .parts import LatentStatistics, checkpoint_moments, checkpoint_parts
 from .stock_calls import shallow_copy
-from .unguided import pop_unguided
+from .unguided import check_unconditional_branch, pop_unguided
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -383,6 +383,11 @@ class Backbone:
         """Returns one condition per sample, and the call arguments that hold them; see `text_conditions`."""
         return text_conditions(self.name, self.parameters, prompt, call_arguments, count, num_images_per_prompt)
 
+    def null_conditions(self, count: int) -> dict[str, Any]:
+        """Returns the call arguments of guidance's unconditional branch: empty prompts, one per sample."""
+        check_unconditional_branch(self.name, self.config)
+        return {"prompt": [""] * count}
+
     def pooled(self, conditions: dict[str, Any]) -> torch.Tensor | None:
         """Returns one vector per sample, (B, width), that stands for its condition in trace models.
 
@@ -409,20 +414,15 @@ class Backbone:
 
     def unguided_scale(self, call_arguments: dict[str, Any]) -> float | None:
         """Removes scales of guidance from `call_arguments`, and returns the guidance scale at which the output is a
-        score; None for the call's default of a scale that is an input of the network.
-
-        Raises:
-            InputError: the arguments have a scale that guides.
-        """
+        score; None for the call's default of a scale that is an input of the network. Raises `InputError` for a scale
+        that guides."""
         return pop_unguided(type(self.pipe), self.parameters, self.config, call_arguments)
 
     # Checks
 
     def check_scheduler(self) -> None:
-        """Refuses schedulers of another kind than the network's, or whose scaling the stock call leaves out.
-
-        Raises `UnsupportedError`, which says which to use.
-        """
+        """Refuses schedulers of another kind than the network's, or whose scaling the stock call leaves out, by an
+        `UnsupportedError` that says which to use."""
         schedule = noise_schedule(self.scheduler)
         name = f"{self.name} was given {type(self.scheduler).__name__}"
         if schedule.is_flow != self.predicts_flow:

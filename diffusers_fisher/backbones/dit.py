@@ -37,6 +37,9 @@ class DiTBackbone(Backbone):
         labels = class_conditions(prompt, self.config["num_embeds_ada_norm"], count, num_images_per_prompt)
         return labels, {"class_labels": labels}
 
+    def null_conditions(self, count: int) -> dict[str, Any]:
+        return {"class_labels": [self.config["num_embeds_ada_norm"]] * count}
+
     @torch.no_grad()
     def pooled(self, conditions: dict[str, Any]) -> torch.Tensor:
         """Returns the labels' embeddings in the network's first block, (B, width)."""

@@ -18,6 +18,13 @@ class StableDiffusionXLBackbone(Backbone):
     pooled_index = 2
     standardises_latents = True
 
+    def null_conditions(self, count: int) -> dict[str, Any]:
+        conditions = super().null_conditions(count)
+        if not self.pipe.config["force_zeros_for_empty_prompt"]:
+            return conditions
+        embeds, _, pooled, _ = self.encoded_conditions({"prompt": [""] * count})
+        return {"prompt_embeds": torch.zeros_like(embeds), "pooled_prompt_embeds": torch.zeros_like(pooled)}
+
     def finish(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
         if self.pipe.watermark is None:
             return images, []

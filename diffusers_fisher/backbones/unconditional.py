@@ -7,7 +7,7 @@ from typing import Any
 from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 from .base import Backbone
 from .conditions import Condition, Conditions
 from .pixels import PixelBackbone
@@ -28,6 +28,12 @@ class UnconditionalBackbone(Backbone):
         if number < 1:
             raise InputError(f"`batch_size` is {call_arguments['batch_size']}; allowed: at least 1.")
         return [""] * number, {"batch_size": number}
+
+    def null_conditions(self, count: int) -> dict[str, Any]:
+        raise UnsupportedError(
+            f"{self.name} is unconditional, so it has no prompts to compare with an unconditional branch. Use a "
+            "pipeline with prompts or class labels."
+        )
 
 
 class DDPMBackbone(UnconditionalBackbone, PixelBackbone):

@@ -38,6 +38,23 @@ def embeds_guidance(config: Mapping[str, Any]) -> bool:
     return any(config.get(name) for name in EMBEDDED)
 
 
+def check_unconditional_branch(pipeline: str, config: Mapping[str, Any]) -> None:
+    """Refuses a network that has no unconditional branch.
+
+    Args:
+        pipeline: class of the pipeline.
+        config: configuration of its network.
+
+    Raises:
+        UnsupportedError: the network takes the guidance scale as an input.
+    """
+    if embeds_guidance(config):
+        raise UnsupportedError(
+            f"The network of {pipeline} takes the guidance scale as an input (distilled guidance), so it has no "
+            "unconditional branch to compare prompts with. Use a pipeline with classifier-free guidance."
+        )
+
+
 def switched_off(pipeline: type, parameters: Parameters, config: Mapping[str, Any]) -> dict[str, float | None]:
     """Returns the arguments by which a pipeline's call guides, each with the value that switches its guidance off.
 

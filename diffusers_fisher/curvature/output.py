@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from ..errors import InputError
+from .maps import repeat_by_pixel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +66,7 @@ class LikelihoodBound:
         Raises:
             InputError: there are no maps (B, C, h, w), or a size that is no multiple of theirs.
         """
-        shape = None if self.maps is None else tuple(self.maps.shape)
-        if self.maps is None or self.maps.ndim != 4 or height % self.maps.shape[2] or width % self.maps.shape[3]:
-            raise InputError(
-                f"The maps are {shape} for images of {height}x{width} pixels; allowed: maps (B, C, h, w), of whose "
-                "sizes the images' are multiples. Pass `maps=True` to `likelihood_bound`."
-            )
-        rows, columns = height // self.maps.shape[2], width // self.maps.shape[3]
-        parts = self.maps.sum(1) / (rows * columns)
-        return parts.repeat_interleave(rows, 1).repeat_interleave(columns, 2)
+        return repeat_by_pixel(self.maps, height, width, "likelihood_bound", shared=True).sum(1)
 
     def __str__(self) -> str:
         bits, count = self.bits_per_dim, len(self.value)

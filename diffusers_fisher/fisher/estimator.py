@@ -96,6 +96,11 @@ class FisherEstimator(abc.ABC):
         return any(component.models_trace for component in self.components.values())
 
     @property
+    def holds_condition(self) -> bool:
+        """Whether the estimator was given a condition's vectors, so that it is right for that condition alone."""
+        return any(component.holds_condition for component in self.components.values())
+
+    @property
     def calibration(self) -> TraceCalibration | None:
         """Errors of the trace's model on held-out images; None where there is no model, or nothing is known."""
         return None

@@ -102,6 +102,10 @@ class TraceMatchingFisher(FisherEstimator):
         return True
 
     @property
+    def holds_condition(self) -> bool:
+        return self.pooled is not None
+
+    @property
     def calibration(self) -> TraceCalibration | None:
         """Errors of the trace model on held-out images; None where they were not measured."""
         values = self.trace_model.config.get("calibration")

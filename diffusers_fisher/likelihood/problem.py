@@ -151,10 +151,7 @@ class OdeProblem:
 
     def state_at(self, x: torch.Tensor, timestep: torch.Tensor) -> DenoisingState:
         """Evaluates the denoiser at x~ = `x`, (B, ...) float64, with a graph where the estimator differentiates it."""
-        needs_graph, alpha = self.estimator.needs_graph, self.denoiser.level(timestep).alpha
-        with torch.set_grad_enabled(needs_graph):
-            model_input = (expand(alpha, x) * x).to(self.dtype).to(self.device).requires_grad_(needs_graph)
-            return self.denoiser.state(model_input, timestep.to(torch.float32))
+        return state_at(self.denoiser, x, timestep, self.dtype, self.device, self.estimator.needs_graph)
 
     def _trace_along(self, operator: FisherOperator, factor: float, vectors: torch.Tensor) -> NodeTrace:
         products = operator.products(vectors.to(self.dtype).to(self.device)).detach().cpu().double()
@@ -224,6 +221,17 @@ def place_of(log_noise: float) -> str:
     """Returns the name of a place on the grid for its random draws. It is rounded, because another way to the same
     grid may differ in the last digits."""
     return f"{log_noise:.9f}"
+
+
+def state_at(
+    denoiser: Denoiser, x: torch.Tensor, timestep: torch.Tensor, dtype: torch.dtype, device: torch.device,
+    needs_graph: bool = False,
+) -> DenoisingState:  # fmt: skip
+    """Evaluates the denoiser at x~ = `x`, (B, ...) float64, by an input of this dtype and device."""
+    alpha = denoiser.level(timestep).alpha
+    with torch.set_grad_enabled(needs_graph):
+        model_input = (expand(alpha, x) * x).to(dtype).to(device).requires_grad_(needs_graph)
+        return denoiser.state(model_input, timestep.to(torch.float32))
 
 
 def prepare_problem(

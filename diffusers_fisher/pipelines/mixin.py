@@ -17,6 +17,7 @@ from ..backbones.parts import (
     loaded_parts,
     set_checkpoint_parts,
 )
+from ..curvature.memorisation_pipeline import memorisation
 from ..curvature.pipeline import intrinsic_dimension, likelihood_bound
 from ..curvature.pixel_bound import pixel_likelihood_bound
 from ..curvature.uncertainty_pipeline import posterior_uncertainty
@@ -40,8 +41,8 @@ class FisherPipelineMixin(DiffusionPipeline):
     """Adds likelihood and guidance to a stock pipeline class, and saves folders that stock diffusers reads.
 
     The methods are the functions `diffusers_fisher.log_likelihood`, `compare_likelihood`, `likelihood_bound`,
-    `pixel_likelihood_bound`, `intrinsic_dimension`, `posterior_uncertainty` and `guide`, which take any pipeline that
-    has a backbone, stock ones too.
+    `pixel_likelihood_bound`, `intrinsic_dimension`, `posterior_uncertainty`, `memorisation` and `guide`, which take
+    any pipeline that has a backbone, stock ones too.
     """
 
     scheduler: Any  # diffusers' schedulers share no class that has a `config`
@@ -55,6 +56,7 @@ class FisherPipelineMixin(DiffusionPipeline):
     pixel_likelihood_bound = pixel_likelihood_bound
     intrinsic_dimension = intrinsic_dimension
     posterior_uncertainty = posterior_uncertainty
+    memorisation = memorisation
     guide = guidance.guide
 
     @property
