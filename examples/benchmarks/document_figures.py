@@ -26,6 +26,7 @@ from likelihood_figures import (
     likelihood_discretisation,
     likelihood_other_laws,
 )
+from probe_figures import flow_gradients, flow_guidance, flow_likelihood, flow_samples
 from study_figures import lml_cells, lml_sweep, transport, transport_learned
 from trace_figures import trace_check, trace_cost, trace_embedded, trace_mixture
 
@@ -72,6 +73,7 @@ DOCUMENTS = {
         sample_ranking,
         prompt_matching,
     ),
+    ROOT / "docs" / "flow.md": (flow_samples, flow_likelihood, flow_gradients, flow_guidance),
     ROOT / "docs" / "curvature.md": (
         likelihood_bound_fractions,
         intrinsic_dimension_manifolds,
