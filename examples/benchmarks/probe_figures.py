@@ -81,7 +81,7 @@ def flow_likelihood() -> str:
     ]  # fmt: skip
     return document(
         f"{result['images']} test images, against adaptive steps with whole Jacobians (up to "
-        f"{result['reference_calls']} calls, whose own error is at most {result['reference_error']:.4f}), in bits/dim:",
+        f"{result['reference_calls']} calls, with an error of at most {result['reference_error']:.4f}), in bits/dim:",
         table(
             [
                 "trace",
