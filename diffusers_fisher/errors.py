@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import pathlib
 import sys
+import types
 import warnings
-from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,16 +54,16 @@ class ProbeNoiseWarning(UserWarning):
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warns at the user's line: the nearest one that is neither this package's nor a decorator's of torch."""
-    frame: FrameType | None = sys._getframe(1)
+    frame: types.FrameType | None = sys._getframe(1)
     level = 2  # of this function's caller
     while frame is not None and _is_internal(frame):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
 
 
-def _is_internal(frame: FrameType) -> bool:
-    file = Path(frame.f_code.co_filename)
-    return file.is_relative_to(Path(__file__).parent) or file.match("torch/utils/_contextlib.py")
+def _is_internal(frame: types.FrameType) -> bool:
+    file = pathlib.Path(frame.f_code.co_filename)
+    return file.is_relative_to(pathlib.Path(__file__).parent) or file.match("torch/utils/_contextlib.py")
 
 
 def check_shape(name: str, shape: tuple[int, ...], allowed: tuple[int, ...], advice: str) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from ..errors import DistilledNetworkWarning, warn
 from .base import Backbone
 
-DISTILLED_SCHEDULERS = (
-    "CMStochasticIterativeScheduler", "FlowMatchLCMScheduler", "LCMScheduler", "SCMScheduler", "TCDScheduler",
-)  # fmt: skip
-"""Classes of diffusers' schedulers that were made for the sampling of distilled networks."""
+DISTILLED_SCHEDULERS = ("FlowMatchLCMScheduler", "LCMScheduler", "TCDScheduler")
+"""Classes of diffusers' schedulers that were made for the sampling of distilled networks, of known noise levels."""
 
 
 def sign_of_distillation(backbone: Backbone) -> str | None:

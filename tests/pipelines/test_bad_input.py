@@ -106,7 +106,10 @@ GUIDANCE = {
         lambda: {"reward": lambda images: images.mean((1, 2, 3))},
         r"reward '<lambda>' can't be called as reward\(images, prompts\): too many positional arguments. It must take",
     ),
-    "reward is a name": (lambda: {"reward": "brightness"}, "`reward` is 'brightness' .*; allowed: a function"),
+    "reward is an unknown name": (
+        lambda: {"reward": "brightness"},
+        "The reward is 'brightness'; allowed: classifier:PATH:CLASS",
+    ),
     "half a step": (lambda: {"num_guidance_steps": 1.5}, "`num_guidance_steps` is 1.5 .*; allowed: a whole number"),
     "no decoder": (lambda: {"decoder": object()}, "`decoder` is a object; allowed: a torch module or None"),
     "unknown argument": (lambda: {"promptt": "a"}, r"`guide` does not take `promptt`. Did you mean `prompt`"),
