@@ -5,7 +5,7 @@
     accelerate launch --cpu --num_cpu_threads_per_process 2 examples/train_flow_trace_model.py --config configs/trace_embedded_sd3.yaml
 
 This is `diffusers_fisher.training.trace_matching`, with one empty token in the place of the 256 that the stock call
-appends: the same function of the network, fourteen times faster.
+appends: the same function of the network, many times faster.
 """  # noqa: E501
 
 from diffusers import SD3Transformer2DModel

@@ -125,7 +125,8 @@ def intrinsic_dimension(
     """Returns in how many directions a checkpoint's data extend about each image, without guidance.
 
     The dimension at a noise level counts the directions in which the data extend further than the noise: of latents
-    where the pipeline has an autoencoder (`space`). Simple images have fewer than complex ones.
+    where the pipeline has an autoencoder (`space`). The encoder's own noise counts too: docs/curvature.md shows what
+    that means for simple and complex images.
 
         out = intrinsic_dimension(pipe, images, "a photo of a coat", generator=torch.Generator().manual_seed(0))
         print(out.value, out.standard_error, out.has_plateau)

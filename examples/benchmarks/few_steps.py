@@ -4,8 +4,7 @@
 
 For runs of 1 to 25 steps by schedulers that are deterministic, that add some noise at every step, or that replace all
 of it (LCM): the cosine of every estimator's gradient at the noise with the exact one, on the embedded checkpoint. With
---gains also the reward after ten guidance steps, and the time beside exact gradients. Five minutes on two cores, half
-an hour with gains.
+--gains also the reward after ten guidance steps, and the time beside exact gradients.
 """
 
 import argparse

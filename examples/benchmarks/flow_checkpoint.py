@@ -2,7 +2,7 @@
 
     python examples/benchmarks/flow_checkpoint.py [PART ...]
 
-The parts are samples, likelihood, products, gradients and guidance; without names all run, in two hours on two cores.
+The parts are samples, likelihood, products, gradients and guidance; without names all run.
 All run with one empty token in the place of the stock call's 256 (`empty_tokens.short_context`), which is the same
 function; "samples" compares some images with the stock call's. The likelihoods by random
 directions are in likelihood_probes_sd3.json.

@@ -6,7 +6,7 @@ The parts are scatter, coverage, sizes, bias, half_precision and reference; with
 test images with their own prompts. "scatter" takes 200 directions per level at once: the sum over the levels of one
 direction each is what a likelihood with one direction per level adds up, so it stands for 200 seeds. "coverage" runs
 whole likelihoods with different seeds, in every way. "reference" compares with the adaptive integration by whole
-Jacobians of likelihood.json. Writes likelihood_probes.json, half an hour on two cores; with --checkpoint sd3
+Jacobians of likelihood.json. Writes likelihood_probes.json; with --checkpoint sd3
 likelihood_probes_sd3.json, without "reference".
 """
 
