@@ -21,6 +21,7 @@ from diffusers_fisher import (
     log_likelihood,
     posterior_guidance,
 )
+from diffusers_fisher.backbones.encoding import encode_apart
 
 REPEATS = [3, pytest.param(20, marks=pytest.mark.slow)]
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -35,8 +36,16 @@ def brightness(images, prompts):
     return images.mean((1, 2, 3))
 
 
+def call(pipe, **arguments):
+    """A stock call for one prompt, encoded apart: two stock encodings at once share the padding of one tokenizer."""
+    prompt_embeds, negative_prompt_embeds = encode_apart(pipe, "a", "cpu", 1, True)
+    arguments |= {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+    out = pipe(**arguments, latents=NOISE[:1], num_inference_steps=2, output_type="np")
+    return torch.from_numpy(out.images)
+
+
 def stock_call(pipe):
-    return torch.from_numpy(pipe("a", latents=NOISE[:1], num_inference_steps=2, output_type="np").images)
+    return call(pipe)
 
 
 def likelihood(pipe):
@@ -56,8 +65,7 @@ def guidance(pipe):
 
 def guidance_per_step(pipe):
     with posterior_guidance(pipe, brightness, "a") as callback:
-        out = pipe("a", latents=NOISE[:1], num_inference_steps=2, output_type="np", callback_on_step_end=callback)
-    return torch.from_numpy(out.images)
+        return call(pipe, callback_on_step_end=callback)
 
 
 ENTRIES = [stock_call, likelihood, comparison, guidance, guidance_per_step]
