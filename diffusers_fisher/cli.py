@@ -145,6 +145,10 @@ def likelihood(
     num_inference_steps: Annotated[
         int | None, Option(help="Steps of the integration (unset: 32), or of the bound's chain (unset: 20).")
     ] = None,
+    tolerance: Annotated[
+        float | None,
+        Option(help="Refine an image's steps to this error, bits/dim; unset: 0.05, or one grid of the steps given."),
+    ] = None,
     variance: Annotated[ChainVariance, Option(help="Variance of the bound's chain.")] = "optimal",
     num_draws: Annotated[int | None, Option(help="Noises per step of the bound: 1, 2, 6, 8, 10, ...")] = None,
     scheme: Annotated[str | None, Option(help="euler, trapezoid, adams3 or adams4 (default).")] = None,
@@ -171,7 +175,7 @@ def likelihood(
         ),
         prompt=prompt, method=method, num_inference_steps=num_inference_steps, scheme=scheme or DEFAULT_SCHEME,
         estimator=estimator, num_probes=num_probes, bins=bins, seed=seed, sample_latents=sample_latents,
-        variance=variance, num_draws=num_draws,
+        variance=variance, num_draws=num_draws, tolerance=tolerance,
     )  # fmt: skip
     evaluate_dataset(output=output, settings=settings, batch_size=batch_size, retry_failed=retry_failed)
 

@@ -27,7 +27,7 @@ from ..jobs.pipelines import DenoiserSettings, load_pipeline
 from ..jobs.processes import process_state
 from ..jobs.records import SETTINGS, Records, shard
 from ..likelihood import DEFAULT_SCHEME, LikelihoodOutput
-from ..likelihood.pipeline import DEFAULT_STEPS, log_likelihood
+from ..likelihood.pipeline import first_grid, log_likelihood
 from ..likelihood.schemes import scheme_of
 from ..pipelines import FisherPipelineMixin
 from ..settings import ChainVariance, LikelihoodMethod, NotNegative, TraceEstimator, settings_class
@@ -54,6 +54,7 @@ class DatasetSettings:
         prompt: prompt of all images. Without it and without captions, the prompt is empty.
         method: "ode" for `log_likelihood`, or "bound" for `likelihood_bound`.
         num_inference_steps, scheme, bins: arguments of these functions; None: 32 steps, or those of the bound.
+        tolerance: argument of `log_likelihood`; None: 0.05 bits/dim, or one grid where `num_inference_steps` is set.
         sample_latents: argument of `log_likelihood`.
         variance, num_draws: arguments of `likelihood_bound`.
         estimator: estimator of the trace: "trace-model" is the pipeline's own, "autodiff" and "finite-difference" use
@@ -67,6 +68,7 @@ class DatasetSettings:
     method: LikelihoodMethod = "ode"
     num_inference_steps: Annotated[int, Field(ge=2)] | None = None
     scheme: str = DEFAULT_SCHEME
+    tolerance: Annotated[float, Field(gt=0)] | None = None
     estimator: TraceEstimator = "auto"
     num_probes: NotNegative = 1
     bins: int | None = None
@@ -81,7 +83,8 @@ class DatasetSettings:
         others = {"variance": self.variance != "optimal", "num_draws": self.num_draws is not None}
         if self.method == "bound":
             others = {
-                "scheme": self.scheme != DEFAULT_SCHEME, "estimator": bound.uses_schedule and self.estimator != "auto",
+                "scheme": self.scheme != DEFAULT_SCHEME, "tolerance": self.tolerance is not None,
+                "estimator": bound.uses_schedule and self.estimator != "auto",
             }  # fmt: skip
         names = [name for name, is_set in others.items() if is_set]
         if names:
@@ -172,8 +175,11 @@ def _settings_note(settings: DatasetSettings) -> dict[str, Any]:
     """Returns the settings on which the numbers depend; those of the ODE as before there were bounds."""
     note = flat_settings(dataclasses.asdict(settings))
     del note["data.max_pixels"]  # no number depends on it, and --retry-failed may take another limit
+    del note["tolerance"]
     if settings.method == "ode":
-        note["num_inference_steps"] = settings.num_inference_steps or DEFAULT_STEPS
+        note["num_inference_steps"], note["tolerance"] = first_grid(
+            settings.num_inference_steps, settings.tolerance or "auto", step_halving=False
+        )
         for name in ("method", "variance", "num_draws"):
             del note[name]
     return note
@@ -355,8 +361,9 @@ class ImageShare:
                 out: LikelihoodOutput | LikelihoodBound
                 if settings.method == "ode":
                     out = log_likelihood(
-                        self.pipe, pixels, scheme=settings.scheme, sample_latents=settings.sample_latents, **options
-                    )
+                        self.pipe, pixels, scheme=settings.scheme, sample_latents=settings.sample_latents,
+                        tolerance=settings.tolerance or "auto", **options,
+                    )  # fmt: skip
                 else:
                     variance, draws = settings.variance, settings.num_draws
                     out = likelihood_bound(self.pipe, pixels, variance=variance, num_draws=draws, **options)

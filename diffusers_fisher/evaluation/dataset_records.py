@@ -37,6 +37,8 @@ def image_record(
         }  # fmt: skip
         if out.trace_check is not None:
             rest["trace_check"] = out.trace_check[index]
+        if out.status is not None and out.denoiser_calls_per_image is not None:
+            rest |= {"status": out.status[index], "levels": int(out.denoiser_calls_per_image[index])}
         rest["r"] = [round(value, 6) for value in out.unexplained_noise_fraction[:, index].tolist()]
     else:  # a bound holds for every number of steps
         numbers |= {"bound": out.value, "clamped": out.clamped, "discretisation_error": torch.zeros_like(out.value)}

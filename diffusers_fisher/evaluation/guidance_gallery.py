@@ -4,7 +4,6 @@ import codecs
 import dataclasses
 import hashlib
 import logging
-import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -266,11 +265,10 @@ class _Guidance:
         }  # fmt: skip
 
     def _likelihoods(self, prompt: str, images: dict[str, torch.Tensor], seed: int) -> dict[str, Any]:
-        """Returns bits/dim of the images under their prompt, and the sum of their two estimated errors."""
+        """Returns bits/dim of the images under their prompt, and the half-width of their 95% interval."""
         generator = torch.Generator().manual_seed(seed)
         out = self.pipe.log_likelihood(torch.stack(list(images.values())), prompt, generator=generator)
-        errors = (out.standard_error + out.discretisation_error.abs()) / (out.dims * math.log(2))
-        numbers = {"bits_per_dim": out.bits_per_dim, "bits_per_dim_error": errors}
+        numbers = {"bits_per_dim": out.bits_per_dim, "bits_per_dim_error": out.total_error_bits}
         return {
             name: dict(zip(images, map(finite_number, row.tolist()), strict=True)) for name, row in numbers.items()
         }

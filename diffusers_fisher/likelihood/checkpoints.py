@@ -53,7 +53,8 @@ def compare_checkpoints(
             `FiniteDifferenceFisher()`. Errors of trace models would not cancel between checkpoints.
         generator: its draws are repeated for every checkpoint. Without a generator the numbers change from call to
             call.
-        **options: options of `log_likelihood`, and arguments of the pipelines' call.
+        **options: options of `log_likelihood`, and arguments of the pipelines' call. Without `tolerance` all
+            checkpoints have one grid.
 
     Returns:
         `CheckpointComparison`; its method `differences` has the differences and their errors. Cost: for every
@@ -83,6 +84,7 @@ def compare_checkpoints(
     )
     for backbone in backbones[1:]:
         backbone.samples_of(None, samples)  # refuses latents of another size before any work
+    options.setdefault("tolerance", None)
     options |= {"estimator": FiniteDifferenceFisher() if estimator is None else estimator, "image_keys": keys}
     table = CheckpointComparison.of_ode([
         log_likelihood(pipe, None, prompt, latents=samples, generator=generator, **options)

@@ -107,6 +107,7 @@ class HeldOutLikelihood:
         seed: seed of the random directions, which are the same at every step.
         report: gets the line of each record; None: nothing is printed.
         **options: options of `log_likelihood`, such as `num_inference_steps`, and arguments of the pipeline's call.
+            Without `tolerance` all steps of the training have one grid.
 
     Attributes:
         history: the records so far.
@@ -140,7 +141,8 @@ class HeldOutLikelihood:
         if training_images is not None:
             self._sets["training"] = (training_images, training_prompts)
         self._pipe, self._seed, self._report = pipe, seed, report
-        self._options = {"estimator": FiniteDifferenceFisher() if estimator is None else estimator, **options}
+        own = FiniteDifferenceFisher() if estimator is None else estimator
+        self._options = {"estimator": own, "tolerance": None, **options}
 
     @check_kinds
     def __call__(

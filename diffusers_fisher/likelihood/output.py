@@ -80,8 +80,8 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
         trace_weights: (levels,) nats, weights of 1 - r in the trace's integral.
         latents: what stands for an image: "mean" of the encoder's posterior, a draw of it ("sampled"), what an encoder
             without a posterior returns ("encoded"), the image itself ("pixels"), or latents of the caller ("given").
-        denoiser_calls_per_image: (B,) int64, evaluations for each sample, where `tolerance` was given; else None, and
-            every sample takes `num_denoiser_calls`.
+        denoiser_calls_per_image: (B,) int64, evaluations for each sample along its path (those of the trace's
+            directions are not among them), with a tolerance; else None, and every sample takes `num_denoiser_calls`.
         trace_check: one per sample, "agrees", "disagrees", or "replaced by probes" where differences
             took the model's place; None without checks of a trace model.
         trace_difference: (B,) nats, by how much the checks estimate the trace model's part to be too low; None

@@ -32,8 +32,12 @@ from .squared_error import squared_error_log_likelihood
 from .trace_check import NUM_CHECKS, check_trace_options
 
 DEFAULT_STEPS = 32
-DEFAULT_STEPS_WITH_TOLERANCE = 38
-"""More steps, because an image that they do not suffice for starts anew, with twice as many."""
+DEFAULT_TOLERANCE = 0.05
+"""Images like the data need no finer grid than the first one for this, see examples/benchmarks/total_error.py."""
+
+STEPS_FOR_TOLERANCE = 38
+"""More steps for a tolerance of the caller's, because an image that they do not suffice for starts anew, with twice as
+many."""
 
 NUM_LEVELS = 64
 SQUARED_ERROR_OPTIONS = ("prior_mean", "prior_variance", "bins", "data_range")
@@ -61,7 +65,7 @@ def log_likelihood(
     bins: int | None = None,
     image_keys: Sequence[str] | None = None,
     sample_latents: bool = False,
-    tolerance: float | None = None,
+    tolerance: float | Literal["auto"] | None = "auto",
     max_denoiser_calls: int = MAX_DENOISER_CALLS,
     trace_checks: int = NUM_CHECKS,
     untrusted_trace: str = "warn",
@@ -82,7 +86,7 @@ def log_likelihood(
             takes class labels.
         latents: (B, C, h, w) scaled latents, instead of `images`.
         num_inference_steps: steps of the integration, with a tolerance of its first grid; None: 32, or 38 with a
-            tolerance.
+            tolerance that is given.
         estimator: gives the trace of the diffusion Fisher; None: `TraceMatchingFisher` with the checkpoint's trace
             model, or without a trace model `FiniteDifferenceFisher()`, which needs no graph.
         num_probes: number of random directions of the trace per level; None: the exact trace, for which
@@ -99,8 +103,10 @@ def log_likelihood(
         sample_latents: whether a random draw of the autoencoder's posterior stands for an image, as in the training of
             most networks, instead of the posterior's mean. The draw is a function of the seed and of the image's key.
         tolerance: bits/dim; each image's grid is refined until its discretisation error is at most this, and the
-            output's `status` says which images reached it. None: `num_inference_steps` for all images.
-        max_denoiser_calls: largest number of evaluations per image with a tolerance.
+            output's `status` says which images reached it. None: one grid of `num_inference_steps` for all images.
+            "auto": 0.05, or None where `num_inference_steps` or `step_halving` is given.
+        max_denoiser_calls: largest number of evaluations per image along its path with a tolerance; those of the
+            trace's directions come on top.
         trace_checks: number of levels at which a trace model is checked on every image by a difference of the
             denoiser; 0: no checks. Without a trace model there is nothing to check.
         untrusted_trace: "warn" keeps the number of an image whose checks disagree with the trace model, and states the
@@ -114,8 +120,8 @@ def log_likelihood(
         `LikelihoodOutput`. Cost: `num_inference_steps` + 1 levels, half as many again with `step_halving`, each with
         one evaluation of the denoiser and one of the trace model; without a trace model one more of the denoiser per
         probe instead (`AutodiffFisher`: a backward pass); with a tolerance further levels for the images that need
-        them. Warns where the discretisation error exceeds 0.05 bits/dim, or the tolerance after the last evaluation
-        (`CoarseGridWarning`).
+        them, which images unlike the data often do. Warns where the discretisation error exceeds 0.05 bits/dim, or the
+        tolerance after the last evaluation (`CoarseGridWarning`).
 
     Raises:
         InputError: images, latents or conditions of the wrong kind, size, range or number; guidance; a trace model of
@@ -124,8 +130,7 @@ def log_likelihood(
     """
     backbone = backbone_of(pipe)
     backbone.check_bins(bins)
-    if num_inference_steps is None:
-        num_inference_steps = DEFAULT_STEPS if tolerance is None else DEFAULT_STEPS_WITH_TOLERANCE
+    num_inference_steps, tolerance = first_grid(num_inference_steps, tolerance, step_halving)
     if num_inference_steps < 2:
         raise InputError(f"`num_inference_steps` is {num_inference_steps}; allowed: at least 2, sensibly 20 or more.")
     check_refinement(tolerance, max_denoiser_calls, num_inference_steps, step_halving, "num_inference_steps")
@@ -188,8 +193,8 @@ def compare_likelihood(
         num_levels: number of draws of "squared error", even; None: 64.
         generator: its draws are repeated for every prompt. Without a generator the numbers change from call to call.
         sample_latents: as in `log_likelihood`; all prompts see the same latents.
-        **options: for "ode" the options of `log_likelihood`, except that a trace model is checked only if
-            `trace_checks` says so; for "squared error" `prior_mean`, `prior_variance`,
+        **options: for "ode" the options of `log_likelihood`, except that a trace model is checked and grids are
+            refined only if `trace_checks` and `tolerance` say so; for "squared error" `prior_mean`, `prior_variance`,
             `data_range`, `bins`, and arguments of the pipeline's call.
 
     Returns:
@@ -215,7 +220,7 @@ def compare_likelihood(
         table = LikelihoodComparison.of_ode([
             log_likelihood(
                 pipe, None, prompt, latents=samples, generator=generator, image_keys=keys,
-                **{"trace_checks": 0, **options},
+                **{"trace_checks": 0, "tolerance": None, **options},
             )
             for prompt in replay(candidates, generator)
         ])  # fmt: skip
@@ -238,6 +243,18 @@ def compare_likelihood(
             for denoiser in replay(denoisers, generator)
         ])  # fmt: skip
     return dataclasses.replace(table, latents=kind)
+
+
+def first_grid(
+    num_steps: int | None, tolerance: float | Literal["auto"] | None, step_halving: bool
+) -> tuple[int, float | None]:
+    """Returns the number of steps of the first grid, and the tolerance; None: there is no other grid."""
+    if isinstance(tolerance, str):
+        if tolerance != "auto":
+            raise InputError(f"`tolerance` is {tolerance!r}; allowed: a number of bits/dim, None, or 'auto'.")
+        chosen = num_steps is not None or step_halving
+        return num_steps or DEFAULT_STEPS, None if chosen else DEFAULT_TOLERANCE
+    return num_steps or (DEFAULT_STEPS if tolerance is None else STEPS_FOR_TOLERANCE), tolerance
 
 
 def default_estimator(backbone: Backbone) -> FisherEstimator:

@@ -60,7 +60,8 @@ class Integration:
         tolerance: bits/dim; each sample's grid is refined until its discretisation error is at most this. None: all
             samples have one grid of `num_steps`. With a tolerance that is the first grid, and every further grid has
             twice as many steps.
-        max_denoiser_calls: largest number of evaluations per sample with a tolerance.
+        max_denoiser_calls: largest number of evaluations per sample along its path with a tolerance; those of the
+            trace's directions come on top.
         trace_checks: number of levels at which a trace model is checked by a difference of the denoiser, which costs
             one evaluation each; 0: it is not checked. Traces by probes and exact traces need no check.
         untrusted_trace: what becomes of a sample whose checks disagree with the trace model: "warn" keeps the number

@@ -45,6 +45,15 @@ class Law:
             offsets = torch.einsum("bde,be->bd", self.bases[modes], offsets)
         return self.means[modes] + offsets
 
+    def log_prob(self, x: torch.Tensor, s: float) -> torch.Tensor:
+        """Returns the log density of x~ = `x` (B, d), in nats (B,)."""
+        total = self.variances + s**2
+        offsets = self.means - x[:, None]
+        if self.bases is not None:
+            offsets = torch.einsum("bkd,kde->bke", offsets, self.bases)
+        log_joint = self.weights.log() - 0.5 * ((offsets.square() / total).sum(-1) + total.log().sum(1))
+        return log_joint.logsumexp(1) - 0.5 * x.shape[1] * math.log(2 * math.pi)
+
     def noise_and_rest(self, x: torch.Tensor, s: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns E[eps|x~] (B, d) and 1 - r = s^2 tr F/d (B,) at x~ = `x`."""
         total = self.variances + s**2

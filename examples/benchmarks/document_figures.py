@@ -25,6 +25,7 @@ from likelihood_figures import (
     likelihood_comparison,
     likelihood_discretisation,
     likelihood_other_laws,
+    likelihood_total_error,
 )
 from probe_figures import flow_gradients, flow_guidance, flow_likelihood, flow_samples
 from study_figures import lml_cells, lml_sweep, transport, transport_learned
@@ -65,6 +66,7 @@ DOCUMENTS = {
         likelihood_checkpoint,
         likelihood_comparison,
         likelihood_discretisation,
+        likelihood_total_error,
     ),
     ROOT / "docs" / "dataset_likelihood.md": (
         dataset_report,

@@ -127,3 +127,31 @@ def likelihood_discretisation() -> str:
         ]  # fmt: skip
         parts += [f"Noise levels of {family}:", table(columns, lines)]
     return document(*parts)
+
+
+def likelihood_total_error() -> str:
+    result = read_result("total_error")
+    cells = {(row["family"], row["class"], row["way"]): row for row in result["summary"]}
+    families, classes, ways = (
+        dict.fromkeys(row[key] for row in result["summary"]) for key in ("family", "class", "way")
+    )
+    parts = [
+        f"{result['laws']} laws, {result['points']} points of each class and family, one random direction per level: "
+        "share of settled points whose error is at most `total_error` (share that is wrong by more than 0.05 bits/dim "
+        "with less than 0.05 stated). The columns behind are about the default."
+    ]
+    for family in families:
+        lines = []
+        for name in classes:
+            own, default = [cells[family, name, way] for way in ways], cells[family, name, "default"]
+            lines.append([
+                name, *(f"{row['covered']:.1%} ({row['wrong_unwarned']:.1%})" for row in own),
+                f"{default['median_stated']:.4f} / {default['median_true']:.4f}", f"{default['median_directions']:.4f}",
+                f"{default['mean_levels']:.0f}", f"{default['not_settled_unwarned']} of {default['not_settled']}",
+            ])  # fmt: skip
+        columns = [
+            "points", f"one grid of {result['steps']} steps", "default", f"`tolerance={result['tolerance']}`",
+            "median stated / true", "of it the directions", "mean levels", "not settled, with less than 0.05 stated",
+        ]  # fmt: skip
+        parts += [f"Noise levels of {family}:", table(columns, lines)]
+    return document(*parts)
