@@ -11,7 +11,7 @@ import torch
 
 from ..arguments import check_call, check_kinds
 from ..denoiser import Denoiser
-from ..errors import InputError, NumericalError, UnsupportedError, check_floats, describe_change
+from ..errors import FisherError, InputError, NumericalError, UnsupportedError, check_floats, describe_change
 from ..features import count_evaluations, record_summaries
 from ..noise import NoiseLevel, Timestep
 from .any_pipeline import AnyPipelineBackbone
@@ -265,6 +265,17 @@ class PipelineDenoiser(Denoiser):
                 f"The call of {self.backbone.name} reads `scheduler.{error.name}`, which belongs to a whole run. "
                 f"{ADVICE}"
             ) from error
+        except ValueError as error:
+            if isinstance(error, FisherError) or scheduler.outputs or not self._may_be_packed(latents):
+                raise
+            raise UnsupportedError(
+                f"The call of {self.backbone.name} does not take latents of shape {tuple(latents.shape)} ({error}). "
+                "If its scheduler steps packed latents and its call takes others, use an estimator that needs no "
+                "denoiser, such as DirectFisher(), and a loss of `trajectory.final_sample`."
+            ) from error
+
+    def _may_be_packed(self, latents: torch.Tensor) -> bool:
+        return latents.ndim == 3 and isinstance(self.backbone, AnyPipelineBackbone)
 
     def _repeats(self, count: int) -> dict[str, int]:
         """Returns the call argument by which one prompt serves `count` samples; none where it is not needed.

@@ -146,8 +146,9 @@ def likelihood_total_error() -> str:
             own, default = [cells[family, name, way] for way in ways], cells[family, name, "default"]
             lines.append([
                 name, *(f"{row['covered']:.1%} ({row['wrong_unwarned']:.1%})" for row in own),
-                f"{default['median_stated']:.4f} / {default['median_true']:.4f}", f"{default['median_directions']:.4f}",
-                f"{default['mean_levels']:.0f}", f"{default['not_settled_unwarned']} of {default['not_settled']}",
+                f"{default['median_stated']:.4f} / {default['median_true']:.4f}",
+                f"{default['median_directions']:.4f}", f"{default['mean_levels']:.0f}",
+                f"{default['not_settled_unwarned']} of {default['not_settled']}",
             ])  # fmt: skip
         columns = [
             "points", f"one grid of {result['steps']} steps", "default", f"`tolerance={result['tolerance']}`",

@@ -7,6 +7,7 @@ import torch
 
 from diffusers_fisher import (
     DirectFisher,
+    FiniteDifferenceFisher,
     InputError,
     PipelineDenoiser,
     TrajectoryError,
@@ -61,6 +62,17 @@ def test_pipelines_that_pack_latents_within_their_call_say_so(name, guidance_emb
     gradient = trajectory.gradient(trajectory.final_sample.square().sum())  # as the message advises
     assert gradient.shape == (2, 16, 16)
     assert gradient.any()
+
+
+def test_a_denoiser_of_packed_samples_that_the_call_does_not_take_is_refused_in_words():
+    pipe = flux2(diffusers.Flux2KleinPipeline, False)
+    arguments = {"prompt_embeds": noise(2, 8, 16), "height": 16, "width": 16, "guidance_scale": 1.0}
+    estimator = FiniteDifferenceFisher(PipelineDenoiser(pipe, **arguments))
+    with pipe.scheduler.differentiable(estimator) as trajectory:
+        pipe(latents=noise(2, 16, 4, 4), num_inference_steps=2, output_type="latent", **arguments)
+    loss = trajectory.final_sample.square().sum()
+    with pytest.raises(UnsupportedError, match=r"does not take latents of shape \(2, 16, 16\) .*DirectFisher\(\)"):
+        trajectory.gradient(loss)
 
 
 def test_output_in_another_layout_is_not_called_a_learned_variance():
