@@ -378,9 +378,15 @@ def _draw_curve(axes: Axes, x: torch.Tensor, y: torch.Tensor, error: torch.Tenso
 
 def _finish_curves(axes: Axes, label: str, curves: Sequence[Line2D], names: Sequence[str]) -> None:
     """Labels the axes of curves by noise level, and makes the legend."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     from .figures import write_plain
 
     axes.set(xscale="log", xlabel=r"noise to signal, $\sigma/\alpha$", ylabel=label)
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     legend = axes.legend(curves, map(str, range(len(curves))))
     for text, name in zip(legend.get_texts(), names, strict=True):
