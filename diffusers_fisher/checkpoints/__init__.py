@@ -30,7 +30,8 @@ _FILES = {
     ),
     "sd3": (
         *_SHARED_FILES, "text_encoder_2/config.json", "text_encoder_2/model.safetensors", "tokenizer_2/tokenizer.json",
-        "tokenizer_2/tokenizer_config.json", "transformer/config.json",
+        "tokenizer_2/tokenizer_config.json", "trace_model/config.json",
+        "trace_model/diffusion_pytorch_model.safetensors", "transformer/config.json",
         "transformer/diffusion_pytorch_model.safetensors",
     ),
 }  # fmt: skip
