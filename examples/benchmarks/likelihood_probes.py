@@ -7,7 +7,7 @@ test images with their own prompts. "scatter" takes 200 directions per level at 
 direction each is what a likelihood with one direction per level adds up, so it stands for 200 seeds. "coverage" runs
 whole likelihoods with different seeds, in every way. "reference" compares with the adaptive integration by whole
 Jacobians of likelihood.json. Writes likelihood_probes.json; with --checkpoint sd3
-likelihood_probes_sd3.json, without "reference".
+likelihood_probes_sd3.json, without "reference" and without "sizes", because its transformer takes no larger latents.
 """
 
 import argparse
@@ -206,7 +206,7 @@ def main() -> None:
     result = json.loads(path.read_text()) if path.is_file() else {}
     with embedded_pipeline(arguments.checkpoint, arguments.folder) as pipe:
         problem = Problem(pipe)
-        for name in arguments.parts or [name for name in PARTS if is_first or name != "reference"]:
+        for name in arguments.parts or [name for name in PARTS if is_first or name not in ("reference", "sizes")]:
             result[name] = {"machine": machine(), **PARTS[name](problem)}
             print(name, result[name], flush=True)
             if arguments.folder is None:

@@ -37,16 +37,19 @@ def likelihood_probes() -> str:
 
 
 def _probe_sentences(title: str, result: dict[str, Any]) -> str:
-    sizes, bias, half = result["sizes"], result["bias"], result["half_precision"]
-    dimensions = ", ".join(str(row["dimensions"]) for row in sizes["rows"])
-    scatter = ", ".join(f"{row['scatter']:.4f}" for row in sizes["rows"])
-    parts = [
-        f"{title}: with tiled images of {dimensions} dimensions the scatter is {scatter}, a slope of "
-        f"{sizes['slope']:.2f} in the logarithms. Differences less back-propagation along the same directions: "
-        f"{_signed(bias)} on average. Half precision less float32 along the same directions: "
-        + ", ".join(f"{name} {_signed(row)}" for name, row in half.items())
-        + "."
-    ]
+    bias, half, parts = result["bias"], result["half_precision"], [f"{title}:"]
+    if "sizes" in result:
+        dimensions = ", ".join(str(row["dimensions"]) for row in result["sizes"]["rows"])
+        scatter = ", ".join(f"{row['scatter']:.4f}" for row in result["sizes"]["rows"])
+        parts.append(
+            f"With tiled images of {dimensions} dimensions the scatter is {scatter}, a slope of "
+            f"{result['sizes']['slope']:.2f} in the logarithms."
+        )
+    precisions = ", ".join(f"{name} {_signed(row)}" for name, row in half.items() if name != "machine")
+    parts.append(
+        f"Differences less back-propagation along the same directions: {_signed(bias)} on average. Half precision less "
+        f"float32 along the same directions: {precisions}."
+    )
     if "reference" in result:
         row = result["reference"]
         parts.append(
