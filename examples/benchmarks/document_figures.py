@@ -27,7 +27,7 @@ from likelihood_figures import (
     likelihood_other_laws,
     likelihood_total_error,
 )
-from probe_figures import flow_gradients, flow_guidance, flow_likelihood, flow_samples
+from probe_figures import flow_gradients, flow_guidance, flow_likelihood, flow_products, flow_samples
 from study_figures import lml_cells, lml_sweep, transport, transport_learned
 from trace_figures import trace_check, trace_cost, trace_embedded, trace_mixture
 
@@ -75,7 +75,7 @@ DOCUMENTS = {
         sample_ranking,
         prompt_matching,
     ),
-    ROOT / "docs" / "flow.md": (flow_samples, flow_likelihood, flow_gradients, flow_guidance),
+    ROOT / "docs" / "flow.md": (flow_samples, flow_likelihood, flow_products, flow_gradients, flow_guidance),
     ROOT / "docs" / "curvature.md": (
         likelihood_bound_fractions,
         intrinsic_dimension_manifolds,

@@ -47,8 +47,8 @@ def _probe_sentences(title: str, result: dict[str, Any]) -> str:
         )
     precisions = ", ".join(f"{name} {_signed(row)}" for name, row in half.items() if name != "machine")
     parts.append(
-        f"Differences less back-propagation along the same directions: {_signed(bias)} on average. Half precision less "
-        f"float32 along the same directions: {precisions}."
+        f"Differences less back-propagation along the same directions: {_signed(bias)} on average. Half precision "
+        f"less float32 along the same directions: {precisions}."
     )
     if "reference" in result:
         row = result["reference"]
