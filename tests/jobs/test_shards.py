@@ -110,7 +110,8 @@ check_process_number(PartialState(cpu=True))
 """
 
 
-@pytest.mark.parametrize("number", ["1", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["1", "2"])
 def test_what_accelerate_launches_is_recognised(tmp_path, number):
     """`accelerate launch --cpu --num_processes 2` starts one process."""
     (tmp_path / "check.py").write_text(CHECK)
