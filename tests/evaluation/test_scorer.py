@@ -1,5 +1,6 @@
 """A scorer gives the numbers of the command under every engine, and a row for every bad image."""
 
+import io
 import math
 import multiprocessing
 import pickle
@@ -73,9 +74,12 @@ def as_pixels(path):
 
 
 KINDS = {
-    "paths": str, "bytes": lambda path: path.read_bytes(), "arrays": as_pixels, "lazy PIL": lambda path: Image.open(io.BytesIO(path.read_bytes())),
+    "paths": str,
+    "bytes": lambda path: path.read_bytes(),
+    "arrays": as_pixels,
+    "lazy PIL": lambda path: Image.open(io.BytesIO(path.read_bytes())),
     "undecoded": lambda path: {"bytes": path.read_bytes(), "path": None},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
