@@ -163,9 +163,7 @@ def likelihood(
         int | None, Option(help="Evaluate one part of the images alone, 0 to --num-shards - 1; see `merge`.")
     ] = None,
     num_shards: Annotated[int | None, Option(help="Number of parts, each with an output folder of its own.")] = None,
-    shards_from_environment: Annotated[
-        bool, Option("--shards-from-environment", help="Take the part from the task of a SLURM job array.")
-    ] = False,
+    shards_from_environment: Annotated[bool, Option(help="Take the part from the task of a SLURM job array.")] = False,
 ) -> None:
     """Log-likelihoods of a dataset, or bounds. A stopped run goes on; `accelerate launch` runs several processes."""
     from .data import ImageData
