@@ -66,6 +66,9 @@ from .errors import (
     TrajectoryError as TrajectoryError,
     UnsupportedError as UnsupportedError,
 )
+from .evaluation.scorer import (
+    LikelihoodScorer as LikelihoodScorer,
+)
 from .fisher import (
     AutodiffFisher as AutodiffFisher,
     DirectFisher as DirectFisher,

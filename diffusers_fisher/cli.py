@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from typer import Context, Exit, Option, Typer, echo
+from typer import Argument, Context, Exit, Option, Typer, echo
 from typer.core import TyperGroup
 
 from . import __version__
@@ -159,13 +159,21 @@ def likelihood(
     sample_latents: Annotated[
         bool, Option("--sample-latents", help="Draw latents from the encoder's posterior instead of taking its mean.")
     ] = False,
+    shard_index: Annotated[
+        int | None, Option(help="Evaluate one part of the images alone, 0 to --num-shards - 1; see `merge`.")
+    ] = None,
+    num_shards: Annotated[int | None, Option(help="Number of parts, each with an output folder of its own.")] = None,
+    shards_from_environment: Annotated[bool, Option(help="Take the part from the task of a SLURM job array.")] = False,
 ) -> None:
     """Log-likelihoods of a dataset, or bounds. A stopped run goes on; `accelerate launch` runs several processes."""
     from .data import ImageData
-    from .evaluation.dataset_likelihood import DatasetSettings, evaluate_dataset
+    from .evaluation.dataset_likelihood import evaluate_dataset
+    from .evaluation.dataset_settings import DatasetSettings
     from .jobs.pipelines import DenoiserSettings
+    from .jobs.shards import chosen_shard
     from .likelihood import DEFAULT_SCHEME
 
+    shard = chosen_shard(shard_index, num_shards, shards_from_environment)
     settings = DatasetSettings(
         denoiser=DenoiserSettings(path=model, revision=revision, variant=variant, dtype=dtype),
         data=ImageData(
@@ -177,7 +185,18 @@ def likelihood(
         estimator=estimator, num_probes=num_probes, bins=bins, seed=seed, sample_latents=sample_latents,
         variance=variance, num_draws=num_draws, tolerance=tolerance,
     )  # fmt: skip
-    evaluate_dataset(output=output, settings=settings, batch_size=batch_size, retry_failed=retry_failed)
+    evaluate_dataset(output, settings, batch_size, retry_failed, shard)
+
+
+@app.command()
+def merge(
+    output: Annotated[Path, Argument(help="Folder of likelihoods.jsonl, summary.json and index.html.")],
+    folders: Annotated[list[Path], Argument(help="Output folders of all shards.")],
+) -> None:
+    """Make one report of the shards of a dataset's likelihoods, which `likelihood --num-shards` has computed."""
+    from .evaluation.likelihood_shards import merge_likelihoods
+
+    merge_likelihoods(output, folders)
 
 
 @app.command("fit-variance")

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from .settings import Positive, settings_class
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+    from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ class Images(torch.utils.data.Dataset):
     def example(self, row: dict[str, Any], position: int) -> Example:
         """Decodes a row of the dataset."""
         name = self.row_name(row, position)
-        pixels, transparent = _decode(row[self.data.image_column], name, self.data, self.channels)
+        pixels, transparent = read_image(row[self.data.image_column], name, self.data, self.channels)
         if transparent and not self._has_transparency:
             logger.warning("Image '%s' has transparent pixels, which are composed on black, as in all images.", name)
             self._has_transparency = True
@@ -293,30 +294,58 @@ def _quiet(datasets: ModuleType) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _decode(entry: dict[str, Any] | None, name: str, data: ImageData, channels: int) -> tuple[torch.Tensor, bool]:
+def read_image(image: object, name: str, data: ImageData, channels: int) -> tuple[torch.Tensor, bool]:
     """Returns pixels (C, H, W), float32 in [0, 1], and whether the image had transparent pixels.
+
+    Args:
+        image: PIL, the bytes or the path of a file, a mapping with "bytes" or "path" as `datasets` has undecoded
+            images, or a uint8 array (H, W, 3) or (H, W).
+        name: the name of the image in messages.
 
     Raises:
         UnreadableImageError: whatever goes wrong with this image.
     """
-    from PIL import Image
-
-    entry, size = entry or {}, None if data.resolution is None else (data.resolution, data.resolution)
+    size = None if data.resolution is None else (data.resolution, data.resolution)
     try:
         # Pillow warns of damaged tags, which are not needed, and of many pixels.
-        with warnings.catch_warnings(action="ignore"):
-            content = entry.get("bytes")
-            with io.BytesIO(content) if content else open(entry["path"], "rb") as file, Image.open(file) as image:
-                _check_size(*image.size, data.pixel_limit)
-                pixels, transparent = read_pixels(image, channels, size)
-                _, height, width = pixels.shape  # icons state one size and have another
-                _check_size(width, height, data.pixel_limit)
-                return pixels, transparent
+        with warnings.catch_warnings(action="ignore"), _opened(image) as picture:
+            _check_size(*picture.size, data.pixel_limit)
+            pixels, transparent = read_pixels(picture, channels, size)
+            _, height, width = pixels.shape  # icons state one size and have another
+            _check_size(width, height, data.pixel_limit)
+            return pixels, transparent
     except Exception as error:  # Pillow and its decoders raise errors of many kinds over damaged files
         text = "there is not enough memory for it" if isinstance(error, MemoryError) else str(error)
         raise UnreadableImageError(
             f"Image '{name}' of '{data.path}' can't be read: {text or type(error).__name__}"
         ) from error
+
+
+@contextlib.contextmanager
+def _opened(image: object) -> Iterator[Image]:
+    """Yields an image of any kind that `read_image` takes as a PIL image; a file is read lazily."""
+    import numpy
+    from PIL import Image
+
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or os.fsdecode(image["path"])
+    match image:
+        case Image.Image():  # it is the caller's, and stays open
+            yield image
+        case numpy.ndarray():
+            if image.dtype != numpy.uint8:
+                raise InputError(f"it is an array of {image.dtype}; allowed: uint8, of shape (H, W, 3) or (H, W).")
+            yield Image.fromarray(image)
+        case bytes() | bytearray() | memoryview():
+            with Image.open(io.BytesIO(image)) as picture:
+                yield picture
+        case str() | os.PathLike():
+            with open(image, "rb") as file, Image.open(file) as picture:
+                yield picture
+        case _:
+            raise InputError(
+                f"it is a {type(image).__name__}; allowed: PIL, the bytes or the path of a file, or a uint8 array."
+            )
 
 
 def _check_size(width: int, height: int, limit: float) -> None:

@@ -106,14 +106,14 @@ class ImageRecords:
                 (self.failed_positions.add if "error" in row else self.failed_positions.discard)(row["position"])
         self.positions = frozenset(self._places)
 
-    def check(self, total: int) -> None:
-        """Raises `CheckpointError` unless every image has a record."""
-        missing = sorted(set(range(total)) - self.positions)
-        if missing or len(self.positions) > total:
+    def check(self, positions: range) -> None:
+        """Raises `CheckpointError` unless the images at `positions` have a record, and no others."""
+        missing = sorted(set(positions) - self.positions)
+        if missing or len(self.positions) > len(positions):
             raise CheckpointError(
-                f"'{self.records.folder}' has {len(self.positions)} records of {total} images, none of those at "
-                f"positions {missing[:5]}; run the same command again. Processes on several machines need one folder "
-                "that all of them see."
+                f"'{self.records.folder}' has {len(self.positions)} records of {len(positions)} images, none of those "
+                f"at positions {missing[:5]}; run the same command again. Processes on several machines need one "
+                "folder that all of them see."
             )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -136,10 +136,10 @@ def write_results(records: Records, images: Images, total: int, run: Note) -> di
     Args:
         images: the dataset; the page shows its most and least likely images.
         total: number of images.
-        run: processes, batch_size, seconds and images of the run that has ended.
+        run: entries of the summary about the run that has ended.
     """
     results, folder = ImageRecords(records), records.folder
-    results.check(total)
+    results.check(range(total))
     table, failures = _write_table(results, folder / "likelihoods.jsonl")
     summary = _summarise(results, table, failures, run)
     summary["without_caption"] = int(table["caption"].isna().sum()) if records.settings["data.caption_column"] else 0
@@ -197,7 +197,7 @@ def _summarise(
         "method": results.method, "levels": _levels(results),
         "process_seconds": results.seconds,
         "images_per_process_second": len(results.positions) / max(results.seconds, 1e-9),
-        "last_run": {**run, "images_per_second": run["images"] / max(run["seconds"], 1e-9)},
+        **run,
     }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from ..jobs.config import flat_settings, load_config
 from ..jobs.folder_lock import locked_folder
 from ..jobs.identity import autoencoder_note, data_note, note_differences, refuse_differences
 from ..jobs.pipelines import load_pipeline
-from ..jobs.processes import WAIT, uses_cpu
+from ..jobs.processes import WAIT, check_process_number, uses_cpu
 from ..likelihood.calibration import LEAST_IMAGES, TraceErrors
 from ..models import FisherTraceModel
 from ..noise import log_noise_to_signal_range, timestep_at
@@ -356,6 +356,7 @@ def train(config: TraceMatchingConfig) -> FisherTraceModel:
     """Trains the trace model of `config`, or resumes its training. Raises the errors of `TraceMatching`."""
     check_trackers(config.trackers)
     accelerator = make_accelerator(config)
+    check_process_number(accelerator)
     with locked_folder(Path(config.output), accelerator):
         return TraceMatching(config, accelerator).run()
 

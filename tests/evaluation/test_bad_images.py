@@ -12,7 +12,9 @@ from PIL import Image, ImageOps
 
 from diffusers_fisher import InputError, StableDiffusionFisherPipeline
 from diffusers_fisher.data import ImageData
-from diffusers_fisher.evaluation.dataset_likelihood import DatasetSettings, evaluate_dataset, is_out_of_memory
+from diffusers_fisher.evaluation.dataset_likelihood import evaluate_dataset
+from diffusers_fisher.evaluation.dataset_settings import DatasetSettings
+from diffusers_fisher.evaluation.image_evaluator import is_out_of_memory
 from diffusers_fisher.jobs.pipelines import DenoiserSettings
 
 RUN = {"num_inference_steps": 2, "estimator": "finite-difference", "num_probes": 1}

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from diffusers_fisher import FiniteDifferenceFisher, InputError, StableDiffusionFisherPipeline, likelihood_bound
 from diffusers_fisher.cli import app
 from diffusers_fisher.data import ImageData, open_images
-from diffusers_fisher.evaluation.dataset_likelihood import DatasetSettings
+from diffusers_fisher.evaluation.dataset_settings import DatasetSettings
 from diffusers_fisher.jobs.pipelines import DenoiserSettings
 
 OPTIONS = ("--method", "bound", "--num-inference-steps", "3", "--num-draws", "2", "--caption-column", "text")

@@ -26,8 +26,9 @@ from diffusers_fisher import AutodiffFisher, InputError, StableDiffusionFisherPi
 from diffusers_fisher.cli import app
 from diffusers_fisher.data import ImageData, open_images
 from diffusers_fisher.evaluation import dataset_likelihood
-from diffusers_fisher.evaluation.dataset_likelihood import DatasetSettings, evaluate_dataset
+from diffusers_fisher.evaluation.dataset_likelihood import evaluate_dataset
 from diffusers_fisher.evaluation.dataset_likelihood_report import ImageRecords
+from diffusers_fisher.evaluation.dataset_settings import DatasetSettings
 from diffusers_fisher.jobs.pipelines import DenoiserSettings
 from diffusers_fisher.jobs.records import Records
 
