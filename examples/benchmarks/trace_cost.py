@@ -5,9 +5,9 @@ product by back-propagation and one difference per level.
 
 The networks have random weights of the true shapes (UNet 860 M, CLIP's text encoder, 64x64x4 latents), and the batch
 is 1. The trace model is that of configs/trace_stable_diffusion_1_5.yaml, and is not checked here: its checks would
-take a larger part of the few levels than of a likelihood's 33. Every way runs once in a process of its own for its peak
-memory, and all run in turn for their times. "inversion" integrates the same ordinary differential equation without any
-trace. The benchmark writes trace_cost.json. It takes ten minutes on two cores, and 12 GB.
+take a larger part of the few levels than of a likelihood's 33. Every way runs once in a process of its own for its
+peak memory, and all run in turn for their times. "inversion" integrates the same ordinary differential equation
+without any trace. The benchmark writes trace_cost.json. It takes ten minutes on two cores, and 12 GB.
 """
 
 import argparse
