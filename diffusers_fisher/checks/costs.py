@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import time
+import weakref
 from collections.abc import Callable
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .lines import CheckLine
 from .subject import Subject
@@ -58,13 +61,37 @@ def _peak_memory(evaluate: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         evaluate()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with _MemoryOfTensors() as memory:
         evaluate()
-    taken = peak = 0
-    for event in sorted(profile.events() or (), key=lambda event: event.time_range.end):
-        taken += event.self_cpu_memory_usage
-        peak = max(peak, taken)
-    return peak
+    return memory.peak
+
+
+class _MemoryOfTensors(TorchDispatchMode):
+    """Adds up the memory of the tensors that operations return within its block, and keeps the largest sum.
+
+    Attributes:
+        peak: the largest sum, bytes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak, self._present, self._seen = 0, 0, weakref.WeakSet[torch.UntypedStorage]()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., object], types: object, args: tuple = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage not in self._seen:
+                self._seen.add(storage)
+                self._present += storage.nbytes()
+                weakref.finalize(storage, self._forget, storage.nbytes())
+        self.peak = max(self.peak, self._present)
+        return result
+
+    def _forget(self, size: int) -> None:
+        self._present -= size
 
 
 def recommend_settings(subject: Subject) -> CheckLine:

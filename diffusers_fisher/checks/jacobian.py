@@ -6,7 +6,6 @@ Notation: J is the Jacobian of the predicted noise with respect to the noisy sam
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -51,7 +50,13 @@ def check_step(subject: Subject) -> CheckLine:
     rows: list[dict[str, float]] = []
     for state, denoiser, _ in subject.states:
         v = rademacher(1, state.sample, subject.generator("step")).vectors[0]
-        exact = AutodiffFisher(denoiser, forward_mode=True)(state).epsilon_jacobian(v)
+        try:
+            exact = AutodiffFisher(denoiser, forward_mode=True)(state).epsilon_jacobian(v)
+        except RuntimeError as error:
+            return CheckLine(
+                "not run", "", f"torch has no forward derivatives of this network: {str(error).splitlines()[0]}",
+                "None are needed: the line 'estimators' compares differences with back-propagation.",
+            )  # fmt: skip
         for step in STEPS:
             product = FiniteDifferenceFisher(denoiser, step)(state).epsilon_jacobian(v)
             trace = state.level.sigma * (dot(v, product - exact) / v[0].numel()).cpu()
@@ -84,23 +89,25 @@ def check_step(subject: Subject) -> CheckLine:
 def check_symmetry(subject: Subject) -> CheckLine:
     """Measures |J - J^T|/|J| by random products <u, J v> - <v, J u> of differences, at three levels, without a graph.
 
-    It caps the cosine of a gradient by differences, which has J in the place of its transpose.
+    A gradient by differences has J in the place of its transpose, which caps its cosine with the exact gradient. The
+    cap is that of the Jacobian of the predicted clean sample, by which gradients of runs are multiplied.
     """
     rows = []
     for state, denoiser, _ in subject.states:
         vectors = gaussian(NUM_PRODUCTS, state.sample, subject.generator("symmetry")).vectors
         operator = FiniteDifferenceFisher(denoiser, central=True)(state)
-        products = torch.stack([operator.epsilon_jacobian(v) for v in vectors])
-        entries = torch.einsum("ib...,jb...->ijb", vectors.double(), products.double())  # <u, J v>
-        # The mean of (<u, J v> - <v, J u>)^2 over pairs is |J - J^T|^2, that of |J v|^2 is |J|^2.
-        pairs = NUM_PRODUCTS * (NUM_PRODUCTS - 1)
-        difference = float((entries - entries.transpose(0, 1)).square().sum() / pairs)
-        size = float(products.double().square().sum() / NUM_PRODUCTS)
-        asymmetry = math.sqrt(difference / size) if size else 0.0
-        rows.append({"noise_to_signal": float(state.level.noise_to_signal), "asymmetry": asymmetry,
-                     "largest_cosine": max(0.0, 1 - asymmetry**2 / 2)})  # fmt: skip
+        products = torch.stack([operator.epsilon_jacobian(v) for v in vectors]).double().flatten(2)
+        vectors, level = vectors.double().flatten(2), state.level
+        clean_products = (vectors - float(level.sigma) * products) / float(level.alpha)
+        rows.append({
+            "noise_to_signal": float(level.noise_to_signal), "asymmetry": _asymmetry(vectors, products),
+            "largest_cosine": max(0.0, 1 - _asymmetry(vectors, clean_products) ** 2 / 2),
+        })  # fmt: skip
     worst = max(row["asymmetry"] for row in rows)
-    words = f"|J - J^T|/|J| is {_listed(row['asymmetry'] for row in rows)} at {_levels()}"
+    words = (
+        f"|J - J^T|/|J| is {_listed(row['asymmetry'] for row in rows)} at {_levels()}, which caps the cosine of "
+        f"products by differences at about {_listed(row['largest_cosine'] for row in rows)}"
+    )
     if worst <= MOST_ASYMMETRIC:
         return CheckLine("ok", words, figures={"levels": rows})
     return CheckLine(
@@ -109,6 +116,14 @@ def check_symmetry(subject: Subject) -> CheckLine:
         "network is hardly trained, guided or distilled, or the settings are wrong (see the line 'calibration').",
         "Take AutodiffFisher() for gradients, which has the transposed Jacobian itself.", {"levels": rows},
     )  # fmt: skip
+
+
+def _asymmetry(vectors: torch.Tensor, products: torch.Tensor) -> float:
+    """Returns |A - A^T|/|A| by the products A v of a few standard normal vectors; both (k, B, d) float64."""
+    entries = torch.einsum("ibd,jbd->ijb", vectors, products)  # <u, A v>
+    # The mean of (<u, A v> - <v, A u>)^2 over pairs is |A - A^T|^2, that of |A v|^2 is |A|^2.
+    difference = (entries - entries.transpose(0, 1)).square().sum() / (len(vectors) * (len(vectors) - 1))
+    return float((difference * len(vectors) / products.square().sum().clamp_min(1e-30)).sqrt())
 
 
 def check_estimators(subject: Subject) -> CheckLine:

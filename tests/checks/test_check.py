@@ -59,7 +59,9 @@ def check_family(name, lines):
     assert tiny.snapshot(pipe) == before
     assert report.failed == [], report
     assert list(report.lines) == seen and [line.name for line in seen] == [name for name in LINES if name in lines]
-    assert {line.name for line in seen if line.status == "not run"} == NOT_RUN & set(lines)
+    # torch has no forward derivative of group norm in channels_last, in which DDPM's networks get their input here.
+    not_run = NOT_RUN | ({"step of differences"} if name == "DDPM" else set())
+    assert {line.name for line in seen if line.status == "not run"} == not_run & set(lines)
     for line in seen:
         assert line.status == "ok" or line.cause, line
         assert line.status == "not run" or (line.measured and line.figures), line
