@@ -133,15 +133,19 @@ def calibrate(
             columns = (noise, state.epsilon, state.sample, state.model_output)
             rows.append(torch.stack([column.double().cpu().flatten(1) for column in columns]))
         variance = float(torch.cat([batch.double().cpu().square().flatten() for batch in batches]).mean())
-        result.append(_calibration(log_s, *torch.cat(rows, dim=1), variance=variance))
+        result.append(_calibration(log_s, variance, torch.cat(rows, dim=1)))
     return result
 
 
-def _calibration(
-    log_s: float, noise: torch.Tensor, predicted: torch.Tensor, sample: torch.Tensor, output: torch.Tensor,
-    variance: float,
-) -> LevelCalibration:  # fmt: skip
-    """Returns the calibration at one level from columns (N, d) float64."""
+def _calibration(log_s: float, variance: float, columns: torch.Tensor) -> LevelCalibration:
+    """Returns the calibration at one level.
+
+    Args:
+        log_s: log(sigma/alpha).
+        variance: mean square of the clean samples.
+        columns: noise, predicted noise, noisy samples and outputs of the network, (4, N, d) float64.
+    """
+    noise, predicted, sample, output = columns
     products, squares = (noise * predicted).sum(1), predicted.square().sum(1)
     slope = float(products.sum() / squares.sum().clamp_min(1e-30))
     slope_error = float((products - slope * squares).square().sum().sqrt() / squares.sum().clamp_min(1e-30))

@@ -6,11 +6,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ..backbones import Backbone, PipelineDenoiser
 from ..backbones.conditions import Condition
+from ..backbones.unguided import default_guidance
 from ..errors import InputError
 from ..images import ImageLike, image_tensor
 from ..likelihood.pipeline import unguided_denoiser
@@ -134,10 +136,8 @@ def encoded_samples(
     return pixels, torch.cat(parts).float(), origin
 
 
-def run_arguments(backbone: Backbone, prompts: Condition, count: int, pixels: tuple[int, int]) -> dict[str, object]:
+def run_arguments(backbone: Backbone, prompts: Condition, count: int, pixels: tuple[int, int]) -> dict[str, Any]:
     """Returns the arguments of a sampling run of the pipeline's call at the call's own guidance."""
-    from ..backbones.unguided import default_guidance
-
     conditions = backbone.conditions(prompts, {}, count)[1]
     guidance = {name: value for name, value in default_guidance(backbone.parameters).items() if value is not None}
     return {**guidance, **backbone.size_arguments(pixels), **conditions}
