@@ -15,7 +15,9 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..backbones import Backbone
+from ..backbones.distilled import sign_of_distillation
 from ..backbones.stock_calls import shallow_copy
+from ..backbones.unguided import embeds_guidance
 from ..errors import FisherError
 from ..noise import log_noise_to_signal_range, noise_schedule
 from .lines import CheckLine
@@ -173,6 +175,18 @@ def find_cause(subject: Subject, levels: Sequence[LevelCalibration]) -> tuple[st
 
     A setting with which all levels are right is the cause. An untrained network is none of them.
     """
+    sign = sign_of_distillation(subject.backbone)
+    if sign is not None:
+        return (
+            f"The network looks distilled to few steps ({sign}). Such networks do not predict the mean of the noise.",
+            "Score images with the model that it was distilled from.",
+        )
+    if embeds_guidance(subject.backbone.config):
+        return (
+            "The network takes the guidance scale as an input (distilled guidance), so its output is a guided "
+            "one, which is not the mean of the noise.",
+            "This is no sign of wrong settings. Its likelihoods are those of one guidance scale.",
+        )
     if max(level.explained for level in levels) < LEAST_EXPLAINED:
         return (
             "The network looks untrained: its output tells less than "

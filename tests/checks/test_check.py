@@ -17,6 +17,7 @@ from diffusers_fisher import (
     backbone_of,
     check,
 )
+from diffusers_fisher.checks.calibration import find_cause
 from diffusers_fisher.checks.lines import CheckLine, CheckReport, run_line
 from diffusers_fisher.checks.pipeline import LINES
 from diffusers_fisher.checks.subject import Subject
@@ -109,6 +110,13 @@ def test_a_distilled_network_is_named():
     line = run(pipe, "distillation")
     assert line.status == "warning" and "its scheduler is LCMScheduler" in line.cause
     assert run(tiny.stable_diffusion(), "distillation").status == "ok"
+
+
+def test_guided_and_distilled_outputs_are_not_calibrated():
+    pipe = tiny.stable_diffusion(StableDiffusionFisherPipeline)
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    assert "its scheduler is LCMScheduler" in find_cause(subject_of(pipe), [])[0]
+    assert "distilled guidance" in find_cause(subject_of(tiny.flux(texts=True, guidance_embeds=True)), [])[0]
 
 
 def test_a_learned_variance_that_the_scheduler_does_not_know_is_named():
