@@ -80,10 +80,10 @@ class _MemoryOfTensors(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., object], types: object, args: tuple = (), kwargs: dict[str, object] | None = None
     ) -> object:
+        self._seen.update(_storages((args, kwargs)))  # weights, and what was there before; views of them take nothing
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage not in self._seen:
+        for storage in _storages(result):
+            if storage not in self._seen:
                 self._seen.add(storage)
                 self._present += storage.nbytes()
                 weakref.finalize(storage, self._forget, storage.nbytes())
@@ -92,6 +92,11 @@ class _MemoryOfTensors(TorchDispatchMode):
 
     def _forget(self, size: int) -> None:
         self._present -= size
+
+
+def _storages(tree: object) -> list[torch.UntypedStorage]:
+    """Returns the memory behind the tensors of nested containers."""
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def recommend_settings(subject: Subject) -> CheckLine:

@@ -23,7 +23,7 @@ from ..pipelines import fisher_pipeline
 from .lines import CheckLine
 from .subject import Subject
 
-BOUND_DRAWS = 2
+BOUND_DRAWS = 6  # the fewest whose scatter gives the error
 RECORDS_FILE = "likelihoods.jsonl"
 LEAST_RECORDS = 20
 SETTINGS_READ = ("num_inference_steps", "tolerance", "scheme", "bins", "sample_latents")

@@ -80,7 +80,7 @@ def check(
         on_line: called with each line as it ends.
 
     Returns:
-        `CheckReport`. Cost: about 10 evaluations per image, 300 more of four images, and some backward passes. A
+        `CheckReport`. Cost: about 10 evaluations per image, 400 more of four images, and some backward passes. A
         checkpoint whose calibration is wrong costs 60 evaluations of 16 images more.
 
     Raises:
