@@ -16,6 +16,11 @@ from .checkpoints import (
     embedded_prompt as embedded_prompt,
     embedded_test_images as embedded_test_images,
 )
+from .checks import (
+    CheckLine as CheckLine,
+    CheckReport as CheckReport,
+    check as check,
+)
 from .curvature import (
     BoundOptions as BoundOptions,
     IntrinsicDimension as IntrinsicDimension,

@@ -54,6 +54,38 @@ def demo(
 
 
 @app.command()
+def check(
+    model: Annotated[str, Argument(help="Folder or Hub id of a pipeline; 'embedded' is the embedded one.")],
+    data: Annotated[
+        str | None, Option(help="Folder of 64 or more images of the kind that the model was trained on.")
+    ] = None,
+    output: Annotated[Path, Option(help="Folder of index.html and check.json.")] = OUTPUTS / "check",
+    reference: Annotated[
+        Path | None, Option(help="Output of the command likelihood, among whose images those of --data are placed.")
+    ] = None,
+    caption_column: Annotated[str | None, Option(help="Column of captions or class labels.")] = None,
+    prompt: Annotated[str | None, Option(help="One prompt for all images, instead of captions.")] = None,
+    resolution: Annotated[int | None, Option(help="Resize and crop the images to this size.")] = None,
+    limit: Annotated[int, Option(help="Number of images, the first of the data.")] = 64,
+    dtype: WeightDtype = "float32",
+    batch_size: Annotated[int, Option(help="Images that are evaluated at once.")] = 16,
+) -> None:
+    """Check a checkpoint: is it right here, what does it cost? A failed line ends the command with status 1."""
+    from .checks.report import run_check
+    from .data import ImageData
+    from .jobs.folder_lock import FolderLock
+    from .jobs.pipelines import DenoiserSettings
+
+    images = None
+    if data is not None:
+        images = ImageData(path=data, caption_column=caption_column, resolution=resolution, limit=limit)
+    with FolderLock(output):
+        report = run_check(output, DenoiserSettings(path=model, dtype=dtype), images, prompt, reference, batch_size)
+    if report.failed:
+        raise Exit(1)
+
+
+@app.command()
 def transport(
     output: Annotated[Path, Option(help="Folder for the table, plots and transport.json.")] = OUTPUTS / "transport",
     runs: Annotated[int, Option(help="Random starts per map; 300 gives the standard errors of the docs.")] = 300,

@@ -62,6 +62,29 @@ def check_output(denoiser: Denoiser | ModelFunction | None, state: DenoisingStat
     Raises:
         InputError: the outputs differ by more than rounding, in any sample.
     """
+    difference, tolerance = output_difference(denoiser, state, output)
+    if not difference <= tolerance:
+        known = denoiser if isinstance(denoiser, Denoiser) else None
+        scale = None if known is None else known.guidance_scale
+        own = "" if scale is None else f" (guidance scale {scale:g})"
+        raise InputError(
+            f"The estimator's denoiser{own} differs from the run's output by {difference:.2g} of its size at timestep "
+            f"{state.timestep}, where rounding explains {tolerance:.2g}; usual causes are another guidance scale or "
+            "prompt, a cache, dropout, or conditions that change during the run. Make it with the arguments of the "
+            "run's call, as PipelineDenoiser(pipe, guidance_scale=..., prompt=...), or pass `adjoint_guidance_scale` "
+            "if it has another guidance scale on purpose."
+        )
+
+
+def output_difference(
+    denoiser: Denoiser | ModelFunction | None, state: DenoisingState, output: torch.Tensor
+) -> tuple[float, float]:
+    """Returns the largest difference over the samples between a denoiser's `output` at `state` and the state's own,
+    relative to its size, and how large rounding may make it.
+
+    Raises:
+        InputError: the outputs have different shapes.
+    """
     expected = state.model_output.detach()
     if output.shape != expected.shape:
         raise InputError(
@@ -77,13 +100,4 @@ def check_output(denoiser: Denoiser | ModelFunction | None, state: DenoisingStat
     # Guidance adds two rounded outputs with these factors, and its result need not be larger than either.
     tolerance = max(SAME_OUTPUT, ROUNDINGS * rounding * max(1.0, math.hypot(scale, scale - 1)))
     error = (output.detach().to(expected.dtype) - expected).flatten(1).norm(dim=1)
-    difference = float((error / expected.flatten(1).norm(dim=1).clamp_min(1e-30)).max())
-    if not difference <= tolerance:
-        own = "" if known is None or known.guidance_scale is None else f" (guidance scale {scale:g})"
-        raise InputError(
-            f"The estimator's denoiser{own} differs from the run's output by {difference:.2g} of its size at timestep "
-            f"{state.timestep}, where rounding explains {tolerance:.2g}; usual causes are another guidance scale or "
-            "prompt, a cache, dropout, or conditions that change during the run. Make it with the arguments of the "
-            "run's call, as PipelineDenoiser(pipe, guidance_scale=..., prompt=...), or pass `adjoint_guidance_scale` "
-            "if it has another guidance scale on purpose."
-        )
+    return float((error / expected.flatten(1).norm(dim=1).clamp_min(1e-30)).max()), tolerance
