@@ -104,7 +104,7 @@ def test_weights_that_differ_from_those_of_the_trace_model_are_named(pipe):
             parameter.mul_(1.02)
     line = run_line("trace model", LINES["trace model"], subject)
     assert line.status == "failed"
-    assert "was trained for another denoiser. What differs: weights of the denoiser" in line.cause
+    assert "was trained for another denoiser. What differs: outputs of the denoiser on a fixed input" in line.cause
 
 
 def subject_shape(pipe):
