@@ -1,10 +1,12 @@
 """Which estimator guides runs of few steps, and runs that add noise; writes few_steps.json.
 
     python examples/benchmarks/few_steps.py [--checkpoint sd3] [--gains]
+    python examples/benchmarks/few_steps.py --student outputs/embedded_student/checkpoint [--gains]
 
 For runs of 1 to 25 steps by schedulers that are deterministic, that add some noise at every step, or that replace all
-of it (LCM): the cosine of every estimator's gradient at the noise with the exact one, on the embedded checkpoint. With
---gains also the reward after ten guidance steps, and the time beside exact gradients.
+of it (LCM): the cosine of every estimator's gradient at the noise with the exact one, on the embedded checkpoint, or
+on the consistency model that train_student.py has distilled from it (few_steps_student.json). With --gains also the
+reward after ten guidance steps, and the time beside exact gradients.
 """
 
 import argparse
@@ -31,7 +33,8 @@ from diffusers_fisher import (
 from diffusers_fisher.backbones import backbone_of
 from diffusers_fisher.guidance.checks import checked_reward
 
-BATCH, SCALE, ITERATIONS = 10, 2.0, 10
+BATCH, ITERATIONS, SAMPLES = 10, 10, 200
+SCALES = {"sd": 2.0, "sd3": 2.0, "student": 1.0}  # the teacher's guidance is part of the student
 FROM_THE_END = {"timestep_spacing": "trailing"}  # else a single step begins at the lowest noise
 RUNS: dict[str, list[tuple[str, str, dict[str, Any], int]]] = {
     "sd": [
@@ -50,6 +53,7 @@ RUNS: dict[str, list[tuple[str, str, dict[str, Any], int]]] = {
             for steps in (2, 4, 8)
         ),
     ],
+    "student": [("LCM", "LCMScheduler", {}, steps) for steps in (1, 2, 4)],
 }
 
 
@@ -61,34 +65,29 @@ def estimators(denoiser: PipelineDenoiser) -> dict[str, Any]:
     }
 
 
-def gradient(pipe: Any, scheduler: Any, noise: torch.Tensor, steps: int, estimator: Any, reward: Any, arguments: Any):
+def gradient(pipe: Any, noise: torch.Tensor, estimator: Any, reward: Any, arguments: dict[str, Any]) -> torch.Tensor:
     """Returns the gradient of the reward at the noise through one run of the pipeline."""
-    with scheduler.differentiable(estimator) as trajectory:
+    with pipe.scheduler.differentiable(estimator) as trajectory:
         latents = pipe(
-            latents=noise, num_inference_steps=steps, guidance_scale=SCALE, output_type="latent", return_dict=False,
-            generator=torch.Generator().manual_seed(1), **arguments,
+            latents=noise, output_type="latent", return_dict=False, generator=torch.Generator().manual_seed(1),
+            **arguments,
         )[0]  # fmt: skip
     images = backbone_of(pipe).decode(latents)
     return trajectory.gradient(checked_reward(reward, images, arguments["prompt"]).sum()).double()
 
 
-def cosines(pipe: Any, reward: Any, prompts: list[str], noise: torch.Tensor, case: tuple) -> dict[str, float]:
+def cosines(pipe: Any, reward: Any, noise: torch.Tensor, arguments: dict[str, Any]) -> dict[str, float]:
     """Returns by estimator the mean cosine with the exact gradient."""
-    _, cls, changes, steps = case
-    pipe.scheduler = fisher_scheduler(getattr(diffusers, cls)).from_config(pipe.scheduler.config, **changes)
-    arguments = {"prompt": prompts}
-    denoiser = PipelineDenoiser(pipe, guidance_scale=SCALE, **arguments)
+    denoiser = PipelineDenoiser(pipe, guidance_scale=arguments["guidance_scale"], prompt=arguments["prompt"])
     exact, *rest = (
-        gradient(pipe, pipe.scheduler, noise, steps, estimator, reward, arguments)
+        gradient(pipe, noise, estimator, reward, arguments)
         for estimator in (AutodiffFisher(denoiser), *estimators(denoiser).values())
     )
     return {name: cosine(value, exact) for name, value in zip(estimators(denoiser), rest, strict=True)}
 
 
-def gains(pipe: Any, reward: Any, prompts: list[str], noise: torch.Tensor, case: tuple) -> dict[str, Any]:
+def gains(pipe: Any, reward: Any, noise: torch.Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
     """Returns by estimator how much the best reward grows in ten guidance steps, and the seconds."""
-    _, cls, changes, steps = case
-    pipe.scheduler = fisher_scheduler(getattr(diffusers, cls)).from_config(pipe.scheduler.config, **changes)
     ways = {
         "one step": OneStepFisher(), "finite difference": FiniteDifferenceFisher(), "exact": AutodiffFisher(),
         "direct": DirectFisher(),
@@ -97,8 +96,8 @@ def gains(pipe: Any, reward: Any, prompts: list[str], noise: torch.Tensor, case:
     for name, estimator in ways.items():
         begin = time.perf_counter()
         out = pipe.guide(
-            prompts, reward, estimator=estimator, latents=noise, num_inference_steps=steps, guidance_scale=SCALE,
-            num_guidance_steps=ITERATIONS, output_type="pt", generator=torch.Generator().manual_seed(1),
+            reward=reward, estimator=estimator, latents=noise, num_guidance_steps=ITERATIONS, output_type="pt",
+            generator=torch.Generator().manual_seed(1), **arguments,
         )  # fmt: skip
         gain = torch.as_tensor(out.best_rewards) - torch.as_tensor(out.rewards)[0]
         error = float(gain.std() / len(gain) ** 0.5)
@@ -108,29 +107,44 @@ def gains(pipe: Any, reward: Any, prompts: list[str], noise: torch.Tensor, case:
     return rows
 
 
+def classified_as_prompted(pipe: Any, steps: int, scale: float) -> float:
+    """Returns the share of samples that the classifier sees as the class of their prompt."""
+    labels = [index % 10 for index in range(SAMPLES)]
+    images = pipe(
+        [embedded_prompt(label) for label in labels], num_inference_steps=steps, guidance_scale=scale,
+        output_type="pt", generator=torch.Generator().manual_seed(2),
+    ).images  # fmt: skip
+    own = ClassifierReward.from_pretrained(f"{embedded_checkpoint()}/classifier", target=labels)
+    return float((own(images.float(), [""] * SAMPLES).exp() > 0.5).double().mean())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", choices=NAMES, default="sd")
-    parser.add_argument("--folder", help="another checkpoint of that kind; no JSON is written")
+    parser.add_argument("--student", metavar="FOLDER", help="the distilled checkpoint of train_student.py")
     parser.add_argument("--gains", action="store_true")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
+    name = options.checkpoint if options.student is None else "student"
     labels = [index % 10 for index in range(BATCH)]
-    prompts = [embedded_prompt(label) for label in labels]
     reward = ClassifierReward.from_pretrained(
         f"{embedded_checkpoint()}/classifier", target=[(label + 1) % 10 for label in labels]
     )
+    prompts = [embedded_prompt(label) for label in labels]
     noise, rows = torch.randn(BATCH, 4, 8, 8, generator=torch.Generator().manual_seed(0)), []
-    with embedded_pipeline(arguments.checkpoint, arguments.folder) as pipe:
-        for case in RUNS[arguments.checkpoint]:
-            row: dict[str, Any] = {"scheduler": case[0], "steps": case[-1]}
-            row["cosine"] = cosines(pipe, reward, prompts, noise, case)
-            if arguments.gains:
-                row["guidance"] = gains(pipe, reward, prompts, noise, case)
+    with embedded_pipeline(options.checkpoint, options.student) as pipe:
+        for title, cls, changes, steps in RUNS[name]:
+            pipe.scheduler = fisher_scheduler(getattr(diffusers, cls)).from_config(pipe.scheduler.config, **changes)
+            arguments = {"prompt": prompts, "num_inference_steps": steps, "guidance_scale": SCALES[name]}
+            row: dict[str, Any] = {"scheduler": title, "steps": steps}
+            row["cosine"] = cosines(pipe, reward, noise, arguments)
+            if options.gains:
+                row["guidance"] = gains(pipe, reward, noise, arguments)
+            if options.student is not None:
+                row["classified_as_prompted"] = classified_as_prompted(pipe, steps, SCALES[name])
             rows.append(row)
             print(row, flush=True)
-    if arguments.folder is None:
-        suffix = "" if arguments.checkpoint == "sd" else f"_{arguments.checkpoint}"
-        save(f"few_steps{suffix}", {"batch": BATCH, "guidance_scale": SCALE, "rows": rows})
+    suffix = "" if name == "sd" else f"_{name}"
+    save(f"few_steps{suffix}", {"batch": BATCH, "guidance_scale": SCALES[name], "rows": rows})
 
 
 if __name__ == "__main__":

@@ -148,7 +148,12 @@ def _curve(row: dict[str, Any]) -> str:
 
 def few_steps() -> str:
     parts = []
-    for name, title in (("few_steps", "Stable Diffusion"), ("few_steps_sd3", "Stable Diffusion 3")):
+    names = {
+        "few_steps": "Stable Diffusion",
+        "few_steps_sd3": "Stable Diffusion 3",
+        "few_steps_student": "The student",
+    }
+    for name, title in names.items():
         if not (FOLDER / f"{name}.json").is_file():
             continue
         result = read_result(name)
@@ -162,6 +167,10 @@ def few_steps() -> str:
             "gradient at the noise.",
             table(["scheduler", "steps", *estimators], rows),
         ]
+        shares = [row for row in result["rows"] if "classified_as_prompted" in row]
+        if shares:
+            words = ", ".join(f"{row['classified_as_prompted']:.1%} at {row['steps']}" for row in shares)
+            parts.append(f"Of its samples the classifier sees the class of the prompt in {words} steps.")
         gains = [row for row in result["rows"] if "guidance" in row]
         if gains:
             ways = list(gains[0]["guidance"])
