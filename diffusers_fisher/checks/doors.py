@@ -98,7 +98,7 @@ def _cause(backbone: Backbone, is_same: bool) -> tuple[str, str]:
             "Turn it off with the network's `disable_cache()`.",
         )
     if network is not None and network.training:
-        return "The network is in training mode, in which dropout is random.", "Call its `eval()`."
+        return "The network is in training mode, in which dropout is random.", "Put it into eval mode."
     if is_same:
         return (
             "The differentiable scheduler makes other steps than the pipeline's own, which must not be.",

@@ -252,9 +252,11 @@ def first_grid(
     if isinstance(tolerance, str):
         if tolerance != "auto":
             raise InputError(f"`tolerance` is {tolerance!r}; allowed: a number of bits/dim, None, or 'auto'.")
-        chosen = num_steps is not None or step_halving
-        return num_steps or DEFAULT_STEPS, None if chosen else DEFAULT_TOLERANCE
-    return num_steps or (DEFAULT_STEPS if tolerance is None else STEPS_FOR_TOLERANCE), tolerance
+        tolerance = DEFAULT_TOLERANCE if num_steps is None and not step_halving else None
+        default = DEFAULT_STEPS
+    else:
+        default = DEFAULT_STEPS if tolerance is None else STEPS_FOR_TOLERANCE
+    return default if num_steps is None else num_steps, tolerance
 
 
 def default_estimator(backbone: Backbone) -> FisherEstimator:

@@ -151,7 +151,7 @@ def test_dropout_is_named():
     pipe = tiny.stable_diffusion(unet=tiny.unet(dropout=0.5))
     pipe.unet.train()
     line = run(pipe, "pipeline's run")
-    assert line.status == "failed" and "training mode" in line.cause and "eval()" in line.cure
+    assert line.status == "failed" and "training mode" in line.cause and "eval mode" in line.cure
 
 
 def test_a_scheduler_of_another_family_is_the_cause_of_every_line_that_evaluates():

@@ -222,8 +222,7 @@ def test_likelihoods_are_those_of_the_pipeline_and_are_on_the_page(tmp_path):
     assert list(record["bits_per_dim"]) == list(record["bits_per_dim_error"]) == ["before", "after"]
     # float32 twice through the same operations
     assert list(record["bits_per_dim"].values()) == pytest.approx(expected.bits_per_dim.tolist(), abs=1e-4)
-    errors = expected.discretisation_error / (256 * 0.6931471805599453)  # the trace model has no error by probes
-    assert list(record["bits_per_dim_error"].values()) == pytest.approx(errors.tolist(), abs=1e-4)
+    assert list(record["bits_per_dim_error"].values()) == pytest.approx(expected.total_error_bits.tolist(), abs=1e-4)
     page = (tmp_path / "out" / "index.html").read_text()
     assert "<td>bits/dim</td>" in page
     for moment, bits in record["bits_per_dim"].items():

@@ -126,6 +126,8 @@ def test_folders_of_other_runs_are_refused_by_name(place, copies, tmp_path):
 
 def test_outputs_that_hold_something_else_are_refused(place, copies, tmp_path):
     output = shutil.copytree(place / "whole", tmp_path / "whole")
+    file = min((output / "records").iterdir())
+    shutil.copyfile(file, file.with_name(file.name.replace("000000000", "000000009")))
     with pytest.raises(InputError, match=r"whole' has records that are in no folder of a shard, such as '0000"):
         merge_likelihoods(output, copies)
     with pytest.raises(InputError, match=r"holds records of other settings: `num_shards` was 3, is absent"):
