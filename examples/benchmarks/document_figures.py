@@ -27,7 +27,7 @@ from likelihood_figures import (
     likelihood_other_laws,
     likelihood_total_error,
 )
-from probe_figures import flow_gradients, flow_guidance, flow_likelihood, flow_products, flow_samples
+from probe_figures import few_steps, flow_gradients, flow_guidance, flow_likelihood, flow_products, flow_samples
 from study_figures import lml_cells, lml_sweep, transport, transport_learned
 from trace_figures import trace_check, trace_cost, trace_embedded, trace_mixture
 
@@ -55,7 +55,7 @@ def embedded_checkpoint() -> str:
 
 DOCUMENTS = {
     ROOT / "README.md": (guidance, embedded_checkpoint, flow_samples),
-    ROOT / "docs" / "guidance.md": (guidance_curves, guidance_per_step, guidance_gradients, guidance_sd15_size),
+    ROOT / "docs" / "guidance.md": (guidance_curves, guidance_per_step, guidance_gradients, guidance_sd15_size, few_steps),
     ROOT / "docs" / "estimators.md": (fisher_levels, fisher_gradients, fisher_ascents),
     ROOT / "docs" / "transport.md": (transport, transport_learned),
     ROOT / "docs" / "lml.md": (lml_cells, lml_sweep),
