@@ -55,7 +55,13 @@ def embedded_checkpoint() -> str:
 
 DOCUMENTS = {
     ROOT / "README.md": (guidance, embedded_checkpoint, flow_samples),
-    ROOT / "docs" / "guidance.md": (guidance_curves, guidance_per_step, guidance_gradients, guidance_sd15_size, few_steps),
+    ROOT / "docs" / "guidance.md": (
+        guidance_curves,
+        guidance_per_step,
+        guidance_gradients,
+        guidance_sd15_size,
+        few_steps,
+    ),
     ROOT / "docs" / "estimators.md": (fisher_levels, fisher_gradients, fisher_ascents),
     ROOT / "docs" / "transport.md": (transport, transport_learned),
     ROOT / "docs" / "lml.md": (lml_cells, lml_sweep),
