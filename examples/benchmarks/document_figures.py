@@ -27,7 +27,15 @@ from likelihood_figures import (
     likelihood_other_laws,
     likelihood_total_error,
 )
-from probe_figures import few_steps, flow_gradients, flow_guidance, flow_likelihood, flow_products, flow_samples
+from probe_figures import (
+    few_steps,
+    flow_gradients,
+    flow_guidance,
+    flow_likelihood,
+    flow_products,
+    flow_samples,
+    likelihood_probes,
+)
 from study_figures import lml_cells, lml_sweep, transport, transport_learned
 from trace_figures import trace_check, trace_cost, trace_embedded, trace_mixture
 
@@ -66,6 +74,7 @@ DOCUMENTS = {
     ROOT / "docs" / "transport.md": (transport, transport_learned),
     ROOT / "docs" / "lml.md": (lml_cells, lml_sweep),
     ROOT / "docs" / "likelihood.md": (
+        likelihood_probes,
         trace_check,
         likelihood_closed_forms,
         likelihood_other_laws,
