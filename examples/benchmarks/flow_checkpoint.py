@@ -47,7 +47,7 @@ from diffusers_fisher.guidance.checks import checked_reward
 from diffusers_fisher.likelihood import reference_log_likelihood
 from diffusers_fisher.likelihood.pipeline import unguided_denoiser
 
-SAMPLES, STOCK_SAMPLES, IMAGES, BATCH, PROMPTS = 1000, 10, 8, 8, 32
+SAMPLES, STOCK_SAMPLES, IMAGES, BATCH, PROMPTS = 1000, 10, 4, 8, 32
 STEPS, ITERATIONS, LEVELS = (10, 25), 10, 12
 
 
