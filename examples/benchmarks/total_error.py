@@ -6,7 +6,7 @@ The laws and points of discretisation.py, whose densities are known in closed fo
 checkpoint without a trace model: by forward differences along one random direction per level. So the error has all of
 its parts: the steps, the directions, and the prior. Points at which 256 and 512 steps with exact traces differ by more
 than 0.005 bits/dim are "not settled" and reported apart. Development used seeds from 1000 on; the judging seeds 0 to 9
-were run once. Two minutes per seed on one core.
+were run once. A minute per seed on one core.
 """
 
 import argparse
