@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from matplotlib.figure import Figure
 
 from ..backbones import backbone_of
+from ..backbones.conditions import Condition
 from ..checkpoints import embedded_prompt, embedded_test_images
 from ..console import say
 from ..data import ImageData, open_images
@@ -57,7 +59,9 @@ def run_check(
     return report
 
 
-def _images(pipe: Any, denoiser: DenoiserSettings, data: ImageData | None) -> tuple[torch.Tensor | None, Any]:
+def _images(
+    pipe: DiffusionPipeline, denoiser: DenoiserSettings, data: ImageData | None
+) -> tuple[torch.Tensor | None, Condition]:
     """Returns the images (N, C, H, W) in [0, 1] and their captions; None for what there is not."""
     if data is None:
         if denoiser.path not in EMBEDDED:
