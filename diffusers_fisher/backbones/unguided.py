@@ -114,8 +114,8 @@ def pop_unguided(
         scale = arguments.pop(name, off)
         if (scale if off is None else fit(name, scale, {name: float})) != off:
             raise InputError(
-                f"`{name}` is {scale}; a likelihood is at {off}, because a guided output is the score of no density. "
-                "Leave it out."
+                f"`{name}` is {scale}; likelihoods and curvature are at {off}, because a guided output is the "
+                "score of no density. Leave it out."
             )
     return arguments.pop("guidance_scale", values.get("guidance_scale"))
 

@@ -335,8 +335,8 @@ def unguided_denoiser(
     negative = [name for name, text in texts.items() if not isinstance(text, (str, list, tuple)) or text]
     if negative:
         raise InputError(
-            f"`{negative[0]}` is {call_arguments[negative[0]]!r}; a likelihood is without guidance, where negative "
-            "prompts count for nothing. Leave it out; `compare_likelihood` compares two prompts."
+            f"`{negative[0]}` is {call_arguments[negative[0]]!r}; likelihoods and curvature are without guidance, "
+            "where negative prompts count for nothing. Leave it out; `compare_likelihood` compares two prompts."
         )
     _, conditions = backbone.conditions(prompt, call_arguments, len(samples))
     arguments = {**backbone.size_arguments_of(samples), **call_arguments, **conditions}

@@ -77,7 +77,7 @@ def test_every_family_has_a_dimension(name):
     ("options", "message"),
     [
         ({"guidance_scale": 3.0}, "guidance"),
-        ({"negative_prompt": "d"}, "`negative_prompt` is 'd'; a likelihood is without guidance"),
+        ({"negative_prompt": "d"}, "`negative_prompt` is 'd'; likelihoods and curvature are without guidance"),
         ({"num_probe": 2}, "`intrinsic_dimension` does not take `num_probe`. Did you mean `num_probes`"),
         ({"num_probes": 0}, "`num_probes` is 0; allowed: at least 1, or None for the exact trace"),
         ({"noise_to_signal": 100.0}, "`noise_to_signal` goes from 100 to 100; the schedule of "),

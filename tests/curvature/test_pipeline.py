@@ -92,7 +92,7 @@ def test_maps_are_refused_without_maps_and_at_other_sizes(pipe):
     [
         ({"bins": 256}, "`bins` is 256, but StableDiffusionFisherPipeline is in latents"),
         ({"guidance_scale": 3.0}, "guidance"),
-        ({"negative_prompt": "d"}, "`negative_prompt` is 'd'; a likelihood is without guidance"),
+        ({"negative_prompt": "d"}, "`negative_prompt` is 'd'; likelihoods and curvature are without guidance"),
         ({"num_draw": 2}, "`likelihood_bound` does not take `num_draw`. Did you mean `num_draws`"),
         ({"num_inference_steps": 0}, "`num_steps` is 0; allowed"),
         ({"image_keys": ["a"]}, "1 image keys were given for 2 images"),

@@ -206,7 +206,10 @@ def test_comparison_leaves_everything_as_it_was():
         ({"prompts": ["a"], "method": "elbo"}, "`method` is 'elbo'; allowed: squared error, ode"),
         ({"prompts": ["a"], "num_levels": 3}, "`num_levels` is 3; allowed: even, at least 4"),
         ({"prompts": ["a"], "num_levels": 0}, "`num_levels` is 0; allowed: even, at least 4"),
-        ({"prompts": ["a"], "guidance_scale": 4.0}, r"`guidance_scale` is 4\.0; a likelihood is at 1\.0"),
+        (
+            {"prompts": ["a"], "guidance_scale": 4.0},
+            r"`guidance_scale` is 4\.0; likelihoods and curvature are at 1\.0",
+        ),
         ({"prompt": ["a"]}, "`compare_likelihood` takes its prompts as `prompts`"),
         ({"prompts": ["a"], "prompt": "b", "method": "ode"}, "`compare_likelihood` takes its prompts as `prompts`"),
         (
@@ -219,7 +222,10 @@ def test_comparison_leaves_everything_as_it_was():
             "`num_levels` belongs to method 'squared error'; 'ode'",
         ),
         ({"prompts": ["a"], "levels": 8}, "`compare_likelihood` does not take `levels`. Did you mean `num_levels`"),
-        ({"prompts": ["a"], "negative_prompt": "b"}, "`negative_prompt` is 'b'; a likelihood is without guidance"),
+        (
+            {"prompts": ["a"], "negative_prompt": "b"},
+            "`negative_prompt` is 'b'; likelihoods and curvature are without guidance",
+        ),
         ({"prompts": ["a"], "bins": 256}, "`bins` is 256, but StableDiffusionFisherPipeline is in latents"),
         ({"prompts": ["a"], "prior_mean": 0.0}, "Give both `prior_mean` and `prior_variance`"),
     ],

@@ -434,7 +434,7 @@ IMAGES = {
     ),
     "negative prompt": (
         lambda: {"images": image(), "negative_prompt": "d"},
-        "`negative_prompt` is 'd'; a likelihood is without guidance, where negative prompts count for nothing",
+        "`negative_prompt` is 'd'; likelihoods and curvature are without guidance, where negative prompts",
     ),
     "misspelt option": (
         lambda: {"images": image(), "num_probe": 3}, "`log_likelihood` does not take `num_probe`. Did you mean `num_p"

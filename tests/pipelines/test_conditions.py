@@ -155,7 +155,9 @@ def test_prompts_of_the_other_encoders_are_one_per_image(name):
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name != "Flux"])
 def test_likelihood_with_guidance_is_refused(name):
     backbone = BACKBONES[name]
-    with pytest.raises(InputError, match=r"`guidance_scale` is 4\.0; a likelihood is at 1.0, because a guided output"):
+    with pytest.raises(
+        InputError, match=r"`guidance_scale` is 4\.0; likelihoods and curvature are at 1.0, because a guided output"
+    ):
         backbone.score(backbone.ours(), latents=backbone.noise(), guidance_scale=4.0)
 
 
@@ -168,7 +170,9 @@ def test_guidance_of_flux_is_an_input_and_its_true_guidance_is_refused():
     ))  # fmt: skip
     assert torch.equal(default, same)
     assert not torch.equal(default, other)
-    with pytest.raises(InputError, match=r"`true_cfg_scale` is 2\.0; a likelihood is at 1.0, because a guided output"):
+    with pytest.raises(
+        InputError, match=r"`true_cfg_scale` is 2\.0; likelihoods and curvature are at 1.0, because a guided output"
+    ):
         score(backbone, pipe, PROMPTS, true_cfg_scale=2.0, **options)
 
 

@@ -134,9 +134,9 @@ def test_likelihood_of_a_family_of_ones_own_is_unguided(backbones):
         stock, latents=latents, num_inference_steps=3, generator=torch.Generator().manual_seed(1)
     )
     torch.testing.assert_close(out.log_prob, expected.log_prob)
-    with pytest.raises(InputError, match=r"`pag_scale` is 3\.0; a likelihood is at 0\.0"):
+    with pytest.raises(InputError, match=r"`pag_scale` is 3\.0; likelihoods and curvature are at 0\.0"):
         log_likelihood(setup.pipe, latents=latents, num_inference_steps=3, pag_scale=3.0)
-    with pytest.raises(InputError, match=r"`pag_scale` is 2\.0; a likelihood is at 0\.0"):
+    with pytest.raises(InputError, match=r"`pag_scale` is 2\.0; likelihoods and curvature are at 0\.0"):
         compare_likelihood(setup.pipe, latents=latents, prompts=["a", "b"], num_levels=2, pag_scale=2.0)
 
 
