@@ -2,7 +2,7 @@
 
     python examples/benchmarks/flow_checkpoint.py [PART ...]
 
-The parts are samples, likelihood, products, gradients and guidance; without names all run.
+The parts are samples, likelihood, products, gradients, guidance and half_precision; without names all run.
 All run with one empty token in the place of the stock call's 256 (`empty_tokens.short_context`), which is the same
 function; "samples" compares some images with the stock call's. The likelihoods by random
 directions are in likelihood_probes_sd3.json.
@@ -31,6 +31,7 @@ from diffusers_fisher import (
     CoarseGridWarning,
     DirectFisher,
     FiniteDifferenceFisher,
+    FisherEstimator,
     FisherFlowMatchEulerDiscreteScheduler,
     GaussianFisher,
     LikelihoodOutput,
@@ -47,7 +48,7 @@ from diffusers_fisher.guidance.checks import checked_reward
 from diffusers_fisher.likelihood import reference_log_likelihood
 from diffusers_fisher.likelihood.pipeline import unguided_denoiser
 
-SAMPLES, STOCK_SAMPLES, IMAGES, BATCH, PROMPTS = 1000, 10, 4, 8, 32
+SAMPLES, STOCK_SAMPLES, IMAGES, BATCH, PROMPTS, HALF_PRECISION_PROMPTS = 1000, 10, 4, 8, 32, 16
 STEPS, ITERATIONS, LEVELS = (10, 25), 10, 12
 
 
@@ -198,25 +199,30 @@ def _rewards(labels: list[int]) -> dict[str, tuple[Any, Any]]:
     return {"another class": (other, None), "left minus right": (LinearReward.left_minus_right(32, 32), own)}
 
 
+def _guided(pipe: Any, name: str, estimator: FisherEstimator | None, prompts: int) -> torch.Tensor:
+    """Returns the best rewards so far after every guidance step, (steps + 1, prompts) float64."""
+    labels, parts = [index % 10 for index in range(prompts)], []
+    for first in range(0, prompts, BATCH):
+        part = labels[first : first + BATCH]
+        reward, held_out = _rewards(part)[name]
+        out = pipe.guide(
+            [embedded_prompt(label) for label in part], reward, num_guidance_steps=ITERATIONS, estimator=estimator,
+            num_inference_steps=25, guidance_scale=2.0, held_out_reward=held_out,
+            generator=torch.Generator().manual_seed(first), output_type="pt",
+        )  # fmt: skip
+        parts.append(torch.as_tensor(out.rewards, dtype=torch.float64))
+    return torch.cat(parts, dim=1).cummax(0).values
+
+
 def guidance(pipe: Any, folder: str) -> dict[str, Any]:
     """Runs the same guidance with the default, the direct estimator and exact gradients."""
     ways = {"default": None, "direct": DirectFisher(), "exact gradients": AutodiffFisher()}
     result: dict[str, Any] = {"prompts": PROMPTS, "steps": 25, "guidance_scale": 2.0, "iterations": ITERATIONS}
-    labels = [index % 10 for index in range(PROMPTS)]
     for name in ("another class", "left minus right"):
         rows = {}
         for way, estimator in ways.items():
-            parts, begin = [], time.perf_counter()
-            for first in range(0, PROMPTS, BATCH):
-                part = labels[first : first + BATCH]
-                reward, held_out = _rewards(part)[name]
-                out = pipe.guide(
-                    [embedded_prompt(label) for label in part], reward, num_guidance_steps=ITERATIONS,
-                    estimator=estimator, num_inference_steps=25, guidance_scale=2.0, held_out_reward=held_out,
-                    generator=torch.Generator().manual_seed(first), output_type="pt",
-                )  # fmt: skip
-                parts.append(torch.as_tensor(out.rewards, dtype=torch.float64))
-            curve = torch.cat(parts, dim=1).cummax(0).values
+            begin = time.perf_counter()
+            curve = _guided(pipe, name, estimator, PROMPTS)
             rows[way] = {
                 "curve": curve.mean(1).tolist(), "standard_error": float(curve[-1].std() / PROMPTS**0.5),
                 "seconds": time.perf_counter() - begin,
@@ -226,8 +232,30 @@ def guidance(pipe: Any, folder: str) -> dict[str, Any]:
     return result
 
 
+def half_precision(pipe: Any, folder: str) -> dict[str, Any]:
+    """Returns what the default guidance reaches with a network in float16 less what it reaches in float32, paired."""
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    states = [{name: value.clone() for name, value in part.state_dict().items()} for part in networks]
+    result: dict[str, Any] = {"prompts": HALF_PRECISION_PROMPTS, "iterations": ITERATIONS}
+    for name in ("another class", "left minus right"):
+        before = _guided(pipe, name, None, HALF_PRECISION_PROMPTS)
+        pipe.to(torch.float16)
+        after = _guided(pipe, name, None, HALF_PRECISION_PROMPTS)
+        pipe.to(torch.float32)
+        for part, state in zip(networks, states, strict=True):
+            part.load_state_dict(state)  # not the rounded weights
+        gaps = (after - before)[[0, -1]]
+        result[name] = {
+            "float32": before[[0, -1]].mean(1).tolist(), "float16": after[[0, -1]].mean(1).tolist(),
+            "difference": gaps.mean(1).tolist(), "standard_error": (gaps.std(1) / gaps.shape[1] ** 0.5).tolist(),
+        }  # fmt: skip
+        print(name, result[name], flush=True)
+    return result
+
+
 PARTS: dict[str, Callable[[Any, str], dict[str, Any]]] = {
     "samples": samples, "likelihood": likelihood, "products": products, "gradients": gradients, "guidance": guidance,
+    "half_precision": half_precision,
 }  # fmt: skip
 
 
