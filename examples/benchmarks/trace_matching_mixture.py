@@ -45,7 +45,15 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-class IsotropicMixture(Denoiser):
+class SampledDenoiser(Denoiser):
+    """A denoiser of a law of which samples can be drawn."""
+
+    def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Draws clean samples (count, C, h, w)."""
+        raise NotImplementedError
+
+
+class IsotropicMixture(SampledDenoiser):
     """The exact denoiser of modes m_k with covariances v_k I and equal weights: two matrix products per call, float32.
 
     Args:
@@ -100,13 +108,14 @@ def mixtures(scheduler: Any) -> dict[str, IsotropicMixture]:
 
 
 def train(
-    mixture: IsotropicMixture, steps: int, seed: int, mirrored: bool = True, rate: float = 3e-3, **settings: Any
+    mixture: SampledDenoiser, steps: int, seed: int, mirrored: bool = True, rate: float = 3e-3, **settings: Any
 ) -> FisherTraceModel:
     """Trains a trace model of `mixture` for `steps` steps; returns it with averaged parameters."""
     torch.manual_seed(seed)  # moving average of the parameters
     model = FisherTraceModel(**{**NETWORK, **settings})
     prior = GaussianFisher.fit_diagonal(mixture.sample(20000, step_generator(seed, "prior")), dct=True)
-    model.set_prior(prior.mean, prior.covariance.variances.view(SHAPE))
+    shape = model.config.prior_shape
+    model.set_prior(prior.mean, prior.covariance.variances.view(shape))
     objective = TraceObjective(model.config)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -116,7 +125,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
         clean = mixture.sample(count, step_generator(seed, "data", step))
-        draw = draw_trace_batch(mixture.scheduler, SHAPE, count, step, seed, mirrored=mirrored)
+        draw = draw_trace_batch(mixture.scheduler, tuple(shape), count, step, seed, mirrored=mirrored)
         objective(model, mixture, clean, draw).mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
