@@ -94,12 +94,24 @@ def trace_cost() -> str:
     memory = result["memory_over_inversion"]
     rows = [
         ["time of a call: trace model over denoiser", _ratio(result["trace_model_over_denoiser"])],
-        ["time: likelihood by the trace model over plain inversion", _ratio(result["trace_model_over_inversion"])],
+        [
+            "time: likelihood by the trace model, without its checks, over plain inversion",
+            _ratio(result["trace_model_over_inversion"]),
+        ],
+        [
+            "time: likelihood by one difference per level over plain inversion",
+            _ratio(result["difference_over_inversion"]),
+        ],
+        [
+            "time: likelihood by one difference per level over one Hutchinson probe",
+            _ratio(result["difference_over_probe"]),
+        ],
         [
             "time: likelihood by one Hutchinson probe over likelihood by the trace model",
             _ratio(result["probe_over_trace_model"]),
         ],
         ["peak memory: likelihood by the trace model over plain inversion", f"{memory['trace model']:.3f}"],
+        ["peak memory: likelihood by one difference per level over plain inversion", f"{memory['1 difference']:.3f}"],
         ["peak memory: likelihood by one Hutchinson probe over plain inversion", f"{memory['1 probe']:.3f}"],
     ]
     return document(
