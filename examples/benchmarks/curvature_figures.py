@@ -37,8 +37,8 @@ def likelihood_bound_fractions() -> str:
         f"With whole Jacobians, {whole['images']} images, {whole['steps']} steps and {whole['draws']} draws: the ODE "
         f"gives {whole['ode']:.3f} bits/dim (within {whole['ode_total_error']:.3f}), the bound is "
         f"{whole['bound']:.3f} +- {whole['bound_standard_error']:.3f}, and {whole['bound_by_trace_model']:.3f} with "
-        f"the trace model and the same draws. A bound of {cost['bound_calls']} calls takes {cost['ratio']['median']:.1f} times as long as the "
-        f"ODE of {cost['ode_calls']} calls.",
+        f"the trace model and the same draws. A bound of {cost['bound_calls']} calls takes "
+        f"{cost['ratio']['median']:.1f} times as long as the ODE of {cost['ode_calls']} calls.",
     )
 
 
