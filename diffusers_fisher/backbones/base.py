@@ -21,13 +21,13 @@ from tqdm.auto import tqdm
 from ..arguments import check_generators
 from ..errors import InputError, UnsupportedError, check_floats
 from ..images import UNIT_RANGE, ImageLike, image_tensor
-from ..noise import noise_schedule
 from .autoencoder import decode_latents, encode_pixels, images_of, pixels_of
 from .conditions import Condition, Conditions, text_conditions
-from .encoding import encode_apart
-from .inputs import form_of
+from .encoding import encode_apart, mean_of_tokens
+from .inputs import check_latents, form_of
 from .networks import check_latents_alone, check_weights, reset_caches
 from .parts import LatentStatistics, checkpoint_moments, checkpoint_parts
+from .scheduler_kind import check_scheduler_kind
 from .stock_calls import shallow_copy
 from .unguided import check_unconditional_branch, pop_unguided
 
@@ -54,17 +54,24 @@ class Backbone:
     Attributes:
         space: "latent", or "pixel" where samples are the images themselves.
         predicts_flow: whether the network was trained on (1 - s) x_0 + s eps.
+        noise_dtype: dtype in which the call draws its noise; None: that of the network's weights.
         scales_samples: whether the call multiplies noise and model input by the scheduler's factors.
         standardises_latents: whether the call uses the autoencoder's `latents_mean` and `latents_std`.
         pooled_index: place of the network's pooled embeddings in the result of `encode_prompt`; None without any.
+        token_indices: places of the tokens' embeddings and of their mask (None without any) in the result of
+            `encode_prompt`, whose mean stands for pooled embeddings; None: it does not.
+        pixel_multiple: number of pixels of which the call takes multiples alone, beside whole patches of the network.
         network_name, autoencoder_name: names of these components.
     """
 
     space: ClassVar[str] = "latent"
     predicts_flow: ClassVar[bool] = False
+    noise_dtype: ClassVar[torch.dtype | None] = None
     scales_samples: ClassVar[bool] = True
     standardises_latents: bool = False
     pooled_index: ClassVar[int | None] = None
+    token_indices: ClassVar[tuple[int, int | None] | None] = None
+    pixel_multiple: ClassVar[int] = 8
     network_name: ClassVar[str] = "transformer"
     autoencoder_name: ClassVar[str] = "vae"
 
@@ -229,9 +236,14 @@ class Backbone:
         return self.pipe.vae_scale_factor
 
     @property
+    def patch_size(self) -> int:
+        """Latents along one side of a patch that the network takes as one token; 1 without patches."""
+        return self.config.get("patch_size") or 1
+
+    @property
     def size_multiple(self) -> int:
         """Number of pixels of which heights and widths of images must be multiples."""
-        return math.lcm(8, self.factor)
+        return math.lcm(self.pixel_multiple, self.factor * self.patch_size)
 
     @property
     def latent_channels(self) -> int:
@@ -252,16 +264,23 @@ class Backbone:
 
     def image_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Returns height and width in pixels, the network's own for None. Raises `InputError` unless they divide."""
-        default = self.sample_size
-        rows, columns = (default, default) if isinstance(default, int) else default
-        size = (height or rows * self.factor, width or columns * self.factor)
+        size = (height or self._default_side("height"), width or self._default_side("width"))
         if any(side <= 0 or side % self.size_multiple for side in size):
             raise InputError(f"`height` and `width` are {size}; allowed: positive multiples of {self.size_multiple}.")
         return size
 
+    def _default_side(self, name: str) -> int:
+        """Returns the call's default of "height" or "width"; where it has none, the network's own, in pixels."""
+        default = self.parameters[name].default if name in self.parameters else None
+        if isinstance(default, int):
+            return default
+        size = self.sample_size
+        return self.factor * (size if isinstance(size, int) else size[name == "width"])
+
     def size_arguments(self, pixels: tuple[int, int]) -> dict[str, Any]:
-        """Returns the call's arguments for images of height and width `pixels`."""
-        return dict(zip(("height", "width"), pixels, strict=True)) if "height" in self.parameters else {}
+        """Returns the call's arguments for images of height and width `pixels`, which are taken as they are."""
+        sizes = {"height": pixels[0], "width": pixels[1], "use_resolution_binning": False}
+        return {name: value for name, value in sizes.items() if name in self.parameters}
 
     def size_arguments_of(self, latents: torch.Tensor) -> dict[str, Any]:
         """Returns the call's arguments for the size of latents (B, C, h, w); none for packed latents."""
@@ -339,13 +358,7 @@ class Backbone:
         channels, multiple = self.latent_channels, self.size_multiple // self.factor
         if latents is None:
             return self.posterior_of(images, data_range)[0]
-        shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else ()
-        if len(shape) != 4 or shape[1] != channels or any(side % multiple for side in shape[2:]):
-            raise InputError(
-                f"Latents {form_of(latents)}; allowed: a tensor (B, {channels}, h, w), h and w "
-                f"multiples of {multiple}."
-            )
-        check_floats("`latents`", latents)
+        check_latents(latents, channels, multiple)
         return latents.to(self.device, torch.float32)
 
     @torch.no_grad()
@@ -361,12 +374,17 @@ class Backbone:
         check_generators(generator, count)
         shape: tuple[int, ...] = (count, self.latent_channels, *(side // self.factor for side in pixels))
         if latents is None:
-            return self.pack(randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)).float()
+            return self.draw_noise(shape, generator).float()
         shape = tuple(self.pack(torch.empty(shape, device="meta")).shape)
         check_floats("`latents`", latents)
         if latents.shape != shape or not torch.isfinite(latents).all():
             raise InputError(f"`latents` {form_of(latents)}; allowed: a tensor {shape}, finite, of unit variance.")
         return latents.detach().to(self.device, torch.float32)
+
+    def draw_noise(self, shape: tuple[int, ...], generator: Generators) -> torch.Tensor:
+        """Draws noise for latents of `shape` (B, C, h, w) in the stock call's order, in the pipeline's layout."""
+        dtype = self.noise_dtype or self.dtype
+        return self.pack(randn_tensor(shape, generator=generator, device=self.device, dtype=dtype))
 
     def prior(self, mean: Moment, variance: Moment, samples: torch.Tensor) -> tuple[Moment, Moment, str]:
         """Returns the data's moments in the pipeline's layout, and the variance's basis: see `checkpoint_moments`."""
@@ -396,6 +414,8 @@ class Backbone:
         """
         if self.pooled_index is not None:
             return self.encoded_conditions(conditions)[self.pooled_index]
+        if self.token_indices is not None:
+            return mean_of_tokens(self.encoded_conditions(conditions), *self.token_indices)
         raise UnsupportedError(
             f"{self.name} has no conditions, so no pooled vector for a trace model with `pooled_channels`. Use a "
             "trace model with pooled_channels=None."
@@ -423,21 +443,7 @@ class Backbone:
     def check_scheduler(self) -> None:
         """Refuses schedulers of another kind than the network's, or whose scaling the stock call leaves out, by an
         `UnsupportedError` that says which to use."""
-        schedule = noise_schedule(self.scheduler)
-        name = f"{self.name} was given {type(self.scheduler).__name__}"
-        if schedule.is_flow != self.predicts_flow:
-            kinds = ("flow matching", "variance-preserving noise")
-            expected, other = kinds if self.predicts_flow else kinds[::-1]
-            hint = "FlowMatchEulerDiscreteScheduler" if self.predicts_flow else "DDIMScheduler"
-            raise UnsupportedError(
-                f"{name}, a scheduler of {other}, but its network was trained with {expected}. Use {hint} or another "
-                "of that family, with the checkpoint's own scheduler config."
-            )
-        if not self.scales_samples and schedule.scales_samples:
-            raise UnsupportedError(
-                f"{name}, whose noise and model input must be scaled, which the stock call does not do. Use "
-                "DDIMScheduler, DDPMScheduler or another whose init_noise_sigma is 1."
-            )
+        check_scheduler_kind(self.name, self.scheduler, self.predicts_flow, self.scales_samples)
 
     def check_bins(self, bins: int | None) -> None:
         """Refuses `bins` for densities of latents. Raises `InputError`."""

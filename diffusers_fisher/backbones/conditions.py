@@ -17,14 +17,24 @@ Condition = str | int | Sequence[str | int | None] | torch.Tensor | None
 Conditions = tuple[Sequence[str] | Sequence[int], dict[str, Any]]
 """One condition per sample, in the form that rewards take, and the call arguments that hold them."""
 
-NEGATIVE_PROMPTS = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
+NEGATIVE_PROMPTS = ("negative_prompt", "negative_prompt_2", "negative_prompt_3", "negative_prompt_4")
 
-PROMPT_ARGUMENTS = ("prompt_2", "prompt_3", *NEGATIVE_PROMPTS)
+PROMPT_ARGUMENTS = ("prompt_2", "prompt_3", "prompt_4", *NEGATIVE_PROMPTS)
 """Arguments beside `prompt` that take a string or one for each prompt."""
 
-EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
+EMBEDDINGS = (
+    "prompt_embeds", "prompt_embeds_2", "prompt_embeds_t5", "prompt_embeds_llama3", "prompt_embeds_qwen",
+    "prompt_embeds_clip", "pooled_prompt_embeds", "prompt_attention_mask", "prompt_attention_mask_2",
+    "prompt_embeds_mask", "prompt_cu_seqlens",
+)  # fmt: skip
 """Arguments that stand for a prompt together, where a call takes them. Each has a counterpart for the negative prompt,
 whose name begins with negative_."""
+
+OPTIONAL = ("prompt_embeds_mask",)
+"""Embeddings that `encode_prompt` may return as None, and that must be passed all the same."""
+
+BATCH_AXES: dict[str, int | None] = {"prompt_embeds_llama3": 1, "prompt_cu_seqlens": None}
+"""Axis of embeddings along which the prompts are counted, where it is not the first; None: there is no such axis."""
 
 
 def text_conditions(
@@ -77,7 +87,8 @@ def _embeddings(
     for sign in ("", "negative_"):
         names = [sign + name for name in EMBEDDINGS if sign + name in parameters]
         present = [name for name in names if arguments.get(name) is not None]
-        missing = [name for name in names if name not in present]
+        allowed = [name for name in names if name.removeprefix("negative_") in OPTIONAL and name in arguments]
+        missing = [name for name in names if name not in (*present, *allowed)]
         if missing and (present or not sign):
             have = f"`{'`, `'.join(present)}` without " if present else "no "
             raise InputError(
@@ -86,7 +97,8 @@ def _embeddings(
             )
         embeddings |= {name: arguments[name] for name in present}
     for name in EMBEDDINGS:
-        pair = [tuple(embeddings[key].shape[1:]) for key in (name, f"negative_{name}") if key in embeddings]
+        values = [embeddings[key] for key in (name, f"negative_{name}") if key in embeddings]
+        pair = [tuple(value.shape[1:]) for value in values if isinstance(value, torch.Tensor)]  # lists may be ragged
         # Calls with `true_cfg_scale` evaluate the two one after the other. Other calls put them into one batch.
         if len(set(pair)) > 1 and "true_cfg_scale" not in parameters:
             raise InputError(
@@ -100,8 +112,8 @@ def _repeat_embeddings(
     embeddings: dict[str, torch.Tensor], arguments: dict[str, Any], count: int | None, num_images_per_prompt: int
 ) -> tuple[list[str], dict[str, Any]]:
     """Makes one embedding per sample. Arguments, result and errors are those of `text_conditions`."""
-    sizes = {name: len(value) for name, value in embeddings.items()}
-    number = sizes["prompt_embeds"] if count is None else count
+    sizes = {name: size for name, value in embeddings.items() if (size := _count(name, value)) is not None}
+    number = next(iter(sizes.values())) if count is None else count
     if any(size not in (number, 1 if count is not None else number) for size in sizes.values()) or number < 1:
         raise InputError(
             f"Embeddings are of {sizes} prompts; allowed: {number} of each" + (", or 1." if count else ".")
@@ -109,12 +121,33 @@ def _repeat_embeddings(
     if num_images_per_prompt < 1:
         raise InputError(f"`num_images_per_prompt` is {num_images_per_prompt}; allowed: at least 1.")
     one_per_sample: dict[str, Any] = {
-        name: value.expand(number, *value.shape[1:]).repeat_interleave(num_images_per_prompt, dim=0)
+        name: _take(name, value, [row % size for row in range(number) for _ in range(num_images_per_prompt)])
+        if (size := sizes.get(name)) is not None
+        else value
         for name, value in embeddings.items()
     }
     if "negative_prompt_embeds" in embeddings and "negative_prompt" not in arguments:
         one_per_sample["negative_prompt"] = None  # calls with a default for it (PixArt) would refuse both
     return [""] * (number * num_images_per_prompt), one_per_sample
+
+
+def _batch_axis(name: str) -> int | None:
+    """Returns the axis of an argument along which its samples are counted; None where there is none."""
+    return BATCH_AXES.get(name.removeprefix("negative_"), 0)
+
+
+def _count(name: str, value: Any) -> int | None:
+    """Returns for how many samples an argument is; None where it does not say."""
+    axis = _batch_axis(name)
+    return value.shape[axis] if axis else None if axis is None else len(value)
+
+
+def _take(name: str, value: Any, rows: Sequence[int]) -> Any:
+    """Returns the entries of an argument at the places `rows` of the batch."""
+    axis = _batch_axis(name)
+    if isinstance(value, torch.Tensor) and axis is not None:
+        return value.index_select(axis, torch.tensor(rows, device=value.device))
+    return value if axis is None else [value[row] for row in rows]
 
 
 def select_conditions(arguments: Mapping[str, Any], rows: torch.Tensor) -> dict[str, Any]:
@@ -123,18 +156,16 @@ def select_conditions(arguments: Mapping[str, Any], rows: torch.Tensor) -> dict[
     The conditions say how many samples there are. Lists and tensors of as many entries are taken apart; tuples hold
     sizes.
     """
-    names = ("prompt", "prompt_embeds", "class_labels")
-    given = [arguments[name] for name in names if isinstance(arguments.get(name), (list, torch.Tensor))]
-    if not given:
+    names = ("prompt", "class_labels", "image_embeds", *EMBEDDINGS)
+    counts = [_count(name, arguments[name]) for name in names if isinstance(arguments.get(name), (list, torch.Tensor))]
+    if not counts:
         return dict(arguments)
-    count, places = len(given[0]), rows.tolist()
 
-    def select(value: object) -> object:
-        if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
-            return value[rows.to(value.device)]
-        return [value[place] for place in places] if isinstance(value, list) and len(value) == count else value
+    def select(name: str, value: object) -> object:
+        is_batch = isinstance(value, list) or (isinstance(value, torch.Tensor) and value.ndim > 0)
+        return _take(name, value, rows.tolist()) if is_batch and _count(name, value) == counts[0] else value
 
-    return {name: select(value) for name, value in arguments.items()}
+    return {name: select(name, value) for name, value in arguments.items()}
 
 
 def class_conditions(

@@ -16,15 +16,12 @@ class DiTBackbone(Backbone):
     """Knows DiT: class labels stand where text pipelines have prompts."""
 
     scales_samples = False
+    pixel_multiple = 1
     latents_call = staticmethod(make_latents_call(DiTPipeline))
 
     @property
     def factor(self) -> int:
         return 2 ** (len(self._known_autoencoder.config.block_out_channels) - 1)
-
-    @property
-    def size_multiple(self) -> int:
-        return self.factor * self.config["patch_size"]
 
     def decode_scaled(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self._known_autoencoder

@@ -9,7 +9,10 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from .stock_calls import shallow_copy
 
@@ -33,13 +36,34 @@ _BACKENDS = _Backends()
 def encode_apart(pipe: DiffusionPipeline, *args: Any, **kwargs: Any) -> tuple:
     """Returns the result of the pipeline's `encode_prompt` with tokenizers of this thread.
 
+    It gets copies of lists, because some pipelines write templates into their list of prompts (Z-Image).
+
     Cost beside the encoding: a copy of each tokenizer, once per thread, some tenths of a second for 50,000 tokens.
     """
     from transformers import PreTrainedTokenizerFast
 
     components = pipe.components.items()
     tokenizers = {name: _thread_copy(part) for name, part in components if isinstance(part, PreTrainedTokenizerFast)}
+    args = tuple(list(value) if isinstance(value, list) else value for value in args)
+    kwargs = {name: list(value) if isinstance(value, list) else value for name, value in kwargs.items()}
     return shallow_copy(pipe, **tokenizers).encode_prompt(*args, **kwargs)
+
+
+def mean_of_tokens(encoding: Sequence[Any], embeddings: int, mask: int | None) -> torch.Tensor:
+    """Returns the mean of the embeddings over each prompt's tokens, (B, width).
+
+    Args:
+        encoding: result of `encode_prompt`.
+        embeddings: place of the embeddings in it: a tensor (B, N, width), or a list of (tokens, width) per prompt.
+        mask: place of their mask (B, N); None: there is none. A mask that is None itself takes all tokens.
+    """
+    tokens = encoding[embeddings]
+    if isinstance(tokens, list):
+        return torch.stack([prompt.mean(0) for prompt in tokens])
+    if mask is None or encoding[mask] is None:
+        return tokens.mean(1)
+    weights = encoding[mask].to(tokens).unsqueeze(-1)
+    return (weights * tokens).sum(1) / weights.sum(1)
 
 
 def _thread_copy(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

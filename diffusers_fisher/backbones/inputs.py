@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..arguments import check_call
-from ..errors import InputError
+from ..errors import InputError, check_floats
 
 RUN_ARGUMENTS = {
     "num_images_per_prompt", "num_videos_per_prompt", "output_type", "return_dict", "timesteps", "sigmas", "eta",
@@ -82,3 +82,13 @@ def form_of(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return f"have shape {tuple(value.shape)}"
     return f"are a {type(value).__name__}"
+
+
+def check_latents(latents: torch.Tensor, channels: int, multiple: int) -> None:
+    """Refuses anything but finite latents (B, channels, h, w), h and w multiples of `multiple`, by an `InputError`."""
+    shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else ()
+    if len(shape) != 4 or shape[1] != channels or any(side % multiple for side in shape[2:]):
+        raise InputError(
+            f"Latents {form_of(latents)}; allowed: a tensor (B, {channels}, h, w), h and w multiples of {multiple}."
+        )
+    check_floats("`latents`", latents)

@@ -14,16 +14,26 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 BACKBONES: dict[str, str | type[Backbone]] = {
+    "AuraFlowPipeline": ".aura_flow:AuraFlowBackbone",
+    "ChromaPipeline": ".chroma:ChromaBackbone",
     "DDIMPipeline": ".unconditional:DDIMBackbone",
     "DDPMPipeline": ".unconditional:DDPMBackbone",
     "DiTPipeline": ".dit:DiTBackbone",
+    "Flux2KleinPipeline": ".flux2:Flux2Backbone",
+    "Flux2Pipeline": ".flux2:Flux2Backbone",
     "FluxPipeline": ".flux:FluxBackbone",
+    "HiDreamImagePipeline": ".hidream:HiDreamBackbone",
+    "HunyuanDiTPipeline": ".hunyuan_dit:HunyuanDiTBackbone",
     "LDMPipeline": ".ldm:LDMBackbone",
+    "Lumina2Pipeline": ".lumina2:Lumina2Backbone",
     "PixArtAlphaPipeline": ".pixart:PixArtBackbone",
     "PixArtSigmaPipeline": ".pixart:PixArtBackbone",
+    "QwenImagePipeline": ".qwen_image:QwenImageBackbone",
+    "SanaPipeline": ".sana:SanaBackbone",
     "StableDiffusion3Pipeline": ".stable_diffusion_3:StableDiffusion3Backbone",
     "StableDiffusionPipeline": ".stable_diffusion:StableDiffusionBackbone",
     "StableDiffusionXLPipeline": ".stable_diffusion_xl:StableDiffusionXLBackbone",
+    "ZImagePipeline": ".z_image:ZImageBackbone",
 }
 """Backbones by the name of the stock pipeline class, loaded at their first use; subclasses inherit them."""
 

@@ -54,8 +54,9 @@ class SamplingRun:
         for entry, state in self._states:
             entry.set_state(state)
         backbone = self._denoiser.backbone
+        dtype = backbone.noise_dtype or backbone.dtype
         return backbone.call(
-            self._scheduler, noise.to(backbone.dtype), encode_prompt=self._denoiser.encode_prompt, **self._arguments
+            self._scheduler, noise.to(dtype), encode_prompt=self._denoiser.encode_prompt, **self._arguments
         )[0]
 
 

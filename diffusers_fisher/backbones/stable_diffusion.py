@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from .autoencoder import pixels_of
 from .base import Backbone
+from .safety import check_images
 
 
 class StableDiffusionBackbone(Backbone):
@@ -38,10 +38,4 @@ class StableDiffusionBackbone(Backbone):
         return encoder(tokens.input_ids, attention_mask=tokens.attention_mask if uses_mask else None).pooler_output
 
     def finish(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
-        if self.pipe.safety_checker is None:
-            return images, []
-        safe_images, concepts = self.pipe.run_safety_checker(pixels_of(images), images.device, self.pipe.dtype)
-        flags = [bool(entry) for entry in concepts]
-        # As in the stock call, the checker's black image takes the place of a flagged image.
-        mask = torch.tensor(flags, device=images.device)[:, None, None, None]
-        return torch.where(mask, safe_images, images), flags
+        return check_images(self.pipe, images)

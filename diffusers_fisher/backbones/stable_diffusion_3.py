@@ -10,7 +10,4 @@ class StableDiffusion3Backbone(Backbone):
 
     predicts_flow = True
     pooled_index = 2
-
-    @property
-    def size_multiple(self) -> int:
-        return self.factor * self.config["patch_size"]
+    pixel_multiple = 1

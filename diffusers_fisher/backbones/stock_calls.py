@@ -54,7 +54,7 @@ def make_latents_call(stock: type[DiffusionPipeline]) -> Callable[..., Any]:
         if latents is None and arguments["output_type"] != "latent":
             return stock_call(pipe, **arguments)
         count = len(arguments["class_labels"]) if "class_labels" in arguments else arguments["batch_size"]
-        scheduler = _SchedulerWithMemory(pipe.scheduler, count)
+        scheduler = SchedulerWithMemory(pipe.scheduler, count)
         call = stock_call if latents is None else _call_from(latents, stock_call, pipe, count)
         if arguments["output_type"] != "latent":
             return call(shallow_copy(pipe, scheduler=scheduler), **arguments)
@@ -112,7 +112,7 @@ def _call_from(latents: torch.Tensor, call: Callable, pipe: DiffusionPipeline, c
     return function
 
 
-class _SchedulerWithMemory:
+class SchedulerWithMemory:
     """Stands for a pipeline's scheduler, and keeps the last sample that the scheduler returned.
 
     Some pipelines pass every sample twice (DiT, for classifier-free guidance). They get it back twice, but the

@@ -76,7 +76,7 @@ def sampling_run(
     options["generator"] = subject.generator("run")
     kind: Any = type(backbone.scheduler)
     scheduler = (fisher_scheduler(kind) if recorded else kind).from_config(backbone.pipe.scheduler.config)
-    noise = noise.to(backbone.dtype)
+    noise = noise.to(backbone.noise_dtype or backbone.dtype)
     with torch.no_grad():
         if not recorded:
             return backbone.call(scheduler, noise, **options)[0].float(), []

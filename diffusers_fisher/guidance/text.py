@@ -56,9 +56,14 @@ class TextEmbedding:
     def _substitute(self, encoding: tuple, prompt: object, prompt_embeds: torch.Tensor | None) -> tuple:
         """Returns the result of `encode_prompt` with the variable in the place of the embedding.
 
-        The first call sets the variable to the embedding.
+        The first call sets the variable to the embedding. Raises `UnsupportedError` for a list of embeddings.
         """
         source = prompt, id(prompt_embeds)
+        if not isinstance(encoding[0], torch.Tensor):
+            raise UnsupportedError(
+                "The pipeline's `encode_prompt` returns a list of embeddings, of which there is no one tensor to "
+                "optimise; optimise the noise, or a control."
+            )
         if self._value is None:
             self._prompt = source
             self._value = encoding[0].detach().to(torch.promote_types(encoding[0].dtype, torch.float32), copy=True)

@@ -21,13 +21,27 @@ from .text_to_image import (
     StableDiffusionFisherPipeline,
     StableDiffusionXLFisherPipeline,
 )
+from .transformers_of_text import (
+    AuraFlowFisherPipeline,
+    ChromaFisherPipeline,
+    Flux2FisherPipeline,
+    Flux2KleinFisherPipeline,
+    HiDreamImageFisherPipeline,
+    HunyuanDiTFisherPipeline,
+    Lumina2FisherPipeline,
+    QwenImageFisherPipeline,
+    SanaFisherPipeline,
+    ZImageFisherPipeline,
+)
 from .without_text import DDIMFisherPipeline, DDPMFisherPipeline, DiTFisherPipeline, LDMFisherPipeline
 
 __all__ = [
-    "PIPELINES", "DDIMFisherPipeline", "DDPMFisherPipeline", "DiTFisherPipeline", "FisherPipelineMixin",
-    "FluxFisherPipeline", "LDMFisherPipeline", "PixArtAlphaFisherPipeline", "PixArtSigmaFisherPipeline",
-    "StableDiffusion3FisherPipeline", "StableDiffusionFisherPipeline", "StableDiffusionXLFisherPipeline",
-    "custom_pipeline_file", "fisher_pipeline",
+    "PIPELINES", "AuraFlowFisherPipeline", "ChromaFisherPipeline", "DDIMFisherPipeline", "DDPMFisherPipeline",
+    "DiTFisherPipeline", "FisherPipelineMixin", "Flux2FisherPipeline", "Flux2KleinFisherPipeline",
+    "FluxFisherPipeline", "HiDreamImageFisherPipeline", "HunyuanDiTFisherPipeline", "LDMFisherPipeline",
+    "Lumina2FisherPipeline", "PixArtAlphaFisherPipeline", "PixArtSigmaFisherPipeline", "QwenImageFisherPipeline",
+    "SanaFisherPipeline", "StableDiffusion3FisherPipeline", "StableDiffusionFisherPipeline",
+    "StableDiffusionXLFisherPipeline", "ZImageFisherPipeline", "custom_pipeline_file", "fisher_pipeline",
 ]  # fmt: skip
 
 PIPELINES: dict[str, type[FisherPipelineMixin]] = {

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
+import pytest
 import tiny
+import tiny_families
 import torch
 
 import diffusers_fisher
@@ -30,6 +32,9 @@ class Backbone:
         call: the same for the stock call, for (two) samples.
         options: what every call needs beside.
         guidance_scale: with classifier-free guidance; None: it knows none.
+        guidance_name: name of the argument of the call by which it guides.
+        unguided: value of this argument without guidance.
+        guides: what else the call needs for guidance.
         shape: (C, h, w) of latents, at a size whose full Jacobians take no time.
         pixels: height and width that belong to it.
         flow: whether it is a flow model.
@@ -45,6 +50,9 @@ class Backbone:
     call: dict[str, Any] = dataclasses.field(default_factory=lambda: {"prompt": PROMPTS})
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     guidance_scale: float | None = 4.0
+    guidance_name: str = "guidance_scale"
+    unguided: float = 1.0
+    guides: dict[str, Any] = dataclasses.field(default_factory=dict)
     shape: tuple[int, int, int] = (4, 4, 4)
     pixels: tuple[int, int] = (8, 8)
     flow: bool = False
@@ -75,10 +83,12 @@ class Backbone:
     def size(self) -> dict[str, int]:
         return dict(zip(("height", "width"), self.pixels, strict=True)) if self.takes_latents else {}
 
-    def guidance(self, guided: bool) -> dict[str, float]:
+    def guidance(self, guided: bool) -> dict[str, Any]:
         if self.guidance_scale is None:
             return {}
-        return {"guidance_scale": self.guidance_scale if guided else 1.0}
+        return (
+            {self.guidance_name: self.guidance_scale, **self.guides} if guided else {self.guidance_name: self.unguided}
+        )
 
     def sample(self, pipe: Any, guided: bool = True, call: Any = None, steps: int = 3, **arguments: Any) -> Any:
         """Returns the pipeline's result, by default its final latents; `call` takes the place of its own call."""
@@ -86,6 +96,8 @@ class Backbone:
             "output_type": "latent", "num_inference_steps": steps, **self.size(), **self.call, **self.options,
             **self.guidance(guided), **arguments,
         }  # fmt: skip
+        # Z-Image writes its template into the list of prompts.
+        arguments = {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
         return (call or type(pipe).__call__)(pipe, return_dict=False, **arguments)[0]
 
     def guide(self, pipe: Any, reward: Any, guided: bool = True, **options: Any) -> Any:
@@ -139,6 +151,63 @@ _LINES = [
     ),
 ]  # fmt: skip
 BACKBONES = {line.name: line for line in _LINES}
+
+
+class GridBackbone(Backbone):
+    """Flux 2: the call takes the packed latents' grid, and klein's returns latents of the autoencoder."""
+
+    def sample(self, pipe: Any, *args: Any, latents: torch.Tensor | None = None, **arguments: Any) -> Any:
+        """Takes packed latents, and for the output type "latent" returns those of the last step."""
+        if latents is not None:
+            arguments["latents"] = latents.mT.unflatten(2, tuple(side // self.multiple for side in self.pixels))
+        samples, step = [], pipe.scheduler.step
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            samples.append(step(*args, **kwargs)[0])
+            return (samples[-1],)
+
+        pipe.scheduler.step = record
+        try:
+            result = super().sample(pipe, *args, **arguments)
+        finally:
+            del pipe.scheduler.step
+        return samples[-1] if arguments.get("output_type", "latent") == "latent" else result
+
+
+NEGATIVE = {"negative_prompt": ["", ""]}
+LAYERS = {"text_encoder_out_layers": (0, 1, 2)}
+FLOW = {"flow": True, "multiple": 4, "shape": (4, 4, 2), "pixels": (8, 4)}
+PATCHES = {"shape": (4, 2, 2), "pixels": (16, 16), "multiple": 16}
+_FAMILY_LINES = [
+    Backbone(tiny_families.z_image, diffusers.ZImagePipeline, options=SHORT, unguided=0.0, **FLOW),
+    Backbone(
+        tiny_families.qwen_image, diffusers.QwenImagePipeline, guidance_name="true_cfg_scale", guides=NEGATIVE, **FLOW
+    ),
+    GridBackbone(tiny_families.flux2_klein, diffusers.Flux2KleinPipeline, options=SHORT | LAYERS, **FLOW),
+    GridBackbone(tiny_families.flux2, diffusers.Flux2Pipeline, options=SHORT | LAYERS, unguided=4.0, **FLOW),
+    Backbone(
+        tiny_families.sana, diffusers.SanaPipeline, flow=True, pixels=(32, 32), multiple=32,
+        options=SHORT | {"clean_caption": False, "complex_human_instruction": None, "use_resolution_binning": False},
+    ),
+    Backbone(tiny_families.chroma, diffusers.ChromaPipeline, options=SHORT, **FLOW),
+    Backbone(
+        tiny_families.lumina2, diffusers.Lumina2Pipeline, options={"max_sequence_length": 24, "system_prompt": ""},
+        flow=True, **PATCHES,
+    ),
+    Backbone(tiny.aura_flow, diffusers.AuraFlowPipeline, options=SHORT, **FLOW),
+    Backbone(
+        tiny_families.hunyuan_dit, diffusers.HunyuanDiTPipeline, options={"use_resolution_binning": False}, **PATCHES
+    ),
+    Backbone(
+        tiny_families.hidream, diffusers.HiDreamImagePipeline, options=SHORT, flow=True, multiple=4, shape=(4, 2, 2),
+        pixels=(4, 4),
+    ),
+]  # fmt: skip
+FAMILIES = {line.name: line for line in _FAMILY_LINES}
+"""Backbones over which a quick test and the slow ones run."""
+
+EVERY = [*BACKBONES, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)]
+"""Names of all backbones, for tests of `BACKBONES | FAMILIES`."""
 
 
 def _variation(name: str, make: Callable, **changes: Any) -> Backbone:

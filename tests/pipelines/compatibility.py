@@ -1,7 +1,10 @@
-"""The table in docs/compatibility.md, from a test run: `python tests/pipelines/compatibility.py` writes it."""
+"""The table in docs/compatibility.md, from a test run: `python tests/pipelines/compatibility.py` writes it.
+
+With pytest's options, such as `-k Chroma`, it writes the rows of which the run decides every cell.
+"""
 
 import sys
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +37,23 @@ def note(backbone: str, column: str, outcome: str) -> None:
     outcomes[backbone, column] = max(outcome, outcomes.get((backbone, column), "passed"), key=order.index)
 
 
-def complete(backbones: list[str], results: Container) -> bool:
-    """Returns whether every cell is among the `results`."""
-    return all((backbone, column) in results for backbone in backbones for column in COLUMNS)
+def decided(backbones: Iterable[str], results: Container) -> list[str]:
+    """Returns the backbones all of whose cells are among the `results`."""
+    return [backbone for backbone in backbones if all((backbone, column) in results for column in COLUMNS)]
 
 
-def table(backbones: list[str]) -> str:
-    """Returns the table in Markdown, one line per backbone."""
+def row(backbone: str) -> str:
+    """Returns the line of a backbone, in Markdown."""
+    cells = [SIGNS[outcomes[backbone, column]] for column in COLUMNS]
+    return f"| `{backbone}FisherPipeline` | " + " | ".join(cells) + " |"
+
+
+def table(backbones: Iterable[str]) -> str:
+    """Returns the table in Markdown, one line per backbone; lines of backbones that were not run stay as they are."""
+    old = {line.split("`")[1]: line for line in current_table().splitlines()[2:]}
     lines = ["| pipeline | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for backbone in backbones:
-        cells = [SIGNS[outcomes[backbone, column]] for column in COLUMNS]
-        lines.append(f"| `{backbone}FisherPipeline` | " + " | ".join(cells) + " |")
+    run = decided(backbones, outcomes)
+    lines += [row(backbone) if backbone in run else old[f"{backbone}FisherPipeline"] for backbone in backbones]
     return "\n".join(lines) + "\n"
 
 
@@ -63,9 +72,9 @@ class _Writer:
     def pytest_sessionfinish(self) -> None:
         from pipelines import backbones, compatibility  # the module of the tests, which is not this `__main__`
 
-        names = list(backbones.BACKBONES)
-        if not compatibility.complete(names, compatibility.outcomes):
-            sys.exit("The run did not decide every cell; the table was not written.")
+        names = [*backbones.BACKBONES, *backbones.FAMILIES]
+        if not compatibility.decided(names, compatibility.outcomes):
+            sys.exit("The run decided every cell of no row; the table was not written.")
         compatibility.write(compatibility.table(names))
 
 
@@ -73,4 +82,5 @@ if __name__ == "__main__":
     import pytest
 
     files = [str(Path(__file__).with_name(name)) for name in FILES]
-    sys.exit(pytest.main(["-q", *files], plugins=[_Writer()]))
+    options = ["-q", "-m", "not gpu and not hub", *sys.argv[1:]]
+    sys.exit(pytest.main([*options, *files], plugins=[_Writer()]))

@@ -26,7 +26,8 @@ from diffusers_fisher import (
 )
 from diffusers_fisher.backbones import backbone_of
 from diffusers_fisher.likelihood.schemes import noise_grid
-from pipelines.backbones import BACKBONES, VARIATIONS, GaussianFlow
+from pipelines import family_networks
+from pipelines.backbones import BACKBONES, EVERY, FAMILIES, VARIATIONS, GaussianFlow
 
 GRADIENT = 1e-5  # float32, the same products in another order: measured up to 2e-6
 
@@ -39,12 +40,12 @@ def brightness(images, conditions):
     return images.mean((1, 2, 3))
 
 
-@pytest.fixture(params=BACKBONES)
+@pytest.fixture(params=EVERY)
 def backbone(request):
-    return (BACKBONES | VARIATIONS)[request.param]
+    return (BACKBONES | FAMILIES | VARIATIONS)[request.param]
 
 
-WITH_VARIATIONS = pytest.mark.parametrize("backbone", [*BACKBONES, *VARIATIONS], indirect=True)
+WITH_VARIATIONS = pytest.mark.parametrize("backbone", [*EVERY, *VARIATIONS], indirect=True)
 
 
 # Bit for bit
@@ -175,6 +176,8 @@ def network_call(backbone, pipe):
         return lambda x, t: pipe.transformer(x, t[None], label).sample[:, :count]
     prompt = backbone.condition[:1]
     height, width = backbone.pixels
+    if name in FAMILIES:
+        return family_networks.NETWORKS[name](pipe, prompt, backbone)
     with torch.no_grad():
         if name == "StableDiffusion":
             embeds = pipe.encode_prompt(prompt, "cpu", 1, False)[0]
@@ -269,6 +272,8 @@ def test_likelihood_is_that_of_a_loop_over_the_network_itself(backbone):
 def latents_of(pipe, images):
     """Returns latents by the autoencoder itself."""
     pixels = 2 * images - 1
+    if type(pipe.components.get("vae")).__name__ in family_networks.ENCODERS:
+        return family_networks.ENCODERS[type(pipe.vae).__name__](pipe.vae, pixels)
     if hasattr(pipe, "vae"):
         shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
         return (pipe.vae.encode(pixels).latent_dist.mean - shift) * pipe.vae.config.scaling_factor
