@@ -158,6 +158,7 @@ from .pictures import (
 from .pipelines import (
     AuraFlowFisherPipeline as AuraFlowFisherPipeline,
     ChromaFisherPipeline as ChromaFisherPipeline,
+    CogView4FisherPipeline as CogView4FisherPipeline,
     DDIMFisherPipeline as DDIMFisherPipeline,
     DDPMFisherPipeline as DDPMFisherPipeline,
     DiTFisherPipeline as DiTFisherPipeline,
@@ -167,6 +168,7 @@ from .pipelines import (
     FluxFisherPipeline as FluxFisherPipeline,
     HiDreamImageFisherPipeline as HiDreamImageFisherPipeline,
     HunyuanDiTFisherPipeline as HunyuanDiTFisherPipeline,
+    KandinskyV22FisherPipeline as KandinskyV22FisherPipeline,
     LDMFisherPipeline as LDMFisherPipeline,
     Lumina2FisherPipeline as Lumina2FisherPipeline,
     PixArtAlphaFisherPipeline as PixArtAlphaFisherPipeline,

@@ -205,7 +205,7 @@ def stable_diffusion_3(cls=StableDiffusion3Pipeline, texts=False, **changes):
 
 
 def aura_flow(cls=AuraFlowPipeline):
-    """Makes AuraFlow, for which the package has no backbone; its transformer cuts latents into patches of 2x2."""
+    """Makes AuraFlow, whose transformer cuts latents into patches of 2x2."""
     torch.manual_seed(0)
     words, encoder = t5()
     net = AuraFlowTransformer2DModel(

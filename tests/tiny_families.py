@@ -3,7 +3,7 @@
 import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from tiny import awaken, quiet, t5, text_config, tokenizer, vae
+from tiny import awaken, quiet, scheduler, t5, text_config, tokenizer, vae
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -238,6 +238,30 @@ def hidream(cls=diffusers.HiDreamImagePipeline, sample_size=2):
     )  # fmt: skip
     pipe.default_sample_size = sample_size
     return quiet(pipe)
+
+
+def kandinsky_2_2(cls=diffusers.KandinskyV22Pipeline):
+    torch.manual_seed(0)
+    net = diffusers.UNet2DConditionModel(
+        in_channels=4, out_channels=8, addition_embed_type="image", cross_attention_dim=16, attention_head_dim=4,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), norm_num_groups=4, sample_size=8,
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), encoder_hid_dim_type="image_proj",
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn", block_out_channels=(8, 16), layers_per_block=1,
+        encoder_hid_dim=16, resnet_time_scale_shift="scale_shift", class_embed_type=None,
+    )  # fmt: skip
+    awaken_all(net)
+    movq = diffusers.VQModel(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, in_channels=3, latent_channels=4,
+        layers_per_block=1, norm_num_groups=4, num_vq_embeddings=12, out_channels=3, vq_embed_dim=4,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()  # fmt: skip
+    return quiet(cls(unet=net, scheduler=scheduler(beta_schedule="linear"), movq=movq))
+
+
+def image_embeds(count=2):
+    """Returns what a prior would make of `count` prompts."""
+    generator = torch.Generator().manual_seed(7)
+    return {name: torch.randn(count, 16, generator=generator) for name in ("image_embeds", "negative_image_embeds")}
 
 
 def deep_vae(**changes):

@@ -23,7 +23,7 @@ from ..errors import InputError, UnsupportedError, check_floats
 from ..images import UNIT_RANGE, ImageLike, image_tensor
 from .autoencoder import decode_latents, encode_pixels, images_of, pixels_of
 from .conditions import Condition, Conditions, text_conditions
-from .encoding import encode_apart, mean_of_tokens
+from .encoding import encode_apart, encode_conditions, mean_of_tokens
 from .inputs import check_latents, form_of
 from .networks import check_latents_alone, check_weights, reset_caches
 from .parts import LatentStatistics, checkpoint_moments, checkpoint_parts
@@ -94,6 +94,10 @@ class Backbone:
         from ..schedulers import fisher_scheduler
 
         return fisher_scheduler(type(self.scheduler)).from_config(self.pipe.scheduler.config)
+
+    def denoiser_scheduler(self, call_arguments: Mapping[str, Any]) -> SchedulerMixin:
+        """Returns a scheduler whose timesteps are those that the call tells the network, for these arguments."""
+        return self.scheduler
 
     @property
     def network(self) -> torch.nn.Module | None:
@@ -284,9 +288,8 @@ class Backbone:
 
     def size_arguments_of(self, latents: torch.Tensor) -> dict[str, Any]:
         """Returns the call's arguments for the size of latents (B, C, h, w); none for packed latents."""
-        if latents.ndim != 4:
-            return {}
-        return self.size_arguments((latents.shape[-2] * self.factor, latents.shape[-1] * self.factor))
+        rows, columns = latents.shape[-2:]
+        return self.size_arguments((rows * self.factor, columns * self.factor)) if latents.ndim == 4 else {}
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """Brings latents (B, C, h, w) into the layout of the pipeline's own `latents`."""
@@ -423,14 +426,7 @@ class Backbone:
 
     def encoded_conditions(self, conditions: dict[str, Any]) -> tuple:
         """Returns the result of `encode_prompt` for the call arguments `conditions`, without negative prompts."""
-        parameters = inspect.signature(self.pipe.encode_prompt).parameters
-        arguments = {
-            name: conditions.get(name, self.parameters[name].default) for name in parameters if name in self.parameters
-        }
-        if "do_classifier_free_guidance" in parameters:
-            arguments["do_classifier_free_guidance"] = False
-        with torch.no_grad():
-            return encode_apart(self.pipe, **arguments)
+        return encode_conditions(self.pipe, self.parameters, conditions)
 
     def unguided_scale(self, call_arguments: dict[str, Any]) -> float | None:
         """Removes scales of guidance from `call_arguments`, and returns the guidance scale at which the output is a

@@ -66,7 +66,7 @@ def text_conditions(
     if any(arguments.get(sign + name) is not None for sign in ("", "negative_") for name in EMBEDDINGS):
         if prompt is not None:
             raise InputError("Give either `prompt` or `prompt_embeds`: exactly one of them.")
-        return _repeat_embeddings(_embeddings(name, parameters, arguments), arguments, count, num_images_per_prompt)
+        return repeat_embeddings(_embeddings(name, parameters, arguments), arguments, count, num_images_per_prompt)
     if count is None:
         prompts = prompt_list(prompt, num_images_per_prompt)
     else:
@@ -108,7 +108,7 @@ def _embeddings(
     return embeddings
 
 
-def _repeat_embeddings(
+def repeat_embeddings(
     embeddings: dict[str, torch.Tensor], arguments: dict[str, Any], count: int | None, num_images_per_prompt: int
 ) -> tuple[list[str], dict[str, Any]]:
     """Makes one embedding per sample. Arguments, result and errors are those of `text_conditions`."""

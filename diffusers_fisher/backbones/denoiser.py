@@ -106,7 +106,7 @@ class PipelineDenoiser(Denoiser):
                 "out, or differentiate a run with an estimator that needs no denoiser, such as DirectFisher()."
             )
         self.backbone.check_scheduler()
-        super().__init__(self.backbone.scheduler)
+        super().__init__(self.backbone.denoiser_scheduler(call_arguments))
         self._set_guidance(guidance_scale, call_arguments)
         self._is_checked = has_tested_call(self.backbone)
         self._level_error = 0.0

@@ -64,7 +64,7 @@ class EchoScheduler:
     def set_timesteps(self, *args: Any, device: torch.device | str | None = None, **kwargs: Any) -> None:
         self.timesteps = self.timesteps.to(device)
         if kwargs.get("timesteps") is not None and kwargs.get("sigmas") is not None:
-            scheduler = type(self._scheduler).from_config(self.config)
+            scheduler = copy.copy(self._scheduler)
             scheduler.set_timesteps(*args, **kwargs)
             schedule = noise_schedule(scheduler)
             levels = zip(schedule.level_at(scheduler.timesteps).sigma, scheduler.sigmas.double(), strict=False)

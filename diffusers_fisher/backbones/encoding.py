@@ -7,9 +7,10 @@ this thread's prompts are padded to, in silence. Each thread therefore has its o
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +48,23 @@ def encode_apart(pipe: DiffusionPipeline, *args: Any, **kwargs: Any) -> tuple:
     args = tuple(list(value) if isinstance(value, list) else value for value in args)
     kwargs = {name: list(value) if isinstance(value, list) else value for name, value in kwargs.items()}
     return shallow_copy(pipe, **tokenizers).encode_prompt(*args, **kwargs)
+
+
+def encode_conditions(
+    pipe: DiffusionPipeline, parameters: Mapping[str, inspect.Parameter], conditions: Mapping[str, Any]
+) -> tuple:
+    """Returns the result of `encode_prompt` for arguments of the pipeline's call, without negative prompts.
+
+    Args:
+        parameters: parameters of the call.
+        conditions: arguments of the call; its defaults stand for the others.
+    """
+    names = inspect.signature(pipe.encode_prompt).parameters
+    arguments = {name: conditions.get(name, parameters[name].default) for name in names if name in parameters}
+    if "do_classifier_free_guidance" in names:
+        arguments["do_classifier_free_guidance"] = False
+    with torch.no_grad():
+        return encode_apart(pipe, **arguments)
 
 
 def mean_of_tokens(encoding: Sequence[Any], embeddings: int, mask: int | None) -> torch.Tensor:

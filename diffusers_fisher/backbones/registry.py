@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 BACKBONES: dict[str, str | type[Backbone]] = {
     "AuraFlowPipeline": ".aura_flow:AuraFlowBackbone",
     "ChromaPipeline": ".chroma:ChromaBackbone",
+    "CogView4Pipeline": ".cogview4:CogView4Backbone",
     "DDIMPipeline": ".unconditional:DDIMBackbone",
     "DDPMPipeline": ".unconditional:DDPMBackbone",
     "DiTPipeline": ".dit:DiTBackbone",
@@ -24,6 +25,7 @@ BACKBONES: dict[str, str | type[Backbone]] = {
     "FluxPipeline": ".flux:FluxBackbone",
     "HiDreamImagePipeline": ".hidream:HiDreamBackbone",
     "HunyuanDiTPipeline": ".hunyuan_dit:HunyuanDiTBackbone",
+    "KandinskyV22Pipeline": ".kandinsky_2_2:Kandinsky22Backbone",
     "LDMPipeline": ".ldm:LDMBackbone",
     "Lumina2Pipeline": ".lumina2:Lumina2Backbone",
     "PixArtAlphaPipeline": ".pixart:PixArtBackbone",

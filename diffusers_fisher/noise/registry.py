@@ -22,6 +22,7 @@ from .scheduler_families import (
     KDiffusionSchedule,
     KDPM2Schedule,
     ReversedFlowSchedule,
+    ShiftedFlowSchedule,
     SigmaSchedule,
     TableSchedule,
 )
@@ -37,6 +38,8 @@ def _sigma_or_flow(scheduler: SchedulerMixin) -> NoiseSchedule:
 
 
 def _flow_match(scheduler: SchedulerMixin) -> NoiseSchedule:
+    if "network_log_shift" in vars(scheduler):
+        return ShiftedFlowSchedule(scheduler)
     is_reversed = cast(SchedulerParts, scheduler).config.get("invert_sigmas", False)
     return ReversedFlowSchedule(scheduler) if is_reversed else FlowSchedule(scheduler)
 

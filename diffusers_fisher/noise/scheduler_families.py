@@ -179,6 +179,23 @@ class FlowSchedule(RunSigmaSchedule):
         return torch.linspace(0, 1, count, dtype=torch.float64) * self.config["num_train_timesteps"]
 
 
+class ShiftedFlowSchedule(FlowSchedule):
+    """Changes `FlowSchedule`: the network's timesteps are those before a shift of the sigmas (CogView4).
+
+    The scheduler's attribute `network_log_shift` is the shift of log(sigma/alpha).
+    """
+
+    def log_noise_to_signal_at(self, timestep: Timestep) -> torch.Tensor:
+        return super().log_noise_to_signal_at(timestep) + self.scheduler.network_log_shift
+
+    def timestep_at(self, log_s: torch.Tensor) -> torch.Tensor:
+        return super().timestep_at(torch.as_tensor(log_s, dtype=torch.float64) - self.scheduler.network_log_shift)
+
+    def log_noise_to_signal_range(self) -> tuple[float, float]:
+        low, high = super().log_noise_to_signal_range()
+        return low + self.scheduler.network_log_shift, high
+
+
 class ReversedFlowSchedule(FlowSchedule):
     """Changes `FlowSchedule`: timesteps and sigmas run from noise to data (`invert_sigmas=True`, as for Mochi).
 

@@ -24,6 +24,7 @@ from .text_to_image import (
 from .transformers_of_text import (
     AuraFlowFisherPipeline,
     ChromaFisherPipeline,
+    CogView4FisherPipeline,
     Flux2FisherPipeline,
     Flux2KleinFisherPipeline,
     HiDreamImageFisherPipeline,
@@ -33,15 +34,22 @@ from .transformers_of_text import (
     SanaFisherPipeline,
     ZImageFisherPipeline,
 )
-from .without_text import DDIMFisherPipeline, DDPMFisherPipeline, DiTFisherPipeline, LDMFisherPipeline
+from .without_text import (
+    DDIMFisherPipeline,
+    DDPMFisherPipeline,
+    DiTFisherPipeline,
+    KandinskyV22FisherPipeline,
+    LDMFisherPipeline,
+)
 
 __all__ = [
-    "PIPELINES", "AuraFlowFisherPipeline", "ChromaFisherPipeline", "DDIMFisherPipeline", "DDPMFisherPipeline",
-    "DiTFisherPipeline", "FisherPipelineMixin", "Flux2FisherPipeline", "Flux2KleinFisherPipeline",
-    "FluxFisherPipeline", "HiDreamImageFisherPipeline", "HunyuanDiTFisherPipeline", "LDMFisherPipeline",
-    "Lumina2FisherPipeline", "PixArtAlphaFisherPipeline", "PixArtSigmaFisherPipeline", "QwenImageFisherPipeline",
-    "SanaFisherPipeline", "StableDiffusion3FisherPipeline", "StableDiffusionFisherPipeline",
-    "StableDiffusionXLFisherPipeline", "ZImageFisherPipeline", "custom_pipeline_file", "fisher_pipeline",
+    "PIPELINES", "AuraFlowFisherPipeline", "ChromaFisherPipeline", "CogView4FisherPipeline", "DDIMFisherPipeline",
+    "DDPMFisherPipeline", "DiTFisherPipeline", "FisherPipelineMixin", "Flux2FisherPipeline",
+    "Flux2KleinFisherPipeline", "FluxFisherPipeline", "HiDreamImageFisherPipeline", "HunyuanDiTFisherPipeline",
+    "KandinskyV22FisherPipeline", "LDMFisherPipeline", "Lumina2FisherPipeline", "PixArtAlphaFisherPipeline",
+    "PixArtSigmaFisherPipeline", "QwenImageFisherPipeline", "SanaFisherPipeline", "StableDiffusion3FisherPipeline",
+    "StableDiffusionFisherPipeline", "StableDiffusionXLFisherPipeline", "ZImageFisherPipeline", "custom_pipeline_file",
+    "fisher_pipeline",
 ]  # fmt: skip
 
 PIPELINES: dict[str, type[FisherPipelineMixin]] = {

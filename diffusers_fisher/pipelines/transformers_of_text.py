@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from diffusers.pipelines.aura_flow.pipeline_aura_flow import AuraFlowPipeline
 from diffusers.pipelines.chroma.pipeline_chroma import ChromaPipeline
+from diffusers.pipelines.cogview4.pipeline_cogview4 import CogView4Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
 from diffusers.pipelines.hidream_image.pipeline_hidream_image import HiDreamImagePipeline
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from diffusers.models.transformers.hunyuan_transformer_2d import HunyuanDiT2DModel
     from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
     from diffusers.models.transformers.transformer_chroma import ChromaTransformer2DModel
+    from diffusers.models.transformers.transformer_cogview4 import CogView4Transformer2DModel
     from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
     from diffusers.models.transformers.transformer_hidream_image import HiDreamImageTransformer2DModel
     from diffusers.models.transformers.transformer_lumina2 import Lumina2Transformer2DModel
@@ -114,6 +116,12 @@ class AuraFlowFisherPipeline(OneEncoderMixin, LatentPipelineMixin, AuraFlowPipel
     """`AuraFlowPipeline` with `log_likelihood` and `guide`; its call is the stock one."""
 
     transformer: AuraFlowTransformer2DModel
+
+
+class CogView4FisherPipeline(OneEncoderMixin, LatentPipelineMixin, CogView4Pipeline):
+    """`CogView4Pipeline` with `log_likelihood` and `guide`; its call is the stock one."""
+
+    transformer: CogView4Transformer2DModel
 
 
 class HunyuanDiTFisherPipeline(OneEncoderMixin, LatentPipelineMixin, HunyuanDiTPipeline):

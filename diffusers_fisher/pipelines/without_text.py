@@ -10,10 +10,12 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 from diffusers.pipelines.deprecated.latent_diffusion_uncond.pipeline_latent_diffusion_uncond import LDMPipeline
 from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
+from diffusers.pipelines.kandinsky2_2.pipeline_kandinsky2_2 import KandinskyV22Pipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
@@ -101,3 +103,15 @@ class DiTFisherPipeline(FisherPipelineMixin, DiTPipeline):
     ) -> GuidanceOutput:
         """Guides samples as `diffusers_fisher.guide` does, with class labels for prompts."""
         return guidance.guide(self, class_labels, reward, **options)
+
+
+class KandinskyV22FisherPipeline(FisherPipelineMixin, KandinskyV22Pipeline):
+    """`KandinskyV22Pipeline` with `log_likelihood` and `guide`; its call is the stock one.
+
+    It is the second of two stages: `image_embeds`, which KandinskyV22PriorPipeline makes of prompts, stand where
+    other pipelines have prompts, as `log_likelihood(images, image_embeds=...)` and `guide(None, reward,
+    image_embeds=..., negative_image_embeds=...)`.
+    """
+
+    unet: UNet2DConditionModel
+    movq: VQModel

@@ -174,6 +174,17 @@ class GridBackbone(Backbone):
         return samples[-1] if arguments.get("output_type", "latent") == "latent" else result
 
 
+class EmbeddedBackbone(Backbone):
+    """Kandinsky 2.2: image embeddings, which are among the options, stand for prompts."""
+
+    def guide(self, pipe: Any, reward: Any, guided: bool = True, **options: Any) -> Any:
+        return pipe.guide(None, reward, **{**self.size(), **self.options, **self.guidance(guided), **options})
+
+    def score(self, pipe: Any, count: int = 2, images: Any = None, **options: Any) -> Any:
+        embeddings = {name: value[:count] for name, value in self.options.items()}
+        return super().score(pipe, count, images, **{**embeddings, **options})
+
+
 NEGATIVE = {"negative_prompt": ["", ""]}
 LAYERS = {"text_encoder_out_layers": (0, 1, 2)}
 FLOW = {"flow": True, "multiple": 4, "shape": (4, 4, 2), "pixels": (8, 4)}
@@ -195,6 +206,7 @@ _FAMILY_LINES = [
         flow=True, **PATCHES,
     ),
     Backbone(tiny.aura_flow, diffusers.AuraFlowPipeline, options=SHORT, **FLOW),
+    Backbone(tiny_families.cogview4, diffusers.CogView4Pipeline, options=SHORT, flow=True, **PATCHES),
     Backbone(
         tiny_families.hunyuan_dit, diffusers.HunyuanDiTPipeline, options={"use_resolution_binning": False}, **PATCHES
     ),
@@ -203,6 +215,12 @@ _FAMILY_LINES = [
         pixels=(4, 4),
     ),
 ]  # fmt: skip
+_FAMILY_LINES.append(
+    EmbeddedBackbone(
+        tiny_families.kandinsky_2_2, diffusers.KandinskyV22Pipeline, "unet", condition=None, call={},
+        options=tiny_families.image_embeds(), shape=(4, 4, 4), pixels=(8, 8), multiple=4,
+    )
+)  # fmt: skip
 FAMILIES = {line.name: line for line in _FAMILY_LINES}
 """Backbones over which a quick test and the slow ones run."""
 

@@ -52,8 +52,9 @@ def table(backbones: Iterable[str]) -> str:
     """Returns the table in Markdown, one line per backbone; lines of backbones that were not run stay as they are."""
     old = {line.split("`")[1]: line for line in current_table().splitlines()[2:]}
     lines = ["| pipeline | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    run = decided(backbones, outcomes)
-    lines += [row(backbone) if backbone in run else old[f"{backbone}FisherPipeline"] for backbone in backbones]
+    new = {f"{backbone}FisherPipeline": row(backbone) for backbone in decided(backbones, outcomes)}
+    names = [f"{backbone}FisherPipeline" for backbone in backbones]
+    lines += [(old | new)[name] for name in names if name in old | new]
     return "\n".join(lines) + "\n"
 
 

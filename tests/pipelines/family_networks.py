@@ -1,6 +1,7 @@
 """Calls of the networks and autoencoders of `FAMILIES` by themselves, without their pipelines."""
 
 import itertools
+import math
 
 import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
@@ -94,6 +95,24 @@ def aura_flow(pipe, prompt, backbone):
     return lambda x, t: pipe.transformer(x, encoder_hidden_states=embeds, timestep=t[None] / 1000).sample
 
 
+def cogview4(pipe, prompt, backbone):
+    embeds = pipe.encode_prompt(prompt, max_sequence_length=8, **PROMPT)[0]
+    size = torch.tensor([backbone.pixels]).float()
+    return lambda x, t: pipe.transformer(
+        x, encoder_hidden_states=embeds, timestep=t[None], original_size=size, target_size=size,
+        crop_coords=torch.zeros(1, 2),
+    ).sample  # fmt: skip
+
+
+LOG_SHIFTS = {"CogView4": math.log(0.75 * (1 / 256) ** 0.5 + 0.25)}
+"""Shift of log(sigma/alpha) between the network's time and the sample's level: of one token, with 256 for base."""
+
+
+def kandinsky_2_2(pipe, prompt, backbone):
+    embeds = {"image_embeds": backbone.options["image_embeds"][:1]}
+    return lambda x, t: pipe.unet(x, t, None, added_cond_kwargs=embeds).sample[:, :4]
+
+
 def hunyuan_dit(pipe, prompt, backbone):
     clip, _, clip_mask, _ = pipe.encode_prompt(prompt, **PROMPT)
     t5, _, t5_mask, _ = pipe.encode_prompt(prompt, text_encoder_index=1, **PROMPT)
@@ -133,7 +152,7 @@ NETWORKS = {
     for name, network in {
         "ZImage": z_image, "QwenImage": qwen_image, "Flux2Klein": flux2, "Flux2": flux2, "Sana": sana,
         "Chroma": chroma, "Lumina2": lumina2, "AuraFlow": aura_flow, "HunyuanDiT": hunyuan_dit,
-        "HiDreamImage": hidream,
+        "HiDreamImage": hidream, "CogView4": cogview4, "KandinskyV22": kandinsky_2_2,
     }.items()
 }  # fmt: skip
 """Functions of a pipeline, a list of one prompt and the table's line; they return the network as a function of

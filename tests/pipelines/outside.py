@@ -13,6 +13,9 @@ import torch
 from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from PIL import Image
 
+from diffusers_fisher.backbones import registry
+from pipelines.backbones import FAMILIES
+
 
 @dataclasses.dataclass
 class SetUp:
@@ -40,6 +43,15 @@ SET_UPS: dict[str, Callable[[], SetUp]] = {}
 def set_up(make: Callable[[], SetUp]) -> Callable[[], SetUp]:
     SET_UPS[make.__name__] = make
     return make
+
+
+def forget_backbones(patch: pytest.MonkeyPatch) -> None:
+    """Takes the backbones of `FAMILIES` out of the registry, so that their set-ups are of unknown classes."""
+    known = {line.stock.__name__ for line in FAMILIES.values()}
+    patch.setattr(
+        registry, "BACKBONES", {name: entry for name, entry in registry.BACKBONES.items() if name not in known}
+    )
+    patch.setattr(registry, "TESTED", registry.TESTED - known)
 
 
 def draw(*shape: int, seed: int = 7) -> torch.Tensor:

@@ -4,6 +4,8 @@ import sys
 import warnings
 from pathlib import Path
 
+import pytest
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
 BEGIN, END = "<!-- table: of pipelines without a backbone -->\n", "<!-- end of that table -->\n"
 
@@ -11,9 +13,10 @@ BEGIN, END = "<!-- table: of pipelines without a backbone -->\n", "<!-- end of t
 def table() -> str:
     """Returns the table in Markdown, one line per set-up of `outside.py`."""
     from diffusers_fisher import FisherError, PipelineDenoiser
-    from pipelines.outside import SET_UPS
+    from pipelines.outside import SET_UPS, forget_backbones
     from pipelines.test_outside_backbones import KNOWN_OUTPUTS, REFUSED, compare
 
+    forget_backbones(pytest.MonkeyPatch())
     lines = [
         "| set-up | pipeline, scheduler | outputs | gradient | levels | evaluations without guidance |",
         "|---|---|---|---|---|---|",

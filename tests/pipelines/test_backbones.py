@@ -161,7 +161,11 @@ def level_of(backbone, pipe, u):
     s = float(u.exp())
     if backbone.flow:
         noise = torch.sigmoid(u)
-        return 1 - float(noise), float(noise), 1000 * noise
+        return (
+            1 - float(noise),
+            float(noise),
+            1000 * torch.sigmoid(u - family_networks.LOG_SHIFTS.get(backbone.name, 0.0)),
+        )
     table = table_of(backbone, pipe).numpy()
     return 1 / math.hypot(1, s), s / math.hypot(1, s), torch.tensor(numpy.interp(float(u), table, range(1000)))
 
@@ -169,6 +173,8 @@ def level_of(backbone, pipe, u):
 def network_call(backbone, pipe):
     """Returns the network as a function of (1, C, h, w) and a time, with its pipeline's conditioning."""
     name, count = backbone.name, backbone.shape[0]
+    if name in FAMILIES:
+        return family_networks.NETWORKS[name](pipe, (backbone.condition or [])[:1], backbone)
     if backbone.condition is None:
         return lambda x, t: pipe.unet(x, t).sample
     if name == "DiT":
@@ -176,8 +182,6 @@ def network_call(backbone, pipe):
         return lambda x, t: pipe.transformer(x, t[None], label).sample[:, :count]
     prompt = backbone.condition[:1]
     height, width = backbone.pixels
-    if name in FAMILIES:
-        return family_networks.NETWORKS[name](pipe, prompt, backbone)
     with torch.no_grad():
         if name == "StableDiffusion":
             embeds = pipe.encode_prompt(prompt, "cpu", 1, False)[0]
@@ -229,6 +233,7 @@ def by_hand(backbone, pipe, x, steps):
     network, dimensions = network_call(backbone, pipe), x.numel()
     limit = torch.tensor(999.0, dtype=torch.float64).log()
     low, high = (-limit, limit) if backbone.flow else table_of(backbone, pipe)[[0, -1]]
+    low = low + family_networks.LOG_SHIFTS.get(backbone.name, 0.0)
     nodes = noise_grid(float(low), float(high), steps)
 
     def at(x, u):
@@ -274,6 +279,8 @@ def latents_of(pipe, images):
     pixels = 2 * images - 1
     if type(pipe.components.get("vae")).__name__ in family_networks.ENCODERS:
         return family_networks.ENCODERS[type(pipe.vae).__name__](pipe.vae, pixels)
+    if hasattr(pipe, "movq"):
+        return pipe.movq.encode(pixels).latents
     if hasattr(pipe, "vae"):
         shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
         return (pipe.vae.encode(pixels).latent_dist.mean - shift) * pipe.vae.config.scaling_factor

@@ -16,6 +16,7 @@ from diffusers_fisher import (
 )
 from diffusers_fisher.errors import describe_change
 from diffusers_fisher.noise import DenoisingState, Prediction, noise_level
+from pipelines.outside import forget_backbones
 
 
 def noise(*shape):
@@ -40,6 +41,12 @@ def flux2(cls, guidance_embeds):
     return tiny.quiet(cls(scheduler=fisher_scheduler(type(scheduler)).from_config(scheduler.config), **parts))
 
 
+@pytest.fixture
+def own_registry(monkeypatch):
+    forget_backbones(monkeypatch)
+
+
+@pytest.mark.usefixtures("own_registry")
 @pytest.mark.parametrize(
     ("name", "guidance_embeds"), [("Flux2Pipeline", True), ("Flux2KleinPipeline", False)], ids=["dev", "klein"]
 )
@@ -64,6 +71,7 @@ def test_pipelines_that_pack_latents_within_their_call_say_so(name, guidance_emb
     assert gradient.any()
 
 
+@pytest.mark.usefixtures("own_registry")
 def test_a_denoiser_of_packed_samples_that_the_call_does_not_take_is_refused_in_words():
     pipe = flux2(diffusers.Flux2KleinPipeline, False)
     arguments = {"prompt_embeds": noise(2, 8, 16), "height": 16, "width": 16, "guidance_scale": 1.0}

@@ -11,12 +11,17 @@ from diffusers_fisher.backbones.networks import denoising_networks
 from diffusers_fisher.features import count_evaluations
 from diffusers_fisher.noise import noise_level
 
-from .outside import SET_UPS, SetUp
+from .outside import SET_UPS, SetUp, forget_backbones
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast"),  # Mochi computes in float32 by an autocast
-    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated"),  # Chroma imports it
 ]
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    forget_backbones(monkeypatch)
+
 
 REFUSED = {
     "cogvideox_stock": "Noise levels of CogVideoXDDIMScheduler are not known",
