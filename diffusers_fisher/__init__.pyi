@@ -156,6 +156,7 @@ from .pictures import (
     uncertainty_pictures as uncertainty_pictures,
 )
 from .pipelines import (
+    AutoFisherPipeline as AutoFisherPipeline,
     DDIMFisherPipeline as DDIMFisherPipeline,
     DDPMFisherPipeline as DDPMFisherPipeline,
     DiTFisherPipeline as DiTFisherPipeline,

@@ -22,6 +22,9 @@ NEGATIVE_PROMPTS = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
 PROMPT_ARGUMENTS = ("prompt_2", "prompt_3", *NEGATIVE_PROMPTS)
 """Arguments beside `prompt` that take a string or one for each prompt."""
 
+CONDITIONS = ("prompt", "prompt_embeds", "image_embeds", "prompt_embeds_t5", "class_labels")
+"""Arguments that have one entry per sample, of which a call takes at least one."""
+
 EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
 """Arguments that stand for a prompt together, where a call takes them. Each has a counterpart for the negative prompt,
 whose name begins with negative_."""
@@ -117,17 +120,21 @@ def _repeat_embeddings(
     return [""] * (number * num_images_per_prompt), one_per_sample
 
 
+def number_of_conditions(arguments: Mapping[str, Any]) -> int | None:
+    """Returns for how many samples a call's arguments have conditions; None where they have none, or one for all."""
+    values = [arguments.get(name) for name in CONDITIONS]
+    return next((len(value) for value in values if isinstance(value, (list, torch.Tensor))), None)
+
+
 def select_conditions(arguments: Mapping[str, Any], rows: torch.Tensor) -> dict[str, Any]:
     """Returns a call's arguments for some of its samples; `rows` (n,) int64 are their places in the batch.
 
     The conditions say how many samples there are. Lists and tensors of as many entries are taken apart; tuples hold
     sizes.
     """
-    names = ("prompt", "prompt_embeds", "class_labels")
-    given = [arguments[name] for name in names if isinstance(arguments.get(name), (list, torch.Tensor))]
-    if not given:
+    count, places = number_of_conditions(arguments), rows.tolist()
+    if count is None:
         return dict(arguments)
-    count, places = len(given[0]), rows.tolist()
 
     def select(value: object) -> object:
         if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:

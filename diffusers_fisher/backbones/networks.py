@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from diffusers.hooks import HookRegistry, ModelHook
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+    from .base import Backbone
+
 NETWORKS = (
     "unet", "transformer", "transformer_2", "prior", "decoder", "unconditional_unet", "unconditional_transformer",
 )  # fmt: skip
@@ -85,6 +87,15 @@ def check_no_cache(pipeline: str, network: torch.nn.Module | None, purpose: str)
             f"{purpose}. Turn it off with the network's `disable_cache()`, or use an estimator that needs no "
             "denoiser, such as DirectFisher()."
         )
+
+
+def missing_component(backbone: Backbone, error: Exception) -> UnsupportedError:
+    """Makes the error for a call that needs a component which the pipeline has not, such as one of two networks."""
+    names = [name for name, part in backbone.pipe.components.items() if part is None]
+    return UnsupportedError(
+        f"The call of {backbone.name} uses something that is None ({error}), and its components "
+        f"{', '.join(names) or '(none)'} are None. Load the pipeline with the component that its call needs."
+    )
 
 
 def check_latents_alone(pipeline: str, channels: int, autoencoder: Any) -> None:

@@ -19,7 +19,6 @@ pytestmark = [
 ]
 
 REFUSED = {
-    "cogvideox_stock": "Noise levels of CogVideoXDDIMScheduler are not known",
     "cogview4": "timesteps that are not those of its scheduler's sigmas",
     "consistency": "a denoiser returns a tensor",
     "flux2_dev": "changes the layout of its latents",
