@@ -15,6 +15,7 @@ from .autoencoder import images_of
 from .base import Backbone, Generators, Posterior
 from .conditions import Condition, Conditions, number_of_conditions, text_conditions
 from .inputs import form_of
+from .networks import missing_component
 from .recorded_call import Encode, RecordedCall, drawn_noise
 from .stock_calls import shallow_copy
 
@@ -65,6 +66,8 @@ class AnyPipelineBackbone(Backbone):
         except FAILURES as error:
             if isinstance(error, FisherError):
                 raise
+            if isinstance(error, AttributeError) and error.obj is None:
+                raise missing_component(self.pipe, error) from error
             raise UnsupportedError(
                 f"A call of {self.name} of one step fails between its noise and its images: {type(error).__name__}: "
                 f"{error}. Call the pipeline itself, until it makes images."

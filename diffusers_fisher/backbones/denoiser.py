@@ -268,7 +268,7 @@ class PipelineDenoiser(Denoiser):
             )  # fmt: skip
         except AttributeError as error:
             if error.obj is None:
-                raise missing_component(self.backbone, error) from error
+                raise missing_component(self.pipe, error) from error
             if not isinstance(error.obj, EchoScheduler):
                 raise
             raise UnsupportedError(

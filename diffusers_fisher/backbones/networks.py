@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from diffusers.hooks import HookRegistry, ModelHook
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    from .base import Backbone
-
 NETWORKS = (
     "unet", "transformer", "transformer_2", "prior", "decoder", "unconditional_unet", "unconditional_transformer",
 )  # fmt: skip
@@ -89,11 +87,11 @@ def check_no_cache(pipeline: str, network: torch.nn.Module | None, purpose: str)
         )
 
 
-def missing_component(backbone: Backbone, error: Exception) -> UnsupportedError:
+def missing_component(pipe: DiffusionPipeline, error: Exception) -> UnsupportedError:
     """Makes the error for a call that needs a component which the pipeline has not, such as one of two networks."""
-    names = [name for name, part in backbone.pipe.components.items() if part is None]
+    names = [name for name, part in pipe.components.items() if part is None]
     return UnsupportedError(
-        f"The call of {backbone.name} uses something that is None ({error}), and its components "
+        f"The call of {type(pipe).__name__} uses something that is None ({error}), and its components "
         f"{', '.join(names) or '(none)'} are None. Load the pipeline with the component that its call needs."
     )
 

@@ -28,7 +28,8 @@ from .without_text import DDIMFisherPipeline, DDPMFisherPipeline, DiTFisherPipel
 
 __all__ = [
     "PIPELINES", "AutoFisherPipeline", "DDIMFisherPipeline", "DDPMFisherPipeline", "DiTFisherPipeline",
-    "FisherPipelineMixin", "FluxFisherPipeline", "LDMFisherPipeline", "PixArtAlphaFisherPipeline", "PixArtSigmaFisherPipeline",
+    "FisherPipelineMixin", "FluxFisherPipeline", "LDMFisherPipeline", "PixArtAlphaFisherPipeline",
+    "PixArtSigmaFisherPipeline",
     "StableDiffusion3FisherPipeline", "StableDiffusionFisherPipeline", "StableDiffusionXLFisherPipeline",
     "custom_pipeline_file", "fisher_pipeline",
 ]  # fmt: skip

@@ -28,7 +28,7 @@ REFUSED = {
 }
 """Set-ups whose states a `PipelineDenoiser` refuses, with what its message says."""
 
-QUICK = ("mochi", "sd_pag", "cosmos25")
+QUICK = ("mochi", "sd_pag", "cosmos25", "wan21_euler", "ltx", "cogvideox_stock", "hunyuan_video")
 """Set-ups that are tested in every run of the suite, each particular in a way of its own."""
 
 ROUNDED_TIMESTEPS = {"cosmos25": 1e-3}
