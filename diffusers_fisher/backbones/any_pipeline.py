@@ -88,7 +88,9 @@ class AnyPipelineBackbone(Backbone):
         # Arrays are in [0, 1] everywhere, tensors of some pipelines (Kandinsky 2.2) are not.
         reference = torch.as_tensor(arrays).movedim(-1, 1).float()
         scaled = {False: images.float().cpu(), True: images_of(images).cpu()}
-        fitting = [key for key, value in scaled.items() if float((value - reference).abs().max()) < SAME_IMAGE]
+        fitting = [
+            key for key, value in scaled.items() if float((value - reference).nan_to_num().abs().max()) < SAME_IMAGE
+        ]
         if not fitting:
             raise UnsupportedError(
                 f"The call of {self.name} returns other images as tensors than as arrays, so their scale is not "

@@ -217,6 +217,8 @@ class PipelineDenoiser(Denoiser):
                 "estimator that needs no denoiser, such as DirectFisher()."
             )
         self._check_input(x, timestep)
+        if torch.as_tensor(timestep).numel() > 1 and isinstance(self.backbone, AnyPipelineBackbone):
+            return self._outputs_one_by_one(x, torch.as_tensor(timestep).flatten())
         latents, networks = x.to(self.backbone.dtype), denoising_networks(self.pipe.components)
         scheduler = echo_scheduler(self.scheduler, timestep)
         with record_summaries(self.network) as features, count_evaluations(networks.values()) as evaluations:
@@ -232,6 +234,19 @@ class PipelineDenoiser(Denoiser):
         if not self.is_guided:
             check_evaluations(self.backbone.name, self.backbone.parameters, evaluations, len(x))
         return output
+
+    def _outputs_one_by_one(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Returns the outputs of samples that each have a timestep, by one call per sample.
+
+        A call may take its timestep for one number, in silence: Wan 2.2 multiplies it with a mask of patches.
+        """
+        outputs = []
+        for row, timestep in enumerate(timesteps):
+            alone = self.select_samples(torch.tensor([row]))
+            outputs.append(alone.model_output(x[row : row + 1], timestep))
+            self._level_error = alone._level_error
+        self.num_calls, self._features = self.num_calls + len(x), None
+        return torch.cat(outputs)
 
     def _checked_call(
         self, scheduler: EchoScheduler, latents: torch.Tensor, networks: RecordedNetworks, timestep: Timestep

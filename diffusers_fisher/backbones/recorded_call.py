@@ -104,7 +104,8 @@ class RecordedCall:
 
         restore_random = random_state(dict(arguments), backbone.device)
         try:
-            noise = drawn_noise(backbone, None, arguments)
+            noise = drawn_noise(backbone, keep, arguments)
+            encoded.clear()  # a call may draw its noise before it encodes its prompts
             networks = RecordedNetworks(denoising_networks(backbone.pipe.components))
             scheduler = _middle_scheduler(backbone)
             with networks.recording():

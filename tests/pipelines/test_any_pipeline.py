@@ -185,9 +185,7 @@ def test_videos_are_no_images():
 
 
 def test_a_pipeline_that_cannot_decode_says_why():
-    with pytest.raises(
-        UnsupportedError, match="Krea2Pipeline of one step fails between its noise and its images: Att"
-    ):
+    with pytest.raises(UnsupportedError, match=r"call of Krea2Pipeline uses something that is None .* components vae"):
         run_guidance(SET_UPS["krea2"]())
 
 
@@ -240,6 +238,23 @@ class CutsTheGradient(diffusers.StableDiffusionPAGPipeline):
             return super().__call__(*args, latents=latents, **kwargs)
 
 
+class Breaks(diffusers.StableDiffusionPAGPipeline):
+    """A pipeline that can make latents, but no images."""
+
+    def __call__(self, *args, latents=None, output_type="pil", **kwargs):
+        if output_type != "latent":
+            raise IndexError("no such place")
+        return super().__call__(*args, latents=latents, output_type=output_type, **kwargs)
+
+
+class TwoScales(diffusers.StableDiffusionPAGPipeline):
+    """A pipeline whose tensors and arrays are different images."""
+
+    def __call__(self, *args, latents=None, output_type="pil", **kwargs):
+        result = super().__call__(*args, latents=latents, output_type=output_type, **kwargs)
+        return (result[0] / 2, *result[1:]) if output_type == "np" else result
+
+
 def remade(cls):
     parts = {**SET_UPS["sd_pag"]().pipe.components, "safety_checker": None}
     pipe = quiet(cls(**parts, requires_safety_checker=False))
@@ -252,6 +267,11 @@ def remade(cls):
     [
         (ScalesItsResult, "ends its call with other latents .* than those that its scheduler's last step returns"),
         (CutsTheGradient, "cuts the gradient between its last latents and its images"),
+        (
+            Breaks,
+            "A call of Breaks of one step fails between its noise and its images: IndexError: no such place. Call",
+        ),
+        (TwoScales, "returns other images as tensors than as arrays, so their scale is not known"),
     ],
 )
 def test_calls_that_say_too_little_are_refused(cls, message):

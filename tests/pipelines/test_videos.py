@@ -190,3 +190,16 @@ def test_images_of_a_video_pipeline_are_refused():
     setup = SET_UPS["wan21_euler"]()
     with pytest.raises(UnsupportedError, match="WanPipeline has no backbone of its own, so how images become its"):
         log_likelihood(setup.pipe, torch.rand(2, 3, 16, 16), **setup.conditions)
+
+
+def test_samples_at_timesteps_of_their_own_have_the_outputs_that_they_have_alone():
+    """The call multiplies its timestep with a mask of two patches in a row, which two timesteps would fit."""
+    setup = SET_UPS["wan22_ti2v5b"]()
+    embeds, sizes = setup.conditions["prompt_embeds"], {"height": 32, "width": 32, "num_frames": 5}
+    x = torch.randn(2, 4, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    denoiser, times = PipelineDenoiser(setup.pipe, prompt_embeds=embeds, **sizes), torch.tensor([200.0, 700.0])
+    together = denoiser.model_output(x, times)
+    assert denoiser.num_calls == 2
+    for row in range(2):
+        alone = PipelineDenoiser(setup.pipe, prompt_embeds=embeds[row : row + 1], **sizes)
+        torch.testing.assert_close(together[row : row + 1], alone.model_output(x[row : row + 1], times[row]))
