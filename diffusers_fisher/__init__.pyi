@@ -157,6 +157,7 @@ from .pictures import (
 )
 from .pipelines import (
     AuraFlowFisherPipeline as AuraFlowFisherPipeline,
+    AutoFisherPipeline as AutoFisherPipeline,
     ChromaFisherPipeline as ChromaFisherPipeline,
     CogView4FisherPipeline as CogView4FisherPipeline,
     DDIMFisherPipeline as DDIMFisherPipeline,

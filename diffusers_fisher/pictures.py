@@ -305,7 +305,7 @@ def decode_latents(pipe: DiffusionPipeline | None, latents: torch.Tensor) -> tor
         raise InputError(
             "There is no pipeline to decode with; pass one, or `decode`, a function from latents to images."
         )
-    backbone = backbone_of(pipe, any_pipeline=True)
+    backbone = backbone_of(pipe)
     backbone.check_decoder()
     return backbone.decode(latents)
 

@@ -75,6 +75,7 @@ STEP_OPTIONS = {
 }
 
 OUTSIDE_CATALOG = {
+    "CogVideoXDDIMScheduler": EPSILON_V_SAMPLE,
     "DDIMParallelScheduler": EPSILON_V_SAMPLE,
     "DDPMParallelScheduler": EPSILON_V_SAMPLE,
     "EDMDPMSolverMultistepScheduler": EPSILON_V,
@@ -125,7 +126,7 @@ def scheduler_cases(types: dict[str, tuple], options: dict[str, list]) -> list[S
 
 CASES = scheduler_cases(PREDICTION_TYPES, OPTIONS)
 CHURNED_CASES = [SchedulerCase(name, {}, step) for name, step in STEP_OPTIONS.items()]
-OUTSIDE_CASES = scheduler_cases(OUTSIDE_CATALOG, {})
+OUTSIDE_CASES = scheduler_cases(OUTSIDE_CATALOG, {"CogVideoXDDIMScheduler": [ZERO_SNR]})
 
 
 class Network:

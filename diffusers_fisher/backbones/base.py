@@ -175,7 +175,7 @@ class Backbone:
     def call(
         self,
         scheduler: object,
-        latents: torch.Tensor,
+        latents: torch.Tensor | None,
         with_graph: bool = False,
         encode_prompt: Callable[..., tuple] | None = None,
         components: Mapping[str, Any] | None = None,
@@ -185,7 +185,7 @@ class Backbone:
 
         Args:
             scheduler: scheduler that the call runs on.
-            latents: latents in the pipeline's layout.
+            latents: latents in the pipeline's layout; None: the call draws them.
             with_graph: whether to leave the call's `torch.no_grad` out.
             encode_prompt: takes the place of the pipeline's `encode_prompt`, which is its first argument.
             components: other components of the copy, by name.

@@ -33,6 +33,9 @@ whose name begins with negative_."""
 OPTIONAL = ("prompt_embeds_mask",)
 """Embeddings that `encode_prompt` may return as None, and that must be passed all the same."""
 
+CONDITIONS = ("prompt", "class_labels", "image_embeds", *EMBEDDINGS)
+"""Arguments that have one entry per sample, of which a call takes at least one."""
+
 BATCH_AXES: dict[str, int | None] = {"prompt_embeds_llama3": 1, "prompt_cu_seqlens": None}
 """Axis of embeddings along which the prompts are counted, where it is not the first; None: there is no such axis."""
 
@@ -112,7 +115,7 @@ def repeat_embeddings(
     embeddings: dict[str, torch.Tensor], arguments: dict[str, Any], count: int | None, num_images_per_prompt: int
 ) -> tuple[list[str], dict[str, Any]]:
     """Makes one embedding per sample. Arguments, result and errors are those of `text_conditions`."""
-    sizes = {name: size for name, value in embeddings.items() if (size := _count(name, value)) is not None}
+    sizes = {name: size for name, value in embeddings.items() if (size := count_of(name, value)) is not None}
     number = next(iter(sizes.values())) if count is None else count
     if any(size not in (number, 1 if count is not None else number) for size in sizes.values()) or number < 1:
         raise InputError(
@@ -136,8 +139,8 @@ def _batch_axis(name: str) -> int | None:
     return BATCH_AXES.get(name.removeprefix("negative_"), 0)
 
 
-def _count(name: str, value: Any) -> int | None:
-    """Returns for how many samples an argument is; None where it does not say."""
+def count_of(name: str, value: Any) -> int | None:
+    """Returns for how many samples an argument is, a list, a tuple or a tensor; None where it does not say."""
     axis = _batch_axis(name)
     return value.shape[axis] if axis else None if axis is None else len(value)
 
@@ -150,20 +153,26 @@ def _take(name: str, value: Any, rows: Sequence[int]) -> Any:
     return value if axis is None else [value[row] for row in rows]
 
 
+def number_of_conditions(arguments: Mapping[str, Any]) -> int | None:
+    """Returns for how many samples a call's arguments have conditions; None where they have none, or one for all."""
+    values = {name: arguments.get(name) for name in CONDITIONS}
+    counts = [count_of(name, value) for name, value in values.items() if isinstance(value, (list, torch.Tensor))]
+    return next((count for count in counts if count is not None), None)
+
+
 def select_conditions(arguments: Mapping[str, Any], rows: torch.Tensor) -> dict[str, Any]:
     """Returns a call's arguments for some of its samples; `rows` (n,) int64 are their places in the batch.
 
     The conditions say how many samples there are. Lists and tensors of as many entries are taken apart; tuples hold
     sizes.
     """
-    names = ("prompt", "class_labels", "image_embeds", *EMBEDDINGS)
-    counts = [_count(name, arguments[name]) for name in names if isinstance(arguments.get(name), (list, torch.Tensor))]
-    if not counts:
+    count = number_of_conditions(arguments)
+    if count is None:
         return dict(arguments)
 
     def select(name: str, value: object) -> object:
         is_batch = isinstance(value, list) or (isinstance(value, torch.Tensor) and value.ndim > 0)
-        return _take(name, value, rows.tolist()) if is_batch and _count(name, value) == counts[0] else value
+        return _take(name, value, rows.tolist()) if is_batch and count_of(name, value) == count else value
 
     return {name: select(name, value) for name, value in arguments.items()}
 

@@ -16,10 +16,10 @@ from ..features import count_evaluations, record_summaries
 from ..noise import NoiseLevel, Timestep
 from .any_pipeline import AnyPipelineBackbone
 from .base import Backbone
-from .conditions import select_conditions
+from .conditions import CONDITIONS, count_of, select_conditions
 from .echo import EchoScheduler, echo_scheduler
 from .first_call import ADVICE, CALL_STEPS, PROBE_STEPS, RecordedNetworks, check_sample, random_state
-from .networks import denoising_networks
+from .networks import denoising_networks, missing_component
 from .registry import backbone_of, has_tested_call
 from .unguided import asks_for_guidance, check_evaluations, embeds_guidance, guiders_of, switched_off
 
@@ -87,7 +87,7 @@ class PipelineDenoiser(Denoiser):
 
     @check_kinds
     def __init__(self, pipe: DiffusionPipeline | Backbone, guidance_scale: float | None = None, **call_arguments: Any):
-        self.backbone = pipe if isinstance(pipe, Backbone) else backbone_of(pipe, any_pipeline=True)
+        self.backbone = pipe if isinstance(pipe, Backbone) else backbone_of(pipe)
         parameters, call_arguments = self.backbone.parameters, check_call(self.backbone.parameters, call_arguments)
         unknown = sorted(set(call_arguments) - set(parameters))
         if unknown:
@@ -175,6 +175,15 @@ class PipelineDenoiser(Denoiser):
             )
         return super().level(timestep)
 
+    def check_layout(self, samples: torch.Tensor) -> None:
+        """Checks the layout of samples where the pipeline has no backbone of its own: the call says what it draws.
+
+        Raises:
+            InputError: the call draws latents of another shape for the denoiser's arguments.
+        """
+        if isinstance(self.backbone, AnyPipelineBackbone):
+            self.backbone.check_layout(samples, self.encode_prompt, self._arguments(samples))
+
     def select_samples(self, rows: torch.Tensor) -> PipelineDenoiser:
         """Returns a denoiser whose call has the conditions of these samples alone; see `Denoiser.select_samples`.
 
@@ -208,6 +217,8 @@ class PipelineDenoiser(Denoiser):
                 "estimator that needs no denoiser, such as DirectFisher()."
             )
         self._check_input(x, timestep)
+        if torch.as_tensor(timestep).numel() > 1 and isinstance(self.backbone, AnyPipelineBackbone):
+            return self._outputs_one_by_one(x, torch.as_tensor(timestep).flatten())
         latents, networks = x.to(self.backbone.dtype), denoising_networks(self.pipe.components)
         scheduler = echo_scheduler(self.scheduler, timestep)
         with record_summaries(self.network) as features, count_evaluations(networks.values()) as evaluations:
@@ -223,6 +234,19 @@ class PipelineDenoiser(Denoiser):
         if not self.is_guided:
             check_evaluations(self.backbone.name, self.backbone.parameters, evaluations, len(x))
         return output
+
+    def _outputs_one_by_one(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Returns the outputs of samples that each have a timestep, by one call per sample.
+
+        A call may take its timestep for one number, in silence: Wan 2.2 multiplies it with a mask of patches.
+        """
+        outputs = []
+        for row, timestep in enumerate(timesteps):
+            alone = self.select_samples(torch.tensor([row]))
+            outputs.append(alone.model_output(x[row : row + 1], timestep))
+            self._level_error = alone._level_error
+        self.num_calls, self._features = self.num_calls + len(x), None
+        return torch.cat(outputs)
 
     def _checked_call(
         self, scheduler: EchoScheduler, latents: torch.Tensor, networks: RecordedNetworks, timestep: Timestep
@@ -249,8 +273,7 @@ class PipelineDenoiser(Denoiser):
         """Calls the pipeline on `scheduler`. Raises `UnsupportedError` if the call needs more of a scheduler."""
         arguments = {
             "num_inference_steps": max(len(scheduler.timesteps), CALL_STEPS),
-            "output_type": "latent", "return_dict": False, **self.backbone.size_arguments_of(latents),
-            **self._repeats(len(latents)), **self.call_arguments,
+            "output_type": "latent", "return_dict": False, **self._arguments(latents),
         }  # fmt: skip
         try:
             return self.backbone.call(
@@ -259,14 +282,24 @@ class PipelineDenoiser(Denoiser):
                 **arguments,
             )  # fmt: skip
         except AttributeError as error:
+            if error.obj is None:
+                raise missing_component(self.pipe, error) from error
             if not isinstance(error.obj, EchoScheduler):
                 raise
             raise UnsupportedError(
                 f"The call of {self.backbone.name} reads `scheduler.{error.name}`, which belongs to a whole run. "
                 f"{ADVICE}"
             ) from error
-        except ValueError as error:
-            if isinstance(error, FisherError) or scheduler.outputs or not self._may_be_packed(latents):
+        except (RuntimeError, ValueError) as error:
+            if (
+                isinstance(error, FisherError)
+                or scheduler.outputs
+                or not isinstance(self.backbone, AnyPipelineBackbone)
+            ):
+                raise
+            if isinstance(error, RuntimeError):  # of a network that latents of this shape do not fit
+                self.check_layout(latents)
+            if isinstance(error, RuntimeError) or latents.ndim != 3:
                 raise
             raise UnsupportedError(
                 f"The call of {self.backbone.name} does not take latents of shape {tuple(latents.shape)} ({error}). "
@@ -274,8 +307,11 @@ class PipelineDenoiser(Denoiser):
                 "denoiser, such as DirectFisher(), and a loss of `trajectory.final_sample`."
             ) from error
 
-    def _may_be_packed(self, latents: torch.Tensor) -> bool:
-        return latents.ndim == 3 and isinstance(self.backbone, AnyPipelineBackbone)
+    def _arguments(self, latents: torch.Tensor) -> dict[str, Any]:
+        """Returns the arguments of a call for latents of this number and size."""
+        return {
+            **self.backbone.size_arguments_of(latents), **self._repeats(len(latents)), **self.call_arguments,
+        }  # fmt: skip
 
     def _repeats(self, count: int) -> dict[str, int]:
         """Returns the call argument by which one prompt serves `count` samples; none where it is not needed.
@@ -286,10 +322,10 @@ class PipelineDenoiser(Denoiser):
         arguments, parameters = self.call_arguments, self.backbone.parameters
         name = next((each for each in REPEATS if each in parameters), None)
         repeats = 1 if name is None else arguments.get(name) or 1
-        for condition in ("prompt", "prompt_embeds", "class_labels"):
+        for condition in CONDITIONS:
             value = arguments.get(condition)
-            number = len(value) if isinstance(value, (list, tuple, torch.Tensor)) else 1
-            if value is None or number * repeats == count:
+            number = count_of(condition, value) if isinstance(value, (list, tuple, torch.Tensor)) else 1
+            if value is None or number is None or number * repeats == count:
                 continue
             if number == 1 and name is not None and name not in arguments:
                 return {name: count}

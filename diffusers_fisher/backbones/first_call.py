@@ -110,13 +110,8 @@ class RecordedNetworks:
                 differences.append(error)
             return _detached(result)
 
-        empty: dict[str, dict] = {name: {} for name in ("_forward_pre_hooks", "_forward_hooks")}
-        networks = {
-            name: shallow_copy(network, forward=functools.partial(replay, name), **empty)
-            for name, network in self.networks.items()
-        }
         with torch.no_grad():
-            run(scheduler, **networks)
+            run(scheduler, **self._with_forward(replay))
         first = scheduler.samples[0]
         for sample in scheduler.samples:
             if not _are_same(sample, first, backbone.dtype):
@@ -130,6 +125,19 @@ class RecordedNetworks:
         for step, other in enumerate(scheduler.outputs):
             if not _are_same(other, output, backbone.dtype):
                 raise _step_error(backbone, step, "makes another model output than")
+
+    def replayed(self) -> dict[str, torch.nn.Module]:
+        """Returns networks that return the recorded outputs in their order, whatever their inputs are."""
+        outputs = iter(self._evaluations)
+        return self._with_forward(lambda name, *args, **kwargs: _detached(next(outputs)[2]))
+
+    def _with_forward(self, forward: Callable[..., object]) -> dict[str, torch.nn.Module]:
+        """Returns shallow copies of the networks whose call is `forward`, which gets the network's name first."""
+        empty: dict[str, dict] = {name: {} for name in ("_forward_pre_hooks", "_forward_hooks")}
+        return {
+            name: shallow_copy(network, forward=functools.partial(forward, name), **empty)
+            for name, network in self.networks.items()
+        }
 
 
 def _step_error(backbone: Backbone, step: int, difference: str) -> UnsupportedError:

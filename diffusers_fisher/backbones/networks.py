@@ -87,6 +87,15 @@ def check_no_cache(pipeline: str, network: torch.nn.Module | None, purpose: str)
         )
 
 
+def missing_component(pipe: DiffusionPipeline, error: Exception) -> UnsupportedError:
+    """Makes the error for a call that needs a component which the pipeline has not, such as one of two networks."""
+    names = [name for name, part in pipe.components.items() if part is None]
+    return UnsupportedError(
+        f"The call of {type(pipe).__name__} uses something that is None ({error}), and its components "
+        f"{', '.join(names) or '(none)'} are None. Load the pipeline with the component that its call needs."
+    )
+
+
 def check_latents_alone(pipeline: str, channels: int, autoencoder: Any) -> None:
     """Refuses a network that takes more channels than latents have. Raises `UnsupportedError`.
 

@@ -6,7 +6,7 @@ import importlib
 import inspect
 from typing import TYPE_CHECKING
 
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError
 from .any_pipeline import AnyPipelineBackbone
 from .base import Backbone
 
@@ -43,12 +43,12 @@ TESTED = frozenset(BACKBONES)
 """Names of the stock pipeline classes whose calls the package's tests compare with their runs."""
 
 
-DIFFERENTIATE_RUNS = (
-    "Its sampling runs may be differentiated all the same: set pipe.scheduler = "
+SCHEDULER_DOOR = (
+    "differentiate its sampling runs: set pipe.scheduler = "
     "fisher_scheduler(type(pipe.scheduler)).from_config(pipe.scheduler.config) and call it inside "
-    "`with pipe.scheduler.differentiable(...)`."
+    "`with pipe.scheduler.differentiable(...)`"
 )
-"""What a message about a pipeline without a backbone advises."""
+"""What works with every pipeline whose scheduler has known noise levels."""
 
 
 def register_backbone(pipeline: type[DiffusionPipeline], backbone: type[Backbone]) -> None:
@@ -62,15 +62,34 @@ def has_tested_call(backbone: Backbone) -> bool:
     return is_stock and any(parent.__name__ in TESTED for parent in type(backbone.pipe).__mro__)
 
 
-def backbone_of(pipe: DiffusionPipeline, any_pipeline: bool = False) -> Backbone:
+def other_doors(pipeline: type[DiffusionPipeline]) -> str:
+    """Returns the sentence that says how to use pipelines of a class without a backbone."""
+    if not takes_latents(pipeline):
+        return f"Its call takes no `latents`, so only one way remains: {SCHEDULER_DOOR}."
+    return (
+        "log_likelihood(pipe, latents=...), guide(pipe, ...) and PipelineDenoiser(pipe, ...) know it by what its own "
+        f"call says; or {SCHEDULER_DOOR}."
+    )
+
+
+def takes_latents(pipeline: type[DiffusionPipeline]) -> bool:
+    """Returns whether the call of a class can start from `latents`, as it stands or by the backbone of the class."""
+    return _entry(pipeline) is not None or "latents" in inspect.signature(pipeline.__call__).parameters
+
+
+def _entry(pipeline: type[DiffusionPipeline]) -> str | type[Backbone] | None:
+    """Returns the registry's entry for a class or the nearest of its parents; None where there is none."""
+    return next((BACKBONES[parent.__name__] for parent in pipeline.__mro__ if parent.__name__ in BACKBONES), None)
+
+
+def backbone_of(pipe: DiffusionPipeline) -> Backbone:
     """Makes the backbone of a pipeline, stock or ours.
 
-    Args:
-        any_pipeline: for a class without a backbone, make one that can call the pipeline and knows its autoencoder.
+    A class without a backbone of its own gets an `AnyPipelineBackbone`, which knows the pipeline by what its call
+    says: its latents and their decoding, but not how images become latents.
 
     Raises:
         InputError: another object than a pipeline.
-        UnsupportedError: a class without a backbone.
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -79,15 +98,8 @@ def backbone_of(pipe: DiffusionPipeline, any_pipeline: bool = False) -> Backbone
             f"The pipeline is a {type(pipe).__name__}; pass a diffusers pipeline, such as "
             "StableDiffusionPipeline.from_pretrained(...)."
         )
-    for parent in type(pipe).__mro__:
-        entry = BACKBONES.get(parent.__name__)
-        if isinstance(entry, str):
-            module, _, name = entry.partition(":")
-            entry = getattr(importlib.import_module(module, __package__), name)
-        if entry is not None:
-            return entry(pipe)
-    if any_pipeline:
-        return AnyPipelineBackbone(pipe)
-    raise UnsupportedError(
-        f"{type(pipe).__name__} has no backbone; supported: {', '.join(sorted(BACKBONES))}. {DIFFERENTIATE_RUNS}"
-    )
+    entry = _entry(type(pipe))
+    if isinstance(entry, str):
+        module, _, name = entry.partition(":")
+        entry = getattr(importlib.import_module(module, __package__), name)
+    return AnyPipelineBackbone(pipe) if entry is None else entry(pipe)

@@ -138,7 +138,7 @@ def decode_uncertainty(
         InputError: fewer than 2 draws, or latents in another layout.
         UnsupportedError: the pipeline has no autoencoder.
     """
-    backbone = backbone_of(pipe, any_pipeline=True)
+    backbone = backbone_of(pipe)
     backbone.check_decoder()
     shape = tuple(uncertainty.mean.shape)
     if num_samples < 2 or len(shape) != 4:

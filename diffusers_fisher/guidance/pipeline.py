@@ -15,6 +15,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..arguments import check_kinds
 from ..backbones import Backbone, PipelineDenoiser, backbone_of
+from ..backbones.any_pipeline import AnyPipelineBackbone, bind_call
 from ..backbones.base import Generators
 from ..backbones.conditions import Condition
 from ..backbones.inputs import check_arguments
@@ -87,7 +88,8 @@ def guide(
     sample is kept.
 
     Args:
-        pipe: a pipeline that has a backbone, stock or ours; nothing on it is changed.
+        pipe: a pipeline, stock or ours; nothing on it is changed. Without a backbone of its class it is known by what
+            its call says, and must make images.
         prompt: one prompt, or several; None where `prompt_embeds` are passed. Class labels where the pipeline takes
             class labels.
         reward: `reward(images, prompts) -> (B,)`, images (B, 3, H, W) in [0, 1] with a graph, higher is better; or the
@@ -136,7 +138,7 @@ def guide(
 
     Raises:
         InputError: before sampling, arguments out of range, latents of the wrong shape, a reward that is not
-            differentiable or of the wrong shape. UnsupportedError: a pipeline without a backbone.
+            differentiable or of the wrong shape. UnsupportedError: a pipeline whose latents or images are not known.
         TrajectoryError: torch.inference_mode, latents changed between steps, a learned variance that the scheduler
             does not use.
         NumericalError: in the first run, images or a reward that are not finite. In later ones, and where a gradient
@@ -157,6 +159,7 @@ def guide(
         call_arguments,
     )  # fmt: skip
     prompts, conditions = backbone.conditions(prompt, call_arguments, None, num_images_per_prompt)
+    backbone = bind_call(backbone, {**call_arguments, **conditions, **_sizes(height, width)})
     pixels = backbone.image_size(height, width)
     reward = named_reward(reward) if isinstance(reward, str) else reward
     held_out = named_reward(held_out_reward) if isinstance(held_out_reward, str) else held_out_reward
@@ -180,7 +183,7 @@ def guide(
         estimator = default_estimator(steps if cheap is None else cheap.scheduler_and_steps[1])
     denoisers = _DenoisersAndEstimator(backbone, arguments, estimator, adjoint_guidance_scale, "text" in optimise)
     decode = functools.partial(backbone.with_autoencoder(decoder).decode, pixels=pixels)
-    layout = NoiseLayout(functools.partial(backbone.unpack, pixels=pixels), backbone.pack)
+    layout = _noise_layout(backbone, candidates[0], pixels)
 
     def make_run(scheduler: FisherSchedulerMixin, steps: int) -> GuidedRun:
         sample = SamplingRun(
@@ -220,6 +223,26 @@ def _check_options(
             "The estimator has a denoiser of its own, whose prompts stay as they are while the text embedding is "
             f"optimised. Make it without: {type(estimator).__name__}()."
         )
+
+
+def _sizes(height: int | None, width: int | None) -> dict[str, int]:
+    """Returns the call's arguments for a size that the caller passed."""
+    return {name: side for name, side in (("height", height), ("width", width)) if side is not None}
+
+
+def _noise_layout(backbone: Backbone, noise: torch.Tensor, pixels: tuple[int, int]) -> NoiseLayout:
+    """Returns how the noise of a pipeline comes to (B, C, ...), for its whiteness.
+
+    Where packed latents belong to is not known without a backbone of the class: their tokens are then one axis.
+    """
+    if isinstance(backbone, AnyPipelineBackbone) and noise.ndim == 3:
+        return NoiseLayout(_swap_tokens, _swap_tokens)
+    return NoiseLayout(functools.partial(backbone.unpack, pixels=pixels), backbone.pack)
+
+
+def _swap_tokens(noise: torch.Tensor) -> torch.Tensor:
+    """Brings (B, N, C) to (B, C, N), and back."""
+    return noise.transpose(1, 2)
 
 
 def default_estimator(num_steps: int) -> FisherEstimator:

@@ -97,7 +97,7 @@ def posterior_guidance(
         NumericalError: in the trial a reward, or at the first guided step images, a reward or a gradient that are not
             finite. At later ones the run goes on without guidance, and its `status` says so.
     """
-    backbone_of(pipe, any_pipeline=True)
+    backbone_of(pipe)
     checks.check_callable(reward)
     if not 0 < strength < math.inf:
         raise InputError(f"`strength` is {strength}; allowed: positive, such as 0.2 of the score's norm.")
@@ -301,7 +301,7 @@ class PosteriorGuidance(contextlib.AbstractContextManager):
             InputError: there are no prompts, or the denoiser does not give the run's output at `state`.
         """
         if self._estimator.denoisers or self._estimator.lacks_denoiser:
-            backbone = backbone_of(pipe, any_pipeline=True)
+            backbone = backbone_of(pipe)
             check_no_cache(backbone.name, backbone.network, "an evaluation inside the run would empty the run's cache")
         if not self._estimator.lacks_denoiser:
             self._estimator.check_outputs([state])
@@ -378,7 +378,7 @@ def _decoder(pipe: DiffusionPipeline) -> Callable[[torch.Tensor], torch.Tensor]:
     Raises:
         UnsupportedError: the pipeline has no autoencoder, or packs its latents (at the first call).
     """
-    backbone = backbone_of(pipe, any_pipeline=True)
+    backbone = backbone_of(pipe)
     backbone.check_decoder()
 
     def decode(latents: torch.Tensor) -> torch.Tensor:

@@ -79,12 +79,15 @@ def log_likelihood(
     `sample_latents` a draw of it.
 
     Args:
-        pipe: a pipeline that has a backbone, stock or ours; nothing on it is changed.
+        pipe: a pipeline, stock or ours; nothing on it is changed. Without a backbone of its class it takes `latents`
+            alone.
         images: PIL images, arrays (B, H, W, 3) or tensors (B, 3, H, W), in `data_range`; height and width multiples
             of 8 and of the autoencoder's factor.
         prompt: one prompt for all images, or one per image; None: the empty prompt. Class labels where the pipeline
             takes class labels.
-        latents: (B, C, h, w) scaled latents, instead of `images`.
+        latents: scaled latents, instead of `images`: (B, C, h, w), or for pipelines without a backbone in the layout
+            of their call's own `latents`, such as (B, C, F, h, w) for videos, with its `height`, `width` and
+            `num_frames`.
         num_inference_steps: steps of the integration, with a tolerance of its first grid; None: 32, or 38 with a
             tolerance that is given.
         estimator: gives the trace of the diffusion Fisher; None: `TraceMatchingFisher` with the checkpoint's trace
@@ -125,8 +128,8 @@ def log_likelihood(
 
     Raises:
         InputError: images, latents or conditions of the wrong kind, size, range or number; guidance; a trace model of
-            another denoiser; `sample_latents` where there is no posterior. UnsupportedError: a pipeline without a
-            backbone, or a scheduler of another family than the model's.
+            another denoiser; `sample_latents` where there is no posterior. UnsupportedError: images for a pipeline
+            without a backbone, or a scheduler of another family than the model's.
     """
     backbone = backbone_of(pipe)
     backbone.check_bins(bins)
@@ -340,7 +343,9 @@ def unguided_denoiser(
         )
     _, conditions = backbone.conditions(prompt, call_arguments, len(samples))
     arguments = {**backbone.size_arguments_of(samples), **call_arguments, **conditions}
-    return PipelineDenoiser(backbone, guidance_scale, **arguments)
+    denoiser = PipelineDenoiser(backbone, guidance_scale, **arguments)
+    denoiser.check_layout(samples)
+    return denoiser
 
 
 def _check_options(backbone: Backbone, method: str, num_levels: int | None, options: dict[str, Any]) -> dict[str, Any]:

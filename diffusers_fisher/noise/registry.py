@@ -56,6 +56,7 @@ _SCHEDULES: dict[str, Callable[[SchedulerMixin], NoiseSchedule]] = {
     "DDIMScheduler": TableSchedule, "DDPMScheduler": TableSchedule,
     "DDIMParallelScheduler": TableSchedule, "DDPMParallelScheduler": TableSchedule,
     "PNDMScheduler": TableSchedule, "LCMScheduler": TableSchedule,
+    "CogVideoXDDIMScheduler": TableSchedule,
     "TCDScheduler": TableSchedule, "DDIMInverseScheduler": InverseTableSchedule,
     "DPMSolverMultistepScheduler": _sigma_or_flow, "DPMSolverMultistepInverseScheduler": _sigma_or_flow,
     "DPMSolverSinglestepScheduler": _sigma_or_flow, "UniPCMultistepScheduler": _sigma_or_flow,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
+import diffusers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from ..arguments import check_kinds
 from ..backbones.parts import checkpoint_parts, set_checkpoint_parts
-from ..backbones.registry import DIFFERENTIATE_RUNS
-from ..errors import UnsupportedError
-from .mixin import FisherPipelineMixin
-from .persistence import make_pipeline
+from ..backbones.registry import other_doors, takes_latents
+from ..errors import UnsupportedError, warn
+from .mixin import HUB_ARGUMENTS, FisherPipelineMixin
+from .persistence import make_pipeline, read_index
 from .text_to_image import (
     FluxFisherPipeline,
     PixArtAlphaFisherPipeline,
@@ -43,17 +46,17 @@ from .without_text import (
 )
 
 __all__ = [
-    "PIPELINES", "AuraFlowFisherPipeline", "ChromaFisherPipeline", "CogView4FisherPipeline", "DDIMFisherPipeline",
-    "DDPMFisherPipeline", "DiTFisherPipeline", "FisherPipelineMixin", "Flux2FisherPipeline",
+    "PIPELINES", "AuraFlowFisherPipeline", "AutoFisherPipeline", "ChromaFisherPipeline", "CogView4FisherPipeline",
+    "DDIMFisherPipeline", "DDPMFisherPipeline", "DiTFisherPipeline", "FisherPipelineMixin", "Flux2FisherPipeline",
     "Flux2KleinFisherPipeline", "FluxFisherPipeline", "HiDreamImageFisherPipeline", "HunyuanDiTFisherPipeline",
     "KandinskyV22FisherPipeline", "LDMFisherPipeline", "Lumina2FisherPipeline", "PixArtAlphaFisherPipeline",
     "PixArtSigmaFisherPipeline", "QwenImageFisherPipeline", "SanaFisherPipeline", "StableDiffusion3FisherPipeline",
-    "StableDiffusionFisherPipeline", "StableDiffusionXLFisherPipeline", "ZImageFisherPipeline", "custom_pipeline_file",
-    "fisher_pipeline",
+    "StableDiffusionFisherPipeline", "StableDiffusionXLFisherPipeline", "ZImageFisherPipeline",
+    "custom_pipeline_file", "fisher_pipeline",
 ]  # fmt: skip
 
 PIPELINES: dict[str, type[FisherPipelineMixin]] = {
-    name: globals()[name] for name in __all__ if name.endswith("FisherPipeline")
+    name: globals()[name] for name in __all__ if name.endswith("FisherPipeline") and name in globals()
 }
 """Our pipeline classes by name."""
 
@@ -96,16 +99,92 @@ def fisher_pipeline(
     return result
 
 
+class AutoFisherPipeline:
+    """Loads any checkpoint: with the Fisher class of its family, or with the stock class where there is none.
+
+        pipe = AutoFisherPipeline.from_pretrained("folder or name on the Hub", dtype=torch.bfloat16)
+        scores = log_likelihood(pipe, latents=latents, prompt="a photo of a coat")
+
+    The functions `log_likelihood`, `guide` and `PipelineDenoiser` take either kind. A pipeline of a family without a
+    Fisher class is known by what its own call says (`backbone_of`), which a warning says.
+    """
+
+    def __init__(self) -> None:
+        raise UnsupportedError(
+            "AutoFisherPipeline makes pipelines of other classes. Call AutoFisherPipeline.from_pretrained(...) or "
+            "AutoFisherPipeline.from_pipe(pipe)."
+        )
+
+    @staticmethod
+    @check_kinds
+    def from_pretrained(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline:
+        """Loads a pipeline by the class that the checkpoint's model_index.json names.
+
+        Args:
+            pretrained_model_name_or_path: folder, or name on the Hub.
+            **kwargs: arguments of the class's own `from_pretrained`.
+
+        Raises:
+            CheckpointError: no model_index.json; a damaged file.
+            UnsupportedError: a class that diffusers does not have, or one without a Fisher version whose call takes no
+                `latents`. Nothing is loaded.
+        """
+        source = pretrained_model_name_or_path
+        name = read_index(source, {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}).get("_class_name")
+        if name not in dir(diffusers):
+            raise UnsupportedError(
+                f"'{source}' is of the class {name}, which diffusers {diffusers.__version__} does not have. Load it "
+                "by its own class, and pass the pipeline to AutoFisherPipeline.from_pipe."
+            )
+        stock = getattr(diffusers, name)
+        fisher_class = _find_fisher_class(stock)
+        if fisher_class is not None:
+            return fisher_class.from_pretrained(source, **kwargs)
+        _say_unknown(stock)
+        return stock.from_pretrained(source, **kwargs)
+
+    @staticmethod
+    @check_kinds
+    def from_pipe(pipe: DiffusionPipeline) -> DiffusionPipeline:
+        """Returns `fisher_pipeline(pipe)`, or the pipeline itself where its family has no Fisher class.
+
+        Raises:
+            UnsupportedError: there is no Fisher class, and the pipeline's call takes no `latents`.
+        """
+        if _find_fisher_class(type(pipe)) is not None:
+            return fisher_pipeline(pipe)
+        _say_unknown(type(pipe))
+        return pipe
+
+
+def _say_unknown(stock: type[DiffusionPipeline]) -> None:
+    """Warns that a class has no Fisher version. Raises `UnsupportedError` where nothing but its runs can be used."""
+    if not takes_latents(stock):
+        raise _unknown_class(stock)
+    warn(
+        f"There is no Fisher version of {stock.__name__}, so the pipeline is of the stock class. {other_doors(stock)}"
+    )
+
+
+def _unknown_class(stock: type[DiffusionPipeline]) -> UnsupportedError:
+    names = ", ".join(name.replace("Fisher", "") for name in PIPELINES)
+    return UnsupportedError(
+        f"There is no Fisher version of {stock.__name__}; supported: {names}. {other_doors(stock)}"
+    )
+
+
 def _fisher_class(cls: type[DiffusionPipeline]) -> type[FisherPipelineMixin]:
+    fisher_class = _find_fisher_class(cls)
+    if fisher_class is None:
+        raise _unknown_class(cls)
+    return fisher_class
+
+
+def _find_fisher_class(cls: type[DiffusionPipeline]) -> type[FisherPipelineMixin] | None:
     if issubclass(cls, FisherPipelineMixin):
         return cls
     fisher_class = PIPELINES.get(cls.__name__.removesuffix("Pipeline") + "FisherPipeline")
-    if fisher_class is None or not issubclass(fisher_class, cls):
-        names = ", ".join(name.replace("Fisher", "") for name in PIPELINES)
-        raise UnsupportedError(
-            f"There is no Fisher version of {cls.__name__}; supported: {names}. {DIFFERENTIATE_RUNS}"
-        )
-    return fisher_class
+    return fisher_class if fisher_class is not None and issubclass(fisher_class, cls) else None
 
 
 def custom_pipeline_file(pipeline: str = "StableDiffusionFisherPipeline") -> str:

@@ -21,7 +21,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
-from ..backbones.parts import MARK, STATISTICS, TRACE_MODEL, CheckpointParts
+from ..backbones.parts import MARK, STATISTICS, TRACE_MODEL, CheckpointParts, find_file
 from ..errors import CheckpointError, UnsupportedError
 from ..files import check_safetensors, read_table, save_tensors, write_json
 from ..models import FisherTraceModel
@@ -122,12 +122,7 @@ def check_folder(source: str | os.PathLike, arguments: Mapping[str, Any]) -> Non
     folder = Path(source)
     if not folder.is_dir():
         return
-    if not (folder / "model_index.json").is_file():
-        raise CheckpointError(
-            f"'{folder}' has no model_index.json; pass a folder saved by a diffusers pipeline, or install the package "
-            "again if it is the embedded checkpoint."
-        )
-    for name, value in read_table(folder / "model_index.json").items():
+    for name, value in read_index(source, {}).items():
         if name in arguments or not isinstance(value, list) or not value or value[0] is None:
             continue
         if not (folder / name).is_dir():
@@ -135,6 +130,21 @@ def check_folder(source: str | os.PathLike, arguments: Mapping[str, Any]) -> Non
         _check_component(folder / name, str(value[-1]), arguments)
     if (folder / TRACE_MODEL).is_dir():
         _check_component(folder / TRACE_MODEL, FisherTraceModel.__name__, {})
+
+
+def read_index(source: str | os.PathLike, hub_arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the model_index.json of a folder or of a repository on the Hub says.
+
+    Raises:
+        CheckpointError: there is no such file, or it is damaged.
+    """
+    file = find_file(source, "model_index.json", hub_arguments)
+    if file is None:
+        raise CheckpointError(
+            f"'{source}' has no model_index.json; pass a folder saved by a diffusers pipeline, or install the package "
+            "again if it is the embedded checkpoint."
+        )
+    return read_table(file)
 
 
 def _check_component(folder: Path, class_name: str, arguments: Mapping[str, Any]) -> None:

@@ -212,5 +212,5 @@ def test_bad_arguments_are_refused_before_any_line(arguments, message):
 
 
 def test_a_pipeline_without_a_backbone_is_refused():
-    with pytest.raises(UnsupportedError, match="AuraFlowPipeline has no backbone"):
+    with pytest.raises(UnsupportedError, match="AuraFlowPipeline has no backbone of its own"):
         check(tiny.aura_flow())

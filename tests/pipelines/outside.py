@@ -271,6 +271,11 @@ def wan22_ti2v5b():
 
 
 @set_up
+def wan22_a14b():
+    return _wan(transformer_2=_wan_net(seed=1), boundary_ratio=0.5)
+
+
+@set_up
 def ltx():
     torch.manual_seed(0)
     net = awaken(diffusers.LTXVideoTransformer3DModel(in_channels=8, out_channels=8, patch_size=1, patch_size_t=1,

@@ -400,7 +400,7 @@ def test_standardised_latents_of_stable_diffusion_xl():
         backbone_of(pipe).decode(expected).detach(),
     )
     stock = backbone.stock(**pipe.components)
-    for decode in (backbone_of(stock, any_pipeline=True).decode, functools.partial(decode_latents, stock)):
+    for decode in (backbone_of(stock).decode, functools.partial(decode_latents, stock)):
         assert torch.equal(decode(x), images)
     shift, scale = (torch.tensor(values).view(1, 4, 1, 1) for values in (mean, deviation))
     with torch.no_grad():

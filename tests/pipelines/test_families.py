@@ -38,7 +38,9 @@ def test_images_gradient_and_likelihood_of_every_family(name):
 def test_scales_that_guide_are_refused_by_name(name):
     backbone = FAMILIES[name]
     pipe, argument = backbone.ours(), backbone.guidance_name
-    message = re.escape(f"`{argument}` is 4.0; likelihoods and curvature are at {backbone.unguided}, because a guided output is the")
+    message = re.escape(
+        f"`{argument}` is 4.0; likelihoods and curvature are at {backbone.unguided}, because a guided output is the"
+    )
     with pytest.raises(InputError, match=message):
         backbone.score(pipe, latents=backbone.noise(), **{argument: 4.0})
 

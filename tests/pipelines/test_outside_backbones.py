@@ -24,7 +24,6 @@ def own_registry(monkeypatch):
 
 
 REFUSED = {
-    "cogvideox_stock": "Noise levels of CogVideoXDDIMScheduler are not known",
     "cogview4": "timesteps that are not those of its scheduler's sigmas",
     "consistency": "a denoiser returns a tensor",
     "flux2_dev": "changes the layout of its latents",
@@ -34,7 +33,7 @@ REFUSED = {
 }
 """Set-ups whose states a `PipelineDenoiser` refuses, with what its message says."""
 
-QUICK = ("mochi", "sd_pag", "cosmos25")
+QUICK = ("mochi", "sd_pag", "cosmos25", "wan21_euler", "ltx", "cogvideox_stock", "hunyuan_video")
 """Set-ups that are tested in every run of the suite, each particular in a way of its own."""
 
 ROUNDED_TIMESTEPS = {"cosmos25": 1e-3}
