@@ -43,8 +43,10 @@ house: install
 check: lint types test
 
 # Everything that runs without a GPU and without a network: the slow tests too (the wheel in an empty environment,
-# sixty kills, threads again and again). Half an hour and more on two cores.
+# sixty kills, threads again and again). Half an hour and more on two cores. The tests of Ray need the extra [ray],
+# which is installed here and not by `make install`, because it is large; without it they are skipped.
 ci-full: lint types
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray]'
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 -m 'not gpu and not hub'
 
 # The tests with the lowest versions that pyproject.toml allows. constraints.txt names torch's version, because a lower

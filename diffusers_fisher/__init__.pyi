@@ -71,6 +71,9 @@ from .errors import (
     TrajectoryError as TrajectoryError,
     UnsupportedError as UnsupportedError,
 )
+from .evaluation.guidance_worker import (
+    GuidanceWorker as GuidanceWorker,
+)
 from .evaluation.scorer import (
     LikelihoodScorer as LikelihoodScorer,
 )

@@ -8,7 +8,7 @@ from typer.core import TyperGroup
 
 from . import __version__
 from .jobs.command import errors_in_words
-from .settings import ChainVariance, Dtype, GuidanceEstimator, LikelihoodMethod, TraceEstimator
+from .settings import ChainVariance, Dtype, Engine, GuidanceEstimator, LikelihoodMethod, RecordFile, TraceEstimator
 
 OUTPUTS = Path("outputs")
 Seed = Annotated[int, Option(help="Seed of every random draw.")]
@@ -18,6 +18,7 @@ ConfigFile = Annotated[Path, Option("--config", help="YAML file; see configs/ fo
 Changes = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="A setting that replaces the file's; repeatable.")
 ]
+RecordFormat = Annotated[RecordFile, Option(help="parquet: likelihoods.parquet beside likelihoods.jsonl.")]
 RetryFailed = Annotated[bool, Option(help="Try again what failed before.")]
 
 
@@ -152,9 +153,10 @@ def guide(
 
 @app.command()
 def likelihood(
-    data: Annotated[str, Option(help="Folder of images or of `save_to_disk`, or a dataset's name.")],
-    output: Annotated[Path, Option(help="Folder of likelihoods.jsonl, summary.json and index.html.")] = OUTPUTS
-    / "likelihood",
+    data: Annotated[str, Option(help="Folder of images or of `save_to_disk`, a URL, or a dataset's name.")],
+    output: Annotated[str, Option(help="Folder or URL of likelihoods.jsonl, summary.json and index.html.")] = str(
+        OUTPUTS / "likelihood"
+    ),
     model: Checkpoint = "embedded",
     revision: Annotated[str | None, Option(help="Revision of the pipeline on the Hub.")] = None,
     variant: Annotated[str | None, Option(help="Variant of the pipeline on the Hub.")] = None,
@@ -164,6 +166,7 @@ def likelihood(
     split: Annotated[str, Option(help="Split of the dataset.")] = "train",
     image_column: Annotated[str, Option(help="Column of the images.")] = "image",
     caption_column: Annotated[str | None, Option(help="Column of captions or class labels.")] = None,
+    key_column: Annotated[str | None, Option(help="Column of keys, which the records keep.")] = None,
     prompt: Annotated[str | None, Option(help="One prompt for all images, instead of captions.")] = None,
     resolution: Annotated[int | None, Option(help="Resize and crop the images to this size.")] = None,
     streaming: Annotated[bool, Option(help="Never download the whole dataset.")] = False,
@@ -171,7 +174,15 @@ def likelihood(
     max_pixels: Annotated[
         int | None, Option(help="Most pixels of an image; unset: 4194304, or what Pillow reads with --resolution.")
     ] = None,
-    batch_size: Annotated[int, Option(help="Images at once; the numbers do not depend on it.")] = 16,
+    batch_size: Annotated[
+        str, Option(metavar="INTEGER|auto", help="Images at once, or 'auto'; the numbers do not depend on it.")
+    ] = "16",
+    engine: Annotated[Engine, Option(help="Processes of this launch, or actors of Ray.")] = "processes",
+    num_actors: Annotated[int | None, Option(help="Actors of Ray; unset: one per GPU.")] = None,
+    decoding_threads: Annotated[int, Option(help="Threads that decode images while the device computes.")] = 2,
+    device: Annotated[str | None, Option(help="Device that computes, such as cuda:1 or cpu.")] = None,
+    offload: Annotated[bool, Option(help="Keep a network on the accelerator only while it works.")] = False,
+    records: RecordFormat = "jsonl",
     retry_failed: RetryFailed = False,
     method: Annotated[LikelihoodMethod, Option(help="By the ODE, or a bound of -log p.")] = "ode",
     num_inference_steps: Annotated[
@@ -201,6 +212,7 @@ def likelihood(
     from .data import ImageData
     from .evaluation.dataset_likelihood import evaluate_dataset
     from .evaluation.dataset_settings import DatasetSettings
+    from .evaluation.execution import Execution, parse_batch_size
     from .jobs.pipelines import DenoiserSettings
     from .jobs.shards import chosen_shard
     from .likelihood import DEFAULT_SCHEME
@@ -211,24 +223,29 @@ def likelihood(
         data=ImageData(
             path=data, name=data_name, split=split, revision=data_revision, image_column=image_column,
             caption_column=caption_column, resolution=resolution, streaming=streaming, limit=limit,
-            max_pixels=max_pixels,
+            max_pixels=max_pixels, key_column=key_column,
         ),
         prompt=prompt, method=method, num_inference_steps=num_inference_steps, scheme=scheme or DEFAULT_SCHEME,
         estimator=estimator, num_probes=num_probes, bins=bins, seed=seed, sample_latents=sample_latents,
         variance=variance, num_draws=num_draws, tolerance=tolerance,
     )  # fmt: skip
-    evaluate_dataset(output, settings, batch_size, retry_failed, shard)
+    execution = Execution(
+        engine=engine, num_actors=num_actors, decoding_threads=decoding_threads, device=device, offload=offload
+    )
+    size = parse_batch_size(batch_size)
+    evaluate_dataset(output, settings, size, retry_failed, shard, execution, parquet=records == "parquet")
 
 
 @app.command()
 def merge(
-    output: Annotated[Path, Argument(help="Folder of likelihoods.jsonl, summary.json and index.html.")],
-    folders: Annotated[list[Path], Argument(help="Output folders of all shards.")],
+    output: Annotated[str, Argument(help="Folder or URL of likelihoods.jsonl, summary.json and index.html.")],
+    folders: Annotated[list[str], Argument(help="Output folders of all shards, or their URLs.")],
+    records: RecordFormat = "jsonl",
 ) -> None:
     """Make one report of the shards of a dataset's likelihoods, which `likelihood --num-shards` has computed."""
     from .evaluation.likelihood_shards import merge_likelihoods
 
-    merge_likelihoods(output, folders)
+    merge_likelihoods(output, folders, parquet=records == "parquet")
 
 
 @app.command("fit-variance")

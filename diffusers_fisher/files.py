@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import CheckpointError, FisherError, InputError
+from .remote import refuse_url
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,8 +94,9 @@ def check_writable(folder: Path) -> None:
     Temporary files that killed processes left in the folder, or in a folder in it, are removed.
 
     Raises:
-        InputError: the folder can't be made, or a file can't be written into it.
+        InputError: the folder can't be made, or a file can't be written into it, or it is a URL.
     """
+    refuse_url(folder)
     trial = _temporary(folder / "trial")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,20 @@
-"""Lists the images of a folder, with their captions and splits. A path is a path here, never a pattern."""
+"""Lists the images of a folder, or of a folder at a URL, with their captions and splits. No path is a pattern."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import io
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import InputError
+from .remote import is_url, list_url, open_url
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 CONTAINERS = (".parquet", ".arrow", ".tar", ".zip")  # files of datasets that hold images in themselves
@@ -29,20 +32,28 @@ class ImageList:
     """The images of one split of a folder.
 
     Args:
-        paths: absolute paths of the files.
+        paths: absolute paths of the files, or their URLs.
         columns: columns of the data: the images, and what the metadata have, or "label" for names of subfolders.
         captions: one caption per image, from the caption column; None where there is no such column.
+        keys: one key per image, from the key column; None where there is no such column.
         left_out: names of the files and folders that are not among the images, relative to the folder.
     """
 
     paths: list[str]
     columns: list[str]
     captions: Sequence[str | int | None] | None
+    keys: Sequence[str | int | None] | None
     left_out: list[str]
 
 
 def list_images(
-    folder: str, split: str, endings: Iterable[str], image_column: str, caption_column: str | None, text_labels: bool
+    folder: str,
+    split: str,
+    endings: Iterable[str],
+    image_column: str,
+    caption_column: str | None,
+    text_labels: bool,
+    key_column: str | None = None,
 ) -> ImageList | None:
     """Lists the images of one split of a folder, in the order of their names or of the metadata.
 
@@ -50,6 +61,7 @@ def list_images(
     named by its subfolders, such as "train" and "test". The images of a folder without them are the split "train".
 
     Args:
+        folder: absolute path, or a URL.
         endings: endings of image files, in small letters and with the point.
         text_labels: names of subfolders as texts, where they are the captions; otherwise their numbers.
 
@@ -60,7 +72,7 @@ def list_images(
         InputError: the folder has no such split, or its metadata can't be read.
     """
     suffixes = set(endings)
-    files, unreadable = _list_files(folder)
+    files, unreadable = (_list_remote(folder), []) if is_url(folder) else _list_files(folder)
     metadata = [name for name in files if os.path.basename(name) in METADATA]
     images = [name for name in files if any(end.lower() in suffixes for end in Path(name).suffixes[-2:])]
     containers = [name for name in files if name.endswith(CONTAINERS) and name not in metadata]
@@ -70,11 +82,14 @@ def list_images(
     rows = [row for name in metadata for row in _read_metadata(folder, name, image_column)]
     rows = [(name, row) for name, row in rows if split_of(name) == split]
     captions: list[str | int | None] | None = None
+    keys: list[str | int | None] | None = None
     if rows:
         image_names = [name for name, _ in rows]
         columns = list(dict.fromkeys(_column(key) for _, row in rows for key in row))
         if caption_column in columns:
-            captions = _captions(folder, image_names, [row.get(caption_column) for _, row in rows])
+            captions = _texts_or_numbers("caption", folder, image_names, [row.get(caption_column) for _, row in rows])
+        if key_column in columns:
+            keys = _texts_or_numbers("key", folder, image_names, [row.get(key_column) for _, row in rows])
     else:
         image_names, columns = [name for name in images if split_of(name) == split], ["image"]
         in_splits = [name for name in images if split_of(name)]
@@ -86,7 +101,7 @@ def list_images(
             captions = [name if text_labels else labels.index(name) for name in names]
     others = {name for name in files if split_of(name) in (split, None)} - set(image_names) - set(metadata)
     left_out = sorted(map(printable_name, [*others, *unreadable]))
-    return ImageList([os.path.join(folder, name) for name in image_names], columns, captions, left_out)
+    return ImageList([os.path.join(folder, name) for name in image_names], columns, captions, keys, left_out)
 
 
 def printable_name(name: str) -> str:
@@ -121,6 +136,33 @@ def _list_files(folder: str) -> tuple[list[str], list[str]]:
             for path in paths:
                 (files if os.path.isfile(path) else skipped).append(path)  # no pipes, which would wait for a writer
     return sorted(os.path.relpath(path, folder) for path in files), [os.path.relpath(path, folder) for path in skipped]
+
+
+def _list_remote(url: str) -> list[str]:
+    """Returns the names of all files of a folder at a URL that are not hidden."""
+    return [name for name in list_url(url) if not re.search(r"(^|/)\.|(^|/)__[^/]*/", name)]
+
+
+def split_files(url: str, split: str, endings: tuple[str, ...]) -> list[str]:
+    """Returns the URLs of the files with some endings in a folder at a URL that belong to a split.
+
+    The names of folders and of the files themselves name the splits, as those of folders do in `list_images`.
+
+    Raises:
+        InputError: the folder has no such split, or can't be listed.
+    """
+    names = [name for name in _list_remote(url) if name.endswith(endings)]
+    if not names:
+        return []
+    split_of = _splits(url, [f"{name}/" for name in names], split)
+    return [os.path.join(url, name) for name in names if split_of(f"{name}/") == split]
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    """Opens a file, or a file at a URL, for reading bytes."""
+    with open_url(path) if is_url(path) else open(path, "rb") as file:
+        yield file
 
 
 def _splits(folder: str, names: Sequence[str], choice: str) -> Callable[[str], str | None]:
@@ -175,7 +217,8 @@ def _read_metadata(folder: str, name: str, image_column: str) -> list[tuple[str,
             if not isinstance(value, str) or not value:
                 raise ValueError(f"row {number} has no `{key}`")
             image = os.path.normpath(value)
-            if "\\" in image and not os.path.exists(os.path.join(os.path.dirname(path), image)):
+            is_there = not is_url(path) and os.path.exists(os.path.join(os.path.dirname(path), image))
+            if "\\" in image and not is_there:
                 image = os.path.normpath(image.replace("\\", "/"))
             if os.path.isabs(image) or image.split("/")[0] == "..":
                 raise ValueError(f"row {number} names '{value}', which is outside of its folder")
@@ -195,9 +238,10 @@ def _metadata_rows(path: str) -> Iterator[dict[str, Any]]:
     if path.endswith(".parquet"):
         from pyarrow import parquet
 
-        yield from parquet.read_table(path).to_pylist()
+        with _opened(path) as content:
+            yield from parquet.read_table(content).to_pylist()
         return
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with _opened(path) as content, io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as file:
         if path.endswith(".csv"):
             for row in csv.DictReader(file):
                 yield {key: value or None for key, value in row.items() if key is not None}
@@ -209,19 +253,24 @@ def _metadata_rows(path: str) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def _captions(folder: str, names: Sequence[str], values: Sequence[object]) -> list[str | int | None]:
-    """Returns captions. Numbers among texts are texts, as they were written.
+def _texts_or_numbers(
+    what: str, folder: str, names: Sequence[str], values: Sequence[object]
+) -> list[str | int | None]:
+    """Returns captions or keys. Numbers among texts are texts, as they were written.
+
+    Args:
+        what: what the values are, in the words of the message.
 
     Raises:
-        InputError: a caption is neither a text nor a number.
+        InputError: a value is neither a text nor a number.
     """
-    captions: list[str | int | None] = []
+    entries: list[str | int | None] = []
     for name, value in zip(names, values, strict=True):
         if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int))):
             raise InputError(
-                f"The caption of '{name}' in '{folder}' is {value!r:.60}; allowed: a text, a whole number or nothing."
+                f"The {what} of '{name}' in '{folder}' is {value!r:.60}; allowed: a text, a whole number or nothing."
             )
-        captions.append(value)
-    if any(isinstance(caption, str) for caption in captions):
-        captions = [None if caption is None else str(caption) for caption in captions]
-    return captions
+        entries.append(value)
+    if any(isinstance(entry, str) for entry in entries):
+        entries = [None if entry is None else str(entry) for entry in entries]
+    return entries

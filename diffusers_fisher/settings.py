@@ -30,6 +30,12 @@ ChainVariance = Literal["optimal", "diagonal", "fixed_small", "fixed_large", "le
 GuidanceEstimator = Literal["one-step", "direct", "finite-difference", "autodiff", "endpoint-centred", "endpoint"]
 """Estimator of the Fisher in guidance."""
 
+Engine = Literal["processes", "ray"]
+"""What runs the workers of a dataset's likelihood: the processes of one launch, or actors of Ray."""
+
+RecordFile = Literal["jsonl", "parquet"]
+"""Files of the records of a dataset's likelihood: JSON lines alone, or Parquet beside them."""
+
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from pydantic import BaseModel, FiniteFloat
 
 from ..console import say
-from ..data import Caption, Images, ImageStream
+from ..data import FILE_ROWS, Caption, Images, ImageStream
 from ..errors import CheckpointError
 from ..figures import make_figure
-from ..files import atomic_path, finite_number, json_line, save_figure, write_json
+from ..files import finite_number, save_figure, write_json
 from ..image_folders import printable_name
 from ..jobs.identity import Note
 from ..jobs.pages import Page
@@ -24,6 +24,7 @@ from ..jobs.records import Records
 from ..likelihood.output import DISAGREES
 from ..likelihood.solver import COARSE
 from ..settings import NotNegative, Positive
+from .record_files import write_lines
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 IMAGES_PER_END = 24  # images of each end on the page
@@ -74,6 +75,8 @@ class ImageGroup(BaseModel):
     method: LikelihoodMethod | None
     seconds: FiniteFloat
     records: list[ImageLikelihood | FailedImage]
+    file_number: NotNegative | None = None  # of a file of a stream, which has `length` images
+    length: NotNegative | None = None
 
 
 class ImageRecords:
@@ -87,6 +90,7 @@ class ImageRecords:
         positions: positions of all images that have a record.
         failed: positions of images whose record is an error.
         method: space, density, prior, trace and scheme of the likelihoods; None while there is no likelihood.
+        lengths: numbers of images of those files of a stream that have been read to their ends.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -96,19 +100,22 @@ class ImageRecords:
         self.records, self.seconds = records, 0.0
         self.method: dict[str, Any] | None = None
         self.failed_positions: set[int] = set()
+        self.lengths: dict[int, int] = {}
         self._places: dict[int, tuple[str, int]] = {}
         for key in sorted(records.done()):  # records of later attempts come last
             group = records.read(key)
             self.seconds += group["seconds"]
             self.method = self.method or group["method"]
+            if group.get("length") is not None:
+                self.lengths[group["file_number"]] = group["length"]
             for number, row in enumerate(group["records"]):
                 self._places[row["position"]] = (key, number)
                 (self.failed_positions.add if "error" in row else self.failed_positions.discard)(row["position"])
         self.positions = frozenset(self._places)
 
-    def check(self, positions: range) -> None:
+    def check(self, positions: frozenset[int]) -> None:
         """Raises `CheckpointError` unless the images at `positions` have a record, and no others."""
-        missing = sorted(set(positions) - self.positions)
+        missing = sorted(positions - self.positions)
         if missing or len(self.positions) > len(positions):
             raise CheckpointError(
                 f"'{self.records.folder}' has {len(self.positions)} records of {len(positions)} images, none of those "
@@ -130,19 +137,20 @@ class ImageRecords:
                 del files[key]
 
 
-def write_results(records: Records, images: Images, total: int, run: Note) -> dict[str, Any]:
+def write_results(results: ImageRecords, images: Images, run: Note, parquet: bool = False) -> dict[str, Any]:
     """Writes `likelihoods.jsonl`, `summary.json`, `histogram.png` and `index.html`; returns the summary.
 
     Args:
+        results: one record per image of the data.
         images: the dataset; the page shows its most and least likely images.
-        total: number of images.
         run: entries of the summary about the run that has ended.
+        parquet: also write `likelihoods.parquet`. One that is there already is always written anew.
     """
-    results, folder = ImageRecords(records), records.folder
-    results.check(range(total))
-    table, failures = _write_table(results, folder / "likelihoods.jsonl")
+    folder, settings = results.records.folder, results.records.settings
+    parquet = parquet or (folder / "likelihoods.parquet").exists()
+    table, failures = _write_table(results, folder, parquet)
     summary = _summarise(results, table, failures, run)
-    summary["without_caption"] = int(table["caption"].isna().sum()) if records.settings["data.caption_column"] else 0
+    summary["without_caption"] = int(table["caption"].isna().sum()) if settings["data.caption_column"] else 0
     summary["transparent"] = int(table["transparent"].sum())
     summary["by_caption"] = _by_caption(table)
     summary["files_not_read"] = {"count": len(images.files_left_out), "names": images.files_left_out[:MAX_NAMES]}
@@ -151,31 +159,38 @@ def write_results(records: Records, images: Images, total: int, run: Note) -> di
     save_figure(figure, folder / "histogram.png")
     order = table.sort_values("bits_per_dim", kind="stable")
     ends = {"Most likely": order[:IMAGES_PER_END], "Least likely": order[::-1][:IMAGES_PER_END]}
-    _page(summary, records.settings, figure, ends, images).write(folder / "index.html")
+    _page(summary, settings, figure, ends, images).write(folder / "index.html")
     say(_outline(summary, folder))
     return summary
 
 
-def _write_table(results: ImageRecords, path: Path) -> tuple[pandas.DataFrame, list[dict[str, Any]]]:
-    """Writes the file of all records. Returns a table with one row per image that has a likelihood, and the records of
-    the images that have none."""
-    rows, failures, columns = [], [], ["position", "name", "caption", *NUMBERS, "trace_check"]
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-        for record in results:
-            line = {name: value for name, value in record.items() if name != FILE}
-            file.write(json_line(line))
-            if "error" in record:
-                failures.append(record)
-            else:
-                rows.append([record.get(name) for name in columns] + [record.get("transparent", False)])
+def _write_table(
+    results: ImageRecords, folder: Path, parquet: bool
+) -> tuple[pandas.DataFrame, list[Mapping[str, Any]]]:
+    """Writes the files of all records. Returns a table with one row per image that has a likelihood, and the records
+    of the images that have none.
+
+    The positions of the lines count the images. Those of the table are the positions in the data, where the files of
+    a stream are far apart.
+    """
+    rows, failures, columns = [], [], ["name", "caption", *NUMBERS, "trace_check"]
+    lines = (
+        {name: value for name, value in {**record, "position": number}.items() if name != FILE}
+        for number, record in enumerate(results)
+    )
+    for position, record in zip(sorted(results.positions), write_lines(lines, folder, parquet), strict=True):
+        if "error" in record:
+            failures.append(record)
+        else:
+            rows.append([position, *map(record.get, columns), record.get("transparent", False)])
     # As objects first, because captions that are labels or None must not become floating-point numbers.
-    table = pandas.DataFrame(rows, columns=[*columns, "transparent"], dtype=object)
+    table = pandas.DataFrame(rows, columns=["position", *columns, "transparent"], dtype=object)
     table[NUMBERS] = table[NUMBERS].astype(float).fillna(math.inf)  # null: an error that is not known
     return table, failures
 
 
 def _summarise(
-    results: ImageRecords, table: pandas.DataFrame, failures: Sequence[dict[str, Any]], run: Note
+    results: ImageRecords, table: pandas.DataFrame, failures: Sequence[Mapping[str, Any]], run: Note
 ) -> dict[str, Any]:
     bits, nats = table["bits_per_dim"], table["dims"] * math.log(2)  # nats of one bit/dim
     steps, probes, whole = (table[name] / nats for name in ("discretisation_error", "standard_error", "total_error"))
@@ -274,14 +289,16 @@ def _caption(row: Note) -> str:
 
 
 def _read_pictures(images: Images, positions: set[int]) -> dict[int, torch.Tensor]:
-    """Returns pictures (3, H, W) by position. A stream is read again up to the last of the positions."""
+    """Returns pictures (3, H, W) by position. The files of a stream are read again up to the last of the positions."""
     if not isinstance(images, ImageStream):
         return {position: _shrink(images[position].pixels) for position in sorted(positions)}
-    rows = ((position, row) for position, row in enumerate(images.undecoded()) if position in positions)
-    return {
-        position: _shrink(images.example(row, position).pixels)
-        for position, row in itertools.islice(rows, len(positions))
-    }
+    pictures = {}
+    for file, places in itertools.groupby(sorted(positions), lambda position: position // FILE_ROWS):
+        wanted = {*places}
+        rows = enumerate(images.file_rows(file), file * FILE_ROWS)
+        for position, row in itertools.islice((row for row in rows if row[0] in wanted), len(wanted)):
+            pictures[position] = _shrink(images.example(row, position).pixels)
+    return pictures
 
 
 def _shrink(pixels: torch.Tensor) -> torch.Tensor:

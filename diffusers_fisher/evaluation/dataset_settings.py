@@ -72,6 +72,8 @@ def settings_note(settings: DatasetSettings) -> dict[str, Any]:
     note = flat_settings(dataclasses.asdict(settings))
     del note["data.max_pixels"]  # no number depends on it, and --retry-failed may take another limit
     del note["tolerance"]
+    if settings.data.key_column is None:  # as before there were keys
+        del note["data.key_column"]
     if settings.method == "ode":
         note["num_inference_steps"], note["tolerance"] = first_grid(
             settings.num_inference_steps, settings.tolerance or "auto", step_halving=False

@@ -5,89 +5,24 @@ import dataclasses
 import hashlib
 import logging
 import re
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import PartialState
 
-from ..backbones import backbone_of
 from ..console import say
-from ..errors import CoarseGridWarning, InputError, NumericalError, UnsupportedError
+from ..errors import InputError
 from ..files import check_writable, finite_number
-from ..fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDifferenceFisher, FisherEstimator
-from ..guidance import GuidanceOutput, named_reward
-from ..guidance.movers import optimizer_factory
-from ..guidance.noise_ascent import COMPLETED
 from ..jobs.folder_lock import locked_folder
 from ..jobs.pages import save_picture
-from ..jobs.pipelines import DenoiserSettings, load_pipeline
 from ..jobs.processes import process_state
 from ..jobs.records import Records, item_keys, shard
-from ..pipelines import FisherPipelineMixin
-from ..settings import Dtype, GuidanceEstimator, Positive, settings_class
 from .guidance_gallery_report import PICTURES, FailedPrompt, GuidedPrompt, gallery_summary, write_gallery
+from .prompt_guide import GallerySettings, Guided, Memory, PromptGuide, check_guidance
 
 logger = logging.getLogger(__name__)
-
-
-ESTIMATORS: dict[GuidanceEstimator, Callable[[], FisherEstimator | None]] = {
-    "one-step": lambda: None,  # the default of `guide`, which depends on the network's precision
-    "direct": DirectFisher,
-    "finite-difference": FiniteDifferenceFisher,
-    "autodiff": AutodiffFisher,
-    "endpoint-centred": lambda: EndpointFisher(centred=True),
-    "endpoint": EndpointFisher,
-}
-
-
-@settings_class
-class GallerySettings:
-    """Settings on which the images depend. A run can be resumed with the same settings only.
-
-    Args:
-        checkpoint: a pipeline's folder or Hub id; "embedded" means the checkpoint that the package ships.
-        reward, held_out: names of rewards, see `named_reward`; `held_out` None means no held-out reward.
-        estimator: estimator of the Fisher, see `ESTIMATORS`.
-        num_guidance_steps, step_size, optimizer, patience: arguments of `pipe.guide`.
-        num_inference_steps, guidance_scale: arguments of the pipeline; None means its default.
-        dtype: dtype of the pipeline's weights.
-        seed: seed of the first prompt; the seed of every further prompt is one more, for every batch size.
-        negative_prompt: negative prompt for all prompts; None means the pipeline's default.
-        likelihood: whether to record bits/dim of every image before and after, by `pipe.log_likelihood`.
-    """
-
-    checkpoint: str = "embedded"
-    reward: str = "classifier:embedded:ankle boot"
-    held_out: str | None = None
-    estimator: GuidanceEstimator = "one-step"
-    num_guidance_steps: int = 10
-    step_size: float = 0.2
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    dtype: Dtype = "float32"
-    seed: int = 0
-    negative_prompt: str | None = None
-    optimizer: str | None = None
-    patience: int | None = None
-    likelihood: bool = False
-
-
-@settings_class
-class Memory:
-    """Options that save memory and change no result. A run can be resumed with other values.
-
-    Args:
-        batch_size: number of prompts that are guided at once, each with its own history.
-        checkpoint_decoder: argument of `pipe.guide`.
-        offload: move every network to the accelerator only while it works, by `enable_model_cpu_offload`.
-    """
-
-    batch_size: Positive = 1
-    checkpoint_decoder: bool = False
-    offload: bool = False
 
 
 def run_gallery(
@@ -181,72 +116,29 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _check(settings: GallerySettings, memory: Memory, device: torch.device) -> None:
-    if settings.patience is not None and memory.batch_size > 1:
-        raise InputError(
-            f"`patience` counts runs of a whole batch, so with `batch_size` {memory.batch_size} results would depend "
-            "on the batches; take a batch size of 1, or leave `patience` out."
-        )
+    check_guidance(settings, memory)
     if memory.offload and device.type == "cpu":
         raise InputError("`offload` needs an accelerator to load the networks onto, and none was found; leave it out.")
-    optimizer_factory(settings.optimizer, settings.step_size)
 
 
 class _Guidance:
     """Guides batches of prompts, and writes the pictures and the record of every prompt."""
 
     def __init__(self, records: Records, settings: GallerySettings, memory: Memory, state: PartialState):
-        self.records, self.settings, self.memory = records, settings, memory
-        self.reward = named_reward(settings.reward)
-        self.held_out = named_reward(settings.held_out) if settings.held_out else None
-        parts = [getattr(reward, name, None) for reward in (self.reward, self.held_out) for name in ("model", "head")]
-        for network in parts:
-            if isinstance(network, torch.nn.Module):
-                network.to(state.device)
-        self.pipe = load_pipeline(DenoiserSettings(settings.checkpoint, dtype=settings.dtype))
-        if memory.offload:
-            _offload(self.pipe, state.device)
-        else:
-            self.pipe.to(state.device)
-        if settings.likelihood:  # two steps for a grey image: a refusal must come before hours of guidance
-            backbone = backbone_of(self.pipe)
-            grey = torch.full((1, backbone.image_channels, *backbone.image_size()), 0.5)
-            with warnings.catch_warnings(action="ignore", category=CoarseGridWarning):
-                self.pipe.log_likelihood(grey, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
-        self.pipe.set_progress_bar_config(disable=not state.is_main_process)
+        self.records, self.settings = records, settings
+        self.guide = PromptGuide(settings, memory, state.device, progress=state.is_main_process)
 
     def run(self, batch: Sequence[tuple[str, str]]) -> None:
-        """Guides and records a batch of keys and prompts.
+        """Guides and records a batch of keys and prompts. The record of a prompt at fault says that it failed."""
+        seeds = [self.settings.seed + int(key) for key, _ in batch]
+        results = self.guide.guide([prompt for _, prompt in batch], seeds)
+        for (key, prompt), seed, result in zip(batch, seeds, results, strict=True):
+            entries = {"failed": result} if isinstance(result, str) else self._write_result(key, prompt, seed, result)
+            self.records.write(key, {"prompt": prompt, "seed": seed, **entries})
 
-        If a number is not finite, the prompts are guided one by one, and the record of the prompt at fault says that
-        it failed.
-        """
-        settings, failure = self.settings, None
-        generators = [torch.Generator().manual_seed(settings.seed + int(key)) for key, _ in batch]
-        call: dict[str, Any] = (
-            {} if settings.negative_prompt is None else {"negative_prompt": settings.negative_prompt}
-        )
-        try:
-            output = self.pipe.guide(
-                [prompt for _, prompt in batch], self.reward, held_out_reward=self.held_out, generator=generators,
-                num_guidance_steps=settings.num_guidance_steps, step_size=settings.step_size,
-                num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
-                estimator=ESTIMATORS[settings.estimator](), optimizer=settings.optimizer, patience=settings.patience,
-                checkpoint_decoder=self.memory.checkpoint_decoder, output_type="pt", **call,
-            )  # fmt: skip
-            out = cast(GuidanceOutput, output)
-        except NumericalError as error:
-            failure = str(error)
-        if len(batch) > 1 and (failure is not None or out.status != COMPLETED):
-            for item in batch:
-                self.run([item])
-            return
-        for index, (key, prompt) in enumerate(batch):
-            seed = settings.seed + int(key)
-            result = {"failed": failure} if failure is not None else self._write_result(key, prompt, seed, out, index)
-            self.records.write(key, {"prompt": prompt, "seed": seed, **result})
-
-    def _write_result(self, key: str, prompt: str, seed: int, out: GuidanceOutput, index: int) -> dict[str, Any]:
+    def _write_result(self, key: str, prompt: str, seed: int, result: Guided) -> dict[str, Any]:
         """Writes the pictures of one prompt, and returns the entries of its record."""
+        out, index = result.output, result.row
         images = {"before": out.initial_images[index], "after": out.images[index]}
         files = {name: f"{PICTURES}/{key}_{name}.png" for name in images}
         for name, image in images.items():
@@ -255,31 +147,18 @@ class _Guidance:
             "rewards": out.rewards, "held_out": out.held_out_rewards, "shell_distances": out.shell_distances,
             "whiteness": out.whiteness, "gradient_norms": out.gradient_norms,
         }  # fmt: skip
-        # A safety checker replaces an image by a black one.
-        black_images = [name for name, image in images.items() if out.nsfw_content_detected and not bool(image.any())]
         return {
-            "best_run": int(cast(torch.Tensor, out.best_runs)[index]),
+            "best_run": result.best_run,
             **{name: [finite_number(value) for value in rows[:, index].tolist()] for name, rows in histories.items()},
             **(self._likelihoods(prompt, images, seed) if self.settings.likelihood else {}),
-            "seconds": out.seconds.tolist(), "status": out.status, "flagged": black_images, **files,
+            "seconds": out.seconds.tolist(), "status": out.status, "flagged": result.black_images(images), **files,
         }  # fmt: skip
 
     def _likelihoods(self, prompt: str, images: dict[str, torch.Tensor], seed: int) -> dict[str, Any]:
         """Returns bits/dim of the images under their prompt, and the half-width of their 95% interval."""
         generator = torch.Generator().manual_seed(seed)
-        out = self.pipe.log_likelihood(torch.stack(list(images.values())), prompt, generator=generator)
+        out = self.guide.pipe.log_likelihood(torch.stack(list(images.values())), prompt, generator=generator)
         numbers = {"bits_per_dim": out.bits_per_dim, "bits_per_dim_error": out.total_error_bits}
         return {
             name: dict(zip(images, map(finite_number, row.tolist()), strict=True)) for name, row in numbers.items()
         }
-
-
-def _offload(pipe: FisherPipelineMixin, device: torch.device) -> None:
-    """Calls `enable_model_cpu_offload`. Raises `UnsupportedError` if diffusers can't offload the pipeline."""
-    try:
-        pipe.enable_model_cpu_offload(device=device)
-    except (ValueError, RuntimeError, ImportError) as error:  # no order of its networks, no accelerator, no accelerate
-        raise UnsupportedError(
-            f"{type(pipe).__name__} can't be offloaded: {error} Leave `offload` out, or save memory with a smaller "
-            "batch and a checkpointed decoder."
-        ) from error

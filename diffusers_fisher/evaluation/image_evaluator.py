@@ -43,6 +43,7 @@ class ImageEvaluator:
         settings: the settings, with the estimator that "auto" stands for.
         method: description of the likelihoods; None before the first one.
         refusals: errors of images that the pipeline has refused before the first likelihood.
+        memory_shortages: number of groups for which there was not enough memory.
 
     Raises:
         InputError: the pipeline does not take the resolution, the bins or the estimator of the settings.
@@ -59,6 +60,7 @@ class ImageEvaluator:
         self.settings = dataclasses.replace(settings, estimator=name)
         self.method: dict[str, Any] | None = None
         self.refusals: list[str] = []
+        self.memory_shortages = 0
 
     def evaluate(self, examples: Group) -> Iterator[dict[str, Any]]:
         """Yields the records of images, in an order of its own. Images of the same size are evaluated together.
@@ -95,6 +97,7 @@ class ImageEvaluator:
         except (ValueError, NumericalError, MemoryError, RuntimeError) as exception:
             if isinstance(exception, RuntimeError) and not is_out_of_memory(exception):
                 raise
+            self.memory_shortages += is_out_of_memory(exception)
             error = exception.with_traceback(None)  # the traceback would keep the tensors
         if error is not None:
             yield from self._evaluate_singly(group, error)

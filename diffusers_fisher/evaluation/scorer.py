@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy
 import pandas
-import torch
 
 from ..arguments import check_kinds
-from ..data import Caption, Example, ImageData, read_image
+from ..data import Caption, Example, ImageData, read_image, without_pillow_warnings
 from ..errors import InputError
-from ..jobs.pipelines import DenoiserSettings, load_pipeline
+from ..jobs.pipelines import DenoiserSettings, load_pipeline, place_pipeline
+from .columns import FAILED, Column, check_columns, over_frames, settings_of, text_column, worker_device
 from .dataset_settings import DatasetSettings
 from .image_evaluator import ImageEvaluator
 
@@ -31,9 +31,7 @@ SETTINGS = {
 NUMBERS = ("bits_per_dim", "log_prob", "total_error", "standard_error", "discretisation_error")
 RESULTS = (*NUMBERS, "dims", "denoiser_calls", "status", "error")
 CAPTION = "caption"
-FAILED, ONE_GRID = "failed", "one grid"
-
-Column = Sequence[Any] | numpy.ndarray  # Any: images and keys of every kind
+ONE_GRID = "one grid"
 
 
 class LikelihoodScorer:
@@ -75,15 +73,9 @@ class LikelihoodScorer:
         key_column: str = "key",
         **settings: object,
     ):
-        names = [name for group in SETTINGS.values() for name in group]
-        unknown = sorted(settings.keys() - set(names))
-        if unknown:
-            raise InputError(f"`{unknown[0]}` is no setting of a scorer; allowed: {', '.join(sorted(names))}.")
+        values = settings_of(SETTINGS, settings, "a scorer")
         if batch_size < 1:
             raise InputError(f"`batch_size` is {batch_size}; allowed: at least 1.")
-        values: dict[type, dict[str, Any]] = {
-            kind: {name: settings[name] for name in group if name in settings} for kind, group in SETTINGS.items()
-        }
         # Messages name the place of an image by the path of its data.
         data = ImageData("the batch", image_column=image_column, caption_column=caption_column, **values[ImageData])
         denoiser = DenoiserSettings(model, **values[DenoiserSettings])
@@ -137,41 +129,22 @@ class LikelihoodScorer:
         Raises:
             InputError, UnsupportedError, CheckpointError: as a call does.
         """
-        for frame in frames:
-            yield pandas.DataFrame(self({str(name): frame[name].to_numpy() for name in frame.columns}))
+        yield from over_frames(self, frames)
 
     def _check_columns(self, batch: Mapping[str, Column]) -> str | None:
         """Checks the names and lengths of a batch's columns; returns the name of the captions, None without them."""
-        if not isinstance(batch, Mapping):
-            raise InputError(
-                f"The batch is a {type(batch).__name__}; allowed: a mapping from names to columns. Use `score_frames` "
-                "for pandas frames, and `batched=True` in `datasets`."
-            )
         data = self.settings.data
         captions = data.caption_column
-        if captions is None and self.settings.prompt is None and CAPTION in batch:
+        if captions is None and self.settings.prompt is None and isinstance(batch, Mapping) and CAPTION in batch:
             captions = CAPTION
         names = [data.image_column] if captions is None else [data.image_column, captions]
-        missing = [name for name in names if name not in batch]
-        if missing:
-            raise InputError(
-                f"The batch has no column '{missing[0]}'; it has: {', '.join(batch)}. Set `image_column` or "
-                "`caption_column`."
-            )
-        replaced = [name for name in RESULTS if name in batch]
-        if replaced:
-            raise InputError(
-                f"The batch has a column '{replaced[0]}' already, which the results would replace. Rename or remove "
-                "the column."
-            )
-        lengths = {name: len(batch[name]) for name in (*names, self.key_column) if name in batch}
-        if len(set(lengths.values())) > 1:
-            raise InputError(f"The columns of the batch have {lengths} rows; allowed: one number.")
+        check_columns(batch, names, [self.key_column], RESULTS, "Set `image_column` or `caption_column`.")
         return captions
 
     def _example(self, image: object, caption: object, name: str, evaluator: ImageEvaluator) -> Example:
         """Reads an image. Raises `InputError` if the image can't be read or the caption is of another kind."""
-        pixels, transparent = read_image(image, name, self.settings.data, evaluator.backbone.image_channels)
+        with without_pillow_warnings():
+            pixels, transparent = read_image(image, name, self.settings.data, evaluator.backbone.image_channels)
         return Example(name, pixels, _caption(caption, name), transparent)
 
     def _table(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
@@ -190,18 +163,15 @@ class LikelihoodScorer:
         words = [
             FAILED if fails else record.get("status", ONE_GRID) for record, fails in zip(records, failed, strict=True)
         ]
-        table["status"] = numpy.array(words, dtype=object)
-        table["error"] = numpy.array([record.get("error", "") for record in records], dtype=object)
+        table["status"] = text_column(words)
+        table["error"] = text_column(record.get("error", "") for record in records)
         return table
 
 
 @functools.lru_cache(maxsize=1)
 def _evaluator(settings: DatasetSettings, device: str | None) -> ImageEvaluator:
     """Returns the evaluator of this process. Engines unpickle a scorer again and again, and the model stays."""
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = "cpu" if accelerator is None else accelerator.type
-    return ImageEvaluator(load_pipeline(settings.denoiser).to(device), settings)
+    return ImageEvaluator(place_pipeline(load_pipeline(settings.denoiser), worker_device(device)), settings)
 
 
 def _caption(caption: object, name: str) -> Caption:

@@ -47,11 +47,7 @@ class FolderLock:
 
     def __init__(self, folder: Path):
         self.path = folder / LOCK
-        self._owner: dict[str, Any] = {
-            "machine": machine_name(), "host": socket.gethostname(), "process": os.getpid(),
-            "started": psutil.Process().create_time(), "since": datetime.datetime.now().isoformat(" ", "seconds"),
-            "key": secrets.token_hex(8),
-        }  # fmt: skip
+        self._owner = lock_owner()
         self._end = threading.Event()
 
     def __enter__(self) -> "FolderLock":
@@ -93,17 +89,8 @@ class FolderLock:
         return True
 
     def _is_alive(self, owner: dict[str, Any]) -> bool:
-        if owner.get("machine") == machine_name() and isinstance(owner.get("process"), int):
-            try:
-                process = psutil.Process(owner["process"])
-                start_time, is_zombie = process.create_time(), process.status() == psutil.STATUS_ZOMBIE
-            except psutil.NoSuchProcess:
-                return False
-            except psutil.Error:
-                return True
-            # A zombie's parent has not noticed its end yet. If the start differs, a new process has got the number.
-            return not is_zombie and abs(start_time - owner.get("started", start_time)) < 2
-        return self._age(self.path) < SILENT_SECONDS
+        is_here = is_running(owner)
+        return self._age(self.path) < SILENT_SECONDS if is_here is None else is_here
 
     def _age(self, path: Path) -> float:
         """Returns the seconds since the last touch of a file, by the clock of the file system; infinite without it."""
@@ -138,6 +125,30 @@ class FolderLock:
         while not self._end.wait(BEAT_SECONDS):
             with contextlib.suppress(OSError):
                 os.utime(self.path)
+
+
+def lock_owner() -> dict[str, Any]:
+    """Returns what a lock says of its owner, this process."""
+    return {
+        "machine": machine_name(), "host": socket.gethostname(), "process": os.getpid(),
+        "started": psutil.Process().create_time(), "since": datetime.datetime.now().isoformat(" ", "seconds"),
+        "key": secrets.token_hex(8),
+    }  # fmt: skip
+
+
+def is_running(owner: dict[str, Any]) -> bool | None:
+    """Returns whether the owner of a lock is running, by the table of processes; None on another machine."""
+    if owner.get("machine") != machine_name() or not isinstance(owner.get("process"), int):
+        return None
+    try:
+        process = psutil.Process(owner["process"])
+        start_time, is_zombie = process.create_time(), process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True
+    # A zombie's parent has not noticed its end yet. If the start differs, a new process has got the number.
+    return not is_zombie and abs(start_time - owner.get("started", start_time)) < 2
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from ..backbones import backbone_of
 from ..data import CachedLatents, Images, ImageStream
 from ..errors import InputError
 from ..files import read_table
+from ..remote import is_url, open_filesystem, remote_access
 
 ROWS = 1000  # about this number of rows of a dataset, evenly spaced, enter its digest
 STREAM_ROWS = 100  # this number of first rows of a stream enter its digest
@@ -171,11 +172,15 @@ def _size_and_end(entry: Mapping[str, Any]) -> tuple[int, bytes]:
     if entry.get("bytes"):
         return len(entry["bytes"]), entry["bytes"][-FILE_BYTES:]
     try:
+        if is_url(entry["path"]):
+            filesystem, path = open_filesystem(entry["path"])
+            with remote_access(entry["path"]):
+                return filesystem.size(path), b""  # the end would be one more request per image
         with open(entry["path"], "rb") as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - FILE_BYTES))
             return size, file.read()
-    except (OSError, KeyError, TypeError):
+    except (OSError, KeyError, TypeError, InputError):
         return 0, b""
 
 

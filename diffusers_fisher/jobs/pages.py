@@ -66,7 +66,7 @@ class Page:
 def save_picture(image: torch.Tensor, path: str | os.PathLike) -> None:
     """Writes an image (3, H, W) in [0, 1] as PNG, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_bytes(_encode_png(image))
+        temporary.write_bytes(encode_png(image))
 
 
 def _base64(png: bytes) -> str:
@@ -74,10 +74,11 @@ def _base64(png: bytes) -> str:
 
 
 def _read_png(picture: torch.Tensor | str | os.PathLike) -> bytes:
-    return Path(picture).read_bytes() if isinstance(picture, (str, os.PathLike)) else _encode_png(picture)
+    return Path(picture).read_bytes() if isinstance(picture, (str, os.PathLike)) else encode_png(picture)
 
 
-def _encode_png(image: torch.Tensor) -> bytes:
+def encode_png(image: torch.Tensor) -> bytes:
+    """Returns an image (3, H, W) in [0, 1] as the bytes of a PNG file."""
     array = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     png = io.BytesIO()
     Image.fromarray(array).save(png, format="png")

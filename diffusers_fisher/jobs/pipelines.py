@@ -9,7 +9,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..backbones import backbone_of
 from ..checkpoints import embedded_checkpoint
-from ..errors import FisherError, InputError
+from ..errors import FisherError, InputError, UnsupportedError
 from ..settings import Dtype, settings_class
 
 if TYPE_CHECKING:
@@ -82,4 +82,37 @@ def load_pipeline(settings: DenoiserSettings) -> "FisherPipelineMixin":
         network = backbone_of(pipe).network
         if network is not None:
             network.compile()
+    return pipe
+
+
+def named_device(name: str) -> torch.device:
+    """Returns the device of a name such as "cuda:1". Raises `InputError` if this machine has no such device."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    # A build of torch without the device's kind raises AssertionError, ImportError or NotImplementedError.
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"`device` is {name!r}, which can't be used here: {reason}. Name a device of this machine, such as 'cpu' "
+            "or 'cuda:0'."
+        ) from error
+    return device
+
+
+def place_pipeline(pipe: "FisherPipelineMixin", device: torch.device, offload: bool = False) -> "FisherPipelineMixin":
+    """Moves a pipeline to a device, or with `offload` each of its networks only while the network works.
+
+    Raises:
+        UnsupportedError: diffusers can't offload the pipeline.
+    """
+    if not offload:
+        return pipe.to(device)
+    try:
+        pipe.enable_model_cpu_offload(device=device)
+    except (ValueError, RuntimeError, ImportError) as error:  # no order of its networks, no accelerator, no accelerate
+        raise UnsupportedError(
+            f"{type(pipe).__name__} can't be offloaded: {error} Leave `offload` out, or save memory with a smaller "
+            "batch and a checkpointed decoder."
+        ) from error
     return pipe

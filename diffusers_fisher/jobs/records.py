@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,8 +11,9 @@ from typing import Any, TypeVar
 import pydantic
 
 from ..errors import CheckpointError, InputError
-from ..files import check_writable, read_json, read_table, write_json, writing
+from ..files import atomic_path, check_writable, read_json, read_table, write_json, writing
 from .identity import note_differences, refuse_differences
+from .run_folder import RemoteFolder
 
 Item = TypeVar("Item")
 
@@ -31,20 +33,28 @@ class Records:
         folder: folder of the run; it is made where it is absent.
         settings: everything that the records depend on, as JSON. Records of other settings are never mixed in.
         kind: type of a record, which pydantic checks.
+        remote: the folder at a URL of which `folder` is a copy; None for a folder of this machine alone.
 
     Raises:
         InputError: the folder can't be written, or holds records of other settings.
         CheckpointError: the folder's settings are damaged.
     """
 
-    def __init__(self, folder: str | os.PathLike, settings: Mapping[str, Any], kind: Any = dict[str, Any]):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        settings: Mapping[str, Any],
+        kind: Any = dict[str, Any],
+        remote: RemoteFolder | None = None,
+    ):
+        self._remote = remote
         self.folder, self._kind = Path(folder), pydantic.TypeAdapter[Any](kind)
         self.settings: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
         for folder in (self.folder, self.folder / RECORDS):
             check_writable(folder)
         file = self.folder / SETTINGS
         if not self.done():  # other settings may take the folder of a run that failed before its first record
-            write_json(file, self.settings)
+            self.write_settings(self.settings)
             return
         if not file.is_file():
             raise CheckpointError(f"'{self.folder}' has records but no {SETTINGS}; name another folder.")
@@ -54,7 +64,18 @@ class Records:
 
     def done(self) -> set[str]:
         """Returns the keys of the items that have a record."""
+        if self._remote is not None:  # other machines write there too
+            self._remote.pull(RECORDS)
         return {file.stem for file in (self.folder / RECORDS).glob("*.json") if not file.name.startswith(".")}
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """Writes `settings.json` anew."""
+        write_json(self.folder / SETTINGS, settings)
+        self._push(self.folder / SETTINGS)
+
+    def _push(self, file: Path) -> None:
+        if self._remote is not None:
+            self._remote.push(file)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Returns the keys that have no record yet, in the order of `keys`."""
@@ -71,6 +92,13 @@ class Records:
         file = self.file(key)
         with writing(file, "make room and run the same command again, all other records are kept"):
             write_json(file, record)
+            self._push(file)
+
+    def copy(self, key: str, source: "Records") -> None:
+        """Takes over the record of item `key` from another folder, atomically."""
+        with atomic_path(self.file(key)) as temporary:
+            shutil.copyfile(source.file(key), temporary)
+        self._push(self.file(key))
 
     def read(self, key: str) -> dict[str, Any]:
         """Returns the record of item `key`. Raises `CheckpointError` if it is missing, damaged or of another kind."""

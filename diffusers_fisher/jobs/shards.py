@@ -44,6 +44,21 @@ class Shard:
         return Shard(self.shard_index + self.num_shards * index, self.num_shards * count)
 
 
+def share_of_files(num_files: int, *shards: Shard) -> tuple[range, Shard]:
+    """Returns which files a worker reads, and which rows of each of them.
+
+    Every one of `shards` divides what the ones before it have left: whole files if there are enough of them, so that
+    no file is read twice, and otherwise the rows of each file.
+    """
+    files, rows = range(num_files), Shard()
+    for shard in shards:
+        if len(files) >= shard.num_shards:
+            files = files[shard.shard_index :: shard.num_shards]
+        else:
+            rows = rows.part(shard.shard_index, shard.num_shards)
+    return files, rows
+
+
 def shard_note(shard: Shard | None) -> dict[str, Any]:
     """Returns what the settings of a run keep of its shard; nothing for a run over all items."""
     return {} if shard is None else {"shard_index": shard.shard_index, "num_shards": shard.num_shards}

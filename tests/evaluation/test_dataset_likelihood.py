@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from diffusers_fisher import AutodiffFisher, InputError, StableDiffusionFisherPipeline
 from diffusers_fisher.cli import app
 from diffusers_fisher.data import ImageData, open_images
-from diffusers_fisher.evaluation import dataset_likelihood
+from diffusers_fisher.evaluation import image_share
 from diffusers_fisher.evaluation.dataset_likelihood import evaluate_dataset
 from diffusers_fisher.evaluation.dataset_likelihood_report import ImageRecords
 from diffusers_fisher.evaluation.dataset_settings import DatasetSettings
@@ -278,7 +278,7 @@ def test_a_refused_first_image_stops_neither_a_new_run_nor_a_resumed_run(tmp_pat
 
 
 def test_a_run_whose_images_are_all_refused_stops_early(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset_likelihood, "ATTEMPTS", 3)
+    monkeypatch.setattr(image_share, "ATTEMPTS", 3)
     saved_pipeline(tmp_path / "pipeline", tiny.unconditional)
     image_folder(tmp_path / "images")
     words = r"Not one of 3 images could be evaluated\. The last: Image 'train-2\.png': .* takes no `prompt`"

@@ -1,5 +1,6 @@
 """Guidance of many prompts: its files, runs that continue after a kill, shares of processes, and errors."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -23,9 +24,9 @@ from diffusers_fisher import (
     embedded_checkpoint,
 )
 from diffusers_fisher.cli import app
-from diffusers_fisher.evaluation import guidance_gallery, guidance_gallery_report
+from diffusers_fisher.evaluation import guidance_gallery_report, prompt_guide
 from diffusers_fisher.evaluation.guidance_gallery import GallerySettings, Memory, run_gallery
-from diffusers_fisher.jobs.pipelines import DenoiserSettings, load_pipeline
+from diffusers_fisher.jobs.pipelines import DenoiserSettings, load_pipeline, place_pipeline
 
 PROMPTS = ["a photo of a sneaker", "a photo of a bag", "a photo of a coat"]
 SETTINGS = GallerySettings(
@@ -103,13 +104,13 @@ def test_result_does_not_depend_on_the_batches(finished_run):
 
 def test_finished_run_recomputes_nothing(finished_run, monkeypatch):
     folder, summary = finished_run
-    monkeypatch.setattr(guidance_gallery, "load_pipeline", lambda *_: pytest.fail("the pipeline was loaded again"))
+    monkeypatch.setattr(prompt_guide, "load_pipeline", lambda *_: pytest.fail("the pipeline was loaded again"))
     memory = Memory(3, checkpoint_decoder=True)  # the run may continue with it, because it changes no result
     assert run_gallery(folder / "out", folder / "prompts.txt", SETTINGS, memory) == summary
 
 
 def test_a_prompt_whose_numbers_are_not_finite_changes_no_other_record(finished_run, tmp_path, monkeypatch, caplog):
-    make = guidance_gallery.named_reward
+    make = prompt_guide.named_reward
 
     def nan_reward(name):
         """Returns a reward that is NaN for bags."""
@@ -118,7 +119,7 @@ def test_a_prompt_whose_numbers_are_not_finite_changes_no_other_record(finished_
             torch.tensor([prompt == PROMPTS[1] for prompt in prompts]), torch.nan, reward(images, prompts)
         )
 
-    monkeypatch.setattr(guidance_gallery, "named_reward", nan_reward)
+    monkeypatch.setattr(prompt_guide, "named_reward", nan_reward)
     summary = run_gallery(tmp_path / "out", finished_run[0] / "prompts.txt", SETTINGS, Memory(3))
     results, expected = records(tmp_path / "out"), records(finished_run[0] / "out")
     for key in ("00000", "00002"):  # float32, in other batches
@@ -127,7 +128,7 @@ def test_a_prompt_whose_numbers_are_not_finite_changes_no_other_record(finished_
     assert (summary["prompts"], summary["failed"]) == (3, 1)
     assert "1 of 3 prompts failed: the gallery says why, and --retry-failed" in caplog.text
     assert "Without a result: a photo of a bag. The reward" in (tmp_path / "out" / "index.html").read_text()
-    monkeypatch.setattr(guidance_gallery, "named_reward", make)
+    monkeypatch.setattr(prompt_guide, "named_reward", make)
     for retry_failed in (False, True):
         summary = run_gallery(tmp_path / "out", finished_run[0] / "prompts.txt", SETTINGS, Memory(3), retry_failed)
         assert summary["failed"] == (0 if retry_failed else 1)
@@ -141,7 +142,7 @@ def run_prompt(folder, memory=None, **changes):
     run_gallery(
         folder / "out",
         folder / "prompts.txt",
-        guidance_gallery.dataclasses.replace(SETTINGS, **changes),
+        dataclasses.replace(SETTINGS, **changes),
         memory or Memory(),
     )
     return records(folder / "out")["00000"]
@@ -173,15 +174,13 @@ def test_negative_prompt_and_optimiser_are_passed_to_guide(tmp_path):
 
 
 def test_the_default_estimator_is_that_of_guide(tmp_path):
-    record = run_prompt(tmp_path, estimator=guidance_gallery.GallerySettings().estimator)
+    record = run_prompt(tmp_path, estimator=GallerySettings().estimator)
     assert record["rewards"] == pytest.approx(guide_by_hand(estimator=None)[1].rewards[:, 0].tolist(), rel=1e-5)
     assert record["rewards"] != pytest.approx(guide_by_hand()[1].rewards[:, 0].tolist(), rel=1e-3)
 
 
 def test_patience_ends_a_prompt_and_needs_batches_of_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        guidance_gallery, "named_reward", lambda name: lambda images, prompts: 0 * images.sum((1, 2, 3))
-    )
+    monkeypatch.setattr(prompt_guide, "named_reward", lambda name: lambda images, prompts: 0 * images.sum((1, 2, 3)))
     record = run_prompt(tmp_path, num_guidance_steps=5, patience=2)
     assert record["status"] == "stopped after 2 runs without a new best"
     assert len(record["rewards"]) == 3
@@ -194,7 +193,7 @@ def test_patience_ends_a_prompt_and_needs_batches_of_one(tmp_path, monkeypatch):
 
 
 def test_held_out_rewards_that_are_not_finite_are_null_and_no_prompt_fails(tmp_path, monkeypatch):
-    make = guidance_gallery.named_reward
+    make = prompt_guide.named_reward
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
 
     def nan_reward(name):
@@ -206,7 +205,7 @@ def test_held_out_rewards_that_are_not_finite_are_null_and_no_prompt_fails(tmp_p
             torch.tensor([prompt == PROMPTS[1] for prompt in prompts]), torch.nan, reward(images, prompts)
         )
 
-    monkeypatch.setattr(guidance_gallery, "named_reward", nan_reward)
+    monkeypatch.setattr(prompt_guide, "named_reward", nan_reward)
     summary = run_gallery(tmp_path / "out", tmp_path / "prompts.txt", SETTINGS, Memory(2))
     sneaker, bag = records(tmp_path / "out").values()
     assert bag["held_out"] == [None] * 3 and bag["status"] == "completed"
@@ -237,7 +236,7 @@ def test_likelihoods_are_those_of_the_pipeline_and_are_on_the_page(tmp_path):
 
 
 def test_a_pipeline_without_likelihood_raises_an_error_before_any_guidance(tmp_path, monkeypatch):
-    load = guidance_gallery.load_pipeline
+    load = prompt_guide.load_pipeline
 
     def load_changed(settings):
         """Returns a pipeline with the trace model of another denoiser, which guidance does not need."""
@@ -247,20 +246,20 @@ def test_a_pipeline_without_likelihood_raises_an_error_before_any_guidance(tmp_p
         pipe.guide = lambda *args, **kwargs: pytest.fail("guidance began")
         return pipe
 
-    monkeypatch.setattr(guidance_gallery, "load_pipeline", load_changed)
+    monkeypatch.setattr(prompt_guide, "load_pipeline", load_changed)
     with pytest.raises(InputError, match="another denoiser"):
         run_prompt(tmp_path, likelihood=True)
 
 
 def test_the_page_names_images_that_the_safety_checker_blackens(tmp_path, monkeypatch):
-    load = guidance_gallery.load_pipeline
+    load = prompt_guide.load_pipeline
 
     def load_strict(settings):
         pipe = load(settings)
         pipe.register_modules(safety_checker=tiny.safety_checker(-1.0), feature_extractor=tiny.feature_extractor())
         return pipe
 
-    monkeypatch.setattr(guidance_gallery, "load_pipeline", load_strict)
+    monkeypatch.setattr(prompt_guide, "load_pipeline", load_strict)
     assert run_prompt(tmp_path)["flagged"] == ["before", "after"]
     words = "Black, because the safety checker flagged it: the image before and after."
     assert words in (tmp_path / "out" / "index.html").read_text()
@@ -271,9 +270,9 @@ def test_offload_needs_an_accelerator_and_an_order_of_the_networks(tmp_path):
         run_prompt(tmp_path, memory=Memory(offload=True))
     cpu = torch.device("cpu")
     with pytest.raises(UnsupportedError, match=r"LDMFisherPipeline can't be offloaded: .*Leave `offload` out"):
-        guidance_gallery._offload(tiny.latent_unconditional(LDMFisherPipeline), cpu)
+        place_pipeline(tiny.latent_unconditional(LDMFisherPipeline), cpu, offload=True)
     pipe = tiny.stable_diffusion(StableDiffusionFisherPipeline)
-    guidance_gallery._offload(pipe, cpu)
+    place_pipeline(pipe, cpu, offload=True)
     assert pipe._all_hooks
 
 
@@ -294,9 +293,7 @@ def test_other_prompts_or_settings_raise_an_error(finished_run):
     with pytest.raises(InputError, match=r"holds records of other settings: `prompts` was \"3, sha256 .*, is \"1, "):
         run_gallery(folder / "out", other, SETTINGS)
     with pytest.raises(InputError, match=r"`step_size` was 0\.2, is 0\.5"):
-        run_gallery(
-            folder / "out", folder / "prompts.txt", guidance_gallery.dataclasses.replace(SETTINGS, step_size=0.5)
-        )
+        run_gallery(folder / "out", folder / "prompts.txt", dataclasses.replace(SETTINGS, step_size=0.5))
 
 
 def arguments(folder, *more):
@@ -377,7 +374,7 @@ def test_mistakes_raise_an_error_and_leave_no_record(tmp_path, kind):
         (tmp_path / "prompts.txt").write_text(text)
     changes = {name: str(tmp_path) if value == "EMPTY" else value for name, value in changes.items()}
     with pytest.raises(error, match=message):
-        settings = guidance_gallery.dataclasses.replace(SETTINGS, **changes)
+        settings = dataclasses.replace(SETTINGS, **changes)
         run_gallery(tmp_path / "out", tmp_path / "prompts.txt", settings)
     assert not list((tmp_path / "out").glob("records/*"))
 
