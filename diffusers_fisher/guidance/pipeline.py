@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,7 @@ from ..backbones.inputs import check_arguments
 from ..backbones.networks import check_no_cache, check_weights
 from ..backbones.run import SamplingRun
 from ..backbones.stock_calls import restore_attributes
-from ..backbones.unguided import default_guidance
+from ..backbones.unguided import default_guidance, switched_off
 from ..denoiser import Denoiser
 from ..errors import InputError
 from ..fisher.autodiff import AutodiffFisher
@@ -30,6 +31,7 @@ from ..fisher.one_step import OneStepFisher
 from ..images import ImageLike
 from ..schedulers import FisherSchedulerMixin
 from .checks import (
+    Prompts,
     Reward,
     check_candidates,
     check_differentiable,
@@ -37,6 +39,7 @@ from .checks import (
     check_num_steps,
     check_reported,
 )
+from .decoders import Decoder, Decoders, smaller_size
 from .movers import OptimizerFactory, optimizer_factory
 from .noise_ascent import COMPLETED, VARIABLES, AscentSettings, GuidanceOutput, GuidedRun, NoiseAscent
 from .phases import CheapRuns, GuidanceCallback, GuidanceStep, Phases, cheap_runs, reordered_pairs
@@ -63,6 +66,8 @@ def guide(
     num_guidance_inference_steps: int | None = None,
     guidance_scheduler: SchedulerMixin | None = None,
     num_full_iterations: int = 0,
+    num_unguided_iterations: int = 0,
+    reward_downscale: int = 1,
     guidance_scale: float | None = None,
     num_images_per_prompt: int = 1,
     generator: Generators = None,
@@ -104,6 +109,11 @@ def guide(
         guidance_scheduler: scheduler of the runs of `num_guidance_inference_steps`, made by `from_config` from that of
             the pipeline; None: DPM-Solver++, or the pipeline's own for flow matching and consistency models.
         num_full_iterations: number of the last guidance steps that are taken by full runs.
+        num_unguided_iterations: number of the first guidance steps that are taken by runs without classifier-free
+            guidance, which evaluate the network on half as many samples. Their rewards are those of other images, so
+            the guided runs begin anew with their best noise.
+        reward_downscale: factor by which the cheap runs average their latents before they are decoded, such as 2. The
+            reward then sees smaller images in these runs, and needs no more than it makes of them.
         latents: initial noise of unit variance, (B, C, h, w), or packed where the pipeline's own are; None: drawn with
             `generator` as the stock call does.
         num_candidates: number of initial noises of every sample, `latents` or the first drawn and further ones. The
@@ -131,8 +141,8 @@ def guide(
     Returns:
         `GuidanceOutput`, or with `return_dict=False` the tuple of its entries. Cost: `num_guidance_steps + 1` ordinary
         runs with decoding, and a decoder and reward gradient per guidance step; see the estimator for its own. With
-        `num_guidance_inference_steps`, `num_full_iterations + 1` of the runs are full ones, and one more run is made.
-        Every candidate costs one more run, if there are several.
+        `num_guidance_inference_steps`, `num_full_iterations + 1` of the runs are full ones, and one more run is made;
+        with `num_unguided_iterations` too. Every candidate costs one more run, if there are several.
 
     Raises:
         InputError: before sampling, arguments out of range, latents of the wrong shape, a reward that is not
@@ -158,6 +168,7 @@ def guide(
     )  # fmt: skip
     prompts, conditions = backbone.conditions(prompt, call_arguments, None, num_images_per_prompt)
     pixels = backbone.image_size(height, width)
+    small_pixels = smaller_size(backbone, pixels, reward_downscale, cheap)
     reward = named_reward(reward) if isinstance(reward, str) else reward
     held_out = named_reward(held_out_reward) if isinstance(held_out_reward, str) else held_out_reward
     candidates = [
@@ -166,36 +177,31 @@ def guide(
     ]
     check_weights(backbone.with_autoencoder(decoder).autoencoder if num_guidance_steps else None)
     check_reward = check_differentiable if num_guidance_steps else check_reported
-    check_reward(reward, (len(prompts), backbone.image_channels, *pixels), prompts, candidates[0].device)
-    # The defaults are named, because a denoiser without them would be unguided.
-    arguments = {
-        **default_guidance(backbone.parameters),
-        **call_arguments,
-        **conditions,
-        **backbone.size_arguments(pixels),
-    }
-    if "guidance_scale" in arguments and guidance_scale is not None:
-        arguments["guidance_scale"] = guidance_scale
+    for size in dict.fromkeys((pixels, small_pixels)):
+        check_reward(reward, (len(prompts), backbone.image_channels, *size), prompts, candidates[0].device)
+    arguments = _run_arguments(backbone, guidance_scale, pixels, call_arguments, conditions)
     if estimator is None:
         estimator = default_estimator(steps if cheap is None else cheap.scheduler_and_steps[1])
     denoisers = _DenoisersAndEstimator(backbone, arguments, estimator, adjoint_guidance_scale, "text" in optimise)
-    decode = functools.partial(backbone.with_autoencoder(decoder).decode, pixels=pixels)
-    layout = NoiseLayout(functools.partial(backbone.unpack, pixels=pixels), backbone.pack)
-
-    def make_run(scheduler: FisherSchedulerMixin, steps: int) -> GuidedRun:
-        sample = SamplingRun(
-            denoisers.forward, scheduler, generator, denoisers.backward, num_inference_steps=steps, **arguments
+    unguided = None
+    if num_unguided_iterations:
+        climbing_steps = num_guidance_steps - num_full_iterations
+        unguided = _without_guidance(
+            denoisers, backbone, arguments, estimator, num_unguided_iterations, climbing_steps
         )
-        return GuidedRun(
-            sample, decode, reward, prompts, scheduler, denoisers.estimator, held_out, optimise,
-            denoisers.text, layout,
-        )  # fmt: skip
+    layout = NoiseLayout(functools.partial(backbone.unpack, pixels=pixels), backbone.pack)
+    decoders = Decoders(backbone.with_autoencoder(decoder), pixels, small_pixels)
 
-    full = make_run(backbone.differentiable_scheduler(), steps)
-    cheap_run = None if cheap is None else cheap.checked(make_run(*cheap.scheduler_and_steps))
-    phases = Phases(full, cheap_run, num_full_iterations, settings)
-    ascents = _ascend(backbone, phases, candidates, pixels, decoder, checkpoint_decoder, callback_on_guidance_step)
+    make_run = _RunMaker(reward, held_out, prompts, generator, optimise, layout)
+    full = backbone.differentiable_scheduler(), steps
+    full_run = make_run(denoisers, decoders.decode, *full)
+    climbs_by = (decoders.decode, *full) if cheap is None else (decoders.decode_small, *cheap.scheduler_and_steps)
+    cheap_run = None if cheap is None else cheap.checked(make_run(denoisers, *climbs_by))
+    unguided_run = None if unguided is None else make_run(unguided, *climbs_by)
+    phases = Phases(full_run, cheap_run, num_full_iterations, settings, unguided_run, num_unguided_iterations)
+    ascents = _ascend(backbone, phases, candidates, decoders, decoder, checkpoint_decoder, callback_on_guidance_step)
     output = _output(backbone, ascents, denoisers, output_type, cheap)
+    output.num_denoiser_calls += 0 if unguided is None else unguided.calls()
     return output if return_dict else cast(GuidanceOutput, output.to_tuple())
 
 
@@ -233,19 +239,19 @@ def default_estimator(num_steps: int) -> FisherEstimator:
 
 
 def _ascend(
-    backbone: Backbone, phases: Phases, candidates: list[torch.Tensor], pixels: tuple[int, int],
+    backbone: Backbone, phases: Phases, candidates: list[torch.Tensor], decoders: Decoders,
     decoder: torch.nn.Module | None, checkpoint_decoder: bool, callback: GuidanceCallback | None,
 ) -> list[NoiseAscent]:  # fmt: skip
     """Runs the phases of the ascent, and decodes its images by the pipeline's own autoencoder.
 
     Args:
         candidates: initial noises (B, ...) in the pipeline's layout.
-        pixels: height and width of the images.
+        decoders: how the runs decode.
         decoder: decoder that the runs use in the place of the pipeline's own; None: it uses the pipeline's own.
     """
     with backbone.loaded(), contextlib.ExitStack() as stack:
         if decoder is not None:
-            _check_decoder(decoder, phases.full, candidates[0], pixels)
+            _check_decoder(decoder, phases.full, candidates[0], decoders.pixels)
         if checkpoint_decoder:
             autoencoder: Any = backbone.autoencoder if decoder is None else decoder
             for part in autoencoder.modules():
@@ -260,10 +266,10 @@ def _ascend(
             return callback is not None and callback(GuidanceStep.after(ascent, num_runs)) is True
 
         ascents = phases.run(candidates, report)
-        if decoder is not None:
+        if decoder is not None or decoders.small_pixels != decoders.pixels:
             for tensors in (ascents[-1].best, ascents[0].initial):
                 with torch.no_grad():
-                    tensors["images"] = backbone.decode(tensors["latents"], pixels)
+                    tensors["images"] = backbone.decode(tensors["latents"], decoders.pixels)
     return ascents
 
 
@@ -326,6 +332,76 @@ def _cheap_entries(ascents: list[NoiseAscent], cheap: CheapRuns | None) -> dict[
     }  # fmt: skip
 
 
+def _run_arguments(
+    backbone: Backbone, guidance_scale: float | None, pixels: tuple[int, int], *arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns the arguments of the runs' calls: the guidance by its defaults, `arguments`, sizes and the scale."""
+    # The defaults are named, because a denoiser without them would be unguided.
+    result = default_guidance(backbone.parameters)
+    for each in (*arguments, backbone.size_arguments(pixels)):
+        result |= each
+    if "guidance_scale" in result and guidance_scale is not None:
+        result["guidance_scale"] = guidance_scale
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class _RunMaker:
+    """Makes runs of different denoisers, decoders, schedulers and numbers of steps, with the same rewards."""
+
+    reward: Reward
+    held_out: Reward | None
+    prompts: Prompts
+    generator: Generators
+    optimise: Sequence[str]
+    layout: NoiseLayout
+
+    def __call__(
+        self, parts: _DenoisersAndEstimator, decode: Decoder, scheduler: FisherSchedulerMixin, steps: int
+    ) -> GuidedRun:
+        sample = SamplingRun(
+            parts.forward, scheduler, self.generator, parts.backward, num_inference_steps=steps, **parts.arguments
+        )
+        return GuidedRun(
+            sample, decode, self.reward, self.prompts, scheduler, parts.estimator, self.held_out, self.optimise,
+            parts.text, self.layout,
+        )  # fmt: skip
+
+
+def _without_guidance(
+    denoisers: _DenoisersAndEstimator, backbone: Backbone, arguments: dict[str, Any], estimator: FisherEstimator,
+    num_iterations: int, climbing_steps: int,
+) -> _DenoisersAndEstimator:  # fmt: skip
+    """Returns the denoisers and the estimator of runs without classifier-free guidance.
+
+    Args:
+        denoisers: those of the guided runs.
+        num_iterations: `num_unguided_iterations`.
+        climbing_steps: largest number that is allowed.
+
+    Raises:
+        InputError: another number, runs without such guidance, or what belongs to the guided runs alone.
+    """
+    if not 0 < num_iterations <= climbing_steps:
+        raise InputError(
+            f"`num_unguided_iterations` is {num_iterations}; allowed: 0 to {climbing_steps}, the guidance steps that "
+            "no full run takes."
+        )
+    if not denoisers.forward.is_guided:
+        raise InputError(
+            f"`num_unguided_iterations` is {num_iterations}, but the runs of {backbone.name} have no classifier-free "
+            "guidance that could be left out. Leave the option out, or pass a `guidance_scale` above 1."
+        )
+    if estimator.denoiser is not None or denoisers.text is not None:
+        cause = "the estimator has a denoiser of its own" if denoisers.text is None else '`optimise` has "text"'
+        raise InputError(
+            f"`num_unguided_iterations` is {num_iterations}, but {cause}, which belongs to the guided runs. Leave one "
+            "of them out."
+        )
+    off = switched_off(type(backbone.pipe), backbone.parameters, backbone.config)
+    return _DenoisersAndEstimator(backbone, {**arguments, **off}, estimator, None, False)
+
+
 class _DenoisersAndEstimator:
     """Holds the denoisers of the sampling run and of the backward pass, the estimator, and the text embedding."""
 
@@ -333,6 +409,7 @@ class _DenoisersAndEstimator:
         self, backbone: Backbone, arguments: dict[str, Any], estimator: FisherEstimator,
         adjoint_guidance_scale: float | None, optimises_text: bool,
     ):  # fmt: skip
+        self.arguments = arguments  # of the sampling runs
         arguments = {name: value for name, value in arguments.items() if not name.startswith("callback")}
         self.forward = self.backward = PipelineDenoiser(backbone, **arguments)
         scale = adjoint_guidance_scale

@@ -16,17 +16,16 @@ ReNO needs `--student`, the distilled checkpoint of train_student.py. The other 
 """
 
 import dataclasses
-import statistics
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import FOLDER, paired_seconds, save
+from common import FOLDER, save
 from embedded_pipelines import embedded_pipeline
 from guidance_baseline_methods import METHODS, NEEDS_STUDENT, Sampler, Task
-from guidance_problem import Cells, Problem, Setting, Source, best_so_far, mean_and_error, parse
+from guidance_problem import Cells, Problem, Setting, Source, best_so_far, mean_and_error, parse, prices
 from matplotlib.figure import Figure
 
 from diffusers_fisher.files import save_figure
@@ -58,35 +57,6 @@ class Comparison:
     def budget(self, prices: dict[str, float]) -> float:
         """Returns the budget of one sample in seconds."""
         return self.runs * (self.problem.setting.steps * prices["denoise"] + prices["decode"])
-
-
-def prices(comparison: Comparison) -> dict[str, float]:
-    """Returns the seconds per sample of every kind of evaluation: medians over rounds. Decoding includes a reward."""
-    problem = comparison.problem
-    noise, setting, counts = problem.noises[0], problem.setting, Counter[str]()
-    reward, prompts = problem.rewards(0)["another class"][0], problem.prompts(0)
-    sampler = Sampler(problem.pipe, prompts, setting.guidance_scale, setting.steps, counts)
-    samplers = {"": sampler}
-    if comparison.student is not None:
-        samplers["student "] = Sampler(comparison.student, prompts, 1.0, 1, counts)
-
-    def task(name: str, kind: str, backward: bool):
-        def run() -> None:
-            x = noise.clone().requires_grad_(backward)
-            with torch.set_grad_enabled(backward):
-                clean = samplers[name].predict(x, 0)[0] if kind == "denoise" else x
-                result = clean if kind == "denoise" else reward(sampler.decode(clean), prompts)
-            if backward:
-                torch.autograd.grad(result.sum(), x)
-
-        return run
-
-    tasks = {
-        f"{name}{kind}{' backward' * backward}": task(name, kind, backward)
-        for name in samplers for kind in ("denoise", "decode") for backward in (False, True)
-    }  # fmt: skip
-    seconds = paired_seconds(tasks, setting.rounds)
-    return {name: statistics.median(values) / len(noise) for name, values in seconds.items()}
 
 
 def spread(comparison: Comparison, name: str) -> dict[str, float]:
@@ -147,7 +117,7 @@ def summarise(rows: list[dict[str, Any]], reference: list[dict[str, Any]]) -> di
 
 def compare(comparison: Comparison, cells: Cells) -> dict[str, Any]:
     names = list(comparison.problem.rewards(0))
-    values: dict[str, Any] = {"prices": cells(prices, context=(comparison,))}
+    values: dict[str, Any] = {"prices": cells(prices, context=(comparison.problem, comparison.student))}
     values |= {name: cells(spread, name, context=(comparison,))["spread"] for name in names}
     result: dict[str, Any] = {"prices": values["prices"], "budget": comparison.budget(values["prices"]), "rewards": {}}
     context = (comparison, values)
@@ -225,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     comparison = make_comparison(setting, options.source, search, runs)
     note = {"runs": runs, "search": search, "with_student": comparison.student is not None}
     cells = Cells(options.records, setting, options.source, **note)
-    budget = comparison.budget(cells(prices, context=(comparison,)))
+    budget = comparison.budget(cells(prices, context=(comparison.problem, comparison.student)))
     print(f"At the measured prices the whole takes {expected_seconds(comparison, budget) / 3600:.1f} hours.")
     if options.expect:
         return

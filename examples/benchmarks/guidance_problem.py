@@ -3,14 +3,19 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import re
+import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import paired_seconds
 from embedded_pipelines import NAMES, embedded_pipeline
+from guidance_baseline_methods import Sampler
 from guidance_methods import Methods, embeddings
 
 from diffusers_fisher import (
@@ -158,6 +163,35 @@ class Cells:
             self.records.write(key, make(*context, *arguments))
             print(f"{key:<70}{time.perf_counter() - begin:>8.1f} s", flush=True)
         return self.records.read(key)
+
+
+def prices(problem: Problem, student: Any = None) -> dict[str, float]:
+    """Returns the seconds per sample of every kind of evaluation that `Sampler` counts: medians over rounds.
+
+    Decoding includes a reward.
+
+    Args:
+        student: another pipeline, of a single step, whose kinds have "student " before their names.
+    """
+    noise, setting, counts = problem.noises[0], problem.setting, Counter[str]()
+    reward, prompts = problem.rewards(0)["another class"][0], problem.prompts(0)
+    sampler = Sampler(problem.pipe, prompts, setting.guidance_scale, setting.steps, counts)
+    samplers = {"": sampler} | ({} if student is None else {"student ": Sampler(student, prompts, 1.0, 1, counts)})
+
+    def evaluate(name: str, kind: str, backward: bool) -> None:
+        x = noise.clone().requires_grad_(backward)
+        with torch.set_grad_enabled(backward):
+            clean = samplers[name].predict(x, 0)[0] if kind == "denoise" else x
+            result = clean if kind == "denoise" else reward(sampler.decode(clean), prompts)
+        if backward:
+            torch.autograd.grad(result, x, torch.ones_like(result))
+
+    tasks = {
+        f"{name}{kind}{' backward' * backward}": functools.partial(evaluate, name, kind, backward)
+        for name in samplers for kind in ("denoise", "decode") for backward in (False, True)
+    }  # fmt: skip
+    seconds = paired_seconds(tasks, setting.rounds)
+    return {name: statistics.median(values) / len(noise) for name, values in seconds.items()}
 
 
 def best_so_far(cells: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
