@@ -97,9 +97,11 @@ from .fisher import (
 from .guidance import (
     AestheticReward as AestheticReward,
     ClassifierReward as ClassifierReward,
+    FiniteDifferenceReward as FiniteDifferenceReward,
     GuidanceOutput as GuidanceOutput,
     GuidanceStep as GuidanceStep,
     ImageInput as ImageInput,
+    LikelihoodRegulariser as LikelihoodRegulariser,
     LinearReward as LinearReward,
     MeasurementReward as MeasurementReward,
     NoiseWhiteness as NoiseWhiteness,

@@ -30,6 +30,9 @@ ChainVariance = Literal["optimal", "diagonal", "fixed_small", "fixed_large", "le
 GuidanceEstimator = Literal["one-step", "direct", "finite-difference", "autodiff", "endpoint-centred", "endpoint"]
 """Estimator of the Fisher in guidance."""
 
+NoiseProjection = Literal["soft", "hard"]
+"""How guidance brings its noise back to white noise after every step."""
+
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

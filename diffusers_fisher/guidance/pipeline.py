@@ -15,15 +15,14 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..arguments import check_kinds
-from ..backbones import Backbone, PipelineDenoiser, backbone_of
+from ..backbones import Backbone, backbone_of
 from ..backbones.base import Generators
 from ..backbones.conditions import Condition
 from ..backbones.inputs import check_arguments
-from ..backbones.networks import check_no_cache, check_weights
+from ..backbones.networks import check_weights
 from ..backbones.run import SamplingRun
 from ..backbones.stock_calls import restore_attributes
-from ..backbones.unguided import default_guidance, switched_off
-from ..denoiser import Denoiser
+from ..backbones.unguided import default_guidance
 from ..errors import InputError
 from ..fisher.autodiff import AutodiffFisher
 from ..fisher.estimator import FisherEstimator
@@ -43,8 +42,9 @@ from .decoders import Decoder, Decoders, smaller_size
 from .movers import OptimizerFactory, optimizer_factory
 from .noise_ascent import COMPLETED, VARIABLES, AscentSettings, GuidanceOutput, GuidedRun, NoiseAscent
 from .phases import CheapRuns, GuidanceCallback, GuidanceStep, Phases, cheap_runs, reordered_pairs
+from .regulariser import LikelihoodRegulariser
 from .rewards.named import named_reward
-from .text import TextEmbedding, TextGradientEstimator
+from .run_parts import DenoisersAndEstimator, Pull, without_guidance
 from .whiteness import NoiseLayout, check_projection
 
 """Relative lengths of the default estimator's differences. On the embedded checkpoint in bfloat16 a gradient's cosine
@@ -79,6 +79,7 @@ def guide(
     optimizer: str | OptimizerFactory | None = None,
     patience: int | None = None,
     noise_projection: str | None = None,
+    regulariser: LikelihoodRegulariser | None = None,
     held_out_reward: Reward | str | None = None,
     callback_on_guidance_step: GuidanceCallback | None = None,
     adjoint_guidance_scale: float | None = None,
@@ -127,6 +128,8 @@ def guide(
         noise_projection: None: the noise keeps its norm and nothing else. "soft" or "hard": every step also brings it
             back to white noise, to within 2 standard deviations or to the mean power in every band of frequencies, see
             "White noise" in docs/guidance.md.
+        regulariser: pulls the images toward likely ones while the reward rises, see `LikelihoodRegulariser`; None:
+            nothing does.
         held_out_reward: a reward or its name, which is reported and not optimised. Where it falls, the guidance
             exploits the reward.
         callback_on_guidance_step: called with a `GuidanceStep` after every run; the guidance stops if it returns True.
@@ -182,17 +185,16 @@ def guide(
     arguments = _run_arguments(backbone, guidance_scale, pixels, call_arguments, conditions)
     if estimator is None:
         estimator = default_estimator(steps if cheap is None else cheap.scheduler_and_steps[1])
-    denoisers = _DenoisersAndEstimator(backbone, arguments, estimator, adjoint_guidance_scale, "text" in optimise)
+    denoisers = DenoisersAndEstimator(backbone, arguments, estimator, adjoint_guidance_scale, "text" in optimise)
     unguided = None
     if num_unguided_iterations:
         climbing_steps = num_guidance_steps - num_full_iterations
-        unguided = _without_guidance(
-            denoisers, backbone, arguments, estimator, num_unguided_iterations, climbing_steps
-        )
+        unguided = without_guidance(denoisers, backbone, arguments, estimator, num_unguided_iterations, climbing_steps)
     layout = NoiseLayout(functools.partial(backbone.unpack, pixels=pixels), backbone.pack)
     decoders = Decoders(backbone.with_autoencoder(decoder), pixels, small_pixels)
+    pull = None if regulariser is None else Pull(regulariser, backbone, arguments)
 
-    make_run = _RunMaker(reward, held_out, prompts, generator, optimise, layout)
+    make_run = _RunMaker(reward, held_out, prompts, generator, optimise, layout, pull)
     full = backbone.differentiable_scheduler(), steps
     full_run = make_run(denoisers, decoders.decode, *full)
     climbs_by = (decoders.decode, *full) if cheap is None else (decoders.decode_small, *cheap.scheduler_and_steps)
@@ -201,7 +203,7 @@ def guide(
     phases = Phases(full_run, cheap_run, num_full_iterations, settings, unguided_run, num_unguided_iterations)
     ascents = _ascend(backbone, phases, candidates, decoders, decoder, checkpoint_decoder, callback_on_guidance_step)
     output = _output(backbone, ascents, denoisers, output_type, cheap)
-    output.num_denoiser_calls += 0 if unguided is None else unguided.calls()
+    output.num_denoiser_calls += sum(each.calls() for each in (unguided, pull) if each is not None)
     return output if return_dict else cast(GuidanceOutput, output.to_tuple())
 
 
@@ -287,7 +289,7 @@ def _check_decoder(decoder: torch.nn.Module, run: GuidedRun, noise: torch.Tensor
 
 
 def _output(
-    backbone: Backbone, ascents: list[NoiseAscent], denoisers: _DenoisersAndEstimator, output_type: str,
+    backbone: Backbone, ascents: list[NoiseAscent], denoisers: DenoisersAndEstimator, output_type: str,
     cheap: CheapRuns | None,
 ) -> GuidanceOutput:  # fmt: skip
     """Finishes the images as the stock call does, and makes the output."""
@@ -355,82 +357,16 @@ class _RunMaker:
     generator: Generators
     optimise: Sequence[str]
     layout: NoiseLayout
+    pull: Pull | None = None
 
     def __call__(
-        self, parts: _DenoisersAndEstimator, decode: Decoder, scheduler: FisherSchedulerMixin, steps: int
+        self, parts: DenoisersAndEstimator, decode: Decoder, scheduler: FisherSchedulerMixin, steps: int
     ) -> GuidedRun:
         sample = SamplingRun(
             parts.forward, scheduler, self.generator, parts.backward, num_inference_steps=steps, **parts.arguments
         )
+        decode = decode if self.pull is None else self.pull.regularised(decode)
         return GuidedRun(
             sample, decode, self.reward, self.prompts, scheduler, parts.estimator, self.held_out, self.optimise,
             parts.text, self.layout,
         )  # fmt: skip
-
-
-def _without_guidance(
-    denoisers: _DenoisersAndEstimator, backbone: Backbone, arguments: dict[str, Any], estimator: FisherEstimator,
-    num_iterations: int, climbing_steps: int,
-) -> _DenoisersAndEstimator:  # fmt: skip
-    """Returns the denoisers and the estimator of runs without classifier-free guidance.
-
-    Args:
-        denoisers: those of the guided runs.
-        num_iterations: `num_unguided_iterations`.
-        climbing_steps: largest number that is allowed.
-
-    Raises:
-        InputError: another number, runs without such guidance, or what belongs to the guided runs alone.
-    """
-    if not 0 < num_iterations <= climbing_steps:
-        raise InputError(
-            f"`num_unguided_iterations` is {num_iterations}; allowed: 0 to {climbing_steps}, the guidance steps that "
-            "no full run takes."
-        )
-    if not denoisers.forward.is_guided:
-        raise InputError(
-            f"`num_unguided_iterations` is {num_iterations}, but the runs of {backbone.name} have no classifier-free "
-            "guidance that could be left out. Leave the option out, or pass a `guidance_scale` above 1."
-        )
-    if estimator.denoiser is not None or denoisers.text is not None:
-        cause = "the estimator has a denoiser of its own" if denoisers.text is None else '`optimise` has "text"'
-        raise InputError(
-            f"`num_unguided_iterations` is {num_iterations}, but {cause}, which belongs to the guided runs. Leave one "
-            "of them out."
-        )
-    off = switched_off(type(backbone.pipe), backbone.parameters, backbone.config)
-    return _DenoisersAndEstimator(backbone, {**arguments, **off}, estimator, None, False)
-
-
-class _DenoisersAndEstimator:
-    """Holds the denoisers of the sampling run and of the backward pass, the estimator, and the text embedding."""
-
-    def __init__(
-        self, backbone: Backbone, arguments: dict[str, Any], estimator: FisherEstimator,
-        adjoint_guidance_scale: float | None, optimises_text: bool,
-    ):  # fmt: skip
-        self.arguments = arguments  # of the sampling runs
-        arguments = {name: value for name, value in arguments.items() if not name.startswith("callback")}
-        self.forward = self.backward = PipelineDenoiser(backbone, **arguments)
-        scale = adjoint_guidance_scale
-        if scale is not None and scale != arguments.get("guidance_scale", scale):
-            self.backward = PipelineDenoiser(backbone, **{**arguments, "guidance_scale": scale})
-            estimator = estimator.at_guidance_scale(scale)
-        self.estimator = estimator.bind(self.backward)
-        check_weights(backbone.network if self.estimator.needs_graph or optimises_text else None)
-        if self.estimator.denoisers:
-            purpose = "a run is another function than the denoiser of its backward pass"
-            check_no_cache(backbone.name, backbone.network, purpose)
-        denoisers = (self.forward, self.backward, *self.estimator.denoisers)
-        # By identity, so that each counts once; plain functions don't count their calls.
-        counters = {id(each): each for each in denoisers if isinstance(each, Denoiser)}
-        self._calls_before = [(each, each.num_calls) for each in counters.values()]
-        self.text = TextEmbedding() if optimises_text else None
-        if self.text is not None:
-            for denoiser in (self.forward, self.backward):
-                self.text.attach(denoiser)
-            self.estimator = TextGradientEstimator(self.estimator, self.text, self.backward)
-
-    def calls(self) -> int:
-        """Returns the evaluations since this object was made, without those of the sampling runs."""
-        return sum(each.num_calls - before for each, before in self._calls_before)

@@ -7,8 +7,10 @@ from .images import ImageInput
 from .measurements import LinearReward, MeasurementReward, gaussian_blur
 from .models import AestheticReward, ClassifierReward, TextImageReward
 from .named import WeightedReward, named_reward
+from .wrappers import FiniteDifferenceReward
 
 __all__ = [
-    "AestheticReward", "ClassifierReward", "ImageInput", "LinearReward", "MeasurementReward", "TextImageReward",
+    "AestheticReward", "ClassifierReward", "FiniteDifferenceReward",
+    "ImageInput", "LinearReward", "MeasurementReward", "TextImageReward",
     "WeightedReward", "gaussian_blur", "named_reward",
 ]  # fmt: skip
