@@ -112,7 +112,7 @@ def guide(
     reward: Annotated[
         str,
         Option(
-            help="classifier:PATH:CLASS, clip[:PATH], siglip[:PATH], pick_score[:PATH], "
+            help="classifier:PATH:CLASS, clip[:PATH], siglip[:PATH], pick_score[:PATH], blip[:PATH], "
             "aesthetic:HEAD_FILE[:CLIP_PATH] or python:MODULE:FUNCTION."
         ),
     ] = "classifier:embedded:ankle boot",

@@ -7,6 +7,7 @@ from .posterior import PosteriorGuidance, posterior_guidance
 from .regulariser import LikelihoodRegulariser
 from .rewards import (
     AestheticReward,
+    BlipReward,
     ClassifierReward,
     FiniteDifferenceReward,
     ImageInput,
@@ -20,7 +21,7 @@ from .rewards import (
 from .whiteness import NoiseWhiteness, noise_whiteness
 
 __all__ = [
-    "AestheticReward", "AscentSettings", "ClassifierReward", "FiniteDifferenceReward", "GuidanceOutput",
+    "AestheticReward", "AscentSettings", "BlipReward", "ClassifierReward", "FiniteDifferenceReward", "GuidanceOutput",
     "GuidanceStep", "GuidedRun", "ImageInput", "LikelihoodRegulariser", "LinearReward", "MeasurementReward",
     "NoiseWhiteness", "PosteriorGuidance", "Reward", "TextImageReward",
     "WeightedReward", "ascend_noise", "gaussian_blur", "named_reward", "noise_whiteness",

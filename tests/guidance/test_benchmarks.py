@@ -31,6 +31,15 @@ def test_held_out_rewards_are_compared_where_the_rewards_meet(load):
     assert (summary["whiteness_below_0.01"], summary["after"], summary["held_out_after"]) == (0.5, 2, 8)
 
 
+def test_bounds_with_a_pull_are_compared_prompt_by_prompt(load):
+    benchmark = load("guidance_regulariser")
+    free = {"rewards": [[0, 0], [2, 2]], "held_out": [[0, 0], [5, 7]], "seconds": [1, 1], "bound_before": [1.0, 2.0]}
+    rows = [free | {"bound": [2.0, 4.0]}], [free | {"bound": [1.0, 1.0]}]
+    summary = benchmark.summarise(*rows)
+    assert (summary["reward"], summary["held_out"], summary["bound_before"], summary["bound"]) == (2, 6, 1.5, 3)
+    assert (summary["bound_difference"], summary["bound_difference_standard_error"]) == (2, pytest.approx(1))
+
+
 def test_cheap_runs_are_compared_prompt_by_prompt(load):
     benchmark = load("guidance_steps")
     full = {
@@ -60,7 +69,7 @@ def test_cheap_runs_fit_into_shares_of_the_exact_methods_cost(load):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["noise_whiteness", "guidance_steps"])
+@pytest.mark.parametrize("name", ["noise_whiteness", "guidance_steps", "guidance_regulariser"])
 def test_tiny_benchmarks_compute_nothing_twice(name, load, tmp_path, monkeypatch):
     benchmark = load(name)
     benchmark.main(["--tiny", "--records", str(tmp_path)])
