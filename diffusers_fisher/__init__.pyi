@@ -99,10 +99,13 @@ from .fisher import (
 )
 from .guidance import (
     AestheticReward as AestheticReward,
+    BlipReward as BlipReward,
     ClassifierReward as ClassifierReward,
+    FiniteDifferenceReward as FiniteDifferenceReward,
     GuidanceOutput as GuidanceOutput,
     GuidanceStep as GuidanceStep,
     ImageInput as ImageInput,
+    LikelihoodRegulariser as LikelihoodRegulariser,
     LinearReward as LinearReward,
     MeasurementReward as MeasurementReward,
     NoiseWhiteness as NoiseWhiteness,
@@ -113,6 +116,10 @@ from .guidance import (
     named_reward as named_reward,
     noise_whiteness as noise_whiteness,
     posterior_guidance as posterior_guidance,
+)
+from .guidance.pareto import (
+    ParetoOutput as ParetoOutput,
+    guide_pareto as guide_pareto,
 )
 from .guidance.pipeline import (
     guide as guide,

@@ -8,7 +8,16 @@ from typer.core import TyperGroup
 
 from . import __version__
 from .jobs.command import errors_in_words
-from .settings import ChainVariance, Dtype, Engine, GuidanceEstimator, LikelihoodMethod, RecordFile, TraceEstimator
+from .settings import (
+    ChainVariance,
+    Dtype,
+    Engine,
+    GuidanceEstimator,
+    LikelihoodMethod,
+    NoiseProjection,
+    RecordFile,
+    TraceEstimator,
+)
 
 OUTPUTS = Path("outputs")
 Seed = Annotated[int, Option(help="Seed of every random draw.")]
@@ -113,7 +122,7 @@ def guide(
     reward: Annotated[
         str,
         Option(
-            help="classifier:PATH:CLASS, clip[:PATH], siglip[:PATH], pick_score[:PATH], "
+            help="classifier:PATH:CLASS, clip[:PATH], siglip[:PATH], pick_score[:PATH], blip[:PATH], "
             "aesthetic:HEAD_FILE[:CLIP_PATH] or python:MODULE:FUNCTION."
         ),
     ] = "classifier:embedded:ankle boot",
@@ -123,6 +132,15 @@ def guide(
     step_size: Annotated[float, Option(help="Size of the first step, relative to the norm of the noise.")] = 0.2,
     steps: Annotated[int | None, Option(help="Steps of a sampling run; unset: the pipeline's default.")] = None,
     guidance_scale: Annotated[float | None, Option(help="Guidance scale; unset: the pipeline's default.")] = None,
+    cheap_steps: Annotated[
+        int | None, Option(help="Steps of the runs that climb, such as 5; unset: all runs have --steps.")
+    ] = None,
+    full_iterations: Annotated[int, Option(help="Last guidance steps that are taken by full runs.")] = 0,
+    unguided_iterations: Annotated[int, Option(help="First guidance steps without classifier-free guidance.")] = 0,
+    candidates: Annotated[int, Option(help="Initial noises per prompt, of which the best is guided.")] = 1,
+    noise_projection: Annotated[
+        NoiseProjection | None, Option(help="Keep the noise white; unset: only its norm is kept.")
+    ] = None,
     negative_prompt: Annotated[str | None, Option(help="Negative prompt for all prompts.")] = None,
     optimizer: Annotated[str | None, Option(help="Name in torch.optim; --step-size is its learning rate.")] = None,
     patience: Annotated[int | None, Option(help="Stop after so many runs without a new best.")] = None,
@@ -141,7 +159,9 @@ def guide(
         checkpoint=checkpoint, reward=reward, held_out=held_out, estimator=estimator,
         num_guidance_steps=guidance_steps, step_size=step_size, num_inference_steps=steps,
         guidance_scale=guidance_scale, dtype=dtype, seed=seed, negative_prompt=negative_prompt, optimizer=optimizer,
-        patience=patience, likelihood=likelihood,
+        patience=patience, likelihood=likelihood, num_guidance_inference_steps=cheap_steps,
+        num_full_iterations=full_iterations, num_unguided_iterations=unguided_iterations, num_candidates=candidates,
+        noise_projection=noise_projection,
     )  # fmt: skip
     memory = Memory(batch_size=batch_size, checkpoint_decoder=checkpoint_decoder, offload=offload)
     summary = run_gallery(

@@ -36,6 +36,9 @@ Engine = Literal["processes", "ray"]
 RecordFile = Literal["jsonl", "parquet"]
 """Files of the records of a dataset's likelihood: JSON lines alone, or Parquet beside them."""
 
+NoiseProjection = Literal["soft", "hard"]
+"""How guidance brings its noise back to white noise after every step."""
+
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -91,14 +91,19 @@ def test_guide_gets_its_options(tmp_path, monkeypatch):
     options = {
         "checkpoint": "there", "reward": "clip", "held_out": "siglip", "estimator": "autodiff", "guidance_steps": 3,
         "step_size": 0.5, "steps": 7, "guidance_scale": 2.5, "dtype": "bfloat16", "seed": 4, "negative_prompt": "grey",
-        "optimizer": "Adam", "patience": 6, "batch_size": 8,
+        "optimizer": "Adam", "patience": 6, "batch_size": 8, "cheap_steps": 5, "full_iterations": 1,
+        "unguided_iterations": 2, "candidates": 4, "noise_projection": "soft",
     }  # fmt: skip
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     flags = ["--likelihood", "--checkpoint-decoder", "--offload"]
     prompts = tmp_path / "prompts.txt"
     result = RUNNER.invoke(app, ["guide", "--prompts", str(prompts), "--output", str(tmp_path), *words, *flags])
     assert (result.exit_code, result.output) == (0, "")
-    parameter_names = {"guidance_steps": "num_guidance_steps", "steps": "num_inference_steps"}
+    parameter_names = {
+        "guidance_steps": "num_guidance_steps", "steps": "num_inference_steps",
+        "cheap_steps": "num_guidance_inference_steps", "full_iterations": "num_full_iterations",
+        "unguided_iterations": "num_unguided_iterations", "candidates": "num_candidates",
+    }  # fmt: skip
     settings = {parameter_names.get(name, name): value for name, value in options.items() if name != "batch_size"}
     expected = guidance_gallery.GallerySettings(**settings, likelihood=True)
     memory = guidance_gallery.Memory(8, True, True)

@@ -115,8 +115,9 @@ def public_functions():
             **quick, **call_arguments, "prompt": "a", "reward": bright, "num_guidance_steps": 1, "step_size": 0.1,
             "estimator": df.DirectFisher(), "height": 16, "width": 16, "guidance_scale": 2.0, "latents": None,
             "output_type": "pt", "optimise": ["noise"], "optimizer": None, "patience": None, "held_out_reward": None,
-            "noise_projection": None, "num_guidance_inference_steps": 2, "guidance_scheduler": None,
-            "num_full_iterations": 0, "num_candidates": 2, "callback_on_guidance_step": None,
+            "noise_projection": None, "regulariser": None, "num_guidance_inference_steps": 2,
+            "guidance_scheduler": None, "num_full_iterations": 0, "num_unguided_iterations": 0, "reward_downscale": 1,
+            "num_candidates": 2, "callback_on_guidance_step": None,
             "adjoint_guidance_scale": None, "decoder": None, "checkpoint_decoder": False,
         }),
         "posterior_guidance": (lambda pipe=stock_pipe, **arguments: guide_step_by_step(pipe, **arguments), {

@@ -75,6 +75,7 @@ def write_gallery(folder: Path, records: Sequence[dict[str, Any]], settings: Map
         f"Checkpoint {settings['checkpoint']}, reward {settings['reward']}, estimator {settings['estimator']}, "
         f"{settings['num_guidance_steps']} steps of {settings['step_size']} "
         + (f"by {settings['optimizer']}" if settings["optimizer"] else "of the noise's norm")
+        + _cheap_runs_text(settings)
         + f"; {len(records)} prompts."
     )
     means = gallery_summary(records)["means"]
@@ -90,6 +91,12 @@ def write_gallery(folder: Path, records: Sequence[dict[str, Any]], settings: Map
         _add_prompt(page, folder, record)
     page.write(folder / "index.html")
     save_figure(gallery(folder, records[:GALLERY_ROWS]), folder / "gallery.png")
+
+
+def _cheap_runs_text(settings: Mapping[str, Any]) -> str:
+    """Says by which runs the guidance climbs, where they are not the full ones."""
+    steps = settings["num_guidance_inference_steps"]
+    return "" if steps is None else f", by runs of {steps} sampling steps; the images after are those of full runs"
 
 
 def gallery_summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

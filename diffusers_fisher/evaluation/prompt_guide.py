@@ -14,7 +14,7 @@ from ..guidance import GuidanceOutput, named_reward
 from ..guidance.movers import optimizer_factory
 from ..guidance.noise_ascent import COMPLETED
 from ..jobs.pipelines import DenoiserSettings, load_pipeline, place_pipeline
-from ..settings import Dtype, GuidanceEstimator, Positive, settings_class
+from ..settings import Dtype, GuidanceEstimator, NoiseProjection, NotNegative, Positive, settings_class
 
 ESTIMATORS: dict[GuidanceEstimator, Callable[[], FisherEstimator | None]] = {
     "one-step": lambda: None,  # the default of `guide`, which depends on the network's precision
@@ -34,7 +34,8 @@ class GallerySettings:
         checkpoint: a pipeline's folder or Hub id; "embedded" means the checkpoint that the package ships.
         reward, held_out: names of rewards, see `named_reward`; `held_out` None means no held-out reward.
         estimator: estimator of the Fisher, see `ESTIMATORS`.
-        num_guidance_steps, step_size, optimizer, patience: arguments of `pipe.guide`.
+        num_guidance_steps, step_size, optimizer, patience, num_guidance_inference_steps, num_full_iterations,
+            num_unguided_iterations, num_candidates, noise_projection: arguments of `pipe.guide`.
         num_inference_steps, guidance_scale: arguments of the pipeline; None means its default.
         dtype: dtype of the pipeline's weights.
         seed: seed of the first prompt; the seed of every further prompt is one more, for every batch size.
@@ -56,6 +57,11 @@ class GallerySettings:
     optimizer: str | None = None
     patience: int | None = None
     likelihood: bool = False
+    num_guidance_inference_steps: Positive | None = None
+    num_full_iterations: NotNegative = 0
+    num_unguided_iterations: NotNegative = 0
+    num_candidates: Positive = 1
+    noise_projection: NoiseProjection | None = None
 
 
 @settings_class
@@ -156,6 +162,10 @@ class PromptGuide:
                 num_guidance_steps=settings.num_guidance_steps, step_size=settings.step_size,
                 num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
                 estimator=ESTIMATORS[settings.estimator](), optimizer=settings.optimizer, patience=settings.patience,
+                num_guidance_inference_steps=settings.num_guidance_inference_steps,
+                num_full_iterations=settings.num_full_iterations,
+                num_unguided_iterations=settings.num_unguided_iterations, num_candidates=settings.num_candidates,
+                noise_projection=settings.noise_projection,
                 checkpoint_decoder=self.memory.checkpoint_decoder, output_type="pt", **call,
             )  # fmt: skip
             out = cast(GuidanceOutput, output)

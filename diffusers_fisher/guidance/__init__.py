@@ -4,9 +4,12 @@ from .checks import Reward
 from .noise_ascent import AscentSettings, GuidanceOutput, GuidedRun, ascend_noise
 from .phases import GuidanceStep
 from .posterior import PosteriorGuidance, posterior_guidance
+from .regulariser import LikelihoodRegulariser
 from .rewards import (
     AestheticReward,
+    BlipReward,
     ClassifierReward,
+    FiniteDifferenceReward,
     ImageInput,
     LinearReward,
     MeasurementReward,
@@ -18,8 +21,9 @@ from .rewards import (
 from .whiteness import NoiseWhiteness, noise_whiteness
 
 __all__ = [
-    "AestheticReward", "AscentSettings", "ClassifierReward", "GuidanceOutput", "GuidanceStep", "GuidedRun",
-    "ImageInput", "LinearReward", "MeasurementReward", "NoiseWhiteness", "PosteriorGuidance", "Reward",
-    "TextImageReward", "WeightedReward", "ascend_noise", "gaussian_blur", "named_reward", "noise_whiteness",
+    "AestheticReward", "AscentSettings", "BlipReward", "ClassifierReward", "FiniteDifferenceReward", "GuidanceOutput",
+    "GuidanceStep", "GuidedRun", "ImageInput", "LikelihoodRegulariser", "LinearReward", "MeasurementReward",
+    "NoiseWhiteness", "PosteriorGuidance", "Reward", "TextImageReward",
+    "WeightedReward", "ascend_noise", "gaussian_blur", "named_reward", "noise_whiteness",
     "posterior_guidance",
 ]  # fmt: skip

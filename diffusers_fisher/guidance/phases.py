@@ -191,19 +191,23 @@ class Phases:
         cheap: the run by which the guidance climbs; None: the full one.
         num_full_iterations: number of the last gradient steps that are taken by the full run.
         settings: settings of the ascent, with the number of gradient steps of all phases.
+        unguided: the run of the first `num_unguided_iterations` gradient steps, which has no classifier-free guidance;
+            None: there are no such steps.
     """
 
     full: GuidedRun
     cheap: GuidedRun | None
     num_full_iterations: int
     settings: AscentSettings
+    unguided: GuidedRun | None = None
+    num_unguided_iterations: int = 0
 
     def num_runs(self, num_candidates: int) -> int:
         """Returns the number of sampling runs, if nothing stops the guidance."""
         climbs = num_candidates == 1 or self._climbing_steps > 0
         candidates = num_candidates if num_candidates > 1 else 0
         full = 0 if self.cheap is None else self.num_full_iterations + 1
-        return candidates + climbs * (self._climbing_steps + 1) + full
+        return candidates + climbs * (self._climbing_steps + 1) + full + (self.unguided is not None)
 
     @property
     def _climbing_steps(self) -> int:
@@ -226,12 +230,18 @@ class Phases:
             settings = dataclasses.replace(self.settings, num_guidance_steps=num_steps)
             ascents.append(ascend_noise(run, candidates[0], settings, on_run, ascents[-1] if ascents else None))
 
+        def stopped() -> bool:
+            return any(each.status != COMPLETED for each in ascents)
+
         if len(candidates) > 1:
             ascents.append(score_candidates(climbing, candidates, on_run))
-        if not ascents or (self._climbing_steps > 0 and ascents[-1].status == COMPLETED):
+        if self.unguided is not None:
+            ascend(self.unguided, self.num_unguided_iterations if not stopped() else 0)
+            ascend(climbing, self._climbing_steps - self.num_unguided_iterations if not stopped() else 0)
+        elif not ascents or (self._climbing_steps > 0 and not stopped()):
             ascend(climbing, self._climbing_steps)
         if self.cheap is not None:
-            ascend(self.full, self.num_full_iterations if ascents[-1].status == COMPLETED else 0)
+            ascend(self.full, self.num_full_iterations if not stopped() else 0)
         return ascents
 
 

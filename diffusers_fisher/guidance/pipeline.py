@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
@@ -14,16 +15,15 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..arguments import check_kinds
-from ..backbones import Backbone, PipelineDenoiser, backbone_of
+from ..backbones import Backbone, backbone_of
 from ..backbones.any_pipeline import AnyPipelineBackbone, bind_call
 from ..backbones.base import Generators
 from ..backbones.conditions import Condition
 from ..backbones.inputs import check_arguments
-from ..backbones.networks import check_no_cache, check_weights
+from ..backbones.networks import check_weights
 from ..backbones.run import SamplingRun
 from ..backbones.stock_calls import restore_attributes
 from ..backbones.unguided import default_guidance
-from ..denoiser import Denoiser
 from ..errors import InputError
 from ..fisher.autodiff import AutodiffFisher
 from ..fisher.estimator import FisherEstimator
@@ -31,6 +31,7 @@ from ..fisher.one_step import OneStepFisher
 from ..images import ImageLike
 from ..schedulers import FisherSchedulerMixin
 from .checks import (
+    Prompts,
     Reward,
     check_candidates,
     check_differentiable,
@@ -38,11 +39,13 @@ from .checks import (
     check_num_steps,
     check_reported,
 )
+from .decoders import Decoder, Decoders, smaller_size
 from .movers import OptimizerFactory, optimizer_factory
 from .noise_ascent import COMPLETED, VARIABLES, AscentSettings, GuidanceOutput, GuidedRun, NoiseAscent
 from .phases import CheapRuns, GuidanceCallback, GuidanceStep, Phases, cheap_runs, reordered_pairs
+from .regulariser import LikelihoodRegulariser
 from .rewards.named import named_reward
-from .text import TextEmbedding, TextGradientEstimator
+from .run_parts import DenoisersAndEstimator, Pull, without_guidance
 from .whiteness import NoiseLayout, check_projection
 
 """Relative lengths of the default estimator's differences. On the embedded checkpoint in bfloat16 a gradient's cosine
@@ -64,6 +67,8 @@ def guide(
     num_guidance_inference_steps: int | None = None,
     guidance_scheduler: SchedulerMixin | None = None,
     num_full_iterations: int = 0,
+    num_unguided_iterations: int = 0,
+    reward_downscale: int = 1,
     guidance_scale: float | None = None,
     num_images_per_prompt: int = 1,
     generator: Generators = None,
@@ -75,6 +80,7 @@ def guide(
     optimizer: str | OptimizerFactory | None = None,
     patience: int | None = None,
     noise_projection: str | None = None,
+    regulariser: LikelihoodRegulariser | None = None,
     held_out_reward: Reward | str | None = None,
     callback_on_guidance_step: GuidanceCallback | None = None,
     adjoint_guidance_scale: float | None = None,
@@ -106,6 +112,11 @@ def guide(
         guidance_scheduler: scheduler of the runs of `num_guidance_inference_steps`, made by `from_config` from that of
             the pipeline; None: DPM-Solver++, or the pipeline's own for flow matching and consistency models.
         num_full_iterations: number of the last guidance steps that are taken by full runs.
+        num_unguided_iterations: number of the first guidance steps that are taken by runs without classifier-free
+            guidance, which evaluate the network on half as many samples. Their rewards are those of other images, so
+            the guided runs begin anew with their best noise.
+        reward_downscale: factor by which the cheap runs average their latents before they are decoded, such as 2. The
+            reward then sees smaller images in these runs, and needs no more than it makes of them.
         latents: initial noise of unit variance, (B, C, h, w), or packed where the pipeline's own are; None: drawn with
             `generator` as the stock call does.
         num_candidates: number of initial noises of every sample, `latents` or the first drawn and further ones. The
@@ -119,6 +130,8 @@ def guide(
         noise_projection: None: the noise keeps its norm and nothing else. "soft" or "hard": every step also brings it
             back to white noise, to within 2 standard deviations or to the mean power in every band of frequencies, see
             "White noise" in docs/guidance.md.
+        regulariser: pulls the images toward likely ones while the reward rises, see `LikelihoodRegulariser`; None:
+            nothing does.
         held_out_reward: a reward or its name, which is reported and not optimised. Where it falls, the guidance
             exploits the reward.
         callback_on_guidance_step: called with a `GuidanceStep` after every run; the guidance stops if it returns True.
@@ -133,8 +146,8 @@ def guide(
     Returns:
         `GuidanceOutput`, or with `return_dict=False` the tuple of its entries. Cost: `num_guidance_steps + 1` ordinary
         runs with decoding, and a decoder and reward gradient per guidance step; see the estimator for its own. With
-        `num_guidance_inference_steps`, `num_full_iterations + 1` of the runs are full ones, and one more run is made.
-        Every candidate costs one more run, if there are several.
+        `num_guidance_inference_steps`, `num_full_iterations + 1` of the runs are full ones, and one more run is made;
+        with `num_unguided_iterations` too. Every candidate costs one more run, if there are several.
 
     Raises:
         InputError: before sampling, arguments out of range, latents of the wrong shape, a reward that is not
@@ -161,6 +174,7 @@ def guide(
     prompts, conditions = backbone.conditions(prompt, call_arguments, None, num_images_per_prompt)
     backbone = bind_call(backbone, {**call_arguments, **conditions, **_sizes(height, width)})
     pixels = backbone.image_size(height, width)
+    small_pixels = smaller_size(backbone, pixels, reward_downscale, cheap)
     reward = named_reward(reward) if isinstance(reward, str) else reward
     held_out = named_reward(held_out_reward) if isinstance(held_out_reward, str) else held_out_reward
     candidates = [
@@ -169,36 +183,30 @@ def guide(
     ]
     check_weights(backbone.with_autoencoder(decoder).autoencoder if num_guidance_steps else None)
     check_reward = check_differentiable if num_guidance_steps else check_reported
-    check_reward(reward, (len(prompts), backbone.image_channels, *pixels), prompts, candidates[0].device)
-    # The defaults are named, because a denoiser without them would be unguided.
-    arguments = {
-        **default_guidance(backbone.parameters),
-        **call_arguments,
-        **conditions,
-        **backbone.size_arguments(pixels),
-    }
-    if "guidance_scale" in arguments and guidance_scale is not None:
-        arguments["guidance_scale"] = guidance_scale
+    for size in dict.fromkeys((pixels, small_pixels)):
+        check_reward(reward, (len(prompts), backbone.image_channels, *size), prompts, candidates[0].device)
+    arguments = _run_arguments(backbone, guidance_scale, pixels, call_arguments, conditions)
     if estimator is None:
         estimator = default_estimator(steps if cheap is None else cheap.scheduler_and_steps[1])
-    denoisers = _DenoisersAndEstimator(backbone, arguments, estimator, adjoint_guidance_scale, "text" in optimise)
-    decode = functools.partial(backbone.with_autoencoder(decoder).decode, pixels=pixels)
+    denoisers = DenoisersAndEstimator(backbone, arguments, estimator, adjoint_guidance_scale, "text" in optimise)
+    unguided = None
+    if num_unguided_iterations:
+        climbing_steps = num_guidance_steps - num_full_iterations
+        unguided = without_guidance(denoisers, backbone, arguments, estimator, num_unguided_iterations, climbing_steps)
     layout = _noise_layout(backbone, candidates[0], pixels)
+    decoders = Decoders(backbone.with_autoencoder(decoder), pixels, small_pixels)
+    pull = None if regulariser is None else Pull(regulariser, backbone, arguments)
 
-    def make_run(scheduler: FisherSchedulerMixin, steps: int) -> GuidedRun:
-        sample = SamplingRun(
-            denoisers.forward, scheduler, generator, denoisers.backward, num_inference_steps=steps, **arguments
-        )
-        return GuidedRun(
-            sample, decode, reward, prompts, scheduler, denoisers.estimator, held_out, optimise,
-            denoisers.text, layout,
-        )  # fmt: skip
-
-    full = make_run(backbone.differentiable_scheduler(), steps)
-    cheap_run = None if cheap is None else cheap.checked(make_run(*cheap.scheduler_and_steps))
-    phases = Phases(full, cheap_run, num_full_iterations, settings)
-    ascents = _ascend(backbone, phases, candidates, pixels, decoder, checkpoint_decoder, callback_on_guidance_step)
+    make_run = _RunMaker(reward, held_out, prompts, generator, optimise, layout, pull)
+    full = backbone.differentiable_scheduler(), steps
+    full_run = make_run(denoisers, decoders.decode, *full)
+    climbs_by = (decoders.decode, *full) if cheap is None else (decoders.decode_small, *cheap.scheduler_and_steps)
+    cheap_run = None if cheap is None else cheap.checked(make_run(denoisers, *climbs_by))
+    unguided_run = None if unguided is None else make_run(unguided, *climbs_by)
+    phases = Phases(full_run, cheap_run, num_full_iterations, settings, unguided_run, num_unguided_iterations)
+    ascents = _ascend(backbone, phases, candidates, decoders, decoder, checkpoint_decoder, callback_on_guidance_step)
     output = _output(backbone, ascents, denoisers, output_type, cheap)
+    output.num_denoiser_calls += sum(each.calls() for each in (unguided, pull) if each is not None)
     return output if return_dict else cast(GuidanceOutput, output.to_tuple())
 
 
@@ -256,19 +264,19 @@ def default_estimator(num_steps: int) -> FisherEstimator:
 
 
 def _ascend(
-    backbone: Backbone, phases: Phases, candidates: list[torch.Tensor], pixels: tuple[int, int],
+    backbone: Backbone, phases: Phases, candidates: list[torch.Tensor], decoders: Decoders,
     decoder: torch.nn.Module | None, checkpoint_decoder: bool, callback: GuidanceCallback | None,
 ) -> list[NoiseAscent]:  # fmt: skip
     """Runs the phases of the ascent, and decodes its images by the pipeline's own autoencoder.
 
     Args:
         candidates: initial noises (B, ...) in the pipeline's layout.
-        pixels: height and width of the images.
+        decoders: how the runs decode.
         decoder: decoder that the runs use in the place of the pipeline's own; None: it uses the pipeline's own.
     """
     with backbone.loaded(), contextlib.ExitStack() as stack:
         if decoder is not None:
-            _check_decoder(decoder, phases.full, candidates[0], pixels)
+            _check_decoder(decoder, phases.full, candidates[0], decoders.pixels)
         if checkpoint_decoder:
             autoencoder: Any = backbone.autoencoder if decoder is None else decoder
             for part in autoencoder.modules():
@@ -283,10 +291,10 @@ def _ascend(
             return callback is not None and callback(GuidanceStep.after(ascent, num_runs)) is True
 
         ascents = phases.run(candidates, report)
-        if decoder is not None:
+        if decoder is not None or decoders.small_pixels != decoders.pixels:
             for tensors in (ascents[-1].best, ascents[0].initial):
                 with torch.no_grad():
-                    tensors["images"] = backbone.decode(tensors["latents"], pixels)
+                    tensors["images"] = backbone.decode(tensors["latents"], decoders.pixels)
     return ascents
 
 
@@ -304,7 +312,7 @@ def _check_decoder(decoder: torch.nn.Module, run: GuidedRun, noise: torch.Tensor
 
 
 def _output(
-    backbone: Backbone, ascents: list[NoiseAscent], denoisers: _DenoisersAndEstimator, output_type: str,
+    backbone: Backbone, ascents: list[NoiseAscent], denoisers: DenoisersAndEstimator, output_type: str,
     cheap: CheapRuns | None,
 ) -> GuidanceOutput:  # fmt: skip
     """Finishes the images as the stock call does, and makes the output."""
@@ -349,34 +357,39 @@ def _cheap_entries(ascents: list[NoiseAscent], cheap: CheapRuns | None) -> dict[
     }  # fmt: skip
 
 
-class _DenoisersAndEstimator:
-    """Holds the denoisers of the sampling run and of the backward pass, the estimator, and the text embedding."""
+def _run_arguments(
+    backbone: Backbone, guidance_scale: float | None, pixels: tuple[int, int], *arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns the arguments of the runs' calls: the guidance by its defaults, `arguments`, sizes and the scale."""
+    # The defaults are named, because a denoiser without them would be unguided.
+    result = default_guidance(backbone.parameters)
+    for each in (*arguments, backbone.size_arguments(pixels)):
+        result |= each
+    if "guidance_scale" in result and guidance_scale is not None:
+        result["guidance_scale"] = guidance_scale
+    return result
 
-    def __init__(
-        self, backbone: Backbone, arguments: dict[str, Any], estimator: FisherEstimator,
-        adjoint_guidance_scale: float | None, optimises_text: bool,
-    ):  # fmt: skip
-        arguments = {name: value for name, value in arguments.items() if not name.startswith("callback")}
-        self.forward = self.backward = PipelineDenoiser(backbone, **arguments)
-        scale = adjoint_guidance_scale
-        if scale is not None and scale != arguments.get("guidance_scale", scale):
-            self.backward = PipelineDenoiser(backbone, **{**arguments, "guidance_scale": scale})
-            estimator = estimator.at_guidance_scale(scale)
-        self.estimator = estimator.bind(self.backward)
-        check_weights(backbone.network if self.estimator.needs_graph or optimises_text else None)
-        if self.estimator.denoisers:
-            purpose = "a run is another function than the denoiser of its backward pass"
-            check_no_cache(backbone.name, backbone.network, purpose)
-        denoisers = (self.forward, self.backward, *self.estimator.denoisers)
-        # By identity, so that each counts once; plain functions don't count their calls.
-        counters = {id(each): each for each in denoisers if isinstance(each, Denoiser)}
-        self._calls_before = [(each, each.num_calls) for each in counters.values()]
-        self.text = TextEmbedding() if optimises_text else None
-        if self.text is not None:
-            for denoiser in (self.forward, self.backward):
-                self.text.attach(denoiser)
-            self.estimator = TextGradientEstimator(self.estimator, self.text, self.backward)
 
-    def calls(self) -> int:
-        """Returns the evaluations since this object was made, without those of the sampling runs."""
-        return sum(each.num_calls - before for each, before in self._calls_before)
+@dataclasses.dataclass(frozen=True)
+class _RunMaker:
+    """Makes runs of different denoisers, decoders, schedulers and numbers of steps, with the same rewards."""
+
+    reward: Reward
+    held_out: Reward | None
+    prompts: Prompts
+    generator: Generators
+    optimise: Sequence[str]
+    layout: NoiseLayout
+    pull: Pull | None = None
+
+    def __call__(
+        self, parts: DenoisersAndEstimator, decode: Decoder, scheduler: FisherSchedulerMixin, steps: int
+    ) -> GuidedRun:
+        sample = SamplingRun(
+            parts.forward, scheduler, self.generator, parts.backward, num_inference_steps=steps, **parts.arguments
+        )
+        decode = decode if self.pull is None else self.pull.regularised(decode)
+        return GuidedRun(
+            sample, decode, self.reward, self.prompts, scheduler, parts.estimator, self.held_out, self.optimise,
+            parts.text, self.layout,
+        )  # fmt: skip

@@ -11,7 +11,6 @@ without other work.
 
 import argparse
 import dataclasses
-import re
 import statistics
 import subprocess
 import sys
@@ -22,111 +21,19 @@ from typing import Any
 
 import torch
 from common import FOLDER, paired_seconds, ratio, save
-from guidance_methods import DEFAULT, Methods, embeddings
+from guidance_methods import DEFAULT
+from guidance_problem import TINY, Cells, Problem, Setting, best_so_far
 from matplotlib.figure import Figure
 
-from diffusers_fisher import (
-    ClassifierReward,
-    LinearReward,
-    MeasurementReward,
-    StableDiffusionFisherPipeline,
-    embedded_checkpoint,
-    embedded_prompt,
-    embedded_test_images,
-    posterior_guidance,
-)
+from diffusers_fisher import posterior_guidance
 from diffusers_fisher.backbones import backbone_of
 from diffusers_fisher.files import check_writable, save_figure
 from diffusers_fisher.guidance import AscentSettings, GuidedRun, ascend_noise
 from diffusers_fisher.guidance.checks import checked_reward
-from diffusers_fisher.jobs.records import Records
 
 EXACT = ("stored graph", "per-step recomputation")
 LEFT_OUT = "guidance left out"  # end of the names of methods that are run with the first reward alone
 STRENGTHS = (0.2, 0.4)  # the default, and twice the default
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """Sizes of the benchmark.
-
-    Every method guides `prompts` prompts in batches. Methods whose time to the exact reward is measured guide
-    `compared_prompts` prompts.
-    """
-
-    prompts: int = 64
-    compared_prompts: int = 256
-    batch: int = 16
-    steps: int = 25
-    guidance_scale: float = 2.0
-    step_size: float = 0.2
-    iterations: int = 10
-    rounds: int = 5
-    import_rounds: int = 7
-    memory_steps: tuple[int, ...] = (5, 10, 20)
-    scheduler: str = "DDIM"
-    dtype: str = "float32"
-
-
-TINY = Setting(
-    prompts=4, compared_prompts=6, batch=2, steps=2, iterations=1, rounds=1, import_rounds=1, memory_steps=(1, 2)
-)
-
-
-class Problem:
-    """Holds the checkpoint, and the prompts, noise and rewards of every batch."""
-
-    def __init__(self, setting: Setting):
-        self.setting = setting
-        self.folder = Path(embedded_checkpoint())
-        self.pipe = StableDiffusionFisherPipeline.from_pretrained(str(self.folder))
-        self.pipe.set_progress_bar_config(disable=True)
-        self.images, self.labels = embedded_test_images()
-        self.latents = backbone_of(self.pipe).samples_of(self.images)
-        self.classifier = ClassifierReward.from_pretrained(self.folder / "classifier", target=0)
-        noise = torch.randn(setting.compared_prompts, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        self.noises = noise.split(setting.batch)
-
-    def batch_labels(self, batch: int) -> list[int]:
-        begin = batch * self.setting.batch
-        return [index % 10 for index in range(begin, begin + len(self.noises[batch]))]
-
-    def methods(self, batch: int, steps: int | None = None) -> Methods:
-        """Returns all methods for the prompts of one batch."""
-        prompts = [embedded_prompt(label) for label in self.batch_labels(batch)]
-        embeds = embeddings(self.pipe, prompts)
-        return Methods(self.pipe, embeds, steps or self.setting.steps, self.setting.guidance_scale, self.latents)
-
-    def rewards(self, batch: int) -> dict[str, tuple[Any, Any]]:
-        """Returns by name the reward and the held-out reward.
-
-        The held-out reward of "another class" is nearness to real images of that class. That of "left minus right" and
-        of "inpainting" (of a real image's upper half) is the log-probability of the prompted class.
-        """
-        labels = self.batch_labels(batch)
-        target = [(label + 1) % 10 for label in labels]
-        other_class, own_class = (
-            ClassifierReward(self.classifier.model, classes, self.classifier.image_input)
-            for classes in (target, labels)
-        )
-        targets = torch.stack([self.images[self.labels == label][0] for label in labels])
-        mask = torch.zeros(32, 32)
-        mask[:16] = 1
-        return {
-            "another class": (other_class, self._nearness(target)),
-            "left minus right": (LinearReward.left_minus_right(32, 32), own_class),
-            "inpainting": (MeasurementReward(targets, mask), own_class),
-        }
-
-    def _nearness(self, target: list[int]) -> Callable:
-        """A reward: minus the mean squared distance to the nearest test image of the target class."""
-        class_images = [self.images[self.labels == label].flatten(1) for label in target]
-
-        def nearness(images: torch.Tensor, prompts: Any) -> torch.Tensor:
-            pairs = zip(images.flatten(1), class_images, strict=True)
-            return torch.stack([-((image - neighbours) ** 2).mean(1).min() for image, neighbours in pairs])
-
-        return nearness
 
 
 def one_iteration(problem: Problem, method: tuple, reward: Any, noise: torch.Tensor) -> torch.Tensor:
@@ -240,18 +147,6 @@ def per_step(problem: Problem, name: str, estimator: str, strength: float, batch
     return {**values, "seconds": time.perf_counter() - begin}
 
 
-def best_so_far(cells: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns reward and held-out reward of every prompt's best run so far, (runs, prompts), and seconds, (runs,)."""
-    length = min(len(cell["rewards"]) for cell in cells)
-    rewards, held_out = (
-        torch.cat([torch.tensor(cell[name][:length], dtype=torch.float64) for cell in cells], dim=1)
-        for name in ("rewards", "held_out")
-    )
-    best, indices = rewards.cummax(0)
-    seconds = torch.tensor([cell["seconds"][:length] for cell in cells], dtype=torch.float64).sum(0).cumsum(0)
-    return best, held_out.gather(0, indices), seconds
-
-
 def summarise(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns by run the means over all prompts of the best reward so far and of the held-out reward of its image."""
     best, held_out, seconds = best_so_far(cells)
@@ -310,23 +205,6 @@ def import_time(rounds: int) -> dict[str, Any]:
     seconds = paired_seconds({name: task(name) for name in ("diffusers", "diffusers_fisher")}, rounds)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {"median_seconds": medians, "ratio": ratio(seconds, "diffusers_fisher", "diffusers")}
-
-
-class Cells:
-    """Computes parts of the benchmark, each once, and keeps them by name."""
-
-    def __init__(self, folder: Path, setting: Setting):
-        self.records = Records(folder, dataclasses.asdict(setting) | {"threads": torch.get_num_threads()})
-
-    def __call__(self, make: Callable[..., dict[str, Any]], *arguments: Any, context: tuple = ()) -> dict[str, Any]:
-        """Returns `make(*context, *arguments)`, from its record if there is one."""
-        words = [make.__name__, *map(str, arguments)]
-        key = "_".join(re.sub(r"[^A-Za-z0-9.]+", "-", word).strip("-") for word in words)
-        if self.records.missing([key]):
-            begin = time.perf_counter()
-            self.records.write(key, make(*context, *arguments))
-            print(f"{key:<70}{time.perf_counter() - begin:>8.1f} s", flush=True)
-        return self.records.read(key)
 
 
 def run(setting: Setting, folder: Path) -> dict[str, Any]:

@@ -1,25 +1,25 @@
 """Measures what keeping the noise white does to guidance on the embedded checkpoint: rewards and held-out rewards.
 
-    python examples/benchmarks/noise_whiteness.py                           # about an hour on two cores
+    python examples/benchmarks/noise_whiteness.py [--checkpoint sd3 | --student FOLDER]
+    python examples/benchmarks/noise_whiteness.py --expect                  # prints how long the whole will take
     python examples/benchmarks/noise_whiteness.py --prompts 16 --steps 8    # a first look, a few minutes
     python examples/benchmarks/noise_whiteness.py --tiny                    # only to see that it runs; writes no JSON
 
-The benchmark writes noise_whiteness.json. Every row (a reward, a projection and a batch) is kept in the folder
-`--records` when it is done, and a second run continues from there.
+The student, the distilled checkpoint of train_student.py, makes its images in one step. The benchmark writes
+noise_whiteness.json, with the network's name behind it where it is not the first checkpoint. Every row (a reward, a
+projection and a batch) is kept in the folder `--records` when it is done, and a second run continues from there.
 """
 
-import argparse
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import save
-from guidance import TINY, Cells, Problem, Setting, best_so_far
-
-from diffusers_fisher import embedded_prompt
+from guidance_problem import TINY, Cells, Problem, Setting, Source, best_so_far, mean_and_error, parse, prices
 
 PROJECTIONS = ("none", "soft", "hard")
+DIFFERENCE = ("held_out_difference", "held_out_difference_standard_error")
 
 
 def row(problem: Problem, name: str, projection: str, batch: int) -> dict[str, Any]:
@@ -27,10 +27,10 @@ def row(problem: Problem, name: str, projection: str, batch: int) -> dict[str, A
     setting = problem.setting
     reward, held_out = problem.rewards(batch)[name]
     out = problem.pipe.guide(
-        [embedded_prompt(label) for label in problem.batch_labels(batch)], reward, held_out_reward=held_out,
+        problem.prompts(batch), reward, held_out_reward=held_out,
         latents=problem.noises[batch], num_guidance_steps=setting.iterations, step_size=setting.step_size,
         num_inference_steps=setting.steps, guidance_scale=setting.guidance_scale, output_type="pt",
-        noise_projection=None if projection == "none" else projection,
+        noise_projection=None if projection == "none" else projection, generator=torch.Generator().manual_seed(batch),
     )  # fmt: skip
     return {
         "rewards": out.rewards.tolist(), "held_out": out.held_out_rewards.tolist(),
@@ -73,20 +73,17 @@ def at_equal_reward(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         difference = held_out - values["none"][2]
         result[projection] = {
             "run": run, "reward": reward, "held_out": float(held_out.mean()),
-            "held_out_difference": float(difference.mean()),
-            "held_out_difference_standard_error": float(difference.std() / len(difference) ** 0.5),
+            **dict(zip(DIFFERENCE, mean_and_error(difference), strict=True)),
         }  # fmt: skip
     return result
 
 
-def run(setting: Setting, folder: Path) -> dict[str, Any]:
-    cells, problem = Cells(folder, setting), Problem(setting)
+def run(setting: Setting, folder: Path, source: Source | None = None) -> dict[str, Any]:
+    cells, problem = Cells(folder, setting, source), Problem(setting, source)
     result: dict[str, Any] = {"setting": dataclasses.asdict(setting), "after": {}, "at_equal_reward": {}}
     for name in problem.rewards(0):
         rows = {
-            projection: [
-                cells(row, name, projection, batch, context=(problem,)) for batch in range(len(problem.noises))
-            ]
+            projection: [cells(row, name, projection, batch, context=(problem,)) for batch in problem.batches]
             for projection in PROJECTIONS
         }
         result["after"][name] = {projection: summarise(each) for projection, each in rows.items()}
@@ -94,20 +91,25 @@ def run(setting: Setting, folder: Path) -> dict[str, Any]:
     return result
 
 
+def expected_seconds(setting: Setting, source: Source) -> float:
+    """Returns the seconds of the whole, by the price of its evaluations now."""
+    price = prices(Problem(setting, source))
+    run_price = (setting.steps + 1) * price["denoise"] + price["decode backward"]
+    return 3 * len(PROJECTIONS) * setting.compared_prompts * (setting.iterations + 1) * run_price
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=Path, default=Path("outputs/benchmarks/noise_whiteness"))
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--iterations", type=int, default=10)
-    parser.add_argument("--tiny", action="store_true")
-    options = parser.parse_args(arguments)
-    setting = TINY if options.tiny else Setting(steps=options.steps, iterations=options.iterations)
+    options = parse(__doc__, "noise_whiteness", arguments, flags=("expect",), prompts=64, steps=25, iterations=10)
+    steps, scale = (options.steps, 2.0) if options.student is None else (1, 1.0)
+    setting = TINY if options.tiny else Setting(steps=steps, guidance_scale=scale, iterations=options.iterations)
     count = setting.prompts if options.tiny else options.prompts
     setting = dataclasses.replace(setting, prompts=count, compared_prompts=count)
-    result = run(setting, options.records)
+    if options.expect:
+        print(f"The whole takes {expected_seconds(setting, options.source) / 60:.0f} minutes.")
+        return
+    result = run(setting, options.records, options.source)
     if not options.tiny:
-        save("noise_whiteness", result)
+        save(f"noise_whiteness{options.source.suffix}", result)
 
 
 if __name__ == "__main__":

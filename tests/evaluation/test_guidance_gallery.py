@@ -386,3 +386,22 @@ def test_batch_size_zero_and_an_unwritable_folder_raise_an_error(tmp_path):
     result = CliRunner().invoke(app, arguments(tmp_path, "--output", str(tmp_path / "prompts.txt" / "inside")))
     assert result.exit_code == 1
     assert "can't be written" in result.output
+
+
+def test_cheap_runs_candidates_and_white_noise(tmp_path):
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
+    settings = dataclasses.replace(
+        SETTINGS, num_inference_steps=3, num_guidance_inference_steps=2, num_full_iterations=1,
+        num_unguided_iterations=1, num_candidates=2, noise_projection="soft",
+    )  # fmt: skip
+    run_gallery(tmp_path / "out", tmp_path / "prompts.txt", settings)
+    (record,) = records(tmp_path / "out").values()
+    # Two candidates, two runs without guidance, one with it, and two full runs.
+    assert len(record["rewards"]) == len(record["whiteness"]) == 7 and record["best_run"] >= 5
+    assert record["whiteness"][-1] > 0.01
+    assert (
+        "by runs of 2 sampling steps; the images after are those of full runs"
+        in (tmp_path / "out" / "index.html").read_text()
+    )
+    with pytest.raises(InputError, match="`noise_projection` is 'white'"):
+        dataclasses.replace(SETTINGS, noise_projection="white")

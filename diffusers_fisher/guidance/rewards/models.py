@@ -18,7 +18,13 @@ from ...files import load_tensors
 from .images import ImageInput
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel, PreTrainedModel, PreTrainedTokenizerBase, SiglipModel
+    from transformers import (
+        BlipForImageTextRetrieval,
+        CLIPModel,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        SiglipModel,
+    )
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -156,15 +162,7 @@ class TextImageReward:
         return cls.from_pretrained(path, text, True, processor, **kwargs)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        source = prompts if self.text is None else self.text
-        texts = [source] * len(images) if isinstance(source, str) else list(source)
-        if len(texts) != len(images):
-            raise InputError(f"Got {len(texts)} texts for {len(images)} images; allowed: one, or one per image.")
-        if self.text is None and not all(isinstance(text, str) and text.strip() for text in texts):
-            raise InputError(
-                f"The images were made from the prompts {texts}, and similarity to an empty text has no meaning. Give "
-                "the reward a `text`, or prompts that are not empty (`prompts=` of `posterior_guidance`)."
-            )
+        texts = _texts_of(len(images), self.text, prompts)
         features = _image_features(self.model, self.image_input(images))
         cosine = (features * self._text_features(texts).to(features)).sum(-1)
         if not self.logits:
@@ -190,6 +188,58 @@ class TextImageReward:
         while len(self._text_embeddings) > MAX_TEXTS:  # the oldest first
             del self._text_embeddings[next(iter(self._text_embeddings))]
         return result
+
+
+@check_kinds
+@dataclasses.dataclass(eq=False, repr=False)
+class BlipReward:
+    """Rewards the match of image and text under BLIP (Li et al., 2201.12086), the network under ImageReward.
+
+    The reward is the log-odds (nats) of a match by BLIP's matching head, whose text encoder attends to the image.
+    ImageReward's own head of further layers is not among transformers' classes.
+
+    Args:
+        model: `BlipForImageTextRetrieval`, in evaluation mode.
+        tokenizer: tokenizer of the same checkpoint.
+        image_input: function from images in [0, 1] to `pixel_values`.
+        text: description of the wanted images, one for all or one per image; None: the prompts that the images were
+            made from, which must not be empty.
+    """
+
+    model: BlipForImageTextRetrieval
+    tokenizer: PreTrainedTokenizerBase
+    image_input: ImageInput
+    text: str | Sequence[str] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike = "Salesforce/blip-itm-base-coco", text: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> BlipReward:  # fmt: skip
+        """Loads a model with its tokenizer and the settings of its image processor.
+
+        Args:
+            path: folder or Hub name of the checkpoint.
+            text: description of the wanted images; see the class.
+            **kwargs: arguments of transformers' `from_pretrained` (`dtype`, `device_map`, ...).
+        """
+        from transformers import AutoTokenizer, BlipForImageTextRetrieval
+
+        model = _freeze(BlipForImageTextRetrieval.from_pretrained(path, **NO_REMOTE_CODE | kwargs))
+        options = _download_options(kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(path, **NO_REMOTE_CODE | options)
+        return cls(model, tokenizer, ImageInput.from_pretrained(path, **options), text)
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        texts = _texts_of(len(images), self.text, prompts)
+        length = self.model.config.text_config.max_position_embeddings  # type: ignore[union-attr]
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        logits = self.model(
+            input_ids=tokens["input_ids"].to(images.device), attention_mask=tokens["attention_mask"].to(images.device),
+            pixel_values=self.image_input(images).to(self.model.dtype),
+        ).itm_score  # fmt: skip
+        different, match = _to_float32(logits).unbind(1)
+        return match - different
 
 
 @check_kinds
@@ -280,6 +330,24 @@ def _head_tensors(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise CheckpointError(f"'{path}' holds a {type(content).__name__}; allowed: a dictionary of tensors.")
     return content
+
+
+def _texts_of(count: int, text: str | Sequence[str] | None, prompts: Sequence[str]) -> list[str]:
+    """Returns one text per image: `text`, or for None the prompts.
+
+    Raises:
+        InputError: texts of another number, or an empty prompt.
+    """
+    source = prompts if text is None else text
+    texts = [source] * count if isinstance(source, str) else list(source)
+    if len(texts) != count:
+        raise InputError(f"Got {len(texts)} texts for {count} images; allowed: one, or one per image.")
+    if text is None and not all(isinstance(each, str) and each.strip() for each in texts):
+        raise InputError(
+            f"The images were made from the prompts {texts}, and similarity to an empty text has no meaning. Give "
+            "the reward a `text`, or prompts that are not empty (`prompts=` of `posterior_guidance`)."
+        )
+    return texts
 
 
 def _download_options(kwargs: dict[str, Any], same_repository: bool = True) -> dict[str, Any]:

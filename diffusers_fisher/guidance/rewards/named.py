@@ -16,11 +16,11 @@ from ...arguments import check_kinds, fit
 from ...checkpoints import embedded_checkpoint
 from ...errors import FisherError, InputError
 from ..checks import Reward, check_callable, name_of
-from .models import AestheticReward, ClassifierReward, TextImageReward
+from .models import AestheticReward, BlipReward, ClassifierReward, TextImageReward
 
 FORMS = (
     "classifier:PATH:CLASS (PATH 'embedded' for the embedded checkpoint), clip[:PATH], siglip[:PATH], "
-    "pick_score[:PATH], aesthetic:HEAD_FILE[:CLIP_PATH], python:MODULE:FUNCTION"
+    "pick_score[:PATH], blip[:PATH], aesthetic:HEAD_FILE[:CLIP_PATH], python:MODULE:FUNCTION"
 )
 
 
@@ -72,6 +72,8 @@ def _load(name: str) -> Reward:
     if kind in ("clip", "siglip", "pick_score") and len(parts) <= 1:
         make = getattr(TextImageReward, kind)
         return make(path=parts[0]) if parts else make()
+    if kind == "blip" and len(parts) <= 1:
+        return BlipReward.from_pretrained(*parts)
     if kind == "aesthetic" and 1 <= len(parts) <= 2:
         return AestheticReward.from_pretrained(*parts)
     if kind == "python" and len(parts) == 2:
