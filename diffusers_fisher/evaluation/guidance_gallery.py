@@ -20,7 +20,7 @@ from ..files import check_writable, finite_number
 from ..fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDifferenceFisher, FisherEstimator
 from ..guidance import GuidanceOutput, named_reward
 from ..guidance.movers import optimizer_factory
-from ..guidance.noise_ascent import COMPLETED
+from ..guidance.output import COMPLETED
 from ..jobs.folder_lock import locked_folder
 from ..jobs.pages import save_picture
 from ..jobs.pipelines import DenoiserSettings, load_pipeline

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, FiniteFloat
 
 from ..figures import make_figure, write_plain
 from ..files import save_figure
-from ..guidance.noise_ascent import COMPLETED
+from ..guidance.output import COMPLETED
 from ..jobs.pages import Page
 from ..settings import NotNegative
 

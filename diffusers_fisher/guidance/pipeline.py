@@ -38,7 +38,8 @@ from .checks import (
     check_reported,
 )
 from .movers import OptimizerFactory, optimizer_factory
-from .noise_ascent import COMPLETED, VARIABLES, AscentSettings, GuidanceOutput, GuidedRun, NoiseAscent
+from .noise_ascent import VARIABLES, AscentSettings, GuidedRun, NoiseAscent
+from .output import COMPLETED, GuidanceOutput
 from .phases import CheapRuns, GuidanceCallback, GuidanceStep, Phases, cheap_runs, reordered_pairs
 from .rewards.named import named_reward
 from .text import TextEmbedding, TextGradientEstimator
