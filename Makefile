@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 DOCS := .venv-docs
 
-.PHONY: install demo test lint format types check ci-full house lowest peer-suites docs clean
+.PHONY: install demo test lint format types check ci-full house lowest peer-suites docs dist clean
 
 install: $(STAMP)
 
@@ -72,6 +72,13 @@ $(DOCS)/.installed: pyproject.toml
 	$(DOCS)/bin/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*extras['docs'], sep='\n')" > $(DOCS)/requirements.txt
 	$(DOCS)/bin/python -m pip install --quiet -r $(DOCS)/requirements.txt
 	touch $@
+
+# Source distribution and wheel in dist/, as PyPI takes them.
+dist: install
+	$(BIN)/python -m pip install --quiet build twine
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(DOCS) site outputs build dist *.egg-info

@@ -47,7 +47,7 @@ class ClassifierReward:
         self.image_input = image_input
 
     def __repr__(self) -> str:
-        names = self.model.config.id2label
+        names = self.model.config.id2label or {}
         targets = [names.get(number, number) for number in self.targets.tolist()]
         return f"{type(self).__name__}({type(self.model).__name__}, target={targets})"
 
