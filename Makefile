@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 LOWEST := .venv-lowest
+DOCS := .venv-docs
 
-.PHONY: install demo test lint format types check ci-full house lowest peer-suites clean
+.PHONY: install demo test lint format types check ci-full house lowest peer-suites docs dist clean
 
 install: $(STAMP)
 
@@ -63,5 +64,23 @@ lowest: pyproject.toml
 peer-suites: install
 	$(BIN)/python tests/peer_suites.py $(TESTS)
 
+# The documentation's site, in site/. The sources are read and not imported, so the small environment has no PyTorch.
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
+
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS)/bin/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*extras['docs'], sep='\n')" > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install --quiet -r $(DOCS)/requirements.txt
+	touch $@
+
+# Source distribution and wheel in dist/, as PyPI takes them.
+dist: install
+	$(BIN)/python -m pip install --quiet build twine
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) $(LOWEST) outputs build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(DOCS) site outputs build dist *.egg-info

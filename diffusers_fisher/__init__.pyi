@@ -33,6 +33,9 @@ from .curvature import (
     fit_level_fisher as fit_level_fisher,
     state_uncertainty as state_uncertainty,
 )
+from .curvature.dimension import (
+    dimension_plot as dimension_plot,
+)
 from .curvature.memorisation_pipeline import (
     memorisation as memorisation,
 )
@@ -95,6 +98,7 @@ from .fisher import (
     centred_endpoint_error_bound as centred_endpoint_error_bound,
     endpoint_error_bound as endpoint_error_bound,
     norm_trace_error_bound as norm_trace_error_bound,
+    rademacher as rademacher,
     residual_trace_error_bound as residual_trace_error_bound,
 )
 from .guidance import (
@@ -142,6 +146,9 @@ from .likelihood.checkpoints import (
 from .likelihood.held_out import (
     HeldOutLikelihood as HeldOutLikelihood,
 )
+from .likelihood.output import (
+    likelihood_plot as likelihood_plot,
+)
 from .likelihood.pipeline import (
     compare_likelihood as compare_likelihood,
     log_likelihood as log_likelihood,
@@ -158,9 +165,7 @@ from .noise import (
     register_noise_schedule as register_noise_schedule,
 )
 from .pictures import (
-    dimension_plot as dimension_plot,
     fisher_pictures as fisher_pictures,
-    likelihood_plot as likelihood_plot,
     memorisation_pictures as memorisation_pictures,
     trace_plot as trace_plot,
     uncertainty_pictures as uncertainty_pictures,

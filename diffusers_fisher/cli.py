@@ -64,6 +64,16 @@ def demo(
 
 
 @app.command()
+def examples(
+    output: Annotated[Path, Option(help="Folder that gets the folders 'configs' and 'examples'.")] = Path("."),
+) -> None:
+    """Copy the examples and configurations that the documentation calls."""
+    from .examples import copy_examples
+
+    echo("\n".join(copy_examples(output)))
+
+
+@app.command()
 def check(
     model: Annotated[str, Argument(help="Folder or Hub id of a pipeline; 'embedded' is the embedded one.")],
     data: Annotated[

@@ -35,6 +35,12 @@ class Denoiser(abc.ABC):
         self.num_calls = 0
         self._features: torch.Tensor | None = None  # of the last evaluation
 
+    def __repr__(self) -> str:
+        scale = "unguided" if self.guidance_scale is None else f"guidance scale {self.guidance_scale:g}"
+        scheduler = type(self.scheduler).__name__
+        name = f"{type(self).__name__}: {self.prediction.kind}, {scheduler}, {scale}"
+        return f"<{name}, {self.num_calls} evaluations so far>"
+
     @abc.abstractmethod
     def model_output(self, x: torch.Tensor, timestep: Timestep) -> torch.Tensor:
         """Returns the raw model output at model input `x`, (B, ...). Builds a graph only where `x` asks for one.

@@ -2,14 +2,21 @@
 
 import functools
 import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
+import torch
 from matplotlib import font_manager, ft2font
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from .errors import InputError
+
+BAND = 2.0  # half the width of a band, in standard errors
 ORDERS_LETTERS = "__libraqm_version__" in vars(ft2font)
 """Whether matplotlib puts letters of scripts that run from right to left into their order; releases before 3.11
 don't."""
@@ -19,6 +26,38 @@ def make_figure(width: float, height: float, rows: int = 1, columns: int = 1) ->
     """Returns a figure of `width` x `height` inches, and its axes row by row."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def draw_curve(axes: Axes, x: torch.Tensor, y: torch.Tensor, error: torch.Tensor) -> Line2D:
+    """Draws y (levels,) with the band of its standard errors, where they are finite; returns the line."""
+    (curve,) = axes.plot(x.numpy(), y.numpy(), marker=".")
+    width = torch.where(torch.isfinite(error), BAND * error, 0)
+    if bool((width > 0).any()):
+        low, high = (y - width).numpy(), (y + width).numpy()
+        axes.fill_between(x.numpy(), low, high, color=curve.get_color(), alpha=0.25, linewidth=0)
+    return curve
+
+
+def finish_curves(axes: Axes, label: str, curves: Sequence[Line2D], names: Sequence[str]) -> None:
+    """Labels the axes of curves by noise level, and makes the legend."""
+    axes.set(xscale="log", xlabel=r"noise to signal, $\sigma/\alpha$", ylabel=label)
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+    legend = axes.legend(curves, map(str, range(len(curves))))
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        write_plain(text, name)
+
+
+def check_index(index: int, counts: Mapping[str, int], function: str) -> None:
+    """Raises `InputError` unless there are outputs of `function`, and all have an image of this index."""
+    if not counts:
+        raise InputError(f"There are no outputs; give at least one name with an output of `{function}`.")
+    for name, count in counts.items():
+        if not 0 <= index < count:
+            raise InputError(f"`index` is {index}; '{name}' has the images 0 to {count - 1}.")
 
 
 def write_plain(text: Text, words: str, otherwise: str | None = None) -> None:

@@ -16,13 +16,12 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .arguments import check_kinds
 from .backbones import backbone_of
-from .curvature import IntrinsicDimension, PosteriorUncertainty
+from .curvature import PosteriorUncertainty
 from .curvature.memorisation_output import Memorisation, Score
 from .curvature.uncertainty_pipeline import PixelUncertainty
 from .errors import InputError
 from .fisher.estimate import Estimate, Probes
 from .fisher.operator import FisherOperator
-from .likelihood import LikelihoodOutput
 from .noise import NoiseLevel, expand
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
     from matplotlib.lines import Line2D
 
-BAND = 2.0  # half the width of a band, in standard errors
 CELL = 1.5  # width of one picture, in inches
 
 
@@ -173,7 +171,7 @@ def trace_plot(
     Raises:
         InputError: there are no estimates, the estimates are not traces, or their number is not that of the levels.
     """
-    from .figures import make_figure
+    from .figures import finish_curves, make_figure
 
     levels = [levels] if isinstance(levels, NoiseLevel) else levels
     if not levels:
@@ -184,69 +182,7 @@ def trace_plot(
     figure, (axes,) = make_figure(6.5, 4)
     curves = [_draw_line(axes, sigma / alpha, sigma, line, dimensions) for line in estimates.values()]
     label = r"$\sigma^2\,\mathrm{tr}\,F$" if dimensions is None else r"$r = (d - \sigma^2\,\mathrm{tr}\,F)/d$"
-    _finish_curves(axes, label, curves, list(estimates))
-    return figure
-
-
-@check_kinds
-def likelihood_plot(outputs: Mapping[str, LikelihoodOutput], index: int = 0) -> Figure:
-    """Draws r = tr Cov[eps|x]/d of one image by noise level, whose integral is a log-likelihood.
-
-    A band of two standard errors shows what the random directions of a level leave. Traces without directions have no
-    band.
-
-    Args:
-        outputs: likelihoods of the same images, by a name for the legend.
-        index: the image's place in the batch.
-
-    Returns:
-        A matplotlib figure. The legend has the image's bits/dim and half of its 95% interval.
-
-    Raises:
-        InputError: there are no outputs, or one has no such image.
-    """
-    from .figures import make_figure
-
-    _check_index(index, {name: len(output.log_prob) for name, output in outputs.items()}, "log_likelihood")
-    figure, (axes,) = make_figure(6.5, 4)
-    curves, labels = [], []
-    for name, output in outputs.items():
-        r, error = output.unexplained_noise_fraction[:, index], output.unexplained_noise_error[:, index]
-        curves.append(_draw_curve(axes, output.noise_to_signal, r, error))
-        bits = float(output.bits_per_dim[index])
-        labels.append(f"{name}: {bits:.3f} +- {float(output.total_error_bits[index]):.3f} bits/dim")
-    _finish_curves(axes, r"$r = (d - \sigma^2\,\mathrm{tr}\,F)/d$", curves, labels)
-    return figure
-
-
-@check_kinds
-def dimension_plot(outputs: Mapping[str, IntrinsicDimension], index: int = 0) -> Figure:
-    """Draws the intrinsic dimension of one image by noise level, with a horizontal line on its plateau.
-
-    A band of two standard errors shows what the trace leaves. Exact traces, and models without calibration, have no
-    band.
-
-    Args:
-        outputs: intrinsic dimensions, by a name for the legend.
-        index: the image's place in the batch.
-
-    Returns:
-        A matplotlib figure. The legend has the dimension and its standard error.
-
-    Raises:
-        InputError: there are no outputs, or one has no such image.
-    """
-    from .figures import make_figure
-
-    _check_index(index, {name: len(output.value) for name, output in outputs.items()}, "intrinsic_dimension")
-    figure, (axes,) = make_figure(6.5, 4)
-    curves, labels = [], []
-    for name, output in outputs.items():
-        curves.append(_draw_curve(axes, output.noise_to_signal, output.curve[:, index], output.curve_error[:, index]))
-        value = float(output.value[index])
-        axes.hlines(value, *output.plateau[index].tolist(), color=curves[-1].get_color(), linestyle="dashed")
-        labels.append(f"{name}: {value:.1f} +- {float(output.standard_error[index]):.1f}")
-    _finish_curves(axes, "intrinsic dimension", curves, labels)
+    finish_curves(axes, label, curves, list(estimates))
     return figure
 
 
@@ -366,33 +302,6 @@ def _draw_group(part: SubFigure, name: str, columns: list[_Column]) -> None:
                 part.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
 
 
-def _draw_curve(axes: Axes, x: torch.Tensor, y: torch.Tensor, error: torch.Tensor) -> Line2D:
-    """Draws y (levels,) with the band of its standard errors, where they are finite; returns the line."""
-    (curve,) = axes.plot(x.numpy(), y.numpy(), marker=".")
-    width = torch.where(torch.isfinite(error), BAND * error, 0)
-    if bool((width > 0).any()):
-        low, high = (y - width).numpy(), (y + width).numpy()
-        axes.fill_between(x.numpy(), low, high, color=curve.get_color(), alpha=0.25, linewidth=0)
-    return curve
-
-
-def _finish_curves(axes: Axes, label: str, curves: Sequence[Line2D], names: Sequence[str]) -> None:
-    """Labels the axes of curves by noise level, and makes the legend."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    from .figures import write_plain
-
-    axes.set(xscale="log", xlabel=r"noise to signal, $\sigma/\alpha$", ylabel=label)
-    low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3)
-    legend = axes.legend(curves, map(str, range(len(curves))))
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        write_plain(text, name)
-
-
 def _draw_line(
     axes: Axes, x: torch.Tensor, sigma: torch.Tensor, line: Sequence[Estimate], dimensions: int | None
 ) -> Line2D:
@@ -400,16 +309,9 @@ def _draw_line(
     offset, factor = (0, sigma**2) if dimensions is None else (1, -(sigma**2) / dimensions)
     mean = offset + factor * torch.stack([estimate.value.mean() for estimate in line]).cpu()
     errors = [estimate.standard_error.square().sum().sqrt() / len(estimate.standard_error) for estimate in line]
-    return _draw_curve(axes, x, mean, factor.abs() * torch.stack(errors).cpu())
+    from .figures import draw_curve
 
-
-def _check_index(index: int, counts: Mapping[str, int], function: str) -> None:
-    """Raises `InputError` unless there are outputs of `function`, and all have an image of this index."""
-    if not counts:
-        raise InputError(f"There are no outputs; give at least one name with an output of `{function}`.")
-    for name, count in counts.items():
-        if not 0 <= index < count:
-            raise InputError(f"`index` is {index}; '{name}' has the images 0 to {count - 1}.")
+    return draw_curve(axes, x, mean, factor.abs() * torch.stack(errors).cpu())
 
 
 def _check_estimates(estimates: Mapping[str, Sequence[Estimate]], count: int) -> None:

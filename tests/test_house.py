@@ -9,10 +9,10 @@ TREES = house.parse()
 FILES = house.imports(TREES)
 
 ROOMS = (
-    "console", "errors", "arguments", "features", "figures", "remote", "files", "image_folders", "images", "seeds",
-    "settings", "noise", "denoiser", "distributions", "fisher", "models", "schedulers", "checkpoints", "data",
-    "backbones", "likelihood", "curvature", "guidance", "pictures", "testing", "pipelines", "demo", "jobs", "studies",
-    "training", "evaluation", "checks", "cli",
+    "console", "errors", "examples", "arguments", "features", "figures", "remote", "files", "image_folders", "images",
+    "outputs", "seeds", "settings", "noise", "denoiser", "distributions", "fisher", "models", "schedulers",
+    "checkpoints", "data", "backbones", "likelihood", "curvature", "guidance", "pictures", "testing", "pipelines",
+    "demo", "jobs", "studies", "training", "evaluation", "checks", "cli",
 )  # fmt: skip
 """From the lowest to the highest: each imports those before it alone."""
 

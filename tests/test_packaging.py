@@ -138,9 +138,13 @@ def test_wheel_has_everything_and_works_by_itself(tmp_path):
     assert "diffusers_fisher/jobs/templates/page.html" in expected
     assert "diffusers_fisher/checkpoints/fashion_mnist/unet/diffusion_pytorch_model.safetensors" in expected
     assert {name: members.get(name) == content for name, content in expected.items()} == dict.fromkeys(expected, True)
-    assert [name for name in members if name not in expected and not name.startswith(f"{information}/")] == []
+    shared = f"diffusers_fisher-{VERSION}.data/data/share/diffusers_fisher/"
+    others = [name for name in members if name not in expected and not name.startswith((f"{information}/", shared))]
+    assert others == []
+    assert {f"{shared}configs/trace_embedded.yaml", f"{shared}examples/fashion_mnist.py"} <= set(members)
     assert "diffusers-fisher = diffusers_fisher.cli:app" in members[f"{information}/entry_points.txt"].decode()
-    assert f"{information}/licenses/LICENSE" in members
+    assert {f"{information}/licenses/{name}" for name in ("LICENSE", "NOTICE")} <= set(members)
+    assert b"Zalando" in members[f"{information}/licenses/NOTICE"]
     metadata = email.message_from_bytes(members[f"{information}/METADATA"])
     assert (metadata["Version"], metadata["License-Expression"]) == (VERSION, "Apache-2.0")
     assert "diffusers<1,>=0.41" in metadata.get_all("Requires-Dist")
@@ -155,6 +159,9 @@ def test_wheel_has_everything_and_works_by_itself(tmp_path):
         ).stdout.strip()
 
     assert output(sys.executable, str(target / "bin" / "diffusers-fisher"), "--version") == VERSION
+    copied = output(sys.executable, str(target / "bin" / "diffusers-fisher"), "examples", "--output", "copied")
+    assert "configs/trace_embedded.yaml" in copied.splitlines()
+    assert (tmp_path / "copied" / "examples" / "fashion_mnist.py").is_file()
     question = "from diffusers_fisher import embedded_checkpoint as f; print(f())"
     assert output(sys.executable, "-W", "ignore", "-c", question) == str(
         target / "diffusers_fisher" / "checkpoints" / "fashion_mnist"

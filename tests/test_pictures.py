@@ -25,8 +25,9 @@ from diffusers_fisher import (
 )
 from diffusers_fisher.fisher import rademacher
 from diffusers_fisher.likelihood import Integration, integrate_log_likelihood
+from diffusers_fisher.likelihood.output import likelihood_plot
 from diffusers_fisher.noise import Prediction
-from diffusers_fisher.pictures import decode_latents, fisher_pictures, likelihood_plot, trace_plot
+from diffusers_fisher.pictures import decode_latents, fisher_pictures, trace_plot
 
 SHAPE = (2, 4, 8, 8)
 

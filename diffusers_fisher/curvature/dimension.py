@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,10 +23,12 @@ from ..fisher.estimator import FisherEstimator
 from ..likelihood.problem import Integration, OdeProblem, prepare_problem
 from ..likelihood.traces import TraceRecord
 from ..noise import log_noise_to_signal_range, timestep_at
+from ..outputs import OutputTable
 from .plateau import WIDE, find_plateau
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
+    from matplotlib.figure import Figure
 
 NUM_LEVELS = 16
 """Number of noise levels by default."""
@@ -36,7 +38,7 @@ NoiseLevels = float | Sequence[float] | torch.Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
-class IntrinsicDimension:
+class IntrinsicDimension(OutputTable):
     """Holds local intrinsic dimensions of a batch. All tensors are float64 on the CPU.
 
     Args:
@@ -55,6 +57,8 @@ class IntrinsicDimension:
         trace: description of the trace's estimator, and its number of probes.
     """
 
+    SAMPLE_COLUMNS = ("value", "standard_error", "has_plateau")
+
     value: torch.Tensor
     standard_error: torch.Tensor
     curve: torch.Tensor
@@ -71,6 +75,10 @@ class IntrinsicDimension:
         """Whether the noise grows by a factor of e or more on the plateau, (B,) bool. Where it does not, the curve is
         flat nowhere, and `value` depends on the choice of the levels: compare samples by `curve` at one level."""
         return (self.plateau[:, 1] / self.plateau[:, 0]).log() > WIDE - 1e-9
+
+    def plot(self, index: int = 0) -> Figure:
+        """Draws the dimension of the image at `index` of the batch by noise level, see `dimension_plot`."""
+        return dimension_plot({self.trace: self}, index)
 
     def __str__(self) -> str:
         count, found, (low, high) = (
@@ -197,3 +205,34 @@ def _errors(
         # A model is wrong at neighbouring levels alike, so its error does not fall by the mean over them.
         return error, torch.where(member, error, 0).sum(0) / count
     return probe_error, torch.where(member, probe_error, 0).square().sum(0).sqrt() / count
+
+
+@check_kinds
+def dimension_plot(outputs: Mapping[str, IntrinsicDimension], index: int = 0) -> Figure:
+    """Draws the intrinsic dimension of one image by noise level, with a horizontal line on its plateau.
+
+    A band of two standard errors shows what the trace leaves. Exact traces, and models without calibration, have no
+    band.
+
+    Args:
+        outputs: intrinsic dimensions, by a name for the legend.
+        index: the image's place in the batch.
+
+    Returns:
+        A matplotlib figure. The legend has the dimension and its standard error.
+
+    Raises:
+        InputError: there are no outputs, or one has no such image.
+    """
+    from ..figures import check_index, draw_curve, finish_curves, make_figure
+
+    check_index(index, {name: len(output.value) for name, output in outputs.items()}, "intrinsic_dimension")
+    figure, (axes,) = make_figure(6.5, 4)
+    curves, labels = [], []
+    for name, output in outputs.items():
+        curves.append(draw_curve(axes, output.noise_to_signal, output.curve[:, index], output.curve_error[:, index]))
+        value = float(output.value[index])
+        axes.hlines(value, *output.plateau[index].tolist(), color=curves[-1].get_color(), linestyle="dashed")
+        labels.append(f"{name}: {value:.1f} +- {float(output.standard_error[index]):.1f}")
+    finish_curves(axes, "intrinsic dimension", curves, labels)
+    return figure

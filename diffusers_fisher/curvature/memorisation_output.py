@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from ..arguments import check_kinds
 from ..errors import InputError
 from ..likelihood.traces import scatter_error
+from ..outputs import OutputTable
 from .maps import repeat_by_pixel
+
+if TYPE_CHECKING:
+    import pandas
 
 Score = Literal["score", "trace"]
 """Names of the two scores: the squared difference of the scores, and the difference of the traces."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Memorisation:
+class Memorisation(OutputTable):
     """Holds how far the laws of prompts have collapsed beside the unconditional law, before an image exists.
 
     Both scores are large for memorised prompts, and 0 where a prompt changes nothing. All tensors but `noise` are
@@ -40,6 +44,8 @@ class Memorisation:
             of F; None: not asked for.
         trace_maps_error: (B, ...) standard errors of `trace_maps` by the draws; infinite for one draw.
     """
+
+    SAMPLE_COLUMNS = ("score_difference", "score_error")
 
     score_differences: torch.Tensor
     trace_differences: torch.Tensor | None
@@ -74,6 +80,13 @@ class Memorisation:
         """Standard error of `trace_difference` over the draws and their random directions, (B,); infinite for one
         draw. Raises `InputError` where there is none."""
         return scatter_error(self._differences("trace").mean(0))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Returns a table with one row per prompt: both scores with their errors, where they were asked for."""
+        table = super().to_pandas()
+        if self.trace_differences is None:
+            return table
+        return table.assign(trace_difference=self.trace_difference.tolist(), trace_error=self.trace_error.tolist())
 
     @check_kinds
     def least_memorised_noise(self, by: Score = "score") -> torch.Tensor:

@@ -7,11 +7,12 @@ import math
 
 import torch
 
+from ..outputs import OutputTable
 from .maps import repeat_by_pixel
 
 
 @dataclasses.dataclass(frozen=True)
-class LikelihoodBound:
+class LikelihoodBound(OutputTable):
     """Holds upper bounds on the negative log-likelihoods of a batch. All tensors are float64 on the CPU.
 
     Args:
@@ -34,6 +35,8 @@ class LikelihoodBound:
         offset_bits: bits that `bits_per_dim` adds for data in bins, see `LikelihoodOutput`.
         maps: (B, ...) nats, part of `value` by each element of a sample; they add up to `value`. None: not asked for.
     """
+
+    SAMPLE_COLUMNS = ("bits_per_dim", "value", "standard_error", "prior_terms", "clamped")
 
     value: torch.Tensor
     standard_error: torch.Tensor

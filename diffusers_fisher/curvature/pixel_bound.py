@@ -23,12 +23,13 @@ from ..images import UNIT_RANGE, ImageLike, image_tensor
 from ..likelihood.bins import bin_positions
 from ..likelihood.draws import ImageDraws
 from ..likelihood.pipeline import pixel_keys
+from ..outputs import OutputTable
 from .pipeline import likelihood_bound
 from .schedule_chain import bin_log_probability
 
 
 @dataclasses.dataclass(frozen=True)
-class PixelBound:
+class PixelBound(OutputTable):
     """Holds upper bounds on the negative log-likelihoods of images in pixels. All tensors are float64 on the CPU.
 
     Args:
@@ -43,6 +44,8 @@ class PixelBound:
         density: "bins" (the probability of the images' bins) or "data" (a density of pixels in -1..1).
         variance: description of the reverse chain's variance.
     """
+
+    SAMPLE_COLUMNS = ("bits_per_dim", "value", "standard_error", "decoder_term", "encoder_term", "latent_term")
 
     value: torch.Tensor
     standard_error: torch.Tensor

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, FiniteFloat
 
 from ..figures import make_figure, write_plain
 from ..files import save_figure
-from ..guidance.noise_ascent import COMPLETED
+from ..guidance.output import COMPLETED
 from ..jobs.pages import Page
 from ..settings import NotNegative
 
@@ -29,6 +29,18 @@ QUANTITIES = {
     "whiteness": "whiteness of the noise",
     "bits_per_dim": "bits/dim",
 }  # keys of a record, with their names on the page
+
+
+EXPLANATIONS = {
+    "reward": "reward: in the unit of the reward itself; higher is better.",
+    "held-out reward": "held-out reward: of a second reward, which was watched and not optimised.",
+    "shell distance": "shell distance: how far the norm of the initial noise is from that of Gaussian noise, in "
+    "standard deviations. Beyond 3 the model was not trained on such noise.",
+    "whiteness of the noise": "whiteness: how often white noise is as uneven as this one, from 0 to 1. Below 0.01 the "
+    "model was not trained on such noise.",
+    "bits/dim": "bits/dim: negative log-likelihood of the image's latents; lower is likelier.",
+}
+"""What the page says of a quantity, by its name there."""
 
 
 class FailedPrompt(BaseModel):
@@ -80,10 +92,16 @@ def write_gallery(folder: Path, records: Sequence[dict[str, Any]], settings: Map
     )
     means = gallery_summary(records)["means"]
     page.table(("mean over prompts", "before", "after"), [(name, *row) for name, row in means.items()])
-    page.figure(curves(records), "Reward by run: every prompt, and the mean. A held-out reward that falls while the "
-                "reward rises is a sign of reward hacking.")  # fmt: skip
-    page.figure(by_seconds(records), "The best reward so far, and the held-out reward of its image, by seconds of "
-                "guidance: means over the prompts.")  # fmt: skip
+    page.paragraph("\n".join(EXPLANATIONS[name] for name in means if name in EXPLANATIONS))
+    has_held_out = "held_out" in _reward_names(records)
+    hacking = (
+        " A held-out reward that falls while the reward rises is a sign of reward hacking." if has_held_out else ""
+    )
+    page.figure(curves(records), f"Reward by run: every prompt, and the mean.{hacking}")
+    held_out = ", and the held-out reward of its image," if has_held_out else ","
+    page.figure(
+        by_seconds(records), f"The best reward so far{held_out} by seconds of guidance: means over the prompts."
+    )
     page.heading("Prompts")
     if len(records) > LIMIT:
         page.paragraph(f"The first {LIMIT}; all pictures are in the folder '{PICTURES}', all numbers in 'records'.")

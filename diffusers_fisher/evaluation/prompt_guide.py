@@ -12,7 +12,7 @@ from ..errors import CoarseGridWarning, InputError, NumericalError
 from ..fisher import AutodiffFisher, DirectFisher, EndpointFisher, FiniteDifferenceFisher, FisherEstimator
 from ..guidance import GuidanceOutput, named_reward
 from ..guidance.movers import optimizer_factory
-from ..guidance.noise_ascent import COMPLETED
+from ..guidance.output import COMPLETED
 from ..jobs.pipelines import DenoiserSettings, load_pipeline, place_pipeline
 from ..settings import Dtype, GuidanceEstimator, NoiseProjection, NotNegative, Positive, settings_class
 

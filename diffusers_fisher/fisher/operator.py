@@ -15,7 +15,7 @@ import torch
 from ..arguments import check_kinds
 from ..errors import InputError, NumericalError, UnsupportedError, check_floats, check_shape
 from ..noise import DenoisingState, combine, expand
-from .estimate import Estimate, Probes, check_vectors
+from .estimate import Estimate, Generators, Probes, check_vectors, rademacher
 from .numerics import conjugate_gradients, dot, extreme_eigenpairs
 
 
@@ -24,7 +24,8 @@ class FisherOperator(abc.ABC):
 
     Subclasses implement `covariance(v)`; all other methods follow from it. Every product takes and returns (B, ...)
     tensors of the state's shape, one vector per sample, in the scheduler's carried coordinates. Operators form a
-    vector space (`a + b`, `2.0 * a`). They can be damped, symmetrised and inverted, and have extreme eigenpairs.
+    vector space (`a + b`, `2.0 * a`), and `operator @ v` is F v. They can be damped, symmetrised and inverted, and
+    have extreme eigenpairs.
     """
 
     symmetric = True  # whether products are those of a symmetric matrix
@@ -34,6 +35,16 @@ class FisherOperator(abc.ABC):
 
     def __init__(self, state: DenoisingState):
         self.state = state
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (B, d, d) of `dense()`: one matrix per sample, over the d elements of a sample."""
+        dimensions = self.state.sample[0].numel()
+        return len(self.state.sample), dimensions, dimensions
+
+    def __repr__(self) -> str:
+        samples = f"samples {tuple(self.state.sample.shape)}"
+        return f"<{type(self).__name__}: shape {self.shape}, {samples}, {self.calls_per_product} calls per product>"
 
     @abc.abstractmethod
     def covariance(self, v: torch.Tensor) -> torch.Tensor:
@@ -67,6 +78,9 @@ class FisherOperator(abc.ABC):
         self._check(v)
         self._check_noise()
         return self.epsilon_jacobian(v) / expand(self.state.level.sigma, v)
+
+    def __matmul__(self, v: torch.Tensor) -> torch.Tensor:
+        return self.matvec(v)
 
     def matmat(self, vectors: torch.Tensor) -> torch.Tensor:
         """Returns F v for many vectors per sample, (k, B, ...)."""
@@ -160,32 +174,38 @@ class FisherOperator(abc.ABC):
         return torch.cat([columns for _, columns in self._columns()]).permute(1, 2, 0)
 
     @check_kinds
-    def diagonal(self, probes: Probes | torch.Tensor | None = None) -> Estimate:
+    def diagonal(self, probes: int | Probes | torch.Tensor | None = None, generator: Generators = None) -> Estimate:
         """Returns the diagonal of F, value (B, ...).
 
         Args:
-            probes: probes of the estimate E[v * F v] (Bekas et al., 2007); None: the exact diagonal, which costs d
-                products if the operator has no closed form.
+            probes: probes of the estimate E[v * F v] (Bekas et al., 2007), or their number; None: the exact diagonal,
+                which costs d products if the operator has no closed form.
+            generator: source of the random signs where `probes` is a number.
         """
         self._check_noise()
         if probes is None:
             value, products = self.exact_diagonal()
             return Estimate.exact(value, self._calls(products))
-        probes = self._probes(probes)
+        probes = self._probes(probes, generator)
         return self._estimate(probes, probes.vectors.double() * self.products(probes.vectors).double())
 
     @check_kinds
     def trace(
-        self, probes: Probes | torch.Tensor | None = None, sketch: Probes | torch.Tensor | None = None
+        self,
+        probes: int | Probes | torch.Tensor | None = None,
+        sketch: int | Probes | torch.Tensor | None = None,
+        generator: Generators = None,
     ) -> Estimate:
         """Returns the trace of F, value (B,).
 
         Args:
-            probes: `Probes` or (k, B, ...) for Hutchinson's estimate (Hutchinson, 1990); None: the exact trace, which
-                costs d products if the operator has no closed form.
-            sketch: (m, B, ...) more random vectors. The trace of M on their range is exact, and the probes estimate
-                the rest (Hutch++, Meyer et al., 2010.09649). A sketch helps if M has few large eigenvalues. It costs
-                2 m more products.
+            probes: `Probes`, (k, B, ...) or the number k for Hutchinson's estimate (Hutchinson, 1990): `trace(16)`
+                draws 16 vectors of random signs. None: the exact trace, which costs d products if the operator has
+                no closed form.
+            sketch: (m, B, ...) more random vectors, or their number m. The trace of M on their range is exact, and the
+                probes estimate the rest (Hutch++, Meyer et al., 2010.09649). A sketch helps if M has few large
+                eigenvalues. It costs 2 m more products.
+            generator: source of the random signs where `probes` or `sketch` is a number.
 
         Raises:
             InputError: there is no probe, or probes have another shape; or the sketch comes without probes, equals
@@ -197,9 +217,9 @@ class FisherOperator(abc.ABC):
                 raise InputError("A sketch needs probes for what it leaves; pass `probes` too, or neither.")
             value, products = self.exact_trace()
             return Estimate.exact(value, self._calls(products))
-        probes = self._probes(probes)
+        probes = self._probes(probes, generator)
         if sketch is not None:
-            vectors = self._probes(sketch).vectors
+            vectors = self._probes(sketch, generator).vectors
             if vectors is probes.vectors:
                 raise InputError("The sketch is the probes themselves, which biases the trace; draw it separately.")
             return self._sketched_trace(probes, vectors)
@@ -256,7 +276,9 @@ class FisherOperator(abc.ABC):
     def _calls(self, products: int) -> int:
         return self.calls_per_state + products * self.calls_per_product
 
-    def _probes(self, probes: Probes | torch.Tensor) -> Probes:
+    def _probes(self, probes: int | Probes | torch.Tensor, generator: Generators) -> Probes:
+        if isinstance(probes, int):
+            return rademacher(probes, self.state.sample, generator)
         probes = probes if isinstance(probes, Probes) else Probes(probes)
         check_vectors("Probes", probes.vectors, self.state.sample.shape)
         return probes

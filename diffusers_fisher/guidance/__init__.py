@@ -1,7 +1,8 @@
 """Guidance by differentiable rewards."""
 
 from .checks import Reward
-from .noise_ascent import AscentSettings, GuidanceOutput, GuidedRun, ascend_noise
+from .noise_ascent import AscentSettings, GuidedRun, ascend_noise
+from .output import GuidanceOutput
 from .phases import GuidanceStep
 from .posterior import PosteriorGuidance, posterior_guidance
 from .regulariser import LikelihoodRegulariser

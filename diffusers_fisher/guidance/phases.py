@@ -18,7 +18,8 @@ from ..errors import FisherError, InputError, UnsupportedError
 from ..noise import noise_schedule
 from ..schedulers import FisherSchedulerMixin
 from .checks import check_num_steps
-from .noise_ascent import COMPLETED, AscentSettings, GuidedRun, NoiseAscent, OnRun, ascend_noise, score_candidates
+from .noise_ascent import AscentSettings, GuidedRun, NoiseAscent, OnRun, ascend_noise, score_candidates
+from .output import COMPLETED
 
 
 @dataclasses.dataclass(frozen=True)

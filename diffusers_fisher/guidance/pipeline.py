@@ -41,7 +41,8 @@ from .checks import (
 )
 from .decoders import Decoder, Decoders, smaller_size
 from .movers import OptimizerFactory, optimizer_factory
-from .noise_ascent import COMPLETED, VARIABLES, AscentSettings, GuidanceOutput, GuidedRun, NoiseAscent
+from .noise_ascent import VARIABLES, AscentSettings, GuidedRun, NoiseAscent
+from .output import COMPLETED, GuidanceOutput
 from .phases import CheapRuns, GuidanceCallback, GuidanceStep, Phases, cheap_runs, reordered_pairs
 from .regulariser import LikelihoodRegulariser
 from .rewards.named import named_reward

@@ -32,7 +32,7 @@ from ..fisher.estimator import FisherEstimator
 from ..noise import DenoisingState, NoiseLevel, Timestep, expand, noise_schedule, state_of
 from . import checks
 from .checks import Reward, normalise, norms
-from .noise_ascent import COMPLETED
+from .output import COMPLETED
 
 logger = logging.getLogger(__name__)
 

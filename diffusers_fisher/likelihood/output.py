@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import BaseOutput
+
+from ..arguments import check_kinds
+from ..outputs import OutputTable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 AGREES, DISAGREES, REPLACED = "agrees", "disagrees", "replaced by probes"
 
@@ -41,7 +48,7 @@ class BitsPerDim:
 
 
 @dataclasses.dataclass
-class LikelihoodOutput(BitsPerDim, BaseOutput):
+class LikelihoodOutput(OutputTable, BitsPerDim, BaseOutput):
     """Holds log-likelihoods of a batch, and their parts and errors. All tensors are float64 on the CPU.
 
     Args:
@@ -93,6 +100,12 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
             guidance, such as Flux-dev's); None for other networks, whose density is unguided.
     """
 
+    SAMPLE_COLUMNS = (
+        "bits_per_dim", "total_error_bits", "log_prob", "total_error", "prior_log_prob", "trace_log_prob",
+        "standard_error", "trace_error", "prior_error", "discretisation_error", "trace_check", "trace_difference",
+        "trace_difference_error", "status", "denoiser_calls_per_image",
+    )  # fmt: skip
+
     log_prob: torch.Tensor
     prior_log_prob: torch.Tensor
     trace_log_prob: torch.Tensor
@@ -142,6 +155,10 @@ class LikelihoodOutput(BitsPerDim, BaseOutput):
     def total_error_bits(self) -> torch.Tensor:
         """`total_error` in bits/dim, (B,)."""
         return self.to_bits(self.total_error)
+
+    def plot(self, index: int = 0) -> Figure:
+        """Draws r of the image at `index` of the batch by noise level, see `likelihood_plot`."""
+        return likelihood_plot({self.trace: self}, index)
 
     def __str__(self) -> str:
         bits, count = self.bits_per_dim, len(self.log_prob)
@@ -239,3 +256,34 @@ class SquaredErrorOutput(BitsPerDim, BaseOutput):
     density: str
     offset_bits: float
     guidance_scale: float | None = None
+
+
+@check_kinds
+def likelihood_plot(outputs: Mapping[str, LikelihoodOutput], index: int = 0) -> Figure:
+    """Draws r = tr Cov[eps|x]/d of one image by noise level, whose integral is a log-likelihood.
+
+    A band of two standard errors shows what the random directions of a level leave. Traces without directions have no
+    band.
+
+    Args:
+        outputs: likelihoods of the same images, by a name for the legend.
+        index: the image's place in the batch.
+
+    Returns:
+        A matplotlib figure. The legend has the image's bits/dim and half of its 95% interval.
+
+    Raises:
+        InputError: there are no outputs, or one has no such image.
+    """
+    from ..figures import check_index, draw_curve, finish_curves, make_figure
+
+    check_index(index, {name: len(output.log_prob) for name, output in outputs.items()}, "log_likelihood")
+    figure, (axes,) = make_figure(6.5, 4)
+    curves, labels = [], []
+    for name, output in outputs.items():
+        r, error = output.unexplained_noise_fraction[:, index], output.unexplained_noise_error[:, index]
+        curves.append(draw_curve(axes, output.noise_to_signal, r, error))
+        bits = float(output.bits_per_dim[index])
+        labels.append(f"{name}: {bits:.3f} +- {float(output.total_error_bits[index]):.3f} bits/dim")
+    finish_curves(axes, r"$r = (d - \sigma^2\,\mathrm{tr}\,F)/d$", curves, labels)
+    return figure

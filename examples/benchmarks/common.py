@@ -13,6 +13,7 @@ from diffusers_fisher.demo import versions
 from diffusers_fisher.files import write_json
 
 FOLDER = Path(__file__).parent
+PICTURES = FOLDER.parents[1] / "docs" / "images"
 
 
 def machine() -> dict[str, Any]:

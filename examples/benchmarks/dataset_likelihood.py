@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from common import FOLDER, machine
+from common import FOLDER, PICTURES, machine
 
 from diffusers_fisher import StableDiffusionFisherPipeline, embedded_checkpoint
 from diffusers_fisher.files import save_figure, write_json
@@ -34,7 +34,7 @@ import fashion_mnist
 IMAGES = 256
 PARTS = ("sharing", "killed", "report")
 ROOT = FOLDER.parent.parent
-PICTURE = ROOT / "docs" / "images" / "dataset_likelihood.png"
+PICTURE = PICTURES / "dataset_likelihood.png"
 PAGE = ROOT / "docs" / "dataset_likelihood_report.html"
 RUNS = {"1 process, batches of 1": (1, 1), "1 process, batches of 16": (1, 16), "2 processes, batches of 16": (2, 16)}
 ONE, TWO = "1 process, batches of 16", "2 processes, batches of 16"

@@ -18,6 +18,7 @@ from curvature_figures import (
 from dataset_figures import dataset_report, dataset_sharing, out_of_distribution, prompt_matching, sample_ranking
 from figure_tables import FOLDER, document, read_result, table
 from fisher_figures import fisher_ascents, fisher_gradients, fisher_levels
+from gpu_figures import cpu_memory, model_fit, model_memory
 from guidance_figures import guidance, guidance_curves, guidance_gradients, guidance_per_step, guidance_sd15_size
 from likelihood_figures import (
     likelihood_checkpoint,
@@ -100,6 +101,7 @@ DOCUMENTS = {
         posterior_uncertainty_closed_forms,
         posterior_uncertainty_checkpoint,
     ),
+    ROOT / "docs" / "gpu.md": (model_memory, model_fit, cpu_memory),
     ROOT / "docs" / "training.md": (trace_mixture, trace_embedded, trace_cost),
 }
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import fisher_estimators as family
 import torch
-from common import FOLDER, save
+from common import PICTURES, save
 from mixtures import fashion_mnist, fitted_mixture, small_images
 from tqdm.auto import tqdm
 
@@ -239,7 +239,7 @@ def plot(result: dict[str, Any]) -> None:
         row[1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in grid[1]:
         axes.set_xlabel("noise to signal")
-    save_figure(figure, FOLDER / "fisher_accuracy.png")
+    save_figure(figure, PICTURES / "fisher_accuracy.png")
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import FOLDER, paired_seconds, ratio, save
+from common import PICTURES, paired_seconds, ratio, save
 from guidance_methods import DEFAULT
 from guidance_problem import TINY, Cells, Problem, Setting, best_so_far
 from matplotlib.figure import Figure
@@ -287,7 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, help="file of the plot; default: guidance.png, or none with --tiny")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args(arguments)
-    picture_file = options.picture or (None if options.tiny else FOLDER / "guidance.png")
+    picture_file = options.picture or (None if options.tiny else PICTURES / "guidance.png")
     if picture_file is not None:
         check_writable(picture_file.parent)
     result = run(TINY if options.tiny else Setting(), options.records)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import save
+from common import PICTURES, save
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from manifolds import CURVED, curved, on_subspace, subspaces
 from PIL import Image
@@ -41,7 +41,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import fashion_mnist
 from out_of_distribution import NOISE, auroc
 
-PICTURES = Path(__file__).parents[2] / "docs" / "images"
 SCHEDULERS = {
     "Stable Diffusion": DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
     "flow matching": FlowMatchEulerDiscreteScheduler(),

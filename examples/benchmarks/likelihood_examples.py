@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from common import FOLDER, save
+from common import FOLDER, PICTURES, save
 
 sys.path.insert(0, str(FOLDER.parent / "likelihood"))
 import out_of_distribution
@@ -25,7 +25,7 @@ def main() -> None:
         "out_of_distribution": out_of_distribution.run(IMAGES, folder / "out_of_distribution"),
         "sample_ranking": sample_ranking.run(SAMPLES, folder / "sample_ranking"),
     }
-    shutil.copy(folder / "out_of_distribution" / "out_of_distribution.png", FOLDER / "likelihood_examples.png")
+    shutil.copy(folder / "out_of_distribution" / "out_of_distribution.png", PICTURES / "likelihood_examples.png")
     save("likelihood_examples", result)
 
 

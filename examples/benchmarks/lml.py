@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import FOLDER, save
+from common import PICTURES, save
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UniPCMultistepScheduler
 from tqdm.auto import tqdm
 
@@ -313,7 +313,7 @@ def main() -> None:
         "differences": differences(cells), "sweep": sweep,
     }  # fmt: skip
     save("lml", report)
-    draw(report, FOLDER / "lml.png")
+    draw(report, PICTURES / "lml.png")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import matplotlib.pyplot as plt
 import psutil
 import torch
-from common import FOLDER, save
+from common import PICTURES, save
 
 from diffusers_fisher import (
     ClassifierReward,
@@ -70,7 +70,7 @@ def draw(result: dict) -> None:
         megabytes = result[name]["megabytes"]
         panel.plot(megabytes)
         panel.set(title=title, xlabel="calls", ylabel="resident memory, MB", ylim=(0, 1.2 * max(megabytes)))
-    save_figure(figure, FOLDER / "memory.png")
+    save_figure(figure, PICTURES / "memory.png")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ A few minutes on one core.
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import save
+from common import PICTURES, save
 from diffusers import DDIMScheduler
 from mixtures import fitted_mixture, small_images
 
@@ -37,7 +36,7 @@ from diffusers_fisher.files import save_figure
 from diffusers_fisher.noise import expand, log_noise_to_signal_range, timestep_at
 from diffusers_fisher.testing import OracleDenoiser
 
-PICTURE = Path(__file__).parents[2] / "docs" / "images" / "posterior_uncertainty.png"
+PICTURE = PICTURES / "posterior_uncertainty.png"
 SCHEDULER = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 LEVELS = (0.5, 1.5, 4.0)
 IMAGES, DRAWS, STEPS, PROBES = 3, 48, 32, 128

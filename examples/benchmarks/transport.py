@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from common import FOLDER, save
+from common import PICTURES, save
 
 from diffusers_fisher.studies.transport_study import run_study
 
@@ -21,7 +21,7 @@ def main() -> None:
         run_study(Path(folder), learned=True)
         save("transport", json.loads(Path(folder, "transport.json").read_text()))
         for name in ("maps", "index_by_steps", "learned"):
-            shutil.copyfile(Path(folder, f"{name}.png"), FOLDER / f"transport_{name}.png")
+            shutil.copyfile(Path(folder, f"{name}.png"), PICTURES / f"transport_{name}.png")
 
 
 if __name__ == "__main__":

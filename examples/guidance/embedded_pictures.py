@@ -1,6 +1,6 @@
-"""Draws class morphing and inpainting on the embedded checkpoint: the pictures of docs/guidance.md.
+"""Draws class morphing and inpainting on the embedded checkpoint: pictures of the docs.
 
-python examples/guidance/embedded_pictures.py            # writes docs/guidance_morphing.png and _inpainting.png
+python examples/guidance/embedded_pictures.py            # writes docs/images/guidance_*.png
 """
 
 import argparse
@@ -21,7 +21,7 @@ from diffusers_fisher import (
 )
 from diffusers_fisher.files import check_writable, save_figure
 
-DOCS = Path(__file__).parent.parent.parent / "docs"
+PICTURES = Path(__file__).parents[2] / "docs" / "images"
 SAMPLING: dict[str, Any] = {"guidance_scale": 2.0}
 PAIRS = ((7, 9), (3, 0), (8, 5), (1, 6))  # from one class to another: sneaker to ankle boot, ...
 
@@ -46,6 +46,19 @@ def morphing(pipe: Any, steps: int, iterations: tuple[int, ...]) -> dict[str, to
         )  # fmt: skip
         rows[f"{count} guidance steps"] = out.images
     return rows
+
+
+def strip(pipe: Any, steps: int, iterations: int, count: int = 8) -> dict[str, torch.Tensor]:
+    """Returns the first `count` sneakers of a seed, before and after guidance to ankle boots; none is left out."""
+    reward = ClassifierReward.from_pretrained(Path(embedded_checkpoint()) / "classifier", target="ankle boot")
+    out = pipe.guide(
+        [embedded_prompt(7)] * count, reward, num_guidance_steps=iterations, num_inference_steps=steps,
+        output_type="pt", generator=torch.Generator().manual_seed(0), **SAMPLING,
+    )  # fmt: skip
+    return {
+        '"a photo of a sneaker"': out.initial_images,
+        f"after {iterations} guidance steps to an ankle boot": out.images,
+    }
 
 
 def inpainting(pipe: Any, steps: int, iterations: int) -> dict[str, torch.Tensor]:
@@ -78,7 +91,8 @@ def inpainting(pipe: Any, steps: int, iterations: int) -> dict[str, torch.Tensor
 
 def picture(rows: dict[str, torch.Tensor]) -> Figure:
     """Draws one row of images per entry."""
-    figure = Figure(figsize=(5, 1.5 * len(rows)), layout="constrained")
+    width = 1.25 * max(len(images) for images in rows.values())
+    figure = Figure(figsize=(width, 1.5 * len(rows)), layout="constrained")
     for axes, (name, images) in zip(figure.subplots(len(rows), 1), rows.items(), strict=True):
         axes.imshow(torch.cat(list(images), dim=-1).permute(1, 2, 0).clamp(0, 1))
         axes.set_title(name, fontsize=9, loc="left")
@@ -88,13 +102,14 @@ def picture(rows: dict[str, torch.Tensor]) -> Figure:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=DOCS)
+    parser.add_argument("--output", type=Path, default=PICTURES)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance-steps", type=int, default=12)
     options = parser.parse_args(arguments)
     check_writable(options.output)
     pipe, max_steps = pipeline(), options.guidance_steps
     counts = tuple(sorted({0, max_steps // 4, max_steps // 2, max_steps}))
+    save_figure(picture(strip(pipe, options.steps, max_steps)), options.output / "sneakers_to_boots.png")
     save_figure(picture(morphing(pipe, options.steps, counts)), options.output / "guidance_morphing.png")
     save_figure(picture(inpainting(pipe, options.steps, max_steps)), options.output / "guidance_inpainting.png")
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ...arguments import check_kinds
 from ...errors import InputError
 from ...images import UNIT_RANGE, ImageLike, image_tensor
+from ..checks import name_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,6 +31,9 @@ class LinearReward:
     @check_kinds
     def __init__(self, weights: torch.Tensor):
         self.weights = weights
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(weights of shape {tuple(self.weights.shape)})"
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         if self.weights.shape[-2:] != images.shape[-2:]:
@@ -91,6 +95,11 @@ class MeasurementReward:
         if self.mask.is_complex() or not bool((self.mask >= 0).all()) or not 0 < float(self.mask.sum()) < math.inf:
             raise InputError("The mask must be non-negative and not all zero. Pass 1 for the known pixels.")
         self.operator = operator
+
+    def __repr__(self) -> str:
+        known = f"{float(self.mask.mean()):.0%} known"
+        operator = "" if self.operator is None else f", operator={name_of(self.operator)}"
+        return f"{type(self).__name__}(target of shape {tuple(self.target.shape)}, {known}{operator})"
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         result = images if self.operator is None else self.operator(images)

@@ -52,6 +52,11 @@ class ClassifierReward:
         self.targets = torch.tensor([self._number(entry) for entry in targets])
         self.image_input = image_input
 
+    def __repr__(self) -> str:
+        names = self.model.config.id2label or {}
+        targets = [names.get(number, number) for number in self.targets.tolist()]
+        return f"{type(self).__name__}({type(self.model).__name__}, target={targets})"
+
     @classmethod
     def from_pretrained(
         cls, path: str | os.PathLike, target: str | int | Sequence[str | int], **kwargs: Any
@@ -111,6 +116,9 @@ class TextImageReward:
     text: str | Sequence[str] | None = None
     logits: bool = False
     _text_embeddings: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict, init=False)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.model).__name__}, text={self.text!r}, logits={self.logits})"
 
     @classmethod
     def from_pretrained(
@@ -256,6 +264,9 @@ class AestheticReward:
     model: CLIPModel
     head: torch.nn.Module
     image_input: ImageInput
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.model).__name__}, {type(self.head).__name__})"
 
     @classmethod
     def from_pretrained(cls, head: str | os.PathLike, path: str = CLIP_LARGE, **kwargs: Any) -> AestheticReward:

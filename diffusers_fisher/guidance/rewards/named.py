@@ -41,6 +41,9 @@ class WeightedReward:
         self.terms = tuple((fit("weight", weight, {"weight": float}), reward) for weight, reward in terms)
         self.__name__ = " + ".join(f"{weight:g} {name_of(reward)}" for weight, reward in self.terms)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'({weight:g}, {reward!r})' for weight, reward in self.terms)})"
+
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         return torch.stack([weight * reward(images, prompts) for weight, reward in self.terms]).sum(0)
 
