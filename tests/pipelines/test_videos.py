@@ -199,9 +199,13 @@ def test_latents_of_the_wrong_length_are_refused_in_words(name, shape, message):
 
 def test_a_denoiser_of_latents_that_fit_no_network_says_what_the_call_draws():
     setup = SET_UPS["wan21_euler"]()
-    denoiser = PipelineDenoiser(setup.pipe, **{**setup.conditions, **VIDEO})
+    generator = torch.Generator().manual_seed(3)
+    states = [generator.get_state(), torch.get_rng_state()]
+    denoiser = PipelineDenoiser(setup.pipe, **{**setup.conditions, **VIDEO}, generator=generator)
     with pytest.raises(InputError, match=r"have shape \(2, 5, 2, 2, 2\), but .* draws \(2, 4, 2, 2, 2\)"):
         denoiser.state(torch.zeros(2, 5, 2, 2, 2), 500.0)
+    assert torch.equal(generator.get_state(), states[0])
+    assert torch.equal(torch.get_rng_state(), states[1])
 
 
 def test_one_of_two_networks_is_not_enough():
