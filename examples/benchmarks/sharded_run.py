@@ -5,8 +5,8 @@ python examples/benchmarks/sharded_run.py [--images 20000] [--shards 4]
 The benchmark writes shifted test images of the embedded checkpoint, evaluates them in shards by `diffusers-fisher
 likelihood --num-shards`, kills the first two shards with SIGKILL twice each, merges the shards by `diffusers-fisher
 merge`, and evaluates all images once more in one run. It counts the records that are lost or doubled, compares the
-numbers, and follows the memory of the one run. With --save it
-writes sharded_run.json.
+numbers, and follows the memory of the one run. With
+--save it writes sharded_run.json.
 """
 
 import argparse
@@ -54,17 +54,22 @@ def likelihood(folder: Path, output: Path, batch_size: int, steps: int, *options
     )  # fmt: skip
 
 
+def record_files(output: Path) -> list[Path]:
+    """Returns the complete files of records in a folder; the names of others begin with a point."""
+    return [*output.glob("records/[!.]*.json")]
+
+
 def records(output: Path) -> Counter[int]:
     """Returns how many records each image has in a folder."""
-    groups = [json.loads(path.read_text()) for path in output.glob("records/*.json")]
+    groups = [json.loads(path.read_text()) for path in record_files(output)]
     return Counter(row["position"] for group in groups for row in group["records"])
 
 
 def kill_after_a_file(line: list[str], output: Path) -> int:
     """Runs a command, kills it after its first new file of records, and returns the number of records then."""
-    before = len(list(output.glob("records/*.json")))
+    before = len(record_files(output))
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(list(output.glob("records/*.json"))) == before:
+    while len(record_files(output)) == before:
         if process.poll() is not None:
             raise RuntimeError("The shard ended before it could be killed; take more images.")
         time.sleep(0.02)
@@ -78,7 +83,7 @@ def run_watched(line: list[str], output: Path) -> list[tuple[int, float]]:
     process = subprocess.Popen(line)
     watched, points = psutil.Process(process.pid), []
     while process.poll() is None:
-        files = len(list(output.glob("records/*.json")))
+        files = len(record_files(output))
         if files:
             points.append((files, watched.memory_info().rss / 2**20))
         time.sleep(0.5)
