@@ -14,6 +14,7 @@ from ..noise import noise_schedule
 from .autoencoder import images_of
 from .base import Backbone, Generators, Posterior
 from .conditions import Condition, Conditions, number_of_conditions, text_conditions
+from .first_call import random_state
 from .inputs import form_of
 from .networks import missing_component
 from .recorded_call import Encode, RecordedCall, drawn_noise
@@ -167,12 +168,17 @@ class AnyPipelineBackbone(Backbone):
         """Refuses latents of another shape than those that the call would draw for these arguments.
 
         Networks may place their tokens by the sizes that the call was told, so these must be those of the latents.
+        Random generators are left as they were.
 
         Raises:
             InputError: latents of another shape.
             UnsupportedError: the shape of the call's own latents is not known.
         """
-        shape = tuple(drawn_noise(self, encode_prompt, arguments).shape)
+        restore_random = random_state(arguments, self.device)
+        try:
+            shape = tuple(drawn_noise(self, encode_prompt, arguments).shape)
+        finally:
+            restore_random()
         if tuple(samples.shape) != shape:
             names = [name for name in SIZES if name in self.parameters]
             sizes = ", ".join(f"{name} {arguments.get(name, self.parameters[name].default)}" for name in names)

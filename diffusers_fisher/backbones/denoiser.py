@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Hashable
@@ -298,7 +299,8 @@ class PipelineDenoiser(Denoiser):
             ):
                 raise
             if isinstance(error, RuntimeError):  # of a network that latents of this shape do not fit
-                self.check_layout(latents)
+                with contextlib.suppress(UnsupportedError):  # what the call draws is not known either
+                    self.check_layout(latents)
             if isinstance(error, RuntimeError) or latents.ndim != 3:
                 raise
             raise UnsupportedError(

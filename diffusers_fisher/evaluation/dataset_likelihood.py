@@ -10,7 +10,7 @@ from ..data import Images, ImageStream, open_images
 from ..errors import InputError
 from ..files import read_table
 from ..jobs.identity import images_digest, pipeline_digests, row_digest
-from ..jobs.pipelines import load_pipeline, named_device, place_pipeline
+from ..jobs.pipelines import check_offload, load_pipeline, named_device, place_pipeline
 from ..jobs.processes import process_state
 from ..jobs.records import SETTINGS, Records
 from ..jobs.run_folder import RunFolder, run_folder
@@ -91,12 +91,18 @@ def _evaluate(
     state: PartialState,
 ) -> dict[str, Any] | None:
     """Evaluates the images of a dataset in a folder that belongs to this launch."""
+    device = state.device
+    if execution.engine != "ray":  # the actors have devices of their own
+        device = device if execution.device is None else named_device(execution.device)
+        check_offload(execution.offload, device)
     pipe = load_pipeline(settings.denoiser)
     evaluator = ImageEvaluator(pipe, settings)
     backbone, name = evaluator.backbone, evaluator.settings.estimator
     with state.main_process_first():  # the other processes use the files that the main process has downloaded
         images = open_images(settings.data, backbone.image_channels, backbone.takes_text)
         note = {**settings_note(settings), **shard_note(shard), "estimator": name, "images": images_digest(images)}
+        if images.num_files > 1:  # the positions of its images depend on it
+            note["stream_files"] = images.num_files
         records = _open_records(output, {**note, **pipeline_digests(pipe)}, images, retry_failed)
         before = ImageRecords(records)
     begin = time.perf_counter()
@@ -104,7 +110,6 @@ def _evaluate(
     if execution.engine == "ray":
         engine = RayRows(evaluator.settings, images, batch_size, execution)
     else:
-        device = state.device if execution.device is None else named_device(execution.device)
         place_pipeline(pipe, device, execution.offload)
         engine = RowEvaluator(evaluator, images, batch_size, execution.decoding_threads)
         evaluator.method = before.method

@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..files import check_writable, finite_number
 from ..jobs.folder_lock import locked_folder
 from ..jobs.pages import save_picture
+from ..jobs.pipelines import check_offload
 from ..jobs.processes import process_state
 from ..jobs.records import Records, item_keys, shard
 from .guidance_gallery_report import PICTURES, FailedPrompt, GuidedPrompt, gallery_summary, write_gallery
@@ -117,8 +118,7 @@ def read_prompts(path: Path) -> list[str]:
 
 def _check(settings: GallerySettings, memory: Memory, device: torch.device) -> None:
     check_guidance(settings, memory)
-    if memory.offload and device.type == "cpu":
-        raise InputError("`offload` needs an accelerator to load the networks onto, and none was found; leave it out.")
+    check_offload(memory.offload, device)
 
 
 class _Guidance:

@@ -11,6 +11,7 @@ import pandas
 
 from ..arguments import check_kinds
 from ..jobs.pages import encode_png
+from ..jobs.pipelines import check_offload
 from .columns import FAILED, Column, check_columns, over_frames, settings_of, worker_device
 from .image_evaluator import is_out_of_memory
 from .prompt_guide import GallerySettings, Guided, Memory, PromptGuide, check_guidance
@@ -121,7 +122,9 @@ class GuidanceWorker:
 @functools.lru_cache(maxsize=1)
 def _guide(settings: GallerySettings, memory: Memory, device: str | None) -> PromptGuide:
     """Returns the pipeline and rewards of this process. Engines unpickle a worker again and again."""
-    return PromptGuide(settings, memory, worker_device(device))
+    place = worker_device(device)
+    check_offload(memory.offload, place)
+    return PromptGuide(settings, memory, place)
 
 
 def _mistake(prompt: object, seed: object) -> str:

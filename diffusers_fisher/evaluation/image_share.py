@@ -63,11 +63,9 @@ class ImageShare:
         Raises:
             InputError: there are no images, or no image of the whole data could be evaluated.
         """
-        self.method, self._lengths = before.method, dict(before.lengths)
-        if not isinstance(self.images, ImageStream):
-            self._lengths = {0: len(self.images)}
-        begin = self._last = time.perf_counter()
         is_stream = isinstance(self.images, ImageStream)
+        self.method, self._lengths = before.method, {**before.lengths} if is_stream else {0: len(self.images)}
+        begin = self._last = time.perf_counter()
         expected = None if is_stream else len(self._rows.positions(len(self.images))) or None
         num_done = sum(position in self._rows for position in positions) if not is_stream else 0
         with tqdm(total=expected, initial=num_done, desc="images", disable=not self.state.is_main_process) as progress:
@@ -79,7 +77,8 @@ class ImageShare:
                     self._write()
             self._write()
         self.state.wait_for_everyone()
-        if not self._pending and not any(self._lengths.values()) and not self.records.done():
+        is_part = self.shard is not None and self.images.num_files > 1  # other shards have other files
+        if not is_part and not self._pending and not any(self._lengths.values()) and not self.records.done():
             raise no_images(self.images.data)
         # Another process may have a likelihood, and the images of other shards may be better.
         if self._pending and self.shard is None and not self.records.done():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import Images
 from ..errors import FisherError, InputError
-from ..jobs.pipelines import load_pipeline, place_pipeline
+from ..jobs.pipelines import check_offload, load_pipeline, place_pipeline
 from .columns import worker_device
 from .dataset_settings import DatasetSettings
 from .execution import BatchSize, Execution
@@ -92,6 +92,7 @@ class RayRowEvaluator:
 
     def __init__(self, settings: DatasetSettings, images: Images, batch_size: BatchSize, execution: Execution):
         device = worker_device(execution.device)
+        check_offload(execution.offload, device)
         pipe = place_pipeline(load_pipeline(settings.denoiser), device, execution.offload)
         self._rows = RowEvaluator(ImageEvaluator(pipe, settings), images, batch_size, execution.decoding_threads)
 

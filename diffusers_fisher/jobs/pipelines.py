@@ -100,6 +100,12 @@ def named_device(name: str) -> torch.device:
     return device
 
 
+def check_offload(offload: bool, device: torch.device) -> None:
+    """Raises `InputError` if `offload` is wanted without an accelerator."""
+    if offload and device.type == "cpu":
+        raise InputError("`offload` needs an accelerator to load the networks onto, and none was found; leave it out.")
+
+
 def place_pipeline(pipe: "FisherPipelineMixin", device: torch.device, offload: bool = False) -> "FisherPipelineMixin":
     """Moves a pipeline to a device, or with `offload` each of its networks only while the network works.
 

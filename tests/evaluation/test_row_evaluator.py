@@ -1,16 +1,20 @@
 """Rows are decoded ahead in their order, images of one size are evaluated together, and batches grow by trial."""
 
+import importlib.util
 import itertools
 import threading
 import warnings
 
 import pytest
+import torch
 from image_folders import image_folder
 
 from diffusers_fisher import InputError
 from diffusers_fisher.data import ImageData, open_images, without_pillow_warnings
 from diffusers_fisher.evaluation.execution import GAIN, TRIALS, BatchSizeTrial, Execution, parse_batch_size
+from diffusers_fisher.evaluation.ray_engine import import_ray
 from diffusers_fisher.evaluation.row_evaluator import RowEvaluator, run_ahead
+from diffusers_fisher.jobs.pipelines import check_offload, named_device
 
 
 def test_items_are_read_ahead_in_order_and_no_further():
@@ -124,4 +128,16 @@ def test_executions_that_make_no_sense_are_refused():
         parse_batch_size("big")
     with pytest.raises(InputError, match="`batch_size` is 0; allowed: at least 1, or 'auto'"):
         BatchSizeTrial(parse_batch_size("0"))
+    with pytest.raises(InputError, match="`offload` needs an accelerator to load the networks onto, and none was"):
+        check_offload(True, torch.device("cpu"))
+    with pytest.raises(InputError, match=r"`device` is 'cuda:77', which can't be used here: .* Name a device of this"):
+        named_device("cuda:77")
     assert parse_batch_size("auto") == "auto" and parse_batch_size("12") == 12
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
+def test_ray_is_named_with_its_install_line():
+    with pytest.raises(
+        InputError, match=r"The engine 'ray' needs the library `ray`: pip install 'diffusers_fisher\[ra"
+    ):
+        import_ray()

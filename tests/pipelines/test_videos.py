@@ -6,6 +6,7 @@ from collections.abc import Callable
 import diffusers
 import pytest
 import torch
+from diffusers.guiders import ClassifierFreeGuidance
 
 from diffusers_fisher import (
     AutodiffFisher,
@@ -20,7 +21,7 @@ from diffusers_fisher import (
 from diffusers_fisher.likelihood.schemes import noise_grid
 from diffusers_fisher.noise import log_noise_to_signal_range, timestep_at
 
-from .outside import SET_UPS, SetUp
+from .outside import SET_UPS, SetUp, awaken, draw, quiet
 
 Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """`network(x, t)`: raw output at one sample (1, ...) and a timestep of shape ()."""
@@ -34,15 +35,48 @@ SMALL = {
     "wan22_a14b": ((1, 4, 2, 2, 2), VIDEO),
     "ltx": ((1, 4, 8), {"height": 32, "width": 64, "num_frames": 9}),
     "cogvideox_stock": ((1, 2, 4, 2, 2), VIDEO),
+    "hunyuan_video15": ((1, 4, 2, 2, 1), {"height": 32, "width": 16, "num_frames": 5}),
     "hunyuan_video": ((1, 4, 2, 2, 2), VIDEO),
 }
 """Shapes of small latents with the arguments that the pipeline's call needs for them."""
+
+
+def hunyuan_video15() -> SetUp:
+    """Makes HunyuanVideo 1.5, which a component guides."""
+    torch.manual_seed(0)
+    network = awaken(
+        diffusers.HunyuanVideo15Transformer3DModel(
+            in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
+            num_refiner_layers=1, text_embed_dim=16, text_embed_2_dim=16, image_embed_dim=16, rope_axes_dim=(4, 6, 6),
+            task_type="t2v",
+        )
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1
+    )
+    pipe = diffusers.HunyuanVideo15Pipeline(
+        text_encoder=None, tokenizer=None, transformer=network, vae=vae, text_encoder_2=None, tokenizer_2=None,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        guider=ClassifierFreeGuidance(guidance_scale=6.0),
+    )  # fmt: skip
+    pipe.vision_num_semantic_tokens = 4  # instead of 729 tokens of an image that there is not
+    masks = {f"{sign}prompt_embeds_mask{end}": torch.ones(2, 8) for sign in ("", "negative_") for end in ("", "_2")}
+    embeds = {name.replace("_mask", ""): draw(2, 8, 16, seed=seed) for seed, name in enumerate(masks)}
+    return SetUp(quiet(pipe), {**embeds, **masks}, {}, (2, 4, 2, 2, 2))
 
 
 def network_call(name: str, setup: SetUp) -> Network:
     """Returns the network with the conditions of the first sample, called as its own class says."""
     pipe, embeds = setup.pipe, setup.conditions["prompt_embeds"][:1]
     network = pipe.transformer
+    if name == "hunyuan_video15":  # latents beside an empty image and its mask
+        names = ("prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
+        mask, embeds_2, mask_2 = (setup.conditions[key][:1] for key in names)
+        image = torch.zeros(1, 4, 16)
+        return lambda x, t: network(
+            torch.cat([x, torch.zeros_like(x), torch.zeros_like(x[:, :1])], 1), t[None], embeds, mask, None, embeds_2,
+            mask_2, image,
+        ).sample  # fmt: skip
     if name == "ltx":
         mask = setup.conditions["prompt_attention_mask"][:1]
         # 8 frames to one at 25 per second, and 32 pixels to one.
@@ -96,7 +130,7 @@ def by_hand(scheduler, network: Network, x: torch.Tensor, steps: int) -> float:
 
 
 def check_likelihood(name: str) -> None:
-    setup = SET_UPS[name]()
+    setup = hunyuan_video15() if name == "hunyuan_video15" else SET_UPS[name]()
     shape, sizes = SMALL[name]
     conditions = {key: value[:1] for key, value in setup.conditions.items() if isinstance(value, torch.Tensor)}
     x = 0.5 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -118,8 +152,8 @@ def test_likelihood_is_that_of_a_loop_over_the_network_itself(name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The discretisation error")
-@pytest.mark.parametrize("name", ["wan21_unipc", "wan22_ti2v5b", "wan22_a14b"])
-def test_likelihood_of_other_versions_of_wan_is_that_of_a_loop_too(name):
+@pytest.mark.parametrize("name", ["wan21_unipc", "wan22_ti2v5b", "wan22_a14b", "hunyuan_video15"])
+def test_likelihood_of_other_versions_is_that_of_a_loop_too(name):
     check_likelihood(name)
 
 
@@ -165,9 +199,13 @@ def test_latents_of_the_wrong_length_are_refused_in_words(name, shape, message):
 
 def test_a_denoiser_of_latents_that_fit_no_network_says_what_the_call_draws():
     setup = SET_UPS["wan21_euler"]()
-    denoiser = PipelineDenoiser(setup.pipe, **{**setup.conditions, **VIDEO})
+    generator = torch.Generator().manual_seed(3)
+    states = [generator.get_state(), torch.get_rng_state()]
+    denoiser = PipelineDenoiser(setup.pipe, **{**setup.conditions, **VIDEO}, generator=generator)
     with pytest.raises(InputError, match=r"have shape \(2, 5, 2, 2, 2\), but .* draws \(2, 4, 2, 2, 2\)"):
         denoiser.state(torch.zeros(2, 5, 2, 2, 2), 500.0)
+    assert torch.equal(generator.get_state(), states[0])
+    assert torch.equal(torch.get_rng_state(), states[1])
 
 
 def test_one_of_two_networks_is_not_enough():
