@@ -218,7 +218,7 @@ def hunyuan_dit(cls=diffusers.HunyuanDiTPipeline):
     )  # fmt: skip
 
 
-def hidream(cls=diffusers.HiDreamImagePipeline, sample_size=2):
+def hidream(cls=diffusers.HiDreamImagePipeline, sample_size=4):
     """Makes HiDream, whose pipeline scales all sizes to the area of a square of `sample_size` latents."""
     torch.manual_seed(0)
     net = diffusers.HiDreamImageTransformer2DModel(
@@ -230,7 +230,7 @@ def hidream(cls=diffusers.HiDreamImagePipeline, sample_size=2):
     words = tokenizer()
     t5_words, t5_encoder = t5(32)
     clips = [CLIPTextModelWithProjection(text_config(words, 8)).eval() for _ in range(2)]
-    llama = LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="eager")).eval()
+    llama = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
     pipe = cls(
         scheduler=flow(shift=3.0), vae=vae(shift_factor=0.1), transformer=net, text_encoder=clips[0], tokenizer=words,
         text_encoder_2=clips[1], tokenizer_2=words, text_encoder_3=t5_encoder, tokenizer_3=t5_words,

@@ -23,7 +23,9 @@ class Flux2Backbone(PackedBackbone):
 
     token_indices = (0, None)
 
-    def call(self, scheduler: object, latents: torch.Tensor, *args: Any, **arguments: Any) -> Any:
+    def call(self, scheduler: object, latents: torch.Tensor | None, *args: Any, **arguments: Any) -> Any:
+        if latents is None:
+            return super().call(scheduler, latents, *args, **arguments)
         rows, columns = self._grid_size(self.image_size(arguments.get("height"), arguments.get("width")))
         if latents.shape[1] != rows * columns:
             raise InputError(

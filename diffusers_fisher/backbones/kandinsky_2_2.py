@@ -52,9 +52,9 @@ class Kandinsky22Backbone(Backbone):
                 f"{self.name} is the second of two stages and was given {got}; it takes image embeddings. Pass "
                 "`image_embeds` and for guidance `negative_image_embeds`, as KandinskyV22PriorPipeline makes them."
             )
-        embeddings = {
-            name: torch.cat(value) if isinstance(value, list) else value for name, value in embeddings.items()
-        }
+        for name, value in embeddings.items():
+            tensor = torch.cat(value) if isinstance(value, list) else value
+            embeddings[name] = tensor.to(self.device, self.dtype)
         prompts, conditions = repeat_embeddings(embeddings, call_arguments, count, num_images_per_prompt)
         return prompts, {"negative_image_embeds": None, **conditions}
 

@@ -14,7 +14,7 @@ from ..arguments import check_kinds
 from ..backbones.conditions import Condition
 from ..errors import InputError
 from .checks import Reward, checked_reward
-from .noise_ascent import GuidanceOutput
+from .output import GuidanceOutput
 from .pipeline import guide
 from .rewards.named import WeightedReward, named_reward
 

@@ -33,6 +33,7 @@ class SchedulerParts(Protocol):
     sigmas_interpol: torch.Tensor
     step_index: int | None
     initial_alpha_cumprod: torch.Tensor
+    network_log_shift: float  # of log(sigma/alpha), between the network's timestep and the sample's level
 
     def _init_step_index(self, timestep: Timestep) -> None: ...
 

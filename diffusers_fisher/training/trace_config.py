@@ -9,6 +9,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from pydantic import Field
 
 from ..data import ImageData
+from ..denoiser import Denoiser
 from ..errors import InputError
 from ..jobs.pipelines import DenoiserSettings
 from ..models import FisherTraceModel
@@ -188,7 +189,7 @@ def check_trackers(names: list[str]) -> None:
 
 def make_trace_model(
     config: TraceMatchingConfig,
-    pipe: DiffusionPipeline,
+    denoiser: Denoiser | DiffusionPipeline,
     shape: tuple[int, ...],
     pooled_channels: int | None = None,
     feature_channels: int | None = None,
@@ -196,6 +197,7 @@ def make_trace_model(
     """Makes an untrained trace model for samples of `shape`, in the layout of the pipeline's latents.
 
     Args:
+        denoiser: the pipeline, or its denoiser at samples of this shape; the model gets its fingerprint.
         shape: (C, h, w), or (tokens, C) for packed tokens.
         pooled_channels: size of the pooled text embedding; None means that the model takes none.
         feature_channels: size of the denoiser's features; None means that the model takes none.
@@ -212,5 +214,5 @@ def make_trace_model(
             feature_channels=feature_channels,
             prior_shape=shape if prior == "sample" and layout == "image" else per_channel, **options,
         )  # fmt: skip
-    model.set_fingerprint(pipe)
+    model.set_fingerprint(denoiser)
     return model

@@ -106,7 +106,7 @@ class TraceMatching:
         denoiser = self.space.denoiser(self.held_out.captions[:1], data)
         pooled = denoiser.pooled_condition() if self.config.model.pooled else None
         features = features_of(denoiser, self.space.pack(data)).cpu() if self.config.model.features else None
-        model = make_trace_model(self.config, self.pipe, self.shape, _width(pooled), _width(features))
+        model = make_trace_model(self.config, denoiser, self.shape, _width(pooled), _width(features))
         with torch.no_grad():
             model.forward(
                 sample, torch.zeros(1), original=sample, epsilon=sample, features=features,

@@ -185,6 +185,18 @@ class EmbeddedBackbone(Backbone):
         return super().score(pipe, count, images, **{**embeddings, **options})
 
 
+class AreaBackbone(Backbone):
+    """HiDream, whose pipeline scales sizes to an area that no folder keeps."""
+
+    def sample(self, pipe: Any, *args: Any, **arguments: Any) -> Any:
+        pipe.default_sample_size = 4
+        return super().sample(pipe, *args, **arguments)
+
+    def score(self, pipe: Any, *args: Any, **options: Any) -> Any:
+        pipe.default_sample_size = 4
+        return super().score(pipe, *args, **options)
+
+
 NEGATIVE = {"negative_prompt": ["", ""]}
 LAYERS = {"text_encoder_out_layers": (0, 1, 2)}
 FLOW = {"flow": True, "multiple": 4, "shape": (4, 4, 2), "pixels": (8, 4)}
@@ -206,14 +218,14 @@ _FAMILY_LINES = [
         flow=True, **PATCHES,
     ),
     Backbone(tiny.aura_flow, diffusers.AuraFlowPipeline, options=SHORT, **FLOW),
-    Backbone(tiny_families.cogview4, diffusers.CogView4Pipeline, options=SHORT, flow=True, **PATCHES),
+    Backbone(
+        tiny_families.cogview4, diffusers.CogView4Pipeline, options=SHORT, flow=True, multiple=16, shape=(4, 4, 2),
+        pixels=(32, 16),
+    ),
     Backbone(
         tiny_families.hunyuan_dit, diffusers.HunyuanDiTPipeline, options={"use_resolution_binning": False}, **PATCHES
     ),
-    Backbone(
-        tiny_families.hidream, diffusers.HiDreamImagePipeline, options=SHORT, flow=True, multiple=4, shape=(4, 2, 2),
-        pixels=(4, 4),
-    ),
+    AreaBackbone(tiny_families.hidream, diffusers.HiDreamImagePipeline, options=SHORT, flow=True, multiple=4),
 ]  # fmt: skip
 _FAMILY_LINES.append(
     EmbeddedBackbone(

@@ -104,8 +104,8 @@ def cogview4(pipe, prompt, backbone):
     ).sample  # fmt: skip
 
 
-LOG_SHIFTS = {"CogView4": math.log(0.75 * (1 / 256) ** 0.5 + 0.25)}
-"""Shift of log(sigma/alpha) between the network's time and the sample's level: of one token, with 256 for base."""
+LOG_SHIFTS = {"CogView4": math.log(0.75 * (2 / 256) ** 0.5 + 0.25)}
+"""Shift of log(sigma/alpha) between the network's time and the sample's level: of two tokens, with 256 for base."""
 
 
 def kandinsky_2_2(pipe, prompt, backbone):

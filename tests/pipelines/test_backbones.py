@@ -333,8 +333,11 @@ def test_folder_is_read_by_stock_diffusers_and_by_ours(backbone, with_fisher_sch
     for each in (pipe, ours, stock):
         torch.manual_seed(0)
         results.append(backbone.sample(each, output_type="np", generator=seeded()))
-    assert (results[0] == results[1]).all()
-    assert (results[0] == results[2]).all()
+    assert (results[1] == results[2]).all()
+    if backbone.name == "HiDreamImage":  # weights mapped from a file get other kernels in its text encoders
+        assert abs(results[0] - results[1]).max() < 1e-5
+    else:
+        assert (results[0] == results[1]).all()
 
 
 def test_custom_pipeline_file(backbone, tmp_path, monkeypatch):
@@ -390,6 +393,9 @@ def test_sequential_offload_gives_the_same_values(backbone):
 # Relative differences of rewards, gradient norms and log-likelihoods of random networks: measured with the 8 bits of
 # bfloat16 up to (0.005, 0.051, 0.004), with the 11 of float16 up to (0.0004, 0.014, 0.0006).
 HALF = {"bfloat16": (0.02, 0.06, 0.01), "float16": (0.001, 0.05, 0.002)}
+# Networks of `FAMILIES`: gradient norms in bfloat16 up to 0.066 (HunyuanDiT), log-likelihoods up to 0.014 and 0.0025
+# (Chroma, which computes its modulations by a network of its own).
+HALF_OF_FAMILIES = {"bfloat16": (0.04, 0.12, 0.03), "float16": (0.002, 0.1, 0.005)}
 
 
 @pytest.mark.cell("{half}")
@@ -403,7 +409,8 @@ def test_half_precision_weights_give_nearly_the_same_values(backbone, half):
         pipe.vae.to(torch.float32)  # its autoencoder overflows in float16, and is refused
     values = reference_values(backbone, pipe, AutodiffFisher())
     assert {value.dtype for value in values} == {torch.float64}
-    for value, reference, tolerance in zip(values, expected, HALF[half], strict=True):
+    tolerances = (HALF_OF_FAMILIES if backbone.name in FAMILIES else HALF)[half]
+    for value, reference, tolerance in zip(values, expected, tolerances, strict=True):
         assert 0 < relative(value, reference) < tolerance
 
 

@@ -158,6 +158,30 @@ def test_text_embeddings_in_lists_are_not_optimised():
         guide(pipe, PROMPTS, brightness, optimise=["text"], **options)
 
 
+# Kandinsky 2.2, the second of two stages
+
+
+def test_kandinsky_takes_image_embeddings_and_no_prompts():
+    pipe, x = FAMILIES["KandinskyV22"].ours(), 0.5 * FAMILIES["KandinskyV22"].noise()
+    embeds = tiny_families.image_embeds()
+    options = {"num_guidance_steps": 1, "num_inference_steps": 2, "height": 8, "width": 8}
+    message = "is the second of two stages and was given {}; it takes image embeddings. Pass `image_embeds` and"
+    with pytest.raises(InputError, match=message.format("a prompt")):
+        pipe.log_likelihood(None, PROMPTS, latents=x)
+    with pytest.raises(InputError, match=message.format("no `image_embeds`")):
+        pipe.log_likelihood(None, latents=x)
+    with pytest.raises(InputError, match=message.format("no `negative_image_embeds`")):
+        pipe.guide(None, brightness, image_embeds=embeds["image_embeds"], **options)
+    with pytest.raises(InputError, match=r"Embeddings are of \{'image_embeds': 3\} prompts; allowed: 2 of each, or 1"):
+        pipe.log_likelihood(None, latents=x, image_embeds=torch.zeros(3, 16))
+    lists = {name: [row[None] for row in value] for name, value in embeds.items()}  # as the prior's output of each
+    results = [pipe.guide(None, brightness, generator=seeded(), **form, **options).rewards for form in (embeds, lists)]
+    assert torch.equal(*results)
+    with pytest.raises(UnsupportedError, match="its prior alone knows those of the unconditional branch"):
+        backbone_of(pipe).null_conditions(2)
+    assert torch.equal(backbone_of(pipe).pooled(embeds), embeds["image_embeds"])
+
+
 # Sizes
 
 
@@ -175,7 +199,7 @@ def test_sizes_that_do_not_divide_are_refused(name):
 
 
 def test_sizes_that_hidream_would_scale_are_refused():
-    pipe = tiny_families.hidream(sample_size=4)
+    pipe = tiny_families.hidream()
     options = {"max_sequence_length": 8}
     message = r"\(8, 16\), which the call of HiDreamImagePipeline scales to \(4, 8\), of the area of 8 x 8"
     with pytest.raises(InputError, match=message):
