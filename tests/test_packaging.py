@@ -166,3 +166,9 @@ def test_wheel_has_everything_and_works_by_itself(tmp_path):
     assert output(sys.executable, "-W", "ignore", "-c", question) == str(
         target / "diffusers_fisher" / "checkpoints" / "fashion_mnist"
     )
+    readme = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(readme) >= 5
+    code = "\n".join([*readme, "import diffusers_fisher; print(diffusers_fisher.__file__)"])
+    assert output(sys.executable, "-W", "ignore", "-c", code).endswith(
+        str(target / "diffusers_fisher" / "__init__.py")
+    )

@@ -62,8 +62,17 @@ def embedded_checkpoint() -> str:
     )
 
 
+def readme_times() -> str:
+    sections = read_result("readme_times")["sections"]
+    rows = [[name, ", ".join(f"{each:.0f}" for each in seconds)] for name, seconds in sections.items()]
+    return document(
+        table(["section", "seconds of its blocks"], rows),
+        "Processor time on one core, without the import of PyTorch. A graphics card was not used.",
+    )
+
+
 DOCUMENTS = {
-    ROOT / "README.md": (guidance, embedded_checkpoint, flow_samples),
+    ROOT / "README.md": (guidance, readme_times, embedded_checkpoint, flow_samples),
     ROOT / "docs" / "guidance.md": (
         guidance_curves,
         guidance_per_step,

@@ -22,7 +22,7 @@ def model_memory() -> str:
         ]
         for name, parts in models.items()
     ]
-    columns = ["weights in 16 bits, GB", "denoiser", "autoencoder", "text encoders", "all", "largest part"]
+    columns = ["weights in 16 bits, GB", "denoiser", "autoencoder", "text encoders", "all", "largest at once"]
     return document(
         table(columns, rows),
         "Computed: two bytes per parameter (bfloat16 or float16), counted in the real classes with the checkpoints' "
@@ -49,7 +49,7 @@ def model_fit() -> str:
         "Computed, not measured on any GPU. The working memory is what a guidance iteration took beside the weights "
         "in a whole process on a CPU, at Stable Diffusion's size, 512x512 and float32 "
         f"({2 * _working_memory() / GB:.1f} GB with Python and PyTorch), halved for 16 bits and scaled by the number "
-        'of pixels. "smaller" means: smaller weights or smaller images, see below.',
+        'of pixels. "smaller" means: smaller weights or smaller images, see above.',
     )
 
 
@@ -71,7 +71,9 @@ def _total(parts: dict[str, Any]) -> int:
 
 
 def _largest(parts: dict[str, Any]) -> int:
-    return max(parts["denoiser"], parts["autoencoder"], *parts["text_encoders"])
+    """Returns the parameters that model offload has on the GPU at once: the denoiser stays there while images are
+    decoded."""
+    return max(parts["denoiser"] + parts["autoencoder"], *parts["text_encoders"])
 
 
 def _working_memory() -> float:
