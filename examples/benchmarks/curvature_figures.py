@@ -1,7 +1,5 @@
 """The tables of docs/curvature.md, for document_figures.py."""
 
-from typing import Any
-
 from figure_tables import document, read_result, table
 
 
@@ -22,7 +20,7 @@ def likelihood_bound_fractions() -> str:
         for name in names
     ]
     error = {number: cells[names[0], number]["standard_error_per_image"] for number in steps}
-    scatter, whole, cost = (result[name] for name in ("scatter_in_bits_per_dim", "whole_jacobian", "cost"))
+    scatter = result["scatter_in_bits_per_dim"]
     return document(
         f"Mean bound of {result['images_bounded']} images above the ODE's value ({result['ode_bits_per_dim']:.3f} "
         f"bits/dim) by the number of steps, {result['draws']} draws per step; in parentheses the paired difference "
@@ -34,11 +32,6 @@ def likelihood_bound_fractions() -> str:
         + f". The bound of one image by {result['draws']} draws of each of 20 steps scatters by "
         f"{scatter['pairs_in_strata']:.3f} bits/dim with pairs in strata, and by {scatter['independent_draws']:.3f} "
         f"with independent draws; the standard error stated is {scatter['stated_standard_error']:.3f}.",
-        f"With whole Jacobians, {whole['images']} images, {whole['steps']} steps and {whole['draws']} draws: the ODE "
-        f"gives {whole['ode']:.3f} bits/dim (within {whole['ode_total_error']:.3f}), the bound is "
-        f"{whole['bound']:.3f} +- {whole['bound_standard_error']:.3f}, and {whole['bound_by_trace_model']:.3f} with "
-        f"the trace model and the same draws. A bound of {cost['bound_calls']} calls takes "
-        f"{cost['ratio']['median']:.1f} times as long as the ODE of {cost['ode_calls']} calls.",
     )
 
 
@@ -155,79 +148,4 @@ def posterior_uncertainty_checkpoint() -> str:
         f"steps; stated deviations by {result['probes']} random directions. Where deviations are divided they are "
         "root mean squares.",
         table(columns, rows),
-    )
-
-
-def memorisation_auroc() -> str:
-    result = read_result("memorisation")
-    config = result["config"]
-    cells = {(row["level"], row["score"], row["draws"], row["kinds"]): row for row in result["auroc"]}
-    numbers = sorted({key[2] for key in cells})
-    rows = [
-        [f"{score}, {level}",
-         *(f"{row['auroc']:.3f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}] ({row['evaluations']})"
-           for row in (cells[level, score, number, "whole+half"] for number in numbers)),
-         *(f"{cells[level, score, numbers[-1], kind]['auroc']:.3f}" for kind in ("whole", "half"))]
-        for level, score in dict.fromkeys(key[:2] for key in cells)
-    ]  # fmt: skip
-    columns = [
-        "score, noise to signal", *(f"{number} draw{'s' * (number > 1)} (evaluations)" for number in numbers),
-        f"whole images, {numbers[-1]} draws", f"halves, {numbers[-1]} draws",
-    ]  # fmt: skip
-    return document(
-        f"AUROC of memorised prompts ({config['whole_prompts']} whole images, {config['half_prompts']} halves) "
-        f"against {config['many_prompts']} others that were trained on as often, each with many images; mean of "
-        f"{len(result['seeds'])} seeds of the fine-tuning, with 95% intervals by resampling prompts.",
-        table(columns, rows),
-    )
-
-
-def memorisation_maps() -> str:
-    result = read_result("memorisation")
-
-    def cell(entry: dict[str, Any]) -> str:
-        return f"{entry['mean']:.3f} [{entry['interval'][0]:.3f}, {entry['interval'][1]:.3f}]"
-
-    overlaps = table(
-        ["noise to signal", *next(iter(result["overlap"].values()))],
-        [[level, *map(cell, scores.values())] for level, scores in result["overlap"].items()],
-    )
-    distances = result["distance_to_first_image"]
-    kinds = list(next(iter(distances.values())))
-    samples = table(
-        ["initial noise", *(f"prompts of kind '{kind}'" for kind in kinds)],
-        [[noise, *(cell(row[kind]) for kind in kinds)] for noise, row in distances.items()],
-    )
-    return document(
-        "Intersection over union of the heat maps' upper half of pixels with the half of the image that is repeated "
-        "(a random map has 1/3), by the mean of 16 draws:",
-        overlaps,
-        "Distance of samples to the prompt's first image, root mean square of grey levels in [0, 1], where it is "
-        "repeated. The least memorised noise is the best of 16 by the score difference.",
-        samples,
-    )
-
-
-def stochastic_samplers() -> str:
-    return document(_samplers("stochastic_samplers"), _samplers("stochastic_samplers_sd3"))
-
-
-def _samplers(name: str) -> str:
-    result = read_result(name)
-    cells = {(row["sampler"], row["steps"]): row for row in result["rows"]}
-    steps, names = sorted({key[1] for key in cells}), dict.fromkeys(key[0] for key in cells)
-
-    def cell(row: dict[str, Any] | None) -> str | None:
-        if row is None:
-            return None
-        distance = f"{row['distance']:.2f} +- {row['distance_standard_error']:.2f}"
-        return f"{distance}, {row['accuracy']:.1%}, {row['spread']:.3f}"
-
-    rows = [[sampler, *(cell(cells.get((sampler, number))) for number in steps)] for sampler in names]
-    checkpoint = "second embedded checkpoint" if name.endswith("sd3") else "embedded checkpoint"
-    return document(
-        f"The {checkpoint}, {result['count']} samples without guidance, {result['rows'][0]['seeds']} seeds: Frechet "
-        "distance of a classifier's features to those of the test images with its standard error over seeds, share "
-        "classified as prompted, and deviation of pixels within a class.",
-        table(["sampler", *(f"{number} steps" for number in steps)], rows),
     )

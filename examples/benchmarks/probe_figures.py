@@ -134,16 +134,10 @@ def flow_guidance() -> str:
     result = read_result("flow_checkpoint")["guidance"]
     names = ("another class", "left minus right")
     rows = [[way, *(_curve(result[name][way]) for name in names)] for way in result[names[0]]]
-    half = read_result("flow_checkpoint")["half_precision"]
-    changes = [
-        f"{half[name]['difference'][1]:+.3f} ± {half[name]['standard_error'][1]:.3f} ({name})" for name in names
-    ]
     return document(
         f"Best reward before and after {result['iterations']} guidance steps ({result['prompts']} prompts, "
         f"{result['steps']} steps, guidance scale {result['guidance_scale']:g}), and in brackets the time:",
         table(["estimator", *names], rows),
-        "A network in float16 changes the reward that the default reaches by "
-        f"{' and '.join(changes)}, on {half['prompts']} prompts, paired.",
     )
 
 
