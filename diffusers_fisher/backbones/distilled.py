@@ -16,6 +16,8 @@ def sign_of_distillation(backbone: Backbone) -> str | None:
     """
     if backbone.config.get("time_cond_proj_dim") is not None:
         return f"its {type(backbone.network).__name__} takes a guidance scale as an input of consistency models"
+    if backbone.pipe.config.get("is_distilled"):
+        return "its configuration has is_distilled=True"
     classes = {base.__name__ for base in type(backbone.scheduler).__mro__}
     names = [name for name in DISTILLED_SCHEDULERS if name in classes]
     return f"its scheduler is {names[0]}" if names else None

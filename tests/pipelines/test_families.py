@@ -8,7 +8,7 @@ import pytest
 import tiny_families
 import torch
 
-from diffusers_fisher import InputError, UnsupportedError, guide, log_likelihood
+from diffusers_fisher import DistilledNetworkWarning, InputError, UnsupportedError, guide, log_likelihood
 from diffusers_fisher.backbones import backbone_of
 from pipelines import test_backbones
 from pipelines.backbones import FAMILIES, PROMPTS
@@ -55,6 +55,13 @@ def test_distilled_guidance_scales_are_inputs():
     assert torch.equal(results[0].log_prob, results[1].log_prob)
     assert not torch.equal(results[0].log_prob, results[2].log_prob)
     assert [result.guidance_scale for result in results] == [4.0, 4.0, 2.0]
+
+
+def test_distilled_networks_of_flux_2_klein_warn():
+    options = {"num_inference_steps": 2, "step_halving": False, "text_encoder_out_layers": (0, 1, 2)}
+    pipe = tiny_families.flux2_klein(is_distilled=True)
+    with pytest.warns(DistilledNetworkWarning, match="its configuration has is_distilled=True"):
+        log_likelihood(pipe, None, PROMPTS, latents=FAMILIES["Flux2Klein"].noise(), generator=seeded(), **options)
 
 
 def test_distilled_qwen_image_needs_its_guidance_scale():
