@@ -113,7 +113,7 @@ def write_gallery(folder: Path, records: Sequence[dict[str, Any]], settings: Map
 
 def _cheap_runs_text(settings: Mapping[str, Any]) -> str:
     """Says by which runs the guidance climbs, where they are not the full ones."""
-    steps = settings["num_guidance_inference_steps"]
+    steps = settings.get("num_guidance_inference_steps")
     return "" if steps is None else f", by runs of {steps} sampling steps; the images after are those of full runs"
 
 
