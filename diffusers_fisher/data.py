@@ -11,7 +11,6 @@ import dataclasses
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import warnings
@@ -21,6 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.utils import logging
 
 from .errors import InputError
 from .files import expecting, open_tensors, read_table
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from PIL.Image import Image
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(f"diffusers.{__name__}")
 
 Caption = str | int | None
 """A text, a class label, or neither."""

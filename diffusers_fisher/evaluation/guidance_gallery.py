@@ -3,7 +3,6 @@
 import codecs
 import dataclasses
 import hashlib
-import logging
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
+from diffusers.utils import logging
 
 from ..backbones import backbone_of
 from ..console import say
@@ -30,7 +30,7 @@ from ..pipelines import FisherPipelineMixin
 from ..settings import Dtype, GuidanceEstimator, Positive, settings_class
 from .guidance_gallery_report import PICTURES, FailedPrompt, GuidedPrompt, gallery_summary, write_gallery
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(f"diffusers.{__name__}")
 
 
 ESTIMATORS: dict[GuidanceEstimator, Callable[[], FisherEstimator | None]] = {
