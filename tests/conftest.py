@@ -58,3 +58,15 @@ def global_settings():
     torch.set_grad_enabled(before[0])
     torch.set_default_dtype(before[1])
     assert after == before
+
+
+@pytest.fixture
+def caplog(caplog, monkeypatch):
+    """pytest's fixture, which sees what the package logs once, whether diffusers' logger hands it on or not."""
+    name = "diffusers.diffusers_fisher"
+    logger = logging.get_logger(name)
+    caplog.set_level("WARNING", logger=name)
+    logger.addHandler(caplog.handler)
+    monkeypatch.setattr(logger, "propagate", False)
+    yield caplog
+    logger.removeHandler(caplog.handler)

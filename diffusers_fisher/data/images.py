@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.utils import logging
 
 from ..errors import InputError
 from ..image_folders import printable_name
@@ -19,7 +19,7 @@ from .source import Caption, Example, ImageData, read_image, without_pillow_warn
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(f"diffusers.{__name__}")
 
 WEBDATASET_KEY = "__key__"
 FILE_ROWS = 2**32

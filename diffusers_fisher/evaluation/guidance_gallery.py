@@ -3,7 +3,6 @@
 import codecs
 import dataclasses
 import hashlib
-import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from diffusers.utils import logging
 
 from ..console import say
 from ..errors import InputError
@@ -23,7 +23,7 @@ from ..jobs.records import Records, item_keys, shard
 from .guidance_gallery_report import PICTURES, FailedPrompt, GuidedPrompt, gallery_summary, write_gallery
 from .prompt_guide import GallerySettings, Guided, Memory, PromptGuide, check_guidance
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(f"diffusers.{__name__}")
 
 
 def run_gallery(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 
 import torch
+from diffusers.utils import logging
 
 from ..errors import InputError, NumericalError, TrajectoryError
 from ..fisher.estimator import FisherEstimator
@@ -19,7 +19,7 @@ from .output import COMPLETED
 from .text import TextEmbedding
 from .whiteness import NoiseLayout, NoiseWhiteness, noise_whiteness
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(f"diffusers.{__name__}")
 
 VARIABLES = ("noise", "text", "control")
 

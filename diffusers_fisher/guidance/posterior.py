@@ -9,7 +9,6 @@ import contextlib
 import copy
 import functools
 import inspect
-import logging
 import math
 import threading
 import weakref
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
 
 from ..arguments import check_kinds
 from ..backbones import PipelineDenoiser, backbone_of
@@ -34,7 +34,7 @@ from . import checks
 from .checks import Reward, normalise, norms
 from .output import COMPLETED
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(f"diffusers.{__name__}")
 
 
 @check_kinds

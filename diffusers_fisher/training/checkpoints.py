@@ -3,11 +3,11 @@
 import contextlib
 import dataclasses
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 
 from ..errors import CheckpointError
 from ..files import expecting, read_json, read_table, write_json, write_text, writing
@@ -16,7 +16,7 @@ from ..jobs.identity import DATA_NOTE, Note, note_differences, refuse_difference
 from ..models import fingerprint_differences
 from .state import Modules, load_training_state, save_training_state
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(f"diffusers.{__name__}")
 
 CHECKPOINTS = "checkpoints/step-*.safetensors"
 SETTINGS_NOTE = "config.json"
