@@ -126,6 +126,11 @@ class AnyPipelineBackbone(Backbone):
         return self.pipe.dtype if self.network is None else self._known_network.dtype
 
     @property
+    def noise_dtype(self) -> torch.dtype | None:  # type: ignore[override]
+        """That of the recorded call's noise; None, the network's dtype, without one."""
+        return None if self._recorded is None else self._recorded.noise.dtype
+
+    @property
     def predicts_flow(self) -> bool:  # type: ignore[override]
         """Whether the pipeline's scheduler is one of flow matching: what the network was trained on is not known."""
         return noise_schedule(self.scheduler).is_flow
