@@ -73,6 +73,19 @@ def test_distilled_qwen_image_needs_its_guidance_scale():
 # Embeddings
 
 
+ENCODING = ("max_sequence_length", "system_prompt", "text_encoder_out_layers", "complex_human_instruction")
+UNGUIDED_ENCODERS = ("QwenImage", "Flux2", "Flux2Klein")
+MASKED = {"prompt_embeds": 0, "prompt_attention_mask": 1}
+EMBEDDINGS = {
+    "ZImage": {"prompt_embeds": 0}, "QwenImage": {"prompt_embeds": 0, "prompt_embeds_mask": 1},
+    "CogView4": {"prompt_embeds": 0}, "Flux2Klein": {"prompt_embeds": 0}, "Flux2": {"prompt_embeds": 0},
+    "Sana": MASKED, "Lumina2": MASKED,
+    "AuraFlow": MASKED, "Chroma": {"prompt_embeds": 0, "prompt_attention_mask": 2}, "HunyuanDiT": MASKED,
+    "HiDreamImage": {"prompt_embeds_t5": 0, "prompt_embeds_llama3": 2, "pooled_prompt_embeds": 4},
+}  # fmt: skip
+"""Places of the embeddings in the result of `encode_prompt`, by the names of the call's arguments."""
+
+
 def embeddings_of(name, pipe):
     """Returns the call's embeddings of the two prompts, without guidance."""
     options = {key: value for key, value in FAMILIES[name].options.items() if key in ENCODING}
@@ -92,24 +105,12 @@ def embeddings_of(name, pipe):
     return {key: result[place] for key, place in EMBEDDINGS[name].items()}
 
 
-ENCODING = ("max_sequence_length", "system_prompt", "text_encoder_out_layers", "complex_human_instruction")
-UNGUIDED_ENCODERS = ("QwenImage", "Flux2", "Flux2Klein")
-MASKED = {"prompt_embeds": 0, "prompt_attention_mask": 1}
-EMBEDDINGS = {
-    "ZImage": {"prompt_embeds": 0}, "QwenImage": {"prompt_embeds": 0, "prompt_embeds_mask": 1},
-    "Flux2Klein": {"prompt_embeds": 0}, "Flux2": {"prompt_embeds": 0}, "Sana": MASKED, "Lumina2": MASKED,
-    "AuraFlow": MASKED, "Chroma": {"prompt_embeds": 0, "prompt_attention_mask": 2}, "HunyuanDiT": MASKED,
-    "HiDreamImage": {"prompt_embeds_t5": 0, "prompt_embeds_llama3": 2, "pooled_prompt_embeds": 4},
-}  # fmt: skip
-"""Places of the embeddings in the result of `encode_prompt`, by the names of the call's arguments."""
-
-
 QUICK = ("ZImage", "HiDreamImage")
 """Families of every run of the suite: with embeddings in a list, and with the prompts on the second axis."""
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in EMBEDDINGS]
 )
 def test_embeddings_stand_for_their_prompts(name):
     backbone = dataclasses.replace(FAMILIES[name], condition=None)
