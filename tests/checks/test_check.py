@@ -9,6 +9,7 @@ import tiny
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, FluxTransformer2DModel
 from diffusers.hooks import FirstBlockCacheConfig
+from pipelines.outside import forget_backbones
 
 from diffusers_fisher import (
     InputError,
@@ -211,6 +212,7 @@ def test_bad_arguments_are_refused_before_any_line(arguments, message):
         check(tiny.stable_diffusion(), on_line=lambda line: pytest.fail("a line ran"), **arguments)
 
 
-def test_a_pipeline_without_a_backbone_is_refused():
+def test_a_pipeline_without_a_backbone_is_refused(monkeypatch):
+    forget_backbones(monkeypatch)
     with pytest.raises(UnsupportedError, match="AuraFlowPipeline has no backbone of its own"):
         check(tiny.aura_flow())
