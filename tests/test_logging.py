@@ -7,7 +7,7 @@ import pytest
 from diffusers.utils import logging as diffusers_logging
 
 MODULES = (
-    "data",
+    "data.images",
     "guidance.noise_ascent",
     "guidance.posterior",
     "evaluation.guidance_gallery",

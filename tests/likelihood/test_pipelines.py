@@ -156,6 +156,7 @@ def test_probes_pair_prompts_by_the_ode():
     assert bool(torch.isinf(single_probe.behind_best_prompt()[1]).sum() == 4)  # all but the best against itself
 
 
+@pytest.mark.slow  # many repetitions: a minute and a half
 @pytest.mark.parametrize("num_probes", [1, 2])
 def test_standard_error_of_prompts_by_fresh_directions_is_that_of_repetitions(num_probes):
     options = {"method": "ode", "num_inference_steps": 16, "num_probes": num_probes}
