@@ -208,8 +208,8 @@ def aura_flow():
         vae=tiny.vae(), text_encoder=None, tokenizer=None, transformer=net))
     m = torch.ones(2, 8, dtype=torch.long)
     return SetUp(p, dict(prompt_embeds=draw(2, 8, 16, seed=1), prompt_attention_mask=m,
-        negative_prompt_embeds=draw(2, 8, 16, seed=2), negative_prompt_attention_mask=m), dict(guidance_scale=3.5),
-        (2, 4, 8, 8))
+        negative_prompt_embeds=draw(2, 8, 16, seed=2), negative_prompt_attention_mask=m,
+        height=16, width=16), dict(guidance_scale=3.5), (2, 4, 8, 8))
 
 
 @set_up
