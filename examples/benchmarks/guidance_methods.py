@@ -77,7 +77,8 @@ class Methods:
         def sample(noise: torch.Tensor) -> torch.Tensor:
             return pipeline(latents=noise, **self.arguments)[0]
 
-        self.table: dict[str, tuple] = {"stored graph": (stored_graph.sample, stored_graph, None)}
+        # The stored graph needs no estimator; the exact one says that its gradients are not in closed form.
+        self.table: dict[str, tuple] = {"stored graph": (stored_graph.sample, stored_graph, AutodiffFisher())}
         self.table |= {name: (sample, scheduler, estimator) for name, estimator in self.estimators().items()}
 
     def stock(self, scheduler: Any = None) -> StableDiffusionPipeline:
