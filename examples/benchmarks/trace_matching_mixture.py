@@ -9,6 +9,7 @@ mean |tr F_model - tr F|/|tr F| over fresh samples at timesteps of Stable Diffus
 thread, so its processor time is the time that it takes on one free core.
 """
 
+import abc
 import argparse
 import math
 import sys
@@ -48,9 +49,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 class SampledDenoiser(Denoiser):
     """A denoiser of a law of which samples can be drawn."""
 
+    @abc.abstractmethod
     def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Draws clean samples (count, C, h, w)."""
-        raise NotImplementedError
 
 
 class IsotropicMixture(SampledDenoiser):
